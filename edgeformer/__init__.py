@@ -1,0 +1,69 @@
+"""edgeformer: run Transformers on devices, from one folder that any ONNX runtime can open.
+
+`import edgeformer` imports nothing heavy: what needs numpy, onnx or an engine is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from edgeformer.errors import (
+    BundleError,
+    EdgeformerError,
+    EngineUnavailable,
+    ExportError,
+    InputError,
+    ParityError,
+    StateError,
+    TemplateError,
+    TrainingError,
+)
+
+if TYPE_CHECKING:
+    from edgeformer.bundle import Bundle
+    from edgeformer.generate import Piece, Result
+    from edgeformer.model import Model, load
+    from edgeformer.sampling import SamplingOptions
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "EdgeformerError",
+    "EngineUnavailable",
+    "ExportError",
+    "InputError",
+    "Model",
+    "ParityError",
+    "Piece",
+    "Result",
+    "SamplingOptions",
+    "StateError",
+    "TemplateError",
+    "TrainingError",
+    "__version__",
+    "load",
+]
+
+_LAZY = {
+    "Bundle": "edgeformer.bundle",
+    "Model": "edgeformer.model",
+    "load": "edgeformer.model",
+    "Piece": "edgeformer.generate",
+    "Result": "edgeformer.generate",
+    "SamplingOptions": "edgeformer.sampling",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'edgeformer' has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

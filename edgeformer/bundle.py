@@ -1,0 +1,487 @@
+"""The on-disk format: read, check and refuse a bundle; write one atomically.
+
+A bundle is a folder: an ordinary Hugging Face ONNX folder plus `edgeformer.json`, the manifest, which names every other
+file with its size and SHA-256. Nothing in it is ever executed, and nothing outside it is ever read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from edgeformer.errors import BundleError
+
+if TYPE_CHECKING:
+    import onnx
+
+MANIFEST = "edgeformer.json"
+FORMAT = "edgeformer"
+FORMAT_VERSION = 1
+SCHEMES = ("q4a", "q4", "q8", "keep", "none")
+MAX_JSON = 64 << 20  # bytes: a vocabulary lives in tokenizer.json, so none of the files parsed here comes near it
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A checked bundle. Made by `Bundle.open`; immutable."""
+
+    path: Path
+    manifest: Json
+    config: Json
+    generation_config: Json
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], check: Literal["sizes", "hashes"] = "sizes") -> Bundle:
+        """The bundle at `path`, after checking it.
+
+        `check="sizes"` validates the manifest, every file's size, and where the graph says that its weights lie: about
+        0.1 s for any bundle. `check="hashes"` also reads every byte: SHA-256 of each file, scales that are NaN or
+        infinite, and 8-bit weights of -128, which the format forbids.
+
+        Raises:
+            BundleError: with every problem found, one a line.
+        """
+        folder = _folder(path)
+        manifest = _read_json(folder / MANIFEST)
+        problems = manifest_problems(manifest)
+        if problems:
+            raise _refusal(folder, problems)
+        problems = _file_problems(folder, manifest["files"], check)
+        if not problems:
+            from edgeformer.weights import graph_problems
+
+            for graph in manifest["graphs"].values():
+                problems += graph_problems(folder, graph["file"], manifest["files"], values=check == "hashes")
+        if problems:
+            raise _refusal(folder, problems)
+        texts = {}
+        for name in ("config.json", "generation_config.json"):
+            texts[name] = _read_json(folder / name) if name in manifest["files"] else {}
+        return cls(folder, manifest, texts["config.json"], texts["generation_config.json"])
+
+    def graph_path(self, name: str = "model") -> Path:
+        """Where the graph `name` lies.
+
+        Raises:
+            BundleError: the bundle has no such graph.
+        """
+        graphs = self.manifest["graphs"]
+        if name not in graphs:
+            raise BundleError(f"{self.path} has no graph {name!r}; it has {', '.join(sorted(graphs))}.")
+        return self.path / str(graphs[name]["file"])
+
+    def read_graph(self, name: str = "model") -> onnx.ModelProto:
+        """The parsed graph; weights in the external data file are not loaded."""
+        from edgeformer.weights import read_model
+
+        return read_model(self.graph_path(name))
+
+    def file(self, name: str) -> Path | None:
+        """The path of the file `name`, or None where the bundle has none."""
+        return self.path / name if name in self.manifest["files"] else None
+
+    @property
+    def task(self) -> str:
+        return str(self.manifest["task"])
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files that the manifest names."""
+        return sum(entry["size"] for entry in self.manifest["files"].values())
+
+    @property
+    def fingerprint(self) -> str:
+        """64 hex digits that change when any file's content does."""
+        text = json.dumps({name: entry["sha256"] for name, entry in sorted(self.manifest["files"].items())})
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------- write
+
+
+@contextmanager
+def write_bundle(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `path` that becomes `path` when the block ends without an error.
+
+    The block fills the folder and calls `seal`. Then everything is fsynced, opened once more with `check="hashes"`, and
+    renamed. On any exception the temporary folder is removed and `path` is as it was. After a kill or a power cut
+    `path` is the old folder or the new one, whole; a leftover `.NAME.partial-*` is removed by the next write to the
+    same path. (Replacing a folder is one atomic exchange on Linux; elsewhere two renames, with a moment between them
+    in which `path` does not exist and the old folder is `.NAME.partial-*`.)
+
+    Raises:
+        BundleError: `path` exists and `overwrite` is false; or it is not a bundle, or holds files that are no part of
+            one, which replacing it would lose; or what the block wrote is not a whole bundle.
+        OSError: the disk refuses.
+    """
+    final = Path(os.path.realpath(path))  # a link to a folder stays a link
+    _check_target(final, overwrite)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(final)
+    temporary = final.parent / f".{final.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+    os.mkdir(temporary)
+    lock = _lock(temporary)
+    try:
+        yield temporary
+        _fsync_tree(temporary)
+        Bundle.open(temporary, check="hashes")
+        _check_target(final, overwrite)
+        _put_in_place(temporary, final)
+        _fsync(final.parent)
+    finally:
+        # What still has the temporary name is the failed attempt, or after an exchange the old bundle.
+        shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def seal(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> Json:
+    """Write `edgeformer.json` into `folder` and return its content: `manifest` with `files` filled in.
+
+    `format` and `format_version` are filled in too where they are missing.
+
+    Raises:
+        BundleError: the manifest misses fields or has wrong ones (all in one message), or the folder holds something
+            else than plain files.
+    """
+    folder = Path(folder)
+    files: Json = {}
+    problems = []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name == MANIFEST:
+            continue
+        if not entry.is_file(follow_symlinks=False):
+            problems.append(f"{entry.name} is not a plain file: a bundle is one flat folder of files")
+            continue
+        files[entry.name] = {"size": entry.stat().st_size, "sha256": _sha256(folder / entry.name)}
+    sealed: Json = {"format": FORMAT, "format_version": FORMAT_VERSION, **manifest, "files": files}
+    problems += manifest_problems(sealed)
+    try:
+        text = json.dumps(sealed, indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        problems.append(f"{MANIFEST} cannot be written as JSON: {error}")
+    if problems:
+        raise _refusal(folder, problems)
+    partial = folder / f".{MANIFEST}.partial"
+    partial.write_text(text + "\n", encoding="utf-8")
+    _fsync(partial)
+    os.replace(partial, folder / MANIFEST)
+    sealed_again: Json = json.loads(text)
+    return sealed_again
+
+
+def _check_target(final: Path, overwrite: bool) -> None:
+    if not os.path.lexists(final):
+        return
+    if not overwrite:
+        raise BundleError(f"{final} already exists; choose another name, remove it, or allow overwriting it.")
+    if not final.is_dir():
+        raise BundleError(f"{final} is a file, not a bundle folder; choose another name.")
+    found = set(os.listdir(final))
+    if not found:
+        return
+    if MANIFEST not in found:
+        raise BundleError(f"{final} is a folder but not a bundle (no {MANIFEST}), so it is not replaced.")
+    try:
+        known = set(_read_json(final / MANIFEST)["files"]) | {MANIFEST}
+    except (BundleError, KeyError, TypeError) as error:
+        raise BundleError(f"{final} has no readable {MANIFEST}, so it is not replaced; remove it yourself.") from error
+    strangers = sorted(found - known)
+    if strangers:
+        raise BundleError(
+            f"{final} holds files that are no part of its bundle and would be lost: {', '.join(strangers[:5])}"
+            f"{', ...' if len(strangers) > 5 else ''}. Move them away first."
+        )
+
+
+def _put_in_place(temporary: Path, final: Path) -> None:
+    if not os.path.lexists(final):
+        os.rename(temporary, final)
+        return
+    if _exchange(temporary, final):
+        return
+    old = temporary.with_name(temporary.name + "-old")
+    os.rename(final, old)
+    try:
+        os.rename(temporary, final)
+    except BaseException:
+        os.rename(old, final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step (renameat2 with RENAME_EXCHANGE); False where the system cannot."""
+    import ctypes
+
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    done: int = renameat2(here, os.fsencode(one), here, os.fsencode(other), swap)
+    return done == 0
+
+
+def _remove_leftovers(final: Path) -> None:
+    """Remove what killed writers left beside `final`; a folder whose writer lives is locked and stays."""
+    prefix = f".{final.name}.partial-"
+    for entry in os.scandir(final.parent):
+        if entry.name.startswith(prefix) and entry.is_dir(follow_symlinks=False):
+            lock = _lock(Path(entry.path))
+            if lock is not None:
+                if os.path.lexists(final):  # after a kill between two renames the leftover is the only copy
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds `folder`'s lock until closed or the process dies; None where another holds it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: leftovers stay until removed by hand
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _fsync_tree(folder: Path) -> None:
+    for entry in os.scandir(folder):
+        if entry.is_file(follow_symlinks=False):
+            _fsync(Path(entry.path))
+    _fsync(folder)
+
+
+def _fsync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no descriptor for a folder
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ----------------------------------------------------------------------------------------------------------------- read
+
+
+def manifest_problems(manifest: object) -> list[str]:
+    """What is wrong with a manifest's content, one sentence a problem; empty when nothing is."""
+    if not isinstance(manifest, dict):
+        return [f"{MANIFEST} holds {_word(manifest)}, expected an object"]
+    if manifest.get("format") != FORMAT:
+        return [f"{MANIFEST}: format is {_show(manifest.get('format'))}, expected {FORMAT!r}"]
+    version = manifest.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        newer = type(version) is int and version > FORMAT_VERSION
+        advice = "update edgeformer" if newer else "export the model again"
+        return [f"{MANIFEST}: format_version is {_show(version)}, this edgeformer reads {FORMAT_VERSION}; {advice}"]
+    problems: list[str] = []
+
+    def field(owner: Json, where: str, name: str, *kinds: type) -> Any:
+        """The value, or None after noting why it is not usable. None is fine where NoneType is among the kinds."""
+        if name not in owner:
+            problems.append(f"{MANIFEST}: {where}{name} is missing")
+            return None
+        value = owner[name]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            expected = " or ".join(_KINDS[kind] for kind in kinds)
+            problems.append(f"{MANIFEST}: {where}{name} is {_word(value)}, expected {expected}")
+            return None
+        return value
+
+    task = field(manifest, "", "task", str)
+    if task == "":
+        problems.append(f"{MANIFEST}: task is empty")
+    field(manifest, "", "producer", dict)
+    field(manifest, "", "provenance", dict)
+    field(manifest, "", "accuracy", dict, type(None))
+    field(manifest, "", "parity", dict, type(None))
+    files = field(manifest, "", "files", dict) or {}
+    for name, entry in files.items():
+        if not plain_name(name):
+            problems.append(f"{MANIFEST}: files names {name!r}, expected a plain file name inside the folder")
+        if not isinstance(entry, dict):
+            problems.append(f"{MANIFEST}: files.{name} is {_word(entry)}, expected an object")
+            continue
+        size = field(entry, f"files.{name}.", "size", int)
+        if size is not None and size < 0:
+            problems.append(f"{MANIFEST}: files.{name}.size is {size}, expected at least 0")
+        digest = field(entry, f"files.{name}.", "sha256", str)
+        if digest is not None and (len(digest) != 64 or not set(digest) <= set("0123456789abcdef")):
+            problems.append(f"{MANIFEST}: files.{name}.sha256 is not 64 hex digits")
+    graphs = field(manifest, "", "graphs", dict) or {}
+    if graphs == {} and isinstance(manifest.get("graphs"), dict):
+        problems.append(f"{MANIFEST}: graphs is empty, expected at least one")
+    for name, graph in graphs.items():
+        if not isinstance(graph, dict):
+            problems.append(f"{MANIFEST}: graphs.{name} is {_word(graph)}, expected an object")
+            continue
+        file = field(graph, f"graphs.{name}.", "file", str)
+        if file is not None and file not in files:
+            problems.append(f"{MANIFEST}: graphs.{name}.file is {file!r}, which files does not name")
+        for side in ("inputs", "outputs"):
+            for tensor, info in (field(graph, f"graphs.{name}.", side, dict) or {}).items():
+                problems += _tensor_problems(f"graphs.{name}.{side}.{tensor}", info)
+    quantization = field(manifest, "", "quantization", dict)
+    if quantization is not None:
+        scheme = field(quantization, "quantization.", "scheme", str)
+        if scheme is not None and scheme not in SCHEMES:
+            problems.append(f"{MANIFEST}: quantization.scheme is {scheme!r}, expected one of {', '.join(SCHEMES)}")
+        block = field(quantization, "quantization.", "block_size", int, type(None))
+        if block is not None and block < 1:
+            problems.append(f"{MANIFEST}: quantization.block_size is {block}, expected at least 1")
+    reference = field(manifest, "", "reference", dict, type(None))
+    if reference is not None:
+        file = field(reference, "reference.", "file", str)
+        if file is not None and file not in files:
+            problems.append(f"{MANIFEST}: reference.file is {file!r}, which files does not name")
+        for name, value in (field(reference, "reference.", "tolerance", dict) or {}).items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if value is not None and (not number or value <= 0):
+                problems.append(f"{MANIFEST}: reference.tolerance.{name} is {_show(value)}, expected a number above 0")
+    return problems
+
+
+def _tensor_problems(where: str, info: object) -> list[str]:
+    if not isinstance(info, dict) or not isinstance(info.get("dtype"), str) or not isinstance(info.get("shape"), list):
+        return [f"{MANIFEST}: {where} is {_show(info)}, expected {{dtype: text, shape: list}}"]
+    bad = [d for d in info["shape"] if not isinstance(d, str) and (type(d) is not int or d < 0)]
+    return [f"{MANIFEST}: {where}.shape holds {_show(d)}, expected sizes or axis names" for d in bad]
+
+
+def plain_name(name: str) -> bool:
+    """Whether `name` is a file name that cannot leave its folder on any system."""
+    return bool(name) and name not in (".", "..") and all(ord(c) >= 32 and c not in "/\\:" for c in name)
+
+
+def _folder(path: str | os.PathLike[str]) -> Path:
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        raise BundleError(f"{folder} does not exist; a bundle is a folder made by `edgeformer export`.")
+    if not folder.is_dir():
+        what = "a GGUF file" if folder.suffix == ".gguf" else "a file"
+        raise BundleError(f"{folder} is {what}, expected a bundle folder; make one with `edgeformer export`.")
+    if not (folder / MANIFEST).exists():
+        onnx_inside = any(folder.glob("*.onnx")) or any(folder.glob("onnx/*.onnx"))
+        if onnx_inside:
+            what = "holds ONNX files but is not an edgeformer bundle"
+        elif (folder / "config.json").exists():
+            what = "is a model folder that was not exported yet"
+        else:
+            what = "is not an edgeformer bundle"
+        raise BundleError(f"{folder} {what}: it has no {MANIFEST}. Make a bundle with `edgeformer export`.")
+    return folder
+
+
+def _read_json(path: Path) -> Json:
+    """The object in a JSON file; strict: no duplicate keys, no NaN, UTF-8, bounded size and depth."""
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> Json:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise ValueError(f"the key {twice[0]!r} stands there twice")
+        return found
+
+    def refuse_constant(text: str) -> None:
+        raise ValueError(f"{text} is not JSON")
+
+    try:
+        info = os.stat(path)
+        if not stat.S_ISREG(info.st_mode):
+            raise BundleError(f"{path} is not a plain file.")
+        if info.st_size > MAX_JSON:
+            raise BundleError(f"{path} holds {info.st_size:,} bytes, expected at most {MAX_JSON:,}.")
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=refuse_constant)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, BundleError):
+            raise
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise BundleError(f"{path} is not valid JSON: {reason}. Export or copy the bundle again.") from error
+    if not isinstance(value, dict):
+        raise BundleError(f"{path} holds {_word(value)}, expected an object.")
+    return value
+
+
+def _file_problems(folder: Path, files: Json, check: str) -> list[str]:
+    problems = []
+    for name, entry in files.items():
+        path = folder / name
+        try:
+            info = os.stat(path)  # follows links: a Hugging Face cache folder is made of them
+            if not stat.S_ISREG(info.st_mode):
+                problems.append(f"{name} is not a plain file")
+            elif info.st_size != entry["size"]:
+                fault = "the copy is cut short" if info.st_size < entry["size"] else "the file was changed"
+                if _is_lfs_pointer(path, info.st_size):
+                    fault = "it is a Git LFS pointer, not the file itself (run `git lfs pull`)"
+                problems.append(f"{name} holds {info.st_size:,} bytes, {MANIFEST} says {entry['size']:,}: {fault}")
+            elif check == "hashes" and _sha256(path) != entry["sha256"]:
+                problems.append(f"{name} has the right size but other content than when it was exported (SHA-256)")
+        except FileNotFoundError:
+            problems.append(f"{name} is missing")
+        except OSError as error:
+            problems.append(f"{name} cannot be read: {error.strerror or error}")
+    return problems
+
+
+def _is_lfs_pointer(path: Path, size: int) -> bool:
+    with suppress(OSError), open(path, "rb") as file:
+        return size < 1024 and file.read(40).startswith(b"version https://git-lfs")
+    return False
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _refusal(folder: Path, problems: list[str]) -> BundleError:
+    if len(problems) == 1:
+        return BundleError(f"{folder}: {problems[0]}. Export or copy the bundle again.")
+    shown = problems[:50]
+    lines = "".join(f"\n  - {problem}" for problem in shown)
+    more = f"\n  - and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
+    return BundleError(f"{folder} has {len(problems)} problems:{lines}{more}\nExport or copy the bundle again.")
+
+
+_KINDS: dict[type, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    dict: "an object",
+    list: "a list",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+def _word(value: object) -> str:
+    return _KINDS.get(type(value), type(value).__name__)
+
+
+def _show(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
