@@ -97,6 +97,28 @@ class Bundle:
         return str(self.manifest["task"])
 
     @property
+    def vocab_size(self) -> int | None:
+        """Token ids run from 0 to one less; None for a model without tokens."""
+        for graph in self.manifest["graphs"].values():
+            shape = graph["outputs"].get("logits", {}).get("shape", [])
+            if "input_ids" in graph["inputs"] and len(shape) == 3 and isinstance(shape[2], int):
+                return int(shape[2])
+        return self._config_number("vocab_size")
+
+    @property
+    def context(self) -> int | None:
+        """Positions that the model was made for, from config.json; None where it sets no limit."""
+        return self._config_number("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+
+    def _config_number(self, *names: str) -> int | None:
+        for config in (self.config, self.config.get("text_config")):
+            for name in names:
+                value = config.get(name) if isinstance(config, dict) else None
+                if type(value) is int and value > 0:
+                    return value
+        return None
+
+    @property
     def size(self) -> int:
         """Bytes of all files that the manifest names."""
         return sum(entry["size"] for entry in self.manifest["files"].values())
