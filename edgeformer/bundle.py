@@ -54,7 +54,7 @@ class Bundle:
             BundleError: with every problem found, one a line.
         """
         folder = _folder(path)
-        manifest = _read_json(folder / MANIFEST)
+        manifest = read_json(folder / MANIFEST)
         problems = manifest_problems(manifest)
         if problems:
             raise _refusal(folder, problems)
@@ -68,7 +68,7 @@ class Bundle:
             raise _refusal(folder, problems)
         texts = {}
         for name in ("config.json", "generation_config.json"):
-            texts[name] = _read_json(folder / name) if name in manifest["files"] else {}
+            texts[name] = read_json(folder / name) if name in manifest["files"] else {}
         return cls(folder, manifest, texts["config.json"], texts["generation_config.json"])
 
     def graph_path(self, name: str = "model") -> Path:
@@ -217,7 +217,7 @@ def _check_target(final: Path, overwrite: bool) -> None:
     if MANIFEST not in found:
         raise BundleError(f"{final} is a folder but not a bundle (no {MANIFEST}), so it is not replaced.")
     try:
-        known = set(_read_json(final / MANIFEST)["files"]) | {MANIFEST}
+        known = set(read_json(final / MANIFEST)["files"]) | {MANIFEST}
     except (BundleError, KeyError, TypeError) as error:
         raise BundleError(f"{final} has no readable {MANIFEST}, so it is not replaced; remove it yourself.") from error
     strangers = sorted(found - known)
@@ -413,7 +413,7 @@ def _folder(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def _read_json(path: Path) -> Json:
+def read_json(path: Path) -> Json:
     """The object in a JSON file; strict: no duplicate keys, no NaN, UTF-8, bounded size and depth."""
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> Json:

@@ -91,14 +91,13 @@ def peak_memory() -> int | None:
 def cpu_name() -> str:
     """The processor's name as the system gives it."""
     try:
-        fields = dict(
-            (part.strip() for part in line.split(":", 1))  # type: ignore[misc]
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if ":" in line
-        )
+        fields: dict[str, str] = {}
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            fields[key.strip()] = value.strip()
         for key in ("model name", "Model", "Hardware"):
             if fields.get(key):
-                return str(fields[key])
+                return fields[key]
     except OSError:
         pass
     try:  # ARM boards say in the device tree what /proc/cpuinfo leaves out

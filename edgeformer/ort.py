@@ -232,8 +232,8 @@ class OrtEngine:
         first = session.get_providers()[0]
         if first != "CUDAExecutionProvider":
             raise EngineUnavailable(
-                f"CUDA was asked for, but the session runs on {first}: the CUDA or cuDNN libraries that this onnxruntime "
-                f"needs are missing or of another version. Install edgeformer[cuda], or use engine='cpu'."
+                f"CUDA was asked for, but the session runs on {first}: the CUDA or cuDNN libraries that this "
+                f"onnxruntime needs are missing or of another version. Install edgeformer[cuda], or use engine='cpu'."
             )
         elsewhere: dict[str, str] = {}
         for part in getattr(session, "get_provider_graph_assignment_info", list)():

@@ -102,6 +102,8 @@ class Signature:
             array = np.asarray(value)
         except ValueError:
             raise InputError(f"{port.name} is ragged, expected one array {port}") from None
+        if array.size == 0:
+            raise InputError(f"{port.name} is empty: its shape is {list(array.shape)}")
         wanted = np.dtype(port.dtype)
         kinds = {"i": "iu", "u": "iu", "f": "f", "b": "b"}[wanted.kind]
         if array.dtype.kind not in kinds:
@@ -111,8 +113,6 @@ class Signature:
                 f"{port.name} has the shape {list(array.shape)}, expected [{', '.join(map(str, port.shape))}]"
             )
         for axis, (size, expected) in enumerate(zip(array.shape, port.shape, strict=True)):
-            if size == 0:
-                raise InputError(f"{port.name} is empty: axis {axis} has size 0")
             if isinstance(expected, int) and size != expected:
                 raise InputError(f"{port.name} has size {size} on axis {axis}, expected {expected}")
             if isinstance(expected, str):

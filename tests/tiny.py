@@ -219,14 +219,14 @@ def manifest(made, *, task="text-generation", scheme="none", reference=None, **m
 
 
 def save_graph(made, folder: Path):
-    """model.onnx and model.onnx.data; all initializers but the optional input's go to the data file."""
+    """model.onnx and model.onnx.data; shapes stay in the graph, where shape inference needs them."""
     onnx.save_model(
         made,
         str(folder / "model.onnx"),
         save_as_external_data=True,
         all_tensors_to_one_file=True,
         location="model.onnx.data",
-        size_threshold=64,
+        size_threshold=128,
     )
 
 

@@ -1,0 +1,315 @@
+"""`load` a bundle, and the Model that it gives."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from edgeformer.bundle import Bundle
+from edgeformer.engine import Engine
+from edgeformer.errors import BundleError, EngineUnavailable, InputError
+from edgeformer.generate import CHUNK, GenerationOptions, Limits, Result, Session, Stream, tokens
+from edgeformer.machine import default_threads
+from edgeformer.sampling import SamplingOptions
+from edgeformer.signature import IDS
+from edgeformer.tokenizer import Tokenizer
+
+EngineName = Literal["auto", "cuda", "native", "cpu"]
+Prompt = str | Sequence[int] | np.ndarray[Any, Any] | Sequence[Mapping[str, Any]]
+
+ORDER = ("cuda", "native", "cpu")
+
+
+@dataclass(frozen=True)
+class NativeOptions:
+    """What only the native engine has."""
+
+    isa: str | None = None
+    kv: str = "int8"
+    context: int | None = None
+    memory_limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which engine runs, and for each one in the order tried, why or why not. `print` it."""
+
+    engine: str
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        width = max(map(len, self.reasons))
+        marks = {True: "*", False: " "}
+        lines = [f"{marks[name == self.engine]} {name:{width}}  {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+
+def load(
+    path: str | os.PathLike[str],
+    engine: EngineName = "auto",
+    threads: int | None = None,
+    *,
+    isa: str | None = None,
+    kv: str = "int8",
+    context: int | None = None,
+    memory_limit: int | None = None,
+    check: Literal["sizes", "hashes"] = "sizes",
+) -> Model:
+    """The model in the bundle at `path`, ready to run.
+
+    `engine="auto"` takes CUDA where a session really runs on it, else the native engine where it can run this graph,
+    else ONNX Runtime on the CPU; `Model.explain` says which, and why not the others. An engine asked for by name runs
+    or raises. `threads` defaults to the physical cores that this process may use. `isa` ("avx2", ...), `kv` ("int8" or
+    "float32" cache), `context` (tokens to plan memory for) and `memory_limit` (bytes) are the native engine's; an
+    `isa` asks for that engine. `check="hashes"` also reads and checks every byte of the bundle.
+
+    Raises:
+        BundleError: the bundle is damaged, or none.
+        EngineUnavailable: the engine asked for, or with "auto" every engine, cannot run here.
+        InputError: an argument is out of its range.
+    """
+    if engine not in ("auto", *ORDER):
+        raise InputError(f"engine is {engine!r}, expected auto, {', '.join(ORDER)}.")
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024):
+        raise InputError(f"threads is {threads!r}, expected a whole number from 1 to 1024.")
+    native = NativeOptions(isa, kv, context, memory_limit)
+    if isa is not None and engine in ("cuda", "cpu"):
+        raise InputError(f"isa={isa!r} is an option of the native engine, but engine={engine!r} was asked for.")
+    bundle = Bundle.open(path, check=check)
+    asked = "native" if engine == "auto" and isa is not None else engine
+    count = threads or default_threads()
+    if asked != "auto":
+        made = _create(asked, bundle, count, native)
+        why = f"an isa ({isa}) was asked for" if engine == "auto" else "it was asked for by name"
+        return Model(bundle, made, Choice(asked, {asked: _chosen(made, count, why)}))
+    reasons: dict[str, str] = {}
+    for position, name in enumerate(ORDER):
+        try:
+            made = _create(name, bundle, count, native)
+        except EngineUnavailable as error:
+            reasons[name] = str(error)
+            continue
+        reasons[name] = _chosen(made, count, "the first that can run this bundle here")
+        for rest in ORDER[position + 1 :]:
+            reasons[rest] = f"not tried: {name} comes first"
+        return Model(bundle, made, Choice(name, reasons))
+    lines = "".join(f"\n  - {name}: {reason}" for name, reason in reasons.items())
+    raise EngineUnavailable(f"No engine can run {bundle.path} here:{lines}")
+
+
+def _create(name: str, bundle: Bundle, threads: int, native: NativeOptions) -> Engine:
+    if name == "native":
+        try:
+            from edgeformer.native.engine import NativeEngine
+        except ImportError as error:
+            raise EngineUnavailable(
+                f"the native extension is not built ({error}); install edgeformer where a C++ compiler is."
+            ) from error
+        made: Engine = NativeEngine.from_bundle(
+            bundle,
+            threads=threads,
+            isa=native.isa,
+            kv=native.kv,
+            context=native.context,
+            memory_limit=native.memory_limit,
+        )
+        return made
+    from edgeformer.ort import OrtEngine, cuda_driver_problem
+
+    if name == "cuda":
+        problem = cuda_driver_problem()  # cheap, and most machines end here without importing onnxruntime
+        if problem:
+            raise EngineUnavailable(f"CUDA is not there: {problem}.")
+        return OrtEngine(bundle, "cuda", threads)
+    return OrtEngine(bundle, "cpu", threads)
+
+
+def _chosen(engine: Engine, threads: int, why: str) -> str:
+    what = getattr(engine, "description", None) or f"{threads} thread{'s' if threads > 1 else ''}"
+    return f"chosen, {why} ({what})"
+
+
+class Model:
+    """A loaded bundle. Threads may share it; each generation has a state of its own."""
+
+    def __init__(self, bundle: Bundle, engine: Engine, choice: Choice) -> None:
+        self.bundle = bundle
+        self.engine = engine
+        self._choice = choice
+        self._limits = Limits.of(bundle)
+
+    def __repr__(self) -> str:
+        return f"<edgeformer.Model {self.bundle.path.name}: {self.bundle.task} on {self.engine.name}>"
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The bundle's tokenizer; None where it has none."""
+        return Tokenizer.of(self.bundle)
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether the graph takes `input_ids` and gives `logits` for them."""
+        graph = self.bundle.manifest["graphs"]["model"]
+        return IDS in graph["inputs"] and "logits" in graph["outputs"] and self.bundle.task == "text-generation"
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What is loaded, for people and for logs."""
+        manifest = self.bundle.manifest
+        return {
+            "path": str(self.bundle.path),
+            "task": self.bundle.task,
+            "engine": self.engine.name,
+            "threads": getattr(self.engine, "threads", None),
+            "quantization": manifest["quantization"],
+            "bytes": self.bundle.size,
+            "vocab_size": self.bundle.vocab_size,
+            "context": self.bundle.context,
+            "inputs": manifest["graphs"]["model"]["inputs"],
+            "outputs": manifest["graphs"]["model"]["outputs"],
+            "accuracy": manifest["accuracy"],
+            "provenance": manifest["provenance"],
+            "fingerprint": self.bundle.fingerprint,
+        }
+
+    def explain(self) -> Choice:
+        """Which engine runs, and why not the others."""
+        return self._choice
+
+    def session(self) -> Session:
+        """A conversation's memory: pass it to `generate` or `stream`, and only what is new of a prompt is run."""
+        return Session(self.engine.new_state())
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        session: Session | None = None,
+    ) -> Result:
+        """The whole answer to `prompt`: text, token ids, or a list of chat messages.
+
+        Raises:
+            InputError: an argument is out of its range, or the prompt is longer than the model's context.
+            TemplateError: chat messages for a bundle without a chat template, or refused by it.
+        """
+        sampling = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        options = GenerationOptions(max_new_tokens, _stops(stop), ignore_eos, sampling)
+        stream = self._stream(prompt, options, session)
+        for _ in stream:
+            pass
+        return stream.result
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        session: Session | None = None,
+    ) -> Stream:
+        """The answer piece by piece, as it comes; `.result` of the stream has the whole once it ended.
+
+        Arguments and errors are those of `generate`.
+        """
+        sampling = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        options = GenerationOptions(max_new_tokens, _stops(stop), ignore_eos, sampling)
+        return self._stream(prompt, options, session)
+
+    def logits(self, ids: Sequence[int] | np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """The logits at every position, float32 [len(ids), vocab]: row i scores what follows ids[:i + 1].
+
+        Raises:
+            InputError: `ids` is empty, longer than the context, or holds an unknown id.
+        """
+        self._require_language_model("logits")
+        array = np.asarray(ids)
+        if array.ndim != 1 or array.size == 0:
+            raise InputError(f"ids has the shape {list(array.shape)}, expected a list of at least one token id.")
+        state = self.engine.new_state()
+        step = CHUNK if self._limits.cached else len(array)
+        parts = [
+            self.engine.forward([({IDS: array[None, start : start + step]}, state)])[0]["logits"][0]
+            for start in range(0, len(array), step)
+        ]
+        return np.concatenate(parts).astype(np.float32, copy=False)
+
+    def __call__(self, **inputs: Any) -> dict[str, np.ndarray[Any, Any]]:
+        """The graph's outputs for its own inputs, each with its batch axis first.
+
+        Raises:
+            InputError: an input is missing, unknown, or of another type or shape.
+        """
+        return self.engine.forward([(inputs, self.engine.new_state())])[0]
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt: text, token ids, or a list of chat messages.
+
+        Raises:
+            InputError: it is none of these, or text for a bundle without a tokenizer.
+        """
+        if isinstance(prompt, str):
+            return self._require_tokenizer().encode(prompt)
+        if isinstance(prompt, np.ndarray):
+            return prompt.tolist() if prompt.ndim == 1 and prompt.dtype.kind in "iu" else _no_prompt(prompt)
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+            return _no_prompt(prompt)
+        if prompt and all(isinstance(part, Mapping) for part in prompt):
+            return self._require_tokenizer().encode_chat(prompt)  # type: ignore[arg-type]
+        if all(isinstance(part, (int, np.integer)) and not isinstance(part, bool) for part in prompt):
+            return [int(part) for part in prompt]  # type: ignore[arg-type]
+        return _no_prompt(prompt)
+
+    def _stream(self, prompt: Prompt, options: GenerationOptions, session: Session | None) -> Stream:
+        self._require_language_model("generate")
+        if options.stop:
+            self._require_tokenizer()
+        ids = self.encode_prompt(prompt)
+        text = self.tokenizer.detokenizer() if self.tokenizer else None
+        return Stream(tokens(self.engine, session or self.session(), ids, self._limits, options, text))
+
+    def _require_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise InputError(f"{self.bundle.path} has no tokenizer; give the prompt as token ids, and no stop strings.")
+        return self.tokenizer
+
+    def _require_language_model(self, what: str) -> None:
+        if not self.is_language_model:
+            inputs = ", ".join(self.bundle.manifest["graphs"].get("model", {}).get("inputs", {}))
+            raise InputError(
+                f"{self.bundle.path} is a {self.bundle.task} model and has no {what}(); call it: model({inputs})."
+            )
+
+
+def _stops(stop: str | Sequence[str]) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def _no_prompt(prompt: object) -> list[int]:
+    raise InputError(
+        f"The prompt is {type(prompt).__name__}, expected text, a list of token ids, or a list of chat messages "
+        "({'role': ..., 'content': ...})."
+    )
+
+
+__all__ = ["BundleError", "Choice", "Model", "NativeOptions", "load"]
