@@ -217,7 +217,7 @@ def tokens(
         piece = "" if ended or text is None else filter.push(text.push(id))
         if ended:
             reason = "eos"
-        elif filter.found:
+        elif filter.found():
             reason = "stop"
         elif len(new) >= options.max_new_tokens:
             reason = "length"
@@ -228,10 +228,10 @@ def tokens(
             yield Piece(id, piece)
             logits = next_logits(engine, session, ids, limits)
             continue
-        if text is not None and not filter.found:
+        if text is not None and not filter.found():
             piece += filter.push(text.flush())
             piece += filter.flush()
-            reason = "stop" if filter.found and reason != "eos" else reason
+            reason = "stop" if filter.found() and reason != "eos" else reason
         shown.append(piece)
         yield Piece(id, piece, reason)
     timings = Timings(length, reused, prompt_end - began, first - began, len(new), last - first)
@@ -277,13 +277,12 @@ class StopFilter:
         self._held = ""
         self._found: str | None = None
 
-    @property
     def found(self) -> bool:
         """Whether a stop string appeared; from then on nothing comes through."""
         return self._found is not None
 
     def push(self, text: str) -> str:
-        if self.found:
+        if self.found():
             return ""
         self._held += text
         places = [(place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]

@@ -1,0 +1,171 @@
+"""The parity check on the device, without torch: the bundle's own reference values against an engine.
+
+`reference.npz` holds `input.NAME`, the float model's outputs `float.NAME`, and the outputs `bundle.NAME` that ONNX
+Runtime's CPU gave at export. `reference.tolerance` of the manifest says how far an engine may be from each ("float",
+"bundle"), as a share of the range (largest minus smallest) of the reference output. What has no tolerance is shown but
+not judged.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from edgeformer.bundle import Bundle
+from edgeformer.engine import Engine
+from edgeformer.errors import BundleError
+from edgeformer.model import EngineName, Model, load
+from edgeformer.signature import IDS, PAST, POSITIONS
+
+Array = np.ndarray[Any, Any]
+
+STEPS = (5, 1, 1, 1, 2)  # tokens a step: a prefill, decoding, a short prefill on a full cache; then what is left
+
+
+@dataclass(frozen=True)
+class Check:
+    """One output compared with one reference, in one way of running. `worst` is a share of the reference's range."""
+
+    output: str
+    reference: str
+    run: str
+    worst: float
+    where: tuple[int, ...]
+    tolerance: float | None
+
+    @property
+    def passed(self) -> bool:
+        return self.tolerance is None or self.worst <= self.tolerance  # a NaN is never <=
+
+    def __str__(self) -> str:
+        judged = (
+            "not judged" if self.tolerance is None else f"{'at most' if self.passed else 'allowed'} {self.tolerance:g}"
+        )
+        place = f" at {list(self.where)}" if not self.passed else ""
+        return f"{self.output} {self.run} against {self.reference}: {self.worst:.3g} of the range{place} ({judged})"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found."""
+
+    path: str
+    engine: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        checks = [asdict(check) | {"passed": check.passed} for check in self.checks]
+        return {"path": self.path, "engine": self.engine, "passed": self.passed, "checks": checks}
+
+
+def verify(
+    path: str | os.PathLike[str],
+    engine: EngineName = "auto",
+    threads: int | None = None,
+    *,
+    isa: str | None = None,
+    kv: str = "int8",
+    progress: Callable[[str], None] = lambda step: None,
+) -> Report:
+    """The reference run on this machine's engine, as a whole and step by step with the KV cache.
+
+    All hashes are checked first. `progress` is told each step's name.
+
+    Raises:
+        BundleError: the bundle is damaged, or holds no reference that can be judged.
+        EngineUnavailable: the engine cannot run here.
+    """
+    progress("checking hashes")
+    bundle = Bundle.open(path, check="hashes")
+    inputs, references, tolerance = read_reference(bundle)
+    progress("loading")
+    model = load(path, engine, threads, isa=isa, kv=kv)
+    runs: dict[str, Callable[[], dict[str, Array]]] = {"in one run": lambda: _whole(model.engine, inputs)}
+    cached = any(name.startswith(PAST) for name in bundle.manifest["graphs"]["model"]["inputs"])
+    if cached and IDS in inputs:
+        runs["step by step"] = lambda: stepwise(model.engine, inputs, STEPS)
+    checks = []
+    for run, work in runs.items():
+        progress(f"running {run}")
+        outputs = work()
+        for (kind, name), expected in references.items():
+            if name not in outputs:
+                raise BundleError(f"{bundle.path}: the reference has an output {name!r}, the graph has not.")
+            checks.append(compare(name, kind, run, outputs[name], expected, tolerance.get(kind)))
+    return Report(str(bundle.path), _engine_name(model), tuple(checks))
+
+
+def read_reference(bundle: Bundle) -> tuple[dict[str, Array], dict[tuple[str, str], Array], dict[str, float]]:
+    """(inputs by name, expected outputs by (kind, name), tolerances by kind) of the bundle's reference file.
+
+    Raises:
+        BundleError: there is none, it is damaged, or none of its outputs has a tolerance.
+    """
+    entry = bundle.manifest["reference"]
+    if entry is None:
+        raise BundleError(f"{bundle.path} holds no reference values, so nothing can be verified; export it again.")
+    path = bundle.path / entry["file"]
+    inputs: dict[str, Array] = {}
+    outputs: dict[tuple[str, str], Array] = {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for key in file.files:
+                kind, _, name = key.partition(".")
+                if kind == "input":
+                    inputs[name] = file[key]
+                elif kind in ("float", "bundle"):
+                    outputs[kind, name] = file[key]
+                else:
+                    raise BundleError(f"{path} holds {key!r}, expected input.*, float.* or bundle.*")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        if isinstance(error, BundleError):
+            raise
+        raise BundleError(f"{path} cannot be read: {error}. Export or copy the bundle again.") from error
+    tolerance = {kind: float(value) for kind, value in entry["tolerance"].items() if value is not None}
+    if not inputs or not any(kind in tolerance for kind, _ in outputs):
+        raise BundleError(f"{path} holds nothing that can be judged: it needs inputs, outputs and a tolerance.")
+    return inputs, outputs, tolerance
+
+
+def compare(output: str, kind: str, run: str, got: Array, expected: Array, tolerance: float | None) -> Check:
+    """The largest difference as a share of the reference's range; infinite for another shape, NaN or infinity."""
+    if got.shape != expected.shape:
+        return Check(
+            output, kind, f"{run} (shape {list(got.shape)}, not {list(expected.shape)})", np.inf, (), tolerance
+        )
+    wanted = expected.astype(np.float64)
+    difference = np.abs(got.astype(np.float64) - wanted)
+    difference[~np.isfinite(difference)] = np.inf
+    where = tuple(int(i) for i in np.unravel_index(int(difference.argmax()), difference.shape))
+    span = float(wanted.max() - wanted.min()) or 1.0  # a constant output is compared as it is
+    return Check(output, kind, run, float(difference.max()) / span, where, tolerance)
+
+
+def stepwise(engine: Engine, inputs: dict[str, Array], steps: Sequence[int]) -> dict[str, Array]:
+    """The outputs of running `inputs` some tokens at a time through one state, joined along the sequence axis."""
+    length = inputs[IDS].shape[1]
+    ends = [int(end) for end in np.cumsum(steps) if end < length] + [length]
+    state, start = engine.new_state(), 0
+    parts: list[dict[str, Array]] = []
+    for end in ends:
+        cut = {name: a[:, start:end] if name in (IDS, POSITIONS) else a for name, a in inputs.items()}
+        parts += engine.forward([(cut, state)])
+        start = end
+    return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
+
+
+def _whole(engine: Engine, inputs: dict[str, Array]) -> dict[str, Array]:
+    return engine.forward([(inputs, engine.new_state())])[0]
+
+
+def _engine_name(model: Model) -> str:
+    return model.engine.name
