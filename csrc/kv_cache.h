@@ -14,6 +14,10 @@ class KvCache {
  public:
   // `limit`: the most tokens it may hold. Nothing is allocated yet.
   KvCache(std::vector<KvLayout> layers, int64_t limit);
+  KvCache(KvCache&&) = default;
+  KvCache& operator=(KvCache&&) = default;
+  KvCache(const KvCache&) = delete;
+  KvCache& operator=(const KvCache&) = delete;
 
   int64_t length() const { return length_; }  // tokens held
   int64_t limit() const { return limit_; }

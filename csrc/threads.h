@@ -1,8 +1,8 @@
 // A small pool: phases in order, chunks claimed dynamically, a short spin and then sleep.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
-#include <memory>
 
 namespace edgeformer {
 
@@ -32,7 +32,8 @@ class ThreadPool {
 
   int threads() const;
 
-  // For p = 0 .. phases - 1: chunks = begin(p), then work(p, chunk, thread) for chunk = 0 .. chunks - 1.
+  // For p = 0 .. phases - 1: chunks = begin(p), then work(p, chunk, thread) for chunk = 0 .. chunks - 1 (chunks <
+  // 2^32).
   //  - begin(p) runs once, on the thread that finished phase p - 1 (the caller for p = 0), after all of phase p - 1 and
   //    before all of phase p: it sees all their writes. Small serial work belongs there; it may return 0.
   //  - work(p, chunk, thread): `thread` in 0 .. threads - 1 is this thread's own index for the whole run, 0 the caller.
@@ -45,7 +46,7 @@ class ThreadPool {
 
  private:
   struct Impl;
-  std::unique_ptr<Impl> impl_;
+  std::atomic<Impl*> impl_;  // replaced once in a child of fork()
 };
 
 }  // namespace edgeformer

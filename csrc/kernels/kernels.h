@@ -13,16 +13,17 @@
 
 namespace edgeformer {
 
-constexpr int64_t kLanes = 16;         // rows of a weight panel, tokens of a key tile
-constexpr int64_t kBlock = 32;         // columns that share one activation scale
-constexpr int64_t kSmallRows = 8;      // up to so many rows of activations a linear costs nearly what one row costs
-constexpr int64_t kChunkTokens = 128;  // tokens of one KV chunk: the unit of growth and of the split of a sequence
-constexpr int64_t kMaxHeadDim = 512;   // head_dim and value_dim of attention
-constexpr int64_t kPartialHead = 16;   // floats before the output in a row of attention partials
+static constexpr int64_t kLanes = 16;     // rows of a weight panel, tokens of a key tile
+static constexpr int64_t kBlock = 32;     // columns that share one activation scale
+static constexpr int64_t kSmallRows = 8;  // up to so many rows of activations a linear costs nearly what one row costs
+static constexpr int64_t kChunkTokens =
+    128;  // tokens of one KV chunk: the unit of growth and of the split of a sequence
+static constexpr int64_t kMaxHeadDim = 512;  // head_dim and value_dim of attention
+static constexpr int64_t kPartialHead = 16;  // floats before the output in a row of attention partials
 
-constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-constexpr int64_t panels_of(int64_t n) { return (n + kLanes - 1) / kLanes; }
-constexpr int64_t blocks_of(int64_t k) { return (k + kBlock - 1) / kBlock; }
+static constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+static constexpr int64_t panels_of(int64_t n) { return (n + kLanes - 1) / kLanes; }
+static constexpr int64_t blocks_of(int64_t k) { return (k + kBlock - 1) / kBlock; }
 
 // ---- weights ------------------------------------------------------------------------------------------------------
 // Packed W[N, K]: panels of 16 rows, one after another; in a panel the 32-column blocks, one after another; in a block
@@ -169,7 +170,7 @@ struct AttentionArgs {
 // Result: out * (1 / sum).
 //
 // A row of partials: [max, sum, 14 unused, out[round_up(value_dim, 16)]].
-constexpr int64_t partial_floats(const KvLayout& l) { return kPartialHead + l.value_stride(); }
+static constexpr int64_t partial_floats(const KvLayout& l) { return kPartialHead + l.value_stride(); }
 
 // ---- the table ----------------------------------------------------------------------------------------------------
 struct Kernels {

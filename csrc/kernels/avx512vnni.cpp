@@ -1,0 +1,116 @@
+// The AVX-512 VNNI table: one zmm is 16 lanes, vpdpbusd does 64 multiply-adds, 32 registers hold an 8 x 2 panel tile.
+#if defined(__x86_64__)
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own _mm512_undefined_*
+#endif
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+#endif
+
+#include "scalar_math.h"  // inside the region: its fma is an instruction there
+
+namespace edgeformer {
+namespace {
+
+struct S {
+  using F = __m512;
+  using I = __m512i;
+  using W = __m512i;
+  using X = const int8_t*;
+  using NibbleSum = __m512i;
+  using ByteSum = __m512i;
+  static constexpr int kGemvRows = 8, kTileRows = 8, kTilePanels = 2, kF32Rows = 8;
+  static constexpr int kValueRows = 4, kValueColumns = 4;
+  static constexpr int64_t kPrefetch = 4096;
+
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static F load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
+  static void store_n(float* p, F v, int n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), v); }
+  static F set1(float v) { return _mm512_set1_ps(v); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F sqrt(F a) { return _mm512_sqrt_ps(a); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F select_lt(F a, F b, F x, F y) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x); }
+  static I bits(F v) { return _mm512_castps_si512(v); }
+  static F from_bits(I v) { return _mm512_castsi512_ps(v); }
+  static F abs(F v) { return from_bits(_mm512_and_si512(bits(v), iset1(0x7fffffff))); }
+  static F neg(F v) { return from_bits(_mm512_xor_si512(bits(v), iset1(int32_t(0x80000000)))); }
+  static F with_sign(F v, F sign) {  // (v & 0x7fffffff) | (sign & 0x80000000)
+    return from_bits(_mm512_ternarylogic_epi32(iset1(0x7fffffff), bits(v), bits(sign), 0xca));
+  }
+  static I iset1(int32_t v) { return _mm512_set1_epi32(v); }
+  static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I imax(I a, I b) { return _mm512_max_epi32(a, b); }
+  static I ishl23(I v) { return _mm512_slli_epi32(v, 23); }
+  static I to_int(F v) { return _mm512_cvtps_epi32(v); }
+  static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
+  static F s8(const int8_t* p) {
+    return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static F half(const uint8_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static void narrow(int8_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(v)); }
+  static float sum(F v) {
+    const __m256 s8 = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    const __m128 s4 = _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
+    const __m128 s2 = _mm_add_ps(s4, _mm_movehl_ps(s4, s4));
+    return _mm_cvtss_f32(_mm_add_ss(s2, _mm_shuffle_ps(s2, s2, 1)));
+  }
+  static float maximum(F v) { return _mm512_reduce_max_ps(v); }
+  static int32_t isum(I v) { return _mm512_reduce_add_epi32(v); }
+  static int32_t imaximum(I v) { return _mm512_reduce_max_epi32(v); }
+
+  static W load_w(const uint8_t* p) { return _mm512_load_si512(p); }
+  static void store_w(uint8_t* p, W w) { _mm512_store_si512(p, w); }
+  static W byte_weight(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static W nibble_low(const uint8_t* p) { return _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(15)); }
+  static W nibble_high(const uint8_t* p) {
+    return _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(p), 4), _mm512_set1_epi8(15));
+  }
+  static X load_x(const int8_t* p) { return p; }
+  static I step(X x, int index) {  // 4 activations in every lane
+    int32_t four;
+    __builtin_memcpy(&four, x + 4 * index, 4);
+    return _mm512_set1_epi32(four);
+  }
+  static NibbleSum nzero() { return _mm512_setzero_si512(); }
+  template <int index>
+  static NibbleSum ndot(NibbleSum sum, W w, X x) {
+    return _mm512_dpbusd_epi32(sum, w, step(x, index));
+  }
+  static I nsum(NibbleSum sum) { return sum; }
+  static ByteSum bzero(int32_t offset) { return _mm512_set1_epi32(offset); }
+  template <int index>
+  static ByteSum bdot(ByteSum sum, W w, X x) {
+    return _mm512_dpbusd_epi32(sum, w, step(x, index));
+  }
+  static I bsum(ByteSum sum) { return sum; }
+};
+
+#include "simd.inl"
+
+}  // namespace
+
+Kernels kernels_avx512vnni(Kernels base) { return simd_table(base, "avx512vnni"); }
+
+}  // namespace edgeformer
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

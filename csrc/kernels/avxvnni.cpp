@@ -1,0 +1,63 @@
+// The AVX-VNNI table: AVX2 with vpdpbusd on ymm (client CPUs without AVX-512).
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avxvnni"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avxvnni")
+#endif
+
+#include "scalar_math.h"  // inside the region: its fma is an instruction there
+
+namespace edgeformer {
+namespace {
+
+#include "lanes_avx2.inl"
+
+struct S : Lanes {
+  static constexpr int kGemvRows = 4, kTileRows = 5, kTilePanels = 1, kF32Rows = 4;
+  static constexpr int kValueRows = 2, kValueColumns = 2;
+  static constexpr int64_t kPrefetch = 4096;
+
+  template <int index>
+  static I dot(I s, W w, X x) {
+    const __m256i v = step(x, index);
+    return {_mm256_dpbusd_avx_epi32(s.a, w.a, v), _mm256_dpbusd_avx_epi32(s.b, w.b, v)};
+  }
+
+  using NibbleSum = I;
+  static NibbleSum nzero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  template <int index>
+  static NibbleSum ndot(NibbleSum s, W w, X x) {
+    return dot<index>(s, w, x);
+  }
+  static I nsum(NibbleSum s) { return s; }
+
+  using ByteSum = I;
+  static W byte_weight(const uint8_t* p) { return load_w(p); }
+  static ByteSum bzero(int32_t offset) { return iset1(offset); }
+  template <int index>
+  static ByteSum bdot(ByteSum s, W w, X x) {
+    return dot<index>(s, w, x);
+  }
+  static I bsum(ByteSum s) { return s; }
+};
+
+#include "simd.inl"
+
+}  // namespace
+
+Kernels kernels_avxvnni(Kernels base) { return simd_table(base, "avxvnni"); }
+
+}  // namespace edgeformer
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

@@ -1,0 +1,484 @@
+// The SIMD kernels, written once over a struct S that each ISA file defines before including this file.
+//
+// All of S's vectors have 16 lanes (one zmm, two ymm, four q registers), so the order of every float sum is the same in
+// each ISA and equal to the formulas in kernels.h. S has:
+//   F, I              16 floats, 16 int32
+//   load store load_n store_n (n in 1..15: touches nothing beyond) set1 add sub mul div sqrt fma(a,b,c)=a*b+c
+//   max(a,b) = a > b ? a : b, min likewise (b where either is NaN), select_lt(a,b,x,y) = a < b ? x : y
+//   abs neg with_sign, bits/from_bits, isub iadd ishl23 imax iset1, to_int (nearest even), to_float, s8 (16 int8 -> F)
+//   half (16 fp16 -> F), narrow (16 int32 in -128..127 -> 16 bytes), sum (the tree), isum, imaximum
+//   Weights: W holds 4 columns of 16 rows as bytes. X gives 16 columns of one activation row, as 4 steps.
+//     nibble_low/high(p) -> W; byte_weight(p) -> W (from q + 128); load_w/store_w for unpacked tiles
+//     NibbleSum: nzero, ndot<step>(sum, W, X), nsum(sum) -> I.  ByteSum: bzero(offset), bdot<step>, bsum(sum) -> I
+//     bzero takes -128 * sum of x where W is unsigned, and ignores it where byte_weight gives signed bytes
+//   kGemvRows, kTileRows, kTilePanels: how many rows of activations (and panels) fit the registers
+// The including file has opened its target region and an anonymous namespace.
+
+using F = S::F;
+using I = S::I;
+
+inline F load_tail(const float* p, int64_t n) { return n >= 16 ? S::load(p) : S::load_n(p, int(n)); }
+inline void store_tail(float* p, F v, int64_t n) { n >= 16 ? S::store(p, v) : S::store_n(p, v, int(n)); }
+
+// ---- elementary functions: scalar_math.h over 16 lanes ------------------------------------------------------------
+
+inline F f16(float v) { return S::set1(v); }
+
+inline F exp16(F x) {
+  const F c = S::min(f16(89.0f), S::max(f16(-87.0f), x));
+  const F shifted = S::fma(c, f16(1.44269504f), f16(12582912.0f));
+  const F n = S::sub(shifted, f16(12582912.0f));
+  F r = S::fma(n, f16(-0.693359375f), c);
+  r = S::fma(n, f16(2.12194440e-4f), r);
+  F p = f16(1.99169488e-4f);
+  p = S::fma(p, r, f16(1.394641236e-3f));
+  p = S::fma(p, r, f16(8.333266713e-3f));
+  p = S::fma(p, r, f16(4.166626558e-2f));
+  p = S::fma(p, r, f16(1.666666716e-1f));
+  p = S::fma(p, r, f16(0.5f));
+  const F e = S::add(S::fma(p, S::mul(r, r), r), f16(1.0f));
+  const F power = S::from_bits(S::ishl23(S::iadd(S::bits(shifted), S::iset1(126 - 0x4b400000))));
+  return S::select_lt(x, f16(-87.0f), f16(0.0f), S::mul(S::mul(e, power), f16(2.0f)));
+}
+
+inline F sigmoid16(F x) { return S::div(f16(1.0f), S::add(f16(1.0f), exp16(S::sub(f16(0.0f), x)))); }
+
+inline F tanh16(F x) {
+  const F a = S::abs(x), z = S::mul(x, x);
+  F p = f16(-5.603894126e-3f);
+  p = S::fma(p, z, f16(2.055169828e-2f));
+  p = S::fma(p, z, f16(-5.371410027e-2f));
+  p = S::fma(p, z, f16(1.333115250e-1f));
+  p = S::fma(p, z, f16(-3.333327174e-1f));
+  const F small = S::fma(p, S::mul(z, x), x);
+  const F tail = S::div(f16(2.0f), S::add(exp16(S::add(a, a)), f16(1.0f)));
+  return S::select_lt(a, f16(0.625f), small, S::with_sign(S::sub(f16(1.0f), tail), x));
+}
+
+inline F erf16(F x) {
+  const F z = S::mul(x, x);
+  F p = f16(7.889114931e-5f);
+  p = S::fma(p, z, f16(-8.020839887e-4f));
+  p = S::fma(p, z, f16(5.189535208e-3f));
+  p = S::fma(p, z, f16(-2.685444430e-2f));
+  p = S::fma(p, z, f16(1.128360033e-1f));
+  p = S::fma(p, z, f16(-3.761262596e-1f));
+  p = S::fma(p, z, f16(1.283791671e-1f));
+  const F small = S::fma(p, x, x);
+  const F magnitude = S::abs(x), a = S::min(f16(4.0f), magnitude);
+  F q = f16(-2.169774962e-5f);
+  q = S::fma(q, a, f16(4.414742580e-4f));
+  q = S::fma(q, a, f16(-4.205293022e-3f));
+  q = S::fma(q, a, f16(2.521036193e-2f));
+  q = S::fma(q, a, f16(-1.084221378e-1f));
+  q = S::fma(q, a, f16(-6.332163811e-1f));
+  q = S::fma(q, a, f16(-1.129580379e+0f));
+  q = S::fma(q, a, f16(1.884713129e-4f));
+  return S::select_lt(magnitude, f16(1.0f), small, S::with_sign(S::sub(f16(1.0f), exp16(q)), x));
+}
+
+template <Unary op>
+struct UnaryOp {
+  F operator()(F x) const {
+    switch (op) {
+      case Unary::exp:
+        return exp16(x);
+      case Unary::sigmoid:
+        return sigmoid16(x);
+      case Unary::tanh:
+        return tanh16(x);
+      case Unary::erf:
+        return erf16(x);
+      case Unary::sqrt:
+        return S::sqrt(x);
+      case Unary::relu:
+        return S::max(f16(0.0f), x);
+      case Unary::relu2:
+        return S::mul(S::max(f16(0.0f), x), S::max(f16(0.0f), x));
+      case Unary::silu:
+        return S::mul(x, sigmoid16(x));
+      case Unary::gelu:
+        return S::mul(S::mul(f16(0.5f), x), S::add(f16(1.0f), erf16(S::mul(x, f16(0.707106781f)))));
+      case Unary::gelu_tanh:
+        return S::mul(x, sigmoid16(S::mul(x, S::fma(S::mul(x, x), f16(0.0713548163f), f16(1.59576912f)))));
+      case Unary::quick_gelu:
+        return S::mul(x, sigmoid16(S::mul(f16(1.702f), x)));
+      case Unary::neg:
+        return S::neg(x);
+      case Unary::abs:
+        return S::abs(x);
+      case Unary::reciprocal:
+        return S::div(f16(1.0f), x);
+      case Unary::rsqrt:
+        return S::div(f16(1.0f), S::sqrt(x));
+      default:
+        return x;
+    }
+  }
+};
+
+// The rare ones (sin, cos, log, softplus) go through scalar_math.h, lane by lane.
+struct RareOp {
+  Unary op;
+  F operator()(F x) const {
+    float v[16];
+    S::store(v, x);
+    for (int l = 0; l < 16; l++) v[l] = unary1(op, v[l]);
+    return S::load(v);
+  }
+};
+
+// Calls body(f) with f the function of `op` on 16 lanes: one branch a call, none a vector.
+template <class Body>
+inline void with_unary(Unary op, Body body) {
+  switch (op) {
+#define EDGEFORMER_CASE(name) \
+  case Unary::name:           \
+    return body(UnaryOp<Unary::name>{});
+    EDGEFORMER_CASE(identity)
+    EDGEFORMER_CASE(exp)
+    EDGEFORMER_CASE(sigmoid)
+    EDGEFORMER_CASE(tanh)
+    EDGEFORMER_CASE(erf)
+    EDGEFORMER_CASE(sqrt)
+    EDGEFORMER_CASE(relu)
+    EDGEFORMER_CASE(relu2)
+    EDGEFORMER_CASE(silu)
+    EDGEFORMER_CASE(gelu)
+    EDGEFORMER_CASE(gelu_tanh)
+    EDGEFORMER_CASE(quick_gelu)
+    EDGEFORMER_CASE(neg)
+    EDGEFORMER_CASE(abs)
+    EDGEFORMER_CASE(reciprocal)
+    EDGEFORMER_CASE(rsqrt)
+#undef EDGEFORMER_CASE
+    default:
+      return body(RareOp{op});
+  }
+}
+
+// ---- quantization -------------------------------------------------------------------------------------------------
+
+// Scale and multiplier of values whose absolute maximum has these bits.
+struct Scale {
+  float scale, inverse;
+  explicit Scale(int32_t top_bits) {
+    float absmax;
+    __builtin_memcpy(&absmax, &top_bits, 4);
+    scale = absmax < 0x1p-100f ? 0.0f : absmax / 127.0f;
+    inverse = absmax < 0x1p-100f ? 0.0f : 127.0f / absmax;
+  }
+};
+
+inline void quantize(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t block_begin, int64_t block_end,
+                     int8_t* xq, XBlock* xb) {
+  const int64_t blocks = blocks_of(k);
+  for (int64_t i = 0; i < m; i++) {
+    for (int64_t g = block_begin; g < block_end; g++) {
+      const float* from = x + i * ldx + g * kBlock;
+      const int64_t n = k - g * kBlock;
+      const F low = load_tail(from, n), high = n > 16 ? load_tail(from + 16, n - 16) : f16(0.0f);
+      const Scale s(S::imaximum(S::imax(S::bits(S::abs(low)), S::bits(S::abs(high)))));
+      const I q0 = S::to_int(S::mul(low, f16(s.inverse))), q1 = S::to_int(S::mul(high, f16(s.inverse)));
+      int8_t* q = xq + (i * blocks + g) * kBlock;
+      S::narrow(q, q0);
+      S::narrow(q + 16, q1);
+      const int32_t sum_low = S::isum(q0), sum = sum_low + S::isum(q1);
+      XBlock& b = xb[i * blocks + g];
+      b.scale = s.scale;
+      b.scaled_sum = s.scale * float(sum);
+      b.offset = -128 * sum;
+      b.offset_low = -128 * sum_low;
+    }
+  }
+}
+
+// ---- linears ------------------------------------------------------------------------------------------------------
+
+// What differs between the weight types, over a block at p: packed (as in memory) or an unpacked tile.
+struct Q4a {
+  static constexpr int64_t kBytes = 320, kHead = 64;
+  static constexpr bool kNibbles = true, kMinimum = true, kHalves = false, kCentred = false;
+};
+struct Q4 {
+  static constexpr int64_t kBytes = 288, kHead = 32;
+  static constexpr bool kNibbles = true, kMinimum = false, kHalves = false, kCentred = true;
+};
+struct Q8 {
+  static constexpr int64_t kBytes = 544, kHead = 32;
+  static constexpr bool kNibbles = false, kMinimum = false, kHalves = false, kCentred = false;
+};
+struct Q8x16 {
+  static constexpr int64_t kBytes = 576, kHead = 64;
+  static constexpr bool kNibbles = false, kMinimum = false, kHalves = true, kCentred = false;
+};
+
+// A packed block: scales are fp16, nibbles are unpacked on the way.
+template <class Q>
+struct PackedBlock {
+  const uint8_t* p;
+  template <int slice>
+  S::W weights() const {
+    if constexpr (!Q::kNibbles)
+      return S::byte_weight(p + Q::kHead + 64 * slice);
+    else if constexpr (slice < 4)
+      return S::nibble_low(p + Q::kHead + 64 * slice);
+    else
+      return S::nibble_high(p + Q::kHead + 64 * (slice - 4));
+  }
+  F scale() const { return S::half(p); }
+  F second() const { return S::half(p + 32); }  // q4a: minima, q8x16: scales of the upper half
+};
+
+// The same block unpacked for many rows of activations: 8 slices of W, then 16 scales and 16 "second" as floats.
+constexpr int64_t kTileBlock = 512 + 128;
+template <class Q>
+struct TileBlock {
+  const uint8_t* p;
+  template <int slice>
+  S::W weights() const {
+    return S::load_w(p + 64 * slice);
+  }
+  F scale() const { return S::load(reinterpret_cast<const float*>(p + 512)); }
+  F second() const { return S::load(reinterpret_cast<const float*>(p + 576)); }
+};
+
+// One step: slice `s` of P blocks against R rows, into R x P sums.
+template <class Q, int s, int R, int P, class Block, class Sum>
+inline __attribute__((always_inline)) void dot_slice(const Block (&block)[P], const S::X (&x)[R], Sum (&sum)[R][P]) {
+  typename S::W w[P];
+  for (int p = 0; p < P; p++) w[p] = block[p].template weights<s>();
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) {
+      if constexpr (Q::kNibbles)
+        sum[r][p] = S::template ndot<s % 4>(sum[r][p], w[p], x[r]);
+      else
+        sum[r][p] = S::template bdot<s % 4>(sum[r][p], w[p], x[r]);
+    }
+}
+
+// acc[R][P] += one 32-column block of P panels times R rows, in the order of kernels.h.
+template <class Q, int R, int P, class Block>
+inline __attribute__((always_inline)) void add_block(const Block (&block)[P], const int8_t* xq, const XBlock* xb,
+                                                     int64_t ldq, int64_t ldb, F (&acc)[R][P]) {
+  typename S::X x[R];
+  if constexpr (Q::kNibbles) {
+    typename S::NibbleSum sum[R][P];
+    for (int r = 0; r < R; r++)
+      for (int p = 0; p < P; p++) sum[r][p] = S::nzero();
+    for (int r = 0; r < R; r++) x[r] = S::load_x(xq + r * ldq);
+    dot_slice<Q, 0, R, P>(block, x, sum);
+    dot_slice<Q, 1, R, P>(block, x, sum);
+    dot_slice<Q, 2, R, P>(block, x, sum);
+    dot_slice<Q, 3, R, P>(block, x, sum);
+    for (int r = 0; r < R; r++) x[r] = S::load_x(xq + r * ldq + 16);
+    dot_slice<Q, 4, R, P>(block, x, sum);
+    dot_slice<Q, 5, R, P>(block, x, sum);
+    dot_slice<Q, 6, R, P>(block, x, sum);
+    dot_slice<Q, 7, R, P>(block, x, sum);
+    for (int p = 0; p < P; p++) {
+      const F ws = block[p].scale();
+      for (int r = 0; r < R; r++) {
+        I dot = S::nsum(sum[r][p]);
+        if constexpr (Q::kCentred) dot = S::iadd(dot, S::iset1(xb[r * ldb].offset / 16));
+        acc[r][p] = S::fma(S::to_float(dot), S::mul(f16(xb[r * ldb].scale), ws), acc[r][p]);
+      }
+      if constexpr (Q::kMinimum) {
+        const F wm = block[p].second();
+        for (int r = 0; r < R; r++) acc[r][p] = S::fma(f16(xb[r * ldb].scaled_sum), wm, acc[r][p]);
+      }
+    }
+  } else {
+    typename S::ByteSum sum[R][P];
+    for (int r = 0; r < R; r++)
+      for (int p = 0; p < P; p++) sum[r][p] = S::bzero(Q::kHalves ? xb[r * ldb].offset_low : xb[r * ldb].offset);
+    for (int r = 0; r < R; r++) x[r] = S::load_x(xq + r * ldq);
+    dot_slice<Q, 0, R, P>(block, x, sum);
+    dot_slice<Q, 1, R, P>(block, x, sum);
+    dot_slice<Q, 2, R, P>(block, x, sum);
+    dot_slice<Q, 3, R, P>(block, x, sum);
+    if constexpr (Q::kHalves) {
+      for (int p = 0; p < P; p++) {
+        const F ws = block[p].scale();
+        for (int r = 0; r < R; r++) {
+          acc[r][p] = S::fma(S::to_float(S::bsum(sum[r][p])), S::mul(f16(xb[r * ldb].scale), ws), acc[r][p]);
+          sum[r][p] = S::bzero(xb[r * ldb].offset - xb[r * ldb].offset_low);
+        }
+      }
+    }
+    for (int r = 0; r < R; r++) x[r] = S::load_x(xq + r * ldq + 16);
+    dot_slice<Q, 4, R, P>(block, x, sum);
+    dot_slice<Q, 5, R, P>(block, x, sum);
+    dot_slice<Q, 6, R, P>(block, x, sum);
+    dot_slice<Q, 7, R, P>(block, x, sum);
+    for (int p = 0; p < P; p++) {
+      const F ws = Q::kHalves ? block[p].second() : block[p].scale();
+      for (int r = 0; r < R; r++)
+        acc[r][p] = S::fma(S::to_float(S::bsum(sum[r][p])), S::mul(f16(xb[r * ldb].scale), ws), acc[r][p]);
+    }
+  }
+}
+
+// One panel against R rows straight from the packed bytes: decoding, where memory sets the pace.
+template <class Q, int R>
+inline void panel_rows(const LinearArgs& a, const uint8_t* panel, int64_t row, float* y, int64_t lanes) {
+  const int64_t blocks = blocks_of(a.k);
+  F acc[R][1];
+  for (int r = 0; r < R; r++) acc[r][0] = f16(0.0f);
+  for (int64_t g = 0; g < blocks; g++) {
+    const uint8_t* p = panel + g * Q::kBytes;
+    for (int64_t line = 0; line < Q::kBytes; line += 64) __builtin_prefetch(p + line + S::kPrefetch, 0, 2);
+    const PackedBlock<Q> block[1] = {{p}};
+    add_block<Q, R, 1>(block, a.xq + (row * blocks + g) * kBlock, a.xb + row * blocks + g, blocks * kBlock, blocks,
+                       acc);
+  }
+  for (int r = 0; r < R; r++) store_tail(y + (row + r) * a.ldy, acc[r][0], lanes);
+}
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// Calls body with `count` (1..N) as a compile-time constant.
+template <int N, class Body>
+inline void with_count(int64_t count, Body body) {
+  if constexpr (N > 1) {
+    if (count < N) return with_count<N - 1>(count, body);
+  }
+  body(Count<N>{});
+}
+
+template <class Q>
+inline void small_linear(const LinearArgs& a, int64_t panel_begin, int64_t panel_end) {
+  const int64_t bytes = blocks_of(a.k) * Q::kBytes;
+  const int64_t passes = (a.m + S::kGemvRows - 1) / S::kGemvRows;
+  for (int64_t panel = panel_begin; panel < panel_end; panel++) {
+    const uint8_t* w = static_cast<const uint8_t*>(a.w) + panel * bytes;
+    for (int64_t pass = 0; pass < passes; pass++) {
+      const int64_t row = a.m * pass / passes, rows = a.m * (pass + 1) / passes - row;
+      with_count<S::kGemvRows>(rows, [&](auto R) __attribute__((always_inline)) {
+        panel_rows<Q, decltype(R)::value>(a, w, row, a.y + (panel - panel_begin) * kLanes, a.n - panel * kLanes);
+      });
+    }
+  }
+}
+
+// Prefill: kTilePanels panels x kTileBlocks blocks are unpacked into L1 once, then meet all rows. Between the parts of
+// K the accumulators rest in y, which does not change their bits.
+constexpr int64_t kTileBlocks = 24;
+
+template <class Q, int R, int P>
+inline void tile_rows(const LinearArgs& a, const uint8_t* tile, int64_t tile_blocks, int64_t first_block, int64_t row,
+                      float* y, int64_t lanes) {
+  const int64_t blocks = blocks_of(a.k);
+  F acc[R][P];
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++)
+      acc[r][p] = first_block ? load_tail(y + (row + r) * a.ldy + 16 * p, lanes - 16 * p) : f16(0.0f);
+  const int8_t* xq = a.xq + (row * blocks + first_block) * kBlock;
+  const XBlock* xb = a.xb + row * blocks + first_block;
+  for (int64_t g = 0; g < tile_blocks; g++) {
+    TileBlock<Q> block[P];
+    for (int p = 0; p < P; p++) block[p].p = tile + (p * kTileBlocks + g) * kTileBlock;
+    add_block<Q, R, P>(block, xq + g * kBlock, xb + g, blocks * kBlock, blocks, acc);
+  }
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) store_tail(y + (row + r) * a.ldy + 16 * p, acc[r][p], lanes - 16 * p);
+}
+
+template <class Q>
+inline void unpack_block(const uint8_t* packed, uint8_t* tile) {
+  const PackedBlock<Q> block = {packed};
+  S::store_w(tile + 0, block.template weights<0>());
+  S::store_w(tile + 64, block.template weights<1>());
+  S::store_w(tile + 128, block.template weights<2>());
+  S::store_w(tile + 192, block.template weights<3>());
+  S::store_w(tile + 256, block.template weights<4>());
+  S::store_w(tile + 320, block.template weights<5>());
+  S::store_w(tile + 384, block.template weights<6>());
+  S::store_w(tile + 448, block.template weights<7>());
+  S::store(reinterpret_cast<float*>(tile + 512), block.scale());
+  if constexpr (Q::kMinimum || Q::kHalves) S::store(reinterpret_cast<float*>(tile + 576), block.second());
+}
+
+template <class Q, int P>
+inline void tiled_panels(const LinearArgs& a, int64_t panel, float* y) {
+  alignas(64) uint8_t tile[P * kTileBlocks * kTileBlock];
+  const int64_t blocks = blocks_of(a.k), parts = (blocks + kTileBlocks - 1) / kTileBlocks;
+  const int64_t passes = (a.m + S::kTileRows - 1) / S::kTileRows;
+  for (int64_t part = 0; part < parts; part++) {
+    const int64_t first = blocks * part / parts, count = blocks * (part + 1) / parts - first;
+    for (int p = 0; p < P; p++)
+      for (int64_t g = 0; g < count; g++)
+        unpack_block<Q>(static_cast<const uint8_t*>(a.w) + ((panel + p) * blocks + first + g) * Q::kBytes,
+                        tile + (p * kTileBlocks + g) * kTileBlock);
+    for (int64_t pass = 0; pass < passes; pass++) {
+      const int64_t row = a.m * pass / passes, rows = a.m * (pass + 1) / passes - row;
+      with_count<S::kTileRows>(rows, [&](auto R) __attribute__((always_inline)) {
+        tile_rows<Q, decltype(R)::value, P>(a, tile, count, first, row, y, a.n - panel * kLanes);
+      });
+    }
+  }
+}
+
+template <class Q>
+inline void linear(const LinearArgs& a, int64_t panel_begin, int64_t panel_end) {
+  if (a.m <= kSmallRows) return small_linear<Q>(a, panel_begin, panel_end);
+  int64_t panel = panel_begin;
+  for (; panel + S::kTilePanels <= panel_end; panel += S::kTilePanels)
+    tiled_panels<Q, S::kTilePanels>(a, panel, a.y + (panel - panel_begin) * kLanes);
+  for (; panel < panel_end; panel++) tiled_panels<Q, 1>(a, panel, a.y + (panel - panel_begin) * kLanes);
+}
+
+template <int R>
+inline void f32_rows(const LinearArgs& a, const float* w, int64_t row, float* y, int64_t lanes) {
+  const float* x = a.x + row * a.ldx;
+  F acc[R];
+  for (int r = 0; r < R; r++) acc[r] = f16(0.0f);
+  for (int64_t c = 0; c < a.k; c++) {
+    const F wc = S::load(w + c * kLanes);
+    for (int r = 0; r < R; r++) acc[r] = S::fma(f16(x[r * a.ldx + c]), wc, acc[r]);
+  }
+  for (int r = 0; r < R; r++) store_tail(y + (row + r) * a.ldy, acc[r], lanes);
+}
+
+inline void linear_f32(const LinearArgs& a, int64_t panel_begin, int64_t panel_end) {
+  const int64_t passes = (a.m + S::kF32Rows - 1) / S::kF32Rows;
+  for (int64_t panel = panel_begin; panel < panel_end; panel++) {
+    const float* w = static_cast<const float*>(a.w) + panel * a.k * kLanes;
+    for (int64_t pass = 0; pass < passes; pass++) {
+      const int64_t row = a.m * pass / passes, rows = a.m * (pass + 1) / passes - row;
+      with_count<S::kF32Rows>(rows, [&](auto R) __attribute__((always_inline)) {
+        f32_rows<decltype(R)::value>(a, w, row, a.y + (panel - panel_begin) * kLanes, a.n - panel * kLanes);
+      });
+    }
+  }
+}
+
+#include "simd_attention.inl"
+#include "simd_rows.inl"
+
+// Everything above in one table.
+inline Kernels simd_table(Kernels k, const char* isa) {
+  k.isa = isa;
+  k.quantize = quantize;
+  k.linear[int(WeightType::q4a)] = linear<Q4a>;
+  k.linear[int(WeightType::q4)] = linear<Q4>;
+  k.linear[int(WeightType::q8)] = linear<Q8>;
+  k.linear[int(WeightType::q8x16)] = linear<Q8x16>;
+  k.linear[int(WeightType::f32)] = linear_f32;
+  k.epilogue = epilogue;
+  k.gated = gated;
+  k.unary = unary;
+  k.rms_norm = rms_norm;
+  k.layer_norm = layer_norm;
+  k.softmax = softmax;
+  k.rope = rope;
+  k.dequantize = dequantize;
+  k.kv_append = kv_append;
+  k.attention = attention;
+  k.attention_partial = attention_partial;
+  k.attention_merge = attention_merge;
+  return k;
+}

@@ -1,0 +1,50 @@
+"""Builds `edgeformer._native`, the C++ engine. Everything else about the package stands in pyproject.toml.
+
+The extension is optional: without a C++17 compiler the package installs without it and `edgeformer doctor` says so.
+
+Environment:
+    EDGEFORMER_DEBUG=1             -O1 with asserts
+    EDGEFORMER_SANITIZE=address    AddressSanitizer and UndefinedBehaviorSanitizer;  `thread`: ThreadSanitizer
+    EDGEFORMER_NATIVE=0            do not build it;  1: a failed build is an error
+"""
+
+import glob
+import os
+
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
+from setuptools import setup
+
+sources = sorted(glob.glob("csrc/**/*.cpp", recursive=True))
+headers = sorted(glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.inl", recursive=True))
+
+debug = os.environ.get("EDGEFORMER_DEBUG", "0") not in ("", "0")
+sanitize = os.environ.get("EDGEFORMER_SANITIZE", "")
+native = os.environ.get("EDGEFORMER_NATIVE", "")
+sanitizers = {"": [], "address": ["-fsanitize=address,undefined"], "thread": ["-fsanitize=thread"]}
+if sanitize not in sanitizers:
+    raise SystemExit(f"EDGEFORMER_SANITIZE is {sanitize!r}, expected 'address' or 'thread'")
+
+# -ffp-contract=off is load-bearing: where the compiler may fuse a*b+c by itself, the tables no longer give the same bits.
+# No -march here: a kernel file opens its own target region, so nothing else in the binary is compiled for a newer CPU.
+compile_args = ["-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-pthread"]
+compile_args += ["-O1", "-g", "-UNDEBUG"] if debug else ["-O3", "-g0"]
+if sanitize:
+    compile_args += ["-g", "-fno-omit-frame-pointer", *sanitizers[sanitize]]
+
+
+def out_of_date(obj: str, src: str) -> bool:
+    """Whether `obj` is older than its source or than any header: rebuilds in place stay short, and are never stale."""
+    return not os.path.exists(obj) or os.path.getmtime(obj) < max(map(os.path.getmtime, [src, "setup.py", *headers]))
+
+
+ParallelCompile(default=os.cpu_count() or 1, needs_recompile=out_of_date).install()
+extension = Pybind11Extension(
+    "edgeformer._native",
+    sources,
+    depends=headers,
+    cxx_std=17,
+    extra_compile_args=compile_args,
+    extra_link_args=["-pthread", *sanitizers[sanitize]],
+    optional=native != "1",
+)
+setup(ext_modules=[] if native == "0" else [extension])
