@@ -1,0 +1,92 @@
+"""`edgeformer chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edgeformer.cli.console import load_model, stderr
+from edgeformer.errors import InputError, TemplateError
+from edgeformer.generate import Session
+from edgeformer.model import Model
+
+HELP = "/reset begins again, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+
+
+def talk(
+    bundle: Path, where: Mapping[str, Any], system: str | None, settings: Mapping[str, Any], *, quiet: bool
+) -> None:
+    """Read lines, answer each, until /exit or the end of stdin.
+
+    Raises:
+        TemplateError: the bundle has no chat template.
+    """
+    model = load_model(bundle, where)
+    if model.tokenizer is None or not model.tokenizer.has_chat_template:
+        raise TemplateError(f"{bundle} has no chat template, so it is no chat model; use `edgeformer run` with text.")
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    messages, session = list(opening), model.session()
+    interactive = sys.stdin.isatty()
+    if interactive:
+        stderr.print(f"[bold]{model.bundle.path.name}[/bold] on {model.engine.name}. [dim]{HELP}[/dim]")
+        _enable_line_editing()
+    while (line := _ask(interactive)) is not None:
+        if line in ("/exit", "/quit"):
+            return
+        if line == "/reset":
+            messages = list(opening)
+            session.reset()
+            stderr.print("[dim]a new conversation[/dim]")
+        elif line.startswith("/"):
+            stderr.print(f"[dim]{HELP}[/dim]" if line == "/help" else f"[dim]unknown command {line}; {HELP}[/dim]")
+        elif line:
+            messages = _answer(model, session, [*messages, {"role": "user", "content": line}], settings, quiet)
+
+
+def _answer(
+    model: Model, session: Session, messages: list[dict[str, str]], settings: Mapping[str, Any], quiet: bool
+) -> list[dict[str, str]]:
+    """Stream one answer; the conversation after it. A refused or cut answer leaves a conversation that goes on."""
+    parts: list[str] = []
+    stream = None
+    try:
+        stream = model.stream(messages, session=session, **settings)
+        for piece in stream:
+            parts.append(piece.text)
+            print(piece.text, end="", flush=True)
+        print(flush=True)
+    except KeyboardInterrupt:
+        if stream is not None:
+            stream.close()
+        print(flush=True)
+        stderr.print("[dim]stopped[/dim]")
+    except InputError as error:
+        stderr.print(f"[red]{error}[/red]\n[dim]Your last message was not taken. {HELP}.[/dim]", soft_wrap=True)
+        return messages[:-1]
+    else:
+        result = stream.result
+        if result.finish_reason == "context":
+            stderr.print("[yellow]The model's context is full; /reset begins again.[/yellow]")
+        if not quiet:
+            stderr.print(f"[dim]{result.timings}[/dim]", soft_wrap=True)
+    return [*messages, {"role": "assistant", "content": "".join(parts)}]
+
+
+def _ask(interactive: bool) -> str | None:
+    """The next line; None at the end."""
+    if not interactive:
+        line = sys.stdin.readline()
+        return line.strip() if line else None
+    try:
+        return input("> ").strip()
+    except EOFError:
+        print()
+        return None
+
+
+def _enable_line_editing() -> None:
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (its import gives input() history and editing)

@@ -1,0 +1,42 @@
+"""What the commands share: where people read (stderr), and how a model is loaded while they wait."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from edgeformer.model import Model, load
+
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 140)  # a pipe has no width to fold tables to
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """A spinner on stderr while the block runs; nothing where stderr is no terminal."""
+    if stderr.is_terminal:
+        with stderr.status(text):
+            yield
+    else:
+        yield
+
+
+def load_model(bundle: Path, where: Mapping[str, Any]) -> Model:
+    """The model, with a spinner while it loads."""
+    with waiting(f"loading {bundle.name} ..."):
+        return load(bundle, **where)
+
+
+def size(count: int) -> str:
+    """ "12.3 MiB"."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"

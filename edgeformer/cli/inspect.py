@@ -1,0 +1,121 @@
+"""`edgeformer inspect`: what a bundle holds."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from edgeformer.bundle import MANIFEST, Bundle
+from edgeformer.cli.console import size, stdout, waiting
+from edgeformer.errors import EngineUnavailable
+
+
+def show(path: Path, *, hashes: bool, as_json: bool) -> None:
+    """Print the manifest: as tables for people, or as it is."""
+    with waiting("reading every byte ..." if hashes else "reading ..."):
+        bundle = Bundle.open(path, check="hashes" if hashes else "sizes")
+    if as_json:
+        print(json.dumps(bundle.manifest, indent=2, ensure_ascii=False))
+        return
+    manifest = bundle.manifest
+    stdout.print(f"[bold]{bundle.path.name}[/bold]  {bundle.task}, {size(bundle.size)}")
+    for title, facts in (
+        ("provenance", manifest["provenance"]),
+        ("made with", manifest["producer"]),
+        ("quantization", manifest["quantization"]),
+        ("model", _model_facts(bundle)),
+        ("accuracy", manifest["accuracy"] or {"": "not measured"}),
+    ):
+        _facts(title, facts)
+    _facts("parity", _parity(manifest["parity"]))
+    for name, graph in manifest["graphs"].items():
+        stdout.print(f"\n[bold]graph {name}[/bold]  {graph['file']}")
+        table = Table(box=None, padding=(0, 2), show_header=False)
+        for side in ("inputs", "outputs"):
+            for port, kind in _folded(graph[side]):
+                table.add_row(f"[dim]{side[:-1]}[/dim]", port, kind)
+        stdout.print(table)
+    stdout.print("\n[bold]files[/bold]" + ("  all hashes are right" if hashes else ""))
+    table = Table(box=None, padding=(0, 2), show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column()
+    for name, entry in manifest["files"].items():
+        table.add_row(name, size(entry["size"]), f"[dim]sha256 {entry['sha256'][:12]}[/dim]")
+    table.add_row(MANIFEST, size((bundle.path / MANIFEST).stat().st_size), "")
+    stdout.print(table)
+
+
+def show_program(path: Path) -> None:
+    """Print the program that the native engine makes of the graph.
+
+    Raises:
+        EngineUnavailable: the native engine is not there, or cannot run this graph.
+    """
+    bundle = Bundle.open(path)
+    try:
+        from edgeformer.native import describe
+    except ImportError as error:
+        raise EngineUnavailable(f"The native engine is not there ({error}); install edgeformer again.") from error
+    print(describe(bundle.path))
+
+
+def _facts(title: str, facts: Mapping[str, Any]) -> None:
+    stdout.print(f"\n[bold]{title}[/bold]")
+    table = Table(box=None, padding=(0, 2), show_header=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in facts.items():
+        if value not in (None, "", {}, []):
+            table.add_row(key.replace("_", " "), _value(value))
+    stdout.print(table)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_value(part)}" for key, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_value, value))
+    return f"{value:,}" if type(value) is int else str(value)
+
+
+def _model_facts(bundle: Bundle) -> dict[str, Any]:
+    config = bundle.config
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    facts: dict[str, Any] = {name: config.get(name) for name in names}
+    return {"vocabulary": bundle.vocab_size, "context": bundle.context} | facts
+
+
+def _parity(parity: Mapping[str, Any] | None) -> dict[str, str]:
+    if not parity:
+        return {"": "not proved"}
+    facts = {}
+    for name, found in parity.items():
+        if isinstance(found, dict) and "worst" in found:
+            where = f", at {found['where']}" if found.get("where") else ""
+            facts[name] = f"worst {found['worst']:.2g} of the range, allowed {found.get('tolerance', 0):.2g}{where}"
+    return facts
+
+
+def _folded(ports: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and types; the layers' caches, which differ only in a number, as one line."""
+    rows: dict[tuple[str, str], list[int]] = {}
+    for name, info in ports.items():
+        kind = f"{info['dtype']}[{', '.join(map(str, info['shape']))}]"
+        match = re.fullmatch(r"((?:past_key_values|present)\.)(\d+)(\..*)", name)
+        if match:
+            rows.setdefault((f"{match[1]}N{match[3]}", kind), []).append(int(match[2]))
+        else:
+            rows[name, kind] = []
+    lines = []
+    for (name, kind), layers in rows.items():
+        span = f"{min(layers)}...{max(layers)}" if len(layers) > 1 else "".join(map(str, layers))
+        lines.append((name.replace(".N.", f".{{{span}}}.") if layers else name, kind.replace("[", r"\[")))
+    return lines
