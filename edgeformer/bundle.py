@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import secrets
 import shutil
@@ -20,17 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgeformer.errors import BundleError
+from edgeformer.manifest import FORMAT, FORMAT_VERSION, MANIFEST, Json, manifest_problems, read_json
 
 if TYPE_CHECKING:
     import onnx
 
-MANIFEST = "edgeformer.json"
-FORMAT = "edgeformer"
-FORMAT_VERSION = 1
-SCHEMES = ("q4a", "q4", "q8", "keep", "none")
-MAX_JSON = 64 << 20  # bytes: a vocabulary lives in tokenizer.json, so none of the files parsed here comes near it
-
-Json = dict[str, Any]
+OLD = "-old"  # the end of the name that a replaced folder has for a moment
 
 
 @dataclass(frozen=True)
@@ -141,7 +135,7 @@ def write_bundle(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
     renamed. On any exception the temporary folder is removed and `path` is as it was. After a kill or a power cut
     `path` is the old folder or the new one, whole; a leftover `.NAME.partial-*` is removed by the next write to the
     same path. (Replacing a folder is one atomic exchange on Linux; elsewhere two renames, with a moment between them
-    in which `path` does not exist and the old folder is `.NAME.partial-*`.)
+    in which `path` does not exist; the next write puts the old folder back.)
 
     Raises:
         BundleError: `path` exists and `overwrite` is false; or it is not a bundle, or holds files that are no part of
@@ -149,9 +143,9 @@ def write_bundle(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
         OSError: the disk refuses.
     """
     final = Path(os.path.realpath(path))  # a link to a folder stays a link
-    _check_target(final, overwrite)
     final.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(final)
+    _check_target(final, overwrite)
     temporary = final.parent / f".{final.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
     os.mkdir(temporary)
     lock = _lock(temporary)
@@ -234,14 +228,19 @@ def _put_in_place(temporary: Path, final: Path) -> None:
         return
     if _exchange(temporary, final):
         return
-    old = temporary.with_name(temporary.name + "-old")
-    os.rename(final, old)
+    old = temporary.with_name(temporary.name + OLD)
+    lock = _lock(final)
     try:
-        os.rename(temporary, final)
-    except BaseException:
-        os.rename(old, final)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        os.rename(final, old)
+        try:
+            os.rename(temporary, final)
+        except BaseException:
+            os.rename(old, final)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -258,15 +257,19 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _remove_leftovers(final: Path) -> None:
-    """Remove what killed writers left beside `final`; a folder whose writer lives is locked and stays."""
+    """Clean up after killed writers; a folder whose writer lives is locked and stays."""
     prefix = f".{final.name}.partial-"
     for entry in os.scandir(final.parent):
-        if entry.name.startswith(prefix) and entry.is_dir(follow_symlinks=False):
-            lock = _lock(Path(entry.path))
-            if lock is not None:
-                if os.path.lexists(final):  # after a kill between two renames the leftover is the only copy
-                    shutil.rmtree(entry.path, ignore_errors=True)
-                os.close(lock)
+        if not entry.name.startswith(prefix) or not entry.is_dir(follow_symlinks=False):
+            continue
+        lock = _lock(Path(entry.path))
+        if lock is None:
+            continue
+        if entry.name.endswith(OLD) and not os.path.lexists(final):
+            os.rename(entry.path, final)  # killed between two renames: this is the bundle
+        else:
+            shutil.rmtree(entry.path, ignore_errors=True)
+        os.close(lock)
 
 
 def _lock(folder: Path) -> int | None:
@@ -304,96 +307,6 @@ def _fsync(path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------------- read
 
 
-def manifest_problems(manifest: object) -> list[str]:
-    """What is wrong with a manifest's content, one sentence a problem; empty when nothing is."""
-    if not isinstance(manifest, dict):
-        return [f"{MANIFEST} holds {_word(manifest)}, expected an object"]
-    if manifest.get("format") != FORMAT:
-        return [f"{MANIFEST}: format is {_show(manifest.get('format'))}, expected {FORMAT!r}"]
-    version = manifest.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        newer = type(version) is int and version > FORMAT_VERSION
-        advice = "update edgeformer" if newer else "export the model again"
-        return [f"{MANIFEST}: format_version is {_show(version)}, this edgeformer reads {FORMAT_VERSION}; {advice}"]
-    problems: list[str] = []
-
-    def field(owner: Json, where: str, name: str, *kinds: type) -> Any:
-        """The value, or None after noting why it is not usable. None is fine where NoneType is among the kinds."""
-        if name not in owner:
-            problems.append(f"{MANIFEST}: {where}{name} is missing")
-            return None
-        value = owner[name]
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            expected = " or ".join(_KINDS[kind] for kind in kinds)
-            problems.append(f"{MANIFEST}: {where}{name} is {_word(value)}, expected {expected}")
-            return None
-        return value
-
-    task = field(manifest, "", "task", str)
-    if task == "":
-        problems.append(f"{MANIFEST}: task is empty")
-    field(manifest, "", "producer", dict)
-    field(manifest, "", "provenance", dict)
-    field(manifest, "", "accuracy", dict, type(None))
-    field(manifest, "", "parity", dict, type(None))
-    files = field(manifest, "", "files", dict) or {}
-    for name, entry in files.items():
-        if not plain_name(name):
-            problems.append(f"{MANIFEST}: files names {name!r}, expected a plain file name inside the folder")
-        if not isinstance(entry, dict):
-            problems.append(f"{MANIFEST}: files.{name} is {_word(entry)}, expected an object")
-            continue
-        size = field(entry, f"files.{name}.", "size", int)
-        if size is not None and size < 0:
-            problems.append(f"{MANIFEST}: files.{name}.size is {size}, expected at least 0")
-        digest = field(entry, f"files.{name}.", "sha256", str)
-        if digest is not None and (len(digest) != 64 or not set(digest) <= set("0123456789abcdef")):
-            problems.append(f"{MANIFEST}: files.{name}.sha256 is not 64 hex digits")
-    graphs = field(manifest, "", "graphs", dict) or {}
-    if graphs == {} and isinstance(manifest.get("graphs"), dict):
-        problems.append(f"{MANIFEST}: graphs is empty, expected at least one")
-    for name, graph in graphs.items():
-        if not isinstance(graph, dict):
-            problems.append(f"{MANIFEST}: graphs.{name} is {_word(graph)}, expected an object")
-            continue
-        file = field(graph, f"graphs.{name}.", "file", str)
-        if file is not None and file not in files:
-            problems.append(f"{MANIFEST}: graphs.{name}.file is {file!r}, which files does not name")
-        for side in ("inputs", "outputs"):
-            for tensor, info in (field(graph, f"graphs.{name}.", side, dict) or {}).items():
-                problems += _tensor_problems(f"graphs.{name}.{side}.{tensor}", info)
-    quantization = field(manifest, "", "quantization", dict)
-    if quantization is not None:
-        scheme = field(quantization, "quantization.", "scheme", str)
-        if scheme is not None and scheme not in SCHEMES:
-            problems.append(f"{MANIFEST}: quantization.scheme is {scheme!r}, expected one of {', '.join(SCHEMES)}")
-        block = field(quantization, "quantization.", "block_size", int, type(None))
-        if block is not None and block < 1:
-            problems.append(f"{MANIFEST}: quantization.block_size is {block}, expected at least 1")
-    reference = field(manifest, "", "reference", dict, type(None))
-    if reference is not None:
-        file = field(reference, "reference.", "file", str)
-        if file is not None and file not in files:
-            problems.append(f"{MANIFEST}: reference.file is {file!r}, which files does not name")
-        for name, value in (field(reference, "reference.", "tolerance", dict) or {}).items():
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if value is not None and (not number or value <= 0):
-                problems.append(f"{MANIFEST}: reference.tolerance.{name} is {_show(value)}, expected a number above 0")
-    return problems
-
-
-def _tensor_problems(where: str, info: object) -> list[str]:
-    if not isinstance(info, dict) or not isinstance(info.get("dtype"), str) or not isinstance(info.get("shape"), list):
-        return [f"{MANIFEST}: {where} is {_show(info)}, expected {{dtype: text, shape: list}}"]
-    bad = [d for d in info["shape"] if not isinstance(d, str) and (type(d) is not int or d < 0)]
-    return [f"{MANIFEST}: {where}.shape holds {_show(d)}, expected sizes or axis names" for d in bad]
-
-
-def plain_name(name: str) -> bool:
-    """Whether `name` is a file name that cannot leave its folder on any system."""
-    return bool(name) and name not in (".", "..") and all(ord(c) >= 32 and c not in "/\\:" for c in name)
-
-
 def _folder(path: str | os.PathLike[str]) -> Path:
     folder = Path(path).expanduser()
     if not folder.exists():
@@ -411,40 +324,6 @@ def _folder(path: str | os.PathLike[str]) -> Path:
             what = "is not an edgeformer bundle"
         raise BundleError(f"{folder} {what}: it has no {MANIFEST}. Make a bundle with `edgeformer export`.")
     return folder
-
-
-def read_json(path: Path) -> Json:
-    """The object in a JSON file; strict: no duplicate keys, no NaN, UTF-8, bounded size and depth."""
-
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> Json:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = sorted({name for name in names if names.count(name) > 1})
-            raise ValueError(f"the key {twice[0]!r} stands there twice")
-        return found
-
-    def refuse_constant(text: str) -> None:
-        raise ValueError(f"{text} is not JSON")
-
-    try:
-        info = os.stat(path)
-        if not stat.S_ISREG(info.st_mode):
-            raise BundleError(f"{path} is not a plain file.")
-        if info.st_size > MAX_JSON:
-            raise BundleError(f"{path} holds {info.st_size:,} bytes, expected at most {MAX_JSON:,}.")
-        text = path.read_text(encoding="utf-8")
-        value = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=refuse_constant)
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, BundleError):
-            raise
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise BundleError(f"{path} is not valid JSON: {reason}. Export or copy the bundle again.") from error
-    if not isinstance(value, dict):
-        raise BundleError(f"{path} holds {_word(value)}, expected an object.")
-    return value
 
 
 def _file_problems(folder: Path, files: Json, check: str) -> list[str]:
@@ -487,23 +366,3 @@ def _refusal(folder: Path, problems: list[str]) -> BundleError:
     lines = "".join(f"\n  - {problem}" for problem in shown)
     more = f"\n  - and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
     return BundleError(f"{folder} has {len(problems)} problems:{lines}{more}\nExport or copy the bundle again.")
-
-
-_KINDS: dict[type, str] = {
-    str: "text",
-    int: "a whole number",
-    float: "a number",
-    dict: "an object",
-    list: "a list",
-    bool: "true or false",
-    type(None): "null",
-}
-
-
-def _word(value: object) -> str:
-    return _KINDS.get(type(value), type(value).__name__)
-
-
-def _show(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

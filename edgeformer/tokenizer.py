@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgeformer.bundle import Bundle, read_json
+from edgeformer.bundle import Bundle
 from edgeformer.errors import BundleError, InputError, TemplateError
+from edgeformer.manifest import read_json
 
 Message = Mapping[str, Any]
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeformer.errors import BundleError
+from edgeformer.manifest import plain_name
 
 if TYPE_CHECKING:
     import onnx
@@ -118,8 +119,6 @@ _BITS = {21: 4, 22: 4, 23: 4, 25: 2, 26: 2}  # UINT4, INT4, FLOAT4E2M1, UINT2, I
 
 
 def _place_problem(tensor: onnx.TensorProto, files: Mapping[str, Any]) -> str | None:
-    from edgeformer.bundle import plain_name
-
     if any(dim < 0 for dim in tensor.dims):
         return f"has a negative size in its shape {list(tensor.dims)}"
     try:

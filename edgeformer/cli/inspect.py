@@ -10,9 +10,10 @@ from typing import Any
 
 from rich.table import Table
 
-from edgeformer.bundle import MANIFEST, Bundle
+from edgeformer.bundle import Bundle
 from edgeformer.cli.console import size, stdout, waiting
 from edgeformer.errors import EngineUnavailable
+from edgeformer.manifest import MANIFEST
 
 
 def show(path: Path, *, hashes: bool, as_json: bool) -> None:
