@@ -1,0 +1,154 @@
+"""Block quantization: a weight [N, K] as small integers with one scale (and minimum) for each block along K."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from edgeformer.errors import ExportError
+
+F32 = NDArray[np.float32]
+MAX_Q8 = 127  # never -128: kernels negate weights, and -(-128) does not fit
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A quantized weight: `w[n, k] = scale[n, k // block_size] * q[n, k] (+ minimum[n, k // block_size])`.
+
+    `q` is int8 [N, K]: in [-8, 7] for q4, [0, 15] for q4a, [-127, 127] for q8 (or [0, 31] with a minimum, as five-bit
+    GGUF types have it). `scale` and `minimum` are float32 [N, ceil(K / block_size)].
+    """
+
+    scheme: str
+    block_size: int
+    q: NDArray[np.int8]
+    scale: F32
+    minimum: F32 | None = None
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of one weight as an engine packs it: scales and minima as float16."""
+        width = 8 if self.scheme == "q8" else 4
+        return width + (16 if self.minimum is None else 32) / self.block_size
+
+    def dequantize(self) -> F32:
+        """float32 [N, K], each operation rounded once, as the file format defines it."""
+        k = self.q.shape[1]
+        values = _spread(self.scale, self.block_size, k) * self.q.astype(np.float32)
+        return values if self.minimum is None else values + _spread(self.minimum, self.block_size, k)
+
+    def rows(self, index: NDArray[np.intp]) -> Blocks:
+        """The same blocks with the rows `index`, in that order."""
+        minimum = None if self.minimum is None else self.minimum[index]
+        return Blocks(self.scheme, self.block_size, self.q[index], self.scale[index], minimum)
+
+    def stored(self) -> tuple[ir.TensorProtocol, F32, F32 | None]:
+        """(q, scale, minimum) as the file holds them: with a minimum, q is centred (q4a: q - 8, minimum + 8 * scale).
+
+        Centred, the integers have no mean of their own, so that an engine's rounding of the activations costs least.
+        """
+        centre = 0 if self.minimum is None else 16 if self.scheme == "q8" else 8
+        minimum = None if self.minimum is None else self.minimum + np.float32(centre) * self.scale
+        q = self.q - np.int8(centre)
+        if self.scheme == "q8":
+            return ir.Tensor(q), self.scale, minimum
+        return ir.Tensor(q.astype(ml_dtypes.int4), dtype=ir.DataType.INT4), self.scale, minimum
+
+
+def _spread(per_block: F32, block_size: int, k: int) -> F32:
+    return np.repeat(per_block, block_size, axis=1)[:, :k]
+
+
+def quantize(weight: F32, scheme: str, block_size: int) -> Blocks:
+    """`weight` float32 [N, K] in blocks of `block_size` along K, each with the scale that loses least in squares.
+
+    Raises:
+        ExportError: a weight is NaN or infinite, or the scheme is unknown.
+    """
+    if not np.isfinite(weight).all():
+        raise ExportError("a weight holds NaN or infinity, which no block format can hold; check the checkpoint.")
+    if scheme not in _SCHEMES:
+        raise ExportError(f"unknown quantization {scheme!r}; choose one of {', '.join(_SCHEMES)}.")
+    n, k = weight.shape
+    padded = -(-k // block_size) * block_size
+    tensor = torch.from_numpy(np.ascontiguousarray(weight))
+    blocks = torch.nn.functional.pad(tensor, (0, padded - k)).reshape(n, -1, block_size)
+    inside = torch.nn.functional.pad(torch.ones(k), (0, padded - k)).reshape(1, -1, block_size)
+    q, scale, minimum = _SCHEMES[scheme](blocks, inside)
+    return Blocks(
+        scheme,
+        block_size,
+        q.reshape(n, padded)[:, :k].to(torch.int8).numpy(),
+        scale.squeeze(-1).contiguous().numpy(),
+        None if minimum is None else minimum.squeeze(-1).contiguous().numpy(),
+    )
+
+
+Quantized = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def _half(x: torch.Tensor) -> torch.Tensor:
+    """Nearest float16 value as float32, kept finite: what engines pack."""
+    return x.clamp(-65504, 65504).to(torch.float16).to(torch.float32)
+
+
+def _divide(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return torch.where(scale == 0, torch.zeros_like(x), x / torch.where(scale == 0, 1, scale))
+
+
+def _q8(w: torch.Tensor, inside: torch.Tensor) -> Quantized:
+    scale = _half(w.abs().amax(-1, keepdim=True) / MAX_Q8)
+    return _divide(w, scale).round().clamp(-MAX_Q8, MAX_Q8), scale, None
+
+
+def _q4(w: torch.Tensor, inside: torch.Tensor) -> Quantized:
+    """The largest weight becomes -8 or 7, whichever way and whatever nearby scale loses least."""
+    extreme = w.gather(-1, w.abs().argmax(-1, keepdim=True))
+    best = _Best(w, inside)
+    for steps in (-8.8, -8.4, -8.0, -7.6, -7.2, -6.8, 7.0, 7.4, 7.8):
+        q = _divide(w, extreme / steps).round().clamp(-8, 7)
+        best.offer(q, _half(_divide((w * q).sum(-1, keepdim=True), (q * q).sum(-1, keepdim=True))), None)
+    return best.q, best.scale, None
+
+
+def _q4a(w: torch.Tensor, inside: torch.Tensor) -> Quantized:
+    """Range first, then for each of a few ranges the least-squares scale and minimum of the rounded integers."""
+    low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
+    best = _Best(w, inside)
+    for steps in (13.0, 13.6, 14.2, 14.6, 15.0, 15.4, 15.8, 16.4):
+        q = _divide(w - low, (high - low) / steps).round().clamp(0, 15) * inside
+        count = inside.sum(-1, keepdim=True)
+        sum_q, sum_w = q.sum(-1, keepdim=True), w.sum(-1, keepdim=True)
+        spread = count * (q * q).sum(-1, keepdim=True) - sum_q * sum_q
+        scale = _half(_divide(count * (w * q).sum(-1, keepdim=True) - sum_q * sum_w, spread))
+        minimum = _half((sum_w - scale * sum_q) / count)
+        best.offer(_divide(w - minimum, scale).round().clamp(0, 15) * inside, scale, minimum)
+    assert best.minimum is not None
+    return best.q, best.scale, best.minimum
+
+
+class _Best:
+    """Per block, the candidate with the smallest squared error so far."""
+
+    def __init__(self, w: torch.Tensor, inside: torch.Tensor) -> None:
+        self.w, self.inside = w, inside
+        self.error = torch.full_like(w[..., :1], torch.inf)
+        self.q, self.scale = torch.zeros_like(w), torch.zeros_like(w[..., :1])
+        self.minimum: torch.Tensor | None = None
+
+    def offer(self, q: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None) -> None:
+        off = scale * q - self.w if minimum is None else scale * q + minimum - self.w
+        error = (off * off * self.inside).sum(-1, keepdim=True)
+        better = error < self.error
+        self.error = torch.where(better, error, self.error)
+        self.q, self.scale = torch.where(better, q, self.q), torch.where(better, scale, self.scale)
+        if minimum is not None:
+            self.minimum = minimum if self.minimum is None else torch.where(better, minimum, self.minimum)
+
+
+_SCHEMES = {"q8": _q8, "q4": _q4, "q4a": _q4a}

@@ -1,0 +1,183 @@
+"""Sources of one's own: a factory function that returns an nn.Module, and folders that `edgeformer.train` wrote."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import json
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgeformer.errors import BundleError, ExportError
+from edgeformer.export.options import ExportOptions
+from edgeformer.export.source import Source
+from edgeformer.export.trace import Input
+
+_SPEC = re.compile(r"^(?P<name>\w+)=(?P<dtype>\w+)\[(?P<shape>[\w, ]*)\](?:<(?P<high>\d+))?$")
+_TOKENS = {"input_ids": "int64[batch,sequence]", "position_ids": "int64[batch,sequence]"}
+
+
+def factory_source(options: ExportOptions) -> Source:
+    """The module that `package.module:factory` or `path/to/file.py:factory` returns, with `options.weights` loaded.
+
+    Raises:
+        ExportError: no such factory, it fails, it returns no nn.Module, an input has no declared shape, or the weights
+            do not fit.
+    """
+    module = _call(options.source)
+    if options.weights is not None:
+        _load_weights(module, options.weights)
+    config = getattr(module, "config", {})
+    config = config.to_dict() if hasattr(config, "to_dict") else config if isinstance(config, Mapping) else {}
+    return module_source(module, options, f"factory {Path(options.source).name}", config)
+
+
+def checkpoint_source(folder: Path) -> Source:
+    """A checkpoint folder of `python -m edgeformer.train`.
+
+    Raises:
+        BundleError: the folder is damaged.
+    """
+    from edgeformer.models.checkpoint import load_checkpoint
+
+    module, config = load_checkpoint(folder)
+    files = {
+        name: (folder / name).read_bytes()
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+        if (folder / name).is_file()
+    }
+    generation: dict[str, Any] = {}
+    if (folder / "generation_config.json").is_file():
+        try:
+            generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise BundleError(f"{folder / 'generation_config.json'} is no JSON: {error}") from error
+    options = ExportOptions(source=str(folder), output=folder)
+    return module_source(module, options, f"checkpoint {folder.name}", config, generation, files)
+
+
+def module_source(
+    module: torch.nn.Module,
+    options: ExportOptions,
+    origin: str,
+    config: Mapping[str, Any] | None = None,
+    generation_config: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
+) -> Source:
+    """A Source of any module. Inputs come from `options.input`, else from `module.input_spec` (name -> "dtype[axes]"),
+    else from the names `input_ids` and `position_ids`.
+
+    Raises:
+        ExportError: an argument of forward has no declared shape.
+    """
+    config = dict(config or {})
+    declared = dict(getattr(module, "input_spec", {}))
+    declared |= dict(text.split("=", 1) for text in options.input if "=" in text)
+    inputs = _inputs(module, declared, int(config.get("vocab_size") or _vocabulary(module)))
+    tokens = inputs[0].name == "input_ids"
+    outputs = options.output_names or tuple(getattr(module, "output_names", ("logits",) if tokens else ("output",)))
+    task = options.task or str(config.get("task") or ("text-generation" if tokens else "feature-extraction"))
+    return Source(
+        module=module.eval().float(),
+        inputs=inputs,
+        outputs=outputs,
+        task=task,
+        origin=origin,
+        config=config,
+        generation_config=generation_config or {},
+        files=files or {},
+    )
+
+
+def _call(source: str) -> torch.nn.Module:
+    place, _, name = source.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            if spec is None or spec.loader is None or not Path(place).is_file():
+                raise ExportError(f"{place} does not exist.")
+            found = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = found
+            sys.path.insert(0, str(Path(place).resolve().parent))
+            spec.loader.exec_module(found)
+        else:
+            sys.path.insert(0, "")
+            found = importlib.import_module(place)
+        factory = getattr(found, name)
+    except (ImportError, AttributeError) as error:
+        raise ExportError(f"{source}: {error}. Expected package.module:factory or path/to/file.py:factory.") from error
+    try:
+        module = factory()
+    except Exception as error:
+        raise ExportError(f"{source}: the factory failed: {type(error).__name__}: {error}") from error
+    if not isinstance(module, torch.nn.Module):
+        raise ExportError(
+            f"{source} returned a {type(module).__name__}; a factory takes no arguments and returns an nn.Module."
+        )
+    return module
+
+
+def _load_weights(module: torch.nn.Module, path: Path) -> None:
+    """Safetensors, or a file of plain tensors read with weights_only; nothing is ever unpickled."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ExportError(
+            f"the weights {path} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__} "
+            "Save them with safetensors.torch.save_file(module.state_dict(), ...)."
+        ) from error
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ExportError(f"the weights {path} do not fit the module: {error}") from error
+
+
+def _inputs(module: torch.nn.Module, declared: Mapping[str, str], vocabulary: int) -> tuple[Input, ...]:
+    parameters = [
+        p
+        for p in inspect.signature(module.forward).parameters.values()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    names = [p.name for p in parameters if p.default is p.empty or p.name in declared or p.name == "position_ids"]
+    missing = [name for name in names if name not in declared and name not in _TOKENS]
+    if missing or not names:
+        raise ExportError(
+            f"forward({', '.join(p.name for p in parameters)}) takes inputs of unknown shape: "
+            f"{', '.join(missing) or 'none'}. "
+            f"Say --input {missing[0] if missing else 'x'}=float32[batch,sequence,3], or give the module an attribute "
+            'input_spec = {"x": "float32[batch,sequence,3]"}; named axes are dynamic.'
+        )
+    if unknown := sorted(declared.keys() - {p.name for p in parameters}):
+        raise ExportError(
+            f"forward has no argument {', '.join(unknown)}; it has {', '.join(p.name for p in parameters)}."
+        )
+    return tuple(_parse(name, declared.get(name, _TOKENS.get(name, "")), vocabulary) for name in names)
+
+
+def _parse(name: str, spec: str, vocabulary: int) -> Input:
+    match = _SPEC.match(f"{name}={spec.strip()}")
+    dtype = getattr(torch, match["dtype"], None) if match else None
+    if match is None or not isinstance(dtype, torch.dtype):
+        raise ExportError(
+            f"the input {name}={spec} cannot be read; write name=float32[batch,sequence,3] or "
+            "name=int64[batch,sequence]<1000."
+        )
+    dims = [dim.strip() for dim in match["shape"].split(",") if dim.strip()]
+    shape = tuple(int(dim) if dim.isdigit() else dim for dim in dims)
+    return Input(name, dtype, shape, high=int(match["high"] or vocabulary))
+
+
+def _vocabulary(module: torch.nn.Module) -> int:
+    """Rows of the first embedding: token ids run below it."""
+    return next((m.num_embeddings for m in module.modules() if isinstance(m, torch.nn.Embedding)), 2)

@@ -1,0 +1,86 @@
+"""All options of one export: flags of the command line and keys of a recipe have the same names."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeformer.errors import ExportError
+
+SCHEMES = ("q4a", "q4", "q8", "keep", "none")
+HEADS = ("tied", "q4a", "q4", "q8", "none")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """One export.
+
+    Raises:
+        ExportError: a value is none of those that the field names.
+    """
+
+    source: str  # a GGUF file, a Hugging Face folder or hub name, a checkpoint folder, or module:factory
+    output: Path
+    quantize: str | None = None  # q4a | q4 | q8 | keep | none; by default keep for GGUF, else q4a
+    block: int = 32  # weights that share a scale: 16 | 32 | 64 | 128
+    head: str | None = None  # tied | q4a | q4 | q8 | none; by default tied if the model ties it, else as `quantize`
+    dtype: str = "float32"  # float32 | float16 (for CUDA)
+    weights: Path | None = None  # for module:factory: a .safetensors file, or a .pt file of plain tensors
+    input: tuple[str, ...] = ()  # for module:factory: name=dtype[axis,...], for example x=float32[batch,sequence,3]
+    output_names: tuple[str, ...] = ()  # for module:factory: names of what forward returns
+    task: str | None = None  # a word for people and apps: text-generation, forecasting, ...
+    text: Path | None = None  # accuracy is measured on this text; by default on the Python language reference
+    tokens: int = 1024  # how many tokens of it; 0 leaves accuracy unmeasured
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("quantize", self.quantize, (None, *SCHEMES)),
+            ("block", self.block, (16, 32, 64, 128)),
+            ("head", self.head, (None, *HEADS)),
+            ("dtype", self.dtype, ("float32", "float16")),
+        ):
+            if value not in allowed:
+                raise ExportError(f"{name} is {value!r}; choose one of {', '.join(str(a) for a in allowed if a)}.")
+        if self.tokens < 0:
+            raise ExportError(f"tokens is {self.tokens}; expected 0 or more.")
+
+
+def read_recipe(path: Path, **flags: Any) -> ExportOptions:
+    """The options in a recipe (TOML); `flags` that are not None win over it. Paths are relative to the recipe's folder.
+
+    Raises:
+        ExportError: the file is missing, is not TOML, or has a key that no option has.
+    """
+    try:
+        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"the recipe {path} cannot be read: {error}") from error
+    known = {field.name for field in dataclasses.fields(ExportOptions)}
+    if unknown := sorted(recipe.keys() - known):
+        raise ExportError(f"{path}: unknown {', '.join(unknown)}; a recipe may have {', '.join(sorted(known))}.")
+    if "source" not in recipe:
+        raise ExportError(f'{path} names no source; add source = "...".')
+    beside = path.parent / str(recipe["source"])
+    if beside.exists():
+        recipe["source"] = str(beside)
+    for name in ("weights", "text"):
+        if name in recipe:
+            recipe[name] = path.parent / recipe[name]
+    recipe.setdefault("output", path.stem)
+    merged = recipe | {name: value for name, value in flags.items() if value not in (None, ())}
+    return make_options(**merged)
+
+
+def make_options(**values: Any) -> ExportOptions:
+    """ExportOptions from plain values (strings for paths, lists for tuples)."""
+    for name in ("output", "weights", "text"):
+        if values.get(name) is not None:
+            values[name] = Path(values[name])
+    for name in ("input", "output_names"):
+        if name in values:
+            values[name] = tuple(values[name] or ())
+    return ExportOptions(**values)

@@ -1,0 +1,56 @@
+"""A graph in half precision, for GPUs: weights, activations, cache; positions stay float32 up to cos and sin."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+from edgeformer.export.passes.edit import nodes
+
+_F32, _F16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
+
+
+def to_float16(model: ir.Model) -> None:
+    """Every float32 value becomes float16, except those that only lead to Cos and Sin: an angle of some thousands
+    has no digit left behind the point in half precision."""
+    angles = _ancestors([node for node in model.graph if node.op_type in ("Cos", "Sin")])
+    for node in nodes(model, "Cos", "Sin"):
+        tape = Tape()
+        half = tape.op("Cast", [node.outputs[0]], {"to": int(_F16)})
+        half.shape = node.outputs[0].shape
+        for use in tuple(node.outputs[0].uses()):
+            if use.node is not half.producer() and use.node not in angles:
+                use.node.replace_input_with(use.idx, half)
+        model.graph.insert_after(node, tape.nodes)
+    precise = {value for node in angles for value in (*node.inputs, *node.outputs) if value is not None}
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        if value.dtype == _F32 and value not in precise:
+            _halve(value)
+    for node in model.graph:
+        if node in angles:
+            continue
+        if node.op_type == "Cast" and node.attributes["to"].value == int(_F32):
+            node.attributes["to"] = ir.AttrInt64("to", int(_F16))
+        for output in node.outputs:
+            if output.dtype == _F32:
+                output.dtype = _F16
+
+
+def _ancestors(ends: list[ir.Node]) -> set[ir.Node]:
+    found: set[ir.Node] = set()
+    queue = list(ends)
+    while queue:
+        node = queue.pop()
+        if node not in found:
+            found.add(node)
+            queue.extend(p for value in node.inputs if value is not None and (p := value.producer()) is not None)
+    return found
+
+
+def _halve(value: ir.Value) -> None:
+    value.dtype = _F16
+    if value.const_value is not None:
+        limit = np.float32(65504)
+        array = np.clip(value.const_value.numpy(), -limit, limit).astype(np.float16)
+        value.const_value = ir.Tensor(array, name=value.name)

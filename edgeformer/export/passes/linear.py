@@ -1,0 +1,115 @@
+"""Every linear layer takes one form: `MatMul(x, Transpose(W)) (+ bias)`, with W [N, K] as `nn.Linear` holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+from onnx_ir.tape import Tape
+
+from edgeformer.export.passes.edit import array, constant, infer_shapes, initializer, integers, nodes, producer, replace
+from edgeformer.export.passes.reshape import same_dims
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer of a graph in the canonical form."""
+
+    node: ir.Node  # the MatMul
+    x: ir.Value  # [..., K]
+    weight: ir.Value  # initializer [N, K]
+
+
+def linears(model: ir.Model) -> Iterator[Linear]:
+    """The linear layers whose weight is a float parameter, in order."""
+    for node in nodes(model, "MatMul"):
+        transpose = producer(node.inputs[1], "Transpose")
+        weight = transpose.inputs[0] if transpose is not None else None
+        if weight is not None and node.inputs[0] is not None and _is_matrix(weight):
+            yield Linear(node, node.inputs[0], weight)
+
+
+def canonical_linears(model: ir.Model) -> set[str]:
+    """Rewrites Gemm and MatMul with a constant matrix; returns the names of the weights that had to be transposed.
+
+    `Gemm` comes from two-dimensional calls, and from layers that store [K, N]; the reshapes that flattened the leading
+    axes for its sake go away with it.
+    """
+    transposed: dict[str, ir.Value] = {}
+    for node in nodes(model, "Gemm", "MatMul"):
+        weight = node.inputs[1]
+        if node.op_type == "MatMul" and weight is not None and _is_matrix(weight):
+            tape = Tape()
+            new = _matmul(tape, node.inputs[0], _as_rows(model, weight, transposed))
+            replace(model, node, tape, new)
+        elif node.op_type == "Gemm" and weight is not None and _is_matrix(weight) and _is_plain(node):
+            rows = weight if integers(node, "transB") else _as_rows(model, weight, transposed)
+            _replace_gemm(model, node, rows)
+    common.RemoveUnusedNodesPass()(model)
+    infer_shapes(model)
+    return set(transposed)
+
+
+def _is_matrix(value: ir.Value) -> bool:
+    float32 = value.type is not None and value.dtype == ir.DataType.FLOAT
+    return value.is_initializer() and float32 and value.shape is not None and len(value.shape) == 2
+
+
+def _is_plain(gemm: ir.Node) -> bool:
+    scaled = any(gemm.attributes[a].value != 1.0 for a in ("alpha", "beta") if a in gemm.attributes)
+    return not scaled and not integers(gemm, "transA")
+
+
+def _as_rows(model: ir.Model, weight: ir.Value, transposed: dict[str, ir.Value]) -> ir.Value:
+    """The [K, N] `weight` as an initializer [N, K] under the same name."""
+    name = weight.name
+    assert name is not None
+    if name not in transposed:
+        matrix = array(weight)
+        assert matrix is not None
+        others = len(weight.uses()) > 1
+        if not others:
+            weight.name = f"{name}.columns"  # unused from here on, and removed with the dead nodes
+        transposed[name] = initializer(
+            model, f"{name}.rows" if others else name, ir.Tensor(np.ascontiguousarray(matrix.T))
+        )
+    return transposed[name]
+
+
+def _matmul(tape: Tape, x: ir.Value | None, weight: ir.Value) -> ir.Value:
+    turned = tape.op("Transpose", [weight], {"perm": [1, 0]})
+    return tape.op("MatMul", [x, turned])
+
+
+def _replace_gemm(model: ir.Model, gemm: ir.Node, weight: ir.Value) -> None:
+    x, bias = gemm.inputs[0], gemm.inputs[2] if len(gemm.inputs) > 2 else None
+    last, flat = gemm, producer(x, "Reshape")
+    uses = tuple(gemm.outputs[0].uses())
+    back = uses[0].node if len(uses) == 1 and uses[0].node.op_type == "Reshape" else None
+    tape = Tape()
+    if flat is not None and back is not None and (rows := _rows(model, tape, flat.inputs[0], back.outputs[0])):
+        x, last = rows, back
+    y = _matmul(tape, x, weight)
+    if bias is not None:
+        y = tape.op("Add", [y, bias])
+    replace(model, last, tape, y)
+
+
+def _rows(model: ir.Model, tape: Tape, before: ir.Value | None, after: ir.Value) -> ir.Value | None:
+    """`before` with the leading axes of `after`, where flattening between them changed nothing; else None."""
+    if before is None or before.shape is None or after.shape is None:
+        return None
+    lead = len(after.shape) - 1
+    if not same_dims(ir.Shape(before.shape[:lead]), ir.Shape(after.shape[:lead])):
+        return None
+    if len(before.shape) == lead + 1:
+        return before
+    inner = before.shape[lead:]  # heads and head size, say, which the flattening joined
+    if not all(isinstance(dim, int) for dim in inner):
+        return None
+    joined = int(np.prod([int(dim) for dim in inner]))  # type: ignore[arg-type]
+    shape = constant(model, f"join_{lead}_{joined}", np.array([0] * lead + [joined], np.int64))
+    return tape.op("Reshape", [before, shape])

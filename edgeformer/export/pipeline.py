@@ -1,0 +1,112 @@
+"""One export from source to bundle: trace, passes, gate, quantize, gate again, measure, write."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from edgeformer.bundle import seal, write_bundle
+from edgeformer.errors import ExportError
+from edgeformer.export import accuracy, parity
+from edgeformer.export.options import ExportOptions
+from edgeformer.export.passes.attention import standard_attention, window_masks
+from edgeformer.export.passes.cache import insert_cache
+from edgeformer.export.passes.edit import infer_shapes
+from edgeformer.export.passes.finish import finish
+from edgeformer.export.passes.float16 import to_float16
+from edgeformer.export.passes.linear import canonical_linears
+from edgeformer.export.passes.logits import keep_logits
+from edgeformer.export.passes.names import restore_names
+from edgeformer.export.passes.reshape import drop_reshapes
+from edgeformer.export.plan import Quantized, holding, quantize_graph
+from edgeformer.export.progress import Progress, Silent
+from edgeformer.export.run import Graph
+from edgeformer.export.source import Source, Traced, load_source
+from edgeformer.export.trace import trace
+from edgeformer.export.write import GRAPH, manifest, save_graph, write_reference, write_texts
+
+# Half precision rounds at 2**-11 = 5e-4 of a value. A few hundred such roundings on the way to a logit add up as their
+# square root, to about 1e-2 of the range; a wrong graph was already refused in float32.
+FLOAT16_TOLERANCE = 2e-2
+
+
+def export(options: ExportOptions, progress: Progress | None = None, source: Source | None = None) -> dict[str, Any]:
+    """Writes the bundle that `options` describe and returns its manifest.
+
+    `source` may be given by a caller that has the module at hand; otherwise `options.source` is loaded.
+
+    Raises:
+        ExportError: the source cannot be loaded, traced or quantized.
+        ParityError: the graph's numbers are not PyTorch's. Nothing is written.
+        BundleError: `options.output` exists and `options.overwrite` is false.
+    """
+    progress = progress or Silent()
+    with write_bundle(options.output, overwrite=options.overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
+        progress.stage(f"load {options.source}")
+        source = source or load_source(options)
+        scheme = _scheme(options, source)
+        half, quantized = options.dtype == "float16", scheme != "none"
+        progress.stage("trace")
+        model, layers, transposed = float_graph(source)
+
+        progress.stage("check the float graph against PyTorch")
+        float_path = (Path(scratch) if half or quantized else folder) / GRAPH
+        save_graph(model, float_path)
+        report: dict[str, Any] = {"float": parity.gate(parity.float_checks(source, float_path, layers > 0))}
+
+        weights: list[Quantized] = []
+        if quantized:
+            weights = quantize_graph(model, source, options, scheme, transposed, progress)
+            finish(model, f"{source.origin}, quantized {scheme}")
+            path = (Path(scratch) / "quantized" if half else folder) / GRAPH
+            save_graph(model, path)
+            progress.stage("check the quantized graph against PyTorch with the same weights")
+            with holding(source.module, weights):
+                report["dequantized"] = parity.gate(parity.whole(source, Graph(path, optimized=False), count=1))
+        if half:
+            to_float16(model)
+            save_graph(model, folder / GRAPH)
+            progress.stage("check the float16 graph")
+            with holding(source.module, weights):
+                report["float16"] = parity.gate(parity.whole(source, Graph(folder / GRAPH), count=1), FLOAT16_TOLERANCE)
+
+        measured = None
+        if source.is_language_model and options.tokens and (half or quantized):
+            progress.stage("measure accuracy")
+            measured = accuracy.measure(source, float_path, folder / GRAPH, options.text, options.tokens, progress)
+        progress.stage("write")
+        tolerance = write_reference(source, folder, weights, exact=not (half or quantized))
+        write_texts(source, folder)
+        reference = {"file": "reference.npz", "tolerance": tolerance}
+        parts = {"parity": {"dequantized": None, **report}, "accuracy": measured, "reference": reference}
+        return seal(folder, manifest(model, source, options, scheme, weights, **parts))
+
+
+def float_graph(source: Source) -> tuple[ir.Model, int, set[str]]:
+    """The module as a decode-ready float graph; with the number of cached layers, and the names of the weights that the
+    graph holds transposed to the module's."""
+    with source.tracing():
+        model = trace(Traced(source), source.inputs, source.outputs)
+    restore_names(model, source.module.state_dict(), Traced.PREFIX)
+    drop_reshapes(model)
+    transposed = canonical_linears(model)
+    standard_attention(model)
+    layers = insert_cache(model)
+    window_masks(model)
+    if source.is_language_model and layers:
+        keep_logits(model)
+    finish(model, source.origin)
+    infer_shapes(model)
+    return model, layers, transposed
+
+
+def _scheme(options: ExportOptions, source: Source) -> str:
+    scheme = options.quantize or ("keep" if source.kept else "q4a")
+    if scheme == "keep" and source.kept is None:
+        raise ExportError(
+            "--quantize keep is for GGUF files: this source has no blocks of its own; use q4a, q4, q8 or none."
+        )
+    return scheme

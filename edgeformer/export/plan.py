@@ -1,0 +1,125 @@
+"""Which weight is quantized how: the scheme for linear layers, int8 for embeddings, and the choice for the head."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from edgeformer.errors import ExportError
+from edgeformer.export.blocks import Blocks, quantize
+from edgeformer.export.options import ExportOptions
+from edgeformer.export.passes.linear import linears
+from edgeformer.export.passes.quantize import quantize_embeddings, quantize_linears, tables
+from edgeformer.export.progress import Progress
+from edgeformer.export.source import Source
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """One weight of the module that the bundle holds as blocks."""
+
+    name: str  # in the module's state dict
+    blocks: Blocks
+    transposed: bool = False  # the module holds [K, N]
+    own_head: bool = False  # a second form of an embedding's table, for the head alone
+
+
+def quantize_graph(
+    model: ir.Model, source: Source, options: ExportOptions, scheme: str, transposed: set[str], progress: Progress
+) -> list[Quantized]:
+    """Quantizes the graph in place; returns what stands in it now.
+
+    Raises:
+        ExportError: nothing can be quantized, or `--head tied` is asked for a model that does not tie its head.
+    """
+    known = source.module.state_dict()
+    embedded = {str(table.name): table for table in tables(model) if table.name in known}
+    layers = {str(layer.weight.name): layer.weight for layer in linears(model)}
+    layers = {name: weight for name, weight in layers.items() if name.removesuffix(".rows") in known}
+    head = list(layers)[-1] if layers and source.is_language_model else None
+    if options.head == "tied" and head not in embedded:
+        raise ExportError("--head tied: this model's head has a weight of its own; choose q4a, q4, q8 or none.")
+
+    done: list[Quantized] = []
+    for_tables: dict[str, Blocks] = {}
+    for_layers: dict[str, Blocks] = {}
+    for name in progress.track([*embedded, *(n for n in layers if n not in embedded)], f"quantize {scheme}"):
+        if name in embedded:
+            blocks = _blocks(source, embedded[name], "keep" if scheme == "keep" else "q8", options.block)
+            if blocks is not None:
+                for_tables[name] = blocks
+                done.append(Quantized(name, blocks))
+        if name in layers:
+            wanted = scheme if name not in embedded else "tied"
+            wanted = options.head or wanted if name == head else wanted
+            blocks = for_tables.get(name) if wanted == "tied" else _blocks(source, layers[name], wanted, options.block)
+            if blocks is not None:
+                for_layers[name] = blocks
+                plain = name.removesuffix(".rows")
+                if wanted != "tied":
+                    done.append(Quantized(plain, blocks, plain in transposed or name in transposed, name in embedded))
+    if not done:
+        raise ExportError("the graph has no linear layer or embedding of the module to quantize; use --quantize none.")
+    quantize_linears(model, lambda name, weight: for_layers.get(name))
+    quantize_embeddings(model, lambda name, table: for_tables.get(name))
+    return done
+
+
+def _blocks(source: Source, weight: ir.Value, wanted: str, block: int) -> Blocks | None:
+    """None leaves the weight as it is: `none` says so, or the source keeps it as float."""
+    assert weight.const_value is not None
+    if wanted == "none":
+        return None
+    values = np.ascontiguousarray(weight.const_value.numpy())
+    if wanted == "keep":
+        return source.kept(values) if source.kept is not None else None
+    return quantize(values, wanted, block)
+
+
+@contextlib.contextmanager
+def holding(module: torch.nn.Module, weights: Sequence[Quantized]) -> Iterator[None]:
+    """`module` with the values that the blocks stand for; as it was when the block ends."""
+    state = module.state_dict(keep_vars=True)
+    saved: dict[str, torch.Tensor] = {}
+    heads: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
+    try:
+        with torch.no_grad():
+            for weight in (w for w in weights if w.own_head):
+                heads += _untie(module, state, weight)
+            for weight in (w for w in weights if not w.own_head):
+                saved[weight.name] = state[weight.name].detach().clone()
+                state[weight.name].copy_(_values(weight))
+        yield
+    finally:
+        with torch.no_grad():
+            for owner, name, parameter in heads:
+                setattr(owner, name, parameter)
+            for name, before in saved.items():
+                state[name].copy_(before)
+
+
+def _values(weight: Quantized) -> torch.Tensor:
+    values = torch.from_numpy(weight.blocks.dequantize())
+    return values.T if weight.transposed else values
+
+
+def _untie(
+    module: torch.nn.Module, state: Mapping[str, torch.Tensor], weight: Quantized
+) -> list[tuple[torch.nn.Module, str, torch.nn.Parameter]]:
+    """Gives the head a parameter of its own beside the embedding it shares with; returns what to put back."""
+    shared, before = state[weight.name], []
+    for owner in module.modules():
+        for name, parameter in tuple(owner.named_parameters(recurse=False)):
+            if parameter.data_ptr() == shared.data_ptr() and not isinstance(owner, torch.nn.Embedding):
+                before.append((owner, name, parameter))
+                setattr(owner, name, torch.nn.Parameter(_values(weight)))
+    if not before:
+        raise ExportError(
+            f"no module but an embedding holds {weight.name}, so its head cannot be checked; use --head tied."
+        )
+    return before

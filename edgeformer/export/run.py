@@ -1,0 +1,70 @@
+"""The written graph on plain onnxruntime, without edgeformer's runtime: the checks have a witness of their own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+
+
+class Graph:
+    """One graph file. `optimized=False` runs each operator as written, so that weights really are dequantized."""
+
+    def __init__(self, path: Path, *, optimized: bool = True) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        if not optimized:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.inputs = {value.name: value for value in self.session.get_inputs()}
+        self.outputs = [value.name for value in self.session.get_outputs()]
+        self.past = [name for name in self.inputs if name.startswith("past_key_values.")]
+
+    def __call__(
+        self, feeds: Mapping[str, Array], past: Mapping[str, Array] | None = None
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """(outputs, present) for `feeds` after `past` (empty when None); present is keyed like past."""
+        batch = next(iter(feeds.values())).shape[0]
+        cache = dict(past) if past is not None else {name: self._empty(name, batch) for name in self.past}
+        wanted = {name: value for name, value in feeds.items() if name in self.inputs or name == "logits_to_keep"}
+        for name, value in wanted.items():
+            kind = _NUMPY.get(self.inputs[name].type) if name in self.inputs else None
+            if kind is not None and value.dtype != kind:
+                wanted[name] = value.astype(kind)
+        values = self.session.run(None, {**wanted, **cache})
+        results = dict(zip(self.outputs, values, strict=True))
+        present = {name: results.pop(name.replace("past_key_values", "present")) for name in self.past}
+        outputs = {name: _wide(value) for name, value in results.items()}
+        return outputs, present
+
+    def _empty(self, name: str, batch: int) -> Array:
+        value = self.inputs[name]
+        shape = [dim if isinstance(dim, int) else 0 for dim in value.shape]
+        return np.zeros([batch, *shape[1:]], _NUMPY[value.type])
+
+
+def _wide(value: Array) -> Array:
+    return value.astype(np.float32) if value.dtype == np.float16 else value
+
+
+def steps(graph: Graph, ids: Array, lengths: Sequence[int]) -> Array:
+    """float32 [batch, sum(lengths), vocab]: the logits of `ids` fed in pieces of `lengths`, a cache between them."""
+    past: dict[str, Array] | None = None
+    logits, start = [], 0
+    for length in lengths:
+        piece = ids[:, start : start + length]
+        feeds = {"input_ids": piece, "position_ids": np.broadcast_to(np.arange(start, start + length), piece.shape)}
+        outputs, past = graph(feeds, past)
+        logits.append(outputs["logits"])
+        start += length
+    return np.concatenate(logits, axis=1)

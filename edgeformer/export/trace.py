@@ -1,0 +1,191 @@
+"""From an `nn.Module` to a clean ONNX graph: one trace, then constants folded and Transformer operators fused."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+import torch
+from onnxscript import optimizer, rewriter
+
+from edgeformer.errors import ExportError
+
+OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding; from 25 on onnxruntime expands Attention
+IR_VERSION = 10
+Dim = int | str
+
+# Different and none of them 1: the tracer would merge axes of equal size and freeze an axis of size 1.
+_SAMPLE_SIZES = (2, 7, 5, 11, 13)
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of `forward`: named axes (`batch`, `sequence`, ...) are dynamic, numbers are fixed."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[Dim, ...]
+    high: int = 2  # integers are drawn from [0, high)
+
+    def sample(self, sizes: Mapping[str, int], seed: int) -> torch.Tensor:
+        """A random array of this input: [*shape] with the named axes as `sizes` gives them."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = [sizes[dim] if isinstance(dim, str) else dim for dim in self.shape]
+        if self.name == "position_ids":
+            return torch.arange(shape[-1]).expand(shape).contiguous()
+        if self.dtype == torch.bool:
+            return torch.ones(shape, dtype=torch.bool)
+        if self.dtype.is_floating_point:
+            return torch.randn(shape, generator=generator, dtype=self.dtype)
+        return torch.randint(0, self.high, shape, generator=generator, dtype=self.dtype)
+
+
+def axes(inputs: tuple[Input, ...]) -> list[str]:
+    """The named axes of all inputs, each once, in order of appearance."""
+    return list(dict.fromkeys(dim for value in inputs for dim in value.shape if isinstance(dim, str)))
+
+
+def trace(module: torch.nn.Module, inputs: tuple[Input, ...], outputs: tuple[str, ...]) -> ir.Model:
+    """The graph of `module(*inputs)` at opset 23, parameters under their own names, every named axis dynamic.
+
+    Raises:
+        ExportError: the module cannot be traced, or the trace froze an axis; the message names it and the fix.
+    """
+    sizes = dict(zip(axes(inputs), _SAMPLE_SIZES, strict=False))
+    sample = tuple(value.sample(sizes, seed) for seed, value in enumerate(inputs))
+    dims = dict.fromkeys(sizes, torch.export.Dim.DYNAMIC)
+    dynamic = tuple({i: dims[dim] for i, dim in enumerate(value.shape) if isinstance(dim, str)} for value in inputs)
+    with _quiet():
+        try:
+            program = torch.onnx.export(
+                module.eval(),
+                sample,
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=(dynamic,) if _takes_star_args(module) else dynamic,
+                input_names=[value.name for value in inputs],
+                output_names=list(outputs),
+                optimize=False,
+                verbose=False,
+            )
+        except Exception as error:
+            raise ExportError(_explain(error)) from error
+    assert program is not None
+    model = program.model
+    _name_axes(model, inputs)
+    optimize(model)
+    return model
+
+
+def optimize(model: ir.Model) -> None:
+    """Folds constants, fuses norms, rotary embeddings and gelus, merges common subexpressions; in place."""
+    optimizer.optimize_ir(model, output_size_limit=1 << 20, should_fold=_keep_parameters)
+    rewriter.onnx_fusions.fuse(model)
+    for tidy in (common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass()):
+        tidy(model)
+
+
+def _keep_parameters(node: ir.Node) -> bool | None:
+    """A parameter is never folded away: its name and its [N, K] layout are what quantization and parity go by."""
+    touched = [value for value in node.inputs if value is not None and value.is_initializer()]
+    large = any(value.shape is not None and len(value.shape) >= 2 for value in touched)
+    return False if large and node.op_type in ("Transpose", "Reshape", "Cast", "Mul", "Add") else None
+
+
+def _takes_star_args(module: torch.nn.Module) -> bool:
+    return module.forward.__code__.co_flags & 0x04 != 0
+
+
+def _name_axes(model: ir.Model, inputs: tuple[Input, ...]) -> None:
+    """Gives the graph's axes the names of `inputs`.
+
+    Raises:
+        ExportError: an axis that should be dynamic has a fixed size: the tracer freezes them without a word.
+    """
+    frozen, names = [], {}
+    for value, wanted in zip(model.graph.inputs, inputs, strict=True):
+        assert value.shape is not None
+        for index, (found, dim) in enumerate(zip(value.shape, wanted.shape, strict=True)):
+            if isinstance(dim, str) and isinstance(found, int):
+                frozen.append(f"axis {index} ({dim!r}) of input {wanted.name!r} was frozen at {found}")
+            elif isinstance(dim, str):
+                names[str(found)] = dim
+    if frozen:
+        raise ExportError(
+            f"{'; '.join(frozen)}. The forward uses this size as a Python number: a loop over it, `int(x.shape[i])`, "
+            "an `if` on it, or a table of just that length. Use tensor operations that take the size from x.shape."
+        )
+    values = [*model.graph.inputs, *(out for node in model.graph for out in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                [dim if isinstance(dim, int) else names.get(str(dim), str(dim)) for dim in value.shape]
+            )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints progress, warns about its own internals, and dumps whole graphs when it fails."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+_CAUSES = (  # words of the tracer -> what to tell
+    (
+        ("Could not guard on data-dependent", "data-dependent", "Eq(u", "GuardOnDataDependent"),
+        "the forward branches on the values of a tensor, which a graph cannot; use torch.where or a mask",
+    ),
+    (
+        ("Constraints violated", "specialized", "ConstraintViolationError", "dynamic_shapes"),
+        "the forward uses the size of a dynamic axis as a Python number: a loop, an `if`, `int(...)`, a table of one length",
+    ),
+    (
+        ("Unsupported", "No decompositions registered", "ConversionError", "No ONNX function found"),
+        "the forward uses an operation that has no ONNX form",
+    ),
+)
+
+
+def _explain(error: Exception) -> str:
+    """One readable message: the likely cause with its fix, and the last line of user code that the tracer names."""
+    chain: list[BaseException] = []
+    cursor: BaseException | None = error
+    while cursor is not None and cursor not in chain:
+        chain.append(cursor)
+        cursor = cursor.__cause__ or cursor.__context__
+    root = next((e for e in reversed(chain) if isinstance(e, ExportError)), chain[-1])
+    if isinstance(root, ExportError):
+        return str(root)
+    text = " ".join(str(e) for e in chain)
+    cause = next((told for words, told in _CAUSES if any(word in text for word in words)), None)
+    first = next((line.strip() for line in str(root).splitlines() if line.strip()), type(root).__name__)
+    where = _user_line(chain)
+    told = f"the module cannot be traced{f' ({where})' if where else ''}: {type(root).__name__}: {first[:300]}."
+    return f"{told} Likely: {cause}." if cause else told
+
+
+def _user_line(chain: list[BaseException]) -> str | None:
+    """file:line of the deepest frame outside torch in any traceback of the chain."""
+    found = None
+    for error in chain:
+        step = error.__traceback__
+        while step is not None:
+            name = step.tb_frame.f_code.co_filename
+            if not any(
+                part in name for part in ("/torch/", "/edgeformer/export/", "<", "/contextlib.py", "/onnxscript/")
+            ):
+                found = f"{name}:{step.tb_lineno}"
+            step = step.tb_next
+    return found
