@@ -24,7 +24,7 @@ sanitizers = {"": [], "address": ["-fsanitize=address,undefined"], "thread": ["-
 if sanitize not in sanitizers:
     raise SystemExit(f"EDGEFORMER_SANITIZE is {sanitize!r}, expected 'address' or 'thread'")
 
-# -ffp-contract=off is load-bearing: where the compiler may fuse a*b+c by itself, the tables no longer give the same bits.
+# -ffp-contract=off is load-bearing: a compiler that may fuse a*b+c by itself breaks the law of the same bits.
 # No -march here: a kernel file opens its own target region, so nothing else in the binary is compiled for a newer CPU.
 compile_args = ["-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-pthread"]
 compile_args += ["-O1", "-g", "-UNDEBUG"] if debug else ["-O3", "-g0"]
