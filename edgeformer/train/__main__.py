@@ -1,0 +1,140 @@
+"""`python -m edgeformer.train`: the command line of the training loop."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgeformer.errors import EdgeformerError, TrainingError
+from edgeformer.train.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from edgeformer.train.loop import Report
+
+EPILOG = """
+Examples:
+
+  python -m edgeformer.train demo-text                      # about a minute on two cores
+
+  python -m edgeformer.train demo-text --data book.txt -o runs/book
+
+  python -m edgeformer.train demo-forecast --data power.csv --column kw
+
+  python -m edgeformer.train my.toml --set model.hidden_size=256 --steps 5000
+
+  python -m edgeformer.train my.toml -o runs/my --resume
+
+  torchrun --nproc-per-node 2 -m edgeformer.train my.toml
+"""
+
+
+def command(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A TOML file, or a preset: demo-text, demo-forecast.")
+    ],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Checkpoint folder.  [default: runs/RECIPE]")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Text files, pydoc, a CSV file, or seasonal.")] = None,
+    column: Annotated[str | None, typer.Option(help="Column of the CSV file.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences a step, over all processes.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides weights, order of data, dropout.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any key: SECTION.KEY=VALUE.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again in a folder that holds a run.")] = False,
+    stop_at: Annotated[int | None, typer.Option(help="Stop at this step, with a checkpoint to resume from.")] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Leave the GPU alone.")] = False,
+) -> None:
+    """Train a small Transformer: a language model on text, or a sequence encoder that forecasts a series.
+
+    Ctrl-C finishes the step, writes a checkpoint and ends with code 130; --resume goes on from there, bit for bit.
+    """
+    flags = {
+        "data.column": column,
+        "train.steps": steps,
+        "train.batch_size": batch_size,
+        "train.learning_rate": learning_rate,
+        "train.seed": seed,
+    }
+    try:
+        overrides: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
+        if data:
+            overrides["data.source"] = data[0] if len(data) == 1 else data
+        overrides |= dict(map(parse_setting, settings or []))
+        loaded = load_recipe(recipe, overrides)
+        folder = out or Path("runs") / Path(recipe).stem
+        code = run(loaded, folder, resume=resume, overwrite=overwrite, stop_at=stop_at, cpu=cpu)
+    except EdgeformerError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from None
+    raise typer.Exit(code)
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """("train.steps", 10) of "train.steps=10": the value is JSON where it reads as JSON, otherwise the text itself."""
+    key, equals, value = text.partition("=")
+    if not equals or "." not in key:
+        raise TrainingError(f"--set {text}: expected SECTION.KEY=VALUE, such as train.steps=100")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def run(recipe: Recipe, folder: Path, *, resume: bool, overwrite: bool, stop_at: int | None, cpu: bool) -> int:
+    """Train, tell what came out; the exit code: 0, or 130 after Ctrl-C."""
+    # Torch costs seconds, which --help and a mistake in a recipe should not.
+    from accelerate import PartialState
+
+    from edgeformer.train.loop import train
+
+    interrupts: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if interrupts:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait for the step
+        interrupts.append(number)
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        report = train(
+            recipe,
+            folder,
+            resume=resume,
+            overwrite=overwrite,
+            stop_at=stop_at,
+            cpu=cpu,
+            progress_bar=True,
+            should_stop=lambda: bool(interrupts),
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if PartialState().is_main_process:
+        tell(report)
+    return 130 if interrupts else 0
+
+
+def tell(report: Report) -> None:
+    name, value = report.baseline
+    if report.step < report.steps:
+        typer.echo(f"stopped at step {report.step} of {report.steps}; --resume goes on from there")
+    typer.echo(f"parameters       {report.parameters:,}")
+    typer.echo(f"validation loss  {report.validation_loss:.3f}   ({name}: {value:.3f})")
+    typer.echo(f"time             {report.seconds:.0f} s")
+    for key, shown in report.shown.items():
+        typer.echo(f"\n{shown}\n" if isinstance(shown, str) else f"{key}: {shown:.3f}")
+    pictures = ", ".join(sorted(path.name for path in report.folder.glob("*.png")))
+    typer.echo(f"checkpoint       {report.folder}   ({pictures})")
+    typer.echo(f"next             python -m edgeformer.export {report.folder} -o {report.folder}-bundle")
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app.command(epilog=EPILOG)(command)
+
+if __name__ == "__main__":
+    app(prog_name="python -m edgeformer.train")

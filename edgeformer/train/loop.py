@@ -1,0 +1,256 @@
+"""The training loop. It reads from top to bottom once."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+
+from edgeformer.errors import TrainingError
+from edgeformer.train.checkpoint import (
+    STATE_FILE,
+    Progress,
+    load_progress,
+    restore,
+    save_checkpoint,
+    write_atomically,
+)
+from edgeformer.train.forecast import ForecastTask
+from edgeformer.train.picture import loss_picture
+from edgeformer.train.recipe import Recipe, SeriesData, TrainOptions, differences
+from edgeformer.train.task import Task, picks
+from edgeformer.train.text import TextTask
+
+MADE_HERE = (
+    *(STATE_FILE, "model.safetensors", "config.json", "generation_config.json", "tokenizer.json"),
+    *("tokenizer_config.json", "loss.csv", "loss.png", "sample.txt", "forecast.png"),
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run came to. Losses are NaN where nothing was measured; `shown` is what the task has to show."""
+
+    folder: Path
+    step: int
+    steps: int
+    training_loss: float
+    validation_loss: float
+    baseline: tuple[str, float]
+    parameters: int
+    seconds: float
+    shown: dict[str, Any] = field(default_factory=dict)
+
+
+def train(
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    stop_at: int | None = None,
+    cpu: bool = False,
+    progress_bar: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Report:
+    """Train what `recipe` says and leave a checkpoint in `folder`; `edgeformer.train.checkpoint` lists the files.
+
+    `resume` goes on from the last checkpoint in `folder`. On the same machine, with the same numbers of threads and
+    processes, the result has the bits of a run that was never interrupted. `stop_at` (a step) and `should_stop`
+    (asked once a step) end the run early, with a checkpoint. Under torchrun each process calls this.
+
+    Raises:
+        TrainingError: the recipe, the data and `folder` do not fit each other, or the loss is no longer a number.
+    """
+    options, folder = recipe.train, Path(folder)
+    saved, tensors = load_progress(folder) if resume else (None, {})
+    if saved and (changed := differences(saved.recipe, recipe.to_dict())):
+        raise TrainingError(
+            f"cannot resume {folder} with another recipe ({'; '.join(changed)}); use --overwrite to start again"
+        )
+    if not resume and not overwrite and any((folder / name).exists() for name in (STATE_FILE, "config.json")):
+        raise TrainingError(
+            f"{folder} already holds a model; continue it with --resume, or start again with --overwrite"
+        )
+    if stop_at is not None and stop_at < 1:
+        raise TrainingError(f"stop_at is {stop_at}, expected at least 1")
+
+    # Devices and processes.
+    accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision(options.precision, cpu))
+    processes, rank, chief = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
+    share, rest = divmod(options.batch_size, processes * options.gradient_accumulation_steps)
+    if rest:
+        raise TrainingError(
+            f"train.batch_size {options.batch_size} is not a multiple of {processes} processes "
+            f"times {options.gradient_accumulation_steps} gradient_accumulation_steps"
+        )
+
+    # Data, model, optimizer.
+    task = make_task(recipe, read_tokenizer(folder) if resume else None)
+    require_same_data(task, accelerator)
+    if saved and saved.fingerprint != task.fingerprint:
+        raise TrainingError(f"cannot resume {folder}: the data is not what it was; restore it, or use --overwrite")
+    torch.manual_seed(options.seed)
+    module = task.model()
+    optimizer = make_optimizer(module, options)
+    model, optimizer = accelerator.prepare(module, optimizer)
+    step, history = 0, np.zeros((0, 4))
+    if saved:
+        restore(module, optimizer, tensors, folder)
+        step, history = saved.step, saved.history
+    if chief:
+        prepare_folder(folder, task, fresh=saved is None)
+
+    # The loop.
+    started, last = time.perf_counter(), min(options.steps, stop_at if stop_at is not None else options.steps)
+    validation_loss = next((loss for loss in history[::-1, 2] if not np.isnan(loss)), math.nan)
+    bar = tqdm(
+        total=options.steps, initial=step, desc=folder.resolve().name, unit="step", disable=not (progress_bar and chief)
+    )
+    rows: list[tuple[float, float, float, float]] = []
+    if step == 0:
+        validation_loss = validate(task, module, accelerator, options)
+        rows.append((0, math.nan, validation_loss, math.nan))
+    stopped = False
+    with bar:
+        while step < last and not stopped:
+            # All that is random in a step comes from (seed, step, rank): resuming needs the step's number, no state.
+            torch.manual_seed(step_seed(options.seed, step, rank))
+            rate = learning_rate(step, options)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss = torch.zeros((), device=accelerator.device)
+            for part in range(options.gradient_accumulation_steps):
+                first = step * options.batch_size + (part * processes + rank) * share
+                batch = task.batch(picks(options.seed, first, share, task.windows))
+                inputs = {name: value.to(accelerator.device) for name, value in batch.inputs.items()}
+                wait = part + 1 < options.gradient_accumulation_steps  # gradients travel once a step
+                with accelerator.no_sync(model) if wait else nullcontext():
+                    part_loss = task.loss(model(**inputs), batch.targets.to(accelerator.device))
+                    accelerator.backward(part_loss / options.gradient_accumulation_steps)
+                loss += part_loss.detach() / options.gradient_accumulation_steps
+            accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+
+            training_loss, checked = float(accelerator.reduce(loss, "mean")), math.nan
+            if not math.isfinite(training_loss):
+                raise TrainingError(
+                    f"the loss is {training_loss} at step {step}: try a lower train.learning_rate than "
+                    f"{options.learning_rate}; the last checkpoint in {folder} is untouched"
+                )
+            if should_stop():
+                accelerator.set_trigger()
+            stopped = accelerator.check_trigger()  # one process that stops stops all
+            if step % options.eval_every == 0 or step == options.steps:
+                validation_loss = checked = validate(task, module, accelerator, options)
+            rows.append((step, training_loss, checked, rate))
+            if step % options.save_every == 0 or step == last or stopped:
+                history, rows = np.concatenate([history, np.array(rows)]), []
+                if chief:
+                    progress = Progress(step, history, recipe.to_dict(), task.fingerprint)
+                    save_checkpoint(folder, module, optimizer, progress)
+            bar.set_postfix(loss=f"{training_loss:.3f}", validation=f"{validation_loss:.3f}", refresh=False)
+            bar.update()
+
+    # What there is to see.
+    shown: dict[str, Any] = {}
+    if chief and len(history):
+        loss_picture(folder / "loss.png", history, f"Training {folder.resolve().name}", task.loss_name, task.baseline)
+        shown = task.finish(module.eval(), folder)
+    accelerator.wait_for_everyone()
+    return Report(
+        folder=folder,
+        step=step,
+        steps=options.steps,
+        training_loss=float(history[-1, 1]) if len(history) else math.nan,
+        validation_loss=validation_loss,
+        baseline=task.baseline,
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        seconds=time.perf_counter() - started,
+        shown=shown,
+    )
+
+
+def mixed_precision(precision: str, cpu: bool) -> str:
+    """bfloat16 where it helps, on a GPU that computes in it: weights and moments stay float32 in any case."""
+    on_gpu = torch.cuda.is_available() and not cpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if precision == "bfloat16" or (precision == "auto" and on_gpu) else "no"
+
+
+def make_task(recipe: Recipe, tokenizer_json: str | None) -> Task:
+    if isinstance(recipe.data, SeriesData):
+        return ForecastTask(recipe.data, recipe.model, recipe.train.seed)
+    return TextTask(recipe.data, recipe.model, recipe.train.seed, tokenizer_json)
+
+
+def read_tokenizer(folder: Path) -> str | None:
+    """The tokenizer that the run in `folder` began with; None if its task has none."""
+    path = folder / "tokenizer.json"
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def require_same_data(task: Task, accelerator: Accelerator) -> None:
+    """Raises TrainingError: the processes read different texts or trained different tokenizers on them."""
+    mine = torch.tensor([int(task.fingerprint[:15], 16)], device=accelerator.device)
+    if len(set(accelerator.gather(mine).tolist())) > 1:
+        raise TrainingError("the processes do not see the same data: give every machine the same files")
+
+
+def make_optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
+    """AdamW (https://arxiv.org/abs/1711.05101); matrices decay, biases and norms do not."""
+    matrices = [parameter for parameter in module.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in module.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(options.beta1, options.beta2), fused=True)
+
+
+def learning_rate(step: int, options: TrainOptions) -> float:
+    """Linear warm-up, then half a cosine from `learning_rate` down to `final_learning_rate` at the last step."""
+    if step < options.warmup_steps:
+        return options.learning_rate * (step + 1) / options.warmup_steps
+    way = (step - options.warmup_steps) / max(1, options.steps - 1 - options.warmup_steps)
+    fall = options.learning_rate - options.final_learning_rate
+    return options.final_learning_rate + fall * (1 + math.cos(math.pi * min(1.0, way))) / 2
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+
+
+@torch.no_grad()
+def validate(task: Task, module: nn.Module, accelerator: Accelerator, options: TrainOptions) -> float:
+    """The mean loss over the validation windows. Every process computes all of them: they are few."""
+    module.eval()
+    total, count = 0.0, 0
+    for batch in task.validation(options.batch_size, options.eval_batches):
+        with accelerator.autocast():
+            outputs = module(**{name: value.to(accelerator.device) for name, value in batch.inputs.items()})
+        size = len(batch.targets)
+        total += float(task.loss(outputs.float(), batch.targets.to(accelerator.device))) * size
+        count += size
+    module.train()
+    return total / count
+
+
+def prepare_folder(folder: Path, task: Task, *, fresh: bool) -> None:
+    """Write the files that stay the same during a run; a fresh run first removes what an earlier one left."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in MADE_HERE if fresh else ():
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise TrainingError(f"{folder} cannot be written: {error.strerror}; choose another --out") from error
+    for name, text in task.files().items():
+        write_atomically(folder / name, text.encode())

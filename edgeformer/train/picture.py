@@ -1,0 +1,131 @@
+"""Two pictures: the loss of a run, and a forecast against the truth. Drawn without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+INK, GREY, BLUE, ORANGE = "#22272e", "#8a929c", "#2f6fb5", "#e07a1f"
+
+
+@contextmanager
+def styled(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+    """A figure that is written to `path` when the block ends. No pyplot: nothing global, no window, any thread."""
+    style: Any = {
+        "font.size": 10.5,
+        "axes.edgecolor": GREY,
+        "axes.labelcolor": INK,
+        "axes.titlecolor": INK,
+        "axes.titlelocation": "left",
+        "axes.titleweight": "bold",
+        "axes.titlepad": 12,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": "#e9ecef",
+        "grid.linewidth": 0.8,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "legend.frameon": False,
+        "lines.solid_capstyle": "round",
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=size, dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+        figure.savefig(path, facecolor="white")
+
+
+def loss_picture(path: Path, history: np.ndarray, title: str, loss_name: str, baseline: tuple[str, float]) -> None:
+    """Training and validation loss over the steps, and what a guess without a model would lose.
+
+    `history` is float64 [n, 4]: step, training loss, validation loss, learning rate; NaN where nothing was measured.
+    """
+    steps, train, validation = history[:, 0], history[:, 1], history[:, 2]
+    trained, checked = ~np.isnan(train), ~np.isnan(validation)
+    with styled(path, (8, 4.5)) as figure:
+        axes = figure.subplots()
+        axes.plot(steps[trained], train[trained], color=BLUE, alpha=0.25, linewidth=0.8)
+        axes.plot(steps[trained], smooth(train[trained]), color=BLUE, linewidth=1.8, label="training (smoothed)")
+        axes.plot(
+            steps[checked],
+            validation[checked],
+            color=ORANGE,
+            linewidth=1.8,
+            marker="o",
+            markersize=4,
+            label="validation",
+        )
+        name, value = baseline
+        axes.axhline(value, color=GREY, linestyle=(0, (4, 3)), linewidth=1.2, label=f"{name}: {value:.2f}")
+        axes.annotate(
+            f"{validation[checked][-1]:.2f}",
+            (steps[checked][-1], validation[checked][-1]),
+            xytext=(7, 0),
+            textcoords="offset points",
+            color=ORANGE,
+            va="center",
+            weight="bold",
+        )
+        top = max(validation[checked][0], value)
+        axes.set(title=title, xlabel="step", ylabel=loss_name, xlim=(0, steps[-1] * 1.06), ylim=(0, top * 1.08))
+        axes.legend(loc="upper right")
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Running mean with weights that fade over about a fiftieth of the run, unbiased at the start."""
+    keep = 1 - 1 / max(1.0, len(values) / 50)
+    mean, weight, out = 0.0, 0.0, []
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        out.append(mean / weight)
+    return np.array(out)
+
+
+def forecast_picture(
+    path: Path,
+    history: np.ndarray,
+    truth: np.ndarray,
+    forecast: np.ndarray,
+    horizon: int,
+    label: str,
+    naive_error: float,
+    *,
+    windows: int = 10,
+) -> None:
+    """A stretch of truth and forecast (each float [n], the first `windows` horizons are drawn), and the errors below.
+
+    `history` is what was known before the first forecast; each forecast then knows the truth up to its own start.
+    """
+    error = float(np.abs(forecast - truth).mean())
+    shown = min(len(truth), windows * horizon)
+    time = np.arange(shown)
+    with styled(path, (10, 5.4)) as figure:
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        for start in range(0, shown, 2 * horizon):
+            above.axvspan(start, min(start + horizon, shown), color="#f4f6f8", zorder=0, linewidth=0)
+        above.plot(
+            np.arange(-len(history), 1), np.append(history, truth[0]), color=GREY, linewidth=1.3, label="known before"
+        )
+        above.plot(time, truth[:shown], color=INK, linewidth=1.3, label="truth")
+        above.plot(time, forecast[:shown], color=ORANGE, linewidth=1.9, label=f"forecast, {horizon} steps at a time")
+        above.axvline(0, color=GREY, linewidth=1)
+        low, high = above.get_ylim()
+        above.set_ylim(low, high + 0.16 * (high - low))  # room for the legend
+        above.set_title(
+            f"Forecast of data never trained on: mean error {error:.2f}, {naive_error:.2f} by repeating the last period"
+        )
+        above.set_ylabel(label)
+        above.legend(loc="upper left", ncols=3)
+        below.bar(time, (forecast - truth)[:shown], width=1.0, color=ORANGE, alpha=0.75)
+        below.axhline(0, color=INK, linewidth=0.8)
+        below.set(xlabel="steps since the end of the training part (shades: one forecast each)", ylabel="error")
+        below.set_xlim(-len(history), shown)
