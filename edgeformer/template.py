@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
@@ -20,6 +22,7 @@ from jinja2 import TemplateError as JinjaError
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import make_attrgetter
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -29,7 +32,7 @@ T = TypeVar("T")
 
 SECONDS = 5.0  # a real template renders in about a millisecond
 CHARACTERS = 4_000_000  # of any text, list or number of digits that a template makes
-ROUNDS = 100_000  # the largest number that a template may hand to a function
+TOTAL = 50 * CHARACTERS  # of all of them together: templates that build a text bit by bit make it again and again
 
 
 class ChatTemplate:
@@ -73,6 +76,7 @@ def _with_deadline(work: Callable[[], T]) -> T:
         return watch
 
     before = sys.gettrace()
+    _spent.characters = 0
     sys.settrace(watch)
     try:
         return work()
@@ -80,15 +84,26 @@ def _with_deadline(work: Callable[[], T]) -> T:
         sys.settrace(before)
 
 
+class _Spent(threading.local):
+    """Characters that this thread's render has made so far."""
+
+    characters = 0
+
+
+_spent = _Spent()
+
+
 def bounded(value: Any) -> Any:
-    """`value`, if it is not too large.
+    """`value`, if it is not too large, nor all that was made before it in this render.
 
     Raises:
         TemplateError: it is.
     """
-    if isinstance(value, (str, bytes, list, tuple, dict)) and len(value) > CHARACTERS:
-        raise _too_large()
-    if isinstance(value, int) and value.bit_length() > 1024:
+    size = len(value) if isinstance(value, (str, bytes, list, tuple, dict)) else 0
+    if isinstance(value, int):
+        size = value.bit_length()
+    _spent.characters += size
+    if size > CHARACTERS or _spent.characters > TOTAL:
         raise _too_large()
     return value
 
@@ -97,27 +112,57 @@ def _too_large() -> TemplateError:
     return TemplateError(f"The chat template makes a value of more than {CHARACTERS:,} characters; it was stopped.")
 
 
-def _check_call(function: Any, arguments: Sequence[Any]) -> None:
-    """Refuse calls whose result may be far larger than what goes in, before they are made."""
-    for argument in arguments:
-        if isinstance(argument, int) and abs(argument) > ROUNDS:
-            raise _too_large()
-    owner = getattr(function, "__self__", None)
-    texts = [value for value in (owner, *arguments) if isinstance(value, str)]
-    name = getattr(function, "__name__", "")
-    if name in ("format", "format_map", "do_format"):
-        import re
+# What can make much out of little, by the names of str's methods and of jinja2's filters. Their numbers and the lengths
+# of their texts are multiplied to bound the result before it is made.
+_GROWING = {
+    "center", "ljust", "rjust", "zfill", "expandtabs", "to_bytes", "do_center", "do_indent", "do_wordwrap", "do_slice",
+    "do_batch",
+}  # fmt: skip
 
-        if any(re.search(r"\d{6}", text) for text in texts):  # "{:999999999}" or "%999999999d"
+
+def _check_call(function: Any, arguments: Sequence[Any]) -> None:
+    """Refuse a call whose result may be far larger than what goes in, before it is made."""
+    name = getattr(function, "__name__", "")
+    if name not in _GROWING:
+        return
+    product = 1
+    for value in (getattr(function, "__self__", None), *arguments):
+        if isinstance(value, int):
+            product *= max(1, abs(value)) if name != "to_bytes" or value in arguments else 1
+        elif isinstance(value, str):
+            product *= 1 if name in ("center", "ljust", "rjust", "zfill", "do_center") else max(1, len(value))
+    if product > 10 * CHARACTERS:
+        raise _too_large()
+
+
+def _check_format(text: str, arguments: Iterable[Any]) -> None:
+    """Refuse a field width that is large, or that an argument gives."""
+    nested = re.search(r"%[^a-zA-Z%]*\*", text) or re.search(r"\{[^}]*\{", text)
+    if re.search(r"\d{6}", text) or (nested and any(isinstance(a, int) and abs(a) > 10_000 for a in arguments)):
+        raise _too_large()
+
+
+def _replace(text: Any, old: Any, new: Any, count: int | None = None) -> str:
+    """str.replace, refused before it is made when the result is too large."""
+    text, old, new = str(text), str(old), str(new)
+    places = text.count(old) if count is None or count < 0 else min(count, text.count(old))
+    if len(text) + places * (len(new) - len(old)) > CHARACTERS:
+        raise _too_large()
+    return text.replace(old, new, -1 if count is None else count)
+
+
+def _join(parts: Iterable[Any], separator: Any = "") -> str:
+    """str.join, stopped when the result grows too large."""
+    texts: list[str] = []
+    length = 0
+    for part in parts:
+        if texts and separator:
+            texts.append(str(separator))
+        texts.append(str(part))
+        length += len(texts[-1]) + (len(str(separator)) if len(texts) > 1 else 0)
+        if length > CHARACTERS:
             raise _too_large()
-    if name in ("replace", "do_replace", "join", "do_join", "sync_do_join", "translate", "wordwrap", "do_indent"):
-        product = 1
-        for value in (owner, *arguments):
-            if isinstance(value, (str, list, tuple)):
-                product *= len(value) + 1
-        # The longest text times the number of places; real templates join and replace a few characters.
-        if product > CHARACTERS * 100:
-            raise _too_large()
+    return str(bounded("".join(texts)))
 
 
 class _BoundedCode(CodeGenerator):
@@ -135,20 +180,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     code_generator_class = _BoundedCode
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
-    @staticmethod
-    def concat(parts: Iterable[str]) -> str:
-        return _Sandbox.bounded_join(parts)
-
-    @staticmethod
-    def bounded_join(parts: Iterable[Any]) -> str:
-        texts, length = [], 0
-        for part in parts:
-            text = str(part)
-            length += len(text)
-            if length > CHARACTERS:
-                raise _too_large()
-            texts.append(text)
-        return "".join(texts)
+    concat = staticmethod(_join)
+    bounded_join = staticmethod(_join)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         sizes = [len(side) for side in (left, right) if isinstance(side, (str, bytes, list, tuple))]
@@ -156,17 +189,37 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             times = next((side for side in (left, right) if isinstance(side, int)), 1)
             if sizes[0] * max(times, 0) > CHARACTERS:
                 raise _too_large()
-        if operator == "**" and isinstance(right, int) and (abs(right) > 1024 or bounded(left) is None):
+        whole = isinstance(left, int) and isinstance(right, int)
+        if operator == "**" and whole and right * max(1, left.bit_length()) > 4096:
             raise _too_large()
         if operator == "+" and sum(sizes) > CHARACTERS:
             raise _too_large()
         if operator == "%" and isinstance(left, str):
-            _check_call(str.format, (left,))
+            _check_format(left, right if isinstance(right, tuple) else (right,))
         return bounded(super().call_binop(context, operator, left, right))
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
+        if isinstance(owner, str):
+            if name == "join" and len(args) == 1:
+                return _join(args[0], owner)
+            if name == "replace" and len(args) in (2, 3):
+                return bounded(_replace(owner, *args))
+            if name == "translate":
+                raise TemplateError("The chat template calls str.translate, which is not allowed here.")
         _check_call(function, (*args, *kwargs.values()))
         return bounded(super().call(context, function, *args, **kwargs))
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+
+        def run(*args: Any, **kwargs: Any) -> str:
+            _check_format(value.__self__, (*args, *kwargs.values()))
+            return str(wrapped(*args, **kwargs))
+
+        return run
 
 
 class _Generation(Extension):
@@ -193,12 +246,23 @@ def _environment() -> _Sandbox:
         separators: tuple[str, str] | None = None,
         sort_keys: bool = False,
     ) -> str:
+        if indent is not None and not 0 <= indent <= 16:
+            raise JinjaError(f"tojson(indent={indent}) is out of range, expected 0 to 16")
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     def strftime_now(form: str) -> str:
         return datetime.now().strftime(form)
 
-    environment.filters["tojson"] = tojson
+    def join(value: Any, d: str = "", attribute: str | int | None = None) -> str:
+        if attribute is not None:
+            value = map(make_attrgetter(environment, attribute), value)
+        return _join(value, d)
+
+    def format_filter(value: Any, *args: Any, **kwargs: Any) -> str:
+        _check_format(str(value), (*args, *kwargs.values()))
+        return str(value) % (kwargs or args)
+
+    environment.filters |= {"tojson": tojson, "join": join, "replace": _replace, "format": format_filter}
     environment.filters = {name: _bounded_filter(function) for name, function in environment.filters.items()}
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = strftime_now

@@ -51,8 +51,8 @@ class Tokenizer:
             raise InputError(f"The text is {type(text).__name__}, expected str.")
         try:
             ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except UnicodeEncodeError as error:
-            raise InputError(f"The text holds a lone surrogate at {error.start}, which is no character.") from error
+        except (UnicodeEncodeError, TypeError) as error:
+            raise InputError("The text holds a lone surrogate, which is no character.") from error
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
