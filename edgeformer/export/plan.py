@@ -71,13 +71,15 @@ def quantize_graph(
 
 
 def _blocks(source: Source, weight: ir.Value, wanted: str, block: int) -> Blocks | None:
-    """None leaves the weight as it is: `none` says so, or the source keeps it as float."""
+    """None leaves the weight as it is: `none` says so, the source keeps it as float, or it is narrower than a block."""
     assert weight.const_value is not None
     if wanted == "none":
         return None
     values = np.ascontiguousarray(weight.const_value.numpy())
     if wanted == "keep":
         return source.kept(values) if source.kept is not None else None
+    if values.shape[1] < block:
+        return None  # a layer narrower than a block reads raw features: rounding them costs much and saves nothing
     return quantize(values, wanted, block)
 
 

@@ -113,6 +113,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = EncoderConfig(input_dim, output_dim, hidden_dim, n_layers, n_heads, max_length, dropout)
+        self.input_spec = {"input_values": f"float32[batch,sequence,{input_dim}]"}  # read by the exporter
         self.embedding = nn.Linear(input_dim, hidden_dim)
         self.positions = nn.Embedding(max_length, hidden_dim)
         self.layers = nn.ModuleList(EncoderLayer(self.config) for _ in range(n_layers))
