@@ -93,7 +93,7 @@ def whole(source: Source, graph: Graph, count: int = 3) -> Iterator[Check]:
         feeds = {value.name: value.sample(sizes, seed + index) for index, value in enumerate(source.inputs)}
         outputs, _ = graph({name: value.numpy() for name, value in feeds.items()})
         shown = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
-        yield compare(f"at {shown}", run(source, feeds), outputs)
+        yield compare(shown, run(source, feeds), outputs)
 
 
 def stepwise(source: Source, graph: Graph, batches: tuple[int, ...] = (1, 2)) -> Iterator[Check]:

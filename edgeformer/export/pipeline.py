@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from edgeformer.export.passes.reshape import drop_reshapes
 from edgeformer.export.plan import Quantized, holding, quantize_graph
 from edgeformer.export.progress import Progress, Silent
 from edgeformer.export.run import Graph
-from edgeformer.export.source import Source, Traced, load_source
+from edgeformer.export.source import Positional, Source, load_source
 from edgeformer.export.trace import trace
 from edgeformer.export.write import GRAPH, manifest, save_graph, write_reference, write_texts
 
@@ -33,10 +34,22 @@ from edgeformer.export.write import GRAPH, manifest, save_graph, write_reference
 FLOAT16_TOLERANCE = 2e-2
 
 
-def export(options: ExportOptions, progress: Progress | None = None, source: Source | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Traced:
+    """A source with its decode-ready float graph: what several exports of one model share."""
+
+    source: Source
+    model: ir.Model
+    layers: int  # attention layers with a cache
+    transposed: frozenset[str]  # names of weights that the graph holds transposed to the module's
+
+
+def export(
+    options: ExportOptions, progress: Progress | None = None, traced: Source | Traced | None = None
+) -> dict[str, Any]:
     """Writes the bundle that `options` describe and returns its manifest.
 
-    `source` may be given by a caller that has the module at hand; otherwise `options.source` is loaded.
+    A caller that has the model at hand passes it as `traced`; otherwise `options.source` is loaded.
 
     Raises:
         ExportError: the source cannot be loaded, traced or quantized.
@@ -45,21 +58,24 @@ def export(options: ExportOptions, progress: Progress | None = None, source: Sou
     """
     progress = progress or Silent()
     with write_bundle(options.output, overwrite=options.overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
-        progress.stage(f"load {options.source}")
-        source = source or load_source(options)
-        scheme = _scheme(options, source)
+        if traced is None:
+            progress.stage(f"load {options.source}")
+            traced = load_source(options)
+        if isinstance(traced, Source):
+            _scheme(options, traced)
+            progress.stage("trace")
+            traced = float_graph(traced)
+        source, model, scheme = traced.source, traced.model.clone(), _scheme(options, traced.source)
         half, quantized = options.dtype == "float16", scheme != "none"
-        progress.stage("trace")
-        model, layers, transposed = float_graph(source)
 
         progress.stage("check the float graph against PyTorch")
         float_path = (Path(scratch) if half or quantized else folder) / GRAPH
         save_graph(model, float_path)
-        report: dict[str, Any] = {"float": parity.gate(parity.float_checks(source, float_path, layers > 0))}
+        report: dict[str, Any] = {"float": parity.gate(parity.float_checks(source, float_path, traced.layers > 0))}
 
         weights: list[Quantized] = []
         if quantized:
-            weights = quantize_graph(model, source, options, scheme, transposed, progress)
+            weights = quantize_graph(model, source, options, scheme, traced.transposed, progress)
             finish(model, f"{source.origin}, quantized {scheme}")
             path = (Path(scratch) / "quantized" if half else folder) / GRAPH
             save_graph(model, path)
@@ -85,12 +101,15 @@ def export(options: ExportOptions, progress: Progress | None = None, source: Sou
         return seal(folder, manifest(model, source, options, scheme, weights, **parts))
 
 
-def float_graph(source: Source) -> tuple[ir.Model, int, set[str]]:
-    """The module as a decode-ready float graph; with the number of cached layers, and the names of the weights that the
-    graph holds transposed to the module's."""
+def float_graph(source: Source) -> Traced:
+    """Traces the module and makes the graph decode-ready.
+
+    Raises:
+        ExportError: the module cannot be traced, or a pass finds what it cannot handle.
+    """
     with source.tracing():
-        model = trace(Traced(source), source.inputs, source.outputs)
-    restore_names(model, source.module.state_dict(), Traced.PREFIX)
+        model = trace(Positional(source), source.inputs, source.outputs)
+    restore_names(model, source.module.state_dict(), Positional.PREFIX)
     drop_reshapes(model)
     transposed = canonical_linears(model)
     standard_attention(model)
@@ -100,7 +119,7 @@ def float_graph(source: Source) -> tuple[ir.Model, int, set[str]]:
         keep_logits(model)
     finish(model, source.origin)
     infer_shapes(model)
-    return model, layers, transposed
+    return Traced(source, model, layers, frozenset(transposed))
 
 
 def _scheme(options: ExportOptions, source: Source) -> str:

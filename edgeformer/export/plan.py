@@ -30,7 +30,7 @@ class Quantized:
 
 
 def quantize_graph(
-    model: ir.Model, source: Source, options: ExportOptions, scheme: str, transposed: set[str], progress: Progress
+    model: ir.Model, source: Source, options: ExportOptions, scheme: str, transposed: frozenset[str], progress: Progress
 ) -> list[Quantized]:
     """Quantizes the graph in place; returns what stands in it now.
 

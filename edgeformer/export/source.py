@@ -49,7 +49,7 @@ class Source:
         return next((value for value in found if isinstance(value, int) and value > 0), None)
 
 
-class Traced(torch.nn.Module):
+class Positional(torch.nn.Module):
     """The module with positional tensors in and a tuple of tensors out, as the tracer wants it."""
 
     PREFIX = "module."
@@ -85,7 +85,7 @@ def _as_tuple(result: Any, names: Sequence[str]) -> tuple[torch.Tensor, ...]:
 def run(source: Source, feeds: Mapping[str, torch.Tensor]) -> dict[str, F32]:
     """PyTorch's own outputs, the truth that every check compares with."""
     with torch.no_grad():
-        values = Traced(source)(*(feeds[value.name] for value in source.inputs))
+        values = Positional(source)(*(feeds[value.name] for value in source.inputs))
     return {name: value.float().numpy() for name, value in zip(source.outputs, values, strict=True)}
 
 

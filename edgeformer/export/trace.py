@@ -149,7 +149,7 @@ _CAUSES = (  # words of the tracer -> what to tell
     ),
     (
         ("Constraints violated", "specialized", "ConstraintViolationError", "dynamic_shapes"),
-        "the forward uses the size of a dynamic axis as a Python number: a loop, an `if`, int(...), a table of one length",
+        "the forward uses the size of a dynamic axis as a Python number (a loop, an `if`, int(), a table of one length)",
     ),
     (
         ("Unsupported", "No decompositions registered", "ConversionError", "No ONNX function found"),
