@@ -1,0 +1,119 @@
+// 16 lanes as four q registers: what the NEON tables share (see simd.inl). Weights are signed bytes for SDOT.
+
+struct Lanes {
+  struct F {
+    float32x4_t v[4];
+  };
+  struct I {
+    int32x4_t v[4];
+  };
+  struct W {
+    int8x16_t v[4];
+  };
+
+#define EDGEFORMER_EACH(type, expression)          \
+  type r;                                          \
+  for (int j = 0; j < 4; j++) r.v[j] = expression; \
+  return r;
+
+  static F load(const float* p) { EDGEFORMER_EACH(F, vld1q_f32(p + 4 * j)) }
+  static void store(float* p, F x) {
+    for (int j = 0; j < 4; j++) vst1q_f32(p + 4 * j, x.v[j]);
+  }
+  static F load_n(const float* p, int n) {
+    float lanes[16] = {};
+    for (int l = 0; l < n; l++) lanes[l] = p[l];
+    return load(lanes);
+  }
+  static void store_n(float* p, F x, int n) {
+    float lanes[16];
+    store(lanes, x);
+    for (int l = 0; l < n; l++) p[l] = lanes[l];
+  }
+  static F set1(float x) { EDGEFORMER_EACH(F, vdupq_n_f32(x)) }
+  static F add(F x, F y) { EDGEFORMER_EACH(F, vaddq_f32(x.v[j], y.v[j])) }
+  static F sub(F x, F y) { EDGEFORMER_EACH(F, vsubq_f32(x.v[j], y.v[j])) }
+  static F mul(F x, F y) { EDGEFORMER_EACH(F, vmulq_f32(x.v[j], y.v[j])) }
+  static F div(F x, F y) { EDGEFORMER_EACH(F, vdivq_f32(x.v[j], y.v[j])) }
+  static F sqrt(F x) { EDGEFORMER_EACH(F, vsqrtq_f32(x.v[j])) }
+  static F fma(F x, F y, F z) { EDGEFORMER_EACH(F, vfmaq_f32(z.v[j], x.v[j], y.v[j])) }
+  // Not vmaxq: as on x86, y where either is NaN.
+  static F max(F x, F y) { EDGEFORMER_EACH(F, vbslq_f32(vcgtq_f32(x.v[j], y.v[j]), x.v[j], y.v[j])) }
+  static F min(F x, F y) { EDGEFORMER_EACH(F, vbslq_f32(vcltq_f32(x.v[j], y.v[j]), x.v[j], y.v[j])) }
+  static F select_lt(F p, F q, F x, F y) { EDGEFORMER_EACH(F, vbslq_f32(vcltq_f32(p.v[j], q.v[j]), x.v[j], y.v[j])) }
+  static I bits(F x) { EDGEFORMER_EACH(I, vreinterpretq_s32_f32(x.v[j])) }
+  static F from_bits(I x) { EDGEFORMER_EACH(F, vreinterpretq_f32_s32(x.v[j])) }
+  static F abs(F x) { EDGEFORMER_EACH(F, vabsq_f32(x.v[j])) }
+  static F neg(F x) { EDGEFORMER_EACH(F, vnegq_f32(x.v[j])) }
+  static F with_sign(F x, F sign) { EDGEFORMER_EACH(F, vbslq_f32(vdupq_n_u32(0x7fffffff), x.v[j], sign.v[j])) }
+  static I iset1(int32_t x) { EDGEFORMER_EACH(I, vdupq_n_s32(x)) }
+  static I iadd(I x, I y) { EDGEFORMER_EACH(I, vaddq_s32(x.v[j], y.v[j])) }
+  static I imax(I x, I y) { EDGEFORMER_EACH(I, vmaxq_s32(x.v[j], y.v[j])) }
+  static I ishl23(I x) { EDGEFORMER_EACH(I, vshlq_n_s32(x.v[j], 23)) }
+  static I to_int(F x) { EDGEFORMER_EACH(I, vcvtnq_s32_f32(x.v[j])) }
+  static F to_float(I x) { EDGEFORMER_EACH(F, vcvtq_f32_s32(x.v[j])) }
+  static F s8(const int8_t* p) {
+    const int8x16_t b = vld1q_s8(p);
+    const int16x8_t low = vmovl_s8(vget_low_s8(b)), high = vmovl_high_s8(b);
+    return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_high_s16(low)),
+            vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))};
+  }
+  static F half(const uint8_t* p) {
+    const float16x8_t low = vreinterpretq_f16_u8(vld1q_u8(p)), high = vreinterpretq_f16_u8(vld1q_u8(p + 16));
+    return {vcvt_f32_f16(vget_low_f16(low)), vcvt_high_f32_f16(low), vcvt_f32_f16(vget_low_f16(high)),
+            vcvt_high_f32_f16(high)};
+  }
+  static void narrow(int8_t* p, I x) {
+    const int16x8_t low = vcombine_s16(vqmovn_s32(x.v[0]), vqmovn_s32(x.v[1]));
+    const int16x8_t high = vcombine_s16(vqmovn_s32(x.v[2]), vqmovn_s32(x.v[3]));
+    vst1q_s8(p, vcombine_s8(vqmovn_s16(low), vqmovn_s16(high)));
+  }
+  static float sum(F x) {
+    const float32x4_t s8[2] = {vaddq_f32(x.v[0], x.v[2]), vaddq_f32(x.v[1], x.v[3])};
+    const float32x4_t s4 = vaddq_f32(s8[0], s8[1]);
+    const float32x2_t s2 = vadd_f32(vget_low_f32(s4), vget_high_f32(s4));
+    return vget_lane_f32(s2, 0) + vget_lane_f32(s2, 1);
+  }
+  static float maximum(F x) {
+    float lanes[16], top;
+    store(lanes, x);
+    top = lanes[0];
+    for (int l = 1; l < 16; l++) top = lanes[l] > top ? lanes[l] : top;
+    return top;
+  }
+  static int32_t isum(I x) { return vaddvq_s32(vaddq_s32(vaddq_s32(x.v[0], x.v[1]), vaddq_s32(x.v[2], x.v[3]))); }
+  static int32_t imaximum(I x) { return vmaxvq_s32(vmaxq_s32(vmaxq_s32(x.v[0], x.v[1]), vmaxq_s32(x.v[2], x.v[3]))); }
+
+  static W load_w(const uint8_t* p) { EDGEFORMER_EACH(W, vreinterpretq_s8_u8(vld1q_u8(p + 16 * j))) }
+  static void store_w(uint8_t* p, W w) {
+    for (int j = 0; j < 4; j++) vst1q_u8(p + 16 * j, vreinterpretq_u8_s8(w.v[j]));
+  }
+  static W byte_weight(const uint8_t* p) {
+    EDGEFORMER_EACH(W, vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p + 16 * j), vdupq_n_u8(0x80))))
+  }
+  static W nibble_low(const uint8_t* p) {
+    EDGEFORMER_EACH(W, vreinterpretq_s8_u8(vandq_u8(vld1q_u8(p + 16 * j), vdupq_n_u8(15))))
+  }
+  static W nibble_high(const uint8_t* p) {
+    EDGEFORMER_EACH(W, vreinterpretq_s8_u8(vshrq_n_u8(vld1q_u8(p + 16 * j), 4)))
+  }
+
+  // 16 columns of a row of activations in one register; SDOT takes one of its four dwords for all lanes.
+  using X = int8x16_t;
+  static X load_x(const int8_t* p) { return vld1q_s8(p); }
+  using NibbleSum = I;
+  static I nzero() { return iset1(0); }
+  template <int index>
+  static I ndot(I s, W w, X x) {
+    EDGEFORMER_EACH(I, vdotq_laneq_s32(s.v[j], w.v[j], x, index))
+  }
+  static I nsum(I s) { return s; }
+  using ByteSum = I;
+  static I bzero(int32_t) { return iset1(0); }
+  template <int index>
+  static I bdot(I s, W w, X x) {
+    return ndot<index>(s, w, x);
+  }
+  static I bsum(I s) { return s; }
+#undef EDGEFORMER_EACH
+};
