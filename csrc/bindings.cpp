@@ -1,26 +1,429 @@
-// The Python module edgeformer._native.
+// The Python module edgeformer._native. Everything that comes from outside is checked here; below is only debug asserts.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
+
+#include <sstream>
+#include <unordered_set>
 
 #include "dispatch.h"
+#include "engine.h"
 
 namespace py = pybind11;
 
 namespace edgeformer {
 void bind_testing(py::module_& parent);  // bindings_testing.cpp
+
+namespace {
+
+// A Python exception of edgeformer.errors.
+[[noreturn]] void raise(const char* type, const std::string& message) {
+  py::object cls = py::module_::import("edgeformer.errors").attr(type);
+  PyErr_SetString(cls.ptr(), message.c_str());
+  throw py::error_already_set();
+}
+
+template <class... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return out.str();
+}
+
+std::string shape_text(const std::vector<int64_t>& shape) {
+  std::string s = "[";
+  for (size_t i = 0; i < shape.size(); ++i) s += (i ? ", " : "") + std::to_string(shape[i]);
+  return s + "]";
+}
+
+struct PyState;
+
+struct PyEngine {
+  Engine engine;
+  PyEngine(ProgramSpec spec, const Kernels& k, int threads, int64_t context, int64_t prefill)
+      : engine(std::move(spec), k, threads, context, prefill) {}
+};
+
+struct PyState {
+  std::shared_ptr<PyEngine> owner;
+  State state;
+};
+
+// Marks states as in use for the time of a call; a state in use by another thread is refused.
+class InUse {
+ public:
+  explicit InUse(const std::vector<State*>& states) {
+    const int64_t me = getpid();
+    for (State* s : states) {
+      int64_t seen = s->user.load();
+      // A mark of another process is of a thread that fork() did not copy.
+      if (seen == me || !s->user.compare_exchange_strong(seen, me)) {
+        release();
+        raise("StateError", "this state is in use by another call (or stands twice in one batch); give each thread a "
+                            "state of its own, made by new_state() or fork()");
+      }
+      taken_.push_back(s);
+    }
+  }
+  ~InUse() { release(); }
+  InUse(const InUse&) = delete;
+  InUse& operator=(const InUse&) = delete;
+
+ private:
+  void release() {
+    for (State* s : taken_) s->user.store(0);
+    taken_.clear();
+  }
+  std::vector<State*> taken_;
+};
+
+// -- the program ------------------------------------------------------------------------------------------------------
+
+ProgramSpec read_program(const py::dict& d, KvType kv) {
+  ProgramSpec p;
+  p.symbols = d["symbols"].cast<std::vector<std::string>>();
+  for (const auto& code : d["sizes"]) p.sizes.push_back({code.cast<std::vector<int64_t>>()});
+  for (const auto& item : d["slots"]) {
+    const auto t = item.cast<py::tuple>();
+    SlotSpec s;
+    s.name = t[0].cast<std::string>();
+    s.dtype = static_cast<DType>(t[1].cast<int>());
+    s.shape = t[2].cast<std::vector<int>>();
+    s.view_of = t[3].cast<int>();
+    if (s.shape.size() > kMaxRank) {
+      raise("EngineUnavailable", text(s.name, " has rank ", s.shape.size(), ", the native engine knows up to ", kMaxRank));
+    }
+    if (!t[4].is_none()) {
+      const auto bytes = t[4].cast<py::buffer>().request();
+      const auto* data = static_cast<const uint8_t*>(bytes.ptr);
+      s.constant.assign(data, data + bytes.size * bytes.itemsize);
+      s.is_constant = true;
+    }
+    p.slots.push_back(std::move(s));
+  }
+  for (const auto& item : d["weights"]) {
+    const auto t = item.cast<py::tuple>();
+    p.weights.push_back({static_cast<WeightType>(t[0].cast<int>()), t[1].cast<int64_t>(), t[2].cast<int64_t>()});
+  }
+  for (const auto& item : d["ops"]) {
+    const auto t = item.cast<py::tuple>();
+    OpSpec op;
+    op.kind = t[0].cast<std::string>();
+    op.inputs = t[1].cast<std::vector<int>>();
+    op.outputs = t[2].cast<std::vector<int>>();
+    op.weights = t[3].cast<std::vector<int>>();
+    op.ints = t[4].cast<std::map<std::string, std::vector<int64_t>>>();
+    op.floats = t[5].cast<std::map<std::string, std::vector<double>>>();
+    op.sizes = t[6].cast<std::map<std::string, std::vector<int>>>();
+    p.ops.push_back(std::move(op));
+  }
+  for (const auto& item : d["caches"]) {
+    const auto t = item.cast<py::tuple>();
+    p.caches.push_back({kv, t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>()});
+    const KvLayout& l = p.caches.back();
+    if (l.head_dim > kMaxHeadDim || l.value_dim > kMaxHeadDim) {
+      raise("EngineUnavailable", text("attention heads of ", std::max(l.head_dim, l.value_dim),
+                                      " columns; the native engine knows up to ", kMaxHeadDim));
+    }
+  }
+  p.inputs = d["inputs"].cast<std::vector<int>>();
+  p.outputs = d["outputs"].cast<std::vector<int>>();
+  p.row_local = d["row_local"].cast<bool>();
+  p.batch_symbol = d["batch"].cast<int>();
+  p.sequence_symbol = d["sequence"].cast<int>();
+  p.kept_symbol = d["kept"].cast<int>();
+  p.past_symbol = d["past"].cast<int>();
+  return p;
+}
+
+std::shared_ptr<PyEngine> make_engine(const py::dict& program, int threads, const std::string& isa,
+                                      const std::string& kv, int64_t context, int64_t prefill_rows) {
+  if (threads < 1 || threads > 1024) raise("InputError", text("threads is ", threads, ", expected 1 to 1024"));
+  if (context < 1 || context > INT32_MAX) raise("InputError", text("context is ", context, " tokens, expected 1 or more"));
+  if (prefill_rows < 1) raise("InputError", text("prefill_rows is ", prefill_rows, ", expected 1 or more"));
+  if (kv != "int8" && kv != "float32") raise("InputError", "kv is '" + kv + "', expected 'int8' or 'float32'");
+  Kernels kernels{};
+  try {
+    kernels = kernels_for(isa);
+  } catch (const std::invalid_argument& e) {
+    raise("EngineUnavailable", e.what());
+  }
+  ProgramSpec spec = read_program(program, kv == "int8" ? KvType::int8 : KvType::float32);
+  return std::make_shared<PyEngine>(std::move(spec), kernels, threads, context, prefill_rows);
+}
+
+// q: uint8 (int4 nibbles), int8 or float32; all C-contiguous.
+void pack(PyEngine& self, int weight, const py::array& q, const py::object& scale, const py::object& minimum,
+          int64_t rows, int64_t block, const py::array_t<int64_t, py::array::c_style>& dest) {
+  const ProgramSpec& spec = self.engine.spec();
+  if (weight < 0 || weight >= static_cast<int>(spec.weights.size())) raise("InputError", text("no weight ", weight));
+  const WeightSpec& w = spec.weights[weight];
+  const bool nibbles = w.type == WeightType::q4 || w.type == WeightType::q4a;
+  const int64_t size = nibbles ? (rows * w.k + 1) / 2 : rows * w.k;
+  const char kind = nibbles ? 'u' : w.type == WeightType::f32 ? 'f' : 'i';
+  if (q.dtype().kind() != kind || q.itemsize() != (kind == 'f' ? 4 : 1) || q.size() != size ||
+      !(q.flags() & py::array::c_style)) {
+    raise("InputError", text("weight ", weight, ": ", q.size(), " values of kind ", q.dtype().kind(), ", expected ", size,
+                             " contiguous ones of kind ", kind));
+  }
+  const bool small_block = w.type == WeightType::q8x16;
+  if (small_block ? block != 16 : block < 32 || block % 32) raise("InputError", text("block of ", block));
+  PackSource s{q.data(), nullptr, nullptr, rows, w.k, block};
+  const int64_t scales = rows * ((w.k + block - 1) / block);
+  const auto floats = [&](const py::object& o) -> const float* {
+    const auto a = o.cast<py::array>();
+    if (a.dtype().kind() != 'f' || a.itemsize() != 4 || a.size() != scales || !(a.flags() & py::array::c_style)) {
+      raise("InputError", text("weight ", weight, ": ", a.size(), " scales or minima, expected ", scales, " float32"));
+    }
+    return static_cast<const float*>(a.data());
+  };
+  if (w.type != WeightType::f32) s.scale = floats(scale);
+  if (w.type == WeightType::q4a) s.min = floats(minimum);
+  if (dest.size() != rows) raise("InputError", text("dest has ", dest.size(), " rows, expected ", rows));
+  for (int64_t i = 0; i < rows; ++i) {
+    if (dest.data()[i] < 0 || dest.data()[i] >= round_up(w.n, kLanes)) raise("InputError", "dest row out of range");
+  }
+  PackError error;
+  {
+    py::gil_scoped_release release;
+    error = self.engine.pack(weight, s, dest.data());
+  }
+  switch (error) {
+    case PackError::none: return;
+    case PackError::scale_not_fp16:
+      raise("EngineUnavailable", "a scale has no exact float16 value; the native engine does not round scales");
+    case PackError::min_not_fp16:
+      raise("EngineUnavailable", "a block minimum has no exact float16 value; the native engine does not round minima");
+    case PackError::weight_below_minus_127:
+      raise("EngineUnavailable", "an int8 weight is -128; the native engine expects -127 to 127");
+  }
+}
+
+// -- states -----------------------------------------------------------------------------------------------------------
+
+std::unique_ptr<PyState> new_state(std::shared_ptr<PyEngine> self) {
+  auto s = std::make_unique<PyState>();
+  s->owner = std::move(self);
+  return s;
+}
+
+void truncate_state(PyState& self, int64_t length) {
+  const InUse use({&self.state});
+  if (length < 0 || length > self.state.length()) {
+    raise("InputError", text("truncate to ", length, " tokens, the state holds ", self.state.length()));
+  }
+  for (auto& c : self.state.caches) c->truncate(length);
+}
+
+std::unique_ptr<PyState> fork_state(PyState& self) {
+  const InUse use({&self.state});
+  auto copy = std::make_unique<PyState>();
+  copy->owner = self.owner;
+  for (auto& c : self.state.caches) copy->state.caches.push_back(std::make_unique<KvCache>(c->fork()));
+  return copy;
+}
+
+py::list save_state(PyState& self) {
+  const InUse use({&self.state});
+  py::list parts;
+  for (auto& c : self.state.caches) {
+    const std::vector<uint8_t> bytes = c->save();
+    parts.append(py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size()));
+  }
+  return parts;
+}
+
+void load_state(PyState& self, const std::vector<py::bytes>& parts) {
+  const InUse use({&self.state});
+  std::vector<std::unique_ptr<KvCache>> caches;
+  for (const py::bytes& part : parts) {
+    const std::string_view view = part;
+    caches.push_back(self.owner->engine.new_cache());
+    try {
+      caches.back()->load(reinterpret_cast<const uint8_t*>(view.data()), view.size());
+    } catch (const std::invalid_argument& e) {
+      raise("StateError", text("the saved state does not fit this model: ", e.what()));
+    }
+  }
+  for (const auto& c : caches) {
+    if (c->length() != caches[0]->length()) raise("StateError", "the saved state's rows differ in length");
+  }
+  self.state.caches = std::move(caches);
+}
+
+size_t state_bytes(const PyState& self) {
+  size_t total = 0;
+  for (const auto& c : self.state.caches) total += c->bytes();
+  return total;
+}
+
+// -- forward ----------------------------------------------------------------------------------------------------------
+
+void bind_size(const ProgramSpec& spec, const SizeExpr& size, int64_t got, const std::string& where,
+               std::vector<int64_t>* symbols, std::vector<std::string>* seen) {
+  if (size.code[0] == 0) {
+    if (got != size.code[1]) raise("InputError", text(where, " is ", got, ", expected ", size.code[1]));
+    return;
+  }
+  const int64_t s = size.code[1];
+  std::string& first = (*seen)[s];
+  if (first.empty()) {
+    first = where;
+    (*symbols)[s] = got;
+  } else if ((*symbols)[s] != got) {
+    raise("InputError", text(where, " is ", got, " but ", first, " is ", (*symbols)[s], "; both are '", spec.symbols[s],
+                             "'"));
+  }
+}
+
+Call read_call(const Engine& engine, PyState& state, const py::list& arrays, int64_t keep) {
+  const ProgramSpec& spec = engine.spec();
+  Call c;
+  c.state = &state.state;
+  c.keep = keep;
+  c.symbols.assign(spec.symbols.size(), 0);
+  std::vector<std::string> seen(spec.symbols.size());
+  if (arrays.size() != spec.inputs.size()) {
+    raise("InputError", text(arrays.size(), " inputs, expected ", spec.inputs.size()));
+  }
+  for (size_t i = 0; i < spec.inputs.size(); ++i) {
+    const SlotSpec& slot = spec.slots[spec.inputs[i]];
+    const auto a = py::reinterpret_borrow<py::array>(arrays[i]);
+    const char kind = slot.dtype == DType::f32 ? 'f' : slot.dtype == DType::i64 ? 'i' : 'b';
+    const py::ssize_t width = slot.dtype == DType::f32 ? 4 : slot.dtype == DType::i64 ? 8 : 1;
+    if (a.dtype().kind() != kind || a.itemsize() != width || !(a.flags() & py::array::c_style)) {
+      raise("InputError", text(slot.name, " has dtype ", py::str(a.dtype()).cast<std::string>(), ", expected contiguous ",
+                               kind == 'f' ? "float32" : kind == 'i' ? "int64" : "bool"));
+    }
+    std::vector<int64_t> shape(a.shape(), a.shape() + a.ndim());
+    if (shape.size() != slot.shape.size()) {
+      raise("InputError", text(slot.name, " has shape ", shape_text(shape), ", expected ", slot.shape.size(), " axes"));
+    }
+    for (size_t d = 0; d < shape.size(); ++d) {
+      if (shape[d] == 0) raise("InputError", text(slot.name, " has shape ", shape_text(shape), ": nothing to compute"));
+      bind_size(spec, spec.sizes[slot.shape[d]], shape[d], text("axis ", d, " of ", slot.name), &c.symbols, &seen);
+    }
+    for (size_t s = 0; s < spec.symbols.size(); ++s) {
+      if (spec.symbols[s] == slot.name && shape.empty()) c.symbols[s] = *static_cast<const int64_t*>(a.data());
+    }
+    c.inputs.push_back(a.data());
+    c.shapes.push_back(std::move(shape));
+  }
+  if (spec.batch_symbol >= 0) {
+    c.batch = c.symbols[spec.batch_symbol];
+    c.rows = c.symbols[spec.sequence_symbol];
+  }
+  if (keep < 0) raise("InputError", text("logits_to_keep is ", keep, ", expected 0 (all) or more"));
+  c.symbols[spec.kept_symbol] = keep == 0 ? c.rows : std::min(keep, c.rows);
+  if (spec.past_symbol >= 0) c.symbols[spec.past_symbol] = state.state.length();
+  if (!spec.caches.empty()) {
+    const int64_t length = state.state.length(), held = static_cast<int64_t>(state.state.caches.size());
+    if (length > 0 && held != c.batch) {
+      raise("InputError", text("the inputs have ", c.batch, " sequences, the state holds ", held));
+    }
+    if (length + c.rows > engine.context()) {
+      raise("InputError", text("the state holds ", length, " tokens and the call brings ", c.rows,
+                               "; the engine was loaded for a context of ", engine.context(),
+                               "; truncate the state or load with a larger context"));
+    }
+  }
+  return c;
+}
+
+py::list forward(const std::shared_ptr<PyEngine>& self, const std::vector<PyState*>& states,
+                 const std::vector<py::list>& inputs, const std::vector<int64_t>& keeps) {
+  Engine& engine = self->engine;
+  const ProgramSpec& spec = engine.spec();
+  if (states.size() != inputs.size() || states.size() != keeps.size()) raise("InputError", "lists of unequal length");
+  std::vector<State*> marked;
+  for (PyState* s : states) {
+    if (!s || s->owner != self) raise("StateError", "the state belongs to another model; make one with new_state()");
+    marked.push_back(&s->state);
+  }
+  const InUse use(marked);
+  std::vector<Call> calls;
+  for (size_t i = 0; i < states.size(); ++i) calls.push_back(read_call(engine, *states[i], inputs[i], keeps[i]));
+  py::list results;
+  for (size_t i = 0; i < calls.size(); ++i) results.append(py::list());
+  if (calls.empty()) return results;
+
+  std::vector<void*> memory;
+  for (size_t o = 0; o < spec.outputs.size(); ++o) {
+    const DType type = spec.slots[spec.outputs[o]].dtype;
+    const py::dtype dtype(type == DType::f32 ? "float32" : type == DType::i64 ? "int64" : "bool");
+    std::vector<std::vector<int64_t>> shapes;
+    py::ssize_t total = 0;
+    for (const Call& c : calls) {
+      shapes.push_back(engine.output_shape(c, o));
+      py::ssize_t count = 1;
+      for (int64_t d : shapes.back()) count *= d;
+      total += count;
+    }
+    py::array base(dtype, std::vector<py::ssize_t>{total});
+    auto* at = static_cast<uint8_t*>(base.mutable_data());
+    memory.push_back(at);
+    for (size_t i = 0; i < calls.size(); ++i) {
+      const std::vector<py::ssize_t> shape(shapes[i].begin(), shapes[i].end());
+      py::array view(dtype, shape, at, base);
+      results[i].cast<py::list>().append(view);
+      at += view.nbytes();
+    }
+  }
+  try {
+    py::gil_scoped_release release;
+    engine.forward(calls, memory);
+  } catch (const InputProblem& e) {
+    raise("InputError", e.what());
+  } catch (const std::length_error& e) {
+    raise("InputError", e.what());
+  }
+  return results;
+}
+
+size_t scratch_bytes(PyEngine& self, const std::vector<int64_t>& symbols, int64_t rows, int64_t past) {
+  if (symbols.size() != self.engine.spec().symbols.size()) raise("InputError", "one number for each symbol is needed");
+  return self.engine.scratch_bytes(symbols, rows, past);
+}
+
+}  // namespace
 }  // namespace edgeformer
 
 PYBIND11_MODULE(_native, m) {
+  using namespace edgeformer;  // NOLINT
   m.doc() = "The C++ half of edgeformer's native engine.";
   m.def(
       "cpu_features",
       [] {
         py::dict features;
-        for (const auto& [name, present] : edgeformer::cpu_features()) features[py::str(name)] = present;
+        for (const auto& [name, present] : cpu_features()) features[py::str(name)] = present;
         return features;
       },
       "Each CPU feature that a kernel table asks for, and whether this CPU and its OS offer it.");
-  m.def("isas", &edgeformer::usable_isas, "Names of the kernel tables that run here, best first.");
-  m.def("built_isas", &edgeformer::built_isas, "Names of the kernel tables in this build, best first.");
-  edgeformer::bind_testing(m);
+  m.def("isas", &usable_isas, "Names of the kernel tables that run here, best first.");
+  m.def("built_isas", &built_isas, "Names of the kernel tables in this build, best first.");
+
+  py::class_<PyState>(m, "State", "What one sequence (or one batch of them) owns; made by Engine.new_state().")
+      .def_property_readonly("length", [](const PyState& s) { return s.state.length(); })
+      .def_property_readonly("batch", [](const PyState& s) { return s.state.caches.size(); })
+      .def_property_readonly("nbytes", &state_bytes)
+      .def("truncate", &truncate_state, py::arg("length"))
+      .def("fork", &fork_state)
+      .def("save", &save_state)
+      .def("load", &load_state, py::arg("parts"));
+
+  py::class_<PyEngine, std::shared_ptr<PyEngine>>(m, "Engine", "A program with its weights; see native/engine.py.")
+      .def(py::init(&make_engine), py::arg("program"), py::arg("threads"), py::arg("isa"), py::arg("kv"),
+           py::arg("context"), py::arg("prefill_rows"))
+      .def_property_readonly("isa", [](const PyEngine& e) { return e.engine.kernels().isa; })
+      .def_property_readonly("threads", [](const PyEngine& e) { return e.engine.threads(); })
+      .def_property_readonly("context", [](const PyEngine& e) { return e.engine.context(); })
+      .def_property_readonly("weight_bytes", [](const PyEngine& e) { return e.engine.weight_bytes(); })
+      .def("kv_bytes", [](const PyEngine& e, int64_t tokens) { return e.engine.kv_bytes(tokens); }, py::arg("tokens"))
+      .def("scratch_bytes", &scratch_bytes, py::arg("symbols"), py::arg("rows"), py::arg("past"))
+      .def("pack", &pack, py::arg("weight"), py::arg("q"), py::arg("scale"), py::arg("minimum"), py::arg("rows"),
+           py::arg("block"), py::arg("dest"))
+      .def("new_state", &new_state)
+      .def("forward", &forward, py::arg("states"), py::arg("inputs"), py::arg("keeps"));
+  bind_testing(m);
 }

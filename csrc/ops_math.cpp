@@ -1,0 +1,350 @@
+// Plain operations that are not on the fast path: reduce, argmax, softmax, cumsum, matmul of activations, gemm, conv.
+#include <algorithm>
+#include <cmath>
+
+#include "ops.h"
+#include "strided.h"
+
+namespace edgeformer {
+namespace {
+
+// Axes before, at and behind `axis` as one [outer, size, inner].
+struct Lines {
+  int64_t outer = 1, size = 1, inner = 1;
+  Lines(const Tensor& t, int64_t axis) {
+    for (int i = 0; i < t.rank; ++i) (i < axis ? outer : i == axis ? size : inner) *= t.shape[i];
+  }
+};
+
+class Reduce final : public ParallelOp {
+ public:
+  Reduce(int index, const OpSpec& spec) : ParallelOp(index, spec), fn_(static_cast<Fn>(spec.integer("fn"))) {}
+
+ protected:
+  int64_t units(const Run& run) const override { return out(run, 0).count; }
+  int64_t unit_cost(const Run& run) const override {
+    return in(run, 0).count / std::max<int64_t>(1, out(run, 0).count);
+  }
+  void run_units(Run& run, int64_t begin, int64_t end, int) const override {
+    const Tensor &x = in(run, 0), &y = out(run, 0);
+    const Strides own = contiguous(x);
+    bool reduced[kMaxRank] = {};
+    for (int64_t axis : spec_.ints.at("axes")) reduced[axis] = true;
+    int64_t kept_size[kMaxRank], kept_step[kMaxRank], size[kMaxRank], step[kMaxRank];
+    int kept = 0, gone = 0;
+    int64_t count = 1;
+    for (int a = 0; a < x.rank; ++a) {
+      if (reduced[a]) {
+        size[gone] = x.shape[a];
+        step[gone++] = own[a];
+        count *= x.shape[a];
+      } else {
+        kept_size[kept] = x.shape[a];
+        kept_step[kept++] = own[a];
+      }
+    }
+    for (int64_t i = begin; i < end; ++i) {
+      int64_t rest = i, base = 0;
+      for (int a = kept - 1; a >= 0; --a) {
+        base += rest % kept_size[a] * kept_step[a];
+        rest /= kept_size[a];
+      }
+      if (x.dtype == DType::f32) {
+        double acc = start();
+        for (int64_t j = 0; j < count; ++j) add(&acc, x.f32()[base + offset(j, gone, size, step)]);
+        y.f32()[i] = static_cast<float>(finish(acc, count));
+      } else if (x.dtype == DType::i64) {
+        y.i64()[i] = reduce_integers(x, base, count, gone, size, step);
+      } else {
+        throw InputProblem("a reduction of bool tensors is not known");
+      }
+    }
+  }
+
+ private:
+  enum class Fn : int64_t { mean, sum, max, min, prod, l2, sumsquare };
+
+  static int64_t offset(int64_t j, int gone, const int64_t* size, const int64_t* step) {
+    int64_t at = 0;
+    for (int a = gone - 1; a >= 0; --a) {
+      at += j % size[a] * step[a];
+      j /= size[a];
+    }
+    return at;
+  }
+  double start() const {
+    if (fn_ == Fn::max) return -INFINITY;
+    if (fn_ == Fn::min) return INFINITY;
+    return fn_ == Fn::prod ? 1.0 : 0.0;
+  }
+  void add(double* acc, double v) const {
+    switch (fn_) {
+      case Fn::mean:
+      case Fn::sum: *acc += v; break;
+      case Fn::max: *acc = std::isnan(v) || v > *acc ? v : *acc; break;
+      case Fn::min: *acc = std::isnan(v) || v < *acc ? v : *acc; break;
+      case Fn::prod: *acc *= v; break;
+      default: *acc += v * v;
+    }
+  }
+  double finish(double acc, int64_t count) const {
+    if (fn_ == Fn::mean) return acc / static_cast<double>(count);
+    return fn_ == Fn::l2 ? std::sqrt(acc) : acc;
+  }
+  int64_t reduce_integers(const Tensor& x, int64_t base, int64_t count, int gone, const int64_t* size,
+                          const int64_t* step) const {
+    int64_t acc = fn_ == Fn::prod ? 1 : fn_ == Fn::max ? INT64_MIN : fn_ == Fn::min ? INT64_MAX : 0;
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t v = x.i64()[base + offset(j, gone, size, step)];
+      if (fn_ == Fn::max) {
+        acc = std::max(acc, v);
+      } else if (fn_ == Fn::min) {
+        acc = std::min(acc, v);
+      } else if (fn_ == Fn::prod) {
+        acc *= v;
+      } else {
+        acc += fn_ == Fn::sumsquare ? v * v : v;
+      }
+    }
+    return fn_ == Fn::mean && count ? acc / count : acc;
+  }
+
+  const Fn fn_;
+};
+
+class ArgMax final : public ParallelOp {
+ public:
+  using ParallelOp::ParallelOp;
+
+ protected:
+  int64_t units(const Run& run) const override { return out(run, 0).count; }
+  int64_t unit_cost(const Run& run) const override { return in(run, 0).shape[spec_.integer("axis")]; }
+  void run_units(Run& run, int64_t begin, int64_t end, int) const override {
+    const Tensor& x = in(run, 0);
+    const Lines l(x, spec_.integer("axis"));
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t base = i / l.inner * l.size * l.inner + i % l.inner;
+      int64_t best = 0;
+      for (int64_t j = 1; j < l.size; ++j) {
+        const bool more = x.dtype == DType::f32 ? x.f32()[base + j * l.inner] > x.f32()[base + best * l.inner]
+                                                : x.i64()[base + j * l.inner] > x.i64()[base + best * l.inner];
+        if (more) best = j;
+      }
+      out(run, 0).i64()[i] = best;
+    }
+  }
+};
+
+class Softmax final : public ParallelOp {
+ public:
+  using ParallelOp::ParallelOp;
+
+ protected:
+  int64_t units(const Run& run) const override {
+    const Lines l(in(run, 0), spec_.integer("axis"));
+    return l.outer * l.inner;
+  }
+  int64_t unit_cost(const Run& run) const override { return 8 * in(run, 0).shape[spec_.integer("axis")]; }
+  void run_units(Run& run, int64_t begin, int64_t end, int) const override {
+    const Tensor &x = in(run, 0), &y = out(run, 0);
+    const Lines l(x, spec_.integer("axis"));
+    const bool log = spec_.integer("log") != 0;
+    if (l.inner == 1 && !log) {
+      run.k->softmax(x.f32() + begin * l.size, l.size, end - begin, l.size, y.f32() + begin * l.size, l.size);
+      return;
+    }
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t base = i / l.inner * l.size * l.inner + i % l.inner;
+      float most = -INFINITY;
+      for (int64_t j = 0; j < l.size; ++j) most = std::max(most, x.f32()[base + j * l.inner]);
+      double sum = 0;
+      for (int64_t j = 0; j < l.size; ++j) sum += std::exp(static_cast<double>(x.f32()[base + j * l.inner] - most));
+      for (int64_t j = 0; j < l.size; ++j) {
+        const double v = x.f32()[base + j * l.inner] - most;
+        y.f32()[base + j * l.inner] = static_cast<float>(log ? v - std::log(sum) : std::exp(v) / sum);
+      }
+    }
+  }
+};
+
+class CumSum final : public ParallelOp {
+ public:
+  using ParallelOp::ParallelOp;
+
+ protected:
+  int64_t units(const Run& run) const override {
+    const Lines l(in(run, 0), spec_.integer("axis"));
+    return l.outer * l.inner;
+  }
+  int64_t unit_cost(const Run& run) const override { return in(run, 0).shape[spec_.integer("axis")]; }
+  void run_units(Run& run, int64_t begin, int64_t end, int) const override {
+    const Tensor &x = in(run, 0), &y = out(run, 0);
+    const Lines l(x, spec_.integer("axis"));
+    const bool exclusive = spec_.integer("exclusive") != 0, reverse = spec_.integer("reverse") != 0;
+    const auto scan = [&](auto* from, auto* to, auto zero) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t base = i / l.inner * l.size * l.inner + i % l.inner;
+        auto acc = zero;
+        for (int64_t j = 0; j < l.size; ++j) {
+          const int64_t at = base + (reverse ? l.size - 1 - j : j) * l.inner;
+          const auto v = from[at];
+          to[at] = exclusive ? acc : static_cast<decltype(zero)>(acc + v);
+          acc += v;
+        }
+      }
+    };
+    if (x.dtype == DType::f32) {
+      scan(x.f32(), y.f32(), 0.0f);
+    } else {
+      scan(x.i64(), y.i64(), int64_t{0});
+    }
+  }
+};
+
+// c[n] += sum over k of a[k * sa] * b[k * sb + n], k ascending.
+void row_product(const float* a, int64_t sa, const float* b, int64_t sb_k, int64_t sb_n, int64_t k, int64_t n,
+                 float* c) {
+  for (int64_t i = 0; i < k; ++i) {
+    const float v = a[i * sa];
+    const float* row = b + i * sb_k;
+    if (sb_n == 1) {
+      for (int64_t j = 0; j < n; ++j) c[j] += v * row[j];
+    } else {
+      for (int64_t j = 0; j < n; ++j) c[j] += v * row[j * sb_n];
+    }
+  }
+}
+
+// Batched product of two activations, [..., m, k] x [..., k, n].
+class MatMul final : public ParallelOp {
+ public:
+  using ParallelOp::ParallelOp;
+  int64_t begin(Run& run, int phase) const override {
+    const Tensor &a = in(run, 0), &b = in(run, 1);
+    if (a.columns() != b.shape[b.rank - 2]) {
+      throw InputProblem("MatMul that makes " + run.spec->slots[spec_.outputs[0]].name + ": inner sizes differ");
+    }
+    return ParallelOp::begin(run, phase);
+  }
+
+ protected:
+  int64_t units(const Run& run) const override { return out(run, 0).rows(); }
+  int64_t unit_cost(const Run& run) const override { return in(run, 0).columns() * out(run, 0).columns(); }
+  void run_units(Run& run, int64_t begin, int64_t end, int) const override {
+    const Tensor &a = in(run, 0), &b = in(run, 1), &y = out(run, 0);
+    const int64_t n = y.columns(), k = a.columns();
+    Strides sa = batch_strides(a, y), sb = batch_strides(b, y);
+    sa[y.rank - 2] = k;
+    sb[y.rank - 2] = 0;
+    for_rows<2>(y, {sa, sb}, begin, end, [&](int64_t row, const std::array<int64_t, 2>& at) {
+      float* c = y.f32() + row * n;
+      std::fill_n(c, n, 0.0f);
+      row_product(a.f32() + at[0], 1, b.f32() + at[1], n, 1, k, n, c);
+    });
+  }
+
+ private:
+  static Strides batch_strides(const Tensor& t, const Tensor& out) {
+    const Strides own = contiguous(t);
+    Strides s{};
+    for (int i = 0; i < t.rank - 2; ++i) s[out.rank - t.rank + i] = t.shape[i] == 1 ? 0 : own[i];
+    return s;
+  }
+};
+
+class Gemm final : public ParallelOp {
+ public:
+  using ParallelOp::ParallelOp;
+
+ protected:
+  int64_t units(const Run& run) const override { return out(run, 0).rows(); }
+  int64_t unit_cost(const Run& run) const override { return in(run, 0).columns() * out(run, 0).columns(); }
+  void run_units(Run& run, int64_t begin, int64_t end, int) const override {
+    const Tensor &a = in(run, 0), &b = in(run, 1), &y = out(run, 0);
+    const bool ta = spec_.integer("trans_a") != 0, tb = spec_.integer("trans_b") != 0;
+    const float alpha = spec_.number("alpha"), beta = spec_.number("beta");
+    const int64_t n = y.columns(), k = ta ? a.shape[0] : a.shape[1];
+    const Strides sc = has_in(2) ? broadcast_strides(in(run, 2), y) : Strides{};
+    for (int64_t r = begin; r < end; ++r) {
+      float* c = y.f32() + r * n;
+      std::fill_n(c, n, 0.0f);
+      row_product(a.f32() + (ta ? r : r * k), ta ? a.shape[1] : 1, b.f32(), tb ? 1 : n, tb ? k : 1, k, n, c);
+      for (int64_t j = 0; j < n; ++j) {
+        c[j] *= alpha;
+        if (has_in(2)) c[j] += beta * in(run, 2).f32()[r * sc[0] + j * sc[1]];
+      }
+    }
+  }
+};
+
+// Convolution of any rank up to 3 by plain loops; a unit is one row of the output's last axis.
+class Conv final : public ParallelOp {
+ public:
+  using ParallelOp::ParallelOp;
+
+ protected:
+  int64_t units(const Run& run) const override { return out(run, 0).rows(); }
+  int64_t unit_cost(const Run& run) const override {
+    return in(run, 1).count / in(run, 1).shape[0] * out(run, 0).columns();
+  }
+  void run_units(Run& run, int64_t begin, int64_t end, int) const override {
+    const Tensor &x = in(run, 0), &w = in(run, 1), &y = out(run, 0);
+    const int n = y.rank - 2;
+    const std::vector<int64_t>&stride = spec_.ints.at("strides"), &dilation = spec_.ints.at("dilations");
+    const std::vector<int64_t>& pads = spec_.ints.at("pads");
+    const int64_t channels = w.shape[1], per_group = w.shape[0] / spec_.integer("group");
+    int64_t taps = 1;
+    for (int i = 0; i < n; ++i) taps *= w.shape[2 + i];
+    const Strides sx = contiguous(x);
+    const int64_t width = y.columns(), in_width = x.columns(), step = stride[n - 1];
+    for (int64_t row = begin; row < end; ++row) {
+      int64_t rest = row, position[kMaxRank] = {};
+      for (int i = n - 2; i >= 0; --i) {
+        position[i] = rest % y.shape[2 + i];
+        rest /= y.shape[2 + i];
+      }
+      const int64_t out_channel = rest % y.shape[1], sample = rest / y.shape[1];
+      float* to = y.f32() + row * width;
+      std::fill_n(to, width, has_in(2) ? in(run, 2).f32()[out_channel] : 0.0f);
+      for (int64_t c = 0; c < channels; ++c) {
+        const float* plane = x.f32() + sample * sx[0] + (out_channel / per_group * channels + c) * sx[1];
+        const float* kernel = w.f32() + (out_channel * channels + c) * taps;
+        for (int64_t t = 0; t < taps; ++t) {
+          int64_t tap[kMaxRank] = {}, tap_rest = t, at = 0;
+          bool inside = true;
+          for (int i = n - 1; i >= 0; --i) {
+            tap[i] = tap_rest % w.shape[2 + i];
+            tap_rest /= w.shape[2 + i];
+          }
+          for (int i = 0; i < n - 1; ++i) {
+            const int64_t p = position[i] * stride[i] + tap[i] * dilation[i] - pads[i];
+            inside = inside && p >= 0 && p < x.shape[2 + i];
+            at += p * sx[2 + i];
+          }
+          if (!inside) continue;
+          const int64_t first = tap[n - 1] * dilation[n - 1] - pads[n - 1];
+          const float v = kernel[t];
+          for (int64_t j = 0; j < width; ++j) {
+            const int64_t p = first + j * step;
+            if (p >= 0 && p < in_width) to[j] += v * plane[at + p];
+          }
+        }
+      }
+    }
+  }
+};
+
+}  // namespace
+
+std::unique_ptr<Op> make_math_op(int index, const OpSpec& spec) {
+  if (spec.kind == "reduce") return std::make_unique<Reduce>(index, spec);
+  if (spec.kind == "argmax") return std::make_unique<ArgMax>(index, spec);
+  if (spec.kind == "softmax") return std::make_unique<Softmax>(index, spec);
+  if (spec.kind == "cumsum") return std::make_unique<CumSum>(index, spec);
+  if (spec.kind == "matmul") return std::make_unique<MatMul>(index, spec);
+  if (spec.kind == "gemm") return std::make_unique<Gemm>(index, spec);
+  if (spec.kind == "conv") return std::make_unique<Conv>(index, spec);
+  return nullptr;
+}
+
+}  // namespace edgeformer
