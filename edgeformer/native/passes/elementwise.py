@@ -197,8 +197,7 @@ def _affine(g: Graph, node: Node) -> None:
     """A constant vector after a bare Norm is its weight (Mul) or bias (Add)."""
     for x, c in (node.inputs, node.inputs[::-1]):
         norm, vector = g.producer(x, "Norm"), g.constants.get(c)
-        size = g.shape(x)[-1]
-        if norm is None or vector is None or vector.size != size or vector.shape[-1:] != (size,):
+        if norm is None or vector is None or vector.shape[-1:] != (vector.size,) or g.shape(x)[-1] != vector.size:
             continue
         slot = 1 if node.op == "Mul" else 2
         if g.only_user(x) is not node or norm.inputs[slot] or (slot == 1 and norm.inputs[2]):
