@@ -31,11 +31,11 @@ def seasonal_series(hours: int, seed: int) -> np.ndarray:
     morning_and_evening = 9 * np.sin(day - 2.2) + 5 * np.sin(2 * day - 0.6) + 1.5 * np.sin(3 * day + 0.4)
     season = 6 * np.sin(2 * np.pi * t / (24 * 60))
     weather = np.zeros(hours)
-    shocks = rng.normal(0, 0.5, hours)
+    shocks = rng.normal(0, 0.25, hours)
     for hour in range(1, hours):
         weather[hour] = 0.98 * weather[hour - 1] + shocks[hour]
     day_shape = morning_and_evening * np.where(weekend, 0.55, 1) - 4 * weekend  # (hours,)
-    power: np.ndarray = 50 + day_shape + season + weather + rng.normal(0, 0.5, hours)
+    power: np.ndarray = 50 + day_shape + season + weather + rng.normal(0, 0.4, hours)
     return power
 
 

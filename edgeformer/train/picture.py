@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MultipleLocator
 
 INK, GREY, BLUE, ORANGE = "#22272e", "#8a929c", "#2f6fb5", "#e07a1f"
 
@@ -76,18 +77,18 @@ def loss_picture(path: Path, history: np.ndarray, title: str, loss_name: str, ba
             weight="bold",
         )
         top = max(validation[checked][0], value)
-        axes.set(title=title, xlabel="step", ylabel=loss_name, xlim=(0, steps[-1] * 1.06), ylim=(0, top * 1.08))
+        axes.set(title=title, xlabel="step", ylabel=loss_name, xlim=(0, steps[-1] * 1.08), ylim=(0, top * 1.08))
         axes.legend(loc="upper right")
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Running mean with weights that fade over about a fiftieth of the run, unbiased at the start."""
-    keep = 1 - 1 / max(1.0, len(values) / 50)
-    mean, weight, out = 0.0, 0.0, []
-    for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        out.append(mean / weight)
-    return np.array(out)
+    """Mean over a window of a twentieth of the run around each step, narrower at both ends, so that it never lags."""
+    half = len(values) // 40
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    reach = np.minimum(half, np.minimum(np.arange(len(values)), np.arange(len(values))[::-1]))  # (steps,)
+    first, last = np.arange(len(values)) - reach, np.arange(len(values)) + reach + 1
+    means: np.ndarray = (sums[last] - sums[first]) / (last - first)
+    return means
 
 
 def forecast_picture(
@@ -112,20 +113,19 @@ def forecast_picture(
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         for start in range(0, shown, 2 * horizon):
             above.axvspan(start, min(start + horizon, shown), color="#f4f6f8", zorder=0, linewidth=0)
-        above.plot(
-            np.arange(-len(history), 1), np.append(history, truth[0]), color=GREY, linewidth=1.3, label="known before"
-        )
+        before = np.arange(-len(history), 1)
+        above.plot(before, np.append(history, truth[0]), color=GREY, linewidth=1.3, label="known before")
         above.plot(time, truth[:shown], color=INK, linewidth=1.3, label="truth")
         above.plot(time, forecast[:shown], color=ORANGE, linewidth=1.9, label=f"forecast, {horizon} steps at a time")
         above.axvline(0, color=GREY, linewidth=1)
-        low, high = above.get_ylim()
-        above.set_ylim(low, high + 0.16 * (high - low))  # room for the legend
-        above.set_title(
-            f"Forecast of data never trained on: mean error {error:.2f}, {naive_error:.2f} by repeating the last period"
-        )
+        above.set_title("Forecast against truth, on data never trained on", pad=28)
+        above.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.98), ncols=3)
         above.set_ylabel(label)
-        above.legend(loc="upper left", ncols=3)
         below.bar(time, (forecast - truth)[:shown], width=1.0, color=ORANGE, alpha=0.75)
-        below.axhline(0, color=INK, linewidth=0.8)
-        below.set(xlabel="steps since the end of the training part (shades: one forecast each)", ylabel="error")
+        below.hlines(0, 0, shown, color=INK, linewidth=0.8)
+        errors = f"mean error {error:.2f}\nby repeating the last period {naive_error:.2f}"
+        below.text(0.01, 0.5, errors, transform=below.transAxes, va="center", linespacing=1.5)
+        below.set(xlabel="steps since the end of the training part; each shade is one forecast", ylabel="error")
         below.set_xlim(-len(history), shown)
+        below.xaxis.set_major_locator(MultipleLocator(horizon * max(1, (len(history) + shown) // (18 * horizon))))
+        figure.align_ylabels()

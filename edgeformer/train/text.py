@@ -81,9 +81,8 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
+def encode(tokenizer: Tokenizer, documents: list[str], end: int) -> np.ndarray:
     """int32 [n]: all documents in a row, the end marker after each."""
-    end = tokenizer.token_to_id(END)
     ids = [np.array([*tokenizer.encode(document).ids, end], np.int32) for document in documents]
     return np.concatenate(ids) if ids else np.zeros(0, np.int32)
 
@@ -105,8 +104,14 @@ class TextTask:
             self.tokenizer = train_tokenizer(train_documents, data.vocab_size)
         else:
             self.tokenizer = Tokenizer.from_str(tokenizer_json)
-        self.train_ids = encode(self.tokenizer, train_documents)
-        self.validation_ids = encode(self.tokenizer, validation_documents)
+        end = self.tokenizer.token_to_id(END)
+        if end is None:
+            raise TrainingError(
+                f"tokenizer.json has no {END}, so it is not that of this run; restore it or start again"
+            )
+        self.end = end
+        self.train_ids = encode(self.tokenizer, train_documents, end)
+        self.validation_ids = encode(self.tokenizer, validation_documents, end)
         for name, ids in (("training", self.train_ids), ("validation", self.validation_ids)):
             if len(ids) <= data.sequence_length:
                 raise TrainingError(
@@ -144,8 +149,7 @@ class TextTask:
         return CausalLM(self.config)
 
     def files(self) -> dict[str, str]:
-        end = self.tokenizer.token_to_id(END)
-        markers = {"bos_token_id": end, "eos_token_id": end}
+        markers = {"bos_token_id": self.end, "eos_token_id": self.end}
         tokenizer_config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": END,
@@ -195,15 +199,14 @@ class TextTask:
         """The prompt and what the model writes after it: a look at the training, without cache and without speed."""
         device = next(model.parameters()).device
         generator = torch.Generator().manual_seed(self.seed)
-        end: int = self.tokenizer.token_to_id(END)
-        ids: list[int] = list(self.tokenizer.encode(self.data.prompt).ids) or [end]
+        ids: list[int] = list(self.tokenizer.encode(self.data.prompt).ids) or [self.end]
         for _ in range(self.data.sample_tokens):
             window = torch.tensor([ids[-self.config.max_position_embeddings :]], device=device)
             positions = torch.arange(window.shape[1], device=device)[None]
             logits = model(input_ids=window, position_ids=positions)[0, -1].float().cpu()  # (vocab_size,)
             best, choices = (logits / temperature).topk(min(top_k, logits.numel()))
             chosen = int(choices[torch.multinomial(best.softmax(0), 1, generator=generator)])
-            if chosen == end:
+            if chosen == self.end:
                 break
             ids.append(chosen)
         text: str = self.tokenizer.decode(ids)
