@@ -111,6 +111,7 @@ def bench(
     repetitions: int = 5,
     isa: str | None = None,
     kv: str = "int8",
+    context: int | None = None,
     progress: Callable[[str, int, int], None] = lambda test, done, total: None,
 ) -> Benchmark:
     """Rates of every test in prompts and generated, at every depth, for every number of threads.
@@ -138,7 +139,7 @@ def bench(
     total, done = len(tests) * len(threads) * (repetitions + 1), 0
     for count in threads:
         began = time.perf_counter()
-        model = load(path, engine, count, isa=isa, kv=kv)
+        model = load(path, engine, count, isa=isa, kv=kv, context=context)
         seconds = time.perf_counter() - began
         if not model.is_language_model:
             raise InputError(f"{path} is a {model.bundle.task} model; bench measures language models.")
@@ -178,24 +179,26 @@ def _cells(row: Row) -> tuple[str, str]:
 
 
 def _check_fit(model: Model, tests: Sequence[tuple[str, int, int]]) -> None:
-    context = model.bundle.context
+    limits = Limits.of(model.bundle, model.engine)
+    context = limits.context
     longest = max(tokens + depth for _, tokens, depth in tests)
     if context is not None and longest > context:
         raise InputError(
-            f"The largest test needs {longest} positions, the model has {context}; ask for less with -p, -n or -d."
+            f"The largest test needs {longest} positions, the limit is {context} ({limits.context_reason}); "
+            f"ask for less with -p, -n or -d."
         )
 
 
 def _filled(model: Model, depth: int) -> State:
     state = model.engine.new_state()
     if depth:
-        _feed(model.engine, state, _random_ids(model, depth), Limits.of(model.bundle))
+        _feed(model.engine, state, _random_ids(model, depth), Limits.of(model.bundle, model.engine))
     return state
 
 
 def _measure(model: Model, state: State, kind: str, tokens: int) -> float:
     """Tokens a second of one repetition."""
-    ids, limits, engine = _random_ids(model, tokens), Limits.of(model.bundle), model.engine
+    ids, limits, engine = _random_ids(model, tokens), Limits.of(model.bundle, model.engine), model.engine
     began = time.perf_counter()
     if kind == "pp":
         _feed(engine, state, ids, limits)

@@ -143,18 +143,24 @@ class Limits:
 
     cached: bool  # the graph has a KV cache; without one each step runs the whole text
     keeps_logits: bool
-    context: int | None
+    context: int | None  # tokens that a state may hold
+    context_reason: str
     vocab_size: int | None
     eos: frozenset[int]
     bos: int | None
 
     @classmethod
-    def of(cls, bundle: Bundle, graph: str = "model") -> Limits:
+    def of(cls, bundle: Bundle, engine: Engine, graph: str = "model") -> Limits:
         inputs = bundle.manifest["graphs"][graph]["inputs"]
+        context, reason = bundle.context, "max_position_embeddings in config.json"
+        loaded = getattr(engine, "context", None)
+        if loaded is not None and (context is None or loaded < context):
+            context, reason = loaded, f"what the {engine.name} engine was loaded for; load with a larger context"
         return cls(
             cached=any(name.startswith(PAST) for name in inputs),
             keeps_logits=KEEP in inputs,
-            context=bundle.context,
+            context=context,
+            context_reason=reason,
             vocab_size=bundle.vocab_size,
             eos=frozenset(_ids(bundle, "eos_token_id")),
             bos=next(iter(_ids(bundle, "bos_token_id")), None),
@@ -326,8 +332,7 @@ def _checked_prompt(prompt: Sequence[int], limits: Limits) -> list[int]:
         raise InputError(f"The prompt holds the token id {low if low < 0 else high}, the model knows 0{known}.")
     if limits.context is not None and len(array) > limits.context:
         raise InputError(
-            f"The prompt has {len(array)} tokens, the model was made for {limits.context} "
-            f"(max_position_embeddings in config.json); shorten it."
+            f"The prompt has {len(array)} tokens, the limit is {limits.context} ({limits.context_reason}); shorten it."
         )
     return [int(id) for id in array]
 

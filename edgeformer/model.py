@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from edgeformer.machine import default_threads
 from edgeformer.sampling import SamplingOptions
 from edgeformer.signature import IDS
 from edgeformer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from edgeformer.native.engine import Memory
 
 EngineName = Literal["auto", "cuda", "native", "cpu"]
 Prompt = str | Sequence[int] | np.ndarray[Any, Any] | Sequence[Mapping[str, Any]]
@@ -130,7 +133,8 @@ def _create(name: str, bundle: Bundle, threads: int, native: NativeOptions) -> E
 
 
 def _chosen(engine: Engine, threads: int, why: str) -> str:
-    what = getattr(engine, "description", None) or f"{threads} thread{'s' if threads > 1 else ''}"
+    isa = getattr(engine, "isa", None)
+    what = f"{threads} thread{'s' if threads > 1 else ''}" + (f", {isa} kernels" if isa else "")
     return f"chosen, {why} ({what})"
 
 
@@ -141,7 +145,7 @@ class Model:
         self.bundle = bundle
         self.engine = engine
         self._choice = choice
-        self._limits = Limits.of(bundle)
+        self._limits = Limits.of(bundle, engine)
 
     def __repr__(self) -> str:
         return f"<edgeformer.Model {self.bundle.path.name}: {self.bundle.task} on {self.engine.name}>"
@@ -169,7 +173,7 @@ class Model:
             "quantization": manifest["quantization"],
             "bytes": self.bundle.size,
             "vocab_size": self.bundle.vocab_size,
-            "context": self.bundle.context,
+            "context": self._limits.context,
             "inputs": manifest["graphs"]["model"]["inputs"],
             "outputs": manifest["graphs"]["model"]["outputs"],
             "accuracy": manifest["accuracy"],
@@ -180,6 +184,18 @@ class Model:
     def explain(self) -> Choice:
         """Which engine runs, and why not the others."""
         return self._choice
+
+    def memory(self, context: int | None = None) -> Memory:
+        """Bytes that weights, one state of `context` tokens and working memory take. Only the native engine knows.
+
+        Raises:
+            EngineUnavailable: another engine runs.
+        """
+        predict = getattr(self.engine, "memory", None)
+        if predict is None:
+            raise EngineUnavailable(f"The {self.engine.name} engine cannot predict its memory; use engine='native'.")
+        need: Memory = predict(context)
+        return need
 
     def session(self) -> Session:
         """A conversation's memory: pass it to `generate` or `stream`, and only what is new of a prompt is run."""

@@ -148,7 +148,7 @@ def _replace(text: Any, old: Any, new: Any, count: int | None = None) -> str:
     places = text.count(old) if count is None or count < 0 else min(count, text.count(old))
     if len(text) + places * (len(new) - len(old)) > CHARACTERS:
         raise _too_large()
-    return text.replace(old, new, -1 if count is None else count)
+    return str(text.replace(old, new, -1 if count is None else count))
 
 
 def _join(parts: Iterable[Any], separator: Any = "") -> str:

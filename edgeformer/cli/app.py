@@ -53,6 +53,10 @@ ThreadsOpt = Annotated[
 ]
 IsaOpt = Annotated[str | None, typer.Option("--isa", help="Native kernels to use: avx2, ...", rich_help_panel=MACHINE)]
 KvOpt = Annotated[str, typer.Option("--kv", help="Native cache: int8 or float32.", rich_help_panel=MACHINE)]
+ContextOpt = Annotated[
+    int | None,
+    typer.Option("--context", min=1, help="Native: tokens that the cache may hold.", rich_help_panel=MACHINE),
+]
 CountOpt = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="The longest answer, in tokens.")]
 TemperatureOpt = Annotated[
     float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.", rich_help_panel=SAMPLING)
@@ -128,6 +132,7 @@ def run(
     threads: ThreadsOpt = None,
     isa: IsaOpt = None,
     kv: KvOpt = "int8",
+    context: ContextOpt = None,
 ) -> None:
     """Run a bundle once: text streams to stdout, timings go to stderr."""
     from edgeformer.cli import run as work
@@ -143,7 +148,7 @@ def run(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
     }
-    where = {"engine": engine, "threads": threads, "isa": isa, "kv": kv}
+    where = {"engine": engine, "threads": threads, "isa": isa, "kv": kv, "context": context}
     if inputs is not None:
         work.arrays(bundle, where, inputs, outputs, as_json=json)
     else:
@@ -174,6 +179,7 @@ def chat(
     threads: ThreadsOpt = None,
     isa: IsaOpt = None,
     kv: KvOpt = "int8",
+    context: ContextOpt = None,
 ) -> None:
     """Talk with a model; the conversation is kept, and only what is new of it is run."""
     from edgeformer.cli.chat import talk
@@ -188,7 +194,8 @@ def chat(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
     }
-    talk(bundle, {"engine": engine, "threads": threads, "isa": isa, "kv": kv}, system, settings, quiet=quiet)
+    where = {"engine": engine, "threads": threads, "isa": isa, "kv": kv, "context": context}
+    talk(bundle, where, system, settings, quiet=quiet)
 
 
 @app.command(
@@ -256,13 +263,14 @@ def bench(
     engine: EngineOpt = "auto",
     isa: IsaOpt = None,
     kv: KvOpt = "int8",
+    context: ContextOpt = None,
     profile: Annotated[bool, typer.Option("--profile", help="Time by operation instead (native).")] = False,
     json: JsonOpt = False,
 ) -> None:
     """Measure tokens/s: pp512 is a prompt of 512 tokens, tg128 are 128 generated ones, @ d is the depth before."""
     from edgeformer.cli import bench as work
 
-    where = {"engine": engine, "isa": isa, "kv": kv}
+    where = {"engine": engine, "isa": isa, "kv": kv, "context": context}
     if profile:
         work.profile(bundle, where, work.numbers(threads, "-t"))
         return

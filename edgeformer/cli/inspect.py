@@ -100,7 +100,7 @@ def _parity(parity: Mapping[str, Any] | None) -> dict[str, str]:
     facts = {}
     for name, found in parity.items():
         if isinstance(found, dict) and "worst" in found:
-            where = f", at {found['where']}" if found.get("where") else ""
+            where = f", {found['where']}" if found.get("where") else ""
             facts[name] = f"worst {found['worst']:.2g} of the range, allowed {found.get('tolerance', 0):.2g}{where}"
     return facts
 
