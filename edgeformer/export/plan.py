@@ -24,7 +24,7 @@ class Quantized:
     """One weight of the module that the bundle holds as blocks."""
 
     name: str  # in the module's state dict
-    blocks: Blocks
+    blocks: Blocks | None  # None: float, which only an own head can be
     transposed: bool = False  # the module holds [K, N]
     own_head: bool = False  # a second form of an embedding's table, for the head alone
 
@@ -60,9 +60,9 @@ def quantize_graph(
             blocks = for_tables.get(name) if wanted == "tied" else _blocks(source, layers[name], wanted, options.block)
             if blocks is not None:
                 for_layers[name] = blocks
+            if wanted != "tied" and (blocks is not None or name in embedded):
                 plain = name.removesuffix(".rows")
-                if wanted != "tied":
-                    done.append(Quantized(plain, blocks, plain in transposed or name in transposed, name in embedded))
+                done.append(Quantized(plain, blocks, plain in transposed or name in transposed, name in embedded))
     if not done:
         raise ExportError("the graph has no linear layer or embedding of the module to quantize; use --quantize none.")
     quantize_linears(model, lambda name, weight: for_layers.get(name))
@@ -95,7 +95,7 @@ def holding(module: torch.nn.Module, weights: Sequence[Quantized]) -> Iterator[N
                 heads += _untie(module, state, weight)
             for weight in (w for w in weights if not w.own_head):
                 saved[weight.name] = state[weight.name].detach().clone()
-                state[weight.name].copy_(_values(weight))
+                state[weight.name].copy_(_values(weight, saved[weight.name]))
         yield
     finally:
         with torch.no_grad():
@@ -105,7 +105,9 @@ def holding(module: torch.nn.Module, weights: Sequence[Quantized]) -> Iterator[N
                 state[name].copy_(before)
 
 
-def _values(weight: Quantized) -> torch.Tensor:
+def _values(weight: Quantized, original: torch.Tensor) -> torch.Tensor:
+    if weight.blocks is None:
+        return original.detach().clone()
     values = torch.from_numpy(weight.blocks.dequantize())
     return values.T if weight.transposed else values
 
@@ -119,7 +121,7 @@ def _untie(
         for name, parameter in tuple(owner.named_parameters(recurse=False)):
             if parameter.data_ptr() == shared.data_ptr() and not isinstance(owner, torch.nn.Embedding):
                 before.append((owner, name, parameter))
-                setattr(owner, name, torch.nn.Parameter(_values(weight)))
+                setattr(owner, name, torch.nn.Parameter(_values(weight, shared)))
     if not before:
         raise ExportError(
             f"no module but an embedding holds {weight.name}, so its head cannot be checked; use --head tied."

@@ -91,13 +91,14 @@ def manifest(
 
 
 def _quantization(model: ir.Model, options: ExportOptions, scheme: str, weights: Sequence[Quantized]) -> dict[str, Any]:
-    size = sum(weight.blocks.q.size for weight in weights)
-    bits = sum(weight.blocks.q.size * weight.blocks.bits_per_weight for weight in weights)
-    schemes = [weight.blocks.scheme for weight in weights]
+    used = [weight.blocks for weight in weights if weight.blocks is not None]
+    size = sum(blocks.q.size for blocks in used)
+    bits = sum(blocks.q.size * blocks.bits_per_weight for blocks in used)
+    schemes = [blocks.scheme for blocks in used]
     gathered = [node for node in model.graph if node.op_type == "Gather" and node.inputs[0].is_initializer()]  # type: ignore[union-attr]
     tables = [node.inputs[0] for node in gathered if node.inputs[0].dtype == ir.DataType.INT8]  # type: ignore[union-attr]
     tied = any(use.node.op_type == "Transpose" for table in tables for use in table.uses())  # type: ignore[union-attr]
-    own = next((weight.blocks.scheme for weight in weights if weight.own_head), None)
+    own = next((w.blocks.scheme if w.blocks else options.dtype for w in weights if w.own_head), None)
     return {
         "scheme": scheme,
         "block_size": options.block if scheme in ("q4a", "q4", "q8") else None,

@@ -33,12 +33,14 @@ def quantize_linears(model: ir.Model, blocks_of: BlocksOf) -> None:
         if blocks is None:
             continue
         tape = Tape()
-        y = tape.op("MatMul", [linear.x, _dequantized(model, tape, linear.weight.name, blocks)])
-        if blocks.minimum is not None:
+        q, scale, minimum = _store(model, linear.weight.name, blocks)
+        turned = [tape.op("Transpose", [part], {"perm": [1, 0]}) for part in (q, scale)]
+        weight = tape.op("DequantizeLinear", turned, {"axis": 0, "block_size": blocks.block_size})  # [K, N]
+        y = tape.op("MatMul", [linear.x, weight])
+        if minimum is not None:
             key = (linear.x, blocks.block_size)
             if key not in sums:
                 sums[key] = _block_sums(model, linear, blocks.block_size)
-            minimum = model.graph.initializers[f"{linear.weight.name}.minimum"]
             y = tape.op("Add", [y, tape.op("MatMul", [sums[key], tape.op("Transpose", [minimum], {"perm": [1, 0]})])])
         replace(model, linear.node, tape, y)
     common.RemoveUnusedNodesPass()(model)
@@ -77,13 +79,11 @@ def _embedding(model: ir.Model, tape: Tape, name: str, ids: ir.Value, blocks: Bl
     """Gather first, on int8 rows: Gather takes no int4, and only the looked-up rows are to be dequantized."""
     if blocks.scheme != "q8":
         blocks = Blocks("q8", blocks.block_size, blocks.q, blocks.scale, blocks.minimum)
-    parts = _store(model, name, blocks)
-    rows = tape.op("Gather", [parts[0], ids])
-    scales = tape.op("Gather", [parts[1], ids])
+    q, scale, minimum = _store(model, name, blocks)
+    rows, scales = (tape.op("Gather", [part, ids]) for part in (q, scale))
     y = tape.op("DequantizeLinear", [rows, scales], {"axis": -1, "block_size": blocks.block_size})
-    if blocks.minimum is None:
+    if minimum is None:
         return y
-    minimum = _register(model, f"{name}.minimum", ir.Tensor(blocks.minimum))
     last = constant(model, "axis_last", np.array([-1], np.int64))
     split = constant(model, f"split_{blocks.block_size}", np.array([0, 0, -1, blocks.block_size], np.int64))
     shifted = tape.op(
@@ -92,26 +92,21 @@ def _embedding(model: ir.Model, tape: Tape, name: str, ids: ir.Value, blocks: Bl
     return tape.op("Reshape", [shifted, constant(model, "join_2", np.array([0, 0, -1], np.int64))])
 
 
-def _dequantized(model: ir.Model, tape: Tape, name: str, blocks: Blocks) -> ir.Value:
-    """[K, N] float, as the graph says it."""
-    q, scale = _store(model, name, blocks)
-    turned = [tape.op("Transpose", [part], {"perm": [1, 0]}) for part in (q, scale)]
-    return tape.op("DequantizeLinear", turned, {"axis": 0, "block_size": blocks.block_size})
-
-
-def _store(model: ir.Model, name: str, blocks: Blocks) -> tuple[ir.Value, ir.Value]:
-    """Initializers `name.q`, `name.scale` and, for q4a, `name.minimum`; a tied table is stored once."""
+def _store(model: ir.Model, name: str, blocks: Blocks) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+    """Initializers `name.q`, `name.scale` and, if there is one, `name.minimum`. A table that a tied head shares is
+    stored once; a head in a form of its own is `name.head.*`."""
     q, scale, minimum = blocks.stored()
-    if minimum is not None:
-        _register(model, f"{name}.minimum", ir.Tensor(minimum))
-    return _register(model, f"{name}.q", q), _register(model, f"{name}.scale", ir.Tensor(scale))
+    known = model.graph.initializers.get(f"{name}.q")
+    if known is not None:
+        assert known.const_value is not None
+        if known.dtype != q.dtype or not np.array_equal(known.const_value.numpy(), q.numpy()):
+            return _store(model, f"{name}.head", blocks)
+    last = None if minimum is None else _register(model, f"{name}.minimum", ir.Tensor(minimum))
+    return _register(model, f"{name}.q", q), _register(model, f"{name}.scale", ir.Tensor(scale)), last
 
 
 def _register(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    known = model.graph.initializers.get(name)
-    if known is not None and known.dtype == tensor.dtype:
-        return known
-    return initializer(model, name if known is None else f"{name}.head", tensor)
+    return model.graph.initializers[name] if name in model.graph.initializers else initializer(model, name, tensor)
 
 
 def _block_sums(model: ir.Model, linear: Linear, block_size: int) -> ir.Value:
