@@ -281,19 +281,21 @@ class StopFilter:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
         self._held = ""
-        self._found: str | None = None
+        self._found = False
 
     def found(self) -> bool:
         """Whether a stop string appeared; from then on nothing comes through."""
-        return self._found is not None
+        return self._found
 
     def push(self, text: str) -> str:
         if self.found():
             return ""
         self._held += text
-        places = [(place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        # The one that is complete first, so that the answer does not depend on where tokens end.
+        places = [(place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if places:
-            place, self._found = min(places)
+            _, place = min(places)
+            self._found = True
             out, self._held = self._held[:place], ""
             return out
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
