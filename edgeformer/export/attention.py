@@ -7,27 +7,58 @@ lives only between the trace and the attention pass, which turns it into the sta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from edgeformer.errors import ExportError
 
-NAME = "edgeformer"
+NAME = "edgeformer"  # causality and windows are attributes of the node; for models that decode
+MASKED = "edgeformer_masked"  # every mask is an array; for models that run as a whole
 DOMAIN = "edgeformer"
 
 
 def register() -> None:
-    """Makes `attn_implementation="edgeformer"` known to transformers; may be called again."""
+    """Makes both implementations known to transformers; may be called again."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
+    for name in (NAME, MASKED):
+        AttentionInterface.register(name, _attention)
+    AttentionMaskInterface.register(NAME, _mask_of_sources)
+    AttentionMaskInterface.register(MASKED, _mask)
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Causality and windows are attributes of the node, not arrays."""
-    return None
+def _mask_of_sources(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+    """None for causal masks; of a source that is attended to as a whole, its padding."""
+    # Only transformers' makers of bidirectional masks pass this option.
+    return _mask(attention_mask=attention_mask, **kwargs) if "allow_is_bidirectional_skip" in kwargs else None
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Any],
+    attention_mask: torch.Tensor | None = None,  # [B, kv_length], False at padding
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """bool [B, 1, q_length, kv_length], True where a query sees a key; None where each sees all.
+
+    Expanded over the queries: onnxruntime (1.25 to 1.32) refuses a mask that is to be broadcast over them.
+    """
+    from transformers.masking_utils import bidirectional_mask_function
+
+    shape = (batch_size, 1, q_length, kv_length)
+    device = kwargs.get("device", "cpu")
+    seen = None if attention_mask is None else attention_mask[:, None, None, :].bool()
+    if mask_function is not bidirectional_mask_function:
+        queries = torch.arange(q_length, device=device)[None, None, :, None]
+        keys = torch.arange(kv_length, device=device)[None, None, None, :]
+        origin = torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=device)
+        pattern = mask_function(origin, origin, queries, keys)
+        seen = pattern if seen is None else seen & pattern
+    return None if seen is None else seen.expand(shape)
 
 
 def _attention(
@@ -40,32 +71,48 @@ def _attention(
     is_causal: bool | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
+    position_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """[B, S, H, Dv], as transformers' attention functions return it."""
-    if attention_mask is not None:
+    """[B, S, H, Dv], as transformers' attention functions return it.
+
+    `position_bias` ([1, H, S, T], added to the scores) and `attention_mask` become one mask of the node; without an
+    `attention_mask` a causal module stays causal by attribute.
+    """
+    masked = getattr(getattr(module, "config", None), "_attn_implementation", NAME) == MASKED
+    causal = bool(getattr(module, "is_causal", not masked) if is_causal is None else is_causal)
+    if causal and attention_mask is not None and not masked:
         raise ExportError(
             f"{type(module).__name__} passes its own attention mask of shape {tuple(attention_mask.shape)}; only "
             "causal masks and sliding windows are known here."
         )
-    unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
+    causal &= attention_mask is None
+    unknown = [name for name in ("s_aux",) if kwargs.get(name) is not None]
     if unknown:
         raise ExportError(
             f"{type(module).__name__} passes {', '.join(unknown)} to attention, which the standard Attention operator "
             "cannot say."
         )
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    mask = _with_bias(attention_mask, position_bias)
     mixed: torch.Tensor = torch.onnx.ops.symbolic(
         f"{DOMAIN}::Attention",
-        [query, key, value],
+        [query, key, value] if mask is None else [query, key, value, mask],
         attrs={
             "is_causal": int(causal),
             "scale": float(query.shape[-1] ** -0.5 if scaling is None else scaling),
             "softcap": float(softcap or 0.0),
-            "window": int(sliding_window or 0),
+            "window": int(sliding_window or 0) if causal else 0,  # else it is in the mask
         },
         dtype=query.dtype,
         shape=[*query.shape[:3], value.shape[3]],
         version=1,
     )
     return mixed.transpose(1, 2).contiguous(), None
+
+
+def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor | None:
+    if bias is None or mask is None:
+        return mask if bias is None else bias
+    hidden = torch.full((), torch.finfo(bias.dtype).min, dtype=bias.dtype)
+    added = torch.where(mask, torch.zeros((), dtype=bias.dtype), hidden) if mask.dtype == torch.bool else mask
+    return bias + added

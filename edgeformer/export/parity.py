@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from edgeformer.errors import ParityError
@@ -93,7 +94,21 @@ def whole(source: Source, graph: Graph, count: int = 3) -> Iterator[Check]:
         feeds = {value.name: value.sample(sizes, seed + index) for index, value in enumerate(source.inputs)}
         outputs, _ = graph({name: value.numpy() for name, value in feeds.items()})
         shown = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
-        yield compare(shown, run(source, feeds), outputs)
+        yield compare(shown, *(_without_padding(values, feeds) for values in (run(source, feeds), outputs)))
+
+
+def _without_padding(outputs: Mapping[str, Any], feeds: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Outputs with a row for each token are zero where the token is padding: what stands there means nothing."""
+    mask = feeds.get("attention_mask")
+    if mask is None:
+        return dict(outputs)
+    seen = mask.numpy() != 0  # [batch, sequence]
+
+    def shown(value: Any) -> Any:
+        per_token = value.ndim >= 3 and value.shape[:2] == seen.shape
+        return np.where(seen.reshape(*seen.shape, *[1] * (value.ndim - 2)), value, 0) if per_token else value
+
+    return {name: shown(value) for name, value in outputs.items()}
 
 
 def stepwise(source: Source, graph: Graph, batches: tuple[int, ...] = (1, 2)) -> Iterator[Check]:

@@ -22,6 +22,7 @@ from edgeformer.export.passes.linear import canonical_linears
 from edgeformer.export.passes.logits import keep_logits
 from edgeformer.export.passes.names import restore_names
 from edgeformer.export.passes.reshape import drop_reshapes
+from edgeformer.export.passes.rotary import full_angles
 from edgeformer.export.plan import Quantized, holding, quantize_graph
 from edgeformer.export.progress import Progress, Silent
 from edgeformer.export.run import Graph
@@ -98,6 +99,8 @@ def export(
         write_texts(source, folder)
         reference = {"file": "reference.npz", "tolerance": tolerance}
         parts = {"parity": {"dequantized": None, **report}, "accuracy": measured, "reference": reference}
+        if source.processing:
+            parts["processing"] = dict(source.processing)
         return seal(folder, manifest(model, source, options, scheme, weights, **parts))
 
 
@@ -109,9 +112,11 @@ def float_graph(source: Source) -> Traced:
     """
     with source.tracing():
         model = trace(Positional(source), source.inputs, source.outputs)
-    restore_names(model, source.module.state_dict(), Positional.PREFIX)
+    buffers = dict(source.module.named_buffers())  # those that no checkpoint stores have names too
+    restore_names(model, source.module.state_dict().keys() | buffers.keys(), Positional.PREFIX)
     drop_reshapes(model)
     transposed = canonical_linears(model)
+    full_angles(model)
     standard_attention(model)
     layers = insert_cache(model)
     window_masks(model)

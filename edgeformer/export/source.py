@@ -36,11 +36,13 @@ class Source:
     tracing: Callable[[], AbstractContextManager[Any]] = nullcontext  # entered while the module is traced
     kept: Callable[[F32], Blocks | None] | None = None  # a weight's own blocks, where the source has them
     license: str | None = None
+    processing: Mapping[str, Any] = field(default_factory=dict)  # what an app does before and after the graph
 
     @property
     def is_language_model(self) -> bool:
-        """Token ids in, logits out."""
-        return self.inputs[0].name == "input_ids" and self.outputs == ("logits",)
+        """Token ids in, logits of the next token out."""
+        tokens = self.inputs[0].name == "input_ids" and self.outputs == ("logits",)
+        return tokens and self.task == "text-generation"
 
     @property
     def context(self) -> int | None:

@@ -32,13 +32,22 @@ class Input:
     dtype: torch.dtype
     shape: tuple[Dim, ...]
     high: int = 2  # integers are drawn from [0, high)
+    unit: int = 1  # the named axes after the first have this many times the size that a check asks for
 
     def sample(self, sizes: Mapping[str, int], seed: int) -> torch.Tensor:
         """A random array of this input: [*shape] with the named axes as `sizes` gives them."""
         generator = torch.Generator().manual_seed(seed)
-        shape = [sizes[dim] if isinstance(dim, str) else dim for dim in self.shape]
+        shape = [
+            dim if isinstance(dim, int) else sizes[dim] * (self.unit if axis else 1)
+            for axis, dim in enumerate(self.shape)
+        ]
         if self.name == "position_ids":
             return torch.arange(shape[-1]).expand(shape).contiguous()
+        if self.name.endswith("attention_mask"):
+            # The first row whole, the others padded on the right.
+            lengths = torch.randint(1, shape[-1] + 1, (shape[0], 1), generator=generator)
+            lengths[0] = shape[-1]
+            return (torch.arange(shape[-1]) < lengths).to(self.dtype)
         if self.dtype == torch.bool:
             return torch.ones(shape, dtype=torch.bool)
         if self.dtype.is_floating_point:
@@ -149,7 +158,7 @@ _CAUSES = (  # words of the tracer -> what to tell
     ),
     (
         ("Constraints violated", "specialized", "ConstraintViolationError", "dynamic_shapes"),
-        "the forward uses the size of a dynamic axis as a Python number (a loop, an `if`, int(), a table of one length)",
+        "the forward uses the size of a dynamic axis as a Python number (a loop, an `if`, int, a table of one length)",
     ),
     (
         ("Unsupported", "No decompositions registered", "ConversionError", "No ONNX function found"),
