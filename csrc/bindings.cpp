@@ -421,6 +421,17 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("weight_bytes", [](const PyEngine& e) { return e.engine.weight_bytes(); })
       .def("kv_bytes", [](const PyEngine& e, int64_t tokens) { return e.engine.kv_bytes(tokens); }, py::arg("tokens"))
       .def("scratch_bytes", &scratch_bytes, py::arg("symbols"), py::arg("rows"), py::arg("past"))
+      .def(
+          "profile",
+          [](PyEngine& e, bool on) {
+            Engine::Profile p;
+            {
+              py::gil_scoped_release release;
+              p = e.engine.profile(on);
+            }
+            return py::make_tuple(p.nanoseconds, p.runs);
+          },
+          py::arg("on"))
       .def("pack", &pack, py::arg("weight"), py::arg("q"), py::arg("scale"), py::arg("minimum"), py::arg("rows"),
            py::arg("block"), py::arg("dest"))
       .def("new_state", &new_state)

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -202,11 +203,7 @@ void Engine::execute(std::vector<Output>& outputs) {
   for (size_t s = 0; s < spec_.slots.size(); ++s) {
     if (spec_.slots[s].view_of >= 0) run_.tensors[s].data = run_.tensors[root(static_cast<int>(s))].data;
   }
-  auto begin = [this](int p) -> int64_t { return ops_[phases_[p].first]->begin(run_, phases_[p].second); };
-  auto work = [this](int p, int64_t chunk, int thread) {
-    ops_[phases_[p].first]->work(run_, phases_[p].second, chunk, thread);
-  };
-  pool_.run(static_cast<int>(phases_.size()), begin, work);
+  run_phases();
   for (size_t o = 0; o < outputs.size(); ++o) {
     const Tensor& t = run_.tensors[spec_.outputs[o]];
     const size_t bytes = t.bytes();
@@ -215,6 +212,52 @@ void Engine::execute(std::vector<Output>& outputs) {
     }
     outputs[o].at += bytes;
   }
+}
+
+void Engine::run_phases() {
+  auto work = [this](int p, int64_t chunk, int thread) {
+    ops_[phases_[p].first]->work(run_, phases_[p].second, chunk, thread);
+  };
+  const int phases = static_cast<int>(phases_.size());
+  if (!profiling_) {
+    auto begin = [this](int p) -> int64_t { return ops_[phases_[p].first]->begin(run_, phases_[p].second); };
+    pool_.run(phases, begin, work);
+    return;
+  }
+  // begin(p) is the one moment between two phases: what passed since the last one belongs to phase p - 1.
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point last = Clock::now();
+  const auto lap = [&](int phase) {
+    const Clock::time_point now = Clock::now();
+    if (phase >= 0) {
+      profile_.nanoseconds[phases_[phase].first] +=
+          std::chrono::duration_cast<std::chrono::nanoseconds>(now - last).count();
+    }
+    last = now;
+  };
+  auto begin = [&](int p) -> int64_t {
+    lap(p - 1);
+    return ops_[phases_[p].first]->begin(run_, phases_[p].second);
+  };
+  pool_.run(phases, begin, work);
+  lap(phases - 1);
+  ++profile_.runs;
+}
+
+Engine::Profile Engine::profile(bool on) {
+  after_fork();
+  std::lock_guard<std::mutex> lock(mutex_);
+  Profile seen = std::move(profile_);
+  profile_ = {std::vector<int64_t>(spec_.ops.size(), 0), 0};
+  profiling_ = on;
+  return seen;
+}
+
+// In a child of fork() a thread of the parent may have held the mutex, and no longer exists.
+void Engine::after_fork() {
+  if (getpid() == process_) return;
+  new (&mutex_) std::mutex;
+  process_ = getpid();
 }
 
 // Rows of any states as one sequence: the program computes each row from that row alone, attention knows the pieces.
@@ -310,11 +353,7 @@ std::vector<int64_t> Engine::output_shape(const Call& call, size_t output) const
 }
 
 void Engine::forward(std::vector<Call>& calls, const std::vector<void*>& memory) {
-  if (getpid() != process_) {
-    // A child of fork(): a thread of the parent may have held the mutex, and no longer exists here.
-    new (&mutex_) std::mutex;
-    process_ = getpid();
-  }
+  after_fork();
   std::lock_guard<std::mutex> lock(mutex_);
   std::vector<Output> outputs;
   for (void* p : memory) outputs.push_back({static_cast<uint8_t*>(p), 0});

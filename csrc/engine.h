@@ -52,6 +52,13 @@ class Engine {
   // Packs rows of a source into weight `weight`, by all threads.
   PackError pack(int weight, const PackSource& source, const int64_t* dest);
 
+  // Nanoseconds spent in each operation since the last call, and the number of runs; counting is on from `on` = true on.
+  struct Profile {
+    std::vector<int64_t> nanoseconds;
+    int64_t runs = 0;
+  };
+  Profile profile(bool on);
+
   std::unique_ptr<KvCache> new_cache() const { return std::make_unique<KvCache>(spec_.caches, context_); }
 
   // The shape of output `output` of a call.
@@ -74,11 +81,13 @@ class Engine {
   void run_alone(Call& call, std::vector<Output>& outputs);
   void run_pieces(const std::vector<Call>& calls, const std::vector<Piece>& pieces, std::vector<Output>& outputs);
   void execute(std::vector<Output>& outputs);
+  void run_phases();
   void prepare(const std::vector<int64_t>& symbols);
   void place();
   void set_shapes(Run& run, const std::vector<int64_t>& symbols) const;
   size_t lay_out(Run& run, std::vector<size_t>* offsets, std::vector<size_t>* temp, size_t* scratch) const;
   int root(int slot) const;
+  void after_fork();
 
   ProgramSpec spec_;
   Kernels kernels_;
@@ -100,6 +109,8 @@ class Engine {
   std::vector<int64_t> planned_;  // sizes and pieces for which run_ is laid out
   std::vector<size_t> offsets_, temp_;
   std::unique_ptr<uint8_t, void (*)(void*)> arena_;
+  bool profiling_ = false;
+  Profile profile_;
   size_t arena_bytes_ = 0, scratch_at_ = 0, scratch_bytes_ = 0;
 };
 

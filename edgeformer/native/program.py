@@ -280,7 +280,6 @@ class _Builder:
         note += " causal" if a["causal"] else ""
         note += f" window {a['window']}" if a["window"] else ""
         note += f" softcap {a['softcap']:g}" if a["softcap"] else ""
-        note += f" cache {a['layer']}" if a["layer"] >= 0 else ""
         self.p.ops.append(Op("attend", [self.slot(i) for i in node.inputs], outputs, ints, floats, note=note))
 
     def op_rope(self, node: Node) -> None:
@@ -500,7 +499,9 @@ def describe(program: Program, sample: dict[str, int] | None = None) -> str:
     for number, op in enumerate(program.ops):
         outs = " ".join(show(i) for i in op.outputs if i >= 0)
         ins = " ".join(slots[i].name for i in op.inputs if i >= 0)
-        note = f"  ({op.note})" if op.note else ""
+        cache = op.ints.get("layer", [-1])[0]
+        detail = op.note + (f" cache {cache}" if cache >= 0 else "")
+        note = f"  ({detail})" if detail else ""
         lines.append(f"{number:4d}  {op.kind:<9} {ins} -> {outs}{note}")
     lines += [f"output {show(i)}" for i in program.outputs.values()]
     return "\n".join(lines)

@@ -58,10 +58,10 @@ def load_rows(g: Graph, w: Weight, start: int, stop: int) -> tuple[Array, Array 
         return np.ascontiguousarray(rows, np.float32), None, None
     scale = np.ascontiguousarray(g.constants[w.scale].data[start:stop], np.float32)
     if q.dtype == "int4":
-        if w.k % 2:
-            unpacked = q.array()[start:stop]
-            even = np.concatenate([unpacked, np.zeros((len(unpacked), 1), np.int8)], axis=1).reshape(-1) & 15
-            data = (even[::2] | (even[1::2] << 4)).astype(np.uint8)
+        if w.k % 2:  # the rows begin in the middle of a byte
+            nibbles = q.array()[start:stop].reshape(-1) & 15
+            nibbles = np.append(nibbles, np.zeros(nibbles.size % 2, np.int8))
+            data = (nibbles[::2] | (nibbles[1::2] << 4)).astype(np.uint8)
         else:
             data = np.ascontiguousarray(q.data[start * w.k // 2 : stop * w.k // 2])
     else:
