@@ -184,7 +184,7 @@ def _workshop() -> Iterator[Finding]:
     ):
         missing = [name for name in names if find_spec(name) is None]
         if missing:
-            text = f"{', '.join(missing)} not installed; install edgeformer[{extra}] (a device needs it not)"
+            text = f"{', '.join(missing)} not installed; install edgeformer[{extra}] (not needed on a device)"
             yield Finding(what, "no", text)
         else:
             yield Finding(what, "yes", "all packages are there")

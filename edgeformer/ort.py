@@ -8,6 +8,7 @@ import json
 import os
 import re
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -148,6 +149,9 @@ class OrtEngine:
         if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
             raise InputError(f"threads is {threads!r}, expected a whole number from 1 to 1024.")
         self._ort = import_onnxruntime()
+        both = both_wheels()
+        if both:
+            warnings.warn(f"{both}.", RuntimeWarning, stacklevel=2)
         self.version: str = self._ort.__version__
         _check_version(self.version, bundle)
         self.provider: Provider = provider

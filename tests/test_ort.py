@@ -365,11 +365,13 @@ def test_an_old_onnxruntime_is_refused_where_it_would_be_slow_or_fail(bundles, m
             OrtEngine(opened, threads=1)
 
 
-def test_both_wheels_are_noticed_and_explained(monkeypatch):
+def test_both_wheels_are_noticed_and_explained(lm, monkeypatch):
     monkeypatch.setattr(metadata, "version", lambda name: {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}[name])
     text = ort.both_wheels()
     assert "onnxruntime 1.32.0 and onnxruntime-gpu 1.31.1 are both installed" in text
     assert "pip uninstall -y onnxruntime onnxruntime-gpu" in text
+    with pytest.warns(RuntimeWarning, match="are both installed"):
+        OrtEngine(Bundle.open(lm), threads=1)
 
 
 def test_one_wheel_is_no_problem(monkeypatch):

@@ -102,6 +102,14 @@ def test_compare(got, passed):
     assert compare("y", "float", "r", np.array(got), np.array([0.0, 1.0, 2.0]), None).passed
 
 
+def test_only_a_language_models_reference_may_hold_the_last_positions_alone():
+    whole = np.random.default_rng(0).standard_normal((2, 9, 4))
+    part = whole[:, -4:]
+    assert compare("logits", "bundle", "r", whole, part, 1e-6, last=True).passed
+    assert not compare("logits", "bundle", "r", whole, whole[:, :4], 1e-6, last=True).passed
+    assert not compare("y", "bundle", "r", whole, part, 1e-6).passed
+
+
 def test_a_constant_reference_is_compared_as_it_is():
     same = np.full((2, 3), 7.0)
     assert compare("y", "float", "r", same, same, 1e-6).passed
