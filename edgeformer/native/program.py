@@ -454,10 +454,11 @@ def _round_up(x: int, to: int) -> int:
 
 
 def _row_symbols(g: Graph) -> tuple[str, str]:
-    """Names of the first two axes of the integer input [batch, sequence], ("", "") without one."""
-    for info in g.inputs.values():
-        if info.dtype == "int64" and len(info.shape) == 2 and all(isinstance(d, Dim) for d in info.shape):
-            return str(info.shape[0]), str(info.shape[1])
+    """Names of the axes [batch, sequence] that token ids, else any input, begin with; ("", "") without such an input."""
+    for info in sorted(g.inputs.values(), key=lambda i: (i.dtype != "int64", len(i.shape))):
+        lead, rest = info.shape[:2], info.shape[2:]
+        if len(lead) == 2 and all(isinstance(d, Dim) for d in lead) and all(isinstance(d, int) for d in rest):
+            return str(lead[0]), str(lead[1])
     return "", ""
 
 

@@ -123,7 +123,11 @@ def _standard(g: Graph, node: Node) -> None:
         return
     kind = "rms" if node.op == "RMSNormalization" else "layer"
     eps = node.attrs.get("epsilon", 1e-5)
-    node.op, node.inputs, node.attrs = "Norm", [node.inputs[0], node.input(1), node.input(2)], {"kind": kind, "eps": eps}
+    node.op, node.inputs, node.attrs = (
+        "Norm",
+        [node.inputs[0], node.input(1), node.input(2)],
+        {"kind": kind, "eps": eps},
+    )
     del node.outputs[1:]
 
 

@@ -115,7 +115,8 @@ def _range(g: Graph, node: Node) -> None:
 
 
 def common_subexpressions(g: Graph) -> None:
-    """Compute equal things once: same operator, inputs and attributes."""
+    """Compute equal things once: same operator, inputs and attributes. Equal small constants get one name."""
+    _share_constants(g)
     seen: dict[tuple[Any, ...], Node] = {}
     for node in list(g.nodes):
         if len(node.outputs) != 1 or node.outputs[0] in g.outputs:
@@ -127,6 +128,18 @@ def common_subexpressions(g: Graph) -> None:
         if first is not node:
             g.rewire(node.outputs[0], first.outputs[0])
     g.finish()
+
+
+def _share_constants(g: Graph) -> None:
+    first: dict[tuple[Any, ...], str] = {}
+    names: dict[str, str] = {}
+    for name, c in g.constants.items():
+        if c.data.nbytes <= 4096:
+            key = (c.dtype, c.shape, c.data.tobytes())
+            names[name] = first.setdefault(key, name)
+    for node in g.nodes:
+        node.inputs = [names.get(i, i) for i in node.inputs]
+    g.index()
 
 
 def _hashable(value: Any) -> Any:

@@ -1,0 +1,274 @@
+"""Every plain operation that the native engine knows, against onnx's ReferenceEvaluator (which shares no code with it)."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+pytest.importorskip("edgeformer._native", reason="the native extension is not built")
+
+from edgeformer.errors import EngineUnavailable, InputError  # noqa: E402
+from edgeformer.native.engine import NativeEngine  # noqa: E402
+
+TYPES = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.int64): TensorProto.INT64,
+    np.dtype(bool): TensorProto.BOOL,
+}
+
+
+def model_of(nodes, inputs, outputs, constants=()):
+    """A model of `nodes`. inputs: name -> (array, symbolic shape); outputs: name -> dtype."""
+    graph = helper.make_graph(
+        nodes,
+        "test",
+        [helper.make_tensor_value_info(n, TYPES[a.dtype], shape) for n, (a, shape) in inputs.items()],
+        [helper.make_tensor_value_info(n, TYPES[np.dtype(t)], None) for n, t in outputs.items()],
+        [numpy_helper.from_array(np.asarray(a), n) for n, a in dict(constants).items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+
+
+def run(model, feeds, tmp_path, **options):
+    """(native outputs, reference outputs) by name."""
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    engine = NativeEngine.from_bundle(path, threads=2, **options)
+    got = engine.forward([(feeds, engine.new_state())])[0]
+    expected = dict(zip(got, ReferenceEvaluator(model).run(list(got), feeds), strict=True))
+    return got, expected
+
+
+def same(got, expected, rtol=2e-6):
+    """Equal shapes and types; floats to a few roundings (2^-23 each: sums here have at most 16 terms)."""
+    assert got.shape == np.shape(expected)
+    assert got.dtype == np.asarray(expected).dtype
+    if got.dtype == np.float32:
+        np.testing.assert_allclose(got, expected, rtol=rtol, atol=2e-6)
+    else:
+        np.testing.assert_array_equal(got, expected)
+
+
+RNG = np.random.default_rng(0)
+X = RNG.standard_normal((2, 3, 4)).astype(np.float32)
+I = RNG.integers(-5, 6, (2, 3, 4)).astype(np.int64)
+B = RNG.integers(0, 2, (2, 3, 4)).astype(bool)
+POSITIVE = (np.abs(X) + 0.1).astype(np.float32)
+S = ["a", "b", 4]  # symbolic: nothing may be decided by constant folding
+
+
+def node(op, inputs, **attrs):
+    return helper.make_node(op, inputs, ["y"], **attrs)
+
+
+# name -> (node, inputs, output type, constants)
+CASES = {
+    "add": (node("Add", ["x", "c"]), {"x": (X, S)}, np.float32, {"c": X[0, :1]}),
+    "sub_left_constant": (node("Sub", ["c", "x"]), {"x": (X, S)}, np.float32, {"c": np.float32(2)}),
+    "mul_two_inputs": (node("Mul", ["x", "z"]), {"x": (X, S), "z": (POSITIVE, S)}, np.float32, {}),
+    "mul_spread_row": (node("Mul", ["x", "z"]), {"x": (X, S), "z": (X[:, :1], ["a", 1, 4])}, np.float32, {}),
+    "div": (node("Div", ["x", "z"]), {"x": (X, S), "z": (POSITIVE, S)}, np.float32, {}),
+    "pow_square": (node("Pow", ["x", "c"]), {"x": (X, S)}, np.float32, {"c": np.float32(2)}),
+    "pow_cube": (node("Pow", ["x", "c"]), {"x": (X, S)}, np.float32, {"c": np.float32(3)}),
+    "pow_minus_half": (node("Pow", ["x", "c"]), {"x": (POSITIVE, S)}, np.float32, {"c": np.float32(-0.5)}),
+    "min_of_three": (node("Min", ["x", "z", "c"]), {"x": (X, S), "z": (POSITIVE, S)}, np.float32, {"c": np.float32(0.3)}),
+    "max": (node("Max", ["x", "c"]), {"x": (X, S)}, np.float32, {"c": np.float32(0)}),
+    "int_add": (node("Add", ["i", "c"]), {"i": (I, S)}, np.int64, {"c": np.int64(3)}),
+    "int_mod": (node("Mod", ["i", "c"]), {"i": (I, S)}, np.int64, {"c": np.int64(3)}),
+    "int_neg": (node("Neg", ["i"]), {"i": (I, S)}, np.int64, {}),
+    "equal": (node("Equal", ["i", "c"]), {"i": (I, S)}, bool, {"c": np.int64(1)}),
+    "less": (node("Less", ["x", "z"]), {"x": (X, S), "z": (POSITIVE, S)}, bool, {}),
+    "greater_or_equal": (node("GreaterOrEqual", ["i", "c"]), {"i": (I, S)}, bool, {"c": np.int64(0)}),
+    "and": (node("And", ["b", "c"]), {"b": (B, S)}, bool, {"c": B[0]}),
+    "or": (node("Or", ["b", "c"]), {"b": (B, S)}, bool, {"c": B[0]}),
+    "xor": (node("Xor", ["b", "c"]), {"b": (B, S)}, bool, {"c": B[0]}),
+    "not": (node("Not", ["b"]), {"b": (B, S)}, bool, {}),
+    "where": (node("Where", ["b", "x", "c"]), {"b": (B, S), "x": (X, S)}, np.float32, {"c": np.float32(-1)}),
+    "where_int": (node("Where", ["b", "i", "c"]), {"b": (B[:, :1], ["a", 1, 4]), "i": (I, S)}, np.int64, {"c": np.int64(9)}),
+    "cast_to_float": (node("Cast", ["i"], to=TensorProto.FLOAT), {"i": (I, S)}, np.float32, {}),
+    "cast_to_int": (node("Cast", ["x"], to=TensorProto.INT64), {"x": (X * 3, S)}, np.int64, {}),
+    "cast_to_bool": (node("Cast", ["i"], to=TensorProto.BOOL), {"i": (I, S)}, bool, {}),
+    "clip": (node("Clip", ["x", "lo", "hi"]), {"x": (X, S)}, np.float32, {"lo": np.float32(-0.5), "hi": np.float32(0.5)}),
+    "transpose": (node("Transpose", ["x"], perm=[2, 0, 1]), {"x": (X, S)}, np.float32, {}),
+    "transpose_bool": (node("Transpose", ["b"], perm=[1, 2, 0]), {"b": (B, S)}, bool, {}),
+    "reshape": (node("Reshape", ["x", "c"]), {"x": (X, S)}, np.float32, {"c": np.array([0, -1])}),
+    "squeeze": (node("Squeeze", ["x", "c"]), {"x": (X[:, :1], ["a", 1, 4])}, np.float32, {"c": np.array([1])}),
+    "unsqueeze": (node("Unsqueeze", ["x", "c"]), {"x": (X, S)}, np.float32, {"c": np.array([0, -1])}),
+    "flatten": (node("Flatten", ["x"], axis=2), {"x": (X, S)}, np.float32, {}),
+    "expand": (node("Expand", ["x", "c"]), {"x": (X[:, :1], ["a", 1, 4])}, np.float32, {"c": np.array([5, 1, 3, 1])}),
+    "tile": (node("Tile", ["x", "c"]), {"x": (X, S)}, np.float32, {"c": np.array([1, 2, 3])}),
+    "concat": (node("Concat", ["x", "c"], axis=1), {"x": (X, S)}, np.float32, {"c": X[:, :2]}),
+    "slice": (
+        node("Slice", ["x", "s", "e", "a"]), {"x": (X, S)}, np.float32,
+        {"s": np.array([1, -3]), "e": np.array([2**62, -1]), "a": np.array([1, 2])},
+    ),
+    "slice_backwards": (
+        node("Slice", ["x", "s", "e", "a", "t"]), {"x": (X, S)}, np.float32,
+        {"s": np.array([3]), "e": np.array([-(2**62)]), "a": np.array([2]), "t": np.array([-1])},
+    ),
+    "slice_every_second": (
+        node("Slice", ["x", "s", "e", "a", "t"]), {"x": (X, S)}, np.float32,
+        {"s": np.array([1]), "e": np.array([2**62]), "a": np.array([2]), "t": np.array([2])},
+    ),
+    "gather": (node("Gather", ["x", "c"], axis=2), {"x": (X, S)}, np.float32, {"c": np.array([[3, 0], [-1, 2]])}),
+    "gather_one": (node("Gather", ["x", "c"], axis=1), {"x": (X, S)}, np.float32, {"c": np.array(-1)}),
+    "gather_rows": (node("Gather", ["c", "i"]), {"i": (np.abs(I), S)}, np.float32, {"c": RNG.standard_normal((6, 5)).astype(np.float32)}),
+    "gather_elements": (
+        node("GatherElements", ["x", "i"], axis=2), {"x": (X, S), "i": (np.abs(I) % 4, S)}, np.float32, {}
+    ),
+    "gather_nd": (
+        node("GatherND", ["x", "c"]), {"x": (X, S)}, np.float32, {"c": np.array([[[0, 1]], [[1, -1]]])}
+    ),
+    "pad": (node("Pad", ["x", "p", "v"]), {"x": (X, S)}, np.float32, {"p": np.array([0, 1, 2, 1, 0, 3]), "v": np.float32(7)}),
+    "trilu_upper": (node("Trilu", ["x"], upper=1), {"x": (X, S)}, np.float32, {}),
+    "trilu_lower_k": (node("Trilu", ["x", "k"], upper=0), {"x": (X, S)}, np.float32, {"k": np.array(1)}),
+    "cumsum": (node("CumSum", ["x", "c"]), {"x": (X, S)}, np.float32, {"c": np.array(1)}),
+    "cumsum_int_reverse": (
+        node("CumSum", ["i", "c"], reverse=1, exclusive=1), {"i": (I, S)}, np.int64, {"c": np.array(-1)}
+    ),
+    "softmax": (node("Softmax", ["x"], axis=-1), {"x": (X, S)}, np.float32, {}),
+    "softmax_middle": (node("Softmax", ["x"], axis=1), {"x": (X, S)}, np.float32, {}),
+    "log_softmax": (node("LogSoftmax", ["x"], axis=-1), {"x": (X, S)}, np.float32, {}),
+    "reduce_mean": (node("ReduceMean", ["x", "c"]), {"x": (X, S)}, np.float32, {"c": np.array([-1])}),
+    "reduce_sum_two": (node("ReduceSum", ["x", "c"], keepdims=0), {"x": (X, S)}, np.float32, {"c": np.array([0, 2])}),
+    "reduce_max_all": (node("ReduceMax", ["x"], keepdims=0), {"x": (X, S)}, np.float32, {}),
+    "reduce_min_int": (node("ReduceMin", ["i", "c"]), {"i": (I, S)}, np.int64, {"c": np.array([1])}),
+    "reduce_l2": (node("ReduceL2", ["x", "c"]), {"x": (X, S)}, np.float32, {"c": np.array([1])}),
+    "argmax": (node("ArgMax", ["x"], axis=1, keepdims=0), {"x": (X, S)}, np.int64, {}),
+    "matmul": (node("MatMul", ["x", "z"]), {"x": (X, S), "z": (np.swapaxes(X, 1, 2).copy(), ["a", 4, "c"])}, np.float32, {}),
+    "matmul_spread": (node("MatMul", ["x", "z"]), {"x": (X, S), "z": (X[0].T.copy(), [4, "c"])}, np.float32, {}),
+    "gemm_two_inputs": (
+        node("Gemm", ["x", "z", "c"], alpha=0.5, beta=2.0, transB=1),
+        {"x": (X[0], ["b", 4]), "z": (X[1], ["c", 4])}, np.float32, {"c": X[0, 0, :3]},
+    ),
+    "layer_norm": (
+        node("LayerNormalization", ["x", "w", "c"], epsilon=1e-5), {"x": (X, S)}, np.float32, {"w": POSITIVE[0, 0], "c": X[0, 0]}
+    ),
+    "rms_norm": (node("RMSNormalization", ["x", "w"], epsilon=1e-6), {"x": (X, S)}, np.float32, {"w": POSITIVE[0, 0]}),
+    "size_of": (node("Shape", ["x"]), {"x": (X, S)}, np.int64, {}),
+}  # fmt: skip
+for _op in (
+    "Sqrt",
+    "Exp",
+    "Log",
+    "Reciprocal",
+    "Sigmoid",
+    "Tanh",
+    "Erf",
+    "Sin",
+    "Cos",
+    "Relu",
+    "Softplus",
+    "Neg",
+    "Abs",
+):
+    CASES[_op.lower()] = (node(_op, ["x"]), {"x": (POSITIVE if _op in ("Sqrt", "Log") else X, S)}, np.float32, {})
+for _mode in ("none", "tanh"):
+    CASES[f"gelu_{_mode}"] = (node("Gelu", ["x"], approximate=_mode), {"x": (X, S)}, np.float32, {})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_operation_agrees_with_onnx(case, tmp_path):
+    nodes, inputs, output, constants = CASES[case]
+    model = model_of([nodes], inputs, {"y": output}, constants)
+    got, expected = run(model, {n: a for n, (a, _) in inputs.items()}, tmp_path)
+    same(got["y"], expected["y"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "attrs"),
+    [
+        ((2, 3, 9, 8), (4, 3, 3, 2), {"strides": [2, 1], "pads": [1, 0, 1, 1]}),
+        ((1, 4, 16), (6, 2, 3), {"group": 2, "pads": [1, 1], "dilations": [2]}),
+        ((2, 3, 8, 8), (5, 3, 4, 4), {"strides": [4, 4]}),
+    ],
+)
+def test_convolution_agrees_with_onnx(shape, kernel, attrs, tmp_path):
+    x, w = RNG.standard_normal(shape).astype(np.float32), RNG.standard_normal(kernel).astype(np.float32)
+    b = RNG.standard_normal(kernel[0]).astype(np.float32)
+    inputs = {"x": (x, ["n", *shape[1:-1], "l"])}
+    model = model_of([node("Conv", ["x", "w", "b"], **attrs)], inputs, {"y": np.float32}, {"w": w, "b": b})
+    got, expected = run(model, {"x": x}, tmp_path)
+    # a sum of at most 36 products of size ~1: 36 roundings of 2^-24 times its largest partial sum (~20)
+    np.testing.assert_allclose(got["y"], expected["y"], atol=36 * 2**-24 * 20)
+
+
+def test_negative_padding_cuts(tmp_path):
+    """onnx's evaluator does not know it; the specification does."""
+    model = model_of(
+        [node("Pad", ["x", "p"])], {"x": (X, S)}, {"y": np.float32}, {"p": np.array([0, 1, -1, 0, -2, -1])}
+    )
+    onnx.save(model, tmp_path / "m.onnx")
+    engine = NativeEngine.from_bundle(tmp_path / "m.onnx", threads=1)
+    expected = np.pad(X, ((0, 0), (1, 0), (0, 0)))[:, :-2, 1:-1]
+    np.testing.assert_array_equal(engine.forward([({"x": X}, engine.new_state())])[0]["y"], expected)
+
+
+def test_sizes_known_only_at_run_time_flow_through_a_program(tmp_path):
+    """Range, Expand, ConstantOfShape, Where and Slice whose sizes come from two inputs, at three sizes, one engine."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["n"], start=0, end=1),
+        helper.make_node("Shape", ["z"], ["m"], start=0, end=1),
+        helper.make_node("Add", ["n", "m"], ["t1"]),
+        helper.make_node("Squeeze", ["t1", "zero"], ["t"]),
+        helper.make_node("Range", ["nil", "t", "one"], ["r"]),
+        helper.make_node("Concat", ["x", "z"], ["xz"], axis=0),
+        helper.make_node("Cast", ["r"], ["rf"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["xz", "rf"], ["scaled"]),
+        helper.make_node("Concat", ["t1", "t1"], ["square"], axis=0),
+        helper.make_node("Expand", ["scaled", "square"], ["wide"]),
+        helper.make_node("ConstantOfShape", ["square"], ["zeros"]),
+        helper.make_node("Less", ["zeros", "wide"], ["positive"]),
+        helper.make_node("Where", ["positive", "wide", "zeros"], ["kept"]),
+        helper.make_node("Neg", ["m"], ["minus_m"]),
+        helper.make_node("Slice", ["kept", "minus_m", "end", "zero"], ["y"]),
+    ]
+    constants = {"zero": np.array([0]), "nil": np.array(0), "one": np.array(1), "end": np.array([2**62])}
+    x, z = X[0, 0], X[1, 1]
+    model = model_of(nodes, {"x": (x, ["n"]), "z": (z, ["m"])}, {"y": np.float32}, constants)
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    engine = NativeEngine.from_bundle(path, threads=2)
+    reference = ReferenceEvaluator(model)
+    for n, m in ((4, 2), (1, 4), (3, 3)):
+        feeds = {"x": x[:n], "z": z[:m]}
+        got = engine.forward([(feeds, engine.new_state())])[0]["y"]
+        np.testing.assert_array_equal(got, reference.run(None, feeds)[0])
+
+
+def test_one_error_names_every_node_that_cannot_be_lowered(tmp_path):
+    nodes = [
+        helper.make_node("NonZero", ["x"], ["where"]),
+        helper.make_node("Det", ["q"], ["d"]),
+        helper.make_node("Relu", ["x"], ["y"]),
+    ]
+    q = np.eye(2, dtype=np.float32)[None]
+    inputs = {"x": (X, S), "q": (q, ["n", 2, 2])}
+    model = model_of(nodes, inputs, {"where": np.int64, "d": np.float32, "y": np.float32})
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(EngineUnavailable, match=r"(?s)2 node.*NonZero \(output where\).*Det \(output d\)"):
+        NativeEngine.from_bundle(tmp_path / "m.onnx")
+
+
+def test_an_index_outside_its_table_is_refused(tmp_path):
+    model = model_of([node("Gather", ["c", "i"])], {"i": (I[0], ["b", 4])}, {"y": np.float32}, {"c": X[0]})
+    onnx.save(model, tmp_path / "m.onnx")
+    engine = NativeEngine.from_bundle(tmp_path / "m.onnx", threads=1)
+    with pytest.raises(InputError, match="3, expected 0 to 2"):
+        engine.forward([({"i": np.array([[0, 1, 2, 3]])}, engine.new_state())])
+
+
+def test_sizes_that_do_not_fit_are_refused(tmp_path):
+    model = model_of([node("Add", ["x", "z"])], {"x": (X, S), "z": (X, ["a2", "b2", 4])}, {"y": np.float32})
+    onnx.save(model, tmp_path / "m.onnx")
+    engine = NativeEngine.from_bundle(tmp_path / "m.onnx", threads=1)
+    with pytest.raises(InputError, match="do not fit"):
+        engine.forward([({"x": X, "z": X[:, :2]}, engine.new_state())])
+
+
+def test_the_comparison_used_here_sees_a_wrong_sum():
+    with pytest.raises(AssertionError):
+        same(X, X * np.float32(1 + 1e-4))
