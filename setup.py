@@ -4,7 +4,7 @@ The extension is optional: without a C++17 compiler the package installs without
 
 Environment:
     EDGEFORMER_DEBUG=1             -O1 with asserts
-    EDGEFORMER_SANITIZE=address    AddressSanitizer and UndefinedBehaviorSanitizer;  `thread`: ThreadSanitizer
+    EDGEFORMER_SANITIZE=address    AddressSanitizer and UndefinedBehaviorSanitizer, -O1;  `thread`: ThreadSanitizer
     EDGEFORMER_NATIVE=0            do not build it;  1: a failed build is an error
 """
 
@@ -27,9 +27,10 @@ if sanitize not in sanitizers:
 # -ffp-contract=off is load-bearing: a compiler that may fuse a*b+c by itself breaks the law of the same bits.
 # No -march here: a kernel file opens its own target region, so nothing else in the binary is compiled for a newer CPU.
 compile_args = ["-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-pthread"]
-compile_args += ["-O1", "-g", "-UNDEBUG"] if debug else ["-O3", "-g0"]
+compile_args += ["-O1", "-g", "-UNDEBUG"] if debug else ["-O1", "-g1"] if sanitize else ["-O3", "-g0"]
 if sanitize:
-    compile_args += ["-g", "-fno-omit-frame-pointer", *sanitizers[sanitize]]
+    # -O3 of the instrumented SIMD files takes minutes, and finds nothing that -O1 does not.
+    compile_args += ["-fno-omit-frame-pointer", *sanitizers[sanitize]]
 
 
 def out_of_date(obj: str, src: str) -> bool:

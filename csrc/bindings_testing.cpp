@@ -340,11 +340,42 @@ void pool_throw(ThreadPool& pool, int phases, int64_t chunks, int bad_phase, boo
   pool.run(phases, begin, work);
 }
 
+// Seconds to read `bytes` once, in order, on a pool: the limit that decoding is compared with.
+double memory_read(int threads, size_t bytes) {
+  ThreadPool pool(threads);
+  const size_t part = size_t(1) << 17;
+  bytes = (bytes + part - 1) / part * part;
+  auto* data = static_cast<uint64_t*>(weights_alloc(bytes));
+  if (!data) throw std::bad_alloc();
+  std::memset(data, 1, bytes);
+  std::vector<uint64_t> sums(size_t(threads) * 8);
+  auto begin = [&](int) -> int64_t { return int64_t(bytes / part); };
+  auto work = [&](int, int64_t c, int thread) {
+    const uint64_t* p = data + size_t(c) * part / 8;
+    uint64_t sum = 0;
+    for (size_t i = 0; i < part / 8; i += 8) {
+      __builtin_prefetch(p + i + 512, 0, 2);
+      for (size_t j = 0; j < 8; j++) sum += p[i + j];
+    }
+    sums[size_t(thread) * 8] += sum;
+  };
+  py::gil_scoped_release unlocked;
+  double best = 1e30;
+  for (int round = 0; round < 5; round++) {
+    const auto start = std::chrono::steady_clock::now();
+    pool.run(1, begin, work);
+    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  weights_free(data, bytes);
+  return best;
+}
+
 }  // namespace
 
 void bind_testing(py::module_& parent) {
   py::module_ m = parent.def_submodule("testing", "Kernels, pool and KV cache for tests.");
   m.attr("CHUNK_TOKENS") = kChunkTokens;
+  m.def("memory_read", &memory_read, py::arg("threads"), py::arg("bytes"));
   py::class_<Packed>(m, "Packed")
       .def(py::init<std::string, int64_t, int64_t>(), py::arg("type"), py::arg("n"), py::arg("k"))
       .def("pack", &Packed::pack, py::arg("q"), py::arg("scale") = py::none(), py::arg("min") = py::none(),

@@ -28,7 +28,7 @@ struct S {
   using NibbleSum = __m512i;
   using ByteSum = __m512i;
   static constexpr int kGemvRows = 8, kTileRows = 8, kTilePanels = 2, kF32Rows = 8;
-  static constexpr int kValueRows = 4, kValueColumns = 4;
+  static constexpr int kValueRows = 6, kValueColumns = 4;
   static constexpr int64_t kPrefetch = 4096;
 
   static F load(const float* p) { return _mm512_loadu_ps(p); }
