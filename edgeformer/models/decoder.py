@@ -181,8 +181,3 @@ class CausalLM(nn.Module):
         """Logits float [batch, sequence, vocab_size] for int64 ids and positions, both [batch, sequence]."""
         logits: Tensor = self.lm_head(self.model(input_ids, position_ids))
         return logits
-
-    def example_inputs(self) -> dict[str, Tensor]:
-        """Inputs to trace with: two sequences of seven tokens, sizes that no other axis is likely to have."""
-        input_ids = torch.arange(14).reshape(2, 7) % self.config.vocab_size
-        return {"input_ids": input_ids, "position_ids": torch.arange(7).expand(2, 7)}

@@ -148,8 +148,3 @@ class Transformer(nn.Module):
                 f"sequence too long for the table of learned positions: max {self.config.max_length}, got {shape[1]}; "
                 f"cut the sequence, or build the model with max_length={shape[1]} and train it again"
             )
-
-    def example_inputs(self) -> dict[str, Tensor]:
-        """Inputs to trace with: two sequences, of seven positions where the table is that long."""
-        length = min(7, self.config.max_length)
-        return {"input_values": torch.linspace(-1, 1, 2 * length * self.config.input_dim).reshape(2, length, -1)}

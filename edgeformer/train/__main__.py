@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 from types import FrameType
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from edgeformer.cli import exit_code
 from edgeformer.errors import EdgeformerError, TrainingError
 from edgeformer.train.recipe import Recipe, load_recipe
 
@@ -71,7 +73,7 @@ def command(
         code = run(loaded, folder, resume=resume, overwrite=overwrite, stop_at=stop_at, cpu=cpu)
     except EdgeformerError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(exit_code(error)) from None
     raise typer.Exit(code)
 
 
@@ -88,6 +90,8 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 def run(recipe: Recipe, folder: Path, *, resume: bool, overwrite: bool, stop_at: int | None, cpu: bool) -> int:
     """Train, tell what came out; the exit code: 0, or 130 after Ctrl-C."""
+    # Read when torch loads. Threads that spin while they wait (the default) double a run's time on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Torch costs seconds, which --help and a mistake in a recipe should not.
     from accelerate import PartialState
 
