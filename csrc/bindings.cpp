@@ -1,4 +1,5 @@
-// The Python module edgeformer._native. Everything that comes from outside is checked here; below is only debug asserts.
+// The Python module edgeformer._native. Everything that comes from outside is checked here; below is only debug
+// asserts.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -60,8 +61,9 @@ class InUse {
       // A mark of another process is of a thread that fork() did not copy.
       if (seen == me || !s->user.compare_exchange_strong(seen, me)) {
         release();
-        raise("StateError", "this state is in use by another call (or stands twice in one batch); give each thread a "
-                            "state of its own, made by new_state() or fork()");
+        raise("StateError",
+              "this state is in use by another call (or stands twice in one batch); give each thread a "
+              "state of its own, made by new_state() or fork()");
       }
       taken_.push_back(s);
     }
@@ -92,7 +94,8 @@ ProgramSpec read_program(const py::dict& d, KvType kv) {
     s.shape = t[2].cast<std::vector<int>>();
     s.view_of = t[3].cast<int>();
     if (s.shape.size() > kMaxRank) {
-      raise("EngineUnavailable", text(s.name, " has rank ", s.shape.size(), ", the native engine knows up to ", kMaxRank));
+      raise("EngineUnavailable",
+            text(s.name, " has rank ", s.shape.size(), ", the native engine knows up to ", kMaxRank));
     }
     if (!t[4].is_none()) {
       const auto bytes = t[4].cast<py::buffer>().request();
@@ -140,7 +143,8 @@ ProgramSpec read_program(const py::dict& d, KvType kv) {
 std::shared_ptr<PyEngine> make_engine(const py::dict& program, int threads, const std::string& isa,
                                       const std::string& kv, int64_t context, int64_t prefill_rows) {
   if (threads < 1 || threads > 1024) raise("InputError", text("threads is ", threads, ", expected 1 to 1024"));
-  if (context < 1 || context > INT32_MAX) raise("InputError", text("context is ", context, " tokens, expected 1 or more"));
+  if (context < 1 || context > INT32_MAX)
+    raise("InputError", text("context is ", context, " tokens, expected 1 or more"));
   if (prefill_rows < 1) raise("InputError", text("prefill_rows is ", prefill_rows, ", expected 1 or more"));
   if (kv != "int8" && kv != "float32") raise("InputError", "kv is '" + kv + "', expected 'int8' or 'float32'");
   Kernels kernels{};
@@ -164,8 +168,8 @@ void pack(PyEngine& self, int weight, const py::array& q, const py::object& scal
   const char kind = nibbles ? 'u' : w.type == WeightType::f32 ? 'f' : 'i';
   if (q.dtype().kind() != kind || q.itemsize() != (kind == 'f' ? 4 : 1) || q.size() != size ||
       !(q.flags() & py::array::c_style)) {
-    raise("InputError", text("weight ", weight, ": ", q.size(), " values of kind ", q.dtype().kind(), ", expected ", size,
-                             " contiguous ones of kind ", kind));
+    raise("InputError", text("weight ", weight, ": ", q.size(), " values of kind ", q.dtype().kind(), ", expected ",
+                             size, " contiguous ones of kind ", kind));
   }
   const bool small_block = w.type == WeightType::q8x16;
   if (small_block ? block != 16 : block < 32 || block % 32) raise("InputError", text("block of ", block));
@@ -190,7 +194,8 @@ void pack(PyEngine& self, int weight, const py::array& q, const py::object& scal
     error = self.engine.pack(weight, s, dest.data());
   }
   switch (error) {
-    case PackError::none: return;
+    case PackError::none:
+      return;
     case PackError::scale_not_fp16:
       raise("EngineUnavailable", "a scale has no exact float16 value; the native engine does not round scales");
     case PackError::min_not_fp16:
@@ -272,8 +277,8 @@ void bind_size(const ProgramSpec& spec, const SizeExpr& size, int64_t got, const
     first = where;
     (*symbols)[s] = got;
   } else if ((*symbols)[s] != got) {
-    raise("InputError", text(where, " is ", got, " but ", first, " is ", (*symbols)[s], "; both are '", spec.symbols[s],
-                             "'"));
+    raise("InputError",
+          text(where, " is ", got, " but ", first, " is ", (*symbols)[s], "; both are '", spec.symbols[s], "'"));
   }
 }
 
@@ -293,8 +298,11 @@ Call read_call(const Engine& engine, PyState& state, const py::list& arrays, int
     const char kind = slot.dtype == DType::f32 ? 'f' : slot.dtype == DType::i64 ? 'i' : 'b';
     const py::ssize_t width = slot.dtype == DType::f32 ? 4 : slot.dtype == DType::i64 ? 8 : 1;
     if (a.dtype().kind() != kind || a.itemsize() != width || !(a.flags() & py::array::c_style)) {
-      raise("InputError", text(slot.name, " has dtype ", py::str(a.dtype()).cast<std::string>(), ", expected contiguous ",
-                               kind == 'f' ? "float32" : kind == 'i' ? "int64" : "bool"));
+      raise("InputError",
+            text(slot.name, " has dtype ", py::str(a.dtype()).cast<std::string>(), ", expected contiguous ",
+                 kind == 'f'   ? "float32"
+                 : kind == 'i' ? "int64"
+                               : "bool"));
     }
     std::vector<int64_t> shape(a.shape(), a.shape() + a.ndim());
     if (shape.size() != slot.shape.size()) {
@@ -419,7 +427,8 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("threads", [](const PyEngine& e) { return e.engine.threads(); })
       .def_property_readonly("context", [](const PyEngine& e) { return e.engine.context(); })
       .def_property_readonly("weight_bytes", [](const PyEngine& e) { return e.engine.weight_bytes(); })
-      .def("kv_bytes", [](const PyEngine& e, int64_t tokens) { return e.engine.kv_bytes(tokens); }, py::arg("tokens"))
+      .def(
+          "kv_bytes", [](const PyEngine& e, int64_t tokens) { return e.engine.kv_bytes(tokens); }, py::arg("tokens"))
       .def("scratch_bytes", &scratch_bytes, py::arg("symbols"), py::arg("rows"), py::arg("past"))
       .def(
           "profile",

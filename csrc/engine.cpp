@@ -87,8 +87,8 @@ PackError Engine::pack(int weight, const PackSource& source, const int64_t* dest
   std::atomic<int> worst{0};
   auto begin = [&](int) -> int64_t { return (source.n + kRows - 1) / kRows; };
   auto work = [&](int, int64_t chunk, int) {
-    const PackError e = pack_rows(w.type, source, chunk * kRows, std::min(source.n, (chunk + 1) * kRows), dest,
-                                  weights_[weight].get());
+    const PackError e =
+        pack_rows(w.type, source, chunk * kRows, std::min(source.n, (chunk + 1) * kRows), dest, weights_[weight].get());
     if (e != PackError::none) worst = static_cast<int>(e);
   };
   pool_.run(1, begin, work);

@@ -27,11 +27,11 @@ struct State {
 // One (inputs, state) of a forward, checked by the bindings.
 struct Call {
   State* state;
-  std::vector<const void*> inputs;                   // by ProgramSpec::inputs, contiguous
-  std::vector<std::vector<int64_t>> shapes;          // of the inputs
-  int64_t batch = 1, rows = 1;                       // sequences and rows of each, for programs with states
-  int64_t keep = 0;                                  // logits_to_keep
-  std::vector<int64_t> symbols;                      // of ProgramSpec::symbols
+  std::vector<const void*> inputs;           // by ProgramSpec::inputs, contiguous
+  std::vector<std::vector<int64_t>> shapes;  // of the inputs
+  int64_t batch = 1, rows = 1;               // sequences and rows of each, for programs with states
+  int64_t keep = 0;                          // logits_to_keep
+  std::vector<int64_t> symbols;              // of ProgramSpec::symbols
 };
 
 class Engine {
@@ -52,7 +52,8 @@ class Engine {
   // Packs rows of a source into weight `weight`, by all threads.
   PackError pack(int weight, const PackSource& source, const int64_t* dest);
 
-  // Nanoseconds spent in each operation since the last call, and the number of runs; counting is on from `on` = true on.
+  // Nanoseconds spent in each operation since the last call, and the number of runs; counting is on from `on` = true
+  // on.
   struct Profile {
     std::vector<int64_t> nanoseconds;
     int64_t runs = 0;

@@ -27,7 +27,7 @@ struct Run {
   std::vector<int64_t> sizes;  // values of ProgramSpec::sizes
   std::vector<Tensor> tensors;
   std::vector<Segment> segments;
-  std::vector<const void*> weights;  // packed
+  std::vector<const void*> weights;         // packed
   std::vector<std::vector<int64_t>> state;  // per operation: what its begin() decided for its work()
   std::vector<void*> temp;                  // per operation: its temp_bytes(), in the arena
   std::vector<uint8_t*> scratch;            // per thread: the largest scratch_bytes() of all operations

@@ -302,7 +302,8 @@ class Attend final : public Op {
     float* q = reinterpret_cast<float*>(temp(run) + p.q);
     float* k = reinterpret_cast<float*>(temp(run) + p.k);
     const int64_t q_rows = std::min(rows, in(run, kQ).rows() - row);
-    if (q_rows > 0 && turns(q_)) turn(run, q_, kQ, kCosQ, kNormQ, row, q_rows, heads_, 0, heads_, q + row * heads_ * dim_);
+    if (q_rows > 0 && turns(q_))
+      turn(run, q_, kQ, kCosQ, kNormQ, row, q_rows, heads_, 0, heads_, q + row * heads_ * dim_);
     const int64_t k_end = std::min(row + rows, in(run, kK).rows());
     for (int64_t i = 0; i < sequences(run); ++i) {
       const Sequence s = sequence(run, i);

@@ -40,7 +40,22 @@ class UnaryOp final : public ParallelOp {
 
 // Order of edgeformer/native/program.py: ELEMENTWISE.
 enum class Binary : int64_t {
-  add, sub, mul, div, pow, min, max, mod, equal, less, less_equal, greater, greater_equal, logic_and, logic_or, logic_xor,
+  add,
+  sub,
+  mul,
+  div,
+  pow,
+  min,
+  max,
+  mod,
+  equal,
+  less,
+  less_equal,
+  greater,
+  greater_equal,
+  logic_and,
+  logic_or,
+  logic_xor,
 };
 
 // ONNX Pow. Squares and roots, which graphs spell with it, are exact operations; the rest is computed in double.
@@ -56,29 +71,43 @@ T arithmetic(Binary op, T a, T b);
 template <>
 float arithmetic<float>(Binary op, float a, float b) {
   switch (op) {
-    case Binary::add: return a + b;
-    case Binary::sub: return a - b;
-    case Binary::mul: return a * b;
-    case Binary::div: return a / b;
-    case Binary::pow: return power(a, b);
-    case Binary::min: return std::isnan(a) || a < b ? a : b;
-    case Binary::max: return std::isnan(a) || a > b ? a : b;
-    default: return static_cast<float>(std::fmod(static_cast<double>(a), static_cast<double>(b)));
+    case Binary::add:
+      return a + b;
+    case Binary::sub:
+      return a - b;
+    case Binary::mul:
+      return a * b;
+    case Binary::div:
+      return a / b;
+    case Binary::pow:
+      return power(a, b);
+    case Binary::min:
+      return std::isnan(a) || a < b ? a : b;
+    case Binary::max:
+      return std::isnan(a) || a > b ? a : b;
+    default:
+      return static_cast<float>(std::fmod(static_cast<double>(a), static_cast<double>(b)));
   }
 }
 
 template <>
 int64_t arithmetic<int64_t>(Binary op, int64_t a, int64_t b) {
   switch (op) {
-    case Binary::add: return a + b;
-    case Binary::sub: return a - b;
-    case Binary::mul: return a * b;
+    case Binary::add:
+      return a + b;
+    case Binary::sub:
+      return a - b;
+    case Binary::mul:
+      return a * b;
     case Binary::div:
       if (b == 0) throw InputProblem("integer division by zero");
       return a / b;
-    case Binary::pow: return static_cast<int64_t>(std::pow(static_cast<double>(a), static_cast<double>(b)));
-    case Binary::min: return std::min(a, b);
-    case Binary::max: return std::max(a, b);
+    case Binary::pow:
+      return static_cast<int64_t>(std::pow(static_cast<double>(a), static_cast<double>(b)));
+    case Binary::min:
+      return std::min(a, b);
+    case Binary::max:
+      return std::max(a, b);
     default: {
       if (b == 0) throw InputProblem("integer remainder by zero");
       const int64_t r = a % b;
@@ -90,14 +119,22 @@ int64_t arithmetic<int64_t>(Binary op, int64_t a, int64_t b) {
 template <class T>
 bool compare(Binary op, T a, T b) {
   switch (op) {
-    case Binary::equal: return a == b;
-    case Binary::less: return a < b;
-    case Binary::less_equal: return a <= b;
-    case Binary::greater: return a > b;
-    case Binary::greater_equal: return a >= b;
-    case Binary::logic_and: return a && b;
-    case Binary::logic_or: return a || b;
-    default: return (a != 0) != (b != 0);
+    case Binary::equal:
+      return a == b;
+    case Binary::less:
+      return a < b;
+    case Binary::less_equal:
+      return a <= b;
+    case Binary::greater:
+      return a > b;
+    case Binary::greater_equal:
+      return a >= b;
+    case Binary::logic_and:
+      return a && b;
+    case Binary::logic_or:
+      return a || b;
+    default:
+      return (a != 0) != (b != 0);
   }
 }
 
@@ -119,11 +156,16 @@ void row_loop(const float* a, int64_t sa, const float* b, int64_t sb, float* y, 
 
 void float_row(Binary op, const float* a, int64_t sa, const float* b, int64_t sb, float* y, int64_t n) {
   switch (op) {
-    case Binary::add: return row_loop(a, sa, b, sb, y, n, [](float u, float v) { return u + v; });
-    case Binary::sub: return row_loop(a, sa, b, sb, y, n, [](float u, float v) { return u - v; });
-    case Binary::mul: return row_loop(a, sa, b, sb, y, n, [](float u, float v) { return u * v; });
-    case Binary::div: return row_loop(a, sa, b, sb, y, n, [](float u, float v) { return u / v; });
-    default: return row_loop(a, sa, b, sb, y, n, [op](float u, float v) { return arithmetic<float>(op, u, v); });
+    case Binary::add:
+      return row_loop(a, sa, b, sb, y, n, [](float u, float v) { return u + v; });
+    case Binary::sub:
+      return row_loop(a, sa, b, sb, y, n, [](float u, float v) { return u - v; });
+    case Binary::mul:
+      return row_loop(a, sa, b, sb, y, n, [](float u, float v) { return u * v; });
+    case Binary::div:
+      return row_loop(a, sa, b, sb, y, n, [](float u, float v) { return u / v; });
+    default:
+      return row_loop(a, sa, b, sb, y, n, [op](float u, float v) { return arithmetic<float>(op, u, v); });
   }
 }
 
@@ -196,8 +238,8 @@ class Where final : public ParallelOp {
         for (int64_t i = 0; i < n; ++i) {
           const int64_t k = last < 0 ? 0 : i;
           const bool take = c.boolean()[at[0] + k * (last < 0 ? 0 : s[0][last])] != 0;
-          to[row * n + i] = take ? from_a[at[1] + k * (last < 0 ? 0 : s[1][last])]
-                                 : from_b[at[2] + k * (last < 0 ? 0 : s[2][last])];
+          to[row * n + i] =
+              take ? from_a[at[1] + k * (last < 0 ? 0 : s[1][last])] : from_b[at[2] + k * (last < 0 ? 0 : s[2][last])];
         }
       });
     };
@@ -244,7 +286,8 @@ class Cast final : public ParallelOp {
         case DType::i64:
           y.i64()[i] = x.dtype == DType::f32 ? truncated(x.f32()[i]) : static_cast<int64_t>(x.boolean()[i]);
           break;
-        default: y.boolean()[i] = x.dtype == DType::f32 ? x.f32()[i] != 0.0f : x.i64()[i] != 0;
+        default:
+          y.boolean()[i] = x.dtype == DType::f32 ? x.f32()[i] != 0.0f : x.i64()[i] != 0;
       }
     }
   }

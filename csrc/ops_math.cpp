@@ -80,11 +80,20 @@ class Reduce final : public ParallelOp {
   void add(double* acc, double v) const {
     switch (fn_) {
       case Fn::mean:
-      case Fn::sum: *acc += v; break;
-      case Fn::max: *acc = std::isnan(v) || v > *acc ? v : *acc; break;
-      case Fn::min: *acc = std::isnan(v) || v < *acc ? v : *acc; break;
-      case Fn::prod: *acc *= v; break;
-      default: *acc += v * v;
+      case Fn::sum:
+        *acc += v;
+        break;
+      case Fn::max:
+        *acc = std::isnan(v) || v > *acc ? v : *acc;
+        break;
+      case Fn::min:
+        *acc = std::isnan(v) || v < *acc ? v : *acc;
+        break;
+      case Fn::prod:
+        *acc *= v;
+        break;
+      default:
+        *acc += v * v;
     }
   }
   double finish(double acc, int64_t count) const {

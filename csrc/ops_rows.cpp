@@ -110,8 +110,8 @@ class Linear final : public Op {
       const int64_t tiles = (units_of(p) + s[1] - 1) / s[1];
       if (tile < tiles) {
         const int64_t column = tile * s[1] * kUnit;
-        run_tile(run, p, row, std::min(s[0], rows(run) - row), column,
-                 std::min(column + s[1] * kUnit, p.columns), thread);
+        run_tile(run, p, row, std::min(s[0], rows(run) - row), column, std::min(column + s[1] * kUnit, p.columns),
+                 thread);
         return;
       }
       tile -= tiles;
@@ -144,8 +144,8 @@ class Linear final : public Op {
     const WeightSpec& w = run.spec->weights[p.weight];
     const int64_t columns = column_end - column;
     const bool direct = p.y >= 0 && !p.gated;
-    float* tile = direct ? run.tensors[p.y].f32() + row * p.columns + column
-                         : reinterpret_cast<float*>(run.scratch[thread]);
+    float* tile =
+        direct ? run.tensors[p.y].f32() + row * p.columns + column : reinterpret_cast<float*>(run.scratch[thread]);
     const int64_t spread = p.gated ? 2 : 1;
     const int64_t width = round_up(columns, kLanes) * spread;
     LinearArgs a{};
@@ -221,8 +221,8 @@ class Embed final : public ParallelOp {
       int64_t id = in(run, 0).i64()[i];
       if (id < 0 && id >= -w.n) id += w.n;
       if (id < 0 || id >= w.n) {
-        throw InputProblem(run.spec->slots[spec_.inputs[0]].name + " holds " + std::to_string(id) +
-                           ", expected 0 to " + std::to_string(w.n - 1));
+        throw InputProblem(run.spec->slots[spec_.inputs[0]].name + " holds " + std::to_string(id) + ", expected 0 to " +
+                           std::to_string(w.n - 1));
       }
       float* y = out(run, 0).f32() + i * w.k;
       unpack_row(w.type, run.weights[spec_.weights[0]], w.k, id, y);

@@ -184,8 +184,8 @@ class GatherElements final : public Op {
     for (int64_t i = 0; i < y.count; ++i) {
       int64_t at = 0;
       for (int a = 0; a < y.rank; ++a) {
-        const int64_t index = a == axis ? checked_index(run, spec_, ids.i64()[i], x.shape[a])
-                                        : i / across[a] % y.shape[a];
+        const int64_t index =
+            a == axis ? checked_index(run, spec_, ids.i64()[i], x.shape[a]) : i / across[a] % y.shape[a];
         at += index * own[a];
       }
       std::memcpy(static_cast<uint8_t*>(y.data) + i * w, static_cast<uint8_t*>(x.data) + at * w, w);

@@ -31,9 +31,9 @@ struct SizeExpr {
 struct SlotSpec {
   std::string name;
   DType dtype = DType::f32;
-  std::vector<int> shape;          // indices into ProgramSpec::sizes
-  int view_of = -1;                // shares that slot's memory
-  std::vector<uint8_t> constant;   // its bytes, for a constant
+  std::vector<int> shape;         // indices into ProgramSpec::sizes
+  int view_of = -1;               // shares that slot's memory
+  std::vector<uint8_t> constant;  // its bytes, for a constant
   bool is_constant = false;
 };
 
@@ -81,9 +81,7 @@ struct Tensor {
   int64_t rows() const { return count == 0 ? 0 : count / columns(); }
   // quant: int8 rows padded to whole blocks, then their XBlocks
   int8_t* xq() const { return static_cast<int8_t*>(data); }
-  XBlock* xb() const {
-    return reinterpret_cast<XBlock*>(xq() + round_up(rows() * blocks_of(columns()) * kBlock, 64));
-  }
+  XBlock* xb() const { return reinterpret_cast<XBlock*>(xq() + round_up(rows() * blocks_of(columns()) * kBlock, 64)); }
   size_t bytes() const;
 };
 

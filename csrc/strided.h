@@ -41,7 +41,8 @@ inline bool broadcasts(const Tensor& t, const Tensor& out) {
   return true;
 }
 
-// For every row [begin, end) of `out` (all axes but the last, in order): f(row, offsets of the N operands at its start).
+// For every row [begin, end) of `out` (all axes but the last, in order): f(row, offsets of the N operands at its
+// start).
 template <int N, class F>
 void for_rows(const Tensor& out, const std::array<Strides, N>& strides, int64_t begin, int64_t end, F f) {
   const int last = out.rank - 1;

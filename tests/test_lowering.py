@@ -241,7 +241,7 @@ def test_a_fused_qkv_weight_is_cut_by_rows_not_by_columns_at_run_time():
     parts = g("Split", heads, np.array([8, 8, 8]), outputs=3, axis=-1)
     p = program(g, ROWS, *parts)
     assert kinds(p) == ["quantize", "linear"]
-    assert [w.parts[0][0].ranges() for w in p.weights][0] == ((0, 8), (24, 32), (48, 56), (72, 80))
+    assert next(iter(p.weights)).parts[0][0].ranges() == ((0, 8), (24, 32), (48, 56), (72, 80))
 
 
 def test_embedding_factor_and_tied_head_use_one_packed_matrix():

@@ -1,4 +1,4 @@
-"""Every plain operation that the native engine knows, against onnx's ReferenceEvaluator (which shares no code with it)."""
+"""Every plain operation that the native engine knows, against onnx's ReferenceEvaluator, which shares no code."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from onnx.reference import ReferenceEvaluator
 
 pytest.importorskip("edgeformer._native", reason="the native extension is not built")
 
-from edgeformer.errors import EngineUnavailable, InputError  # noqa: E402
-from edgeformer.native.engine import NativeEngine  # noqa: E402
+from edgeformer.errors import EngineUnavailable, InputError
+from edgeformer.native.engine import NativeEngine
 
 TYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,
@@ -54,10 +54,16 @@ def same(got, expected, rtol=2e-6):
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((2, 3, 4)).astype(np.float32)
-I = RNG.integers(-5, 6, (2, 3, 4)).astype(np.int64)
+INTS = RNG.integers(-5, 6, (2, 3, 4)).astype(np.int64)
 B = RNG.integers(0, 2, (2, 3, 4)).astype(bool)
 POSITIVE = (np.abs(X) + 0.1).astype(np.float32)
 S = ["a", "b", 4]  # symbolic: nothing may be decided by constant folding
+
+
+XS, IS, BS = {"x": (X, S)}, {"i": (INTS, S)}, {"b": (B, S)}
+XZ = {"x": (X, S), "z": (POSITIVE, S)}
+TABLE = RNG.standard_normal((6, 5)).astype(np.float32)
+Y = np.swapaxes(X, 1, 2).copy()
 
 
 def node(op, inputs, **attrs):
@@ -66,89 +72,92 @@ def node(op, inputs, **attrs):
 
 # name -> (node, inputs, output type, constants)
 CASES = {
-    "add": (node("Add", ["x", "c"]), {"x": (X, S)}, np.float32, {"c": X[0, :1]}),
-    "sub_left_constant": (node("Sub", ["c", "x"]), {"x": (X, S)}, np.float32, {"c": np.float32(2)}),
-    "mul_two_inputs": (node("Mul", ["x", "z"]), {"x": (X, S), "z": (POSITIVE, S)}, np.float32, {}),
+    "add": (node("Add", ["x", "c"]), XS, np.float32, {"c": X[0, :1]}),
+    "sub_left_constant": (node("Sub", ["c", "x"]), XS, np.float32, {"c": np.float32(2)}),
+    "mul_two_inputs": (node("Mul", ["x", "z"]), XZ, np.float32, {}),
     "mul_spread_row": (node("Mul", ["x", "z"]), {"x": (X, S), "z": (X[:, :1], ["a", 1, 4])}, np.float32, {}),
-    "div": (node("Div", ["x", "z"]), {"x": (X, S), "z": (POSITIVE, S)}, np.float32, {}),
-    "pow_square": (node("Pow", ["x", "c"]), {"x": (X, S)}, np.float32, {"c": np.float32(2)}),
-    "pow_cube": (node("Pow", ["x", "c"]), {"x": (X, S)}, np.float32, {"c": np.float32(3)}),
+    "div": (node("Div", ["x", "z"]), XZ, np.float32, {}),
+    "pow_square": (node("Pow", ["x", "c"]), XS, np.float32, {"c": np.float32(2)}),
+    "pow_cube": (node("Pow", ["x", "c"]), XS, np.float32, {"c": np.float32(3)}),
     "pow_minus_half": (node("Pow", ["x", "c"]), {"x": (POSITIVE, S)}, np.float32, {"c": np.float32(-0.5)}),
-    "min_of_three": (node("Min", ["x", "z", "c"]), {"x": (X, S), "z": (POSITIVE, S)}, np.float32, {"c": np.float32(0.3)}),
-    "max": (node("Max", ["x", "c"]), {"x": (X, S)}, np.float32, {"c": np.float32(0)}),
-    "int_add": (node("Add", ["i", "c"]), {"i": (I, S)}, np.int64, {"c": np.int64(3)}),
-    "int_mod": (node("Mod", ["i", "c"]), {"i": (I, S)}, np.int64, {"c": np.int64(3)}),
-    "int_neg": (node("Neg", ["i"]), {"i": (I, S)}, np.int64, {}),
-    "equal": (node("Equal", ["i", "c"]), {"i": (I, S)}, bool, {"c": np.int64(1)}),
-    "less": (node("Less", ["x", "z"]), {"x": (X, S), "z": (POSITIVE, S)}, bool, {}),
-    "greater_or_equal": (node("GreaterOrEqual", ["i", "c"]), {"i": (I, S)}, bool, {"c": np.int64(0)}),
-    "and": (node("And", ["b", "c"]), {"b": (B, S)}, bool, {"c": B[0]}),
-    "or": (node("Or", ["b", "c"]), {"b": (B, S)}, bool, {"c": B[0]}),
-    "xor": (node("Xor", ["b", "c"]), {"b": (B, S)}, bool, {"c": B[0]}),
-    "not": (node("Not", ["b"]), {"b": (B, S)}, bool, {}),
+    "min_of_three": (node("Min", ["x", "z", "c"]), XZ, np.float32, {"c": np.float32(0.3)}),
+    "max": (node("Max", ["x", "c"]), XS, np.float32, {"c": np.float32(0)}),
+    "int_add": (node("Add", ["i", "c"]), IS, np.int64, {"c": np.int64(3)}),
+    "int_mod": (node("Mod", ["i", "c"]), IS, np.int64, {"c": np.int64(3)}),
+    "int_neg": (node("Neg", ["i"]), IS, np.int64, {}),
+    "equal": (node("Equal", ["i", "c"]), IS, bool, {"c": np.int64(1)}),
+    "less": (node("Less", ["x", "z"]), XZ, bool, {}),
+    "greater_or_equal": (node("GreaterOrEqual", ["i", "c"]), IS, bool, {"c": np.int64(0)}),
+    "and": (node("And", ["b", "c"]), BS, bool, {"c": B[0]}),
+    "or": (node("Or", ["b", "c"]), BS, bool, {"c": B[0]}),
+    "xor": (node("Xor", ["b", "c"]), BS, bool, {"c": B[0]}),
+    "not": (node("Not", ["b"]), BS, bool, {}),
     "where": (node("Where", ["b", "x", "c"]), {"b": (B, S), "x": (X, S)}, np.float32, {"c": np.float32(-1)}),
-    "where_int": (node("Where", ["b", "i", "c"]), {"b": (B[:, :1], ["a", 1, 4]), "i": (I, S)}, np.int64, {"c": np.int64(9)}),
-    "cast_to_float": (node("Cast", ["i"], to=TensorProto.FLOAT), {"i": (I, S)}, np.float32, {}),
+    "where_int": (
+        node("Where", ["b", "i", "c"]),
+        {"b": (B[:, :1], ["a", 1, 4]), "i": (INTS, S)}, np.int64, {"c": np.int64(9)},
+    ),
+    "cast_to_float": (node("Cast", ["i"], to=TensorProto.FLOAT), IS, np.float32, {}),
     "cast_to_int": (node("Cast", ["x"], to=TensorProto.INT64), {"x": (X * 3, S)}, np.int64, {}),
-    "cast_to_bool": (node("Cast", ["i"], to=TensorProto.BOOL), {"i": (I, S)}, bool, {}),
-    "clip": (node("Clip", ["x", "lo", "hi"]), {"x": (X, S)}, np.float32, {"lo": np.float32(-0.5), "hi": np.float32(0.5)}),
-    "transpose": (node("Transpose", ["x"], perm=[2, 0, 1]), {"x": (X, S)}, np.float32, {}),
-    "transpose_bool": (node("Transpose", ["b"], perm=[1, 2, 0]), {"b": (B, S)}, bool, {}),
-    "reshape": (node("Reshape", ["x", "c"]), {"x": (X, S)}, np.float32, {"c": np.array([0, -1])}),
+    "cast_to_bool": (node("Cast", ["i"], to=TensorProto.BOOL), IS, bool, {}),
+    "clip": (node("Clip", ["x", "lo", "hi"]), XS, np.float32, {"lo": np.float32(-0.5), "hi": np.float32(0.5)}),
+    "transpose": (node("Transpose", ["x"], perm=[2, 0, 1]), XS, np.float32, {}),
+    "transpose_bool": (node("Transpose", ["b"], perm=[1, 2, 0]), BS, bool, {}),
+    "reshape": (node("Reshape", ["x", "c"]), XS, np.float32, {"c": np.array([0, -1])}),
     "squeeze": (node("Squeeze", ["x", "c"]), {"x": (X[:, :1], ["a", 1, 4])}, np.float32, {"c": np.array([1])}),
-    "unsqueeze": (node("Unsqueeze", ["x", "c"]), {"x": (X, S)}, np.float32, {"c": np.array([0, -1])}),
-    "flatten": (node("Flatten", ["x"], axis=2), {"x": (X, S)}, np.float32, {}),
+    "unsqueeze": (node("Unsqueeze", ["x", "c"]), XS, np.float32, {"c": np.array([0, -1])}),
+    "flatten": (node("Flatten", ["x"], axis=2), XS, np.float32, {}),
     "expand": (node("Expand", ["x", "c"]), {"x": (X[:, :1], ["a", 1, 4])}, np.float32, {"c": np.array([5, 1, 3, 1])}),
-    "tile": (node("Tile", ["x", "c"]), {"x": (X, S)}, np.float32, {"c": np.array([1, 2, 3])}),
-    "concat": (node("Concat", ["x", "c"], axis=1), {"x": (X, S)}, np.float32, {"c": X[:, :2]}),
+    "tile": (node("Tile", ["x", "c"]), XS, np.float32, {"c": np.array([1, 2, 3])}),
+    "concat": (node("Concat", ["x", "c"], axis=1), XS, np.float32, {"c": X[:, :2]}),
     "slice": (
-        node("Slice", ["x", "s", "e", "a"]), {"x": (X, S)}, np.float32,
+        node("Slice", ["x", "s", "e", "a"]), XS, np.float32,
         {"s": np.array([1, -3]), "e": np.array([2**62, -1]), "a": np.array([1, 2])},
     ),
     "slice_backwards": (
-        node("Slice", ["x", "s", "e", "a", "t"]), {"x": (X, S)}, np.float32,
+        node("Slice", ["x", "s", "e", "a", "t"]), XS, np.float32,
         {"s": np.array([3]), "e": np.array([-(2**62)]), "a": np.array([2]), "t": np.array([-1])},
     ),
     "slice_every_second": (
-        node("Slice", ["x", "s", "e", "a", "t"]), {"x": (X, S)}, np.float32,
+        node("Slice", ["x", "s", "e", "a", "t"]), XS, np.float32,
         {"s": np.array([1]), "e": np.array([2**62]), "a": np.array([2]), "t": np.array([2])},
     ),
-    "gather": (node("Gather", ["x", "c"], axis=2), {"x": (X, S)}, np.float32, {"c": np.array([[3, 0], [-1, 2]])}),
-    "gather_one": (node("Gather", ["x", "c"], axis=1), {"x": (X, S)}, np.float32, {"c": np.array(-1)}),
-    "gather_rows": (node("Gather", ["c", "i"]), {"i": (np.abs(I), S)}, np.float32, {"c": RNG.standard_normal((6, 5)).astype(np.float32)}),
+    "gather": (node("Gather", ["x", "c"], axis=2), XS, np.float32, {"c": np.array([[3, 0], [-1, 2]])}),
+    "gather_one": (node("Gather", ["x", "c"], axis=1), XS, np.float32, {"c": np.array(-1)}),
+    "gather_rows": (node("Gather", ["c", "i"]), {"i": (np.abs(INTS), S)}, np.float32, {"c": TABLE}),
     "gather_elements": (
-        node("GatherElements", ["x", "i"], axis=2), {"x": (X, S), "i": (np.abs(I) % 4, S)}, np.float32, {}
+        node("GatherElements", ["x", "i"], axis=2), {"x": (X, S), "i": (np.abs(INTS) % 4, S)}, np.float32, {}
     ),
     "gather_nd": (
-        node("GatherND", ["x", "c"]), {"x": (X, S)}, np.float32, {"c": np.array([[[0, 1]], [[1, -1]]])}
+        node("GatherND", ["x", "c"]), XS, np.float32, {"c": np.array([[[0, 1]], [[1, -1]]])}
     ),
-    "pad": (node("Pad", ["x", "p", "v"]), {"x": (X, S)}, np.float32, {"p": np.array([0, 1, 2, 1, 0, 3]), "v": np.float32(7)}),
-    "trilu_upper": (node("Trilu", ["x"], upper=1), {"x": (X, S)}, np.float32, {}),
-    "trilu_lower_k": (node("Trilu", ["x", "k"], upper=0), {"x": (X, S)}, np.float32, {"k": np.array(1)}),
-    "cumsum": (node("CumSum", ["x", "c"]), {"x": (X, S)}, np.float32, {"c": np.array(1)}),
+    "pad": (node("Pad", ["x", "p", "v"]), XS, np.float32, {"p": np.array([0, 1, 2, 1, 0, 3]), "v": np.float32(7)}),
+    "trilu_upper": (node("Trilu", ["x"], upper=1), XS, np.float32, {}),
+    "trilu_lower_k": (node("Trilu", ["x", "k"], upper=0), XS, np.float32, {"k": np.array(1)}),
+    "cumsum": (node("CumSum", ["x", "c"]), XS, np.float32, {"c": np.array(1)}),
     "cumsum_int_reverse": (
-        node("CumSum", ["i", "c"], reverse=1, exclusive=1), {"i": (I, S)}, np.int64, {"c": np.array(-1)}
+        node("CumSum", ["i", "c"], reverse=1, exclusive=1), IS, np.int64, {"c": np.array(-1)}
     ),
-    "softmax": (node("Softmax", ["x"], axis=-1), {"x": (X, S)}, np.float32, {}),
-    "softmax_middle": (node("Softmax", ["x"], axis=1), {"x": (X, S)}, np.float32, {}),
-    "log_softmax": (node("LogSoftmax", ["x"], axis=-1), {"x": (X, S)}, np.float32, {}),
-    "reduce_mean": (node("ReduceMean", ["x", "c"]), {"x": (X, S)}, np.float32, {"c": np.array([-1])}),
-    "reduce_sum_two": (node("ReduceSum", ["x", "c"], keepdims=0), {"x": (X, S)}, np.float32, {"c": np.array([0, 2])}),
-    "reduce_max_all": (node("ReduceMax", ["x"], keepdims=0), {"x": (X, S)}, np.float32, {}),
-    "reduce_min_int": (node("ReduceMin", ["i", "c"]), {"i": (I, S)}, np.int64, {"c": np.array([1])}),
-    "reduce_l2": (node("ReduceL2", ["x", "c"]), {"x": (X, S)}, np.float32, {"c": np.array([1])}),
-    "argmax": (node("ArgMax", ["x"], axis=1, keepdims=0), {"x": (X, S)}, np.int64, {}),
-    "matmul": (node("MatMul", ["x", "z"]), {"x": (X, S), "z": (np.swapaxes(X, 1, 2).copy(), ["a", 4, "c"])}, np.float32, {}),
+    "softmax": (node("Softmax", ["x"], axis=-1), XS, np.float32, {}),
+    "softmax_middle": (node("Softmax", ["x"], axis=1), XS, np.float32, {}),
+    "log_softmax": (node("LogSoftmax", ["x"], axis=-1), XS, np.float32, {}),
+    "reduce_mean": (node("ReduceMean", ["x", "c"]), XS, np.float32, {"c": np.array([-1])}),
+    "reduce_sum_two": (node("ReduceSum", ["x", "c"], keepdims=0), XS, np.float32, {"c": np.array([0, 2])}),
+    "reduce_max_all": (node("ReduceMax", ["x"], keepdims=0), XS, np.float32, {}),
+    "reduce_min_int": (node("ReduceMin", ["i", "c"]), IS, np.int64, {"c": np.array([1])}),
+    "reduce_l2": (node("ReduceL2", ["x", "c"]), XS, np.float32, {"c": np.array([1])}),
+    "argmax": (node("ArgMax", ["x"], axis=1, keepdims=0), XS, np.int64, {}),
+    "matmul": (node("MatMul", ["x", "z"]), {"x": (X, S), "z": (Y, ["a", 4, "c"])}, np.float32, {}),
     "matmul_spread": (node("MatMul", ["x", "z"]), {"x": (X, S), "z": (X[0].T.copy(), [4, "c"])}, np.float32, {}),
     "gemm_two_inputs": (
         node("Gemm", ["x", "z", "c"], alpha=0.5, beta=2.0, transB=1),
         {"x": (X[0], ["b", 4]), "z": (X[1], ["c", 4])}, np.float32, {"c": X[0, 0, :3]},
     ),
     "layer_norm": (
-        node("LayerNormalization", ["x", "w", "c"], epsilon=1e-5), {"x": (X, S)}, np.float32, {"w": POSITIVE[0, 0], "c": X[0, 0]}
+        node("LayerNormalization", ["x", "w", "c"], epsilon=1e-5), XS, np.float32, {"w": POSITIVE[0, 0], "c": X[0, 0]}
     ),
-    "rms_norm": (node("RMSNormalization", ["x", "w"], epsilon=1e-6), {"x": (X, S)}, np.float32, {"w": POSITIVE[0, 0]}),
-    "size_of": (node("Shape", ["x"]), {"x": (X, S)}, np.int64, {}),
+    "rms_norm": (node("RMSNormalization", ["x", "w"], epsilon=1e-6), XS, np.float32, {"w": POSITIVE[0, 0]}),
+    "size_of": (node("Shape", ["x"]), XS, np.int64, {}),
 }  # fmt: skip
 for _op in (
     "Sqrt",
@@ -167,7 +176,7 @@ for _op in (
 ):
     CASES[_op.lower()] = (node(_op, ["x"]), {"x": (POSITIVE if _op in ("Sqrt", "Log") else X, S)}, np.float32, {})
 for _mode in ("none", "tanh"):
-    CASES[f"gelu_{_mode}"] = (node("Gelu", ["x"], approximate=_mode), {"x": (X, S)}, np.float32, {})
+    CASES[f"gelu_{_mode}"] = (node("Gelu", ["x"], approximate=_mode), XS, np.float32, {})
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -198,9 +207,7 @@ def test_convolution_agrees_with_onnx(shape, kernel, attrs, tmp_path):
 
 def test_negative_padding_cuts(tmp_path):
     """onnx's evaluator does not know it; the specification does."""
-    model = model_of(
-        [node("Pad", ["x", "p"])], {"x": (X, S)}, {"y": np.float32}, {"p": np.array([0, 1, -1, 0, -2, -1])}
-    )
+    model = model_of([node("Pad", ["x", "p"])], XS, {"y": np.float32}, {"p": np.array([0, 1, -1, 0, -2, -1])})
     onnx.save(model, tmp_path / "m.onnx")
     engine = NativeEngine.from_bundle(tmp_path / "m.onnx", threads=1)
     expected = np.pad(X, ((0, 0), (1, 0), (0, 0)))[:, :-2, 1:-1]
@@ -254,7 +261,7 @@ def test_one_error_names_every_node_that_cannot_be_lowered(tmp_path):
 
 
 def test_an_index_outside_its_table_is_refused(tmp_path):
-    model = model_of([node("Gather", ["c", "i"])], {"i": (I[0], ["b", 4])}, {"y": np.float32}, {"c": X[0]})
+    model = model_of([node("Gather", ["c", "i"])], {"i": (INTS[0], ["b", 4])}, {"y": np.float32}, {"c": X[0]})
     onnx.save(model, tmp_path / "m.onnx")
     engine = NativeEngine.from_bundle(tmp_path / "m.onnx", threads=1)
     with pytest.raises(InputError, match="3, expected 0 to 2"):

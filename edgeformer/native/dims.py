@@ -1,6 +1,6 @@
-"""Tensor sizes as integer polynomials over named symbols, so that a shape chain in a graph becomes one expression.
+"""Tensor sizes as integer polynomials over named symbols, so that a shape chain becomes one expression.
 
-A size is an `int` when it is known, else a `Dim`. `batch * sequence`, `past_sequence + sequence` and `(h - 16) // 16 + 1`
+A size is an `int` when it is known, else a `Dim`. `batch * sequence`, `past + sequence` and `(h - 16) // 16 + 1`
 are all sizes; two sizes are equal exactly when their normal forms are. Symbols stand for the sizes of the graph's
 inputs (never negative) and for the values of its scalar integer inputs (which may be anything).
 """

@@ -209,7 +209,7 @@ def read_graph(path: Path) -> Graph:
         EngineUnavailable: it uses an operator set or a tensor type that the native engine does not know.
     """
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         model = onnx.load(str(path), load_external_data=False)

@@ -127,9 +127,39 @@ def _negative(g: Graph, node: Node) -> list[Info]:
 
 
 UNARY = (
-    "Sqrt Exp Log Reciprocal Sigmoid Tanh Erf Sin Cos Relu Gelu Softplus Floor Ceil Round Clip Elu HardSwish "
-    "HardSigmoid LeakyRelu Softmax LogSoftmax Trilu CumSum Identity Dropout Mish Softsign Swish Silu QuickGelu Unary"
-).split()
+    "Sqrt",
+    "Exp",
+    "Log",
+    "Reciprocal",
+    "Sigmoid",
+    "Tanh",
+    "Erf",
+    "Sin",
+    "Cos",
+    "Relu",
+    "Gelu",
+    "Softplus",
+    "Floor",
+    "Ceil",
+    "Round",
+    "Clip",
+    "Elu",
+    "HardSwish",
+    "HardSigmoid",
+    "LeakyRelu",
+    "Softmax",
+    "LogSoftmax",
+    "Trilu",
+    "CumSum",
+    "Identity",
+    "Dropout",
+    "Mish",
+    "Softsign",
+    "Swish",
+    "Silu",
+    "QuickGelu",
+    "Unary",
+)
 
 
 @rule(*UNARY)
@@ -142,9 +172,7 @@ def _like_first(g: Graph, node: Node) -> list[Info]:
 def _logical(g: Graph, node: Node) -> list[Info]:
     out = _elementwise(g, node, "bool")
     pairs = _pairs(g, node) if node.op == "Equal" else None
-    if pairs is not None and all(a == b or (isinstance(a, int) and isinstance(b, int)) for a, b in pairs):
-        out.value = tuple(int(a == b) for a, b in pairs)
-    elif pairs is not None and all(_sizes_differ(a, b) for a, b in pairs if a != b):
+    if pairs is not None and all(a == b or _sizes_differ(a, b) for a, b in pairs):
         out.value = tuple(int(a == b) for a, b in pairs)
     return [out]
 
@@ -196,7 +224,7 @@ def _gather(g: Graph, node: Node) -> list[Info]:
     value = None
     if data.value is not None and index.value is not None and all(isinstance(i, int) for i in index.value):
         value = tuple(data.value[i] for i in index.value)  # type: ignore[index]
-    return [Info(data.dtype, data.shape[:axis] + index.shape + data.shape[axis + 1 :], value)]
+    return [Info(data.dtype, (*data.shape[:axis], *index.shape, *data.shape[axis + 1 :]), value)]
 
 
 @rule("GatherElements")
@@ -220,7 +248,7 @@ def _concat(g: Graph, node: Node) -> list[Info]:
     total: Size = 0
     for i in infos:
         total = total + i.shape[axis]
-    shape = list(broadcast(*(i.shape[:axis] + (1,) + i.shape[axis + 1 :] for i in infos)))
+    shape = list(broadcast(*((*i.shape[:axis], 1, *i.shape[axis + 1 :]) for i in infos)))
     shape[axis] = total
     value: tuple[Size, ...] | None = ()
     for i in infos:
@@ -245,7 +273,7 @@ def _slice(g: Graph, node: Node) -> list[Info]:
         else:
             raise EngineUnavailable("Slice with a step needs known bounds")
         if value is not None:
-            value = value[s:e:step] if isinstance(s, int) and isinstance(e, int) else None  # type: ignore[misc]
+            value = value[s:e:step] if isinstance(s, int) and isinstance(e, int) else None
     return [Info(info.dtype, tuple(shape), value)]
 
 
@@ -262,7 +290,7 @@ def slice_bounds(g: Graph, node: Node) -> tuple[tuple[Size, ...], tuple[Size, ..
 def _split(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     axis = node.attrs.get("axis", 0) % len(info.shape)
-    return [Info(info.dtype, info.shape[:axis] + (s,) + info.shape[axis + 1 :]) for s in split_sizes(g, node)]
+    return [Info(info.dtype, (*info.shape[:axis], s, *info.shape[axis + 1 :])) for s in split_sizes(g, node)]
 
 
 def split_sizes(g: Graph, node: Node) -> tuple[int, ...]:
@@ -348,11 +376,12 @@ def _constant_of_shape(g: Graph, node: Node) -> list[Info]:
     shape = values(g, node.inputs[0])
     fill = node.attrs.get("value")
     dtype = INSIDE.get(fill.dtype, fill.dtype) if fill is not None else "float32"
+    number = fill.array().reshape(-1)[0] if fill is not None else 0
     value = None
     if dtype in ("int64", "bool") and (shape == () or (len(shape) == 1 and isinstance(shape[0], int))):
         n = shape[0] if shape else 1
         if isinstance(n, int) and n <= KEEP_VALUES:
-            value = (int(fill.array().reshape(-1)[0]),) * n
+            value = (int(number),) * n
     return [Info(dtype, shape, value)]
 
 
@@ -429,7 +458,8 @@ def _attention(g: Graph, node: Node) -> list[Info]:
         heads, kv = node.attrs["q_num_heads"], node.attrs["kv_num_heads"]
         v_dim, k_dim = floor_div(v[2], kv), floor_div(k[2], kv)
         out: Shape = (q[0], q[1], v_dim * heads)
-        k4, v4 = (k[0], kv, k[1], k_dim), (v[0], kv, v[1], v_dim)
+        k4: Shape = (k[0], kv, k[1], k_dim)
+        v4: Shape = (v[0], kv, v[1], v_dim)
     else:
         out = (*q[:3], v[3])
         k4, v4 = k, v

@@ -12,7 +12,7 @@ _TILE_BYTES = {"q4a": 320, "q4": 288, "q8": 544, "q8x16": 576, "f32": 2048}
 
 @dataclass(slots=True)
 class Profile:
-    """Nanoseconds in each operation of `program`, summed over `runs` passes. `str()` is a table by kind of operation."""
+    """Nanoseconds in each operation of `program`, summed over `runs` passes. `str()` is a table by kind."""
 
     program: Program
     nanoseconds: list[int] = field(default_factory=list)

@@ -444,9 +444,27 @@ class _Builder:
 
 # csrc/kernels/kernels.h: enum class Unary, in its order.
 ACTIVATIONS = (
-    "identity exp sigmoid tanh erf sqrt sin cos log softplus relu relu2 silu gelu gelu_tanh quick_gelu neg abs "
-    "reciprocal rsqrt"
-).split()
+    "identity",
+    "exp",
+    "sigmoid",
+    "tanh",
+    "erf",
+    "sqrt",
+    "sin",
+    "cos",
+    "log",
+    "softplus",
+    "relu",
+    "relu2",
+    "silu",
+    "gelu",
+    "gelu_tanh",
+    "quick_gelu",
+    "neg",
+    "abs",
+    "reciprocal",
+    "rsqrt",
+)
 
 
 def _round_up(x: int, to: int) -> int:
@@ -454,7 +472,7 @@ def _round_up(x: int, to: int) -> int:
 
 
 def _row_symbols(g: Graph) -> tuple[str, str]:
-    """Names of the axes [batch, sequence] that token ids, else any input, begin with; ("", "") without such an input."""
+    """Names of the axes [batch, sequence] that token ids, else any input, begin with; ("", "") without one."""
     for info in sorted(g.inputs.values(), key=lambda i: (i.dtype != "int64", len(i.shape))):
         lead, rest = info.shape[:2], info.shape[2:]
         if len(lead) == 2 and all(isinstance(d, Dim) for d in lead) and all(isinstance(d, int) for d in rest):

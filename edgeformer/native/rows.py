@@ -73,5 +73,22 @@ class _Rows:
 
 
 BROADCAST = (
-    "Add Sub Mul Div Pow Min Max Mod Equal Less LessOrEqual Greater GreaterOrEqual And Or Xor Where Expand"
-).split()
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Pow",
+    "Min",
+    "Max",
+    "Mod",
+    "Equal",
+    "Less",
+    "LessOrEqual",
+    "Greater",
+    "GreaterOrEqual",
+    "And",
+    "Or",
+    "Xor",
+    "Where",
+    "Expand",
+)

@@ -132,9 +132,12 @@ def _attend(g: Graph, node: Node, caches: list[Cache]) -> None:
         widths = (shapes[0][2], shapes[2][2])
         if not all(isinstance(w, int) for w in widths):
             return
-        dim, v_dim = widths[0] // heads, widths[1] // kv_heads  # type: ignore[operator]
+        dim, v_dim = widths[0] // heads, widths[1] // kv_heads
     sizes = (heads, kv_heads, dim, v_dim)
-    if not all(isinstance(s, int) for s in sizes) or heads % kv_heads:  # type: ignore[operator]
+    if not all(isinstance(s, int) for s in sizes):
+        return
+    heads, kv_heads, dim, v_dim = (int(s) for s in sizes)  # type: ignore[arg-type]
+    if heads % kv_heads:
         return
     layer = -1
     if node.input(4):
@@ -142,16 +145,16 @@ def _attend(g: Graph, node: Node, caches: list[Cache]) -> None:
         if any(p not in g.inputs for p in pasts) or any(g.users.get(p, []) for p in presents):
             return
         layer = len(caches)
-        caches.append(Cache(*pasts, *presents, kv_heads, dim, v_dim))  # type: ignore[arg-type]
+        caches.append(Cache(pasts[0], pasts[1], presents[0], presents[1], kv_heads, dim, v_dim))
     elif node.attrs.get("is_causal", 0) and shapes[0][-2] != shapes[1][-2]:
         return  # causal attention of unequal lengths without a cache: engines disagree on its meaning
     rows = [_to_rows(g, i, four) for i in node.inputs[:3]]
     mask = _mask(g, node.input(3), (shapes[0][0], shapes[0][-2]))
     b, s = g.shape(rows[0])[:2]
-    info = Info("float32", (b, s, heads * v_dim))  # type: ignore[operator]
+    info = Info("float32", (b, s, heads * v_dim))
     attrs = {
         "heads": heads, "kv_heads": kv_heads, "head_dim": dim, "value_dim": v_dim, "layer": layer,
-        "scale": float(node.attrs.get("scale", 0.0) or dim**-0.5),  # type: ignore[operator]
+        "scale": float(node.attrs.get("scale", 0.0) or dim**-0.5),
         "softcap": float(node.attrs.get("softcap", 0.0)), "causal": bool(node.attrs.get("is_causal", 0)),
         "window": int(node.attrs.get("window", 0)), "rotary": 0, "interleaved": False,
         "rotary_k": 0, "interleaved_k": False, "q_norm": "", "q_eps": 0.0, "k_norm": "", "k_eps": 0.0,

@@ -38,7 +38,7 @@ BINARY: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def activations(g: Graph) -> None:
-    """Any spelling of silu, gelu, ... becomes one Unary: a subgraph of one input is compared with them by its numbers."""
+    """Any spelling of silu, gelu, ... becomes one Unary: a subgraph of one input is compared with them by numbers."""
     for node in list(g.nodes):
         if node.op not in ("Mul", "Pow") or node.outputs[0] not in g.producers:
             continue

@@ -7,6 +7,7 @@ weight, with the float minimum of q4a as a second small product on block sums; a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ class Weight:
         index = np.concatenate([np.arange(a, b) for a, b in self.ranges()])
         rows = np.concatenate([index[a:b] for a, b in runs])
         breaks = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
-        chosen = tuple((int(rows[a]), int(rows[b - 1]) + 1) for a, b in zip(breaks, breaks[1:], strict=False))
+        chosen = tuple((int(rows[a]), int(rows[b - 1]) + 1) for a, b in pairwise(breaks))
         return Weight(
             self.type, self.q, len(rows), self.k, self.block, self.scale, self.min, self.transposed, chosen
         )  # fmt: skip
@@ -72,7 +73,7 @@ def load_rows(g: Graph, w: Weight, start: int, stop: int) -> tuple[Array, Array 
 
 
 def linears(g: Graph) -> None:
-    """MatMul and Gemm with a constant become Linear(x), with attrs `weight` (a Weight) and `bias` (a constant or "")."""
+    """MatMul and Gemm with a constant become Linear(x); attrs: `weight` (a Weight) and `bias` (a constant or "")."""
     for node in list(g.nodes):
         if node.op == "MatMul":
             _matmul(g, node)
@@ -124,7 +125,7 @@ def _transposed_constant(g: Graph, name: str) -> str | None:
 
 
 def float_weight(g: Graph, name: str) -> Weight | None:
-    """The weight in a constant [k, n], in a Transpose of a constant [n, k], or in a form that can be dequantized now."""
+    """The weight in a constant [k, n], in a Transpose of one [n, k], or in a form that can be dequantized now."""
     source = _transposed_constant(g, name)
     if source is not None and g.constants[source].dtype in ("float32", "float16"):
         n, k = g.constants[source].shape
@@ -239,11 +240,13 @@ def embeddings(g: Graph) -> None:
     g.finish()
     for node in list(g.nodes):
         if node.op == "Gather" and node.attrs.get("axis", 0) == 0:
-            table, ids = node.inputs
-            c = g.constants.get(table)
-            if c is None or len(c.shape) != 2 or c.dtype not in ("float32", "float16") or ids in g.constants:
+            name, ids = node.inputs
+            table = g.constants.get(name)
+            if table is None or len(table.shape) != 2 or ids in g.constants:
                 continue
-            weight = Weight("f32", table, c.shape[0], c.shape[1])
+            if table.dtype not in ("float32", "float16"):
+                continue
+            weight = Weight("f32", name, table.shape[0], table.shape[1])
             node.op, node.inputs, node.attrs = "Embed", [ids], {"weight": weight, "scale": 1.0}
     g.finish()
     for node in list(g.nodes):
@@ -276,7 +279,7 @@ def _quantized_table(g: Graph, node: Node) -> None:
 
 
 def splits(g: Graph) -> None:
-    """Slices of a Linear's columns that nobody else reads become Linears of their own (fused QKV, fused gate and up)."""
+    """Slices of a Linear's columns become Linears of their own if nobody else reads it (fused QKV, gate and up)."""
     for node in list(g.nodes):
         if node.op != "Linear" or node.outputs[0] in g.outputs:
             continue

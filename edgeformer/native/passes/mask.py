@@ -50,12 +50,12 @@ def _rule(g: Graph, name: str, past: Size) -> Rule | None:
         seen, hidden = g.scalar(n.inputs[1]), g.scalar(n.inputs[2])
         return _rule(g, n.inputs[0], past) if seen == 0.0 and hidden is not None and hidden <= -1e30 else None
     if n.op == "And":
-        a, b = (_rule(g, i, past) for i in n.inputs)
-        if a is None or b is None:
+        left, right = (_rule(g, i, past) for i in n.inputs)
+        if left is None or right is None:
             return None
-        if a.window is not None and b.window is not None and a.window != b.window:
+        if left.window is not None and right.window is not None and left.window != right.window:
             return None
-        return Rule(a.window if a.window is not None else b.window, a.causal or b.causal)
+        return Rule(left.window if left.window is not None else right.window, left.causal or right.causal)
     if n.op not in ("Less", "LessOrEqual", "Greater", "GreaterOrEqual"):
         return None
     a, b = (_linear(g, i) for i in n.inputs)

@@ -279,7 +279,7 @@ def fold_constants(g: Graph) -> None:
 
 def _store(g: Graph, node: Node, array: np.ndarray[Any, Any]) -> None:
     info = g.info[node.outputs[0]]
-    data = np.ascontiguousarray(array.astype(info.dtype)).reshape(info.shape)
+    data = np.ascontiguousarray(array.astype(info.dtype)).reshape(info.shape)  # type: ignore[arg-type]
     g.constants[node.outputs[0]] = Constant(info.dtype, data.shape, data)
 
 
@@ -298,7 +298,7 @@ def _numpy(g: Graph, node: Node) -> np.ndarray[Any, Any] | None:
         if node.op == "Cast":
             return x[0].astype(a["to"])
         if node.op == "Fill":
-            return np.full(shape, a["value"])  # type: ignore[arg-type]
+            return np.full(shape, a["value"])
         if node.op == "Range" and not node.inputs:
             return a["start"] + a["step"] * np.arange(shape[0])  # type: ignore[no-any-return, arg-type]
         if node.op == "Range":
@@ -319,7 +319,7 @@ def _numpy(g: Graph, node: Node) -> np.ndarray[Any, Any] | None:
                  "tanh": np.tanh, "abs": np.abs, "reciprocal": np.reciprocal}.get(a["fn"])  # fmt: skip
             return f(x[0]) if f is not None else None
         if node.op == "Div" and info.dtype == "int64":
-            return x[0] // x[1]
+            return x[0] // x[1]  # type: ignore[no-any-return]
         f2 = {"Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.divide, "Pow": np.power,
               "Equal": np.equal, "Less": np.less, "Greater": np.greater, "And": np.logical_and, "Or": np.logical_or,
               "LessOrEqual": np.less_equal, "GreaterOrEqual": np.greater_equal, "Min": np.minimum,
