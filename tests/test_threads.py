@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 native = pytest.importorskip("edgeformer._native")
 testing = native.testing
+POOL_SOURCE = Path(__file__).parents[1] / "csrc" / "threads.cpp"
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
@@ -101,3 +105,33 @@ def test_a_forked_child_works_and_its_parent_goes_on() -> None:
         pytest.fail("the child hangs in the pool of its parent")
     assert os.waitstatus_to_exitcode(status) == 0
     assert pool.counts(3, 5, 0) == [0, 5, 4]
+
+
+def stress_under_thread_sanitizer(tmp_path: Path, source: str) -> subprocess.CompletedProcess[str]:
+    """Builds threads_stress.cpp with `source` as the text of threads.cpp, and runs it."""
+    root, out = Path(__file__).parents[1], tmp_path / "stress"
+    compiler = shutil.which("g++") or pytest.skip("needs g++")
+    pool = tmp_path / "threads.cpp"
+    pool.write_text(source)
+    flags = ["-std=c++17", "-O1", "-g", "-pthread", "-fsanitize=thread", f"-I{root / 'csrc'}"]
+    command = [compiler, *flags, root / "tests" / "native_cross" / "threads_stress.cpp", pool, "-o", out]
+    built = subprocess.run(command, capture_output=True, text=True)
+    if "cannot find" in built.stderr and "tsan" in built.stderr:
+        pytest.skip("this compiler has no ThreadSanitizer")
+    assert built.returncode == 0, built.stderr
+    return subprocess.run([out], capture_output=True, text=True, timeout=300)
+
+
+def test_the_pool_is_clean_under_thread_sanitizer(tmp_path: Path) -> None:
+    result = stress_under_thread_sanitizer(tmp_path, POOL_SOURCE.read_text())
+    assert "WARNING: ThreadSanitizer" not in result.stderr, result.stderr
+    assert (result.returncode, result.stdout) == (0, "good\n"), result.stderr
+
+
+def test_a_pool_that_publishes_without_order_is_seen_by_thread_sanitizer(tmp_path: Path) -> None:
+    right = POOL_SOURCE.read_text()
+    wrong = right.replace("claim.store(word);", "claim.store(word, std::memory_order_relaxed);")
+    assert wrong != right
+    result = stress_under_thread_sanitizer(tmp_path, wrong)
+    assert "WARNING: ThreadSanitizer" in result.stderr
+    assert result.returncode != 0
