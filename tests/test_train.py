@@ -204,6 +204,16 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> N
     np.testing.assert_allclose(losses[1], losses[0], rtol=2e-4)  # float32 sums in another order, over 20 steps
 
 
+@pytest.mark.parametrize("task", BASES)
+def test_bfloat16_trains_nearly_the_same_and_keeps_float32_weights(task: str, tmp_path: Path) -> None:
+    table = short(BASES[task], tmp_path)
+    full = run(table, tmp_path / "full")
+    half = run(recipe_table(table, train__precision="bfloat16"), tmp_path / "half")
+    assert half.validation_loss != full.validation_loss
+    assert half.validation_loss == pytest.approx(full.validation_loss, rel=0.03)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.float32}
+
+
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     table = short(TEXT, tmp_path, train__steps=10)
     (tmp_path / "r.toml").write_text(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from tqdm import tqdm
 
@@ -85,7 +86,8 @@ def train(
     if stop_at is not None and stop_at < 1:
         raise TrainingError(f"stop_at is {stop_at}, expected at least 1")
 
-    # Devices and processes.
+    # Devices and processes. Accelerate keeps its choices for the life of the process; a second run makes its own.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision(options.precision, cpu))
     processes, rank, chief = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
     share, rest = divmod(options.batch_size, processes * options.gradient_accumulation_steps)
@@ -167,7 +169,7 @@ def train(
     # What there is to see.
     shown: dict[str, Any] = {}
     if chief and len(history):
-        loss_picture(folder / "loss.png", history, f"Training {folder.resolve().name}", task.loss_name, task.baseline)
+        loss_picture(folder / "loss.png", history, task.loss_name, task.baseline)
         shown = task.finish(module.eval(), folder)
     accelerator.wait_for_everyone()
     return Report(

@@ -45,7 +45,7 @@ def styled(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
         figure.savefig(path, facecolor="white")
 
 
-def loss_picture(path: Path, history: np.ndarray, title: str, loss_name: str, baseline: tuple[str, float]) -> None:
+def loss_picture(path: Path, history: np.ndarray, loss_name: str, baseline: tuple[str, float]) -> None:
     """Training and validation loss over the steps, and what a guess without a model would lose.
 
     `history` is float64 [n, 4]: step, training loss, validation loss, learning rate; NaN where nothing was measured.
@@ -66,9 +66,9 @@ def loss_picture(path: Path, history: np.ndarray, title: str, loss_name: str, ba
             label="validation",
         )
         name, value = baseline
-        axes.axhline(value, color=GREY, linestyle=(0, (4, 3)), linewidth=1.2, label=f"{name}: {value:.2f}")
+        axes.axhline(value, color=GREY, linestyle=(0, (4, 3)), linewidth=1.2, label=f"{name}: {value:.3g}")
         axes.annotate(
-            f"{validation[checked][-1]:.2f}",
+            f"{validation[checked][-1]:.3g}",
             (steps[checked][-1], validation[checked][-1]),
             xytext=(7, 0),
             textcoords="offset points",
@@ -77,7 +77,13 @@ def loss_picture(path: Path, history: np.ndarray, title: str, loss_name: str, ba
             weight="bold",
         )
         top = max(validation[checked][0], value)
-        axes.set(title=title, xlabel="step", ylabel=loss_name, xlim=(0, steps[-1] * 1.08), ylim=(0, top * 1.08))
+        axes.set(
+            title="Loss while training",
+            xlabel="step",
+            ylabel=loss_name,
+            xlim=(0, steps[-1] * 1.08),
+            ylim=(0, top * 1.08),
+        )
         axes.legend(loc="upper right")
 
 
