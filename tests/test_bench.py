@@ -109,3 +109,10 @@ def test_a_model_without_tokens_is_refused(bundles):
 def test_an_engine_without_a_profile_says_so(q8):
     with pytest.raises(EngineUnavailable, match="cpu engine has no profile"):
         module.profile(load(q8, "cpu"))
+
+
+def test_the_native_engines_profile_is_printed(q8):
+    pytest.importorskip("edgeformer._native")
+    table = module.profile(load(q8, "native", threads=1), tokens=3, depth=4)
+    assert "linear" in table
+    assert table.splitlines()[-1].startswith("total")
