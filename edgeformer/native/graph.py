@@ -53,7 +53,7 @@ class Constant:
         return flat.reshape(self.shape)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Node:
     """One operation. `inputs` may hold "" for an optional input that is not given."""
 
@@ -162,10 +162,11 @@ class Graph:
             self.users.setdefault(new, []).append(n)
         node = self.producers.pop(old, None)
         if node is not None and len(node.outputs) == 1:
-            self.nodes.remove(node)
             for i in set(node.inputs):
                 if i in self.users:
                     self.users[i] = [u for u in self.users[i] if u is not node]
+            if old in self.outputs:
+                self.nodes.remove(node)  # else nobody reads it, and `finish` drops it
         if old in self.outputs:
             view = Node("View", [new], [old])
             self.nodes.append(view)
@@ -175,20 +176,21 @@ class Graph:
     def finish(self) -> None:
         """Drop what nobody reads and put the nodes back in an order in which they can run."""
         keep: list[Node] = []
-        done: set[int] = set()
-        self.producers = {out: n for n in self.nodes for out in n.outputs if out}
-        rank = {id(n): i for i, n in enumerate(self.nodes)}
+        done: set[Node] = set()
+        producers = self.producers = {out: n for n in self.nodes for out in n.outputs if out}
         for output in self.outputs:
-            stack = [(self.producers[output], False)] if output in self.producers else []
+            stack = [producers[output]] if output in producers else []
             while stack:
-                node, expanded = stack.pop()
-                if expanded:
-                    keep.append(node)
-                elif id(node) not in done:
-                    done.add(id(node))
-                    stack.append((node, True))
-                    needs = {id(self.producers[i]): self.producers[i] for i in node.inputs if i in self.producers}
-                    stack += [(n, False) for n in sorted(needs.values(), key=lambda n: -rank[id(n)])]
+                node = stack[-1]
+                if node in done:
+                    stack.pop()
+                    continue
+                waiting = [producers[i] for i in node.inputs if i in producers and producers[i] not in done]
+                if waiting:
+                    stack += waiting[::-1]
+                else:
+                    done.add(node)
+                    keep.append(stack.pop())
         self.nodes = keep
         self.index()
 

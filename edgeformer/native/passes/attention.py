@@ -222,7 +222,7 @@ def _fold(
     if name != node.inputs[i]:
         rows = g.shape(node.inputs[i])
         node.inputs[i] = name if g.shape(name) == rows else g.emit("View", [name], Info("float32", rows), name)
-        g.index()
+        g.users.setdefault(node.inputs[i], []).append(node)
 
 
 def _through_views(g: Graph, name: str, user: Node) -> str:
