@@ -82,6 +82,8 @@ def text(
         stderr.print(
             f"[dim]{result.timings} ({model.engine.name}), ended by {result.finish_reason}[/dim]", soft_wrap=True
         )
+        if not result.text and not asked.chat and model.tokenizer is not None and model.tokenizer.has_chat_template:
+            stderr.print("The model had nothing to add to this text. It was made for conversations: try --chat.")
 
 
 def arrays(bundle: Path, where: Mapping[str, Any], inputs: Path, outputs: Path | None, *, as_json: bool) -> None:

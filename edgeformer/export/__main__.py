@@ -26,7 +26,7 @@ Examples:
 
   python -m edgeformer.export ./my-hf-model -o my-model --quantize q8
 
-  python -m edgeformer.export model.py:make_model -o forecaster --quantize none --input x=float32[batch,sequence,3]
+  python -m edgeformer.export model.py:make_model -o forecaster --quantize none --input x=float32\\[batch,sequence,3]
 
   python -m edgeformer.export export/smollm2.toml                                   (a recipe: all options in one file)
 """
@@ -81,10 +81,13 @@ def main(
     dtype: Annotated[str | None, typer.Option(help="float32, or float16 for CUDA. [default: float32]")] = None,
     weights: Annotated[Path | None, typer.Option(help="For a factory: a .safetensors file.")] = None,
     inputs: Annotated[
-        list[str] | None, typer.Option("--input", help="For a factory: name=dtype[axis,...]; named axes are dynamic.")
+        list[str] | None, typer.Option("--input", help="For a factory: name=dtype\\[axis,...]; named axes are dynamic.")
     ] = None,
     output_names: Annotated[
         list[str] | None, typer.Option("--output-name", help="For a factory: names of its outputs.")
+    ] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="For a Hugging Face source: its class. [default: as config.json says]")
     ] = None,
     task: Annotated[str | None, typer.Option(help="A word for what the model does, for the manifest.")] = None,
     text: Annotated[
@@ -96,7 +99,8 @@ def main(
     """Export SOURCE to a bundle: an ordinary ONNX folder, checked against PyTorch before it gets its name."""
     given = {
         "output": output, "quantize": quantize, "block": block, "head": head, "dtype": dtype, "weights": weights,
-        "input": tuple(inputs or ()), "output_names": tuple(output_names or ()), "task": task, "text": text,
+        "input": tuple(inputs or ()), "output_names": tuple(output_names or ()), "architecture": architecture,
+        "task": task, "text": text,
         "tokens": tokens, "overwrite": overwrite or None,
     }  # fmt: skip
     try:

