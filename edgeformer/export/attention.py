@@ -16,23 +16,48 @@ from edgeformer.errors import ExportError
 
 NAME = "edgeformer"  # causality and windows are attributes of the node; for models that decode
 MASKED = "edgeformer_masked"  # every mask is an array; for models that run as a whole
+PAST = "edgeformer_past"  # traced with a past: only plain causality is an attribute, every other mask an array
 DOMAIN = "edgeformer"
 
 
 def register() -> None:
-    """Makes both implementations known to transformers; may be called again."""
+    """Makes the implementations known to transformers; may be called again."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    for name in (NAME, MASKED):
+    for name in (NAME, MASKED, PAST):
         AttentionInterface.register(name, _attention)
     AttentionMaskInterface.register(NAME, _mask_of_sources)
     AttentionMaskInterface.register(MASKED, _mask)
+    AttentionMaskInterface.register(PAST, _mask_after_past)
 
 
 def _mask_of_sources(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
     """None for causal masks; of a source that is attended to as a whole, its padding."""
     # Only transformers' makers of bidirectional masks pass this option.
     return _mask(attention_mask=attention_mask, **kwargs) if "allow_is_bidirectional_skip" in kwargs else None
+
+
+def _mask_after_past(
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Any],
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """bool [1, 1, q_length, kv_length] for any rule of positions; None where that is plain causality."""
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+    if mask_function is causal_mask_function and attention_mask is None:
+        return None
+    if mask_function is bidirectional_mask_function:
+        return _mask(kwargs.pop("batch_size"), q_length, kv_length, mask_function, attention_mask, **kwargs)
+    queries = (torch.arange(q_length) + q_offset)[None, None, :, None]
+    keys = (torch.arange(kv_length) + kv_offset)[None, None, None, :]
+    origin = torch.zeros((1, 1, 1, 1), dtype=torch.int64)
+    seen: torch.Tensor = mask_function(origin, origin, queries, keys)
+    return seen if attention_mask is None else seen & attention_mask[:, None, None, :].bool()
 
 
 def _mask(
@@ -79,9 +104,9 @@ def _attention(
     `position_bias` ([1, H, S, T], added to the scores) and `attention_mask` become one mask of the node; without an
     `attention_mask` a causal module stays causal by attribute.
     """
-    masked = getattr(getattr(module, "config", None), "_attn_implementation", NAME) == MASKED
-    causal = bool(getattr(module, "is_causal", not masked) if is_causal is None else is_causal)
-    if causal and attention_mask is not None and not masked:
+    road = getattr(getattr(module, "config", None), "_attn_implementation", NAME)
+    causal = bool(getattr(module, "is_causal", road != MASKED) if is_causal is None else is_causal)
+    if causal and attention_mask is not None and road == NAME:
         raise ExportError(
             f"{type(module).__name__} passes its own attention mask of shape {tuple(attention_mask.shape)}; only "
             "causal masks and sliding windows are known here."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import logging
 import tempfile
@@ -13,30 +14,67 @@ from typing import Any
 import torch
 
 from edgeformer.errors import ExportError
-from edgeformer.export import attention
-from edgeformer.export.source import Source
+from edgeformer.export import attention, experts, tasks
+from edgeformer.export.seq2seq import pair_source
+from edgeformer.export.source import Pair, Source
 from edgeformer.export.trace import Input
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-_NOT_CONFIG = ("quantization_config", "_name_or_path", "_attn_implementation", "_attn_implementation_autoset")
 
 
-def folder_source(path: Path) -> Source:
-    """A causal language model in a Hugging Face folder, with its tokenizer if it has one.
+def folder_source(path: Path, architecture: str | None = None) -> Source | Pair:
+    """The model in a Hugging Face folder, with its tokenizer and preprocessing if it has them.
+
+    `architecture` names a class of transformers to load instead of the one in config.json: one of two towers, say.
 
     Raises:
-        ExportError: transformers cannot load it as a causal language model.
+        ExportError: transformers cannot load it, or it is of a kind that cannot be exported.
     """
-    return _causal_lm(str(path), f"folder {path.name}")
+    return _any_model(str(path), f"folder {path.name}", architecture)
 
 
-def hub_source(name: str) -> Source:
-    """A causal language model by its hub name.
+def hub_source(name: str, architecture: str | None = None) -> Source | Pair:
+    """A model by its hub name.
 
     Raises:
         ExportError: the hub cannot be reached, or has no such model.
     """
-    return _causal_lm(name, f"hub {name}")
+    return _any_model(name, f"hub {name}", architecture)
+
+
+def _any_model(name: str, origin: str, architecture: str | None) -> Source | Pair:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        raise ExportError(_load_failure(name, error)) from error
+    named = architecture or next(iter(config.architectures or ()), None)
+    if named is None:
+        return _causal_lm(name, origin)
+    task, loader = tasks.loader(named)
+    if task == "text-generation":
+        return _causal_lm(name, origin)
+    model = _load(loader, name, {})
+    files = _tokenizer_files(name, {})
+    for extra in (tasks.PREPROCESSOR,):
+        if (content := _read(name, extra)) is not None:
+            files[extra] = content
+    if model.config.is_encoder_decoder and hasattr(model, "get_encoder"):
+        return pair_source(model, origin, task, files)
+    source = tasks.encoder_source(model, origin, task, files)
+    processing = tasks.processing_of(lambda file: _read(name, file), source.config, source.outputs)
+    return dataclasses.replace(source, processing=processing)
+
+
+def _read(name: str, file: str) -> bytes | None:
+    """A file of the model's folder, or of its place on the hub."""
+    if Path(name).is_dir():
+        return (Path(name) / file).read_bytes() if (Path(name) / file).is_file() else None
+    from transformers.utils import cached_file
+
+    found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+    return Path(found).read_bytes() if found else None
 
 
 def gguf_source(path: Path) -> Source:
@@ -56,9 +94,14 @@ def _causal_lm(name: str, origin: str, gguf_file: str | None = None, kept: Any =
     from transformers import AutoModelForCausalLM
 
     more = {"gguf_file": gguf_file} if gguf_file else {}
+    model = _load(AutoModelForCausalLM, name, more)
+    return language_model(model, origin, files=_tokenizer_files(name, more), kept=kept)
+
+
+def _load(loader: Any, name: str, more: Mapping[str, str]) -> Any:
     with _quiet():
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            return loader.from_pretrained(
                 name,
                 dtype=torch.float32,
                 attn_implementation="eager",
@@ -68,40 +111,36 @@ def _causal_lm(name: str, origin: str, gguf_file: str | None = None, kept: Any =
             )
         except Exception as error:
             raise ExportError(_load_failure(name, error)) from error
-    return language_model(model, origin, files=_tokenizer_files(name, more), kept=kept)
 
 
 def language_model(model: Any, origin: str, files: Mapping[str, bytes] | None = None, kept: Any = None) -> Source:
-    """A Source of any transformers causal language model object.
-
-    Raises:
-        ExportError: the model's attention does not go through transformers' attention interface.
-    """
+    """A Source of any transformers causal language model object."""
     attention.register()
+    experts.register()
     model = model.eval()
     if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
         model = model.float()
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    arguments = inspect.signature(model.forward).parameters
+    takes_positions, takes_past = "position_ids" in arguments, "past_key_values" in arguments
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     ids = Input("input_ids", torch.int64, ("batch", "sequence"), high=vocabulary)
     positions = Input("position_ids", torch.int64, ("batch", "sequence"))
-    config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_CONFIG}
+    config = {key: value for key, value in model.config.to_dict().items() if key not in tasks.NOT_CONFIG}
     generation = getattr(model, "generation_config", None)
 
     @contextlib.contextmanager
     def tracing() -> Iterator[None]:
-        before = model.config._attn_implementation
-        try:
-            model.set_attn_implementation(attention.NAME)
-        except (ValueError, ImportError) as error:
-            raise ExportError(
-                f"{type(model).__name__} does not use transformers' attention interface, so its attention cannot be "
-                f"seen: {error}"
-            ) from error
+        before = model.config._attn_implementation, model.config._experts_implementation
+        with _quiet(), contextlib.suppress(ValueError, ImportError):
+            # Where the model lets it, attention becomes one node; where not, it is traced as it is written.
+            model.set_attn_implementation(attention.PAST if takes_past else attention.NAME)
+        model.set_experts_implementation(experts.NAME)
         try:
             yield
         finally:
-            model.set_attn_implementation(before)
+            with _quiet():
+                model.set_attn_implementation(before[0])
+            model.set_experts_implementation(before[1])
 
     return Source(
         module=model,
@@ -114,6 +153,7 @@ def language_model(model: Any, origin: str, files: Mapping[str, bytes] | None = 
         files=files or {},
         fixed={"use_cache": False},
         tracing=tracing,
+        past=takes_past,
         kept=kept,
     )
 
@@ -143,7 +183,7 @@ def _load_failure(name: str, error: Exception) -> str:
             f"{name} is no file or folder here, and the hub could not give it: {first[:300]} Download the model's "
             "folder by other means and pass its path."
         )
-    return f"transformers cannot load {name} as a causal language model: {type(error).__name__}: {first[:400]}"
+    return f"transformers cannot load {name}: {type(error).__name__}: {first[:400]}"
 
 
 @contextlib.contextmanager

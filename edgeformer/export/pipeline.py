@@ -12,17 +12,20 @@ import onnx_ir as ir
 from edgeformer.bundle import seal, write_bundle
 from edgeformer.errors import ExportError
 from edgeformer.export import accuracy, parity
+from edgeformer.export.cached import with_past
 from edgeformer.export.options import ExportOptions
 from edgeformer.export.passes.attention import standard_attention, window_masks
-from edgeformer.export.passes.cache import insert_cache
+from edgeformer.export.passes.cache import insert_cache, join_cache
 from edgeformer.export.passes.edit import infer_shapes
 from edgeformer.export.passes.finish import finish
 from edgeformer.export.passes.float16 import to_float16
 from edgeformer.export.passes.linear import canonical_linears
 from edgeformer.export.passes.logits import keep_logits
+from edgeformer.export.passes.masks import drop_true
 from edgeformer.export.passes.names import restore_names
 from edgeformer.export.passes.reshape import drop_reshapes
 from edgeformer.export.passes.rotary import full_angles
+from edgeformer.export.passes.slices import own_slices
 from edgeformer.export.plan import Quantized, holding, quantize_graph
 from edgeformer.export.progress import Progress, Silent
 from edgeformer.export.run import Graph
@@ -110,15 +113,21 @@ def float_graph(source: Source) -> Traced:
     Raises:
         ExportError: the module cannot be traced, or a pass finds what it cannot handle.
     """
+    stepper = with_past(source) if source.past else None
     with source.tracing():
-        model = trace(Positional(source), source.inputs, source.outputs)
+        if stepper is None:
+            model = trace(Positional(source), source.inputs, source.outputs)
+        else:
+            model = trace(stepper.module, stepper.inputs, stepper.outputs)
     buffers = dict(source.module.named_buffers())  # those that no checkpoint stores have names too
     restore_names(model, source.module.state_dict().keys() | buffers.keys(), Positional.PREFIX)
+    own_slices(model)
+    drop_true(model)
     drop_reshapes(model)
     transposed = canonical_linears(model)
     full_angles(model)
     standard_attention(model)
-    layers = insert_cache(model)
+    layers = join_cache(model) if source.past else insert_cache(model)
     window_masks(model)
     if source.is_language_model and layers:
         keep_logits(model)

@@ -34,6 +34,7 @@ class Source:
     files: Mapping[str, bytes] = field(default_factory=dict)  # tokenizer.json, ...
     fixed: Mapping[str, Any] = field(default_factory=dict)  # arguments of forward that are not inputs
     tracing: Callable[[], AbstractContextManager[Any]] = nullcontext  # entered while the module is traced
+    past: bool = False  # the module has a cache of its own kind, and is traced with it
     kept: Callable[[F32], Blocks | None] | None = None  # a weight's own blocks, where the source has them
     license: str | None = None
     processing: Mapping[str, Any] = field(default_factory=dict)  # what an app does before and after the graph
@@ -49,6 +50,18 @@ class Source:
         """Positions that the model was made for; None where its config sets no limit."""
         found = (self.config.get(name) for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"))
         return next((value for value in found if isinstance(value, int) and value > 0), None)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An encoder-decoder model: two sources over one module, traced apart.
+
+    The decoder takes `input_ids` and what the encoder gives, `encoder_hidden_states`, with `encoder_attention_mask`
+    where the encoder has an `attention_mask`.
+    """
+
+    encoder: Source
+    decoder: Source
 
 
 class Positional(torch.nn.Module):
@@ -91,7 +104,7 @@ def run(source: Source, feeds: Mapping[str, torch.Tensor]) -> dict[str, F32]:
     return {name: value.float().numpy() for name, value in zip(source.outputs, values, strict=True)}
 
 
-def load_source(options: ExportOptions) -> Source:
+def load_source(options: ExportOptions) -> Source | Pair:
     """The source that `options.source` names.
 
     Raises:
@@ -103,7 +116,7 @@ def load_source(options: ExportOptions) -> Source:
 
         return gguf_source(path)
     if (path / "config.json").is_file():
-        return _folder_source(path)
+        return _folder_source(path, options.architecture)
     if ":" in name and not path.exists():
         from edgeformer.export.factory import factory_source
 
@@ -118,10 +131,10 @@ def load_source(options: ExportOptions) -> Source:
         raise ExportError(f"{name} does not exist.")
     from edgeformer.export.hub import hub_source
 
-    return hub_source(name)
+    return hub_source(name, options.architecture)
 
 
-def _folder_source(path: Path) -> Source:
+def _folder_source(path: Path, architecture: str | None) -> Source | Pair:
     from edgeformer.models.checkpoint import read_config
 
     if "edgeformer_factory" in read_config(path):
@@ -130,4 +143,4 @@ def _folder_source(path: Path) -> Source:
         return checkpoint_source(path)
     from edgeformer.export.hub import folder_source
 
-    return folder_source(path)
+    return folder_source(path, architecture)

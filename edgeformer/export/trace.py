@@ -104,7 +104,7 @@ def _keep_parameters(node: ir.Node) -> bool | None:
     """A parameter is never folded away: its name and its [N, K] layout are what quantization and parity go by."""
     touched = [value for value in node.inputs if value is not None and value.is_initializer()]
     large = any(value.shape is not None and len(value.shape) >= 2 for value in touched)
-    return False if large and node.op_type in ("Transpose", "Reshape", "Cast", "Mul", "Add") else None
+    return False if large and node.op_type in ("Transpose", "Reshape", "Cast", "Mul", "Add", "Gather") else None
 
 
 def _takes_star_args(module: torch.nn.Module) -> bool:

@@ -48,6 +48,13 @@ def window_masks(model: ir.Model) -> None:
 
 
 def _window_mask(model: ir.Model, tape: Tape, node: ir.Node, window: int) -> ir.Value:
+    q_pos, k_pos = positions(model, tape, node)
+    return tape.op("Less", [tape.op("Sub", [q_pos, k_pos]), constant(model, f"number_{window}", np.array(window))])
+
+
+def positions(model: ir.Model, tape: Tape, node: ir.Node) -> tuple[ir.Value, ir.Value]:
+    """Positions of an Attention's queries [sequence, 1] and keys [1, total]: the last query stands at the last key."""
+
     def number(value: int) -> ir.Value:
         return constant(model, f"number_{value}", np.array(value, np.int64))
 
@@ -58,9 +65,12 @@ def _window_mask(model: ir.Model, tape: Tape, node: ir.Node, window: int) -> ir.
         return tape.op("Squeeze", [tape.op("Shape", [value], {"start": 2, "end": 3}), axis(0)])
 
     past = node.inputs[4] if len(node.inputs) > 4 else None
-    first = number(0) if past is None else length(past)
-    total = tape.op("Add", [first, length(node.inputs[0])])
-    q_pos = tape.op("Range", [first, total, number(1)])  # [sequence]
-    k_pos = tape.op("Range", [number(0), total, number(1)])  # [total]
-    age = tape.op("Sub", [tape.op("Unsqueeze", [q_pos, axis(1)]), tape.op("Unsqueeze", [k_pos, axis(0)])])
-    return tape.op("Less", [age, number(window)])
+    if past is not None:
+        first = length(past)
+        total = tape.op("Add", [first, length(node.inputs[0])])
+    else:
+        total = length(node.inputs[1])
+        first = tape.op("Sub", [total, length(node.inputs[0])])
+    q_pos = tape.op("Range", [first, total, number(1)])
+    k_pos = tape.op("Range", [number(0), total, number(1)])
+    return tape.op("Unsqueeze", [q_pos, axis(1)]), tape.op("Unsqueeze", [k_pos, axis(0)])

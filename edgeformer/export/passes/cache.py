@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import onnx_ir as ir
+from onnx_ir.tape import Tape
 
 from edgeformer.errors import ExportError
-from edgeformer.export.passes.edit import integers, nodes
+from edgeformer.export.attention import DOMAIN
+from edgeformer.export.cached import APPEND
+from edgeformer.export.passes.attention import positions
+from edgeformer.export.passes.edit import integers, nodes, redirect, replace
 
 
 def insert_cache(model: ir.Model) -> int:
@@ -37,6 +41,56 @@ def insert_cache(model: ir.Model) -> int:
         _with_cache(node, pasts, presents)
         model.graph.outputs.extend(presents)
     return len(causal)
+
+
+def join_cache(model: ir.Model) -> int:
+    """The same for a graph traced with its past: `edgeformer::Append(new, past)` moves into the Attention that reads it.
+
+    A later Attention on the same keys and values reads the first one's present, with its causality as a mask. An
+    Append that no Attention takes becomes `Concat(past, new)`. Returns the number of layers with a cache.
+    """
+    appends = {node.outputs[0]: node for node in nodes(model, APPEND, domain=DOMAIN)}
+    for node in nodes(model, "Attention"):
+        found = [appends.get(value) for value in node.inputs[1:3] if value is not None]
+        key, value = found if len(found) == 2 else (None, None)
+        if key is not None and value is not None and key is not value:
+            _move_into(model, node, key, value)
+            del appends[key.outputs[0]], appends[value.outputs[0]]
+        elif integers(node, "is_causal"):
+            _causal_mask(model, node)
+    for append in appends.values():
+        tape = Tape()
+        replace(model, append, tape, tape.op("Concat", [append.inputs[1], append.inputs[0]], {"axis": 2}))
+    model.opset_imports.pop(DOMAIN, None)
+    for output in model.graph.outputs:
+        if output.name is not None and output.name.startswith("present.") and output.shape is not None:
+            output.shape = ir.Shape([*output.shape[:2], "total_sequence", output.shape[3]])
+    return sum(str(output.name).endswith(".key") for output in model.graph.outputs)
+
+
+def _move_into(model: ir.Model, node: ir.Node, key: ir.Node, value: ir.Node) -> None:
+    node.resize_inputs(6)
+    node.resize_outputs(3)
+    for index, append in enumerate((key, value), start=1):
+        node.replace_input_with(index, append.inputs[0])
+        node.replace_input_with(index + 3, append.inputs[1])
+        present, joined = node.outputs[index], append.outputs[0]
+        present.shape, present.type = joined.shape, joined.type
+        redirect(model, joined, present)
+        model.graph.remove(append, safe=True)
+
+
+def _causal_mask(model: ir.Model, node: ir.Node) -> None:
+    """`is_causal` of an Attention without a past of its own, whose last query is as old as its last key, as a mask."""
+    tape = Tape()
+    q_pos, k_pos = positions(model, tape, node)
+    seen = tape.op("LessOrEqual", [k_pos, q_pos])
+    if len(node.inputs) > 3 and node.inputs[3] is not None:
+        raise ExportError("an attention on another's keys and values has a mask beside its causality.")
+    model.graph.insert_before(node, tape.nodes)
+    node.resize_inputs(max(4, len(node.inputs)))
+    node.replace_input_with(3, seen)
+    node.attributes["is_causal"] = ir.AttrInt64("is_causal", 0)
 
 
 def _with_cache(node: ir.Node, pasts: list[ir.Value], presents: list[ir.Value]) -> None:
