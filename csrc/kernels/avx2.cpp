@@ -25,15 +25,15 @@ struct S : Lanes {
 
   // A step of nibbles adds at most 2 * 15 * 127 to an int16, so 8 steps (30480) fit before they are widened.
   using NibbleSum = I;
-  static NibbleSum nzero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static NibbleSum nzero(int32_t) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
   template <int index>
   static NibbleSum ndot(NibbleSum s, W w, X x) {
     const __m256i v = step(x, index);
     return {_mm256_add_epi16(s.a, _mm256_maddubs_epi16(w.a, v)), _mm256_add_epi16(s.b, _mm256_maddubs_epi16(w.b, v))};
   }
-  static I nsum(NibbleSum s) {
+  static I nsum(NibbleSum s, int32_t c) {
     const __m256i one = _mm256_set1_epi16(1);
-    return {_mm256_madd_epi16(s.a, one), _mm256_madd_epi16(s.b, one)};
+    return iadd({_mm256_madd_epi16(s.a, one), _mm256_madd_epi16(s.b, one)}, iset1(c));
   }
 
   // Bytes: |w| unsigned times x with w's sign, at most 2 * 127 * 127 in an int16. q is never -128: -(-128) does not

@@ -86,12 +86,12 @@ struct S {
     __builtin_memcpy(&four, x + 4 * index, 4);
     return _mm512_set1_epi32(four);
   }
-  static NibbleSum nzero() { return _mm512_setzero_si512(); }
+  static NibbleSum nzero(int32_t c) { return _mm512_set1_epi32(c); }
   template <int index>
   static NibbleSum ndot(NibbleSum sum, W w, X x) {
     return _mm512_dpbusd_epi32(sum, w, step(x, index));
   }
-  static I nsum(NibbleSum sum) { return sum; }
+  static I nsum(NibbleSum sum, int32_t) { return sum; }
   static ByteSum bzero(int32_t offset) { return _mm512_set1_epi32(offset); }
   template <int index>
   static ByteSum bdot(ByteSum sum, W w, X x) {

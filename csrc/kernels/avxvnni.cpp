@@ -30,12 +30,12 @@ struct S : Lanes {
   }
 
   using NibbleSum = I;
-  static NibbleSum nzero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static NibbleSum nzero(int32_t c) { return iset1(c); }
   template <int index>
   static NibbleSum ndot(NibbleSum s, W w, X x) {
     return dot<index>(s, w, x);
   }
-  static I nsum(NibbleSum s) { return s; }
+  static I nsum(NibbleSum s, int32_t) { return s; }
 
   using ByteSum = I;
   static W byte_weight(const uint8_t* p) { return load_w(p); }

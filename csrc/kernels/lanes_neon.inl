@@ -102,12 +102,12 @@ struct Lanes {
   using X = int8x16_t;
   static X load_x(const int8_t* p) { return vld1q_s8(p); }
   using NibbleSum = I;
-  static I nzero() { return iset1(0); }
+  static I nzero(int32_t c) { return iset1(c); }
   template <int index>
   static I ndot(I s, W w, X x) {
     EDGEFORMER_EACH(I, vdotq_laneq_s32(s.v[j], w.v[j], x, index))
   }
-  static I nsum(I s) { return s; }
+  static I nsum(I s, int32_t) { return s; }
   using ByteSum = I;
   static I bzero(int32_t) { return iset1(0); }
   template <int index>

@@ -9,7 +9,8 @@
 //   half (16 fp16 -> F), narrow (16 int32 in -128..127 -> 16 bytes), sum (the tree), isum, imaximum
 //   Weights: W holds 4 columns of 16 rows as bytes. X gives 16 columns of one activation row, as 4 steps.
 //     nibble_low/high(p) -> W; byte_weight(p) -> W (from q + 128); load_w/store_w for unpacked tiles
-//     NibbleSum: nzero, ndot<step>(sum, W, X), nsum(sum) -> I.  ByteSum: bzero(offset), bdot<step>, bsum(sum) -> I
+//     NibbleSum: nzero(c), ndot<step>(sum, W, X), nsum(sum, c) -> I, c added by one of the two.
+//     ByteSum: bzero(offset), bdot<step>, bsum(sum) -> I
 //     bzero takes -128 * sum of x where W is unsigned, and ignores it where byte_weight gives signed bytes
 //   kGemvRows, kTileRows, kTilePanels: how many rows of activations (and panels) fit the registers
 // The including file has opened its target region and an anonymous namespace.
@@ -257,6 +258,12 @@ inline __attribute__((always_inline)) void dot_slice(const Block (&block)[P], co
     }
 }
 
+// What undoes the + 8 of q4's nibbles: -8 * sum of x.
+template <class Q>
+inline int32_t centre(const XBlock& xb) {
+  return Q::kCentred ? xb.offset >> 4 : 0;
+}
+
 // acc[R][P] += one 32-column block of P panels times R rows, in the order of kernels.h.
 template <class Q, int R, int P, class Block>
 inline __attribute__((always_inline)) void add_block(const Block (&block)[P], const int8_t* xq, const XBlock* xb,
@@ -265,7 +272,7 @@ inline __attribute__((always_inline)) void add_block(const Block (&block)[P], co
   if constexpr (Q::kNibbles) {
     typename S::NibbleSum sum[R][P];
     for (int r = 0; r < R; r++)
-      for (int p = 0; p < P; p++) sum[r][p] = S::nzero();
+      for (int p = 0; p < P; p++) sum[r][p] = S::nzero(centre<Q>(xb[r * ldb]));
     for (int r = 0; r < R; r++) x[r] = S::load_x(xq + r * ldq);
     dot_slice<Q, 0, R, P>(block, x, sum);
     dot_slice<Q, 1, R, P>(block, x, sum);
@@ -279,8 +286,7 @@ inline __attribute__((always_inline)) void add_block(const Block (&block)[P], co
     for (int p = 0; p < P; p++) {
       const F ws = block[p].scale();
       for (int r = 0; r < R; r++) {
-        I dot = S::nsum(sum[r][p]);
-        if constexpr (Q::kCentred) dot = S::iadd(dot, S::iset1(xb[r * ldb].offset / 16));
+        const I dot = S::nsum(sum[r][p], centre<Q>(xb[r * ldb]));
         acc[r][p] = S::fma(S::to_float(dot), S::mul(f16(xb[r * ldb].scale), ws), acc[r][p]);
       }
       if constexpr (Q::kMinimum) {
