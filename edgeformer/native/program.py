@@ -518,7 +518,7 @@ def describe(program: Program, sample: dict[str, int] | None = None) -> str:
     for number, op in enumerate(program.ops):
         outs = " ".join(show(i) for i in op.outputs if i >= 0)
         ins = " ".join(slots[i].name for i in op.inputs if i >= 0)
-        cache = op.ints.get("layer", [-1])[0]
+        cache = op.ints["layer"][0] if op.kind == "attend" else -1
         detail = op.note + (f" cache {cache}" if cache >= 0 else "")
         note = f"  ({detail})" if detail else ""
         lines.append(f"{number:4d}  {op.kind:<9} {ins} -> {outs}{note}")
