@@ -145,7 +145,7 @@ def write_bundle(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
     final = Path(os.path.realpath(path))  # a link to a folder stays a link
     final.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(final)
-    _check_target(final, overwrite)
+    check_target(final, overwrite)
     temporary = final.parent / f".{final.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
     os.mkdir(temporary)
     lock = _lock(temporary)
@@ -153,7 +153,7 @@ def write_bundle(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
         yield temporary
         _fsync_tree(temporary)
         Bundle.open(temporary, check="hashes")
-        _check_target(final, overwrite)
+        check_target(final, overwrite)
         _put_in_place(temporary, final)
         _fsync(final.parent)
     finally:
@@ -198,7 +198,13 @@ def seal(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> Json:
     return sealed_again
 
 
-def _check_target(final: Path, overwrite: bool) -> None:
+def check_target(path: str | os.PathLike[str], overwrite: bool) -> None:
+    """Refuses at once what `write_bundle` would refuse at its end.
+
+    Raises:
+        BundleError: `path` exists and may not be replaced.
+    """
+    final = Path(os.path.realpath(path))
     if not os.path.lexists(final):
         return
     if not overwrite:

@@ -71,7 +71,7 @@ def _read(name: str, file: str) -> bytes | None:
     """A file of the model's folder, or of its place on the hub."""
     if Path(name).is_dir():
         return (Path(name) / file).read_bytes() if (Path(name) / file).is_file() else None
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     return Path(found).read_bytes() if found else None

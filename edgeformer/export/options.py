@@ -31,6 +31,7 @@ class ExportOptions:
     weights: Path | None = None  # for module:factory: a .safetensors file, or a .pt file of plain tensors
     input: tuple[str, ...] = ()  # for module:factory: name=dtype[axis,...], for example x=float32[batch,sequence,3]
     output_names: tuple[str, ...] = ()  # for module:factory: names of what forward returns
+    architecture: str | None = None  # for a Hugging Face source: load this class, not the one that config.json names
     task: str | None = None  # a word for people and apps: text-generation, forecasting, ...
     text: Path | None = None  # accuracy is measured on this text; by default on the Python language reference
     tokens: int = 1024  # how many tokens of it; 0 leaves accuracy unmeasured

@@ -94,10 +94,10 @@ def whole(source: Source, graph: Graph, count: int = 3) -> Iterator[Check]:
         feeds = {value.name: value.sample(sizes, seed + index) for index, value in enumerate(source.inputs)}
         outputs, _ = graph({name: value.numpy() for name, value in feeds.items()})
         shown = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
-        yield compare(shown, *(_without_padding(values, feeds) for values in (run(source, feeds), outputs)))
+        yield compare(shown, *(without_padding(values, feeds) for values in (run(source, feeds), outputs)))
 
 
-def _without_padding(outputs: Mapping[str, Any], feeds: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def without_padding(outputs: Mapping[str, Any], feeds: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Outputs with a row for each token are zero where the token is padding: what stands there means nothing."""
     mask = feeds.get("attention_mask")
     if mask is None:

@@ -9,11 +9,12 @@ from typing import Any
 
 import onnx_ir as ir
 
-from edgeformer.bundle import seal, write_bundle
+from edgeformer.bundle import check_target, seal, write_bundle
 from edgeformer.errors import ExportError
 from edgeformer.export import accuracy, parity
 from edgeformer.export.cached import with_past
 from edgeformer.export.options import ExportOptions
+from edgeformer.export.pair import export_pair
 from edgeformer.export.passes.attention import standard_attention, window_masks
 from edgeformer.export.passes.cache import insert_cache, join_cache
 from edgeformer.export.passes.edit import infer_shapes
@@ -29,7 +30,8 @@ from edgeformer.export.passes.slices import own_slices
 from edgeformer.export.plan import Quantized, holding, quantize_graph
 from edgeformer.export.progress import Progress, Silent
 from edgeformer.export.run import Graph
-from edgeformer.export.source import Positional, Source, load_source
+from edgeformer.export.seq2seq import TracedPair
+from edgeformer.export.source import Pair, Positional, Source, load_source
 from edgeformer.export.trace import trace
 from edgeformer.export.write import GRAPH, manifest, save_graph, write_reference, write_texts
 
@@ -49,7 +51,9 @@ class Traced:
 
 
 def export(
-    options: ExportOptions, progress: Progress | None = None, traced: Source | Traced | None = None
+    options: ExportOptions,
+    progress: Progress | None = None,
+    traced: Source | Traced | Pair | TracedPair | None = None,
 ) -> dict[str, Any]:
     """Writes the bundle that `options` describe and returns its manifest.
 
@@ -61,10 +65,14 @@ def export(
         BundleError: `options.output` exists and `options.overwrite` is false.
     """
     progress = progress or Silent()
+    check_target(options.output, options.overwrite)
+    if traced is None:
+        progress.stage(f"load {options.source}")
+        traced = load_source(options)
+    if isinstance(traced, Pair | TracedPair):
+        decoder = (traced if isinstance(traced, Pair) else traced.pair).decoder
+        return export_pair(options, progress, traced, _scheme(options, decoder))
     with write_bundle(options.output, overwrite=options.overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
-        if traced is None:
-            progress.stage(f"load {options.source}")
-            traced = load_source(options)
         if isinstance(traced, Source):
             _scheme(options, traced)
             progress.stage("trace")

@@ -28,7 +28,9 @@ class Graph:
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
-        self.past = [name for name in self.inputs if name.startswith("past_key_values.")]
+        # Of an encoder-decoder's cache, what the encoder made is an input like any other: it does not grow.
+        pasts = (name for name in self.inputs if name.startswith("past_key_values."))
+        self.past = [name for name in pasts if name.replace("past_key_values", "present") in self.outputs]
 
     def __call__(
         self, feeds: Mapping[str, Array], past: Mapping[str, Array] | None = None

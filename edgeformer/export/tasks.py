@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from edgeformer.export.trace import Input
 NOT_CONFIG = ("quantization_config", "_name_or_path", "_attn_implementation", "_attn_implementation_autoset")
 EMBEDDINGS = ("text_embeds", "image_embeds")  # of two-tower models: one vector a text or picture
 PREPROCESSOR = "preprocessor_config.json"
+Read = Callable[[str], bytes | None]  # a file of the model's folder; None where there is none
 _WAVE_UNIT = 400  # samples: convolutions over raw sound eat up less than this for one frame
 
 
@@ -163,14 +163,14 @@ def sound_inputs(model: Any, main: str, files: Mapping[str, bytes]) -> tuple[Inp
     if bins:
         return (Input(main, torch.float32, ("batch", int(config.max_length), int(bins))),)
     wave = Input(main, torch.float32, ("batch", "samples"), unit=_WAVE_UNIT)
-    masked = bool(_json(files, PREPROCESSOR).get("return_attention_mask"))
+    masked = bool(_object(files.get(PREPROCESSOR)).get("return_attention_mask"))
     mask = Input("attention_mask", torch.int64, wave.shape, unit=_WAVE_UNIT)
     return (wave, mask) if masked else (wave,)
 
 
 def image_size(config: Any, files: Mapping[str, bytes]) -> tuple[int, int]:
     """(height, width) that the preprocessing ends with; without one what the config names."""
-    settings = _json(files, PREPROCESSOR)
+    settings = _object(files.get(PREPROCESSOR))
     cropped = settings.get("do_center_crop") and settings.get("crop_size")
     size = cropped or (settings.get("size") if settings.get("do_resize", True) else None) or config.image_size
     if isinstance(size, Mapping) and "height" in size:
@@ -182,8 +182,14 @@ def image_size(config: Any, files: Mapping[str, bytes]) -> tuple[int, int]:
 
 def _outputs(model: Any, inputs: tuple[Input, ...]) -> tuple[str, ...]:
     feeds = {value.name: value.sample({"batch": 2, "sequence": 5, "samples": 8}, 0) for value in inputs}
-    with torch.no_grad():
-        result = model(**feeds, **fixed_arguments(model))
+    try:
+        with torch.no_grad():
+            result = model(**feeds, **fixed_arguments(model))
+    except Exception as error:
+        raise ExportError(
+            f"{type(model).__name__} does not run on {', '.join(feeds)} alone: {type(error).__name__}: "
+            f"{str(error)[:200]} If it joins two models, name one of them with --architecture."
+        ) from error
     if "logits" in result:
         return ("logits",)
     wanted = [*EMBEDDINGS, "last_hidden_state", *([] if inputs[0].name == "input_ids" else ["pooler_output"])]
@@ -193,12 +199,16 @@ def _outputs(model: Any, inputs: tuple[Input, ...]) -> tuple[str, ...]:
     return found
 
 
-def processing_of(folder: Path, config: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
-    """What an app does before and after the graph: {max_length, pooling, normalize}, as the folder's files say it."""
+def processing_of(read: Read, config: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+    """What an app does before and after the graph: {max_length, pooling, normalize}, as the folder's files say it.
+
+    Raises:
+        ExportError: the folder asks for steps after the model that are not known here.
+    """
     found: dict[str, Any] = {}
     lengths = [
-        _read(folder / "sentence_bert_config.json").get("max_seq_length"),
-        _read(folder / "tokenizer_config.json").get("model_max_length"),
+        _object(read("sentence_bert_config.json")).get("max_seq_length"),
+        _object(read("tokenizer_config.json")).get("model_max_length"),
         config.get("max_position_embeddings"),
     ]
     # A tokenizer without a limit says 10^30.
@@ -206,24 +216,20 @@ def processing_of(folder: Path, config: Mapping[str, Any], outputs: Sequence[str
     if length is not None:
         found["max_length"] = length
     if "last_hidden_state" in outputs and not set(EMBEDDINGS) & set(outputs):
-        found |= _pooling(folder)
+        found |= _pooling(read)
     return found
 
 
-def _pooling(folder: Path) -> dict[str, Any]:
-    """{pooling: "mean" | "cls" | "max" | "last", normalize} from sentence-transformers' files; else mean, normalized.
-
-    Raises:
-        ExportError: the folder asks for steps after the model that are not known here.
-    """
-    path = folder / "modules.json"
-    if not path.is_file():
+def _pooling(read: Read) -> dict[str, Any]:
+    """{pooling: "mean" | "cls" | "max" | "last", normalize} as sentence-transformers' files say it."""
+    listed = read("modules.json")
+    if listed is None:
         return {"pooling": "mean", "normalize": True}
-    modules = [(str(m["type"]).rpartition(".")[2], folder / m["path"]) for m in json.loads(path.read_text("utf-8"))]
+    modules = [(str(m["type"]).rpartition(".")[2], str(m["path"])) for m in json.loads(listed)]
     strange = [kind for kind, _ in modules if kind not in ("Transformer", "Pooling", "Normalize")]
     if strange:
         raise ExportError(f"modules.json asks for {', '.join(strange)} after the model; known: Pooling, Normalize.")
-    pooling = next((_read(place / "config.json") for kind, place in modules if kind == "Pooling"), {})
+    pooling = next((_object(read(f"{place}/config.json")) for kind, place in modules if kind == "Pooling"), {})
     chosen = pooling.get("pooling_mode") or [
         key.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token").removesuffix("token")
         for key, value in pooling.items()
@@ -236,9 +242,5 @@ def _pooling(folder: Path) -> dict[str, Any]:
     return {"pooling": chosen[0], "normalize": any(kind == "Normalize" for kind, _ in modules)}
 
 
-def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    return dict(json.loads(files[name])) if name in files else {}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
+def _object(text: bytes | None) -> dict[str, Any]:
+    return {} if text is None else dict(json.loads(text))

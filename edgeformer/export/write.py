@@ -75,9 +75,7 @@ def manifest(
     return {
         "task": source.task,
         "producer": _versions(),
-        "graphs": {
-            "model": {"file": GRAPH, "inputs": _shapes(model.graph.inputs), "outputs": _shapes(model.graph.outputs)}
-        },
+        "graphs": {"model": graph_shapes(model, GRAPH)},
         "quantization": _quantization(model, options, scheme, weights),
         **reports,
         "provenance": {
@@ -108,6 +106,11 @@ def _quantization(model: ir.Model, options: ExportOptions, scheme: str, weights:
         "bits_per_weight": round(bits / size, 3) if size else (16.0 if options.dtype == "float16" else 32.0),
         "tensors": {name: schemes.count(name) for name in dict.fromkeys(schemes)},
     }
+
+
+def graph_shapes(model: ir.Model, file: str) -> dict[str, Any]:
+    """One graph of a bundle as the manifest describes it."""
+    return {"file": file, "inputs": _shapes(model.graph.inputs), "outputs": _shapes(model.graph.outputs)}
 
 
 def _shapes(values: Iterable[ir.Value]) -> dict[str, Any]:

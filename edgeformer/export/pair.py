@@ -1,0 +1,175 @@
+"""One export of an encoder-decoder model: both graphs checked together, quantized, checked again, written."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from edgeformer.bundle import seal, write_bundle
+from edgeformer.export import parity
+from edgeformer.export.options import ExportOptions
+from edgeformer.export.parity import Check
+from edgeformer.export.passes.finish import finish
+from edgeformer.export.passes.float16 import to_float16
+from edgeformer.export.passes.hoist import STATES
+from edgeformer.export.plan import Quantized, holding, quantize_graph
+from edgeformer.export.progress import Progress
+from edgeformer.export.run import Graph
+from edgeformer.export.seq2seq import FILES, MASK, RESULT, TracedPair, pair_graphs
+from edgeformer.export.source import Pair, run
+from edgeformer.export.trace import axes
+from edgeformer.export.write import graph_shapes, manifest, save_graph, write_texts
+
+_STEPS = ((5, 1, 1, 1, 2), (3, 1, 2), (7,))
+_REFERENCE = (1, 24, 12)  # batch, tokens of the source, decoded tokens
+FLOAT16_TOLERANCE = 2e-2  # see pipeline.FLOAT16_TOLERANCE
+
+
+def export_pair(options: ExportOptions, progress: Progress, traced: Pair | TracedPair, scheme: str) -> dict[str, Any]:
+    """Writes the bundle and returns its manifest.
+
+    Raises:
+        ExportError: the pair cannot be traced or quantized.
+        ParityError: the graphs' numbers are not PyTorch's. Nothing is written.
+        BundleError: `options.output` exists and `options.overwrite` is false.
+    """
+    with write_bundle(options.output, overwrite=options.overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
+        if isinstance(traced, Pair):
+            progress.stage("trace")
+            traced = pair_graphs(traced)
+        pair, models = traced.pair, (traced.encoder.clone(), traced.decoder.clone())
+        half, quantized = options.dtype == "float16", scheme != "none"
+
+        progress.stage("check the float graphs against PyTorch")
+        place = Path(scratch) if half or quantized else folder
+        _save(models, place)
+        report: dict[str, Any] = {"float": parity.gate(pair_checks(pair, PairGraphs(place), _STEPS))}
+
+        weights: list[Quantized] = []
+        if quantized:
+            for model, source in zip(models, (pair.encoder, pair.decoder), strict=True):
+                done = quantize_graph(model, source, options, scheme, traced.transposed, progress)
+                weights += [weight for weight in done if weight.name not in {w.name for w in weights}]
+                finish(model, f"{source.origin}, quantized {scheme}")
+            place = Path(scratch) / "quantized" if half else folder
+            _save(models, place)
+            progress.stage("check the quantized graphs against PyTorch with the same weights")
+            with holding(pair.encoder.module, weights):
+                checks = pair_checks(pair, PairGraphs(place, optimized=False), _STEPS[1:2])
+                report["dequantized"] = parity.gate(checks)
+        if half:
+            for model in models:
+                to_float16(model)
+            _save(models, folder)
+            progress.stage("check the float16 graphs")
+            with holding(pair.encoder.module, weights):
+                checks = pair_checks(pair, PairGraphs(folder), _STEPS[1:2])
+                report["float16"] = parity.gate(checks, FLOAT16_TOLERANCE)
+
+        progress.stage("write")
+        tolerance = _write_reference(pair, folder, weights, exact=not (half or quantized))
+        write_texts(pair.encoder, folder)
+        parts: dict[str, Any] = {
+            "parity": {"dequantized": None, **report},
+            "accuracy": None,
+            "reference": {"file": "reference.npz", "tolerance": tolerance},
+        }
+        if pair.encoder.processing:
+            parts["processing"] = dict(pair.encoder.processing)
+        content = manifest(models[1], pair.encoder, options, scheme, weights, **parts)
+        content["graphs"] = {name: graph_shapes(model, FILES[name]) for name, model in zip(FILES, models, strict=True)}
+        return seal(folder, content)
+
+
+def _save(models: Sequence[ir.Model], folder: Path) -> None:
+    for model, file in zip(models, FILES.values(), strict=True):
+        save_graph(model, folder / file)
+
+
+def _write_reference(pair: Pair, folder: Path, weights: Sequence[Quantized], exact: bool) -> dict[str, float]:
+    """`reference.npz`: a source and an answer with PyTorch's logits and the bundle's; see `write.write_reference`."""
+    feeds, ids = sample_pair(pair, *_REFERENCE, 99)
+    arrays = {name: value.numpy() for name, value in feeds.items()}
+    _, fixed = (graphs := PairGraphs(folder)).encode(arrays)
+    found = {"logits": graphs.decode(ids.numpy(), fixed, (ids.shape[1],))}
+    original = {"logits": truth(pair, feeds, ids)["logits"]}
+    moved = 0.0
+    if not exact:
+        with holding(pair.encoder.module, weights):
+            held = {"logits": truth(pair, feeds, ids)["logits"]}
+        moved = parity.compare("reference", held, found).worst
+    stored = {f"input.{name}": value for name, value in arrays.items()} | {"input.decoder_input_ids": ids.numpy()}
+    stored |= {f"float.{name}": value for name, value in original.items()}
+    stored |= {f"bundle.{name}": value for name, value in found.items()}
+    np.savez_compressed(folder / "reference.npz", **stored)  # type: ignore[arg-type]
+    return {"logits": 3 * moved + 10 * parity.TOLERANCE}
+
+
+class PairGraphs:
+    """Both written graphs on plain onnxruntime."""
+
+    def __init__(self, folder: Path, *, optimized: bool = True) -> None:
+        self.encoder = Graph(folder / FILES["encoder"], optimized=optimized)
+        self.decoder = Graph(folder / FILES["decoder"], optimized=optimized)
+
+    def encode(self, feeds: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """(last_hidden_state, what the decoder needs of the source)."""
+        outputs, _ = self.encoder(feeds)
+        states = outputs.pop(RESULT)
+        fixed = {name.replace("present.", "past_key_values."): value for name, value in outputs.items()}
+        if "attention_mask" in feeds:
+            fixed[MASK] = feeds["attention_mask"]
+        return states, fixed
+
+    def decode(self, ids: np.ndarray, fixed: Mapping[str, np.ndarray], lengths: tuple[int, ...]) -> np.ndarray:
+        """float32 [batch, sum(lengths), vocab]: logits of `ids` fed in pieces, the cache between them."""
+        past, logits, start = None, [], 0
+        for length in lengths:
+            outputs, past = self.decoder({"input_ids": ids[:, start : start + length], **fixed}, past)
+            logits.append(outputs["logits"])
+            start += length
+        return np.concatenate(logits, axis=1)
+
+
+def truth(pair: Pair, feeds: Mapping[str, torch.Tensor], ids: torch.Tensor) -> dict[str, np.ndarray]:
+    """{last_hidden_state, logits} of PyTorch, without any cache."""
+    states = run(pair.encoder, feeds)[RESULT]
+    given = {"input_ids": ids, STATES: torch.from_numpy(states)}
+    if "attention_mask" in feeds:
+        given[MASK] = feeds["attention_mask"]
+    return {RESULT: states, "logits": run(pair.decoder, given)["logits"]}
+
+
+def pair_checks(pair: Pair, graphs: PairGraphs, steps: tuple[tuple[int, ...], ...]) -> Iterator[Check]:
+    """The encoder's output, then logits of tokens fed by `steps`, for several lengths and paddings of the source."""
+    for seed, (batch, other, lengths) in enumerate(zip((1, 2, 3), (9, 12, 5), steps, strict=False)):
+        feeds, ids = sample_pair(pair, batch, other, sum(lengths), seed)
+        reference = truth(pair, feeds, ids)
+        arrays = {name: value.numpy() for name, value in feeds.items()}
+        states, fixed = graphs.encode(arrays)
+        name = f"batch {batch}, source {arrays[pair.encoder.inputs[0].name].shape[1:]}"
+        shown = [parity.without_padding({RESULT: value}, feeds) for value in (reference[RESULT], states)]
+        yield parity.compare(f"encoder, {name}", shown[0], shown[1])
+        logits = graphs.decode(ids.numpy(), fixed, lengths)
+        yield parity.compare(
+            f"decoder in steps of {lengths}, {name}", {"logits": reference["logits"]}, {"logits": logits}
+        )
+
+
+def sample_pair(
+    pair: Pair, batch: int, source: int, target: int, seed: int
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """(encoder's inputs, decoder's ids [batch, target]), random; no decoded token is padding, as in any real answer."""
+    sizes = {axis: batch if index == 0 else source for index, axis in enumerate(axes(pair.encoder.inputs))}
+    feeds = {value.name: value.sample(sizes, seed + index) for index, value in enumerate(pair.encoder.inputs)}
+    ids = pair.decoder.inputs[0].sample({"batch": batch, "sequence": target}, seed + 50)
+    padding = pair.decoder.config.get("pad_token_id")
+    if padding is not None:
+        ids = torch.where(ids == padding, (padding + 1) % pair.decoder.inputs[0].high, ids)
+    return feeds, ids
