@@ -86,7 +86,7 @@ def _layers(source: Source) -> list[_Layer]:
 
 
 class _Stepper(torch.nn.Module):
-    """The source's module, fed with positional arrays: its inputs, then (key, value) of every layer that has a cache."""
+    """The source's module, fed with positional arrays: its inputs, then (key, value) of every layer with a cache."""
 
     def __init__(self, source: Source, indices: tuple[int, ...]) -> None:
         super().__init__()

@@ -37,7 +37,7 @@ def quantize_graph(
     Raises:
         ExportError: nothing can be quantized, or `--head tied` is asked for a model that does not tie its head.
     """
-    known = source.module.state_dict()
+    known = _Parameters(source.module.state_dict())
     embedded = {str(table.name): table for table in tables(model) if table.name in known}
     layers = {str(layer.weight.name): layer.weight for layer in linears(model)}
     layers = {name: weight for name, weight in layers.items() if name.removesuffix(".rows") in known}
@@ -86,7 +86,7 @@ def _blocks(source: Source, weight: ir.Value, wanted: str, block: int) -> Blocks
 @contextlib.contextmanager
 def holding(module: torch.nn.Module, weights: Sequence[Quantized]) -> Iterator[None]:
     """`module` with the values that the blocks stand for; as it was when the block ends."""
-    state = module.state_dict(keep_vars=True)
+    state = _Parameters(module.state_dict(keep_vars=True))
     saved: dict[str, torch.Tensor] = {}
     heads: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
     try:
@@ -103,6 +103,24 @@ def holding(module: torch.nn.Module, weights: Sequence[Quantized]) -> Iterator[N
                 setattr(owner, name, parameter)
             for name, before in saved.items():
                 state[name].copy_(before)
+
+
+class _Parameters(dict[str, torch.Tensor]):
+    """A state dict in which `stack.3` is the slice 3 of the parameter `stack`, as `passes.slices` names it."""
+
+    def __contains__(self, name: object) -> bool:
+        return dict.__contains__(self, name) or (isinstance(name, str) and self._slice(name) is not None)
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        found = self._slice(name)
+        if found is None:
+            raise KeyError(name)
+        return found
+
+    def _slice(self, name: str) -> torch.Tensor | None:
+        stack, _, index = name.rpartition(".")
+        inside = dict.__contains__(self, stack) and index.isdigit() and int(index) < len(self[stack])
+        return self[stack][int(index)] if inside else None
 
 
 def _values(weight: Quantized, original: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,7 @@ def insert_cache(model: ir.Model) -> int:
 
 
 def join_cache(model: ir.Model) -> int:
-    """The same for a graph traced with its past: `edgeformer::Append(new, past)` moves into the Attention that reads it.
+    """The same for a graph traced with its past: `edgeformer::Append(new, past)` moves into its Attention.
 
     A later Attention on the same keys and values reads the first one's present, with its causality as a mask. An
     Append that no Attention takes becomes `Concat(past, new)`. Returns the number of layers with a cache.

@@ -1,0 +1,265 @@
+"""Which of transformers' causal language models make the road: `python -m bench.coverage`.
+
+Each architecture is built tiny and random from its own config class, exported in float and in q4, run from the bundle
+on every engine, and compared with transformers' own logits and greedy tokens. One subprocess a model, with a time
+limit; results are kept in a JSON, so that a run cut short goes on where it stopped. `docs/coverage.md` is written last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "coverage.json"
+PAGE = ROOT / "docs" / "coverage.md"
+ENGINES = ("cpu", "native")
+PROMPTS = ([3, 17, 33, 90, 5], [3, 110, 7, 7, 7, 64, 12, 9, 41])
+TOKENS = 10
+LARGEST = 6_000_000  # parameters
+FLOAT_TOLERANCE = 1e-4  # of the logits' range
+NATIVE_TOLERANCE = 5e-2  # int8 activations and cache: what quantized arithmetic costs, not a graph's fault
+Q4_TOLERANCE = 0.5
+
+# What every config is shrunk to, by its own names of fields.
+SIZES: dict[str, Any] = {
+    "vocab_size": 120, "hidden_size": 64, "d_model": 64, "n_embd": 64, "dim": 64, "emb_dim": 64, "hidden_dim": 64,
+    "n_embed": 64, "embedding_size": 64, "word_embed_proj_dim": 64, "input_embedding_size": 64,
+    "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "decoder_layers": 2, "encoder_layers": 2,
+    "num_decoder_layers": 2, "num_encoder_layers": 2,
+    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "decoder_attention_heads": 4,
+    "encoder_attention_heads": 4, "num_decoder_attention_heads": 4, "num_encoder_attention_heads": 4,
+    "num_key_value_heads": 2, "num_kv_heads": 2, "head_dim": 16, "d_kv": 16, "attention_head_dim": 16, "d_head": 16,
+    "global_head_dim": 16, "num_global_key_value_heads": 2, "kv_channels": 16,
+    "swa_head_dim": 16, "swa_v_head_dim": 16, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2,
+    "intermediate_size": 96, "ffn_dim": 96, "d_ff": 96, "decoder_ffn_dim": 96, "encoder_ffn_dim": 96, "n_inner": 96,
+    "ffn_hidden_size": 96, "d_inner": 96, "dim_ff": 96, "dff": 96, "intermediate_size_mlp": 96,
+    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "expert_ffn_hidden_size": 32,
+    "moe_ffn_hidden_size": 32, "shared_intermediate_size": 32, "dense_intermediate_size": 96,
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
+    "moe_topk": 2, "moe_top_k": 2, "moe_k": 2, "top_k_experts": 2, "num_experts_per_token": 2, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1, "num_dense_layers": 1, "zero_expert_num": 1,
+    "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "qk_head_dim": 32,
+    "v_head_dim": 16, "o_lora_rank": 32, "index_head_dim": 16, "index_n_heads": 2, "index_topk": 64,
+    "max_position_embeddings": 96, "n_positions": 96, "max_seq_len": 96, "n_ctx": 96, "max_sequence_length": 96,
+    "seq_length": 96, "max_target_positions": 96,
+    "sliding_window": 6, "attention_chunk_size": 6, "attention_window": 6, "sliding_window_size": 6, "window_size": 6,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1, "sep_token_id": 2,
+    "hidden_dropout": 0.0, "attention_dropout": 0.0, "dropout": 0.0, "activation_dropout": 0.0,
+    "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 120, "num_kv_shared_layers": 0,
+    "laurel_rank": 8, "type_vocab_size": 1, "rotary_dim": 8, "max_window_layers": 1,
+}  # fmt: skip
+
+# Where the fields of one config depend on each other in a way that their names do not say.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "xglm": {"attention_heads": 4}, "biogpt": {}, "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "mpt": {"expansion_ratio": 2}, "reformer": {"axial_pos_shape": [8, 12], "axial_pos_embds_dim": [32, 32]},
+    "ctrl": {"dff": 96}, "dbrx": {"attn_config": {"kv_n_heads": 2}, "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2}},
+}  # fmt: skip
+
+
+def names() -> list[str]:
+    """All model types that transformers has a causal language model for."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def tiny(name: str) -> Any:
+    """A model of this type with seeded random weights, large enough for every part to show in the logits."""
+    import torch
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    torch.manual_seed(0)
+    named = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
+    class_name = named if isinstance(named, str) else named[0]
+    config = _config(transformers.CONFIG_MAPPING[name], OVERRIDES.get(name, {}))
+    cls = getattr(transformers, class_name)
+    if config.__class__ is not cls.config_class and hasattr(config, "get_text_config"):
+        config = config.get_text_config() if isinstance(config.get_text_config(), cls.config_class) else config
+    with torch.device("meta"):
+        count = sum(p.numel() for p in cls._from_config(config).parameters())
+    if count > LARGEST:
+        raise ValueError(f"the config is still {count:,} parameters large after shrinking")
+    torch.manual_seed(0)
+    model = cls._from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.copy_(torch.nan_to_num(parameter, 0.0, 0.0, 0.0).clamp(-3, 3))
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def _config(config_class: Any, overrides: dict[str, Any]) -> Any:
+    default = config_class()
+    parts = getattr(default, "sub_configs", None) or {}
+    chosen: dict[str, Any] = {}
+    known = set(default.to_dict()) | set(inspect.signature(config_class.__init__).parameters)
+    known |= set(getattr(default, "attribute_map", {}))
+    for field, value in SIZES.items():
+        before = getattr(default, field, None)
+        if field in known and before is not None and not isinstance(before, (list, dict, bool)):
+            chosen[field] = value
+    if (getattr(default, "num_key_value_heads", None) or 0) == getattr(default, "num_attention_heads", None):
+        chosen["num_key_value_heads"] = 4
+    if getattr(default, "num_key_value_heads", None) == 1:
+        chosen["num_key_value_heads"] = 1
+    if "is_decoder" in known or not getattr(default, "is_encoder_decoder", False):
+        chosen["is_decoder"] = True
+    kinds = getattr(default, "layer_types", None)
+    derived = isinstance(getattr(config_class, "layer_types", None), property)
+    if isinstance(kinds, list) and kinds and not derived:
+        unique = list(dict.fromkeys(kinds))
+        chosen["layer_types"] = unique if len(unique) > 1 else unique * 2
+        chosen["num_hidden_layers"] = len(chosen["layer_types"])
+        mlp = getattr(default, "mlp_layer_types", None)
+        if isinstance(mlp, list) and mlp:
+            both = list(dict.fromkeys(mlp))
+            chosen["mlp_layer_types"] = [both[min(i, len(both) - 1)] for i in range(chosen["num_hidden_layers"])]
+    for part, part_class in parts.items():
+        if getattr(default, part, None) is not None and hasattr(part_class, "model_type"):
+            chosen[part] = _config(part_class, {}).to_dict()
+    chosen |= overrides
+    # Fields that the signature or the defaults know; what is left is set as given, as `from_dict` would.
+    return config_class(**chosen)
+
+
+def examine(name: str) -> dict[str, Any]:
+    """One row: {status, engines: {cpu, native}, cause, seconds}."""
+    import numpy as np
+    import torch
+
+    torch.set_num_threads(1)
+    row: dict[str, Any] = {"engines": {}, "stage": "build"}
+    try:
+        model = tiny(name)
+        row["class"], row["parameters"] = type(model).__name__, sum(p.numel() for p in model.parameters())
+        row["stage"] = "run in transformers"
+        expected, greedy = [], []
+        for prompt in PROMPTS:
+            ids = torch.tensor([prompt])
+            with torch.no_grad():
+                expected.append(model(ids, use_cache=False).logits[0].numpy())
+                out = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False, use_cache=True,
+                    eos_token_id=None, pad_token_id=0,
+                )  # fmt: skip
+            greedy.append(out[0, len(prompt) :].tolist())
+        row["stage"] = "export"
+
+        import edgeformer
+        from edgeformer.errors import EngineUnavailable
+        from edgeformer.export import ExportOptions, export
+        from edgeformer.export.hub import language_model
+        from edgeformer.export.pipeline import float_graph
+
+        traced = float_graph(language_model(model, f"tiny {name}"))
+        row["layers"] = traced.layers
+        for scheme, tolerance in (("none", FLOAT_TOLERANCE), ("q4", Q4_TOLERANCE)):
+            row["stage"] = "export" if scheme == "none" else "q4"
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "bundle"
+                manifest = export(ExportOptions(name, path, quantize=scheme, tokens=0), traced=traced)
+                row[f"parity_{scheme}"] = (manifest["parity"]["dequantized"] or manifest["parity"]["float"])["worst"]
+                for engine in ENGINES:
+                    key = f"{engine} {'f32' if scheme == 'none' else scheme}"
+                    try:
+                        loaded = edgeformer.load(path, engine=engine, threads=1, kv="float32")
+                    except EngineUnavailable as error:
+                        row["engines"][key] = f"no: {error}"
+                        continue
+                    allowed = tolerance if engine == "cpu" else max(tolerance, NATIVE_TOLERANCE)
+                    row["engines"][key] = _compare(np, loaded, expected, greedy, allowed, scheme == "none")
+        row["stage"] = "done"
+    except Exception as error:
+        row["cause"] = _told(error)
+        row["trace"] = "".join(traceback.format_exc(limit=-4))[-1500:]
+    row["status"] = "works" if row["engines"].get("cpu f32") == "ok" and row["engines"].get("cpu q4") == "ok" else "no"
+    return row
+
+
+def _compare(np: Any, loaded: Any, expected: Any, greedy: Any, tolerance: float, exact: bool) -> str:
+    for prompt, reference, tokens in zip(PROMPTS, expected, greedy, strict=True):
+        found = loaded.logits(prompt)
+        span = float(reference.max() - reference.min())
+        worst = float(np.abs(found - reference).max()) / span
+        if not worst <= tolerance:
+            return f"logits off by {worst:.1e} of their range"
+        ids = loaded.generate(prompt, max_new_tokens=len(tokens), ignore_eos=True).ids
+        if exact and ids != tokens and tolerance < 1e-3:
+            return f"tokens {ids} instead of {tokens}"
+    return "ok"
+
+
+def _told(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {(lines or [''])[0][:400]}"
+
+
+def _worker(name: str, pipe: Any) -> None:
+    sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    pipe.send(examine(name))
+
+
+def sweep(chosen: list[str], results: Path, limit: float, redo: str) -> dict[str, Any]:
+    """Examines each name that has no result yet; writes the results after each one."""
+    import edgeformer.export.pipeline  # noqa: F401  loaded once: the subprocesses are forks of this one
+    import torch
+    import transformers  # noqa: F401
+    from tqdm import tqdm
+
+    torch.set_num_threads(1)
+    rows: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
+    todo = [n for n in chosen if n not in rows or redo == "all" or (redo == "failed" and rows[n]["status"] != "works")]
+    context = multiprocessing.get_context("fork")
+    for name in (bar := tqdm(todo, unit="model")):
+        works = sum(row["status"] == "works" for row in rows.values())
+        bar.set_postfix_str(f"{name}, {works} work")
+        start = time.monotonic()
+        here, there = context.Pipe(duplex=False)
+        process = context.Process(target=_worker, args=(name, there))
+        process.start()
+        there.close()
+        try:
+            row = (
+                here.recv()
+                if here.poll(limit)
+                else {"status": "no", "cause": f"not done in {limit:.0f} s", "engines": {}}
+            )
+        except EOFError:
+            row = {"status": "no", "cause": "the process died", "engines": {}}
+        process.kill()
+        process.join()
+        rows[name] = row | {"seconds": round(time.monotonic() - start, 1)}
+        results.parent.mkdir(exist_ok=True)
+        results.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="model types; all by default")
+    parser.add_argument("--limit", type=float, default=240, help="seconds for one model")
+    parser.add_argument("--redo", choices=("none", "failed", "all"), default="none", help="examine these again")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    rows = sweep(options.names or names(), options.results, options.limit, options.redo)
+    for name in options.names:
+        print(name, json.dumps({k: v for k, v in rows[name].items() if k != "trace"}, indent=1))
+    works = sum(row["status"] == "works" for row in rows.values())
+    print(f"{works} of {len(rows)} work")
+
+
+if __name__ == "__main__":
+    main()
