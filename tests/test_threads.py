@@ -115,11 +115,13 @@ def stress_under_thread_sanitizer(tmp_path: Path, source: str) -> subprocess.Com
     pool.write_text(source)
     flags = ["-std=c++17", "-O1", "-g", "-pthread", "-fsanitize=thread", f"-I{root / 'csrc'}"]
     command = [compiler, *flags, root / "tests" / "native_cross" / "threads_stress.cpp", pool, "-o", out]
-    built = subprocess.run(command, capture_output=True, text=True)
+    # the suite itself may run under a preloaded AddressSanitizer, which does not go with the other one
+    clean = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    built = subprocess.run(command, capture_output=True, text=True, env=clean)
     if "cannot find" in built.stderr and "tsan" in built.stderr:
         pytest.skip("this compiler has no ThreadSanitizer")
     assert built.returncode == 0, built.stderr
-    return subprocess.run([out], capture_output=True, text=True, timeout=300)
+    return subprocess.run([out], capture_output=True, text=True, timeout=300, env=clean)
 
 
 def test_the_pool_is_clean_under_thread_sanitizer(tmp_path: Path) -> None:
