@@ -472,3 +472,61 @@ def test_an_old_operator_set_is_refused():
     model.opset_import[0].version = 11
     with pytest.raises(EngineUnavailable, match="opset 11"):
         graph_of(model)
+
+
+# -- rotations in small steps -----------------------------------------------------------------------------------------
+
+
+def table(g, interleaved):
+    """Cosines and sines of angles [batch, sequence, 8], each number twice, as [batch, 1, sequence, 16]."""
+    if interleaved:
+        wide = g("Expand", g("Unsqueeze", "angle", np.array([3])), np.array([1, 1, 1, 2]))
+        twice = g("Reshape", wide, np.array([0, 0, 16]))
+    else:
+        twice = g("Concat", "angle", "angle", axis=-1)
+    return [g("Unsqueeze", g(f, twice), np.array([1])) for f in ("Cos", "Sin")]
+
+
+def cut(g, x, start, stop, step=1):
+    return g("Slice", x, np.array([start]), np.array([stop]), np.array([3]), np.array([step]))
+
+
+def turned(g, x, interleaved, wrong=False):
+    if not interleaved:
+        first, second = cut(g, x, 0, 8), cut(g, x, 8, 16)
+        return g("Concat", first, g("Neg", second), axis=-1) if wrong else g("Concat", g("Neg", second), first, axis=-1)
+    even, odd = cut(g, x, 0, 16, 2), cut(g, x, 1, 16, 2)
+    pairs = [g("Unsqueeze", g("Neg", odd), np.array([4])), g("Unsqueeze", even, np.array([4]))]
+    heads = [d.input[0] for d in g.nodes if d.output[0] == x]
+    stacked = g("Concat", *(pairs[::-1] if wrong else pairs), axis=-1)
+    return g("Reshape", stacked, g("Shape", x)) if heads else stacked
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_rotation_in_small_steps_is_folded_into_attention(interleaved):
+    g = Builder()
+    tables = table(g, interleaved)
+
+    def rotate(g, x, n):
+        return g("Add", g("Mul", x, tables[0]), g("Mul", turned(g, x, interleaved), tables[1]))
+
+    inputs = {k: v for k, v in LM.items() if k not in ("cos", "sin")} | {"angle": LM["cos"]}
+    p = program(g, inputs, *decoder_layer(g, rotate=rotate))
+    assert [k for k in kinds(p) if k in SEVEN] == SEVEN
+    attend = next(op for op in p.ops if op.kind == "attend")
+    assert attend.ints["rotary"] == attend.ints["rotary_k"] == [16]
+    assert attend.ints["interleaved"] == [int(interleaved)]
+    assert p.row_local
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_turn_the_other_way_is_no_rotation(interleaved):
+    g = Builder()
+    tables = table(g, interleaved)
+
+    def rotate(g, x, n):
+        return g("Add", g("Mul", x, tables[0]), g("Mul", turned(g, x, interleaved, wrong=True), tables[1]))
+
+    inputs = {k: v for k, v in LM.items() if k not in ("cos", "sin")} | {"angle": LM["cos"]}
+    p = program(g, inputs, *decoder_layer(g, rotate=rotate))
+    assert next(op for op in p.ops if op.kind == "attend").ints["rotary"] == [0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edgeformer.errors import EngineUnavailable
 from edgeformer.native.graph import Graph, Node
-from edgeformer.native.passes import attention, elementwise, fuse, linear, mask, simplify
+from edgeformer.native.passes import attention, elementwise, fuse, linear, mask, rotation, simplify
 
 
 def lower(g: Graph) -> list[attention.Cache]:
@@ -24,6 +24,7 @@ def lower(g: Graph) -> list[attention.Cache]:
     mask.position_masks(g)
     elementwise.norms(g)
     elementwise.activations(g)
+    rotation.spelled_rotations(g)
     attention.rotations(g)
     caches = attention.attention_rows(g)
     simplify.fold_constants(g)

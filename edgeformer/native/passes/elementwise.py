@@ -129,6 +129,15 @@ def _standard(g: Graph, node: Node) -> None:
         {"kind": kind, "eps": eps},
     )
     del node.outputs[1:]
+    _centred(g, node)
+
+
+def _centred(g: Graph, node: Node) -> None:
+    """The rms norm of x - mean(x) is the layer norm of x."""
+    sub = g.producer(node.inputs[0], "Sub")
+    if node.attrs["kind"] == "rms" and sub is not None and _mean_last(g, sub.inputs[1]) == sub.inputs[0]:
+        node.inputs[0], node.attrs["kind"] = sub.inputs[0], "layer"
+        g.users.setdefault(sub.inputs[0], []).append(node)
 
 
 def _mean_last(g: Graph, name: str) -> str | None:
@@ -190,10 +199,8 @@ def _spelled(g: Graph, node: Node) -> None:
         if found is None or found[0] != x:
             continue
         node.op, node.inputs, node.attrs = "Norm", [x, "", ""], {"kind": "rms", "eps": found[1]}
-        centred = g.producer(x, "Sub")
-        if centred is not None and _mean_last(g, centred.inputs[1]) == centred.inputs[0]:
-            node.inputs[0], node.attrs["kind"] = centred.inputs[0], "layer"
-        g.users.setdefault(node.inputs[0], []).append(node)
+        g.users.setdefault(x, []).append(node)
+        _centred(g, node)
         return
 
 
