@@ -16,8 +16,9 @@ from edgeformer.errors import ExportError
 
 NAME = "edgeformer"  # causality and windows are attributes of the node; for models that decode
 MASKED = "edgeformer_masked"  # every mask is an array; for models that run as a whole
-PAST = "edgeformer_past"  # traced with a past: only plain causality is an attribute, every other mask an array
+PAST = "edgeformer_past"  # traced with a past: every mask is an array of positions, which may count from it
 DOMAIN = "edgeformer"
+CAUSAL = "CausalMask"  # a node: (query positions, key positions) -> where a query sees a key
 
 
 def register() -> None:
@@ -45,18 +46,24 @@ def _mask_after_past(
     kv_offset: int = 0,
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
-) -> torch.Tensor | None:
-    """bool [1, 1, q_length, kv_length] for any rule of positions; None where that is plain causality."""
+) -> torch.Tensor:
+    """bool [1, 1, q_length, kv_length] for any rule of positions.
+
+    Plain causality is a node of its own: where an Attention reads it, it becomes the attribute.
+    """
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-    if mask_function is causal_mask_function and attention_mask is None:
-        return None
     if mask_function is bidirectional_mask_function:
-        return _mask(kwargs.pop("batch_size"), q_length, kv_length, mask_function, attention_mask, **kwargs)
-    queries = (torch.arange(q_length) + q_offset)[None, None, :, None]
-    keys = (torch.arange(kv_length) + kv_offset)[None, None, None, :]
-    origin = torch.zeros((1, 1, 1, 1), dtype=torch.int64)
-    seen: torch.Tensor = mask_function(origin, origin, queries, keys)
+        padding = _mask(kwargs.pop("batch_size"), q_length, kv_length, mask_function, attention_mask, **kwargs)
+        return torch.ones((1, 1, q_length, kv_length), dtype=torch.bool) if padding is None else padding
+    queries, keys = torch.arange(q_length) + q_offset, torch.arange(kv_length) + kv_offset
+    if mask_function is causal_mask_function:
+        seen: torch.Tensor = torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{CAUSAL}", [queries, keys], dtype=torch.bool, shape=[1, 1, q_length, kv_length], version=1
+        )
+    else:
+        origin = torch.zeros((1, 1, 1, 1), dtype=torch.int64)
+        seen = mask_function(origin, origin, queries[None, None, :, None], keys[None, None, None, :])
     return seen if attention_mask is None else seen & attention_mask[:, None, None, :].bool()
 
 

@@ -8,7 +8,8 @@ for itself come out right at every length, without code of their own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,13 +63,20 @@ def _layers(source: Source) -> list[_Layer]:
     cache = _cache({})
     try:
         with torch.no_grad():
-            source.module(**feeds, **source.fixed | {"use_cache": True, "past_key_values": cache})
+            source.module(**feeds, **dict(source.fixed) | {"use_cache": True, "past_key_values": cache})
     except Exception as error:
         name, told = type(source.module).__name__, str(error).strip().splitlines()
-        if any(word in str(error) for word in ("LinearAttention", "conv_state", "recurrent", "has_previous_state")):
+        lines = [frame.line or "" for frame in traceback.extract_tb(error.__traceback__)]
+        asked = " ".join((str(error), *lines))
+        if any(word in asked for word in ("LinearAttention", "conv_state", "recurrent", "has_previous_state")):
             raise ExportError(
                 f"{name} keeps a recurrent or convolution state beside keys and values (a state-space or linear "
                 "attention model), which is not a Transformer's cache; it cannot be exported."
+            ) from error
+        if "update_indexer" in asked or "compression" in asked:
+            raise ExportError(
+                f"{name} caches an index or compressed blocks beside keys and values (sparse attention that selects "
+                "its keys), which no standard operator can hold; it cannot be exported."
             ) from error
         raise ExportError(
             f"{name} does not run with a plain key-value cache: {type(error).__name__}: {(told or [''])[0][:300]}"
@@ -105,7 +113,7 @@ class _Stepper(torch.nn.Module):
         return (*(result[name] for name in self._outputs), *present)
 
 
-def _cache(past: dict[int, Sequence[torch.Tensor]]) -> Any:
+def _cache(past: Mapping[int, Sequence[torch.Tensor]]) -> Any:
     """A cache for transformers: layer -> (key, value) of the past; layers without one start empty."""
     from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -139,11 +147,9 @@ def _cache(past: dict[int, Sequence[torch.Tensor]]) -> Any:
     class Past(DynamicCache):
         def __init__(self) -> None:
             count = max(past, default=-1) + 1
-            made = [Layer(past.get(index), length) for index in range(count)]
-            if past:
-                Cache.__init__(self, layers=made)
-            else:
-                Cache.__init__(self, layer_class_to_replicate=lambda: Layer(None, 0))
+            layers: Any = [Layer(past.get(index), length) for index in range(count)]
+            more: Any = {"layers": layers} if past else {"layer_class_to_replicate": lambda: Layer(None, 0)}
+            Cache.__init__(self, **more)
 
         def get_seq_length(self, layer_idx: int = 0) -> Any:
             return super().get_seq_length(layer_idx) if layer_idx < len(self.layers) else length

@@ -121,10 +121,11 @@ def language_model(model: Any, origin: str, files: Mapping[str, bytes] | None = 
     if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
         model = model.float()
     arguments = inspect.signature(model.forward).parameters
-    takes_positions, takes_past = "position_ids" in arguments, "past_key_values" in arguments
+    takes_past = "past_key_values" in arguments
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     ids = Input("input_ids", torch.int64, ("batch", "sequence"), high=vocabulary)
     positions = Input("position_ids", torch.int64, ("batch", "sequence"))
+    takes_positions = "position_ids" in arguments and _counts_from_zero(model, vocabulary)
     config = {key: value for key, value in model.config.to_dict().items() if key not in tasks.NOT_CONFIG}
     generation = getattr(model, "generation_config", None)
 
@@ -156,6 +157,14 @@ def language_model(model: Any, origin: str, files: Mapping[str, bytes] | None = 
         past=takes_past,
         kept=kept,
     )
+
+
+def _counts_from_zero(model: Any, vocabulary: int) -> bool:
+    """Whether positions 0, 1, 2, ... are what the model counts itself; some start behind their padding token."""
+    ids = torch.arange(vocabulary - 5, vocabulary)[None]
+    with torch.no_grad(), _quiet():
+        own, given = (model(ids, **more).logits for more in ({}, {"position_ids": torch.arange(5)[None]}))
+    return torch.allclose(own, given, rtol=1e-4, atol=1e-5)
 
 
 def _tokenizer_files(name: str, more: Mapping[str, str]) -> dict[str, bytes]:

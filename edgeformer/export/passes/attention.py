@@ -7,7 +7,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from onnx_ir.tape import Tape
 
-from edgeformer.export.attention import DOMAIN
+from edgeformer.export.attention import CAUSAL, DOMAIN
 from edgeformer.export.passes.edit import constant, integers, nodes, replace
 
 WINDOW = "window"  # an attribute that stays on the standard node until `window_masks` has made the mask of it
@@ -24,8 +24,21 @@ def standard_attention(model: ir.Model) -> None:
             attributes["softcap"] = softcap
         if window := integers(node, "window"):
             attributes[WINDOW] = window
+        inputs = list(node.inputs)
+        mask = inputs[3].producer() if len(inputs) > 3 and inputs[3] is not None else None
+        if mask is not None and mask.op_type == CAUSAL and mask.domain == DOMAIN:
+            del inputs[3]
+            attributes["is_causal"] = 1
         tape = Tape()
-        replace(model, node, tape, tape.op("Attention", list(node.inputs), attributes))
+        replace(model, node, tape, tape.op("Attention", inputs, attributes))
+    for node in nodes(model, CAUSAL, domain=DOMAIN):
+        if node.outputs[0].uses():
+            q_pos, k_pos = node.inputs
+            tape = Tape()
+            axes = [constant(model, f"axes_{len(a)}_{a[-1]}", np.array(a, np.int64)) for a in ((0, 1, 3), (0, 1, 2))]
+            rows, columns = tape.op("Unsqueeze", [q_pos, axes[0]]), tape.op("Unsqueeze", [k_pos, axes[1]])
+            replace(model, node, tape, tape.op("LessOrEqual", [columns, rows]))
+    common.RemoveUnusedNodesPass()(model)
     model.opset_imports.pop(DOMAIN, None)
 
 

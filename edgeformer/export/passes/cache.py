@@ -53,7 +53,7 @@ def join_cache(model: ir.Model) -> int:
     for node in nodes(model, "Attention"):
         found = [appends.get(value) for value in node.inputs[1:3] if value is not None]
         key, value = found if len(found) == 2 else (None, None)
-        if key is not None and value is not None and key is not value:
+        if key is not None and value is not None and key is not value and not _read_before(node, (key, value)):
             _move_into(model, node, key, value)
             del appends[key.outputs[0]], appends[value.outputs[0]]
         elif integers(node, "is_causal"):
@@ -66,6 +66,21 @@ def join_cache(model: ir.Model) -> int:
         if output.name is not None and output.name.startswith("present.") and output.shape is not None:
             output.shape = ir.Shape([*output.shape[:2], "total_sequence", output.shape[3]])
     return sum(str(output.name).endswith(".key") for output in model.graph.outputs)
+
+
+def _read_before(node: ir.Node, appends: tuple[ir.Node, ir.Node]) -> bool:
+    """Whether the queries or the mask of an Attention are made from the joined keys or values themselves."""
+    queue = [value for index, value in enumerate(node.inputs) if index not in (1, 2)]
+    seen: set[ir.Node] = set()
+    while queue:
+        value = queue.pop()
+        made = None if value is None else value.producer()
+        if made in appends:
+            return True
+        if made is not None and made not in seen:
+            seen.add(made)
+            queue.extend(made.inputs)
+    return False
 
 
 def _move_into(model: ir.Model, node: ir.Node, key: ir.Node, value: ir.Node) -> None:
