@@ -71,12 +71,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "norm_topk_prob": True, "topk_group": 1, "num_experts_per_tok": 2},
     "hunyuan_v1_dense": {"head_dim": 16}, "hunyuan_v1_moe": {"head_dim": 16, "moe_topk": [2, 2], "num_experts": 4},
-    "ministral": {"head_dim": 16}, "nemotron": {"head_dim": 16},
+    "ministral": {"head_dim": 16}, "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "roc_bert": {"pronunciation_vocab_size": 30, "shape_vocab_size": 30},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "mamba2": {"num_heads": 8, "head_dim": 16}, "zaya": {"num_experts_per_tok": 1},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
 }  # fmt: skip
@@ -116,6 +117,14 @@ def tiny(name: str) -> Any:
     return model
 
 
+def _peek(config: Any, field: str) -> Any:
+    """The field's value; some configs raise where it differs from layer to layer, and then it is set for all."""
+    try:
+        return getattr(config, field, None)
+    except Exception:
+        return 0
+
+
 def _config(config_class: Any, overrides: dict[str, Any]) -> Any:
     default = config_class()
     parts = getattr(default, "sub_configs", None) or {}
@@ -123,12 +132,12 @@ def _config(config_class: Any, overrides: dict[str, Any]) -> Any:
     known = set(default.to_dict()) | set(inspect.signature(config_class.__init__).parameters)
     known |= set(getattr(default, "attribute_map", {}))
     for field, value in SIZES.items():
-        before = getattr(default, field, None)
+        before = _peek(default, field)
         if field in known and before is not None and not isinstance(before, (list, dict, bool)):
             chosen[field] = value
-    if (getattr(default, "num_key_value_heads", None) or 0) == getattr(default, "num_attention_heads", None):
+    if (_peek(default, "num_key_value_heads") or 0) == _peek(default, "num_attention_heads"):
         chosen["num_key_value_heads"] = 4
-    if getattr(default, "num_key_value_heads", None) == 1:
+    if _peek(default, "num_key_value_heads") == 1:
         chosen["num_key_value_heads"] = 1
     if "is_decoder" in known or not getattr(default, "is_encoder_decoder", False):
         chosen["is_decoder"] = True

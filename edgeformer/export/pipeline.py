@@ -17,6 +17,7 @@ from edgeformer.export.options import ExportOptions
 from edgeformer.export.pair import export_pair
 from edgeformer.export.passes.attention import standard_attention, window_masks
 from edgeformer.export.passes.cache import insert_cache, join_cache
+from edgeformer.export.passes.causal import name_causality
 from edgeformer.export.passes.edit import infer_shapes
 from edgeformer.export.passes.finish import finish
 from edgeformer.export.passes.float16 import to_float16
@@ -27,6 +28,7 @@ from edgeformer.export.passes.names import restore_names
 from edgeformer.export.passes.reshape import drop_reshapes
 from edgeformer.export.passes.rotary import full_angles
 from edgeformer.export.passes.slices import own_slices
+from edgeformer.export.passes.softmax import fuse_softmax
 from edgeformer.export.plan import Quantized, holding, quantize_graph
 from edgeformer.export.progress import Progress, Silent
 from edgeformer.export.run import Graph
@@ -135,6 +137,9 @@ def float_graph(source: Source) -> Traced:
     transposed = canonical_linears(model)
     full_angles(model)
     standard_attention(model)
+    fuse_softmax(model)
+    if not source.past:
+        name_causality(model)
     layers = join_cache(model) if source.past else insert_cache(model)
     window_masks(model)
     if source.is_language_model and layers:

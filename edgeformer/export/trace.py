@@ -68,7 +68,8 @@ def trace(module: torch.nn.Module, inputs: tuple[Input, ...], outputs: tuple[str
     """
     sizes = dict(zip(axes(inputs), _SAMPLE_SIZES, strict=False))
     sample = tuple(value.sample(sizes, seed) for seed, value in enumerate(inputs))
-    dims = dict.fromkeys(sizes, torch.export.Dim.DYNAMIC)
+    # A past may be empty; of the others the tracer takes for granted that they are not 0 or 1, and should know it.
+    dims = {name: torch.export.Dim.DYNAMIC(min=0 if name.startswith("past") else 2) for name in sizes}
     dynamic = tuple({i: dims[dim] for i, dim in enumerate(value.shape) if isinstance(dim, str)} for value in inputs)
     with _quiet():
         try:

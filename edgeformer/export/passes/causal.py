@@ -1,0 +1,82 @@
+"""A mask that is an array, and says no more than `no key after its query`, becomes the attribute `is_causal`."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+import onnxruntime as ort
+
+from edgeformer.export.passes.edit import integers, nodes
+
+_SIZES = ((2, 5), (3, 8))  # (first axis, all other named axes)
+_HIDDEN = -1e4
+
+
+def name_causality(model: ir.Model) -> None:
+    """Masks are computed, not recognized by how they are written: at two lengths, from random inputs, exactly the lower
+    triangle means causal. A mask that depends on values (padding) is another array and stays."""
+    known: dict[ir.Value, bool] = {}
+    for node in nodes(model, "Attention"):
+        mask = node.inputs[3] if len(node.inputs) > 3 else None
+        if mask is None or (len(node.inputs) > 4 and node.inputs[4] is not None):
+            continue
+        if mask not in known:
+            known[mask] = _is_causal(model, mask)
+        if known[mask]:
+            node.replace_input_with(3, None)
+            node.attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def _is_causal(model: ir.Model, mask: ir.Value) -> bool:
+    if mask.shape is None or len(mask.shape) < 2:
+        return False
+    for attempt, (first, other) in enumerate(_SIZES):
+        found = _value(model, mask, first, other, attempt)
+        if found is None or found.ndim < 2 or found.shape[-2:] != (other, other):
+            return False
+        seen = found if found.dtype == np.bool_ else found > _HIDDEN
+        if not (seen == np.tril(np.ones((other, other), bool))).all():
+            return False
+        if found.dtype != np.bool_ and np.any(found[seen] != 0.0):
+            return False
+    return True
+
+
+def _value(model: ir.Model, mask: ir.Value, first: int, other: int, seed: int) -> np.ndarray | None:
+    """The mask at these sizes; None where it cannot be computed by itself."""
+    wanted, part = mask.name, model.clone()
+    if mask.is_initializer() and mask.const_value is not None:
+        return mask.const_value.numpy()
+    target = next((out for node in part.graph for out in node.outputs if out.name == wanted), None)
+    if target is None:
+        return None
+    part.graph.outputs[:] = [target]
+    common.RemoveUnusedNodesPass()(part)
+    if any(node.domain not in ("", "ai.onnx") for node in part.graph):
+        return None
+    random = np.random.default_rng(seed)
+    feeds = {}
+    for value in part.graph.inputs:
+        assert value.shape is not None and value.dtype is not None and value.name is not None
+        shape = [d if isinstance(d, int) else other if axis else first for axis, d in enumerate(value.shape)]
+        numbers = random.integers(0, 2, shape)
+        feeds[value.name] = numbers.astype(value.dtype.numpy())
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    part.ir_version = 10
+    try:
+        proto = ir.to_proto(part)
+        session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        names = {value.name for value in session.get_inputs()}
+        result: np.ndarray = session.run(None, {name: value for name, value in feeds.items() if name in names})[0]
+    except Exception:  # whatever cannot run alone is no plain rule of positions
+        return None
+    return result
+
+
+def causal_layers(model: ir.Model) -> int:
+    """How many Attention nodes are causal by attribute."""
+    return sum(bool(integers(node, "is_causal")) for node in nodes(model, "Attention"))
