@@ -123,7 +123,8 @@ ProgramSpec read_program(const py::dict& d, KvType kv) {
   }
   for (const auto& item : d["caches"]) {
     const auto t = item.cast<py::tuple>();
-    p.caches.push_back({kv, t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>()});
+    const KvType type = t[3].cast<bool>() ? KvType::float32 : kv;
+    p.caches.push_back({type, t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>()});
     const KvLayout& l = p.caches.back();
     if (l.head_dim > kMaxHeadDim || l.value_dim > kMaxHeadDim) {
       raise("EngineUnavailable", text("attention heads of ", std::max(l.head_dim, l.value_dim),

@@ -36,6 +36,7 @@ class Attend final : public Op {
         v_dim_(s.integer("value_dim")),
         layer_(s.integer("layer")),
         causal_(s.integer("causal") != 0),
+        at_end_(s.integer("at_end") != 0),
         window_(s.integer("window")),
         scale_(s.number("scale")),
         softcap_(s.number("softcap")),
@@ -212,7 +213,8 @@ class Attend final : public Op {
     for (int64_t i = 0; i < sequences(run); ++i) {
       const Sequence s = sequence(run, i);
       for (int64_t r = 0; r < s.rows; ++r) {
-        const int64_t stop = causal_ ? s.past + r + 1 : s.keys;
+        const int64_t first = at_end_ ? s.keys - s.rows : s.past;  // the key as old as the first query
+        const int64_t stop = causal_ ? first + r + 1 : s.keys;
         end[s.row + r] = static_cast<int32_t>(stop);
         begin[s.row + r] = static_cast<int32_t>(window_ > 0 ? std::max<int64_t>(0, stop - window_) : 0);
       }
@@ -392,17 +394,47 @@ class Attend final : public Op {
   }
 
   const int64_t heads_, kv_heads_, dim_, v_dim_, layer_;
-  const bool causal_;
+  const bool causal_, at_end_;
   const int64_t window_;
   const float scale_, softcap_;
   const Turn q_, k_;
   const int64_t group_;
 };
 
+// A cache that the program reads as a tensor: appends x [batch, heads, rows, size] and gives the whole
+// [batch, heads, past + rows, size]. It uses the value part of its cache layer alone.
+class History final : public Op {
+ public:
+  using Op::Op;
+  int64_t begin(Run& run, int) const override {
+    const Tensor &x = in(run, 0), &y = out(run, 0);
+    const int64_t layer = spec_.integer("layer");
+    const KvLayout& l = run.spec->caches[layer];
+    const int64_t heads = x.shape[1], rows = x.shape[2], size = x.shape[3], total = y.shape[2];
+    const size_t bytes = size * sizeof(float);
+    for (size_t b = 0; b < run.segments.size(); ++b) {
+      const Segment& s = run.segments[b];
+      for (int64_t h = 0; h < heads; ++h) {
+        const float* from = x.f32() + (b * heads + h) * rows * size;
+        float* to = y.f32() + (b * heads + h) * total * size;
+        for (int64_t t = 0; t < total; ++t) {
+          uint8_t* chunk = s.cache->chunks(layer)[t / kChunkTokens] + h * l.head_bytes() + l.values();
+          void* place = chunk + t % kChunkTokens * l.value_stride() * sizeof(float);
+          if (t >= s.past) std::memcpy(place, from + (t - s.past) * size, bytes);
+          std::memcpy(to + t * size, place, bytes);
+        }
+      }
+    }
+    return 0;
+  }
+};
+
 }  // namespace
 
 std::unique_ptr<Op> make_attention_op(int index, const OpSpec& spec) {
-  return spec.kind == "attend" ? std::make_unique<Attend>(index, spec) : nullptr;
+  if (spec.kind == "attend") return std::make_unique<Attend>(index, spec);
+  if (spec.kind == "history") return std::make_unique<History>(index, spec);
+  return nullptr;
 }
 
 }  // namespace edgeformer

@@ -144,6 +144,47 @@ class ArgMax final : public ParallelOp {
   }
 };
 
+// The largest (or smallest) k along an axis, in order; equal values in order of their index.
+class TopK final : public ParallelOp {
+ public:
+  using ParallelOp::ParallelOp;
+
+ protected:
+  int64_t units(const Run& run) const override {
+    const Lines l(in(run, 0), spec_.integer("axis"));
+    return l.outer * l.inner;
+  }
+  int64_t unit_cost(const Run& run) const override { return 8 * in(run, 0).shape[spec_.integer("axis")]; }
+  void run_units(Run& run, int64_t begin, int64_t end, int) const override {
+    const Tensor& x = in(run, 0);
+    const Lines l(x, spec_.integer("axis"));
+    const int64_t k = out(run, 1).shape[spec_.integer("axis")];
+    if (k > l.size) throw InputProblem("TopK of more elements than there are");
+    const bool largest = spec_.integer("largest") != 0;
+    std::vector<int64_t> order(l.size);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t base = i / l.inner * l.size * l.inner + i % l.inner;
+      const int64_t to = i / l.inner * k * l.inner + i % l.inner;
+      for (int64_t j = 0; j < l.size; ++j) order[j] = j;
+      const auto pick = [&](auto* from, auto* values) {
+        std::partial_sort(order.begin(), order.begin() + k, order.end(), [&](int64_t a, int64_t b) {
+          const auto u = from[base + a * l.inner], v = from[base + b * l.inner];
+          return u != v ? (largest ? u > v : u < v) : a < b;
+        });
+        for (int64_t j = 0; j < k; ++j) {
+          values[to + j * l.inner] = from[base + order[j] * l.inner];
+          out(run, 1).i64()[to + j * l.inner] = order[j];
+        }
+      };
+      if (x.dtype == DType::f32) {
+        pick(x.f32(), out(run, 0).f32());
+      } else {
+        pick(x.i64(), out(run, 0).i64());
+      }
+    }
+  }
+};
+
 class Softmax final : public ParallelOp {
  public:
   using ParallelOp::ParallelOp;
@@ -348,6 +389,7 @@ class Conv final : public ParallelOp {
 std::unique_ptr<Op> make_math_op(int index, const OpSpec& spec) {
   if (spec.kind == "reduce") return std::make_unique<Reduce>(index, spec);
   if (spec.kind == "argmax") return std::make_unique<ArgMax>(index, spec);
+  if (spec.kind == "topk") return std::make_unique<TopK>(index, spec);
   if (spec.kind == "softmax") return std::make_unique<Softmax>(index, spec);
   if (spec.kind == "cumsum") return std::make_unique<CumSum>(index, spec);
   if (spec.kind == "matmul") return std::make_unique<MatMul>(index, spec);

@@ -216,6 +216,58 @@ class GatherNd final : public Op {
   }
 };
 
+// A copy of x in which y[.., ids[i], ..] along one axis is replaced by (or joined with) the updates.
+class ScatterElements final : public Op {
+ public:
+  using Op::Op;
+  int64_t begin(Run& run, int) const override {
+    const Tensor &x = in(run, 0), &ids = in(run, 1), &updates = in(run, 2), &y = out(run, 0);
+    const int64_t axis = spec_.integer("axis"), fn = spec_.integer("fn"), w = width(x);
+    if (y.count) std::memcpy(y.data, x.data, y.bytes());
+    const Strides own = contiguous(y), across = contiguous(ids);
+    for (int64_t i = 0; i < ids.count; ++i) {
+      int64_t at = 0;
+      for (int a = 0; a < ids.rank; ++a) {
+        const int64_t index =
+            a == axis ? checked_index(run, spec_, ids.i64()[i], y.shape[a]) : i / across[a] % ids.shape[a];
+        at += index * own[a];
+      }
+      if (fn == 0) {
+        std::memcpy(static_cast<uint8_t*>(y.data) + at * w, static_cast<uint8_t*>(updates.data) + i * w, w);
+      } else if (y.dtype == DType::f32) {
+        y.f32()[at] = fn == 1 ? y.f32()[at] + updates.f32()[i] : y.f32()[at] * updates.f32()[i];
+      } else if (y.dtype == DType::i64) {
+        y.i64()[at] = fn == 1 ? y.i64()[at] + updates.i64()[i] : y.i64()[at] * updates.i64()[i];
+      } else {
+        throw InputProblem("ScatterElements that adds bools");
+      }
+    }
+    return 0;
+  }
+};
+
+class ScatterNd final : public Op {
+ public:
+  using Op::Op;
+  int64_t begin(Run& run, int) const override {
+    const Tensor &x = in(run, 0), &ids = in(run, 1), &updates = in(run, 2), &y = out(run, 0);
+    if (y.count) std::memcpy(y.data, x.data, y.bytes());
+    const int64_t depth = ids.columns();
+    const Strides own = contiguous(y);
+    int64_t inner = width(y);
+    for (int i = static_cast<int>(depth); i < y.rank; ++i) inner *= y.shape[i];
+    for (int64_t t = 0; t < ids.count / depth; ++t) {
+      int64_t at = 0;
+      for (int64_t d = 0; d < depth; ++d) {
+        at += checked_index(run, spec_, ids.i64()[t * depth + d], y.shape[d]) * own[d];
+      }
+      std::memcpy(static_cast<uint8_t*>(y.data) + at * width(y), static_cast<uint8_t*>(updates.data) + t * inner,
+                  inner);
+    }
+    return 0;
+  }
+};
+
 class Pad final : public Op {
  public:
   using Op::Op;
@@ -322,6 +374,8 @@ std::unique_ptr<Op> make_shape_op(int index, const OpSpec& spec) {
   if (spec.kind == "gather") return std::make_unique<Gather>(index, spec);
   if (spec.kind == "gather_elements") return std::make_unique<GatherElements>(index, spec);
   if (spec.kind == "gather_nd") return std::make_unique<GatherNd>(index, spec);
+  if (spec.kind == "scatter_elements") return std::make_unique<ScatterElements>(index, spec);
+  if (spec.kind == "scatter_nd") return std::make_unique<ScatterNd>(index, spec);
   if (spec.kind == "pad") return std::make_unique<Pad>(index, spec);
   if (spec.kind == "fill") return std::make_unique<Fill>(index, spec);
   if (spec.kind == "range") return std::make_unique<Range>(index, spec);

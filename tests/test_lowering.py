@@ -474,6 +474,45 @@ def test_an_old_operator_set_is_refused():
         graph_of(model)
 
 
+def spelled_attention(g, q, k, v, mask=None, divide=4.0):
+    scores = g("Div", g("MatMul", q, g("Transpose", k, perm=[0, 1, 3, 2])), divide)
+    return g("MatMul", g("Softmax", g("Add", scores, mask) if mask else scores, axis=-1), v)
+
+
+def test_attention_in_small_steps_with_a_joined_cache_is_one_operation():
+    """softmax(q k^T / 4 + mask) v where k, v = Concat(past, new): the mask's rule, cache and scale are found."""
+    g = Builder()
+    q, new_k, new_v = (heads(g, quantized(g, "x", "q8", n=32), 2) for _ in range(3))
+    k, v = g("Concat", "pk", new_k, axis=2), g("Concat", "pv", new_v, axis=2)
+    y = spelled_attention(g, q, k, v, g("Where", window_mask(g, op="LessOrEqual"), 0.0, -3e38))
+    rows = g("Reshape", g("Transpose", y, perm=[0, 2, 1, 3]), np.array([0, 0, 32]))
+    inputs = {n: LM[n] for n in ("x", "pk", "pv")}
+    causal_free = program(g, inputs, rows, k, v)
+    assert "attend" in kinds(causal_free) and "matmul" not in kinds(causal_free)
+    attend = next(op for op in causal_free.ops if op.kind == "attend")
+    assert attend.floats["scale"] == [0.25]
+    assert attend.ints["layer"] == [0]
+    assert list(causal_free.outputs) == [rows]
+
+
+def test_a_cache_that_the_graph_reads_itself_is_a_history():
+    g = Builder()
+    k = g("Concat", "pk", heads(g, "x", 4), axis=2)
+    total = g("ReduceSum", k, np.array([2]), keepdims=0)
+    p = program(g, {"x": LM["x"], "pk": (F, ["batch", 4, "past", 16])}, total, k)
+    assert "history" in kinds(p)
+    assert [c.plain for c in p.caches] == [True]
+    assert list(p.outputs) == [total]
+    assert not p.row_local
+
+
+def test_a_cache_read_in_any_other_form_is_refused_by_name():
+    g = Builder()
+    y = g("Add", "x", g("ReduceSum", "past_key_values.0.key", np.array([0, 1, 2, 3]), keepdims=0))
+    with pytest.raises(EngineUnavailable, match=r"past_key_values\.0\.key"):
+        program(g, {"x": LM["x"], "past_key_values.0.key": LM["pk"]}, y)
+
+
 # -- rotations in small steps -----------------------------------------------------------------------------------------
 
 

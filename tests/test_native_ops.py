@@ -131,6 +131,20 @@ CASES = {
     "gather_nd": (
         node("GatherND", ["x", "c"]), XS, np.float32, {"c": np.array([[[0, 1]], [[1, -1]]])}
     ),
+    "gather_nd_one": (node("GatherND", ["x", "c"]), XS, np.float32, {"c": np.array([[1]])}),
+    "scatter_elements": (
+        node("ScatterElements", ["x", "i", "u"], axis=2),
+        {"x": (X, S), "i": (np.abs(INTS[:, :2, :1]) % 4, ["a", "d", 1])},
+       
+        np.float32, {"u": -X[:, :2, :1]},
+    ),
+    "scatter_elements_add": (
+        node("ScatterElements", ["i", "c", "u"], axis=0, reduction="add"), IS, np.int64,
+        {"c": np.array([[[0, 1]], [[1, 1]]]), "u": np.array([[[3, 4]], [[5, 6]]])},
+    ),
+    "scatter_nd": (
+        node("ScatterND", ["x", "c", "u"]), XS, np.float32, {"c": np.array([[0, 2], [1, -1]]), "u": -X[0, :2]}
+    ),
     "pad": (node("Pad", ["x", "p", "v"]), XS, np.float32, {"p": np.array([0, 1, 2, 1, 0, 3]), "v": np.float32(7)}),
     "trilu_upper": (node("Trilu", ["x"], upper=1), XS, np.float32, {}),
     "trilu_lower_k": (node("Trilu", ["x", "k"], upper=0), XS, np.float32, {"k": np.array(1)}),
@@ -203,6 +217,18 @@ def test_convolution_agrees_with_onnx(shape, kernel, attrs, tmp_path):
     got, expected = run(model, {"x": x}, tmp_path)
     # a sum of at most 36 products of size ~1: 36 roundings of 2^-24 times its largest partial sum (~20)
     np.testing.assert_allclose(got["y"], expected["y"], atol=36 * 2**-24 * 20)
+
+
+@pytest.mark.parametrize(("axis", "largest", "k"), [(-1, 1, 2), (1, 0, 3), (0, 1, 1)])
+def test_top_k_agrees_with_onnx(axis, largest, k, tmp_path):
+    """Values and indices; equal values keep the order of their indices."""
+    x = np.round(X * 2) / 2
+    nodes = [helper.make_node("TopK", ["x", "k"], ["v", "i"], axis=axis, largest=largest)]
+    model = model_of(nodes, {"x": (x, S)}, {"v": np.float32, "i": np.int64}, {"k": np.array([k])})
+    got, expected = run(model, {"x": x}, tmp_path)
+    same(got["v"], expected["v"])
+    order = np.argsort(-x if largest else x, axis=axis, kind="stable")
+    np.testing.assert_array_equal(got["i"], np.take(order, range(k), axis=axis))
 
 
 def test_negative_padding_cuts(tmp_path):

@@ -425,6 +425,21 @@ def reduce_axes(g: Graph, node: Node) -> tuple[int, ...]:
     return tuple(a % rank for a in axes)
 
 
+@rule("TopK")
+def _top_k(g: Graph, node: Node) -> list[Info]:
+    info = g.info[node.inputs[0]]
+    axis = node.attrs.get("axis", -1) % len(info.shape)
+    (count,) = values(g, node.inputs[1])
+    shape = (*info.shape[:axis], count, *info.shape[axis + 1 :])
+    return [Info(info.dtype, shape), Info("int64", shape)]
+
+
+@rule("ScatterElements", "ScatterND")
+def _scatter(g: Graph, node: Node) -> list[Info]:
+    info = g.info[node.inputs[0]]
+    return [Info(info.dtype, info.shape)]
+
+
 @rule("MatMul")
 def _matmul(g: Graph, node: Node) -> list[Info]:
     a, b = g.shape(node.inputs[0]), g.shape(node.inputs[1])

@@ -19,6 +19,7 @@ from edgeformer.native.passes.attention import Cache
 from edgeformer.native.passes.linear import Weight
 from edgeformer.native.rows import is_row_local
 
+PAST = "past_key_values."  # the bundle format's name for what a state holds
 LANES = 16  # rows of a weight panel, as csrc/kernels/kernels.h packs them
 ELEMENTWISE = {
     "Add": "add", "Sub": "sub", "Mul": "mul", "Div": "div", "Pow": "pow", "Min": "min", "Max": "max", "Mod": "mod",
@@ -102,7 +103,7 @@ class _Builder:
         names = {str(d) for i in g.inputs.values() for d in i.shape if isinstance(d, Dim)}
         names |= {n for n, i in g.inputs.items() if i.value is not None}
         # `kept` (rows that Keep keeps) and the caches' length are bound by the engine, not by an input's shape.
-        past = {str(g.info[c.past_key].shape[2]) for c in caches}
+        past = {str(g.info[c.past_value].shape[2]) for c in caches}
         self.p = Program(sorted(names | past | {"kept"}), caches=caches)
         self.p.row_symbols = (batch, sequence)
         self.p.past_symbol = min(past, default="")
@@ -115,7 +116,9 @@ class _Builder:
         g, p = self.g, self.p
         for name, info in g.inputs.items():
             p.inputs[name] = self.new_slot(name, info)
-        unsupported = []
+        unsupported = [
+            Node("a cache that is read in a form of its own", [], [name]) for name in g.inputs if name.startswith(PAST)
+        ]
         for node in g.nodes:
             emit = getattr(self, f"op_{node.op.lower()}", None)
             if node.op in ELEMENTWISE:
@@ -271,6 +274,7 @@ class _Builder:
         a = node.attrs
         outputs = self.row_outputs(node.outputs[0])
         ints = {k: [int(a[k])] for k in ("heads", "kv_heads", "head_dim", "value_dim", "layer", "causal", "window")}
+        ints["at_end"] = [int(a["at_end"])]
         ints |= {k: [int(a[k])] for k in ("rotary", "interleaved", "rotary_k", "interleaved_k")}
         ints["q_norm"], ints["k_norm"] = ([{"": 0, "rms": 1, "layer": 2}[a[k]]] for k in ("q_norm", "k_norm"))
         floats = {k: [float(a[k])] for k in ("scale", "softcap", "q_eps", "k_eps")}
@@ -364,6 +368,36 @@ class _Builder:
             return False
         self.add("argmax", node, node.inputs, axis=node.attrs.get("axis", 0) % len(self.g.shape(node.inputs[0])))
         return None
+
+    def op_topk(self, node: Node) -> None:
+        axis = node.attrs.get("axis", -1) % len(self.g.shape(node.inputs[0]))
+        outputs = [self.new_slot(o or self.g.fresh("unused"), self.g.info[o]) for o in node.outputs if o]
+        if len(outputs) == 1:  # one of the two is not wanted: it needs a place all the same
+            missing = 0 if not node.outputs[0] else 1
+            dtype = self.g.info[node.inputs[0]].dtype if missing == 0 else "int64"
+            shape = self.p.slots[outputs[0]].shape
+            outputs.insert(missing, self.new_slot(self.g.fresh("unused"), Info(dtype, shape)))
+        ints = {"axis": [axis], "largest": [int(node.attrs.get("largest", 1))]}
+        self.p.ops.append(Op("topk", [self.slot(node.inputs[0])], outputs, ints))
+
+    def op_scatterelements(self, node: Node) -> bool | None:
+        axis = node.attrs.get("axis", 0) % len(self.g.shape(node.inputs[0]))
+        reductions = ("none", "add", "mul")
+        if node.attrs.get("reduction", "none") not in reductions:
+            return False
+        self.add(
+            "scatter_elements", node, node.inputs, axis=axis, fn=reductions.index(node.attrs.get("reduction", "none"))
+        )
+        return None
+
+    def op_scatternd(self, node: Node) -> bool | None:
+        if node.attrs.get("reduction", "none") != "none":
+            return False
+        self.add("scatter_nd", node, node.inputs)
+        return None
+
+    def op_history(self, node: Node) -> None:
+        self.add("history", node, node.inputs, layer=node.attrs["layer"])
 
     def op_softmax(self, node: Node) -> None:
         axis = node.attrs.get("axis", -1) % len(self.g.shape(node.inputs[0]))

@@ -12,7 +12,10 @@ from edgeformer.native.graph import Graph, Info, Node
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """One layer's key and value cache: names of the graph's inputs and outputs, and the sizes of a token's part."""
+    """One layer's key and value cache: names of the graph's inputs and outputs, and the sizes of a token's part.
+
+    `plain`: the graph reads the joined tensor itself, so it is kept as floats, one tensor (`past_value`) a cache.
+    """
 
     past_key: str
     past_value: str
@@ -21,6 +24,7 @@ class Cache:
     kv_heads: int
     head_dim: int
     value_dim: int
+    plain: bool = False
 
 
 def rotations(g: Graph) -> None:
@@ -109,8 +113,13 @@ def attention_rows(g: Graph) -> list[Cache]:
     """
     caches: list[Cache] = []
     for node in list(g.nodes):
+        if node.op == "Attention" and node.input(4) and any(g.users.get(o) for o in node.outputs[1:3]):
+            _join(g, node)
+    for node in list(g.nodes):
         if node.op == "Attention":
             _attend(g, node, caches)
+        elif node.op == "Concat":
+            _history(g, node, caches)
     gone = {name for c in caches for name in (c.present_key, c.present_value)}
     g.outputs = [o for o in g.outputs if o not in gone]
     for c in caches:
@@ -118,6 +127,101 @@ def attention_rows(g: Graph) -> list[Cache]:
             g.inputs.pop(name, None)
     g.finish()
     return caches
+
+
+def _join(g: Graph, node: Node) -> None:
+    """An Attention whose joined keys or values others read too: the joining becomes nodes of its own."""
+    past = g.shape(node.inputs[4])[2]
+    for i in (1, 2):
+        joined = Node("Concat", [node.inputs[3 + i], node.inputs[i]], [node.outputs[i]], {"axis": 2})
+        b, h, s, d = g.shape(node.inputs[i])
+        g.info[node.outputs[i]] = Info("float32", (b, h, s + past, d))
+        g.nodes.append(joined)
+        g.producers[node.outputs[i]] = joined
+        g.users.setdefault(node.inputs[i], []).append(joined)
+        node.inputs[i] = node.outputs[i]
+    node.inputs[4:6] = ["", ""]
+    node.attrs["at_end"] = 1  # the last query is as old as the last key
+    del node.outputs[1:]
+    g.index()
+
+
+def _history(g: Graph, node: Node, caches: list[Cache]) -> None:
+    """Concat(past, new) on the sequence axis becomes History(new): appends to a cache and reads all of it."""
+    past, new = node.inputs[0], node.inputs[-1]
+    if past not in g.inputs or node.outputs[0] not in g.outputs or len(node.inputs) != 2 or node.attrs["axis"] != 2:
+        return
+    _, h, _, d = g.shape(new)
+    if not isinstance(h, int) or not isinstance(d, int) or len(g.users.get(past, [])) != 1:
+        return
+    node.op, node.inputs, node.attrs = "History", [new], {"layer": len(caches)}
+    caches.append(Cache("", past, "", node.outputs[0], h, 1, d, plain=True))
+
+
+def joined_caches(g: Graph) -> None:
+    """Attention on Concat(past, new) keys and values that nobody else reads takes the pasts as inputs."""
+    for node in list(g.nodes):
+        if node.op != "Attention" or node.input(4):
+            continue
+        if node.attrs.get("is_causal", 0) != node.attrs.get("at_end", 0):
+            continue  # its causality counts from the first key, a cache's from the last
+        joins = [g.producer(i, "Concat") for i in node.inputs[1:3]]
+        if any(j is None or len(j.inputs) != 2 or j.attrs["axis"] != 2 or j.inputs[0] not in g.inputs for j in joins):
+            continue
+        if any(g.users.get(j.outputs[0], []) != [node] or j.outputs[0] not in g.outputs for j in joins if j):
+            continue
+        node.inputs += [""] * (6 - len(node.inputs))
+        for i, j in enumerate(joins, start=1):
+            assert j is not None
+            node.inputs[i], node.inputs[3 + i] = j.inputs[1], j.inputs[0]
+            node.outputs.append(j.outputs[0])
+            g.nodes.remove(j)
+        g.index()
+
+
+def spelled_attention(g: Graph) -> None:
+    """MatMul(Softmax(MatMul(q, k^T) * scale + mask), v) on [batch, heads, sequence, size] becomes Attention."""
+    for node in list(g.nodes):
+        if node.op != "MatMul" or len(g.shape(node.outputs[0])) != 4:
+            continue
+        softmax = g.producer(node.inputs[0], "Softmax")
+        if softmax is None or softmax.attrs.get("axis", -1) not in (-1, 3) or g.only_user(node.inputs[0]) is not node:
+            continue
+        scores, mask, scale = softmax.inputs[0], "", 1.0
+        add = g.producer(scores, "Add")
+        if add is not None:
+            scaled = [i for i in add.inputs if g.producer(i, ("MatMul", "Mul", "Div")) is not None]
+            products = [i for i in scaled if _scores(g, i) is not None]
+            if len(products) != 1:
+                continue
+            scores, mask = products[0], next(i for i in add.inputs if i != products[0])
+        found = _scores(g, scores)
+        if found is None:
+            continue
+        q, k, scale = found
+        v = node.inputs[1]
+        (b, h, s, _), (kb, kh, t, _) = g.shape(q), g.shape(k)
+        if g.shape(v)[:3] != (kb, kh, t) or kb != b or kh not in (h, 1) or g.shape(softmax.inputs[0]) != (b, h, s, t):
+            continue
+        node.op, node.inputs, node.attrs = "Attention", [q, k, v, mask], {"scale": scale}
+    g.finish()
+
+
+def _scores(g: Graph, name: str) -> tuple[str, str, float] | None:
+    """(q, k, scale) when `name` is MatMul(q, k^T) times a constant."""
+    node, scale = g.producers.get(name), 1.0
+    if node is not None and node.op in ("Mul", "Div"):
+        factor = g.scalar(node.inputs[1])
+        if factor is None or not factor:
+            return None
+        scale = factor if node.op == "Mul" else 1.0 / factor
+        node = g.producers.get(node.inputs[0])
+    if node is None or node.op != "MatMul":
+        return None
+    turned = g.producer(node.inputs[1], "Transpose")
+    if turned is None or turned.attrs.get("perm") != [0, 1, 3, 2]:
+        return None
+    return node.inputs[0], turned.inputs[0], scale
 
 
 def _attend(g: Graph, node: Node, caches: list[Cache]) -> None:
@@ -146,7 +250,7 @@ def _attend(g: Graph, node: Node, caches: list[Cache]) -> None:
             return
         layer = len(caches)
         caches.append(Cache(pasts[0], pasts[1], presents[0], presents[1], kv_heads, dim, v_dim))
-    elif node.attrs.get("is_causal", 0) and shapes[0][-2] != shapes[1][-2]:
+    elif node.attrs.get("is_causal", 0) and shapes[0][-2] != shapes[1][-2] and not node.attrs.get("at_end", 0):
         return  # causal attention of unequal lengths without a cache: engines disagree on its meaning
     rows = [_to_rows(g, i, four) for i in node.inputs[:3]]
     mask = _mask(g, node.input(3), (shapes[0][0], shapes[0][-2]))
@@ -156,6 +260,7 @@ def _attend(g: Graph, node: Node, caches: list[Cache]) -> None:
         "heads": heads, "kv_heads": kv_heads, "head_dim": dim, "value_dim": v_dim, "layer": layer,
         "scale": float(node.attrs.get("scale", 0.0) or dim**-0.5),
         "softcap": float(node.attrs.get("softcap", 0.0)), "causal": bool(node.attrs.get("is_causal", 0)),
+        "at_end": bool(node.attrs.get("at_end", 0)),
         "window": int(node.attrs.get("window", 0)), "rotary": 0, "interleaved": False,
         "rotary_k": 0, "interleaved_k": False, "q_norm": "", "q_eps": 0.0, "k_norm": "", "k_eps": 0.0,
     }  # fmt: skip

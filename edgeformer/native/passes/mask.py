@@ -31,13 +31,15 @@ def position_masks(g: Graph) -> None:
         if found.window is not None and not (found.causal or node.attrs.get("is_causal")):
             continue  # a window on one side only, without causality, has no attribute
         node.inputs[3] = ""
-        node.attrs["is_causal"] = int(found.causal or node.attrs.get("is_causal", 0))
+        if found.causal:
+            node.attrs.update(is_causal=1, at_end=1)
         node.attrs["window"] = found.window or 0
     g.finish()
 
 
 def _past(g: Graph, node: Node) -> Size:
-    return g.shape(node.input(4))[2] if node.input(4) else 0
+    q, k = (g.shape(i)[-2] for i in node.inputs[:2])
+    return g.shape(node.input(4))[2] if node.input(4) else k - q
 
 
 def _rule(g: Graph, name: str, past: Size) -> Rule | None:

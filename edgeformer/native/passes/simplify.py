@@ -52,7 +52,9 @@ def _normalize_node(g: Graph, node: Node) -> None:
     elif node.op == "Split":
         _split(g, node)
     elif node.op == "Gather" and _is_pick(g, node):
-        _pick(g, node)
+        _pick(g, node, int(g.info[node.inputs[1]].value[0]), node.attrs.get("axis", 0))  # type: ignore[index, arg-type]
+    elif node.op == "GatherND" and (index := g.scalar(node.inputs[1])) is not None and not node.attrs.get("batch_dims"):
+        _pick(g, node, int(index), 0)
     elif node.op == "ConstantOfShape":
         fill = node.attrs.get("value")
         _become(node, "Fill", [], value=float(fill.array().reshape(-1)[0]) if fill is not None else 0.0)
@@ -96,11 +98,11 @@ def _is_pick(g: Graph, node: Node) -> bool:
     return index.shape == () and index.value is not None and isinstance(index.value[0], int)
 
 
-def _pick(g: Graph, node: Node) -> None:
-    """Gather of one constant index is a Slice of length 1 without its axis."""
-    x, index = node.inputs[0], g.info[node.inputs[1]].value[0]  # type: ignore[index]
+def _pick(g: Graph, node: Node, index: int, axis: int) -> None:
+    """Gather of one constant index is a Slice of length 1, perhaps without its axis."""
+    x = node.inputs[0]
     shape = g.shape(x)
-    axis = node.attrs.get("axis", 0) % len(shape)
+    axis %= len(shape)
     end = INT64_MAX if index == -1 else index + 1
     info = Info(g.info[x].dtype, (*shape[:axis], 1, *shape[axis + 1 :]))
     attrs: dict[str, Any] = {"starts": (index,), "ends": (end,), "axes": (axis,), "steps": (1,)}
