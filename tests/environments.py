@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -20,19 +21,12 @@ def run(*command: str | Path, **options) -> subprocess.CompletedProcess[str]:
 
 
 def build_wheel(folder: Path, **environment: str) -> Path:
-    """The wheel that `pip wheel .` makes of this tree."""
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "-w",
-        folder,
-        ROOT,
-        env={**os.environ, **environment},
-    )
+    """The wheel that `pip wheel .` makes of a clean copy of this tree: nothing built before can slip into it."""
+    copy = folder / "source"
+    leave = shutil.ignore_patterns(".*", "build", "out", "runs", "tests", "*.so", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, copy, ignore=leave)
+    command = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, copy)
+    run(*command, env={**os.environ, **environment})
     return next(folder.glob("edgeformer-*.whl"))
 
 

@@ -116,7 +116,8 @@ def main(
 
 
 def _run(source: str, given: dict[str, object]) -> None:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads crawl on a busy machine; read when torch loads
+    # Threads that spin while they wait crawl on a busy machine; read once, when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from edgeformer.export.options import make_options, read_recipe  # torch is loaded after --help has had its say
     from edgeformer.export.pipeline import export
 
