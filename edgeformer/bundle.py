@@ -95,14 +95,17 @@ class Bundle:
         """Token ids run from 0 to one less; None for a model without tokens."""
         for graph in self.manifest["graphs"].values():
             shape = graph["outputs"].get("logits", {}).get("shape", [])
-            if "input_ids" in graph["inputs"] and len(shape) == 3 and isinstance(shape[2], int):
+            decodes = self.task == "text-generation" or any(name.startswith("past_key") for name in graph["inputs"])
+            if decodes and "input_ids" in graph["inputs"] and len(shape) == 3 and isinstance(shape[2], int):
                 return int(shape[2])
         return self._config_number("vocab_size")
 
     @property
     def context(self) -> int | None:
         """Positions that the model was made for, from config.json; None where it sets no limit."""
-        return self._config_number("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+        return self._config_number(
+            "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions"
+        )
 
     def _config_number(self, *names: str) -> int | None:
         for config in (self.config, self.config.get("text_config")):

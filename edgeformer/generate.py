@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from edgeformer.signature import IDS, KEEP, PAST
 CHUNK = 512  # prompt tokens a step: bounds the activations' memory, and how long Ctrl-C waits
 
 Array = np.ndarray[Any, Any]
+Rules = Callable[[Array, Sequence[int]], Array]
 
 
 class TextStream(Protocol):
@@ -191,15 +192,18 @@ def tokens(
     limits: Limits,
     options: GenerationOptions,
     text: TextStream | None = None,
+    rules: Rules | None = None,
 ) -> Generator[Piece, None, Result]:
     """Pieces as they come; the generator's value is the Result.
+
+    `rules` change the logits before a token is chosen, given all tokens so far.
 
     Raises:
         InputError: the prompt is empty, holds an unknown id, or is longer than the model's context.
         EdgeformerError: the logits hold NaN.
     """
     began = time.perf_counter()
-    ids = _checked_prompt(prompt, limits)
+    ids = checked_prompt(prompt, limits)
     length = len(ids)
     reused = session.reuse(ids)
     logits = next_logits(engine, session, ids, limits)
@@ -211,7 +215,7 @@ def tokens(
     reason: str | None = None
     while reason is None:
         try:
-            id = sample(logits, ids, options.sampling, rng)
+            id = sample(rules(logits, ids) if rules else logits, ids, options.sampling, rng)
         except EdgeformerError as error:
             raise EdgeformerError(f"Step {len(new)} of the generation, after {len(ids)} tokens: {error}") from error
         last = time.perf_counter()
@@ -316,7 +320,7 @@ def _overlap(text: str, stop: str) -> int:
     return 0
 
 
-def _checked_prompt(prompt: Sequence[int], limits: Limits) -> list[int]:
+def checked_prompt(prompt: Sequence[int], limits: Limits) -> list[int]:
     array = np.asarray(prompt)
     if array.size == 0:
         if limits.bos is None:

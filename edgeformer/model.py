@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from edgeformer.beam import BeamOptions, beam_search
 from edgeformer.bundle import Bundle
+from edgeformer.encode import Encoder, Entity, Label
 from edgeformer.engine import Engine
 from edgeformer.errors import BundleError, EngineUnavailable, InputError
-from edgeformer.generate import CHUNK, GenerationOptions, Limits, Result, Session, Stream, tokens
+from edgeformer.generate import (
+    CHUNK,
+    GenerationOptions,
+    Limits,
+    Result,
+    Session,
+    Stream,
+    Timings,
+    checked_prompt,
+    tokens,
+)
 from edgeformer.machine import default_threads
+from edgeformer.rules import Rules
 from edgeformer.sampling import SamplingOptions
+from edgeformer.seq2seq import EncoderDecoder, Transcript, transcribe
 from edgeformer.signature import IDS
 from edgeformer.tokenizer import Tokenizer
 
@@ -89,7 +104,7 @@ def load(
     if asked != "auto":
         made = _create(asked, bundle, count, native)
         why = f"an isa ({isa}) was asked for" if engine == "auto" else "it was asked for by name"
-        return Model(bundle, made, Choice(asked, {asked: _chosen(made, count, why)}))
+        return Model(bundle, made, Choice(asked, {asked: _chosen(made, count, why)}), _encoder(bundle, made, count))
     reasons: dict[str, str] = {}
     for position, name in enumerate(ORDER):
         try:
@@ -100,13 +115,16 @@ def load(
         reasons[name] = _chosen(made, count, "the first that can run this bundle here")
         for rest in ORDER[position + 1 :]:
             reasons[rest] = f"not tried: {name} comes first"
-        return Model(bundle, made, Choice(name, reasons))
+        return Model(bundle, made, Choice(name, reasons), _encoder(bundle, made, count))
     lines = "".join(f"\n  - {name}: {reason}" for name, reason in reasons.items())
     raise EngineUnavailable(f"No engine can run {bundle.path} here:{lines}")
 
 
 def _create(name: str, bundle: Bundle, threads: int, native: NativeOptions) -> Engine:
+    graph = "decoder" if _has_encoder(bundle) else "model"
     if name == "native":
+        if graph != "model":
+            raise EngineUnavailable("the native engine runs bundles of one graph; this has an encoder and a decoder.")
         try:
             from edgeformer.native.engine import NativeEngine
         except ImportError as error:
@@ -128,8 +146,20 @@ def _create(name: str, bundle: Bundle, threads: int, native: NativeOptions) -> E
         problem = cuda_driver_problem()  # cheap, and most machines end here without importing onnxruntime
         if problem:
             raise EngineUnavailable(f"CUDA is not there: {problem}.")
-        return OrtEngine(bundle, "cuda", threads)
-    return OrtEngine(bundle, "cpu", threads)
+    return OrtEngine(bundle, "cuda" if name == "cuda" else "cpu", threads, graph=graph)
+
+
+def _has_encoder(bundle: Bundle) -> bool:
+    return "encoder" in bundle.manifest["graphs"]
+
+
+def _encoder(bundle: Bundle, decoder: Engine, threads: int) -> Engine | None:
+    """The engine of the graph that reads the source, where that is not the one that answers."""
+    if not _has_encoder(bundle):
+        return None
+    from edgeformer.ort import OrtEngine
+
+    return OrtEngine(bundle, "cuda" if decoder.name == "cuda" else "cpu", threads, graph="encoder")
 
 
 def _chosen(engine: Engine, threads: int, why: str) -> str:
@@ -141,11 +171,13 @@ def _chosen(engine: Engine, threads: int, why: str) -> str:
 class Model:
     """A loaded bundle. Threads may share it; each generation has a state of its own."""
 
-    def __init__(self, bundle: Bundle, engine: Engine, choice: Choice) -> None:
+    def __init__(self, bundle: Bundle, engine: Engine, choice: Choice, encoder: Engine | None = None) -> None:
         self.bundle = bundle
-        self.engine = engine
+        self.engine = engine  # of an encoder-decoder, the decoder's
+        self._encoder = encoder
+        self._graph = "model" if encoder is None else "decoder"
         self._choice = choice
-        self._limits = Limits.of(bundle, engine)
+        self._limits = Limits.of(bundle, engine, self._graph)
 
     def __repr__(self) -> str:
         return f"<edgeformer.Model {self.bundle.path.name}: {self.bundle.task} on {self.engine.name}>"
@@ -158,7 +190,7 @@ class Model:
     @property
     def is_language_model(self) -> bool:
         """Whether the graph takes `input_ids` and gives `logits` for them."""
-        graph = self.bundle.manifest["graphs"]["model"]
+        graph = self.bundle.manifest["graphs"][self._graph]
         return IDS in graph["inputs"] and "logits" in graph["outputs"] and self.bundle.task == "text-generation"
 
     @property
@@ -174,8 +206,8 @@ class Model:
             "bytes": self.bundle.size,
             "vocab_size": self.bundle.vocab_size,
             "context": self._limits.context,
-            "inputs": manifest["graphs"]["model"]["inputs"],
-            "outputs": manifest["graphs"]["model"]["outputs"],
+            "inputs": manifest["graphs"][self._graph]["inputs"],
+            "outputs": manifest["graphs"][self._graph]["outputs"],
             "accuracy": manifest["accuracy"],
             "provenance": manifest["provenance"],
             "fingerprint": self.bundle.fingerprint,
@@ -215,8 +247,18 @@ class Model:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         session: Session | None = None,
+        num_beams: int | None = None,
+        length_penalty: float | None = None,
+        early_stopping: bool | Literal["never"] | None = None,
+        decoder_prompt: Sequence[int] | None = None,
+        forced_bos_token_id: int | None = None,
     ) -> Result:
         """The whole answer to `prompt`: text, token ids, or a list of chat messages.
+
+        For an encoder-decoder `prompt` is the source: a text, token ids, or features [without a batch axis]. What is
+        None comes from its generation_config: `decoder_prompt`, the tokens its answer begins with, and
+        `forced_bos_token_id`, the language to translate into. With `num_beams` above 1 the best text of a beam search
+        (`edgeformer.beam`), which neither samples nor knows `stop` and `session`.
 
         Raises:
             InputError: an argument is out of its range, or the prompt is longer than the model's context.
@@ -224,7 +266,18 @@ class Model:
         """
         sampling = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         options = GenerationOptions(max_new_tokens, _stops(stop), ignore_eos, sampling)
-        stream = self._stream(prompt, options, session)
+        beams = self._beams(num_beams, length_penalty, early_stopping, options, session)
+        forced = {} if forced_bos_token_id is None else {"forced_bos_token_id": forced_bos_token_id}
+        if self._encoder is not None:
+            pair = self._pair
+            held, start = pair.encode(pair.source(prompt)), decoder_prompt or pair.start()  # type: ignore[arg-type]
+            if beams.num_beams > 1:
+                return pair.best(held, start, options, beams, **forced)
+            stream = pair.stream(held, start, options, **forced)
+        elif beams.num_beams > 1:
+            return self._best(prompt, options, beams)
+        else:
+            stream = self._stream(prompt, options, session)
         for _ in stream:
             pass
         return stream.result
@@ -252,6 +305,62 @@ class Model:
         options = GenerationOptions(max_new_tokens, _stops(stop), ignore_eos, sampling)
         return self._stream(prompt, options, session)
 
+    def embed(
+        self,
+        items: Sequence[Any],
+        *,
+        pooling: Literal["mean", "cls", "max", "last"] | None = None,
+        normalize: bool | None = None,
+        batch_size: int = 32,
+    ) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """One vector for each text or picture, float32 [len(items), size].
+
+        Texts may be pairs of them; pictures are paths, Pillow images, or uint8 [height, width, 3]. `pooling` and
+        `normalize` (to length 1) are the bundle's own unless given; a model that gives one vector is not pooled.
+
+        Raises:
+            InputError: the model has no such vectors, or an item is of another kind.
+        """
+        return self._encoding.embed(items, pooling, normalize, batch_size)
+
+    def classify(self, items: Sequence[Any], *, batch_size: int = 32) -> list[list[Label]]:
+        """For each text or picture its labels, the likeliest first, with probabilities.
+
+        Raises:
+            InputError: the model gives no labels for an item, or an item is of another kind.
+        """
+        return self._encoding.classify(items, batch_size)
+
+    def classify_tokens(self, texts: Sequence[str], *, batch_size: int = 32) -> list[list[Entity]]:
+        """For each text the words with a label (other than O), and where they stand.
+
+        Raises:
+            InputError: the model gives no labels for tokens, or has no tokenizer.
+        """
+        return self._encoding.classify_tokens(texts, batch_size)
+
+    def transcribe(
+        self,
+        audio: str | os.PathLike[str] | np.ndarray[Any, Any],
+        *,
+        language: str | None = None,
+        task: str = "transcribe",
+        num_beams: int | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Transcript:
+        """What is said in a WAV file, or in samples [count] at the model's rate.
+
+        Longer recordings are cut into the windows that the model was made for. Without a `language` the model says
+        which it hears, if it knows several; `task="translate"` gives English.
+
+        Raises:
+            InputError: this is no speech model, or the recording cannot be read.
+        """
+        if self._encoder is None:
+            raise InputError(f"{self.bundle.path} is a {self.bundle.task} model and has no transcribe().")
+        beams = self._beams(num_beams, None, None, GenerationOptions(), None)
+        return transcribe(self._pair, audio, language, task, beams, max_new_tokens)
+
     def logits(self, ids: Sequence[int] | np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The logits at every position, float32 [len(ids), vocab]: row i scores what follows ids[:i + 1].
 
@@ -276,7 +385,51 @@ class Model:
         Raises:
             InputError: an input is missing, unknown, or of another type or shape.
         """
-        return self.engine.forward([(inputs, self.engine.new_state())])[0]
+        engine = self._encoder or self.engine  # of an encoder-decoder, the encoder's outputs
+        return engine.forward([(inputs, engine.new_state())])[0]
+
+    @cached_property
+    def _pair(self) -> EncoderDecoder:
+        assert self._encoder is not None
+        return EncoderDecoder(self.bundle, self._encoder, self.engine, self.tokenizer, self._limits)
+
+    @cached_property
+    def _encoding(self) -> Encoder:
+        if self._encoder is not None or self.is_language_model:
+            raise InputError(f"{self.bundle.path} is a {self.bundle.task} model: it generates, and has no such method.")
+        return Encoder(self.bundle, self.engine, self.tokenizer)
+
+    def _beams(
+        self,
+        num_beams: int | None,
+        length_penalty: float | None,
+        early_stopping: bool | Literal["never"] | None,
+        options: GenerationOptions,
+        session: Session | None,
+    ) -> BeamOptions:
+        settings = self.bundle.generation_config if self._encoder is not None else {}
+        sampled = options.sampling.temperature > 0
+        found = BeamOptions(
+            num_beams or (1 if sampled or session is not None or options.stop else int(settings.get("num_beams") or 1)),
+            float(settings.get("length_penalty") or 1.0) if length_penalty is None else length_penalty,
+            settings.get("early_stopping") or False if early_stopping is None else early_stopping,
+        )
+        if found.num_beams > 1 and (sampled or options.stop or session is not None):
+            raise InputError("A beam search neither samples nor knows stop strings and sessions; leave out num_beams.")
+        return found
+
+    def _best(self, prompt: Prompt, options: GenerationOptions, beams: BeamOptions) -> Result:
+        self._require_language_model("generate")
+        began = time.perf_counter()
+        ids, limits = checked_prompt(self.encode_prompt(prompt), self._limits), self._limits
+        rules = Rules(len(ids), options.max_new_tokens)
+        if options.ignore_eos:
+            limits = replace(limits, eos=frozenset())
+        found = beam_search(self.engine, self.engine.new_state(), ids, limits, options.max_new_tokens, beams, rules)
+        seconds = time.perf_counter() - began
+        text = self.tokenizer.decode(found.ids) if self.tokenizer else ""
+        timings = Timings(len(ids), 0, 0.0, seconds, len(found.ids), seconds)
+        return Result(text, found.ids, "eos" if found.ended else "length", timings)
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text, token ids, or a list of chat messages.
@@ -297,6 +450,8 @@ class Model:
         return _no_prompt(prompt)
 
     def _stream(self, prompt: Prompt, options: GenerationOptions, session: Session | None) -> Stream:
+        if self._encoder is not None:
+            return self._pair.stream(self._pair.encode(self._pair.source(prompt)), self._pair.start(), options)  # type: ignore[arg-type]
         self._require_language_model("generate")
         if options.stop:
             self._require_tokenizer()

@@ -91,11 +91,13 @@ class OpRun:
 class OrtState:
     """The KV cache of one sequence, or of one batch of equal length: OrtValues [batch, kv_heads, length, head_dim]."""
 
-    def __init__(self, owner: OrtEngine) -> None:
+    def __init__(self, owner: OrtEngine, held: dict[str, Any] | None = None, batch: int | None = None) -> None:
         self.owner = owner
         self.lock = threading.Lock()
         self.cache: list[Any] = []  # in the order of the signature's caches; empty before the first token
-        self.batch: int | None = None
+        self.held = held or {}  # inputs that stay the same for the whole sequence
+        self._held_batch = batch
+        self.batch = batch
         self._length = 0
 
     @property
@@ -107,17 +109,30 @@ class OrtState:
             raise InputError(f"A state of {self._length} tokens cannot be cut to {length}.")
         with _held([self]):
             if length == 0:
-                self.cache, self.batch = [], None
+                self.cache, self.batch = [], self._held_batch
             elif length < self._length:
                 self.cache = [self.owner.place(np.ascontiguousarray(v.numpy()[:, :, :length])) for v in self.cache]
             self._length = length
 
     def fork(self) -> OrtState:
         with _held([self]):
-            copy = OrtState(self.owner)
+            copy = OrtState(self.owner, self.held, self._held_batch)
             # Each step makes new OrtValues and never writes into old ones, so both may hold the same.
             copy.cache, copy.batch, copy._length = list(self.cache), self.batch, self._length
             return copy
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Sequence i of the batch becomes a copy of what sequence `rows[i]` was; as many as before.
+
+        Raises:
+            InputError: `rows` has another length than the batch, or names a sequence that is none.
+        """
+        if self.batch is None or len(rows) != self.batch or not all(0 <= row < self.batch for row in rows):
+            raise InputError(f"A state of {self.batch} sequences cannot select {list(rows)}.")
+        if list(rows) == list(range(self.batch)):
+            return
+        with _held([self]):
+            self.cache = [self.owner.place(np.ascontiguousarray(value.numpy()[list(rows)])) for value in self.cache]
 
     def grow(self, cache: list[Any], batch: int, tokens: int) -> None:
         """Take the cache that a run returned. Called with the lock held."""
@@ -170,8 +185,17 @@ class OrtEngine:
     def name(self) -> str:
         return self.provider
 
-    def new_state(self) -> OrtState:
-        return OrtState(self)
+    def new_state(self, held: Arrays | None = None) -> OrtState:
+        """An empty state; `held` are inputs of the graph given once, for all calls with it.
+
+        Raises:
+            InputError: one of them does not fit the graph.
+        """
+        if not held:
+            return OrtState(self)
+        arrays = self.signature.check_some(held)
+        batch = next(iter(arrays.values())).shape[0]
+        return OrtState(self, {name: self.place(array) for name, array in arrays.items()}, batch)
 
     def forward(self, batch: Sequence[tuple[Arrays, State]]) -> list[dict[str, np.ndarray]]:
         if os.getpid() != self._pid:
@@ -183,7 +207,7 @@ class OrtEngine:
             states.append(state)
         with _held(states):
             checked = [
-                self.signature.check(inputs, state.length, state.batch)
+                self.signature.check(inputs, state.length, state.batch, state.held)
                 for (inputs, _), state in zip(batch, states, strict=True)
             ]
             return [self._run(arrays, state) for arrays, state in zip(checked, states, strict=True)]
@@ -210,6 +234,9 @@ class OrtEngine:
         for name, array in arrays.items():
             if name != KEEP or int(array) != 0:  # 0 is the graph's own default
                 binding.bind_ortvalue_input(name, value(array))
+        for name, held in state.held.items():
+            if name not in arrays:
+                binding.bind_ortvalue_input(name, held)
         rows = next(iter(arrays.values())).shape[0] if self._caches else 0
         cache = state.cache or [self._empty(name, rows) for name in self._caches]
         for name, past in zip(self._caches, cache, strict=True):

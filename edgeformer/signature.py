@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from edgeformer.errors import InputError
 
 PAST = "past_key_values."
 PRESENT = "present."
+ENCODER = ".encoder."
 KEEP = "logits_to_keep"
 POSITIONS = "position_ids"
 IDS = "input_ids"
@@ -49,10 +50,11 @@ class Signature:
         """The signature of one graph of a bundle."""
         table = bundle.manifest["graphs"][graph]
         ports = {name: Port(name, info["dtype"], tuple(info["shape"])) for name, info in table["inputs"].items()}
-        caches = {name: PRESENT + name[len(PAST) :] for name in ports if name.startswith(PAST)}
+        # What an encoder made for the decoder's cross-attention is named like a cache but never grows: an input.
+        caches = {name: PRESENT + name[len(PAST) :] for name in ports if name.startswith(PAST) and ENCODER not in name}
         return cls(
-            inputs={name: port for name, port in ports.items() if not name.startswith(PAST) and name != KEEP},
-            outputs=tuple(name for name in table["outputs"] if not name.startswith(PRESENT)),
+            inputs={name: port for name, port in ports.items() if name not in caches and name != KEEP},
+            outputs=tuple(name for name in table["outputs"] if name not in caches.values()),
             caches=caches,
             cache_ports={name: ports[name] for name in caches},
             keeps_logits=KEEP in ports,
@@ -60,10 +62,25 @@ class Signature:
             context=bundle.context if IDS in ports and caches else None,
         )
 
-    def check(self, given: Mapping[str, Any], past: int, batch: int | None = None) -> dict[str, Array]:
+    def check_some(self, given: Mapping[str, Any]) -> dict[str, Array]:
+        """Those arrays alone, C-ordered and of the graph's types; the others may come later.
+
+        Raises:
+            InputError: one is no input of the graph, or does not fit it.
+        """
+        unknown = [name for name in given if name not in self.inputs]
+        if unknown:
+            raise InputError(f"{', '.join(unknown)}: no such input; the graph takes {', '.join(self.inputs)}.")
+        sizes: dict[str, tuple[int, str]] = {}
+        return {name: self._array(self.inputs[name], value, sizes) for name, value in given.items()}
+
+    def check(
+        self, given: Mapping[str, Any], past: int, batch: int | None = None, held: Collection[str] = ()
+    ) -> dict[str, Array]:
         """The call's arrays, C-ordered and of the graph's types, with `position_ids` filled in where left out.
 
-        `past` tokens are in the state already, for `batch` sequences (None: an empty state takes any).
+        `past` tokens are in the state already, for `batch` sequences (None: an empty state takes any), and the inputs
+        named in `held`.
 
         Raises:
             InputError: with every problem found, one a line.
@@ -74,7 +91,7 @@ class Signature:
         arrays: dict[str, Array] = {}
         for name, port in self.inputs.items():
             if name not in given:
-                if name != POSITIONS:
+                if name != POSITIONS and name not in held:
                     problems.append(f"{name} is missing")
                 continue
             try:

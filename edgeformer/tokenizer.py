@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,17 @@ Message = Mapping[str, Any]
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """One text for an encoder, each list with an entry for each token."""
+
+    ids: list[int]
+    type_ids: list[int]  # 1 for the second text of a pair
+    offsets: list[tuple[int, int]]  # the characters that it stands for
+    special: list[int]  # 1 for tokens that stand for no characters
+    words: list[int | None]  # the number of the word that it is a part of
+
+
 class Tokenizer:
     """A bundle's tokenizer. Immutable; threads may share it."""
 
@@ -21,6 +33,7 @@ class Tokenizer:
         self._backend = backend
         self._template_source = template
         self._template: Any = None
+        self._cutting: dict[int, Any] = {}  # copies of the backend that cut to a length
         self.special_tokens = _special_tokens(settings)
 
     @classmethod
@@ -43,6 +56,9 @@ class Tokenizer:
             backend = Backend.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise BundleError(f"{path} is not a tokenizer: {error}. Export or copy the bundle again.") from error
+        # The file may ask for both; whoever cuts or pads a text here says so.
+        backend.no_padding()
+        backend.no_truncation()
         return cls(backend, settings, template)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -54,6 +70,25 @@ class Tokenizer:
         except (UnicodeEncodeError, TypeError) as error:
             raise InputError("The text holds a lone surrogate, which is no character.") from error
         return ids
+
+    def encode_for_encoder(self, text: str | tuple[str, str], max_length: int | None = None) -> Encoded:
+        """A text, or two, as an encoder takes it: with special tokens, cut to `max_length` tokens.
+
+        Raises:
+            InputError: it is neither text nor a pair of texts.
+        """
+        pair = isinstance(text, tuple) and len(text) == 2 and all(isinstance(part, str) for part in text)
+        if not isinstance(text, str) and not pair:
+            raise InputError(f"The text is {_short(text)}, expected a str, or a pair of them.")
+        backend = self._backend
+        if max_length is not None:
+            if max_length not in self._cutting:
+                copy = type(backend).from_str(backend.to_str())
+                copy.enable_truncation(max_length)
+                self._cutting[max_length] = copy
+            backend = self._cutting[max_length]
+        found = backend.encode(*([text] if isinstance(text, str) else text))
+        return Encoded(found.ids, found.type_ids, found.offsets, found.special_tokens_mask, found.word_ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""

@@ -1,0 +1,205 @@
+"""Encoder-decoders at run time: the source is encoded once, then decoded token by token."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edgeformer.audio import LogMel, read_wav
+from edgeformer.beam import BeamOptions, beam_search
+from edgeformer.bundle import Bundle
+from edgeformer.engine import Arrays, Engine, State
+from edgeformer.errors import InputError
+from edgeformer.generate import GenerationOptions, Limits, Result, Session, Stream, Timings, tokens
+from edgeformer.manifest import read_json
+from edgeformer.rules import Rules
+from edgeformer.signature import ENCODER, IDS, PAST, PRESENT
+from edgeformer.tokenizer import Tokenizer
+
+Array = np.ndarray[Any, Any]
+MASK = "attention_mask"
+SOURCE_MASK = "encoder_attention_mask"
+
+
+@dataclass(frozen=True)
+class EncoderDecoder:
+    """The two engines of a bundle, and what its config says about decoding."""
+
+    bundle: Bundle
+    encoder: Engine
+    decoder: Engine
+    tokenizer: Tokenizer | None
+    limits: Limits
+
+    def encode(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
+        """What the decoder needs of a source: inputs of its graph that stay the same for the whole answer."""
+        feeds = dict(inputs)
+        ports = self.bundle.manifest["graphs"]
+        if MASK in ports["encoder"]["inputs"] and MASK not in feeds and IDS in feeds:
+            feeds[MASK] = np.ones_like(np.asarray(feeds[IDS]))
+        outputs = self.encoder.forward([(feeds, self.encoder.new_state())])[0]
+        wanted = ports["decoder"]["inputs"]
+        held = {
+            name.replace(PRESENT, PAST, 1) if ENCODER in name else name: value
+            for name, value in outputs.items()
+            if (name.replace(PRESENT, PAST, 1) if ENCODER in name else name) in wanted
+        }
+        if SOURCE_MASK in wanted:
+            held[SOURCE_MASK] = feeds[MASK]
+        return held
+
+    def source(self, source: str | Sequence[int] | Array) -> dict[str, Array]:
+        """The encoder's inputs for a text, token ids, or features without their batch axis.
+
+        Raises:
+            InputError: it is none of these.
+        """
+        ports = self.bundle.manifest["graphs"]["encoder"]["inputs"]
+        if IDS not in ports:
+            name = next(iter(ports))
+            return {name: np.asarray(source, np.float32)[None]}
+        if isinstance(source, str):
+            if self.tokenizer is None:
+                raise InputError(f"{self.bundle.path} has no tokenizer; give the source as token ids.")
+            source = self.tokenizer.encode(source)
+        ids = np.asarray(source)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or not ids.size:
+            raise InputError(f"The source is {ids.dtype}{list(ids.shape)}, expected a text or a list of token ids.")
+        return {IDS: ids[None].astype(np.int64)}
+
+    def start(self) -> list[int]:
+        """The tokens that every answer begins with.
+
+        Raises:
+            InputError: the config names none.
+        """
+        for settings in (self.bundle.generation_config, self.bundle.config):
+            for name in ("decoder_start_token_id", "bos_token_id"):
+                value = settings.get(name)
+                if type(value) is int:
+                    return [value]
+        raise InputError(f"{self.bundle.path} names no decoder_start_token_id; give decoder_prompt=[...].")
+
+    def stream(self, held: Arrays, prompt: Sequence[int], options: GenerationOptions, **more: Any) -> Stream:
+        """The answer piece by piece, greedily or sampled, as `options` say."""
+        rules = self._rules(prompt, options, more)
+        session = Session(self._state(held))
+        text = self.tokenizer.detokenizer() if self.tokenizer else None
+        return Stream(tokens(self.decoder, session, list(prompt), self.limits, options, text, rules))
+
+    def best(
+        self, held: Arrays, prompt: Sequence[int], options: GenerationOptions, beams: BeamOptions, **more: Any
+    ) -> Result:
+        """The best answer of a beam search; its text has no stop strings."""
+        began = time.perf_counter()
+        rules = self._rules(prompt, options, more)
+        copies = {name: np.repeat(value, beams.num_beams, axis=0) for name, value in held.items()}
+        found = beam_search(
+            self.decoder, self._state(copies), prompt, self.limits, options.max_new_tokens, beams, rules
+        )
+        seconds = time.perf_counter() - began
+        ids = found.ids[:-1] if found.ended else found.ids
+        text = self.tokenizer.decode(ids) if self.tokenizer else ""
+        timings = Timings(len(prompt), 0, 0.0, seconds, len(found.ids), seconds)
+        return Result(text, found.ids, "eos" if found.ended else "length", timings)
+
+    def likeliest(self, held: Arrays, prompt: Sequence[int], among: Sequence[int]) -> int:
+        """Which of the tokens `among` the model would put after `prompt`."""
+        inputs = {IDS: np.array([list(prompt)], np.int64)}
+        logits = self.decoder.forward([(inputs, self._state(held))])[0]["logits"][0, -1]
+        return max(among, key=lambda id: float(logits[id]))
+
+    def _state(self, held: Arrays) -> State:
+        make: Callable[..., State] = self.decoder.new_state
+        return make(held)
+
+    def _rules(self, prompt: Sequence[int], options: GenerationOptions, more: Mapping[str, Any]) -> Rules:
+        settings = {**self.bundle.generation_config, **more}
+        eos = frozenset() if options.ignore_eos else self.limits.eos
+        return Rules.of(settings, len(prompt), options.max_new_tokens, eos)
+
+
+# -------------------------------------------------------------------------------------------------------------- speech
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What was said. `language` is the code that was given or heard, None where the model knows one alone."""
+
+    text: str
+    ids: list[int]
+    language: str | None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def speech_prompt(pair: EncoderDecoder, held: Arrays, language: str | None, task: str) -> tuple[list[int], str | None]:
+    """(the tokens an answer begins with, language code): start, language, task, no timestamps; as far as the model
+    has tokens for them. Without a `language` the likeliest is taken.
+
+    Raises:
+        InputError: the model does not know the language or task.
+    """
+    settings = pair.bundle.generation_config
+    prompt = pair.start()
+    languages: dict[str, int] = {
+        name.strip("<|>"): id for name, id in (settings.get("lang_to_id") or {}).items() if type(id) is int
+    }
+    if languages:
+        if language is None:
+            heard = pair.likeliest(held, prompt, list(languages.values()))
+            language = next(name for name, id in languages.items() if id == heard)
+        elif language not in languages:
+            raise InputError(f"language is {language!r}; the model knows {', '.join(sorted(languages))}.")
+        tasks: dict[str, int] = settings.get("task_to_id") or {}
+        if task not in tasks:
+            raise InputError(f"task is {task!r}; the model knows {', '.join(sorted(tasks)) or 'none'}.")
+        prompt += [languages[language], tasks[task]]
+    elif language is not None:
+        raise InputError(f"language is {language!r}, but this model has no tokens for languages.")
+    silent = settings.get("no_timestamps_token_id")
+    if type(silent) is int:
+        prompt.append(silent)
+    return prompt, language
+
+
+def transcribe(
+    pair: EncoderDecoder,
+    audio: str | os.PathLike[str] | Array,
+    language: str | None,
+    task: str,
+    beams: BeamOptions,
+    max_new_tokens: int | None,
+) -> Transcript:
+    """What is said; see `Model.transcribe`."""
+    settings = pair.bundle.file("preprocessor_config.json")
+    if settings is None or IDS in pair.bundle.manifest["graphs"]["encoder"]["inputs"]:
+        raise InputError(
+            f"{pair.bundle.path} is a {pair.bundle.task} model that takes no sound, or has no preprocessor_config.json."
+        )
+    front = LogMel.of(read_json(settings))
+    samples = np.asarray(audio) if isinstance(audio, np.ndarray) else read_wav(audio, front.sampling_rate)
+    if samples.ndim != 1 or samples.dtype.kind != "f" or not samples.size:
+        raise InputError(f"The recording is {samples.dtype}{list(samples.shape)}, expected float samples [count].")
+    ids: list[int] = []
+    for start in range(0, len(samples), front.samples):
+        held = pair.encode(pair.source(front.features(samples[start : start + front.samples])))
+        prompt, language = speech_prompt(pair, held, language, task)
+        room = (pair.limits.context or 448) - len(prompt)
+        options = GenerationOptions(max_new_tokens=max(1, min(max_new_tokens or room, room)))
+        if beams.num_beams > 1:
+            result = pair.best(held, prompt, options, beams)
+        else:
+            stream = pair.stream(held, prompt, options)
+            for _ in stream:
+                pass
+            result = stream.result
+        ids += [id for id in result.ids if id not in pair.limits.eos]
+    text = pair.tokenizer.decode(ids).strip() if pair.tokenizer else ""
+    return Transcript(text, ids, language)
