@@ -104,12 +104,14 @@ def _attention(
     softcap: float | None = None,
     sliding_window: int | None = None,
     position_bias: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """[B, S, H, Dv], as transformers' attention functions return it.
 
     `position_bias` ([1, H, S, T], added to the scores) and `attention_mask` become one mask of the node; without an
-    `attention_mask` a causal module stays causal by attribute.
+    `attention_mask` a causal module stays causal by attribute. `s_aux` ([H]) is a score for each head that takes its
+    share of the softmax and has no value.
     """
     road = getattr(getattr(module, "config", None), "_attn_implementation", NAME)
     causal = bool(getattr(module, "is_causal", road != MASKED) if is_causal is None else is_causal)
@@ -119,13 +121,9 @@ def _attention(
             "causal masks and sliding windows are known here."
         )
     causal &= attention_mask is None
-    unknown = [name for name in ("s_aux",) if kwargs.get(name) is not None]
-    if unknown:
-        raise ExportError(
-            f"{type(module).__name__} passes {', '.join(unknown)} to attention, which the standard Attention operator "
-            "cannot say."
-        )
     mask = _with_bias(attention_mask, position_bias)
+    if s_aux is not None:
+        key, value, mask, causal = *_with_sink(query, key, value, mask, causal, s_aux), False
     mixed: torch.Tensor = torch.onnx.ops.symbolic(
         f"{DOMAIN}::Attention",
         [query, key, value] if mask is None else [query, key, value, mask],
@@ -148,3 +146,24 @@ def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Te
     hidden = torch.full((), torch.finfo(bias.dtype).min, dtype=bias.dtype)
     added = torch.where(mask, torch.zeros((), dtype=bias.dtype), hidden) if mask.dtype == torch.bool else mask
     return bias + added
+
+
+def _with_sink(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    sink: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(key, value, mask) with one more key at the end, zero like its value; the mask adds the sink's score to it."""
+    if causal:
+        raise ExportError("attention sinks need the causal mask as an array; this model gives none.")
+    seen = torch.zeros(1, 1, query.shape[2], key.shape[2], dtype=query.dtype) if mask is None else mask
+    added = _with_bias(seen, torch.zeros((), dtype=query.dtype)) if seen.dtype == torch.bool else seen
+    assert added is not None
+    rows = (added.shape[0], query.shape[1], query.shape[2])
+    last = sink.to(query.dtype).reshape(1, -1, 1, 1).expand(*rows, 1)
+    zeros = [torch.zeros_like(part[:, :, :1]) for part in (key, value)]
+    wide = torch.cat([added.expand(*rows, added.shape[-1]), last], -1)
+    return torch.cat([key, zeros[0]], 2), torch.cat([value, zeros[1]], 2), wide

@@ -62,7 +62,7 @@ def quantize_embeddings(model: ir.Model, blocks_of: BlocksOf) -> None:
 
 
 def tables(model: ir.Model) -> list[ir.Value]:
-    """The float tables that an input of the graph is looked up in, each once."""
+    """The float tables of token embeddings: looked up by an input of the graph, or shared with a head. Each once."""
     return list(dict.fromkeys(node.inputs[0] for node in _lookups(model) if node.inputs[0] is not None))
 
 
@@ -70,7 +70,10 @@ def _lookups(model: ir.Model) -> list[ir.Node]:
     found = []
     for node in nodes(model, "Gather"):
         table, ids = node.inputs
-        if table is not None and table.is_initializer() and ids is not None and ids.is_graph_input():
+        if table is None or ids is None or not table.is_initializer():
+            continue
+        shared = any(use.node.op_type == "Transpose" for use in table.uses())
+        if ids.is_graph_input() or shared:
             found.append(node)
     return found
 
