@@ -1,4 +1,4 @@
-"""Exported architectures on the native engine: the float bundle with parity, the quantized one as near as int8 allows."""
+"""Exported architectures on the native engine: float with parity, quantized as near as int8 activations allow."""
 
 from __future__ import annotations
 
@@ -107,3 +107,67 @@ def test_the_comparison_refuses_twice_the_error():
     as_near(noise, exact, -noise)
     with pytest.raises(AssertionError, match="rms error"):
         as_near(2 * noise, exact, noise)
+
+
+def test_both_graphs_of_an_encoder_decoder_run(tmp_path):
+    """Cross-attention reads what the encoder made, the decoder's own cache grows, a padding mask hides the end."""
+    import transformers
+
+    from edgeformer.export.pair import export_pair
+    from edgeformer.export.progress import Silent
+    from edgeformer.export.seq2seq import pair_source
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 120, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "max_position_embeddings": 64}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96}
+    config = transformers.BartConfig(
+        **sizes,
+        **heads,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        forced_eos_token_id=None,
+    )
+    source = pair_source(transformers.BartForConditionalGeneration(config), "tiny", "text-generation")
+    path = tmp_path / "pair"
+    export_pair(ExportOptions("tiny", path, quantize="none", tokens=0), Silent(), source, "none")
+
+    def session(name):
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        return ort.InferenceSession(path / name, options, providers=["CPUExecutionProvider"])
+
+    mask = np.ones_like(IDS)
+    mask[1, 6:] = 0
+    feeds = {"input_ids": IDS, "attention_mask": mask}
+    encoder = session("encoder_model.onnx")
+    feeds = {value.name: feeds[value.name] for value in encoder.get_inputs()}
+    names = [value.name for value in encoder.get_outputs()]
+    expected = dict(zip(names, encoder.run(None, feeds), strict=True))
+    native = NativeEngine.from_bundle(path, graph="encoder", threads=2)
+    made = native.forward([(feeds, native.new_state())])[0]
+    for name in names:
+        assert np.abs(made[name] - expected[name]).max() <= 1e-5 * np.ptp(expected[name])
+
+    decoder = session("decoder_model.onnx")
+    feeds = {}
+    for value in decoder.get_inputs():
+        if ".encoder." in value.name:
+            feeds[value.name] = made.get(value.name, made.get(value.name.replace("past_key_values", "present")))
+        elif value.name.startswith("past_key_values"):
+            feeds[value.name] = np.zeros((2, value.shape[1], 0, value.shape[3]), np.float32)
+        elif "mask" in value.name:
+            feeds[value.name] = mask
+        elif value.name == "position_ids":
+            feeds[value.name] = np.broadcast_to(np.arange(13), (2, 13)).copy()
+        elif value.name == "input_ids":
+            feeds[value.name] = IDS
+    expected_logits = decoder.run(["logits"], feeds)[0]
+    native = NativeEngine.from_bundle(path, graph="decoder", threads=2, kv="float32")
+    given = {k: v for k, v in feeds.items() if k in native.program.inputs and k != "position_ids"}
+    state, parts = native.new_state(), []
+    for start, stop in ((0, 5), (5, 6), (6, 13)):
+        parts.append(native.forward([({**given, "input_ids": IDS[:, start:stop]}, state)])[0]["logits"])
+    got = np.concatenate(parts, axis=1)
+    assert np.abs(got - expected_logits).max() <= 1e-5 * np.ptp(expected_logits)

@@ -20,6 +20,7 @@ from edgeformer.native.passes.linear import Weight
 from edgeformer.native.rows import is_row_local
 
 PAST = "past_key_values."  # the bundle format's name for what a state holds
+ENCODER = ".encoder."  # but these are what an encoder made: plain inputs that never grow
 LANES = 16  # rows of a weight panel, as csrc/kernels/kernels.h packs them
 ELEMENTWISE = {
     "Add": "add", "Sub": "sub", "Mul": "mul", "Div": "div", "Pow": "pow", "Min": "min", "Max": "max", "Mod": "mod",
@@ -117,7 +118,9 @@ class _Builder:
         for name, info in g.inputs.items():
             p.inputs[name] = self.new_slot(name, info)
         unsupported = [
-            Node("a cache that is read in a form of its own", [], [name]) for name in g.inputs if name.startswith(PAST)
+            Node("a cache that is read in a form of its own", [], [name])
+            for name in g.inputs
+            if name.startswith(PAST) and ENCODER not in name
         ]
         for node in g.nodes:
             emit = getattr(self, f"op_{node.op.lower()}", None)
