@@ -81,6 +81,7 @@ def main(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, or float16 for CUDA. [default: float32]")] = None,
     weights: Annotated[Path | None, typer.Option(help="For a factory: a .safetensors file.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Merge this PEFT adapter folder (LoRA) into the model.")] = None,
     inputs: Annotated[
         list[str] | None, typer.Option("--input", help="For a factory: name=dtype\\[axis,...]; named axes are dynamic.")
     ] = None,
@@ -100,6 +101,7 @@ def main(
     """Export SOURCE to a bundle: an ordinary ONNX folder, checked against PyTorch before it gets its name."""
     given = {
         "output": output, "quantize": quantize, "block": block, "head": head, "dtype": dtype, "weights": weights,
+        "adapter": adapter,
         "input": tuple(inputs or ()), "output_names": tuple(output_names or ()), "architecture": architecture,
         "task": task, "text": text,
         "tokens": tokens, "overwrite": overwrite or None,
@@ -156,6 +158,8 @@ def _summary(path: Path, manifest: dict[str, object]) -> None:
             f"same next token {accuracy['top1_agreement']:.1%} ({accuracy['tokens']} tokens of {accuracy['text']})",
         )
     console.print(table)
+    for note in manifest.get("notes", ()):  # type: ignore[attr-defined]
+        console.print(f"[yellow]note:[/] {note}", highlight=False)
     console.print(
         f"Next: [bold]edgeformer inspect {path}[/]"
         + (f'  or  [bold]edgeformer run {path} "Hello"[/]' if manifest["task"] == "text-generation" else "")

@@ -19,7 +19,7 @@ def register() -> None:
     """Makes `experts_implementation="edgeformer"` known to transformers; may be called again."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    ALL_EXPERTS_FUNCTIONS.register(NAME, _every_expert)  # type: ignore[no-untyped-call]
+    ALL_EXPERTS_FUNCTIONS.register(NAME, _every_expert)
 
 
 def _every_expert(

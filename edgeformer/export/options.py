@@ -28,6 +28,7 @@ class ExportOptions:
     block: int = 32  # weights that share a scale: 16 | 32 | 64 | 128
     head: str | None = None  # tied | q4a | q4 | q8 | none; by default tied if the model ties it, else as `quantize`
     dtype: str = "float32"  # float32 | float16 (for CUDA)
+    adapter: Path | None = None  # a PEFT adapter folder (LoRA) to merge into the model
     weights: Path | None = None  # for module:factory: a .safetensors file, or a .pt file of plain tensors
     input: tuple[str, ...] = ()  # for module:factory: name=dtype[axis,...], for example x=float32[batch,sequence,3]
     output_names: tuple[str, ...] = ()  # for module:factory: names of what forward returns
@@ -68,7 +69,7 @@ def read_recipe(path: Path, **flags: Any) -> ExportOptions:
     beside = path.parent / str(recipe["source"])
     if beside.exists():
         recipe["source"] = str(beside)
-    for name in ("weights", "text"):
+    for name in ("weights", "text", "adapter"):
         if name in recipe:
             recipe[name] = path.parent / recipe[name]
     recipe.setdefault("output", path.stem)
@@ -78,7 +79,7 @@ def read_recipe(path: Path, **flags: Any) -> ExportOptions:
 
 def make_options(**values: Any) -> ExportOptions:
     """ExportOptions from plain values (strings for paths, lists for tuples)."""
-    for name in ("output", "weights", "text"):
+    for name in ("output", "weights", "text", "adapter"):
         if values.get(name) is not None:
             values[name] = Path(values[name])
     for name in ("input", "output_names"):

@@ -41,6 +41,11 @@ from edgeformer.export.write import GRAPH, manifest, save_graph, write_reference
 # square root, to about 1e-2 of the range; a wrong graph was already refused in float32.
 FLOAT16_TOLERANCE = 2e-2
 
+NO_CACHE = (
+    "No causal attention was recognized, so the graph has no KV cache: every step reads the whole text again. Use "
+    "F.scaled_dot_product_attention(q, k, v, is_causal=True), or softmax(scale * q @ k^T + causal mask) @ v."
+)
+
 
 @dataclass(frozen=True)
 class Traced:
@@ -111,7 +116,9 @@ def export(
         tolerance = write_reference(source, folder, weights, exact=not (half or quantized))
         write_texts(source, folder)
         reference = {"file": "reference.npz", "tolerance": tolerance}
-        parts = {"parity": {"dequantized": None, **report}, "accuracy": measured, "reference": reference}
+        parts: dict[str, Any] = {"parity": {"dequantized": None, **report}, "accuracy": measured, "reference": reference}
+        if source.is_language_model and not traced.layers:
+            parts["notes"] = [NO_CACHE]
         if source.processing:
             parts["processing"] = dict(source.processing)
         return seal(folder, manifest(model, source, options, scheme, weights, **parts))

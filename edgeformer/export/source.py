@@ -105,11 +105,20 @@ def run(source: Source, feeds: Mapping[str, torch.Tensor]) -> dict[str, F32]:
 
 
 def load_source(options: ExportOptions) -> Source | Pair:
-    """The source that `options.source` names.
+    """The source that `options.source` names, with `options.adapter` merged into it.
 
     Raises:
         ExportError: it is none of the known kinds, or cannot be loaded; the message says which and why.
     """
+    source = _base_source(options)
+    if options.adapter is None:
+        return source
+    from edgeformer.export.adapter import with_adapter
+
+    return with_adapter(source, options.adapter)
+
+
+def _base_source(options: ExportOptions) -> Source | Pair:
     name, path = options.source, Path(options.source)
     if path.is_file() and path.suffix.lower() == ".gguf":
         from edgeformer.export.hub import gguf_source
