@@ -122,3 +122,26 @@ def test_the_comparison_sees_a_window_that_is_one_too_wide(tmp_path, monkeypatch
         model = g.model(LM, outputs)
         results.append(run_reference(model, {"x": x, "cos": np.cos(angle), "sin": np.sin(angle)}, outputs[0]))
     assert np.abs(results[0] - results[1]).max() > 1000 * 80 * 2**-24 * np.ptp(results[0])
+
+
+def test_eight_bits_with_a_minimum_run_as_two_products(tmp_path):
+    """Five-bit GGUF weights: INT8 q - 16 with a float minimum a block, said as a second product on block sums."""
+    g = Builder()
+    rng = np.random.default_rng(0)
+    q = rng.integers(-16, 16, (48, 64)).astype(np.int8)
+    s, m = lowering.fp16(rng.uniform(0.01, 0.1, (48, 2))), lowering.fp16(rng.uniform(-0.5, 0.0, (48, 2)))
+    stored, scales = g("Transpose", g.value(q), perm=[1, 0]), g("Transpose", s, perm=[1, 0])
+    sums = g("ReduceSum", g("Reshape", "x", np.array([0, 0, 2, 32])), np.array([-1]), keepdims=0)
+    second = g("MatMul", sums, g("Transpose", m, perm=[1, 0]))
+    y = g("Add", g("MatMul", "x", g("DequantizeLinear", stored, scales, axis=0, block_size=32)), second)
+    model = g.model({"x": LM["x"]}, [y])
+    onnx.save(model, tmp_path / "model.onnx")
+    engine = NativeEngine.from_bundle(tmp_path / "model.onnx", threads=1)
+    assert [w.type for w in engine.program.weights] in (["q8", "f32"], ["f32", "q8"])
+    assert engine.program.row_local
+    x = rng.standard_normal((BATCH, ROWS, 64)).astype(np.float32)
+    got = engine.forward([({"x": x}, engine.new_state())])[0][y]
+    expected = ReferenceEvaluator(model).run(None, {"x": x})[0]
+    # activations are rounded to absmax / 127 of their block: at most absmax / 254 each, times the sum of |s q|
+    bound = np.abs(x).max() / 254 * np.abs(np.repeat(s, 32, axis=1) * q).sum(axis=1).max()
+    assert 0 < np.abs(got - expected).max() <= bound
