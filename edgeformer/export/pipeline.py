@@ -116,7 +116,8 @@ def export(
         tolerance = write_reference(source, folder, weights, exact=not (half or quantized))
         write_texts(source, folder)
         reference = {"file": "reference.npz", "tolerance": tolerance}
-        parts: dict[str, Any] = {"parity": {"dequantized": None, **report}, "accuracy": measured, "reference": reference}
+        report = {"dequantized": None, **report}
+        parts: dict[str, Any] = {"parity": report, "accuracy": measured, "reference": reference}
         if source.is_language_model and not traced.layers:
             parts["notes"] = [NO_CACHE]
         if source.processing:
