@@ -1,0 +1,414 @@
+"""The native engine: a bundle's graph, lowered and run by our own C++, without torch and without onnxruntime."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeformer.errors import EngineUnavailable, InputError, StateError
+from edgeformer.native.graph import Array, Graph
+from edgeformer.native.passes.linear import Weight, load_rows
+from edgeformer.native.profile import Profile
+from edgeformer.native.program import LANES, PackedWeight, Program, lower_bundle, postfix
+
+WEIGHT_TYPES = ("q4a", "q4", "q8", "q8x16", "f32")  # csrc/kernels/kernels.h: enum class WeightType
+SLOT_TYPES = ("f32", "i64", "bool", "quant")  # csrc/program.h: enum class DType
+NUMPY = {"f32": np.float32, "i64": np.int64, "bool": np.bool_}
+PACK_ROWS = 8192  # rows packed from one read of the mapped file, so that peak memory stays near the packed size
+PREFILL_ROWS = 512  # rows of one pass: bounds the working memory of long prompts
+DEFAULT_CONTEXT = 4096
+_STATE_MAGIC = b"edgeformer-state 1\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes that an engine needs: packed weights, the cache of one state at `context` tokens, working memory."""
+
+    weights: int
+    kv: int
+    scratch: int
+    context: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.kv + self.scratch
+
+
+class NativeState:
+    """What one sequence (or one batch of them) owns: its KV cache. See `edgeformer.engine.State`."""
+
+    __slots__ = ("_fingerprint", "_state")
+
+    def __init__(self, state: Any, fingerprint: str) -> None:
+        self._state = state
+        self._fingerprint = fingerprint
+
+    @property
+    def length(self) -> int:
+        """Tokens that the cache holds."""
+        return int(self._state.length)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache now; it grows in chunks as tokens come."""
+        return int(self._state.nbytes)
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from `length` on.
+
+        Raises:
+            InputError: `length` is negative or larger than `self.length`.
+            StateError: the state is in use by another call.
+        """
+        self._state.truncate(int(length))
+
+    def fork(self) -> NativeState:
+        """An independent copy: what one does is never seen by the other."""
+        return NativeState(self._state.fork(), self._fingerprint)
+
+    def to_bytes(self) -> bytes:
+        """The state as bytes, for `NativeEngine.state_from_bytes` of an engine of the same bundle and kv type."""
+        parts = self._state.save()
+        header = {"model": self._fingerprint, "parts": [len(p) for p in parts]}
+        return _STATE_MAGIC + json.dumps(header).encode() + b"\n" + b"".join(parts)
+
+
+class NativeEngine:
+    """Runs one graph of a bundle. Immutable; many threads may share it, each with states of its own.
+
+    Made by `from_bundle`. Calls of several threads take turns; within a call all `threads` work together.
+    """
+
+    def __init__(self, native: Any, program: Program, graph: Graph, fingerprint: str, kv: str) -> None:
+        self._native = native
+        self._program = program
+        self._fingerprint = fingerprint
+        self._kv = kv
+        self._io_dtypes = dict(graph.io_dtypes)
+        self._defaults = dict(graph.defaults)
+        keeps = [n for n in program.inputs if graph.info[n].value is not None]
+        self._keep = "logits_to_keep" if "logits_to_keep" in keeps else ""
+        slots = program.slots
+        self._inputs = [(name, NUMPY[slots[i].dtype], slots[i].shape) for name, i in program.inputs.items()]
+        self._outputs = list(program.outputs)
+
+    name = "native"
+
+    @classmethod
+    def from_bundle(
+        cls,
+        bundle: Any,
+        *,
+        graph: str = "model",
+        threads: int | None = None,
+        isa: str | None = None,
+        kv: str = "int8",
+        context: int | None = None,
+        memory_limit: int | None = None,
+    ) -> NativeEngine:
+        """The engine for the graph `graph` of `bundle` (a Bundle, or the path of a bundle or of an .onnx file).
+
+        Args:
+            threads: default: the CPUs this process may use.
+            isa: a kernel table by name; default: EDGEFORMER_ISA, else the best that this CPU runs.
+            kv: "int8" (one scale a token and head) or "float32".
+            context: most tokens of a state; default: the bundle's `max_position_embeddings`, at most 4096.
+            memory_limit: bytes that weights, one state at full context and working memory may take together.
+
+        Raises:
+            EngineUnavailable: the extension is missing, the graph has nodes that cannot be lowered (all are named),
+                the table does not run here, or the memory would pass `memory_limit` (nothing is allocated then).
+            BundleError: the graph or its weights cannot be read.
+        """
+        native = _extension()
+        path, limit = _graph_path(bundle, graph)
+        program, g = lower_bundle(path)
+        tokens = context if context is not None else limit
+        worker_count = threads if threads is not None else len(os.sched_getaffinity(0))
+        spec = _spec(program)
+        built = native.Engine(spec, worker_count, isa or "", kv, int(tokens), PREFILL_ROWS)
+        engine = cls(built, program, g, _fingerprint(path), kv)
+        if memory_limit is not None:
+            need = engine.memory()
+            if need.total > memory_limit:
+                raise EngineUnavailable(
+                    f"the model needs {need.total:,} bytes ({need.weights:,} of weights, {need.kv:,} of cache for "
+                    f"{need.context:,} tokens, {need.scratch:,} to work in), the limit is {memory_limit:,}; "
+                    "load with a smaller context, or export with fewer bits"
+                )
+        for number, weight in enumerate(program.weights):
+            _pack(built, number, weight, g)
+        for slot in program.slots:
+            slot.constant = None
+        return engine
+
+    @property
+    def isa(self) -> str:
+        """Name of the kernel table in use."""
+        return str(self._native.isa)
+
+    @property
+    def threads(self) -> int:
+        """Threads that work together in a call."""
+        return int(self._native.threads)
+
+    @property
+    def context(self) -> int:
+        """Most tokens that a state may hold."""
+        return int(self._native.context)
+
+    @property
+    def program(self) -> Program:
+        """The lowered program; `edgeformer.native.describe` prints it."""
+        return self._program
+
+    def memory(self, context: int | None = None) -> Memory:
+        """Bytes needed for one state of `context` tokens (default: the engine's limit); Python itself comes on top."""
+        tokens = self.context if context is None else context
+        rows = min(PREFILL_ROWS, tokens)
+        batch, sequence = self._program.row_symbols
+        sizes = {batch: 1, sequence: rows, "kept": 1}
+        sizes[self._program.past_symbol] = tokens - rows
+        symbols = [sizes.get(s, 1) for s in self._program.symbols]
+        try:
+            scratch = self._native.scratch_bytes(symbols, rows, max(0, tokens - rows))
+        except Exception as e:  # sizes of inputs that this program cannot have
+            raise InputError(f"the working memory cannot be predicted for {tokens} tokens: {e}") from e
+        return Memory(self._native.weight_bytes, self._native.kv_bytes(tokens), scratch, tokens)
+
+    @contextmanager
+    def profile(self) -> Iterator[Profile]:
+        """Count the time of every operation of the calls made inside; the Profile is filled at the end.
+
+        Threads count as one: the times are of the wall clock, and add up to the time inside the engine.
+        """
+        report = Profile(self._program)
+        self._native.profile(True)
+        try:
+            yield report
+        finally:
+            report.nanoseconds, report.runs = self._native.profile(False)
+
+    def new_state(self) -> NativeState:
+        """An empty state. Its memory grows in chunks as tokens come."""
+        return NativeState(self._native.new_state(), self._fingerprint)
+
+    def state_from_bytes(self, data: bytes) -> NativeState:
+        """The state that `to_bytes` wrote.
+
+        Raises:
+            StateError: it was written with another model or kv type, or is damaged.
+        """
+        start = data.find(b"\n", len(_STATE_MAGIC))
+        if not data.startswith(_STATE_MAGIC) or start < 0:
+            raise StateError("these bytes are not a saved state of edgeformer's native engine, format 1")
+        try:
+            header = json.loads(data[len(_STATE_MAGIC) : start])
+            model, sizes = str(header["model"]), [int(n) for n in header["parts"]]
+        except (ValueError, KeyError, TypeError) as e:
+            raise StateError(f"the saved state's header is damaged: {e}") from e
+        if model != self._fingerprint:
+            raise StateError(
+                f"the saved state belongs to model {model[:12]}, this is {self._fingerprint[:12]}; "
+                "load the bundle that wrote it"
+            )
+        body = data[start + 1 :]
+        if min(sizes, default=0) < 0 or sum(sizes) != len(body):
+            raise StateError(
+                f"the saved state holds {len(body):,} bytes, its header says {sum(sizes):,}; it is cut short"
+            )
+        parts, at = [], 0
+        for n in sizes:
+            parts.append(body[at : at + n])
+            at += n
+        state = self._native.new_state()
+        state.load(parts)
+        return NativeState(state, self._fingerprint)
+
+    def forward(self, batch: Sequence[tuple[Mapping[str, Array], Any]]) -> list[dict[str, Array]]:
+        """See `edgeformer.engine.Engine.forward`."""
+        states, inputs, keeps = [], [], []
+        for arrays, state in batch:
+            if not isinstance(state, NativeState):
+                raise StateError(f"a state of {type(state).__name__} was given, expected one made by this engine")
+            states.append(state._state)
+            row, keep = self._arrays(arrays, state)
+            inputs.append(row)
+            keeps.append(keep)
+        results = self._native.forward(states, inputs, keeps)
+        out = []
+        for row in results:
+            named = dict(zip(self._outputs, row, strict=True))
+            for name, array in named.items():
+                wanted = self._io_dtypes.get(name, "")
+                if wanted in ("float16", "float64") and array.dtype == np.float32:
+                    named[name] = array.astype(wanted)
+            out.append(named)
+        return out
+
+    def _arrays(self, arrays: Mapping[str, Array], state: NativeState) -> tuple[list[Array], int]:
+        """The inputs in the program's order and types, and logits_to_keep; what may be left out is filled in."""
+        unknown = [n for n in arrays if n not in self._program.inputs and n != "logits_to_keep"]
+        if unknown:
+            known = ", ".join(self._program.inputs)
+            raise InputError(f"unknown input(s) {', '.join(map(repr, unknown))}; this graph takes {known}")
+        keep = int(np.asarray(arrays.get("logits_to_keep", 0)))
+        row: list[Array] = []
+        for name, dtype, shape in self._inputs:
+            if name == self._keep:
+                row.append(np.asarray(keep, np.int64))
+                continue
+            given = arrays.get(name)
+            if given is None:
+                given = self._default(name, arrays, state)
+            array = np.asarray(given)
+            kinds = "iu" if dtype is np.int64 else "b" if dtype is np.bool_ else "f"
+            if array.dtype.kind not in kinds:
+                raise InputError(f"{name} has dtype {array.dtype}, expected {np.dtype(dtype)}")
+            if array.ndim != len(shape):
+                raise InputError(f"{name} has shape {list(array.shape)}, expected [{', '.join(map(str, shape))}]")
+            if array.ndim == 0 and array.dtype != dtype:
+                row.append(np.asarray(array, dtype))
+            else:
+                row.append(np.ascontiguousarray(array, dtype) if array.ndim else np.asarray(array, dtype))
+        return row, keep
+
+    def _default(self, name: str, arrays: Mapping[str, Array], state: NativeState) -> Array:
+        if name in self._defaults:
+            return np.asarray(self._defaults[name], np.int64)
+        if name == "position_ids" and arrays.get("input_ids") is not None:
+            ids = np.asarray(arrays["input_ids"])
+            if ids.ndim == 2:
+                positions = np.arange(state.length, state.length + ids.shape[1], dtype=np.int64)
+                return np.broadcast_to(positions, ids.shape)
+        raise InputError(f"input {name!r} is missing; this graph takes {', '.join(self._program.inputs)}")
+
+
+def _extension() -> Any:
+    try:
+        return import_module("edgeformer._native")
+    except ImportError as e:
+        raise EngineUnavailable(
+            f"the native extension is not installed ({e}); "
+            "install edgeformer with a C++17 compiler, or use engine='cpu'"
+        ) from e
+
+
+def _graph_path(bundle: Any, graph: str) -> tuple[Path, int]:
+    """The graph's file, and the most tokens of a state."""
+    if isinstance(bundle, str | os.PathLike):
+        path = Path(bundle)
+        if path.is_file():
+            return path, DEFAULT_CONTEXT
+        if not (path / "edgeformer.json").is_file() and (path / f"{graph}.onnx").is_file():
+            return path / f"{graph}.onnx", DEFAULT_CONTEXT
+        from edgeformer.bundle import Bundle
+
+        bundle = Bundle.open(path)
+    config = bundle.config or {}
+    positions = config.get("max_position_embeddings") or config.get("n_positions") or DEFAULT_CONTEXT
+    return Path(bundle.graph_path(graph)), min(int(positions), DEFAULT_CONTEXT)
+
+
+def _fingerprint(path: Path) -> str:
+    """Identifies the graph and (by size and a sample) its weights: a state belongs to one model."""
+    digest = hashlib.sha256(path.read_bytes())
+    data = path.with_name(path.name + ".data")
+    if data.is_file():
+        size = data.stat().st_size
+        digest.update(str(size).encode())
+        with data.open("rb") as f:
+            for place in range(0, size, max(1, size // 64)):
+                f.seek(place)
+                digest.update(f.read(256))
+    return digest.hexdigest()
+
+
+def _spec(p: Program) -> dict[str, Any]:
+    """The program as plain data for C++."""
+    sizes: dict[Any, int] = {}
+
+    def size(s: Any) -> int:
+        return sizes.setdefault(s, len(sizes))
+
+    slots = [
+        (s.name, SLOT_TYPES.index(s.dtype), [size(d) for d in s.shape], s.view_of, s.constant) for s in p.slots
+    ]  # fmt: skip
+    ops = [
+        (
+            o.kind,
+            o.inputs,
+            o.outputs,
+            o.weights,
+            o.ints,
+            o.floats,
+            {k: [size(d) for d in v] for k, v in o.sizes.items()},
+        )
+        for o in p.ops
+    ]
+    weights = [(WEIGHT_TYPES.index(w.type), w.n, w.k) for w in p.weights]
+    batch, sequence = p.row_symbols
+    return {
+        "symbols": p.symbols,
+        "slots": slots,
+        "ops": ops,
+        "weights": weights,
+        "caches": [(c.kv_heads, c.head_dim, c.value_dim, c.plain) for c in p.caches],
+        "inputs": list(p.inputs.values()),
+        "outputs": list(p.outputs.values()),
+        "row_local": p.row_local,
+        "batch": p.symbols.index(batch) if batch else -1,
+        "sequence": p.symbols.index(sequence) if sequence else -1,
+        "kept": p.symbols.index("kept"),
+        "past": p.symbols.index(p.past_symbol) if p.past_symbol else -1,
+        "sizes": [postfix(s, p.symbols) for s in sizes],
+    }
+
+
+def _pack(native: Any, number: int, weight: PackedWeight, g: Graph) -> None:
+    """Read the weight from the mapped file and pack it, some thousand rows at a time."""
+    for part, role in weight.parts:
+        packed_row = 0
+        for start, stop in part.ranges():
+            for at in range(start, stop, PACK_ROWS):
+                end = min(stop, at + PACK_ROWS)
+                rows = np.arange(packed_row, packed_row + end - at, dtype=np.int64)
+                if role != "all":  # panels of gate and up in turn
+                    rows = rows // LANES * (2 * LANES) + rows % LANES + (LANES if role == "up" else 0)
+                q, scale, minimum = load_rows(g, part, at, end)
+                try:
+                    native.pack(number, q, scale, minimum, end - at, part.block, rows)
+                except EngineUnavailable as e:
+                    raise EngineUnavailable(f"weight {part.q}: {e}") from e
+                packed_row += end - at
+        _release(g, part)
+
+
+def _release(g: Graph, weight: Weight) -> None:
+    """Give the mapped pages of a packed weight back; they are clean, so a later reader gets them from the file."""
+    for name in (weight.q, weight.scale, weight.min):
+        data = g.constants[name].data if name else None
+        base: Any = data
+        while base is not None and not isinstance(base, mmap.mmap):
+            base = getattr(base, "base", None)
+        if data is None or base is None or not data.nbytes:
+            continue
+        first = np.frombuffer(base, np.uint8, 1).ctypes.data
+        start = (data.ctypes.data - first + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE
+        length = data.ctypes.data - first + data.nbytes - start
+        if length >= mmap.PAGESIZE:
+            base.madvise(mmap.MADV_DONTNEED, start, length // mmap.PAGESIZE * mmap.PAGESIZE)
+
+
+__all__ = ["Memory", "NativeEngine", "NativeState"]
