@@ -133,7 +133,7 @@ def _inputs(model: Any, files: Mapping[str, bytes]) -> tuple[Input, ...]:
     config, main = model.config, model.main_input_name
     known = inspect.signature(model.forward).parameters
     if main == "input_ids":
-        ids = Input(main, torch.int64, ("batch", "sequence"), high=int(model.get_input_embeddings().weight.shape[0]))
+        ids = Input(main, torch.int64, ("batch", "sequence"), high=_rows(model))
         found = [ids]
         if "attention_mask" in known:
             found.append(Input("attention_mask", torch.int64, ids.shape))
@@ -150,6 +150,14 @@ def _inputs(model: Any, files: Mapping[str, bytes]) -> tuple[Input, ...]:
         f"{type(model).__name__} takes {main}; known are input_ids, pixel_values, input_values and input_features. "
         "Wrap it in an nn.Module with an `input_spec` and export it with file.py:factory."
     )
+
+
+def _rows(model: Any) -> int:
+    """Token ids run below it."""
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except NotImplementedError:  # two models in one have no embedding of their own
+        return next((m.num_embeddings for m in model.modules() if isinstance(m, torch.nn.Embedding)), 2)
 
 
 def sound_inputs(model: Any, main: str, files: Mapping[str, bytes]) -> tuple[Input, ...]:
