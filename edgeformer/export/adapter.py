@@ -2,7 +2,8 @@
 
 The format is a folder: `adapter_config.json`, and `adapter_model.safetensors` with
 `base_model.model.NAME.lora_A.weight` [r, in], `...lora_B.weight` [out, r], and whole parameters that were trained
-beside them. Merged, W + scale * B A (https://arxiv.org/abs/2106.09685) is one matrix, which quantizes and runs as any other.
+beside them. Merged, W + scale * B A (https://arxiv.org/abs/2106.09685) is one matrix, which quantizes and runs as any
+other.
 """
 
 from __future__ import annotations

@@ -21,6 +21,12 @@ from edgeformer.export.trace import Input
 
 _SPEC = re.compile(r"^(?P<name>\w+)=(?P<dtype>\w+)\[(?P<shape>[\w, ]*)\](?:<(?P<high>\d+))?$")
 _TOKENS = {"input_ids": "int64[batch,sequence]", "position_ids": "int64[batch,sequence]"}
+_NO_SUCH = {  # names that people expect in torch.nn -> what to write
+    "TransformerLayer": " torch.nn has no TransformerLayer: write nn.TransformerEncoderLayer (with a causal mask it is "
+    "a decoder without cross-attention).",
+    "TransformerBlock": " torch.nn has no TransformerBlock: write nn.TransformerEncoderLayer.",
+    "SelfAttention": " torch.nn has no SelfAttention: write nn.MultiheadAttention.",
+}
 
 
 def factory_source(options: ExportOptions) -> Source:
@@ -111,11 +117,14 @@ def _call(source: str) -> torch.nn.Module:
             found = importlib.import_module(place)
         factory = getattr(found, name)
     except (ImportError, AttributeError) as error:
-        raise ExportError(f"{source}: {error}. Expected package.module:factory or path/to/file.py:factory.") from error
+        hint = next((fix for word, fix in _NO_SUCH.items() if f"'{word}'" in str(error)), "")
+        told = hint or " Expected package.module:factory or path/to/file.py:factory."
+        raise ExportError(f"{source}: {error}.{told}") from error
     try:
         module = factory()
     except Exception as error:
-        raise ExportError(f"{source}: the factory failed: {type(error).__name__}: {error}") from error
+        hint = next((fix for word, fix in _NO_SUCH.items() if f"'{word}'" in str(error)), "")
+        raise ExportError(f"{source}: the factory failed: {type(error).__name__}: {error}.{hint}") from error
     if not isinstance(module, torch.nn.Module):
         raise ExportError(
             f"{source} returned a {type(module).__name__}; a factory takes no arguments and returns an nn.Module."

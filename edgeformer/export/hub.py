@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import json
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -126,7 +127,8 @@ def language_model(model: Any, origin: str, files: Mapping[str, bytes] | None = 
     ids = Input("input_ids", torch.int64, ("batch", "sequence"), high=vocabulary)
     positions = Input("position_ids", torch.int64, ("batch", "sequence"))
     takes_positions = "position_ids" in arguments and _counts_from_zero(model, vocabulary)
-    config = {key: value for key, value in model.config.to_dict().items() if key not in tasks.NOT_CONFIG}
+    said = json.loads(model.config.to_json_string(use_diff=False))  # as transformers writes it: infinity is no JSON
+    config = {key: value for key, value in said.items() if key not in tasks.NOT_CONFIG}
     generation = getattr(model, "generation_config", None)
 
     @contextlib.contextmanager

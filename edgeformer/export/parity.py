@@ -45,7 +45,10 @@ def compare(name: str, reference: Mapping[str, F32], found: Mapping[str, Any]) -
         actual = found.get(output)
         if actual is None or actual.shape != expected.shape:
             got = "nothing" if actual is None else f"shape {actual.shape}"
-            raise ParityError(f"parity, {name}: output {output!r} has {got}, PyTorch gives shape {expected.shape}.")
+            raise ParityError(
+                f"parity, {name}: output {output!r} has {got}, PyTorch gives shape {expected.shape}. An `if` on a size "
+                "is decided once, while tracing: write what holds at every size."
+            )
         if not expected.size:
             continue
         if not np.isfinite(expected).all():

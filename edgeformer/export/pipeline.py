@@ -19,12 +19,14 @@ from edgeformer.export.passes.attention import standard_attention, window_masks
 from edgeformer.export.passes.cache import insert_cache, join_cache
 from edgeformer.export.passes.causal import name_causality
 from edgeformer.export.passes.edit import infer_shapes
+from edgeformer.export.passes.einsum import plain_products
 from edgeformer.export.passes.finish import finish
 from edgeformer.export.passes.float16 import to_float16
 from edgeformer.export.passes.linear import canonical_linears
 from edgeformer.export.passes.logits import keep_logits
-from edgeformer.export.passes.masks import drop_true
+from edgeformer.export.passes.masks import drop_true, spread_rows
 from edgeformer.export.passes.names import restore_names
+from edgeformer.export.passes.past import count_past
 from edgeformer.export.passes.reshape import drop_reshapes
 from edgeformer.export.passes.rotary import full_angles
 from edgeformer.export.passes.slices import own_slices
@@ -145,10 +147,14 @@ def float_graph(source: Source) -> Traced:
     transposed = canonical_linears(model)
     full_angles(model)
     standard_attention(model)
+    plain_products(model)
     fuse_softmax(model)
-    if not source.past:
+    layers = join_cache(model) if source.past else 0
+    if source.is_language_model and not source.past:
         name_causality(model)
-    layers = join_cache(model) if source.past else insert_cache(model)
+        layers = insert_cache(model)
+        count_past(model)
+    spread_rows(model)
     window_masks(model)
     if source.is_language_model and layers:
         keep_logits(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -85,11 +86,12 @@ def trace(module: torch.nn.Module, inputs: tuple[Input, ...], outputs: tuple[str
                 verbose=False,
             )
         except Exception as error:
-            raise ExportError(_explain(error)) from error
+            raise ExportError(_explain(error, inputs)) from error
     assert program is not None
     model = program.model
     _name_axes(model, inputs)
-    optimize(model)
+    with _quiet():
+        optimize(model)
     return model
 
 
@@ -127,10 +129,7 @@ def _name_axes(model: ir.Model, inputs: tuple[Input, ...]) -> None:
             elif isinstance(dim, str):
                 names[str(found)] = dim
     if frozen:
-        raise ExportError(
-            f"{'; '.join(frozen)}. The forward uses this size as a Python number: a loop over it, `int(x.shape[i])`, "
-            "an `if` on it, or a table of just that length. Use tensor operations that take the size from x.shape."
-        )
+        raise ExportError(f"{'; '.join(frozen)}. {_FROZEN}")
     values = [*model.graph.inputs, *(out for node in model.graph for out in node.outputs)]
     for value in values:
         if value.shape is not None:
@@ -143,14 +142,25 @@ def _name_axes(model: ir.Model, inputs: tuple[Input, ...]) -> None:
 def _quiet() -> Iterator[None]:
     """The exporter prints progress, warns about its own internals, and dumps whole graphs when it fails."""
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(level)
 
+
+_FROZEN = (
+    "The forward uses this size as a Python number: a loop over it (`for t in range(x.shape[1])`), an `if` on it, "
+    "int(), or a parameter of just that length. Say the loop as one tensor operation, and cut tables to x.shape[1]."
+)
+_STATIC = re.compile(r"inferred a static shape of (\d+) for dimension inputs(?:\['\w+'\])?\[(\d+)\]\.shape\[(\d+)\]")
+_NAMED = re.compile(r"inferred a static shape of (\d+) for dimension inputs\['(\w+)'\]\.shape\[(\d+)\]")
 
 _CAUSES = (  # words of the tracer -> what to tell
     (
@@ -168,7 +178,7 @@ _CAUSES = (  # words of the tracer -> what to tell
 )
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, inputs: tuple[Input, ...]) -> str:
     """One readable message: the likely cause with its fix, and the last line of user code that the tracer names."""
     chain: list[BaseException] = []
     cursor: BaseException | None = error
@@ -179,11 +189,25 @@ def _explain(error: Exception) -> str:
     if isinstance(root, ExportError):
         return str(root)
     text = " ".join(str(e) for e in chain)
+    if frozen := _frozen(text, inputs):
+        return f"{frozen}. {_FROZEN}"
     cause = next((told for words, told in _CAUSES if any(word in text for word in words)), None)
     first = next((line.strip() for line in str(root).splitlines() if line.strip()), type(root).__name__)
     where = _user_line(chain)
     told = f"the module cannot be traced{f' ({where})' if where else ''}: {type(root).__name__}: {first[:300]}."
     return f"{told} Likely: {cause}." if cause else told
+
+
+def _frozen(text: str, inputs: tuple[Input, ...]) -> str:
+    """The axes that the tracer found to be of one size, in the words of `inputs`; empty if it found none."""
+    by_name = {value.name: value for value in inputs}
+    found = [(inputs[int(index)], int(axis), size) for size, index, axis in _STATIC.findall(text)]
+    found += [(by_name[name], int(axis), size) for size, name, axis in _NAMED.findall(text) if name in by_name]
+    told = [
+        f"axis {axis} ({value.shape[axis]!r}) of input {value.name!r} was frozen at {size}"
+        for value, axis, size in found
+    ]
+    return "; ".join(dict.fromkeys(told))
 
 
 def _user_line(chain: list[BaseException]) -> str | None:

@@ -7,41 +7,50 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 import onnxruntime as ort
 
-from edgeformer.export.passes.edit import integers, nodes
+from edgeformer.export.passes.edit import nodes
 
 _SIZES = ((2, 5), (3, 8))  # (first axis, all other named axes)
 _HIDDEN = -1e4
 
 
 def name_causality(model: ir.Model) -> None:
-    """Masks are computed, not recognized by how they are written: at two lengths, from random inputs, exactly the lower
-    triangle means causal. A mask that depends on values (padding) is another array and stays."""
-    known: dict[ir.Value, bool] = {}
+    """Masks are computed, not recognized by how they are written: at two lengths, from random inputs.
+
+    Hidden exactly above the diagonal and zero elsewhere: the mask is dropped. Hidden there, and elsewhere a bias that
+    depends on the lengths alone (by distance, say): it stays beside the attribute, for `count_past` to go on counting.
+    What depends on values (padding) is no rule of positions and stays as it is.
+    """
+    known: dict[ir.Value, tuple[bool, bool]] = {}
     for node in nodes(model, "Attention"):
         mask = node.inputs[3] if len(node.inputs) > 3 else None
         if mask is None or (len(node.inputs) > 4 and node.inputs[4] is not None):
             continue
         if mask not in known:
-            known[mask] = _is_causal(model, mask)
-        if known[mask]:
-            node.replace_input_with(3, None)
+            known[mask] = _rule(model, mask)
+        causal, biased = known[mask]
+        if causal:
             node.attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
+            if not biased:
+                node.replace_input_with(3, None)
     common.RemoveUnusedNodesPass()(model)
 
 
-def _is_causal(model: ir.Model, mask: ir.Value) -> bool:
-    if mask.shape is None or len(mask.shape) < 2:
-        return False
-    for attempt, (first, other) in enumerate(_SIZES):
-        found = _value(model, mask, first, other, attempt)
-        if found is None or found.ndim < 2 or found.shape[-2:] != (other, other):
-            return False
+def _rule(model: ir.Model, mask: ir.Value) -> tuple[bool, bool]:
+    """(causal, with a bias)"""
+    biased = False
+    for first, other in _SIZES:
+        found, again = (_value(model, mask, first, other, seed) for seed in (0, 1))
+        if found is None or again is None or found.ndim < 2 or found.shape[-2:] != (other, other):
+            return False, False
         seen = found if found.dtype == np.bool_ else found > _HIDDEN
         if not (seen == np.tril(np.ones((other, other), bool))).all():
-            return False
-        if found.dtype != np.bool_ and np.any(found[seen] != 0.0):
-            return False
-    return True
+            return False, False
+        if found.dtype != np.bool_:
+            values, others = np.where(seen, found, 0), np.where(seen, again, 0)
+            biased |= bool(np.any(values != 0))
+            if biased and not np.array_equal(values, others):
+                return False, False
+    return True, biased
 
 
 def _value(model: ir.Model, mask: ir.Value, first: int, other: int, seed: int) -> np.ndarray | None:
@@ -75,8 +84,3 @@ def _value(model: ir.Model, mask: ir.Value, first: int, other: int, seed: int) -
     except Exception:  # whatever cannot run alone is no plain rule of positions
         return None
     return result
-
-
-def causal_layers(model: ir.Model) -> int:
-    """How many Attention nodes are causal by attribute."""
-    return sum(bool(integers(node, "is_causal")) for node in nodes(model, "Attention"))
