@@ -13,6 +13,10 @@ import pytest
 import tiny
 
 
+# Threads of torch that spin while they wait make a busy machine crawl; read once, when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory):
     """A folder of tiny bundles: `float`, `q8`, `float16` (decoders), `forecast` (no tokens), `plain` (no tokenizer)."""
