@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import tiny
 
-
 # Threads of torch that spin while they wait make a busy machine crawl; read once, when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
