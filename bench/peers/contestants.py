@@ -1,0 +1,134 @@
+"""Who takes part: each row is one model file of one project, at the settings that project recommends for a CPU.
+
+A new peer is a row here and a runner in `runners/`. Settings that were tried and lost stand in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.peers import models
+from bench.peers.environments import Environment
+
+HERE = Environment("edgeformer")  # the interpreter that runs this
+LLAMA = Environment(
+    "llama.cpp",
+    ("llama-cpp-python==0.3.36",),
+    ("--no-binary", "llama-cpp-python"),
+    {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF", "CMAKE_BUILD_PARALLEL_LEVEL": "2"},
+)
+GENAI = Environment("onnxruntime-genai", ("onnxruntime-genai==0.18.0", "onnxruntime==1.32.0"))
+OPENVINO = Environment("openvino", ("openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0"))
+OPENVINO_CONVERT = Environment(
+    "openvino-convert",
+    ("optimum-intel==2.2.0", "nncf==3.4.0", "openvino==2026.4.1", "openvino-tokenizers==2026.4.1.0", "torch==2.13.0"),
+    unwanted=("torchvision",),  # comes built for another torch where torch is the CPU build, and is not needed
+)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One model file of one project."""
+
+    project: str
+    name: str  # what the table calls the file
+    runner: str  # module in runners/
+    environment: Environment
+    file: Callable[[], Path]  # makes it if it is not there
+    settings: str  # for people: what was chosen
+    options: dict[str, Any] = field(default_factory=dict)  # for the runner
+    quality_file: Callable[[], Path] | None = None  # the same weights in a form that gives all logits
+    needs: tuple[Environment, ...] = ()  # beside its own, to make the file
+
+    @property
+    def key(self) -> str:
+        return f"{self.project} {self.name}"
+
+
+def _genai(precision: str, options: tuple[str, ...], name: str) -> dict[str, Any]:
+    # the pruned head computes the last position only, which is what a prompt needs; scoring needs them all
+    return {
+        "file": lambda: models.genai(GENAI, precision, (*options, "prune_lm_head=true"), name=name),
+        "quality_file": lambda: models.genai(GENAI, precision, options, name=f"{name}-all-logits"),
+    }
+
+
+ALL = (
+    Contestant(
+        "edgeformer",
+        "keep (the GGUF's blocks)",
+        "with_edgeformer",
+        HERE,
+        lambda: models.bundle("keep"),
+        "native engine, int8 cache",
+    ),
+    Contestant(
+        "edgeformer",
+        "q4, q4 head",
+        "with_edgeformer",
+        HERE,
+        lambda: models.bundle("q4", "q4"),
+        "native engine, int8 cache",
+    ),
+    Contestant(
+        "edgeformer",
+        "keep, model.stream",
+        "with_edgeformer",
+        HERE,
+        lambda: models.bundle("keep"),
+        "the public Python loop, with sampling and detokenizing",
+        {"loop": "stream"},
+    ),
+    *(
+        Contestant(
+            "llama.cpp",
+            kind.replace("-", ", Q4_0 "),
+            "with_llama",
+            LLAMA,
+            lambda kind=kind: models.gguf(LLAMA, kind),
+            "built with GGML_NATIVE, repacking on, flash attention auto, ubatch 512",
+        )
+        for kind in ("Q4_1", "Q8_0", "Q4_0", "Q4_0-head")
+    ),
+    Contestant(
+        "onnxruntime-genai",
+        "int8",
+        "with_genai",
+        GENAI,
+        **_genai("int8", (), "int8"),
+        settings="model builder: block 32, accuracy level 4, last-token head (8 bits leave the embedding in float32)",
+    ),
+    Contestant(
+        "onnxruntime-genai",
+        "int4, int4 head",
+        "with_genai",
+        GENAI,
+        **_genai("int4", ("op_types_to_quantize=MatMul/Gather", "shared_embeddings=true"), "int4"),
+        settings="model builder: block 32, accuracy level 4, shared int4 embedding, last-token head",
+    ),
+    Contestant(
+        "OpenVINO GenAI",
+        "int8",
+        "with_openvino",
+        OPENVINO,
+        lambda: models.openvino(OPENVINO_CONVERT, ("--weight-format", "int8"), name="int8"),
+        "optimum-cli int8; latency hint, u8 cache, dynamic quantization as the plugin sets it",
+        needs=(OPENVINO_CONVERT,),
+    ),
+    Contestant(
+        "OpenVINO GenAI",
+        "int4",
+        "with_openvino",
+        OPENVINO,
+        lambda: models.openvino(
+            OPENVINO_CONVERT,
+            ("--weight-format", "int4", "--sym", "--group-size", "64", "--ratio", "1.0"),
+            name="int4",
+        ),
+        "optimum-cli int4, symmetric, group 64, int8 embedding and head; else as int8",
+        needs=(OPENVINO_CONVERT,),
+    ),
+)

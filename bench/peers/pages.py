@@ -1,0 +1,260 @@
+"""The saved numbers as tables and plots: docs/performance.md, README.md, docs/images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.peers.contestants import Contestant
+from bench.peers.rounds import Round, median, values
+from bench.report import RESULTS, ROOT, put, table
+
+RESULT = RESULTS / "peers.json"
+PAGE = ROOT / "docs" / "performance.md"
+IMAGES = ROOT / "docs" / "images"
+OURS = "edgeformer"
+STRICT = 1.01  # perplexity ratio up to which a file counts as "no more than 1 % lost"
+PROCESS = ("load_s", "import_s", "peak_mib", "loaded_mib")
+COLUMNS = {  # test -> (heading, digits, whether more is better)
+    "decode": ("decode, 32-token prompt", 0, True),
+    "decode@1024": ("at depth 1024", 0, True),
+    "prefill512": ("prefill 512", 0, True),
+    "batch8": ("decode, batch 8", 0, True),
+    "first": ("first token, s", 3, False),
+    "load_s": ("load, s", 2, False),
+    "short_mib": ("peak MiB, short prompt", 0, False),
+    "long_mib": ("peak MiB, depth 1024", 0, False),
+}
+
+
+def collect(rounds: list[Round], chosen: list[Contestant], threads: list[int]) -> dict[str, Any]:
+    """contestant -> threads -> test -> {median, values}, over the rounds given."""
+    found: dict[str, Any] = {}
+    for contestant in chosen:
+        for count in threads:
+            turns = [
+                turn
+                for one in rounds
+                for turn in one.turns
+                if (turn.contestant, turn.threads) == (contestant.key, count)
+            ]
+            if not turns:
+                continue
+            names = [name for name, test in turns[0].result["tests"].items() if "value" in test]
+            numbers = {n: values(rounds, contestant.key, count, n) for n in (*names, *PROCESS)}
+            for name, test in (("short_mib", "decode"), ("long_mib", "decode@1024")):
+                numbers[name] = [t.result["tests"][test]["rss_mib"] for t in turns if test in t.result["tests"]]
+            found.setdefault(contestant.key, {})[str(count)] = {
+                name: {"median": median(got), "values": got} for name, got in numbers.items() if got
+            }
+            found[contestant.key]["versions"] = turns[0].result["versions"]
+            found[contestant.key]["tokens"] = turns[0].result["tests"]["decode"]["tokens"] if "decode" in names else []
+    return found
+
+
+def number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:,.{digits}f}"
+
+
+def cell(saved: dict[str, Any], key: str, test: str) -> str:
+    """Medians of both thread counts, "2 threads (1 thread)"."""
+    digits = COLUMNS[test][1]
+    most, *others = [str(count) for count in sorted(saved["threads"], reverse=True)]
+    got = [saved["measured"].get(key, {}).get(count, {}).get(test, {}).get("median") for count in (most, *others)]
+    if got[0] is None:
+        return ""
+    if test.endswith("_mib"):
+        return number(got[0], digits)
+    return number(got[0], digits) + (f" ({number(got[1], digits)})" if len(got) > 1 and got[1] is not None else "")
+
+
+def limit(saved: dict[str, Any], key: str, threads: int) -> float | None:
+    """Tokens a second if nothing but the weights were read, at the measured speed of a plain read."""
+    speeds = [one["gb_s"] for one in saved["memory"].get(str(threads), [])]
+    return max(speeds) * 1e9 / saved["contestants"][key]["token_bytes"] if speeds else None
+
+
+def ratio(saved: dict[str, Any], key: str) -> float | None:
+    """Perplexity over the float model's."""
+    quality = saved["quality"].get(key)
+    return quality["perplexity"] / quality["perplexity_float"] if quality else None
+
+
+def classes(saved: dict[str, Any]) -> dict[str, list[str]]:
+    """The contestants by what they lost, as measured. The public loop's row is its engine's and stands apart."""
+    keys = [key for key in saved["measured"] if "model.stream" not in key]
+    strict = [key for key in keys if (ratio(saved, key) or 9.0) <= STRICT]
+    return {"no more than 1 % lost": strict, "more is lost": [key for key in keys if key not in strict]}
+
+
+def best_peer(saved: dict[str, Any], keys: list[str], threads: int, test: str) -> tuple[str, float] | None:
+    """The best number of a test among the peers in `keys`."""
+    found = [
+        (key, saved["measured"][key][str(threads)][test]["median"])
+        for key in keys
+        if not key.startswith(OURS) and test in saved["measured"][key].get(str(threads), {})
+    ]
+    if not found:
+        return None
+    return (max if COLUMNS[test][2] else min)(found, key=lambda pair: pair[1])
+
+
+def main_table(saved: dict[str, Any]) -> str:
+    most = max(saved["threads"])
+    header = ["", "perplexity", "KL", "MB a token", *(heading for heading, _, _ in COLUMNS.values())]
+    header.insert(5, "of the memory limit")
+    rows = []
+    for name, keys in classes(saved).items():
+        if keys:
+            rows.append([f"**{name}**", *[""] * (len(header) - 1)])
+        for key in sorted(keys, key=lambda k: (not k.startswith(OURS), k)):
+            lost, quality = ratio(saved, key), saved["quality"].get(key, {})
+            reached = saved["measured"][key].get(str(most), {}).get("decode", {}).get("median")
+            bound = limit(saved, key, most)
+            cells = [cell(saved, key, test) for test in COLUMNS]
+            cells.insert(1, f"{reached / bound:.0%}" if reached and bound else "")
+            rows.append(
+                [
+                    f"**{key}**" if key.startswith(OURS) else key,
+                    f"x {lost:.3f}" if lost else "not measured",
+                    number(quality.get("mean_kl"), 4),
+                    number(saved["contestants"][key]["token_bytes"] / 1e6, 0),
+                    *cells,
+                ]
+            )
+    return table(header, rows)
+
+
+def ratio_table(saved: dict[str, Any]) -> str:
+    """edgeformer over the best peer of a class, test by test; above 1 is faster or smaller."""
+    groups = classes(saved)
+    strict, everybody = groups["no more than 1 % lost"], [key for keys in groups.values() for key in keys]
+    rows = []
+    for key in (key for key in everybody if key.startswith(OURS)):
+        field = strict if key in strict else everybody  # what may lose more is compared with all of them
+        for test, (heading, digits, more) in COLUMNS.items():
+            cells = []
+            for threads in sorted(saved["threads"], reverse=True):
+                best = best_peer(saved, field, threads, test)
+                own = saved["measured"][key].get(str(threads), {}).get(test, {}).get("median")
+                if best is None or own is None:
+                    cells.append("")
+                    continue
+                times = own / best[1] if more else best[1] / own
+                cells.append(f"**x {times:.2f}** ({number(own, digits)} : {number(best[1], digits)}, {best[0]})")
+            rows.append([key, heading, *cells])
+    heads = [f"{threads} threads" if threads > 1 else "1 thread" for threads in sorted(saved["threads"], reverse=True)]
+    return table(["file", "test", *heads], rows)
+
+
+def conditions(saved: dict[str, Any]) -> str:
+    """Machine, memory, rounds, and whether anything disturbed them."""
+    facts = saved["machine"]
+    taken, used = saved["rounds"]["taken"], saved["rounds"]["used"]
+    speeds = "; ".join(
+        f"{count} thread{'s' if int(count) > 1 else ''} {max(one['gb_s'] for one in runs):.1f} GB/s"
+        for count, runs in saved["memory"].items()
+        if runs
+    )
+    lines = [
+        f"*{facts['cpu']}; {facts['system']}; {facts['date']}. A plain read: {speeds}. Medians of {used} rounds of "
+        f"fresh processes in turn; {taken - used} more were rejected because others used more than "
+        f"{saved['limit_cores_of_others']} cores.*"
+    ]
+    if not saved["undisturbed"]:
+        worst = sum(1 for one in saved["rounds"]["disturbed"] if one)
+        warning = f"**Disturbed: other work ran on the machine in {worst} of {taken} rounds. They conclude nothing.**"
+        lines.insert(0, warning + "\n")
+    return "\n".join(lines)
+
+
+def settings(saved: dict[str, Any]) -> str:
+    lines = []
+    for key, found in saved["contestants"].items():
+        versions = saved["measured"].get(key, {}).get("versions", {})
+        shown = ", ".join(f"{name} {value}" for name, value in versions.items() if name != "llama.cpp")
+        lines.append(f"- {key}: {found['settings']}. {shown}. {found['file_bytes'] / 1e6:.0f} MB on disk.")
+    lines += [f"- {key}: absent. {reason}" for key, reason in saved["absent"].items()]
+    return "\n".join(lines)
+
+
+def stream_line(saved: dict[str, Any]) -> str:
+    """How much of the engine's speed the public Python loop keeps."""
+    parts = []
+    for threads in sorted(saved["threads"], reverse=True):
+        got = [
+            saved["measured"].get(f"{OURS} {name}", {}).get(str(threads), {}).get("decode", {}).get("median")
+            for name in ("keep, model.stream", "keep (the GGUF's blocks)")
+        ]
+        if all(got):
+            parts.append(f"{got[0] / got[1]:.1%} with {threads} thread{'s' if threads > 1 else ''}")
+    return f"`model.stream`, end to end in Python, keeps {' and '.join(parts)} of the engine's speed." if parts else ""
+
+
+def readme_table(saved: dict[str, Any]) -> str:
+    """For each class: ours, and each project's file that decodes fastest."""
+    header = ["", "perplexity", *(COLUMNS[t][0] for t in ("decode", "decode@1024", "prefill512", "batch8", "first"))]
+    header.append("peak MiB")
+    rows = []
+    for name, keys in classes(saved).items():
+        projects: dict[str, str] = {}
+        for key in keys:
+            project = saved["contestants"][key]["project"]
+            speed = {
+                k: saved["measured"][k].get(str(max(saved["threads"])), {}) for k in (key, projects.get(project, key))
+            }
+            fastest = max(speed, key=lambda k: speed[k].get("decode", {}).get("median") or 0.0)
+            projects[project] = fastest
+        if projects:
+            rows.append([f"**{name}**", *[""] * (len(header) - 1)])
+        for project, key in sorted(projects.items(), key=lambda pair: pair[0] != OURS):
+            lost = ratio(saved, key)
+            cells = [
+                cell(saved, key, test)
+                for test in ("decode", "decode@1024", "prefill512", "batch8", "first", "long_mib")
+            ]
+            shown = f"**{key}**" if project == OURS else key
+            rows.append([shown, f"x {lost:.3f}" if lost else "not measured", *cells])
+    return table(header, rows)
+
+
+def write(saved: dict[str, Any]) -> None:
+    """Both pages and the plots."""
+    from bench.peers import plots
+
+    images = plots.draw(saved, IMAGES)
+    shown = "\n\n".join(f"![{title}](images/{path.name})" for title, path in images)
+    text = [
+        conditions(saved),
+        "Tokens a second unless said otherwise; 2 threads (1 thread).",
+        main_table(saved),
+        "### edgeformer against the best peer, test by test",
+        ratio_table(saved),
+        stream_line(saved),
+        shown,
+        "### Settings",
+        settings(saved),
+    ]
+    put(PAGE, "peers", "\n\n".join(part for part in text if part))
+    title, path = images[0]
+    lines = [
+        "SmolLM2-135M-Instruct, tokens a second with 2 threads (1 thread), each project's fastest file of a class:",
+        readme_table(saved),
+        conditions(saved),
+        f"![{title}](docs/images/{path.name})",
+        "All files, settings and ratios: [docs/performance.md](docs/performance.md). `python -m bench.peers` measures "
+        "this again.",
+    ]
+    put(ROOT / "README.md", "speed", "\n\n".join(lines))
+
+
+def plain(saved: dict[str, Any]) -> str:
+    """A short table for a terminal."""
+    lines = []
+    for key, found in saved["measured"].items():
+        for threads in saved["threads"]:
+            tests = found.get(str(threads), {})
+            shown = "  ".join(f"{name} {tests[name]['median']:.3f}" for name in COLUMNS if name in tests)
+            lines.append(f"{key}, {threads} threads: {shown}")
+    if not saved["undisturbed"]:
+        lines.append("DISTURBED: " + "; ".join(line for one in saved["rounds"]["disturbed"] for line in one))
+    return "\n".join(lines)

@@ -1,0 +1,125 @@
+"""The plots, each from one saved results file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bench.peers import pages
+
+COLORS = {"edgeformer": "#c0392b", "llama.cpp": "#5d6d7e", "onnxruntime-genai": "#2e86c1", "OpenVINO GenAI": "#7d6608"}
+OTHER = "#999999"
+
+
+def draw(saved: dict[str, Any], folder: Path) -> list[tuple[str, Path]]:
+    """Writes the plots of `saved` and returns (title, path)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = "" if saved["undisturbed"] else " (DISTURBED)"
+    found = [
+        (f"Decoding, tokens a second{mark}", _bars(saved, folder / "peers-decode.png", "decode", mark)),
+        (f"Prompt, tokens a second{mark}", _bars(saved, folder / "peers-prefill.png", "prefill512", mark)),
+        (f"Share of the memory limit against quality{mark}", _share(saved, folder / "peers-limit.png", mark)),
+    ]
+    return found
+
+
+def lines(saved: dict[str, Any], path: Path, prefix: str, axis: str, title: str) -> Path:
+    """A study: tokens a second of the tests PREFIX<number>, with the most threads, one line a contestant."""
+    figure, plot = _figure(7.5, 4.5)
+    threads = str(max(saved["threads"]))
+    for key, found in saved["measured"].items():
+        tests = found.get(threads, {})
+        points = sorted(
+            (int(name.removeprefix(prefix)), test["median"]) for name, test in tests.items() if name.startswith(prefix)
+        )
+        if points:
+            ours = key.startswith(pages.OURS)
+            style = {"color": _color(saved, key), "linewidth": 2.5 if ours else 1.2, "marker": "o", "markersize": 4}
+            plot.plot(*zip(*points, strict=True), label=key, linestyle=_dash(saved, key), **style)
+    plot.set_xscale("log", base=2)
+    plot.set_ylim(bottom=0)
+    plot.set_xlabel(axis)
+    plot.set_ylabel("tokens a second")
+    plot.set_title(title if saved["undisturbed"] else f"{title} (DISTURBED)")
+    plot.legend(fontsize=7)
+    return _save(figure, path)
+
+
+def _bars(saved: dict[str, Any], path: Path, test: str, mark: str) -> Path:
+    most, *rest = sorted(saved["threads"], reverse=True)
+    got = [(key, found.get(str(most), {}).get(test, {}).get("median")) for key, found in saved["measured"].items()]
+    rows = sorted(((key, value) for key, value in got if value and "model.stream" not in key), key=lambda row: row[1])
+    figure, plot = _figure(8, 0.42 * len(rows) + 1.2)
+    for place, (key, value) in enumerate(rows):
+        plot.barh(place, value, color=_color(saved, key), height=0.7)
+        single = saved["measured"][key].get(str(rest[0]), {}).get(test, {}).get("median") if rest else None
+        if single:
+            plot.plot([single, single], [place - 0.35, place + 0.35], color="white", linewidth=2)
+        bound = pages.limit(saved, key, most)
+        if test == "decode" and bound:
+            plot.plot([bound, bound], [place - 0.35, place + 0.35], color="black", linewidth=1.5, linestyle=":")
+        plot.text(value, place, f" {value:.0f}", va="center", fontsize=8)
+    plot.set_yticks(range(len(rows)), [_label(saved, key) for key, _ in rows], fontsize=8)
+    what = "decoding after a 32-token prompt" if test == "decode" else "prompt of 512 tokens"
+    dotted = "; dotted: the memory limit" if test == "decode" else ""
+    plot.set_xlabel(f"tokens a second, {most} threads; white line: 1 thread{dotted}")
+    plot.set_title(f"SmolLM2-135M, {what}{mark}", fontsize=10)
+    return _save(figure, path)
+
+
+def _share(saved: dict[str, Any], path: Path, mark: str) -> Path:
+    most = max(saved["threads"])
+    figure, plot = _figure(7, 4.5)
+    for key, found in saved["measured"].items():
+        value, bound = found.get(str(most), {}).get("decode", {}).get("median"), pages.limit(saved, key, most)
+        quality = saved["quality"].get(key)
+        if value and bound and quality:
+            plot.scatter(max(quality["mean_kl"], 1e-4), value / bound, color=_color(saved, key), s=45)
+            plot.annotate(
+                key,
+                (max(quality["mean_kl"], 1e-4), value / bound),
+                fontsize=7,
+                xytext=(4, 4),
+                textcoords="offset points",
+            )
+    plot.set_xscale("log")
+    plot.set_ylim(0, 1)
+    plot.set_xlabel("mean KL divergence from the float model, nats")
+    plot.set_ylabel("decoding, share of the memory limit")
+    plot.set_title(f"What is read, and what is lost{mark}", fontsize=10)
+    return _save(figure, path)
+
+
+def _label(saved: dict[str, Any], key: str) -> str:
+    lost = pages.ratio(saved, key)
+    return f"{key}\nperplexity x {lost:.3f}" if lost else key
+
+
+def _color(saved: dict[str, Any], key: str) -> str:
+    return COLORS.get(saved["contestants"][key]["project"], OTHER)
+
+
+def _dash(saved: dict[str, Any], key: str) -> str:
+    project = saved["contestants"][key]["project"]
+    same = [k for k, found in saved["contestants"].items() if found["project"] == project]
+    return ("-", "--", ":", "-.")[same.index(key) % 4]
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    import matplotlib.pyplot as pyplot
+
+    figure, plot = pyplot.subplots(figsize=(width, height), dpi=110)
+    plot.spines[["top", "right"]].set_visible(False)
+    return figure, plot
+
+
+def _save(figure: Any, path: Path) -> Path:
+    import matplotlib.pyplot as pyplot
+
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,165 @@
+"""One process, one peer, one model file: measures it and prints one line of JSON.
+
+    PEER_PYTHON measure.py with_NAME JOB.json
+
+Runs inside the peer's environment, so it needs nothing but the standard library and numpy. Every number comes from the
+times at which new tokens were there: `first` = from the call to the first token, `decode` = the tokens after it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+BUSY = (0, 1, 2, 5, 6, 7)  # user, nice, system, irq, softirq, steal in the first line of /proc/stat
+
+
+class Runner(Protocol):
+    """A loaded model of one peer."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], new: int) -> tuple[list[float], list[int]]:
+        """Greedy decoding of all prompts together from an empty cache, end tokens ignored.
+
+        Returns when each of the `new` steps was done (time.perf_counter), and the first prompt's new tokens.
+        """
+        ...
+
+    def logits(self, ids: Sequence[int]) -> Any:
+        """float32 [len(ids), vocab], computed in one piece, as a prompt is."""
+        ...
+
+
+def busy_ticks(stat: str) -> int:
+    """Ticks that the CPUs of `stat` (the text of /proc/stat) were not idle, stolen ones included."""
+    values = stat.split("\n", 1)[0].split()[1:]
+    return sum(int(values[i]) for i in BUSY)
+
+
+class Others:
+    """How many cores other processes (and the hypervisor) used since this was made: 0.0 on a quiet machine."""
+
+    def __init__(self) -> None:
+        self._began = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        own = resource.getrusage(resource.RUSAGE_SELF)
+        busy = busy_ticks(Path("/proc/stat").read_text()) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), busy, own.ru_utime + own.ru_stime
+
+    def cores(self) -> float:
+        wall, busy, own = (after - before for after, before in zip(self._now(), self._began, strict=True))
+        return max(0.0, (busy - own) / wall)
+
+
+def status_mib(field: str) -> float:
+    """VmHWM (peak) or VmRSS of this process, MiB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def rate(kind: str, began: float, times: Sequence[float], prompts: Sequence[Sequence[int]]) -> float:
+    """What a test is about, from the times of its steps: see `measure`."""
+    if kind == "first":
+        return times[0] - began
+    if kind == "prefill":
+        return sum(map(len, prompts)) / (times[0] - began)
+    if kind == "decode":
+        return len(prompts) * (len(times) - 1) / (times[-1] - times[0])
+    raise SystemExit(f"{kind!r} is no kind of test; there are first, prefill, decode")
+
+
+def measure(runner: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """The tests of a job, in order: {test: {value, seconds, others}}.
+
+    A test is {name, kind, prompts: [[ids]], new}: kind "first" (seconds to the first token), "prefill" (prompt tokens a
+    second, the first new token included) or "decode" (new tokens a second over all prompts, without the first step).
+    """
+    found: dict[str, Any] = {}
+    for test in job["tests"]:
+        prompts, new = test["prompts"], test["new"]
+        others, began = Others(), time.perf_counter()
+        try:
+            times, tokens = runner.generate(prompts, new)
+        except NotImplementedError as error:
+            found[test["name"]] = {"missing": str(error)}
+            continue
+        if len(times) != new:
+            raise SystemExit(f"{test['name']}: {len(times)} steps came back, {new} were asked for")
+        value = rate(test["kind"], began, times, prompts)
+        seconds = time.perf_counter() - began
+        # a tick is 10 ms: below half a second the count of other processes' ticks says nothing
+        cores = others.cores() if seconds > 0.5 else None
+        found[test["name"]] = {"value": value, "seconds": seconds, "others": cores, "tokens": tokens[:16]}
+        found[test["name"]]["rss_mib"] = status_mib("VmHWM")
+    return found
+
+
+def quality(runner: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Perplexity, mean KL (float model's distribution to this one, nats) and equal next tokens.
+
+    Scored as the exporter scores: each window starts afresh, its first half only gives context. `reference` is a .npy
+    file of the float model's log-probabilities [tokens, vocab] for the second halves.
+    """
+    import numpy as np
+
+    reference = np.load(job["reference"], mmap_mode="r")
+    ids, window = job["ids"], job["window"]
+    skip = window // 2
+    loss = base = kl = 0.0
+    agree = count = 0
+    for start in range(0, len(ids) - window + 1, window):
+        piece = ids[start : start + window]
+        wide = np.asarray(runner.logits(piece))[skip - 1 : window - 1, : reference.shape[1]].astype(np.float64)
+        wide -= wide.max(-1, keepdims=True)
+        wide -= np.log(np.exp(wide).sum(-1, keepdims=True))
+        expected = reference[count : count + skip].astype(np.float64)
+        rows, targets = np.arange(skip), np.array(piece[skip:])
+        loss -= wide[rows, targets].sum()
+        base -= expected[rows, targets].sum()
+        kl += (np.exp(expected) * (expected - wide)).sum()
+        agree += int((wide.argmax(-1) == expected.argmax(-1)).sum())
+        count += skip
+    return {
+        "tokens": count,
+        "perplexity": float(np.exp(loss / count)),
+        "perplexity_float": float(np.exp(base / count)),
+        "mean_kl": float(kl / count),
+        "top1_agreement": agree / count,
+    }
+
+
+def main() -> None:
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes to stderr, so that stdout is one line of JSON
+    module, job = importlib.import_module(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    others, began = Others(), time.perf_counter()
+    module.load_library()
+    imported = time.perf_counter()
+    runner = module.Loaded(job["file"], job["threads"], job["options"], context=job["context"])
+    loaded = time.perf_counter()
+    result = {
+        "versions": module.versions(),
+        "import_s": imported - began,
+        "load_s": loaded - imported,
+        "loaded_mib": status_mib("VmRSS"),
+    }
+    if "reference" in job:
+        result["quality"] = quality(runner, job)
+    else:
+        result["tests"] = measure(runner, job)
+    result["others"] = others.cores()
+    result["peak_mib"] = status_mib("VmHWM")
+    print(json.dumps(result), file=out, flush=True)
+    os._exit(0)  # no destructor's time or crash belongs to the measurement
+
+
+if __name__ == "__main__":
+    main()
