@@ -1,13 +1,19 @@
 """The workshop: from a PyTorch Transformer to a bundle. Needs torch; the device never imports this package.
 
-`ExportOptions`, `read_recipe` and `export` are loaded when first used, so that `--help` answers without torch.
+Its names are loaded when first used, so that `--help` answers without torch.
 """
 
 from typing import Any
 
-__all__ = ["ExportOptions", "export", "read_recipe"]
+__all__ = ["ExportOptions", "export", "language_model", "module_source", "read_recipe"]
 
-_HOME = {"ExportOptions": "options", "read_recipe": "options", "export": "pipeline"}
+_HOME = {
+    "ExportOptions": "options",
+    "export": "pipeline",
+    "language_model": "hub",  # a transformers model object -> what `export` takes as `traced`
+    "module_source": "factory",  # the same of a module of one's own
+    "read_recipe": "options",
+}
 
 
 def __getattr__(name: str) -> Any:

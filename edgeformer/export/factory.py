@@ -83,7 +83,7 @@ def module_source(
         ExportError: an argument of forward has no declared shape.
     """
     config = dict(config or {})
-    declared = dict(getattr(module, "input_spec", {}))
+    declared = dict(getattr(module, "input_spec", None) or {})
     declared |= dict(text.split("=", 1) for text in options.input if "=" in text)
     inputs = _inputs(module, declared, int(config.get("vocab_size") or _vocabulary(module)))
     tokens = inputs[0].name == "input_ids"

@@ -20,6 +20,10 @@ from edgeformer.export.seq2seq import pair_source
 from edgeformer.export.source import Pair, Source
 from edgeformer.export.trace import Input
 
+_FROZEN_ROPE = (
+    "The rotary embedding grows with texts longer than {} tokens in PyTorch; in the bundle it is frozen as it is up to "
+    "that length, which is the bundle's limit."
+)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -130,6 +134,8 @@ def language_model(model: Any, origin: str, files: Mapping[str, bytes] | None = 
     said = json.loads(model.config.to_json_string(use_diff=False))  # as transformers writes it: infinity is no JSON
     config = {key: value for key, value in said.items() if key not in tasks.NOT_CONFIG}
     generation = getattr(model, "generation_config", None)
+    # Rotary frequencies that are computed anew beyond the trained length are a branch on values, which no graph has.
+    growing = [module for module in model.modules() if "dynamic" in str(getattr(module, "rope_type", ""))]
 
     @contextlib.contextmanager
     def tracing() -> Iterator[None]:
@@ -138,9 +144,14 @@ def language_model(model: Any, origin: str, files: Mapping[str, bytes] | None = 
             # Where the model lets it, attention becomes one node; where not, it is traced as it is written.
             model.set_attn_implementation(attention.PAST if takes_past else attention.NAME)
         model.set_experts_implementation(experts.NAME)
+        kinds = {module: module.rope_type for module in growing}
+        for module in growing:
+            module.rope_type = _frozen(module.rope_type)
         try:
             yield
         finally:
+            for module, kind in kinds.items():
+                module.rope_type = kind
             with _quiet():
                 model.set_attn_implementation(before[0])
             model.set_experts_implementation(before[1])
@@ -157,8 +168,16 @@ def language_model(model: Any, origin: str, files: Mapping[str, bytes] | None = 
         fixed={"use_cache": False},
         tracing=tracing,
         past=takes_past,
+        notes=(_FROZEN_ROPE.format(model.config.max_position_embeddings),) if growing else (),
         kept=kept,
     )
+
+
+def _frozen(kind: Any) -> Any:
+    """A rotary module's kind, or one for each kind of layer, without `dynamic`: its tables stay as they are."""
+    if isinstance(kind, dict):
+        return {layer: _frozen(one) for layer, one in kind.items()}
+    return "default" if "dynamic" in kind else kind
 
 
 def _counts_from_zero(model: Any, vocabulary: int) -> bool:

@@ -21,6 +21,7 @@ F32 = NDArray[np.float32]
 # Of the reference's range. Two float32 programs that order their sums differently drift apart by about 1e-6 of it in a
 # few dozen layers; a wrong mask, position or weight moves it by 1e-2 and more.
 TOLERANCE = 1e-4
+IN_CACHE = "in the cache"
 STEPS = (5, 1, 1, 1, 2)  # a prefill, single tokens, and a pair
 _SHAPES = ((1, 9), (2, 5), (2, 12), (3, 1), (1, 17))  # (first axis, all other axes)
 
@@ -124,7 +125,7 @@ def stepwise(source: Source, graph: Graph, batches: tuple[int, ...] = (1, 2)) ->
         start = 0
         for length in STEPS:
             part = slice(start, start + length)
-            name = f"batch {batch}, tokens {start} to {start + length - 1} after {start} in the cache"
+            name = f"batch {batch}, tokens {start} to {start + length - 1} after {start} {IN_CACHE}"
             yield compare(name, {"logits": reference["logits"][:, part]}, {"logits": found[:, part]})
             start += length
 

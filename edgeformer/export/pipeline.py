@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from edgeformer.bundle import check_target, seal, write_bundle
-from edgeformer.errors import ExportError
+from edgeformer.errors import ExportError, ParityError
 from edgeformer.export import accuracy, parity
 from edgeformer.export.cached import with_past
 from edgeformer.export.options import ExportOptions
@@ -92,7 +92,7 @@ def export(
         progress.stage("check the float graph against PyTorch")
         float_path = (Path(scratch) if half or quantized else folder) / GRAPH
         save_graph(model, float_path)
-        report: dict[str, Any] = {"float": parity.gate(parity.float_checks(source, float_path, traced.layers > 0))}
+        report: dict[str, Any] = {"float": _gate(source, float_path, traced.layers > 0)}
 
         weights: list[Quantized] = []
         if quantized:
@@ -120,8 +120,9 @@ def export(
         reference = {"file": "reference.npz", "tolerance": tolerance}
         report = {"dequantized": None, **report}
         parts: dict[str, Any] = {"parity": report, "accuracy": measured, "reference": reference}
-        if source.is_language_model and not traced.layers:
-            parts["notes"] = [NO_CACHE]
+        notes = [*source.notes, *([NO_CACHE] if source.is_language_model and not traced.layers else [])]
+        if notes:
+            parts["notes"] = notes
         if source.processing:
             parts["processing"] = dict(source.processing)
         return seal(folder, manifest(model, source, options, scheme, weights, **parts))
@@ -161,6 +162,19 @@ def float_graph(source: Source) -> Traced:
     finish(model, source.origin)
     infer_shapes(model)
     return Traced(source, model, layers, frozenset(transposed))
+
+
+def _gate(source: Source, path: Path, has_cache: bool) -> dict[str, Any]:
+    try:
+        return parity.gate(parity.float_checks(source, path, has_cache))
+    except ParityError as error:
+        positioned = any(value.name == "position_ids" for value in source.inputs)
+        if positioned or not source.is_language_model or parity.IN_CACHE not in str(error):
+            raise
+        raise ParityError(
+            f"{error} All at once the graph is right, so its positions do not go on where the cache ends: take them as "
+            "an argument, forward(input_ids, position_ids), and use them where they are counted now."
+        ) from error
 
 
 def _scheme(options: ExportOptions, source: Source) -> str:

@@ -38,6 +38,7 @@ class Source:
     kept: Callable[[F32], Blocks | None] | None = None  # a weight's own blocks, where the source has them
     license: str | None = None
     processing: Mapping[str, Any] = field(default_factory=dict)  # what an app does before and after the graph
+    notes: tuple[str, ...] = ()  # what a user of the bundle must know, for the manifest
 
     @property
     def is_language_model(self) -> bool:

@@ -181,10 +181,10 @@ def _mask(
     total: ir.Value | None = None
     for bias in scores.added:
         wide = _split(model, tape, bias, heads, joined)
-        total = wide if total is None else _typed(tape.op("Add", [total, wide]), total)
+        total = wide if total is None else _broadcast(tape.op("Add", [total, wide]), total.type, total, wide)
     if total is not None and seen is not None:
         low = constant(model, "hidden", np.array(np.finfo(np.float32).min))
-        total = _typed(tape.op("Where", [seen, total, low]), total)
+        total = _broadcast(tape.op("Where", [seen, total, low]), total.type, seen, total)
     mask = seen if total is None else total
     if mask is None or _has_rows(mask, q):
         return mask
@@ -211,14 +211,17 @@ def _split(model: ir.Model, tape: Tape, value: ir.Value, heads: int, joined: boo
 
 
 def _boolean(tape: Tape, op: str, *values: ir.Value) -> ir.Value:
-    result = tape.op(op, list(values))
-    widest = max((value.shape for value in values if value.shape is not None), key=len, default=None)
-    result.shape, result.type = widest, ir.TensorType(ir.DataType.BOOL)
-    return result
+    return _broadcast(tape.op(op, list(values)), ir.TensorType(ir.DataType.BOOL), *values)
 
 
-def _typed(result: ir.Value, like: ir.Value) -> ir.Value:
-    result.type = like.type
+def _broadcast(result: ir.Value, kind: ir.TypeProtocol | None, *values: ir.Value) -> ir.Value:
+    """`result` with its type, and the shape that its operands broadcast to, where theirs are known."""
+    result.type = kind
+    shapes: list[list[int | ir.SymbolicDim]] = [list(value.shape) for value in values if value.shape is not None]
+    if len(shapes) == len(values):
+        rank = max(map(len, shapes))
+        wide: list[list[int | ir.SymbolicDim]] = [[*[1] * (rank - len(shape)), *shape] for shape in shapes]
+        result.shape = ir.Shape([next((dim for dim in column if dim != 1), 1) for column in zip(*wide, strict=True)])
     return result
 
 

@@ -1,0 +1,108 @@
+"""Models that break the contract, and what the exporter says to each. Run it: it prints the messages.
+
+    python examples/broken.py
+    python -m edgeformer.export examples/broken.py:Loop -o nowhere        the same from the command line
+
+Nothing is written for any of them. Beside each stands how it should have been written.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+SPEC = {"x": "float32[batch,sequence,8]"}
+
+
+class Loop(nn.Module):
+    """A Python loop over the sequence is unrolled for one length. Use attention, torch.cumsum, a convolution, ..."""
+
+    input_spec = SPEC
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, states = torch.zeros_like(x[:, 0]), []
+        for step in range(x.shape[1]):
+            state = torch.tanh(self.linear(x[:, step]) + state)
+            states.append(state)
+        return torch.stack(states, 1)
+
+
+class Table(Loop):
+    """A parameter of one length fixes the sequence. Make it longer than any, and add `table[: x.shape[1]]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(7, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x + self.table)
+
+
+class SizeBranch(Loop):
+    """An `if` on a size is decided while tracing. Write what holds at every size: here `x[:, -8:]` does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x[:, -8:] if x.shape[1] > 8 else x)
+
+
+class ValueBranch(Loop):
+    """An `if` on values cannot be in a graph. Use torch.where."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) if x.sum() > 0 else -self.linear(x)
+
+
+class NoShapes(Loop):
+    """An argument of unknown shape. Give the module an `input_spec`, or say --input x=float32[batch,sequence,8]."""
+
+    input_spec = None
+
+
+class OwnPositions(nn.Module):
+    """A language model that takes positions from the values of its tokens cannot go on from a cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(32, 16), nn.Embedding(64, 16)
+        self.qkv, self.head = nn.Linear(16, 48), nn.Linear(16, 32)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        positions = (input_ids >= 0).long().flip(1).cumsum(1).flip(1) - 1  # how many tokens follow
+        q, k, v = self.qkv(self.tokens(input_ids) + self.positions(positions)).unsqueeze(1).chunk(3, -1)
+        return self.head(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).squeeze(1))
+
+
+def no_such_layer() -> nn.Module:
+    """torch.nn has no TransformerLayer."""
+    return nn.TransformerLayer(8, 2)  # type: ignore[attr-defined]
+
+
+BROKEN = ("Loop", "Table", "SizeBranch", "ValueBranch", "NoShapes", "OwnPositions", "no_such_layer")
+
+
+def message(name: str) -> str:
+    """What the exporter says to one of them."""
+    from edgeformer.errors import EdgeformerError
+    from edgeformer.export import ExportOptions, export
+
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "bundle"
+        try:
+            export(ExportOptions(f"{__file__}:{name}", output, quantize="none", tokens=0))
+        except EdgeformerError as error:
+            assert not output.exists()
+            return f"{type(error).__name__}: {error}"
+    raise AssertionError(f"{name} was exported")
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or BROKEN:
+        print(f"{name}\n    {message(name)}\n")
