@@ -9,62 +9,11 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-KERNELS = sorted((ROOT / "csrc" / "kernels").glob("*.cpp"))
-SOURCES = [*KERNELS, *(ROOT / "csrc" / f"{name}.cpp" for name in ("dispatch", "threads", "kv_cache"))]
-# -O1: under emulation it is the compile that takes the time
-FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-pthread"]
-# architecture, -cpu of qemu (None: this machine), the tables that must be usable there
-CPUS = [
-    ("aarch64", "max", ["neon_i8mm", "neon_dotprod", "scalar"]),
-    ("aarch64", "cortex-a76", ["neon_dotprod", "scalar"]),
-    ("aarch64", "cortex-a57", ["scalar"]),
-    ("x86_64", "Haswell", ["avx2", "scalar"]),
-    ("x86_64", "Nehalem", ["scalar"]),
-]
-
-
-def tool(name: str) -> str:
-    path = shutil.which(name)
-    if path:
-        return path
-    if os.environ.get("EDGEFORMER_REQUIRE_CROSS", "0") not in ("", "0"):
-        pytest.fail(f"{name} is not installed, and EDGEFORMER_REQUIRE_CROSS is set")
-    pytest.skip(f"needs {name}")
-
-
-@pytest.fixture(scope="session")
-def runners(tmp_path_factory: pytest.TempPathFactory):
-    """architecture -> the built runner, made when first asked for."""
-    built: dict[str, Path] = {}
-
-    def runner(architecture: str) -> Path:
-        if architecture not in built:
-            native = architecture == platform.machine()
-            compiler = tool("g++" if native else f"{architecture}-linux-gnu-g++")
-            out = tmp_path_factory.mktemp("runner") / architecture
-            objects = []
-            for source in [*SOURCES, ROOT / "tests" / "native_cross" / "runner.cpp"]:
-                objects.append(out.with_name(source.stem + ".o"))
-                subprocess.run([compiler, *FLAGS, "-c", source, "-o", objects[-1]], check=True)
-            subprocess.run([compiler, "-pthread", "-static", *objects, "-o", out], check=True)
-            built[architecture] = out
-        return built[architecture]
-
-    return runner
-
-
-def output(command: list[str | Path]) -> list[str]:
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines()
+from cross import CPUS, ROOT, output, tool
 
 
 def differing(found: list[str], expected: list[str]) -> list[str]:

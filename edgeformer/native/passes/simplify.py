@@ -13,7 +13,8 @@ import numpy as np
 
 from edgeformer.native.dims import INT64_MAX, Size
 from edgeformer.native.graph import INSIDE, Constant, Graph, Info, Node
-from edgeformer.native.infer import infer, pad_amounts, reduce_axes, slice_bounds, split_sizes
+from edgeformer.native.infer import infer, reduce_axes
+from edgeformer.native.shape_rules import pad_amounts, slice_bounds, split_sizes
 
 UNARY = {
     "Sqrt": "sqrt", "Exp": "exp", "Log": "log", "Reciprocal": "reciprocal", "Sigmoid": "sigmoid", "Tanh": "tanh",

@@ -1,0 +1,119 @@
+"""A bundle's lowered program, its weights and some calls in one file, for `engine_runner.cpp`: the engine alone."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeformer.native.engine import NativeEngine, _pack, _spec
+from edgeformer.native.program import lower_bundle
+
+
+class Writer:
+    """int64, doubles, and bytes behind their count; also stands for the engine while `_pack` reads the weights."""
+
+    def __init__(self) -> None:
+        self.bytes = bytearray()
+        self.packed: list[tuple[Any, ...]] = []
+
+    def integers(self, *values: int) -> None:
+        self.bytes += struct.pack(f"<{len(values)}q", *map(int, values))
+
+    def list(self, values: Iterable[int]) -> None:
+        items = list(values)
+        self.integers(len(items), *items)
+
+    def blob(self, data: Any) -> None:
+        raw = b"" if data is None else data.encode() if isinstance(data, str) else np.ascontiguousarray(data).tobytes()
+        self.integers(len(raw))
+        self.bytes += raw
+
+    def pack(self, *arguments: Any) -> None:
+        self.packed.append(arguments)
+
+
+def dump(bundle: Path, out: Path, kv: str, prompt: np.ndarray, steps: int) -> list[str]:
+    """Write the file; the hashes of the logits of the prompt (last position) and of `steps` greedy tokens, as the
+    extension of this machine computes them with its best table."""
+    engine = NativeEngine.from_bundle(bundle, threads=2, kv=kv)
+    program, graph = lower_bundle(bundle / "model.onnx")
+    spec = _spec(program)
+    w = Writer()
+    w.integers(kv == "float32")
+    w.integers(len(spec["symbols"]))
+    for name in spec["symbols"]:
+        w.blob(name)
+    w.integers(len(spec["sizes"]))
+    for code in spec["sizes"]:
+        w.list(code)
+    w.integers(len(spec["slots"]))
+    for name, dtype, shape, view_of, constant in spec["slots"]:
+        w.blob(name)
+        w.integers(dtype)
+        w.list(shape)
+        w.integers(view_of, constant is not None)
+        w.blob(constant)
+    w.integers(len(spec["weights"]))
+    for weight in spec["weights"]:
+        w.list(weight)
+    w.integers(len(spec["ops"]))
+    for kind, inputs, outputs, weights, ints, floats, sizes in spec["ops"]:
+        w.blob(kind)
+        for slots in (inputs, outputs, weights):
+            w.list(slots)
+        w.integers(len(ints))
+        for name, values in ints.items():
+            w.blob(name)
+            w.list(values)
+        w.integers(len(floats))
+        for name, values in floats.items():
+            w.blob(name)
+            w.integers(len(values))
+            w.bytes += struct.pack(f"<{len(values)}d", *values)
+        w.integers(len(sizes))
+        for name, values in sizes.items():
+            w.blob(name)
+            w.list(values)
+    w.integers(len(spec["caches"]))
+    for cache in spec["caches"]:
+        w.list(cache)
+    w.list(spec["inputs"])
+    w.list(spec["outputs"])
+    w.integers(*(spec[name] for name in ("row_local", "batch", "sequence", "kept", "past")))
+    for number, weight in enumerate(program.weights):
+        _pack(w, number, weight, graph)
+    w.integers(len(w.packed))
+    for number, q, scale, minimum, rows, block, dest in w.packed:
+        w.integers(number)
+        for array in (q, scale, minimum):
+            w.blob(array)
+        w.integers(rows, block)
+        w.list(dest)
+    w.integers(1 + steps)
+    state, ids, hashes = engine.new_state(), prompt, []
+    for _ in range(1 + steps):
+        row, keep = engine._arrays({"input_ids": ids, "logits_to_keep": 1}, state)
+        batch, sequence = program.row_symbols
+        values = {batch: 1, sequence: ids.shape[1], "kept": 1, program.past_symbol: state.length, "logits_to_keep": 1}
+        w.integers(ids.shape[1], keep)
+        w.list(values[name] for name in program.symbols)
+        w.integers(len(row))
+        for array in row:
+            w.blob(array)
+        logits = engine.forward([({"input_ids": ids, "logits_to_keep": 1}, state)])[0]["logits"]
+        hashes.append(fnv(logits.tobytes()))
+        ids = logits[:, -1].argmax(-1)[None].astype(np.int64)
+    out.write_bytes(w.bytes)
+    return hashes
+
+
+def fnv(data: bytes) -> str:
+    """FNV-1a, 64 bits, as the runners print it."""
+    value = 14695981039346656037
+    for byte in data:
+        value = (value ^ byte) * 1099511628211 % 2**64
+    return f"{value:016x}"

@@ -1,0 +1,60 @@
+"""The whole engine on other CPUs under qemu-user: a tiny model generates there what it generates here, bit for bit.
+
+The program is lowered and the weights are read here, in Python; `engine_runner.cpp` gets both in one file and runs the
+same C++ engine without Python: memory, phases, caches, operations, kernels, threads.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("edgeformer._native", reason="the native extension is not built")
+
+from cross import CPUS, output, tool
+from dump import dump
+
+STEPS = 4
+FORMS = [("q8", "int8"), ("float", "float32")]  # the bundle, its cache
+
+
+@pytest.fixture(scope="module")
+def dumps(bundles, tmp_path_factory):
+    """form -> (the file, the hashes that this machine's extension gives). The prompt is longer than a cache chunk, so
+    a step's attention is split."""
+    folder = tmp_path_factory.mktemp("dumps")
+    prompt = np.random.default_rng(0).integers(0, 90, (1, 135))
+    return {name: (folder / name, dump(bundles / name, folder / name, kv, prompt, STEPS)) for name, kv in FORMS}
+
+
+@pytest.mark.parametrize(("architecture", "cpu", "isas"), CPUS, ids=lambda v: v if isinstance(v, str) else "")
+def test_every_cpu_generates_the_same_bits(runners, dumps, architecture: str, cpu: str, isas: list[str]) -> None:
+    emulator = [tool(f"qemu-{architecture}"), "-cpu", cpu]
+    runner = runners(architecture, "engine_runner")
+    for path, expected in dumps.values():
+        for isa in isas:
+            for threads in ("1", "3") if isa == isas[0] else ("1",):
+                assert output([*emulator, runner, path, isa, threads]) == expected, f"{path.name} {isa} on {cpu}"
+
+
+def test_the_runner_gives_this_machines_bits(runners, dumps) -> None:
+    for path, expected in dumps.values():
+        assert len(set(expected)) == 1 + STEPS
+        assert output([runners(platform.machine(), "engine_runner"), path, "scalar", "2"]) == expected
+
+
+def test_another_weight_is_seen_and_a_cut_file_refused(runners, dumps, tmp_path: Path) -> None:
+    path, expected = dumps["float"]
+    runner, data, wrong = runners(platform.machine(), "engine_runner"), path.read_bytes(), tmp_path / "wrong"
+    row = np.frombuffer(data, np.uint8).copy()
+    row[len(row) // 2] ^= 1  # the middle of the file is a weight's float
+    wrong.write_bytes(row.tobytes())
+    assert output([runner, wrong, "scalar", "1"]) != expected
+    wrong.write_bytes(data[:-9])
+    result = subprocess.run([runner, wrong, "scalar", "1"], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "cut short" in result.stderr
