@@ -74,6 +74,7 @@ class ParallelOp : public Op {
 std::unique_ptr<Op> make_op(int index, const OpSpec& spec);
 std::unique_ptr<Op> make_row_op(int index, const OpSpec& spec);        // null for a kind of another file
 std::unique_ptr<Op> make_attention_op(int index, const OpSpec& spec);  //
+std::unique_ptr<Op> make_history_op(int index, const OpSpec& spec);
 std::unique_ptr<Op> make_elementwise_op(int index, const OpSpec& spec);
 std::unique_ptr<Op> make_shape_op(int index, const OpSpec& spec);
 std::unique_ptr<Op> make_math_op(int index, const OpSpec& spec);

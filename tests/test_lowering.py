@@ -10,7 +10,8 @@ from onnx import TensorProto, helper, numpy_helper
 from edgeformer.errors import BundleError, EngineUnavailable
 from edgeformer.native.dims import INT64_MAX, clip, evaluate, floor_div, symbol
 from edgeformer.native.graph import graph_of, read_graph
-from edgeformer.native.program import build, describe, postfix
+from edgeformer.native.lowering import build
+from edgeformer.native.program import describe, postfix
 
 RNG = np.random.default_rng(0)
 BATCH, SEQUENCE, PAST = symbol("batch"), symbol("sequence"), symbol("past")

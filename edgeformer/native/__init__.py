@@ -19,7 +19,8 @@ def describe(bundle_path: str | PathLike[str]) -> str:
         BundleError: the graph cannot be read.
     """
     from edgeformer.native.engine import _graph_path
-    from edgeformer.native.program import describe, lower_bundle
+    from edgeformer.native.lowering import lower_bundle
+    from edgeformer.native.program import describe
 
     program, _ = lower_bundle(_graph_path(bundle_path, "model")[0])
     return describe(program)

@@ -17,9 +17,10 @@ import numpy as np
 
 from edgeformer.errors import EngineUnavailable, InputError, StateError
 from edgeformer.native.graph import Array, Graph
+from edgeformer.native.lowering import lower_bundle
 from edgeformer.native.passes.linear import Weight, load_rows
 from edgeformer.native.profile import Profile
-from edgeformer.native.program import LANES, PackedWeight, Program, lower_bundle, postfix
+from edgeformer.native.program import LANES, PackedWeight, Program, postfix
 
 WEIGHT_TYPES = ("q4a", "q4", "q8", "q8x16", "f32")  # csrc/kernels/kernels.h: enum class WeightType
 SLOT_TYPES = ("f32", "i64", "bool", "quant")  # csrc/program.h: enum class DType
@@ -147,6 +148,7 @@ class NativeEngine:
                     f"{need.context:,} tokens, {need.scratch:,} to work in), the limit is {memory_limit:,}; "
                     "load with a smaller context, or export with fewer bits"
                 )
+        native.trim_memory()
         for number, weight in enumerate(program.weights):
             _pack(built, number, weight, g)
         for slot in program.slots:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgeformer.native.engine import NativeEngine, _pack, _spec
-from edgeformer.native.program import lower_bundle
+from edgeformer.native.lowering import lower_bundle
 
 
 class Writer:
