@@ -99,12 +99,14 @@ def load(
     if isa is not None and engine in ("cuda", "cpu"):
         raise InputError(f"isa={isa!r} is an option of the native engine, but engine={engine!r} was asked for.")
     bundle = Bundle.open(path, check=check)
+    tokenizer = Tokenizer.of(bundle)  # before the weights: parsing it takes ten times its size for a moment
     asked = "native" if engine == "auto" and isa is not None else engine
     count = threads or default_threads()
     if asked != "auto":
         made = _create(asked, bundle, count, native)
         why = f"an isa ({isa}) was asked for" if engine == "auto" else "it was asked for by name"
-        return Model(bundle, made, Choice(asked, {asked: _chosen(made, count, why)}), _encoder(bundle, made, count))
+        choice = Choice(asked, {asked: _chosen(made, count, why)})
+        return Model(bundle, made, choice, tokenizer, _encoder(bundle, made, count))
     reasons: dict[str, str] = {}
     for position, name in enumerate(ORDER):
         try:
@@ -115,7 +117,7 @@ def load(
         reasons[name] = _chosen(made, count, "the first that can run this bundle here")
         for rest in ORDER[position + 1 :]:
             reasons[rest] = f"not tried: {name} comes first"
-        return Model(bundle, made, Choice(name, reasons), _encoder(bundle, made, count))
+        return Model(bundle, made, Choice(name, reasons), tokenizer, _encoder(bundle, made, count))
     lines = "".join(f"\n  - {name}: {reason}" for name, reason in reasons.items())
     raise EngineUnavailable(f"No engine can run {bundle.path} here:{lines}")
 
@@ -171,8 +173,16 @@ def _chosen(engine: Engine, threads: int, why: str) -> str:
 class Model:
     """A loaded bundle. Threads may share it; each generation has a state of its own."""
 
-    def __init__(self, bundle: Bundle, engine: Engine, choice: Choice, encoder: Engine | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        choice: Choice,
+        tokenizer: Tokenizer | None = None,
+        encoder: Engine | None = None,
+    ) -> None:
         self.bundle = bundle
+        self.tokenizer = tokenizer  # None where the bundle has none
         self.engine = engine  # of an encoder-decoder, the decoder's
         self._encoder = encoder
         self._graph = "model" if encoder is None else "decoder"
@@ -181,11 +191,6 @@ class Model:
 
     def __repr__(self) -> str:
         return f"<edgeformer.Model {self.bundle.path.name}: {self.bundle.task} on {self.engine.name}>"
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer | None:
-        """The bundle's tokenizer; None where it has none."""
-        return Tokenizer.of(self.bundle)
 
     @property
     def is_language_model(self) -> bool:

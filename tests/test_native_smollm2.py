@@ -1,0 +1,82 @@
+"""The native engine on a real model: the same bits however it runs, its memory, what it needs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+native = pytest.importorskip("edgeformer._native", reason="the native extension is not built")
+
+from edgeformer.native.engine import NativeEngine  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+PROMPT = [504, 2010, 3575, 314]
+TOKENS = 128
+SCALAR_TOKENS = 12  # the scalar table exists to be compared with; it takes seconds a token
+
+
+@pytest.fixture(scope="module")
+def bundle(smollm2):
+    return smollm2("keep")
+
+
+def generation(bundle, isa: str, threads: int, tokens: int) -> tuple[list[int], list[bytes]]:
+    """A greedy generation: the tokens, and the logits that each was chosen from."""
+    engine = NativeEngine.from_bundle(bundle, isa=isa, threads=threads)
+    state, ids, chosen, seen = engine.new_state(), np.array([PROMPT]), [], []
+    for _ in range(tokens):
+        logits = engine.forward([({"input_ids": ids, "logits_to_keep": 1}, state)])[0]["logits"]
+        seen.append(logits.tobytes())
+        ids = logits[:, -1].argmax(-1)[None]
+        chosen.append(int(ids[0, 0]))
+    return chosen, seen
+
+
+@pytest.fixture(scope="module")
+def expected(bundle):
+    """128 tokens and their logits, on the best table with one thread."""
+    return generation(bundle, native.isas()[0], 1, TOKENS)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("isa", [isa for isa in native.isas() if isa != "scalar"])
+def test_every_isa_and_thread_count_generates_the_same_bits(isa, threads, bundle, expected):
+    chosen, seen = generation(bundle, isa, threads, TOKENS)
+    assert chosen == expected[0]
+    assert [a == b for a, b in zip(seen, expected[1], strict=True)] == [True] * TOKENS
+
+
+def test_the_scalar_table_begins_with_the_same_bits(bundle, expected):
+    chosen, seen = generation(bundle, "scalar", 2, SCALAR_TOKENS)
+    assert chosen == expected[0][:SCALAR_TOKENS]
+    assert seen == expected[1][:SCALAR_TOKENS]
+
+
+def test_the_generation_is_one_that_bits_can_tell_apart(expected):
+    """Not a loop of one token, and no two logits alike: the comparison above compares something."""
+    assert len(set(expected[0])) > TOKENS // 4
+    assert len(set(expected[1])) == TOKENS
+
+
+def test_peak_memory_is_the_weights_the_cache_and_little_more(bundle):
+    """From a fresh process through `edgeformer.load` to an answer. 60 MB: Python, numpy, onnx, tokenizers; the quarter:
+    what is read of the file while it is packed, and working memory."""
+    code = textwrap.dedent(f"""
+        import json, resource
+        import edgeformer
+        model = edgeformer.load({str(bundle)!r}, engine="native", threads=2)
+        session = model.session()
+        model.generate("The capital of France is", max_new_tokens=16, session=session)
+        print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, model.memory().weights,
+                          session.state.nbytes]))
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    peak, weights, cache = json.loads(done.stdout)
+    assert peak * 1024 <= 1.25 * (weights + cache) + 60e6
