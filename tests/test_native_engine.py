@@ -379,6 +379,24 @@ def test_scales_that_float16_cannot_hold_are_refused_not_rounded(tmp_path, q8):
         NativeEngine.from_bundle(tmp_path / "model.onnx")
 
 
+def test_a_bundle_with_such_scales_runs_on_onnxruntime_and_says_why(copy_of, reseal, q8):
+    pytest.importorskip("onnxruntime")
+    import edgeformer
+
+    bundle = copy_of(q8)
+    model = onnx.load(bundle / "model.onnx")
+    scale = next(t for t in model.graph.initializer if t.name.endswith(".scale"))
+    values = onnx.numpy_helper.to_array(scale) * np.float32(1 + 2**-20)
+    scale.CopyFrom(onnx.numpy_helper.from_array(values, scale.name))
+    for name in ("model.onnx", "model.onnx.data"):
+        (bundle / name).unlink(missing_ok=True)
+    onnx.save(model, bundle / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=256)
+    reseal(bundle)
+    choice = edgeformer.load(bundle).explain()
+    assert choice.engine == "cpu"
+    assert "float16" in choice.reasons["native"]
+
+
 # -- memory and description -------------------------------------------------------------------------------------------
 
 

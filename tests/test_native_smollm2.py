@@ -6,18 +6,21 @@ import json
 import subprocess
 import sys
 import textwrap
+from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
 
 native = pytest.importorskip("edgeformer._native", reason="the native extension is not built")
 
+from edgeformer.native import describe  # noqa: E402
 from edgeformer.native.engine import NativeEngine  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
 PROMPT = [504, 2010, 3575, 314]
 TOKENS = 128
+TEXT = 4096
 SCALAR_TOKENS = 12  # the scalar table exists to be compared with; it takes seconds a token
 
 
@@ -80,3 +83,37 @@ def test_peak_memory_is_the_weights_the_cache_and_little_more(bundle):
     assert done.returncode == 0, done.stderr
     peak, weights, cache = json.loads(done.stdout)
     assert peak * 1024 <= 1.25 * (weights + cache) + 60e6
+
+
+def test_a_layer_is_seven_operations(bundle):
+    lines = [line.split()[1] for line in describe(bundle).splitlines() if line.lstrip()[:1].isdigit()]
+    layers = lines.count("attend")
+    assert layers == 30
+    assert len(lines) <= 7 * layers + 6  # and the table, positions, the last norm, the head
+
+
+def perplexity(model, ids: np.ndarray, window: int = 512) -> float:
+    """Of token ids in windows that begin anew, teacher forced."""
+    losses = []
+    for start in range(0, len(ids) - 1, window):
+        part = ids[start : start + window + 1]
+        (found,) = model.engine.forward([({"input_ids": part[None, :-1]}, model.engine.new_state())])
+        logits = found["logits"][0]
+        logits -= logits.max(-1, keepdims=True)
+        losses.append(np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(part) - 1), part[1:]])
+    return float(np.exp(np.concatenate(losses).mean(dtype=np.float64)))
+
+
+def test_perplexity_is_that_of_onnxruntime(bundle):
+    """Within 0.5 % over 4,096 tokens of the Python language reference."""
+    pytest.importorskip("onnxruntime")
+    import edgeformer
+
+    models = {name: edgeformer.load(bundle, engine=name, threads=2) for name in ("native", "cpu")}
+    text = "\n\n".join(topics[name] for name in sorted(topics)[:40])
+    ids = np.array(models["native"].tokenizer.encode(text))[: TEXT + 1]
+    assert len(ids) == TEXT + 1
+    found = {name: perplexity(model, ids) for name, model in models.items()}
+    assert abs(found["native"] / found["cpu"] - 1) < 0.005
+    # a measure that tells texts apart: the same tokens backwards are no language
+    assert perplexity(models["native"], ids[512::-1]) > 3 * found["native"]

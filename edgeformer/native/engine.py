@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,14 +17,13 @@ import numpy as np
 from edgeformer.errors import EngineUnavailable, InputError, StateError
 from edgeformer.native.graph import Array, Graph
 from edgeformer.native.lowering import lower_bundle
-from edgeformer.native.passes.linear import Weight, load_rows
+from edgeformer.native.packing import pack
 from edgeformer.native.profile import Profile
-from edgeformer.native.program import LANES, PackedWeight, Program, postfix
+from edgeformer.native.program import Program, postfix
 
 WEIGHT_TYPES = ("q4a", "q4", "q8", "q8x16", "f32")  # csrc/kernels/kernels.h: enum class WeightType
 SLOT_TYPES = ("f32", "i64", "bool", "quant")  # csrc/program.h: enum class DType
 NUMPY = {"f32": np.float32, "i64": np.int64, "bool": np.bool_}
-PACK_ROWS = 8192  # rows packed from one read of the mapped file, so that peak memory stays near the packed size
 PREFILL_ROWS = 512  # rows of one pass: bounds the working memory of long prompts
 DEFAULT_CONTEXT = 4096
 _STATE_MAGIC = b"edgeformer-state 1\n"
@@ -150,7 +148,7 @@ class NativeEngine:
                 )
         native.trim_memory()
         for number, weight in enumerate(program.weights):
-            _pack(built, number, weight, g)
+            pack(built, number, weight, g)
         for slot in program.slots:
             slot.constant = None
         return engine
@@ -376,41 +374,6 @@ def _spec(p: Program) -> dict[str, Any]:
         "past": p.symbols.index(p.past_symbol) if p.past_symbol else -1,
         "sizes": [postfix(s, p.symbols) for s in sizes],
     }
-
-
-def _pack(native: Any, number: int, weight: PackedWeight, g: Graph) -> None:
-    """Read the weight from the mapped file and pack it, some thousand rows at a time."""
-    for part, role in weight.parts:
-        packed_row = 0
-        for start, stop in part.ranges():
-            for at in range(start, stop, PACK_ROWS):
-                end = min(stop, at + PACK_ROWS)
-                rows = np.arange(packed_row, packed_row + end - at, dtype=np.int64)
-                if role != "all":  # panels of gate and up in turn
-                    rows = rows // LANES * (2 * LANES) + rows % LANES + (LANES if role == "up" else 0)
-                q, scale, minimum = load_rows(g, part, at, end)
-                try:
-                    native.pack(number, q, scale, minimum, end - at, part.block, rows)
-                except EngineUnavailable as e:
-                    raise EngineUnavailable(f"weight {part.q}: {e}") from e
-                packed_row += end - at
-        _release(g, part)
-
-
-def _release(g: Graph, weight: Weight) -> None:
-    """Give the mapped pages of a packed weight back; they are clean, so a later reader gets them from the file."""
-    for name in (weight.q, weight.scale, weight.min):
-        data = g.constants[name].data if name else None
-        base: Any = data
-        while base is not None and not isinstance(base, mmap.mmap):
-            base = getattr(base, "base", None)
-        if data is None or base is None or not data.nbytes:
-            continue
-        first = np.frombuffer(base, np.uint8, 1).ctypes.data
-        start = (data.ctypes.data - first + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE
-        length = data.ctypes.data - first + data.nbytes - start
-        if length >= mmap.PAGESIZE:
-            base.madvise(mmap.MADV_DONTNEED, start, length // mmap.PAGESIZE * mmap.PAGESIZE)
 
 
 __all__ = ["Memory", "NativeEngine", "NativeState"]

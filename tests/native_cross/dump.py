@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from edgeformer.native.engine import NativeEngine, _pack, _spec
+from edgeformer.native.engine import NativeEngine, _spec
 from edgeformer.native.lowering import lower_bundle
+from edgeformer.native.packing import pack
 
 
 class Writer:
-    """int64, doubles, and bytes behind their count; also stands for the engine while `_pack` reads the weights."""
+    """int64, doubles, and bytes behind their count; also stands for the engine while `pack` reads the weights."""
 
     def __init__(self) -> None:
         self.bytes = bytearray()
@@ -85,7 +86,7 @@ def dump(bundle: Path, out: Path, kv: str, prompt: np.ndarray, steps: int) -> li
     w.list(spec["outputs"])
     w.integers(*(spec[name] for name in ("row_local", "batch", "sequence", "kept", "past")))
     for number, weight in enumerate(program.weights):
-        _pack(w, number, weight, graph)
+        pack(w, number, weight, graph)
     w.integers(len(w.packed))
     for number, q, scale, minimum, rows, block, dest in w.packed:
         w.integers(number)
