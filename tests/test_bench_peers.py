@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.peers import models, pages, rounds
-from bench.peers.__main__ import tests as round_tests
+from bench.peers import models, pages, rounds, studies
 from bench.peers.contestants import ALL
 from bench.peers.environments import Environment, SetupFailed
 from bench.peers.rounds import LIMIT, Round, Turn, TurnFailed, parse, quiet, take_turn
@@ -145,12 +144,15 @@ def test_a_generation_that_stopped_early_is_refused() -> None:
         measure.measure(Fake(np.zeros((1, 1))), job)
 
 
-def test_no_prompt_of_a_process_repeats() -> None:
+@pytest.mark.parametrize("study", studies.ALL.values(), ids=list(studies.ALL))
+def test_no_two_prompts_of_a_process_begin_alike(study: studies.Study) -> None:
     """A prefix cache would make the second one free."""
-    ids = list(range(8192))
+    ids = list(range(16384))
     for number in range(5):
-        prompts = [tuple(p) for test in round_tests(ids, number, quick=False) for p in test["prompts"]]
-        assert len({p[:16] for p in prompts}) == len(prompts)
+        tests = study.of_round(ids, number, quick=False)
+        prompts = [prompt for test in tests for prompt in test["prompts"]]
+        assert len({prompt[0] for prompt in prompts}) == len(prompts)
+        assert all(len(prompt) + test["new"] <= study.context for test in tests for prompt in test["prompts"])
 
 
 def test_an_environment_that_pip_cannot_make_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,6 +271,25 @@ def test_pages_are_written_between_their_marks(tmp_path: Path, monkeypatch: pyte
     for line in (*readme.splitlines(), *text.splitlines()):
         if line.startswith("!["):
             assert (tmp_path / "images" / line.rsplit("/", 1)[1].rstrip(")")).stat().st_size > 1000
+
+
+def test_a_study_is_a_table_and_a_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(pages, "IMAGES", tmp_path)
+    numbers = saved()
+    for found in numbers["measured"].values():
+        for threads in ("1", "2"):
+            base = found[threads]["decode"]["median"]
+            found[threads] = {f"depth {d}": {"median": base - d / 100} for d in (128, 1024)}
+            found[threads]["load_s"] = {"median": 1.0}
+    text = pages.curve(numbers, studies.DEPTH)
+    assert f"| {PEER} | 79 (49) | 70 (40) |" in text and "load_s" not in text
+    assert (tmp_path / "peers-depth.png").stat().st_size > 1000
+
+
+def test_the_busy_process_of_a_study_is_no_disturbance_and_another_one_is() -> None:
+    assert not Turn("a", 2, result(0.9, in_test=1.0), busy=1).disturbed
+    assert Turn("a", 2, result(0.9, in_test=1.4), busy=1).disturbed
 
 
 def test_medians_are_over_the_rounds_used() -> None:

@@ -1,45 +1,27 @@
 """edgeformer against its peers, in one run on one machine.
 
 python -m bench.peers                 sets everything up, measures, writes bench/results/peers.json and the pages
-python -m bench.peers --quick         one round, disturbed or not, short tests; writes out/peers/quick.json only
+python -m bench.peers --quick         one round, disturbed or not, short tests; writes out/peers/quick-STUDY.json only
 python -m bench.peers --write-only    the pages and plots again, from bench/results/peers.json
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.peers import models, pages, quality
+from bench.peers import models, pages, quality, studies
 from bench.peers.contestants import ALL, Contestant
 from bench.peers.environments import SetupFailed
-from bench.peers.rounds import LIMIT, TRIES, Round, TurnFailed, quiet, say, take_turn, worker
+from bench.peers.rounds import LIMIT, TRIES, Round, TurnFailed, burning, quiet, say, take_turn, worker
 from bench.report import save
 
-CONTEXT = 1152  # the longest test needs 1088
 SCORED = 8192  # tokens of text; the second half of each window counts
-
-
-def tests(ids: list[int], number: int, quick: bool) -> list[dict[str, Any]]:
-    """The tests of round `number`; every prompt is a piece of text that no other test of the process has seen."""
-    place = number * 577
-
-    def prompt(length: int) -> list[int]:
-        nonlocal place
-        place = (place + length) % (len(ids) - 2048)
-        return ids[place : place + length]
-
-    new = 32 if quick else 128
-    return [
-        {"name": "first", "kind": "first", "prompts": [prompt(32)], "new": 4},
-        {"name": "decode", "kind": "decode", "prompts": [prompt(32)], "new": new},
-        {"name": "prefill512", "kind": "prefill", "prompts": [prompt(512)], "new": 1},
-        {"name": "decode@1024", "kind": "decode", "prompts": [prompt(1024)], "new": new // 2},
-        {"name": "batch8", "kind": "decode", "prompts": [prompt(32) for _ in range(8)], "new": new // 2},
-    ]
+PROMPTS = 16384  # tokens of text that prompts are cut from
 
 
 def read_speed(threads: int) -> dict[str, float]:
@@ -77,6 +59,7 @@ def set_up(chosen: list[Contestant]) -> tuple[dict[str, Path], dict[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__.split("\n")[0])
     parser.add_argument("--peers", nargs="*", help="only those whose project and name contain one of these words")
+    parser.add_argument("--study", choices=sorted(studies.ALL), default="main")
     parser.add_argument("--rounds", type=int, default=5, help="undisturbed rounds to take")
     parser.add_argument("--attempts", type=int, default=0, help="rounds to try for that; default: three times as many")
     parser.add_argument("--threads", default="1,2")
@@ -86,8 +69,10 @@ def main() -> None:
     )
     parser.add_argument("--write-only", action="store_true", help="write the pages again from the saved numbers")
     options = parser.parse_args()
+    study = studies.ALL[options.study]
     if options.write_only:
-        pages.write(json.loads(pages.RESULT.read_text(encoding="utf-8")))
+        for name in studies.ALL:
+            pages.write_study(studies.ALL[name])
         return
     words = [word.lower() for word in options.peers or [""]]
     chosen = [c for c in ALL if any(word in c.key.lower() for word in words)]
@@ -98,15 +83,18 @@ def main() -> None:
     threads = [int(count) for count in options.threads.split(",")]
     wanted, rounds = (1 if options.quick else options.rounds), []
     keep = options.quick or options.keep_disturbed
-    ids = quality.token_ids(SCORED)
+    ids = quality.token_ids(PROMPTS)
+
+    def job(number: int) -> dict[str, Any]:
+        return {"context": study.context, "tests": study.of_round(ids, number, options.quick)}
+
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        qualities = {} if options.quick else measure_quality(chosen, absent, work)
+        scores = study is studies.MAIN and not options.quick
+        qualities = measure_quality(chosen, absent, work) if scores else {}
         attempts = wanted if keep else options.attempts or 3 * wanted
         while len(rounds) < attempts and len(rounds if keep else quiet(rounds)) < wanted:
-            rounds.append(
-                take_round(chosen, files, absent, threads, tests(ids, len(rounds), options.quick), work, keep)
-            )
+            rounds.append(take_round(chosen, files, absent, threads, job(len(rounds)), work, keep, study.busy))
             for line in rounds[-1].disturbed:
                 say(f"round {len(rounds)}: {line} (the limit is {LIMIT})")
     used = rounds if keep else quiet(rounds)
@@ -122,14 +110,14 @@ def main() -> None:
         "measured": pages.collect(used, chosen, threads),
     }
     if options.quick:
-        path = models.OUT / "quick.json"
+        path = models.OUT / f"quick-{study.name}.json"
         path.write_text(json.dumps(result, indent=1))
         print(pages.plain(result))
         return
     if not used:
         raise SystemExit(f"all {len(rounds)} rounds were disturbed; nothing is written. Try again on a quiet machine.")
-    path = save("peers", result)
-    pages.write(json.loads(path.read_text(encoding="utf-8")))
+    save(study.file, result)
+    pages.write_study(study)
 
 
 def measure_quality(chosen: list[Contestant], absent: dict[str, str], work: Path) -> dict[str, Any]:
@@ -151,11 +139,15 @@ def take_round(
     files: dict[str, Path],
     absent: dict[str, str],
     threads: list[int],
-    what: list[dict[str, Any]],
+    what: dict[str, Any],
     work: Path,
     keep: bool,
+    busy: int = 0,
 ) -> Round:
-    """One turn of everybody at every number of threads; whoever fails is absent from then on, with the reason."""
+    """One turn of everybody at every number of threads, beside `busy` processes that only burn time.
+
+    Whoever fails is absent from then on, with the reason.
+    """
     one = Round(memory={count: read_speed(count) for count in threads})
     for count in threads:
         for contestant in chosen:
@@ -163,17 +155,12 @@ def take_round(
                 continue
             file = files[contestant.key]
             warm(file)
-            job = {
-                "file": str(file),
-                "threads": count,
-                "options": contestant.options,
-                "context": CONTEXT,
-                "tests": what,
-            }
+            job = {"file": str(file), "threads": count, "options": contestant.options, **what}
+            tries = 1 if keep else TRIES
             try:
-                turn = take_turn(
-                    lambda c=contestant, j=job: worker(c, j, work), contestant.key, count, 1 if keep else TRIES
-                )
+                with burning(busy):
+                    measure = functools.partial(worker, contestant, job, work)
+                    turn = take_turn(measure, contestant.key, count, tries, busy)
             except TurnFailed as error:
                 absent[contestant.key] = str(error)
                 say(f"{contestant.key}: {error}")

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from bench.peers.contestants import Contestant
 from bench.peers.rounds import Round, median, values
+from bench.peers.studies import Study
 from bench.report import RESULTS, ROOT, put, table
 
-RESULT = RESULTS / "peers.json"
 PAGE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "images"
 OURS = "edgeformer"
 STRICT = 1.01  # perplexity ratio up to which a file counts as "no more than 1 % lost"
-PROCESS = ("load_s", "import_s", "peak_mib", "loaded_mib")
+PROCESS = ("load_s", "import_s", "peak_mib", "library_mib", "loaded_mib")
 COLUMNS = {  # test -> (heading, digits, whether more is better)
     "decode": ("decode, 32-token prompt", 0, True),
     "decode@1024": ("at depth 1024", 0, True),
@@ -217,8 +218,47 @@ def readme_table(saved: dict[str, Any]) -> str:
     return table(header, rows)
 
 
+def write_study(study: Study) -> None:
+    """What is saved of a study, into the pages; nothing if it was never taken."""
+    path = RESULTS / f"{study.file}.json"
+    if not path.exists():
+        return
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if study.name == "main":
+        write(saved)
+    else:
+        put(PAGE, study.file, curve(saved, study))
+
+
+def curve(saved: dict[str, Any], study: Study) -> str:
+    """A study's block: conditions, one column a test, and the plot if the tests have an axis."""
+    names = list(dict.fromkeys(n for found in saved["measured"].values() for n in _tests(found)))
+    rows = []
+    for key, found in saved["measured"].items():
+        cells = []
+        for name in names:
+            got = [found.get(str(t), {}).get(name, {}).get("median") for t in sorted(saved["threads"], reverse=True)]
+            cells.append(number(got[0], 0) + (f" ({number(got[1], 0)})" if len(got) > 1 and got[1] else ""))
+        rows.append([f"**{key}**" if key.startswith(OURS) else key, *cells])
+    parts = [conditions(saved), "Tokens a second; 2 threads (1 thread).", table(["", *names], rows)]
+    if study.axis:
+        from bench.peers import plots
+
+        IMAGES.mkdir(parents=True, exist_ok=True)
+        path = plots.lines(saved, IMAGES / f"{study.file}.png", f"{study.name} ", study.axis, study.title)
+        parts.append(f"![{study.title}](images/{path.name})")
+    parts += [f"{key} is absent: {reason}" for key, reason in saved["absent"].items()]
+    return "\n\n".join(parts)
+
+
+def _tests(found: dict[str, Any]) -> list[str]:
+    """The names of a contestant's tests, without what is of the whole process."""
+    whole = (*PROCESS, "short_mib", "long_mib")
+    return [name for tests in found.values() if isinstance(tests, dict) for name in tests if name not in whole]
+
+
 def write(saved: dict[str, Any]) -> None:
-    """Both pages and the plots."""
+    """The main study: both pages and the plots."""
     from bench.peers import plots
 
     images = plots.draw(saved, IMAGES)

@@ -63,7 +63,7 @@ def of(contestant: Contestant, count: int, work: Path) -> dict[str, Any]:
     print(f"quality of {contestant.key}", file=sys.stderr)
     job = {
         "file": str(file),
-        "threads": 2,
+        "threads": 1,  # nobody waits in a barrier where the machine is busy; the numbers do not depend on it
         "options": contestant.options | {"quality": True},
         "context": 2 * WINDOW,
         "reference": str(reference(ids)),

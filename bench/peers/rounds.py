@@ -12,7 +12,8 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,13 @@ class Turn:
     contestant: str
     threads: int
     result: dict[str, Any]
+    busy: int = 0  # processes that were meant to run beside it
 
     @property
     def others(self) -> float:
-        """The most cores that others used: over the whole process, or in any of its tests."""
+        """The most cores that others used beside the `busy` ones: over the whole process, or in any of its tests."""
         tests = [test.get("others") for test in self.result.get("tests", {}).values()]
-        return max([self.result["others"], *(cores for cores in tests if cores is not None)])
+        return max(0.0, max([self.result["others"], *(cores for cores in tests if cores is not None)]) - self.busy)
 
     @property
     def disturbed(self) -> bool:
@@ -100,12 +102,26 @@ def parse(stdout: str, stderr: str, code: int) -> dict[str, Any]:
     return found
 
 
-def take_turn(measure: Callable[[], dict[str, Any]], contestant: str, threads: int, tries: int = TRIES) -> Turn:
+def take_turn(
+    measure: Callable[[], dict[str, Any]], contestant: str, threads: int, tries: int = TRIES, busy: int = 0
+) -> Turn:
     """The first undisturbed of `tries` turns, else the least disturbed one."""
     turns: list[Turn] = []
     while len(turns) < tries and (not turns or turns[-1].disturbed):
-        turns.append(Turn(contestant, threads, measure()))
+        turns.append(Turn(contestant, threads, measure(), busy))
     return min(turns, key=lambda turn: turn.others)
+
+
+@contextmanager
+def burning(count: int) -> Iterator[None]:
+    """`count` processes that use all the time they get, for as long as this lasts."""
+    started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
 
 
 def quiet(rounds: Iterable[Round]) -> list[Round]:

@@ -142,13 +142,14 @@ def main() -> None:
     module, job = importlib.import_module(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     others, began = Others(), time.perf_counter()
     module.load_library()
-    imported = time.perf_counter()
+    imported, library = time.perf_counter(), status_mib("VmRSS")
     runner = module.Loaded(job["file"], job["threads"], job["options"], context=job["context"])
     loaded = time.perf_counter()
     result = {
         "versions": module.versions(),
         "import_s": imported - began,
         "load_s": loaded - imported,
+        "library_mib": library,
         "loaded_mib": status_mib("VmRSS"),
     }
     if "reference" in job:

@@ -46,15 +46,14 @@ class Loaded:
             self._network = ov.Core().compile_model(Path(file) / "openvino_model.xml", "CPU", self._properties)
         else:
             backend = options.get("backend", "PA")
-            extra = {"scheduler_config": self._scheduler(1)} if backend == "PA" else {}
+            extra = {"scheduler_config": self._scheduler()} if backend == "PA" else {}
             self._pipe = genai.LLMPipeline(file, "CPU", ATTENTION_BACKEND=backend, **extra, **self._properties)
 
     @staticmethod
-    def _scheduler(sequences: int) -> Any:
+    def _scheduler() -> Any:
         config = genai.SchedulerConfig()
         config.enable_prefix_caching = False
         config.max_num_batched_tokens = 2048
-        config.max_num_seqs = sequences
         return config
 
     @staticmethod
@@ -82,9 +81,7 @@ class Loaded:
 
     def _generate_batch(self, prompts: Sequence[Sequence[int]], new: int) -> tuple[list[float], list[int]]:
         if self._batch is None:
-            self._batch = genai.ContinuousBatchingPipeline(
-                self._file, self._scheduler(len(prompts)), "CPU", self._properties, {}
-            )
+            self._batch = genai.ContinuousBatchingPipeline(self._file, self._scheduler(), "CPU", self._properties, {})
         handles = [
             self._batch.add_request(i, ov.Tensor(np.array([ids], np.int64)), self._greedy(new))
             for i, ids in enumerate(prompts)

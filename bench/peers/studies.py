@@ -1,0 +1,86 @@
+"""What is measured: each study is a list of tests, saved and shown apart. `main` is the one that the README shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+Test = dict[str, Any]
+Prompt = Callable[[int], list[int]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Tests that share a process."""
+
+    name: str
+    tests: Callable[[Prompt, bool], list[Test]]  # (gives a new prompt of a length, whether it should be quick)
+    context: int  # tokens that caches must hold, the longest test rounded up
+    busy: int = 0  # processes that only burn time beside the measured one
+    axis: str = ""  # what the number in a test's name counts, if the study is a curve
+    title: str = ""
+
+    @property
+    def file(self) -> str:
+        """Name of the results file and of the page's block."""
+        return "peers" if self.name == "main" else f"peers-{self.name}"
+
+    def of_round(self, ids: list[int], number: int, quick: bool) -> list[Test]:
+        """The tests of round `number`. Prompts are pieces of one text; no two of a process begin alike."""
+        places = _places(len(ids) - self.context, number)
+
+        def prompt(length: int) -> list[int]:
+            place = next(places)
+            return ids[place : place + length]
+
+        return self.tests(prompt, quick)
+
+
+def _places(end: int, number: int) -> Iterator[int]:
+    """Starts that do not come back: steps of a number that shares no factor with `end`."""
+    step = next(step for step in range(577, 2 * end + 577) if _common(step, end) == 1)
+    for i in range(end):
+        yield (number * 37 + i * step) % end
+
+
+def _common(a: int, b: int) -> int:
+    while b:
+        a, b = b, a % b
+    return a
+
+
+def _decode(name: str, prompts: list[list[int]], new: int) -> Test:
+    return {"name": name, "kind": "decode", "prompts": prompts, "new": new}
+
+
+def _main(prompt: Prompt, quick: bool) -> list[Test]:
+    new = 32 if quick else 128
+    return [
+        {"name": "first", "kind": "first", "prompts": [prompt(32)], "new": 4},
+        _decode("decode", [prompt(32)], new),
+        {"name": "prefill512", "kind": "prefill", "prompts": [prompt(512)], "new": 1},
+        _decode("decode@1024", [prompt(1024)], new // 2),
+        _decode("batch8", [prompt(32) for _ in range(8)], new // 2),
+    ]
+
+
+def _depth(prompt: Prompt, quick: bool) -> list[Test]:
+    depths = (128, 1024) if quick else (128, 512, 1024, 2048, 4096, 7936)
+    return [_decode(f"depth {depth}", [prompt(depth)], 48) for depth in depths]
+
+
+def _states(prompt: Prompt, quick: bool) -> list[Test]:
+    counts = (1, 4) if quick else (1, 2, 4, 8, 16)
+    return [_decode(f"states {count}", [prompt(32) for _ in range(count)], 64) for count in counts]
+
+
+def _busy(prompt: Prompt, quick: bool) -> list[Test]:
+    return [_decode("decode", [prompt(32)], 32 if quick else 64)]
+
+
+MAIN = Study("main", _main, 1152)
+DEPTH = Study("depth", _depth, 8064, axis="tokens in the cache", title="Decoding at depth")
+STATES = Study("states", _states, 128, axis="sequences decoded together", title="Decoding several sequences")
+BUSY = Study("busy", _busy, 128, busy=1, title="Decoding beside one busy process")
+ALL = {study.name: study for study in (MAIN, DEPTH, STATES, BUSY)}
