@@ -14,6 +14,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 import torch
 from onnxscript import optimizer, rewriter
+from torch.fx.experimental import _config as experimental
 
 from edgeformer.errors import ExportError
 
@@ -74,12 +75,20 @@ def trace(module: torch.nn.Module, inputs: tuple[Input, ...], outputs: tuple[str
     dynamic = tuple({i: dims[dim] for i, dim in enumerate(value.shape) if isinstance(dim, str)} for value in inputs)
     with _quiet():
         try:
+            # Conditions on sizes that the solver cannot settle become run-time assertions, and those are dropped: the
+            # parity gate tries other sizes anyway. A size may be 0 or 1, as in torch.onnx's own capture.
+            with experimental.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+                exported = torch.export.export(
+                    module.eval(),
+                    sample,
+                    dynamic_shapes=(dynamic,) if _takes_star_args(module) else dynamic,
+                    strict=False,
+                    prefer_deferred_runtime_asserts_over_guards=True,
+                )
             program = torch.onnx.export(
-                module.eval(),
-                sample,
+                exported,
                 dynamo=True,
                 opset_version=OPSET,
-                dynamic_shapes=(dynamic,) if _takes_star_args(module) else dynamic,
                 input_names=[value.name for value in inputs],
                 output_names=list(outputs),
                 optimize=False,
