@@ -6,10 +6,12 @@ import json
 import subprocess
 import sys
 import textwrap
+from itertools import pairwise
 from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 native = pytest.importorskip("edgeformer._native", reason="the native extension is not built")
 
@@ -18,7 +20,7 @@ from edgeformer.native.engine import NativeEngine  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-PROMPT = [504, 2010, 3575, 314]
+PROMPT = "<|im_start|>user\nHow does a compiler work?<|im_end|>\n<|im_start|>assistant\n"
 TOKENS = 128
 TEXT = 4096
 SCALAR_TOKENS = 12  # the scalar table exists to be compared with; it takes seconds a token
@@ -32,7 +34,8 @@ def bundle(smollm2):
 def generation(bundle, isa: str, threads: int, tokens: int) -> tuple[list[int], list[bytes]]:
     """A greedy generation: the tokens, and the logits that each was chosen from."""
     engine = NativeEngine.from_bundle(bundle, isa=isa, threads=threads)
-    state, ids, chosen, seen = engine.new_state(), np.array([PROMPT]), [], []
+    prompt = Tokenizer.from_file(str(bundle / "tokenizer.json")).encode(PROMPT).ids
+    state, ids, chosen, seen = engine.new_state(), np.array([prompt]), [], []
     for _ in range(tokens):
         logits = engine.forward([({"input_ids": ids, "logits_to_keep": 1}, state)])[0]["logits"]
         seen.append(logits.tobytes())
@@ -67,29 +70,29 @@ def test_the_generation_is_one_that_bits_can_tell_apart(expected):
     assert len(set(expected[1])) == TOKENS
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere the peak counts the parent of a fork")
 def test_peak_memory_is_the_weights_the_cache_and_little_more(bundle):
     """From a fresh process through `edgeformer.load` to an answer. 60 MB: Python, numpy, onnx, tokenizers; the quarter:
     what is read of the file while it is packed, and working memory."""
     code = textwrap.dedent(f"""
-        import json, resource
-        import edgeformer
+        import json
+        import edgeformer, edgeformer.machine
         model = edgeformer.load({str(bundle)!r}, engine="native", threads=2)
         session = model.session()
         model.generate("The capital of France is", max_new_tokens=16, session=session)
-        print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, model.memory().weights,
-                          session.state.nbytes]))
+        print(json.dumps([edgeformer.machine.peak_memory(), model.memory().weights, session.state.nbytes]))
     """)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     peak, weights, cache = json.loads(done.stdout)
-    assert peak * 1024 <= 1.25 * (weights + cache) + 60e6
+    assert weights < peak <= 1.25 * (weights + cache) + 60e6
 
 
 def test_a_layer_is_seven_operations(bundle):
-    lines = [line.split()[1] for line in describe(bundle).splitlines() if line.lstrip()[:1].isdigit()]
-    layers = lines.count("attend")
-    assert layers == 30
-    assert len(lines) <= 7 * layers + 6  # and the table, positions, the last norm, the head
+    kinds = [line.split()[1] for line in describe(bundle).splitlines() if line.lstrip()[:1].isdigit()]
+    places = [i for i, kind in enumerate(kinds) if kind == "attend"]
+    assert len(places) == 30
+    assert max(after - before for before, after in pairwise(places)) <= 7
 
 
 def perplexity(model, ids: np.ndarray, window: int = 512) -> float:
