@@ -25,7 +25,7 @@ from edgeformer.export.passes.float16 import to_float16
 from edgeformer.export.passes.linear import canonical_linears
 from edgeformer.export.passes.logits import keep_logits
 from edgeformer.export.passes.masks import drop_true, spread_rows
-from edgeformer.export.passes.names import restore_names
+from edgeformer.export.passes.names import merge_tied, restore_names
 from edgeformer.export.passes.past import count_past
 from edgeformer.export.passes.reshape import drop_reshapes
 from edgeformer.export.passes.rotary import full_angles
@@ -142,6 +142,7 @@ def float_graph(source: Source) -> Traced:
             model = trace(stepper.module, stepper.inputs, stepper.outputs)
     buffers = dict(source.module.named_buffers())  # those that no checkpoint stores have names too
     restore_names(model, source.module.state_dict().keys() | buffers.keys(), Positional.PREFIX)
+    merge_tied(model, source.module.state_dict())
     own_slices(model)
     drop_true(model)
     drop_reshapes(model)

@@ -48,10 +48,11 @@ def quantize_linears(model: ir.Model, blocks_of: BlocksOf) -> None:
 
 
 def quantize_embeddings(model: ir.Model, blocks_of: BlocksOf) -> None:
-    """Replaces the float table of every `Gather(table, graph input)` for which `blocks_of` has blocks."""
-    for node in _lookups(model):
+    """Replaces the float table of every `Gather(table, ids)` for which `blocks_of` has blocks."""
+    for node in nodes(model, "Gather"):
         table, ids = node.inputs
-        assert table is not None and table.name is not None and ids is not None
+        if table is None or table.name is None or ids is None or not table.is_initializer():
+            continue
         blocks = blocks_of(table.name, table)
         if blocks is None:
             continue
