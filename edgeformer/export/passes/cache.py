@@ -90,7 +90,7 @@ def _move_into(model: ir.Model, node: ir.Node, key: ir.Node, value: ir.Node) -> 
         node.replace_input_with(index, append.inputs[0])
         node.replace_input_with(index + 3, append.inputs[1])
         present, joined = node.outputs[index], append.outputs[0]
-        present.shape, present.type = joined.shape, joined.type
+        present.name, present.shape, present.type = f"{joined.name}.joined", joined.shape, joined.type
         redirect(model, joined, present)
         model.graph.remove(append, safe=True)
 
