@@ -30,7 +30,18 @@ def save_graph(model: ir.Model, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
     ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
+    _name_batch(path)
     onnx.checker.check_model(str(path), full_check=False)
+
+
+def _name_batch(path: Path) -> None:
+    """The first axis is `batch_size` in the file: transformers.js gives its empty cache one row only by that name."""
+    graph = (model := onnx.load(str(path), load_external_data=False)).graph
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param == "batch":
+                dim.dim_param = "batch_size"
+    path.write_bytes(model.SerializeToString())
 
 
 def write_reference(source: Source, folder: Path, weights: Sequence[Quantized], exact: bool) -> dict[str, float]:

@@ -34,7 +34,7 @@ def to_float16(model: ir.Model) -> None:
             node.attributes["to"] = ir.AttrInt64("to", int(_F16))
         for output in node.outputs:
             if output.dtype == _F32:
-                output.dtype = _F16
+                output.type = ir.TensorType(_F16)  # a clone of the graph shares the old one
 
 
 def _ancestors(ends: list[ir.Node]) -> set[ir.Node]:
@@ -49,7 +49,7 @@ def _ancestors(ends: list[ir.Node]) -> set[ir.Node]:
 
 
 def _halve(value: ir.Value) -> None:
-    value.dtype = _F16
+    value.type = ir.TensorType(_F16)
     if value.const_value is not None:
         limit = np.float32(65504)
         array = np.clip(value.const_value.numpy(), -limit, limit).astype(np.float16)
