@@ -274,7 +274,7 @@ class Model:
         beams = self._beams(num_beams, length_penalty, early_stopping, options, session)
         forced = {} if forced_bos_token_id is None else {"forced_bos_token_id": forced_bos_token_id}
         if self._encoder is not None:
-            pair = self._pair
+            pair = self.pair
             held, start = pair.encode(pair.source(prompt)), decoder_prompt or pair.start()  # type: ignore[arg-type]
             if beams.num_beams > 1:
                 return pair.best(held, start, options, beams, **forced)
@@ -364,7 +364,7 @@ class Model:
         if self._encoder is None:
             raise InputError(f"{self.bundle.path} is a {self.bundle.task} model and has no transcribe().")
         beams = self._beams(num_beams, None, None, GenerationOptions(), None)
-        return transcribe(self._pair, audio, language, task, beams, max_new_tokens)
+        return transcribe(self.pair, audio, language, task, beams, max_new_tokens)
 
     def logits(self, ids: Sequence[int] | np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The logits at every position, float32 [len(ids), vocab]: row i scores what follows ids[:i + 1].
@@ -394,8 +394,14 @@ class Model:
         return engine.forward([(inputs, engine.new_state())])[0]
 
     @cached_property
-    def _pair(self) -> EncoderDecoder:
-        assert self._encoder is not None
+    def pair(self) -> EncoderDecoder:
+        """Both halves of an encoder-decoder.
+
+        Raises:
+            InputError: the model is none.
+        """
+        if self._encoder is None:
+            raise InputError(f"{self.bundle.path} is a {self.bundle.task} model of one graph.")
         return EncoderDecoder(self.bundle, self._encoder, self.engine, self.tokenizer, self._limits)
 
     @cached_property
@@ -456,7 +462,7 @@ class Model:
 
     def _stream(self, prompt: Prompt, options: GenerationOptions, session: Session | None) -> Stream:
         if self._encoder is not None:
-            return self._pair.stream(self._pair.encode(self._pair.source(prompt)), self._pair.start(), options)  # type: ignore[arg-type]
+            return self.pair.stream(self.pair.encode(self.pair.source(prompt)), self.pair.start(), options)  # type: ignore[arg-type]
         self._require_language_model("generate")
         if options.stop:
             self._require_tokenizer()

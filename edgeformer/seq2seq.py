@@ -108,6 +108,19 @@ class EncoderDecoder:
         timings = Timings(len(prompt), 0, 0.0, seconds, len(found.ids), seconds)
         return Result(text, found.ids, "eos" if found.ended else "length", timings)
 
+    def logits(self, held: Arrays, ids: Array, steps: Sequence[int] = ()) -> Array:
+        """float32 [batch, length, vocab]: the scores of what follows each of `ids` [batch, length].
+
+        They are fed `steps[0]`, `steps[1]`, ... at a time, and what is left at once.
+        """
+        state, parts, start = self._state(held), [], 0
+        for step in (*steps, ids.shape[1]):
+            piece = ids[:, start : start + step]
+            if piece.shape[1]:
+                parts.append(self.decoder.forward([({IDS: piece}, state)])[0]["logits"].astype(np.float32))
+            start += step
+        return np.concatenate(parts, axis=1)
+
     def likeliest(self, held: Arrays, prompt: Sequence[int], among: Sequence[int]) -> int:
         """Which of the tokens `among` the model would put after `prompt`."""
         inputs = {IDS: np.array([list(prompt)], np.int64)}

@@ -25,6 +25,7 @@ from edgeformer.signature import IDS, PAST, POSITIONS
 
 Array = np.ndarray[Any, Any]
 
+ANSWER = "decoder_input_ids"  # what an encoder-decoder's reference has decoded
 STEPS = (5, 1, 1, 1, 2)  # tokens a step: a prefill, decoding, a short prefill on a full cache; then what is left
 
 
@@ -92,10 +93,7 @@ def verify(
     inputs, references, tolerance = read_reference(bundle)
     progress("loading")
     model = load(path, engine, threads, isa=isa, kv=kv)
-    runs: dict[str, Callable[[], dict[str, Array]]] = {"in one run": lambda: _whole(model.engine, inputs)}
-    cached = any(name.startswith(PAST) for name in bundle.manifest["graphs"]["model"]["inputs"])
-    if cached and IDS in inputs:
-        runs["step by step"] = lambda: stepwise(model.engine, inputs, STEPS)
+    runs = _runs(model, inputs)
     checks = []
     for run, work in runs.items():
         progress(f"running {run}")
@@ -108,6 +106,24 @@ def verify(
             last = model.is_language_model
             checks.append(compare(name, kind, run, outputs[name], expected, allowed, last=last))
     return Report(str(bundle.path), _engine_name(model), tuple(checks))
+
+
+def _runs(model: Model, inputs: dict[str, Array]) -> dict[str, Callable[[], dict[str, Array]]]:
+    """The ways of running the reference's inputs, each giving the outputs by name."""
+    graphs = model.bundle.manifest["graphs"]
+    if "encoder" in graphs:
+        if ANSWER not in inputs:
+            raise BundleError(f"{model.bundle.path}: the reference has no {ANSWER}; export the model again.")
+        ids, source = inputs[ANSWER], {name: value for name, value in inputs.items() if name != ANSWER}
+
+        def answer(steps: Sequence[int]) -> dict[str, Array]:
+            return {"logits": model.pair.logits(model.pair.encode(source), ids, steps)}
+
+        return {"in one run": lambda: answer(()), "step by step": lambda: answer(STEPS)}
+    runs: dict[str, Callable[[], dict[str, Array]]] = {"in one run": lambda: _whole(model.engine, inputs)}
+    if any(name.startswith(PAST) for name in graphs["model"]["inputs"]) and IDS in inputs:
+        runs["step by step"] = lambda: stepwise(model.engine, inputs, STEPS)
+    return runs
 
 
 def read_reference(bundle: Bundle) -> tuple[dict[str, Array], dict[tuple[str, str], Array], dict[str, float]]:

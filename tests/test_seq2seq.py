@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import transformers as tf
 
 import edgeformer
+from edgeformer.bundle import seal
 from edgeformer.errors import EngineUnavailable, ExportError, InputError, ParityError
 from edgeformer.export import seq2seq
 from edgeformer.export.hub import language_model
@@ -19,6 +21,7 @@ from edgeformer.export.options import ExportOptions
 from edgeformer.export.pipeline import export
 from edgeformer.export.seq2seq import pair_source
 from edgeformer.rules import Rules
+from edgeformer.verify import verify
 
 SIZES = {
     "vocab_size": 100,
@@ -260,6 +263,22 @@ def test_a_small_t5_learns_to_rewrite_dates_and_its_bundle_does_the_same(scheme,
     text, answer = tests[0]
     assert "".join(piece.text for piece in loaded.stream(text)) == loaded.generate(text).text
     assert loaded.generate(text, num_beams=4).text == answer
+
+
+@pytest.mark.parametrize("scheme", ["none", "q8"])
+def test_a_bundle_is_verified_without_torch_and_a_wrong_one_fails(scheme, translator, tmp_path):
+    export(ExportOptions(source=str(translator[0]), output=tmp_path / "bundle", quantize=scheme))
+    report = verify(tmp_path / "bundle", "cpu")
+    assert report.passed
+    assert {check.run for check in report.checks} == {"in one run", "step by step"}
+    with np.load(tmp_path / "bundle" / "reference.npz") as file:
+        arrays = dict(file)
+    arrays["input.decoder_input_ids"] = np.roll(arrays["input.decoder_input_ids"], 1, axis=1)
+    np.savez(tmp_path / "bundle" / "reference.npz", **arrays)
+    manifest = json.loads((tmp_path / "bundle" / "edgeformer.json").read_text())
+    del manifest["files"]
+    seal(tmp_path / "bundle", manifest)
+    assert not verify(tmp_path / "bundle", "cpu").passed
 
 
 def test_what_cannot_run_says_so(translator, tmp_path):
