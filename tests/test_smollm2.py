@@ -77,7 +77,11 @@ def test_keeping_costs_no_perplexity_and_four_bits_again_do(smollm2):
     kept = accuracy["keep"]
     assert kept["perplexity"] / kept["perplexity_float"] < 1.005
     assert kept["mean_kl"] < accuracy["q4"]["mean_kl"] / 5, "the report can tell a costly quantization from a free one"
-    assert accuracy["q8"]["perplexity"] / accuracy["q8"]["perplexity_float"] < 1.01
+    q8 = accuracy["q8"]
+    assert q8["mean_kl"] < 0.01
+    # A token's log-likelihood moves by sqrt(2 KL) or so; over n tokens the mean of that is smaller by sqrt(n).
+    noise = 3 * np.sqrt(2 * q8["mean_kl"] / q8["tokens"])
+    assert abs(np.log(q8["perplexity"] / q8["perplexity_float"])) < q8["mean_kl"] + noise
 
 
 def test_chat_answers_in_the_template(smollm2):
