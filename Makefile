@@ -62,6 +62,7 @@ format: setup ## let the formatters write
 
 report: setup ## the numbers of the README: SmolLM2 in five forms (about 15 minutes)
 	$(BIN)/python -m bench.smollm2
+	$(BIN)/python -m bench.speed
 
 SANITIZED := build/sanitize/address
 UNDER_ASAN := $(addprefix tests/,test_kernels_linear.py test_kernels_attention.py test_kernels_rows.py test_threads.py \
