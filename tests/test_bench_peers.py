@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bench.peers import models, pages, rounds, studies
-from bench.peers.contestants import ALL
+from bench.peers.contestants import ALL, ALTERNATIVES
 from bench.peers.environments import Environment, SetupFailed
 from bench.peers.rounds import LIMIT, Round, Turn, TurnFailed, parse, quiet, take_turn
 from bench.peers.runners import measure
@@ -302,7 +302,8 @@ def test_medians_are_over_the_rounds_used() -> None:
 
 
 def test_every_contestant_has_its_own_name_and_runner() -> None:
-    assert len({c.key for c in ALL}) == len(ALL)
-    for contestant in ALL:
+    everybody = (*ALL, *ALTERNATIVES)
+    assert len({c.key for c in everybody}) == len(everybody)
+    for contestant in everybody:
         assert (rounds.RUNNERS / f"{contestant.runner}.py").is_file()
         assert json.loads(json.dumps(contestant.options)) == contestant.options  # a job is JSON

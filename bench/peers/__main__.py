@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.peers import models, pages, quality, studies
-from bench.peers.contestants import ALL, Contestant
+from bench.peers.contestants import ALL, ALTERNATIVES, Contestant
 from bench.peers.environments import SetupFailed
 from bench.peers.rounds import LIMIT, TRIES, Round, TurnFailed, burning, quiet, say, take_turn, worker
 from bench.report import save
@@ -67,6 +67,9 @@ def main() -> None:
     parser.add_argument(
         "--keep-disturbed", action="store_true", help="use disturbed rounds too, and say so in the page"
     )
+    parser.add_argument(
+        "--alternatives", action="store_true", help="with other settings of the peers, not for the pages"
+    )
     parser.add_argument("--write-only", action="store_true", help="write the pages again from the saved numbers")
     options = parser.parse_args()
     study = studies.ALL[options.study]
@@ -75,9 +78,10 @@ def main() -> None:
             pages.write_study(studies.ALL[name])
         return
     words = [word.lower() for word in options.peers or [""]]
-    chosen = [c for c in ALL if any(word in c.key.lower() for word in words)]
+    rows = (*ALL, *ALTERNATIVES) if options.alternatives else ALL
+    chosen = [c for c in rows if any(word in c.key.lower() for word in words)]
     if not chosen:
-        raise SystemExit(f"no peer matches; there are {', '.join(c.key for c in ALL)}")
+        raise SystemExit(f"no peer matches; there are {', '.join(c.key for c in rows)}")
     files, absent = set_up(chosen)
     chosen = [c for c in chosen if c.key in files]
     threads = [int(count) for count in options.threads.split(",")]
@@ -90,7 +94,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        scores = study is studies.MAIN and not options.quick
+        scores = study is studies.MAIN and not (options.quick or options.alternatives)
         qualities = measure_quality(chosen, absent, work) if scores else {}
         attempts = wanted if keep else options.attempts or 3 * wanted
         while len(rounds) < attempts and len(rounds if keep else quiet(rounds)) < wanted:
@@ -109,8 +113,8 @@ def main() -> None:
         "memory": {str(n): [one.memory[n] for one in used] for n in threads},
         "measured": pages.collect(used, chosen, threads),
     }
-    if options.quick:
-        path = models.OUT / f"quick-{study.name}.json"
+    if options.quick or options.alternatives:
+        path = models.OUT / f"{'quick' if options.quick else 'alternatives'}-{study.name}.json"
         path.write_text(json.dumps(result, indent=1))
         print(pages.plain(result))
         return

@@ -6,7 +6,7 @@ A new peer is a row here and a runner in `runners/`. Settings that were tried an
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ LLAMA = Environment(
 )
 GENAI = Environment("onnxruntime-genai", ("onnxruntime-genai==0.18.0", "onnxruntime==1.32.0"))
 OPENVINO = Environment("openvino", ("openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0"))
+CTRANSLATE2 = Environment("ctranslate2", ("ctranslate2==4.8.5",))
 OPENVINO_CONVERT = Environment(
     "openvino-convert",
     ("optimum-intel==2.2.0", "nncf==3.4.0", "openvino==2026.4.1", "openvino-tokenizers==2026.4.1.0", "torch==2.13.0"),
@@ -130,5 +131,61 @@ ALL = (
         ),
         "optimum-cli int4, symmetric, group 64, int8 embedding and head; else as int8",
         needs=(OPENVINO_CONVERT,),
+    ),
+    Contestant(
+        "CTranslate2",
+        "int8",
+        "with_ctranslate2",
+        CTRANSLATE2,
+        lambda: models.ctranslate2(CTRANSLATE2, "int8"),
+        "converter int8; one worker, no cached prompt",
+    ),
+)
+
+
+def _alternative(key: str, name: str, options: dict[str, Any], settings: str) -> Contestant:
+    row = next(row for row in ALL if row.key == key)
+    return replace(row, name=name, options=row.options | options, settings=settings)
+
+
+# Other settings of the same projects, to see that the rows above hold the best ones: --alternatives
+ALTERNATIVES = (
+    *(
+        _alternative(f"llama.cpp {kind}", f"{kind}, {name}", options, settings)
+        for kind in ("Q8_0", "Q4_0")
+        for name, options, settings in (
+            ("no flash attention", {"flash_attn": 0}, "flash attention off"),
+            ("flash attention", {"flash_attn": 1}, "flash attention on"),
+        )
+    ),
+    *(
+        _alternative(f"OpenVINO GenAI {kind}", f"{kind}, SDPA", {"backend": "SDPA"}, "the pipeline's SDPA backend")
+        for kind in ("int8", "int4")
+    ),
+    *(
+        _alternative(
+            f"OpenVINO GenAI {kind}",
+            f"{kind}, no dynamic quantization",
+            {"properties": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}},
+            "activations stay float",
+        )
+        for kind in ("int8", "int4")
+    ),
+    *(
+        _alternative(
+            f"onnxruntime-genai {kind}",
+            f"{kind}, no spinning",
+            {"session": {"config_entries": {"session.intra_op.allow_spinning": "0"}}},
+            "threads sleep between operations",
+        )
+        for kind in ("int8", "int4, int4 head")
+    ),
+    Contestant(
+        "onnxruntime-genai",
+        "int4 k_quant, int8 head",
+        "with_genai",
+        GENAI,
+        **_genai("int4", ("algo_config=k_quant", "matmul_mixed_precision=last_matmul:int8"), "int4-k-quant"),
+        settings="model builder: k_quant, int8 head",
     ),
 )

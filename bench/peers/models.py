@@ -109,6 +109,23 @@ def openvino(environment: Environment, options: tuple[str, ...], *, name: str) -
     return write_whole(OUT / "openvino" / name, make)
 
 
+def ctranslate2(environment: Environment, kind: str) -> Path:
+    """CTranslate2's converter, run with this environment's torch and transformers."""
+    source = float_folder()
+    script = (
+        "import sys\n"
+        "sys.path.append(sys.argv[1])\n"
+        "from ctranslate2.converters import TransformersConverter\n"
+        "TransformersConverter(sys.argv[2]).convert(sys.argv[3], quantization=sys.argv[4])\n"
+    )
+
+    def make(folder: Path) -> None:
+        command = [sys.executable, "-c", script, str(environment.site_packages), str(source), str(folder), kind]
+        run(command, LOGS / f"ctranslate2-{kind}.log", OFFLINE, f"convert {kind}")
+
+    return write_whole(OUT / "ctranslate2" / kind, make)
+
+
 def bytes_a_token(path: Path) -> int:
     """Bytes of weights that one decoded token reads, all of them but embedding rows; the head counts once.
 
@@ -124,6 +141,8 @@ def bytes_a_token(path: Path) -> int:
         return _onnx_bytes(path / "model.onnx")
     if (path / "openvino_model.bin").exists():
         return _openvino_bytes(path)
+    if (path / "model.bin").exists():  # CTranslate2 stores a tied table once
+        return (path / "model.bin").stat().st_size
     raise SetupFailed(f"{path} is no model file that is known here")
 
 

@@ -7,7 +7,13 @@ from typing import Any
 
 from bench.peers import pages
 
-COLORS = {"edgeformer": "#c0392b", "llama.cpp": "#5d6d7e", "onnxruntime-genai": "#2e86c1", "OpenVINO GenAI": "#7d6608"}
+COLORS = {
+    "edgeformer": "#c0392b",
+    "llama.cpp": "#5d6d7e",
+    "onnxruntime-genai": "#2e86c1",
+    "OpenVINO GenAI": "#7d6608",
+    "CTranslate2": "#239b56",
+}
 OTHER = "#999999"
 
 
