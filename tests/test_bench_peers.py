@@ -244,6 +244,13 @@ def test_a_file_that_loses_more_is_compared_with_everybody() -> None:
     assert "(200 : 100, llama.cpp Q4_0)" in rows[0]
 
 
+def test_it_is_said_where_ours_loses_more_than_the_best_of_its_class() -> None:
+    worse, better = saved(), saved()
+    better["quality"][OURS]["mean_kl"] = 0.0
+    assert "1 of the 1 peers" in pages.loss_line(worse) and f"{PEER} with 0.0010" in pages.loss_line(worse)
+    assert pages.loss_line(better) == ""
+
+
 def test_disturbed_numbers_are_marked_and_absent_peers_named() -> None:
     quiet_one, disturbed = saved(), saved()
     disturbed["undisturbed"] = False

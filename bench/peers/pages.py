@@ -191,6 +191,25 @@ def stream_line(saved: dict[str, Any]) -> str:
     return f"`model.stream`, end to end in Python, keeps {' and '.join(parts)} of the engine's speed." if parts else ""
 
 
+def loss_line(saved: dict[str, Any]) -> str:
+    """Says so where a file of ours loses more than the best of the peers' in its class; empty where none does."""
+    groups, parts = classes(saved), []
+    for name, keys in groups.items():
+        losses = {key: saved["quality"][key]["mean_kl"] for key in keys if key in saved["quality"]}
+        peers = {key: kl for key, kl in losses.items() if not key.startswith(OURS)}
+        if not peers:
+            continue
+        best = min(peers, key=lambda key: peers[key])
+        for key, kl in losses.items():
+            if key.startswith(OURS) and kl > peers[best]:
+                worse = sum(kl > other for other in peers.values())
+                parts.append(
+                    f"{key} loses more than {worse} of the {len(peers)} peers' files in its class ({name}): KL {kl:.4f}, "
+                    f"the best is {best} with {peers[best]:.4f}."
+                )
+    return " ".join(parts)
+
+
 def readme_table(saved: dict[str, Any]) -> str:
     """For each class: ours, and each project's file that decodes fastest."""
     header = ["", "perplexity", *(COLUMNS[t][0] for t in ("decode", "decode@1024", "prefill512", "batch8", "first"))]
@@ -267,6 +286,7 @@ def write(saved: dict[str, Any]) -> None:
         conditions(saved),
         "Tokens a second unless said otherwise; 2 threads (1 thread).",
         main_table(saved),
+        loss_line(saved),
         "### edgeformer against the best peer, test by test",
         ratio_table(saved),
         stream_line(saved),
@@ -279,12 +299,13 @@ def write(saved: dict[str, Any]) -> None:
     lines = [
         "SmolLM2-135M-Instruct, tokens a second with 2 threads (1 thread), each project's fastest file of a class:",
         readme_table(saved),
+        loss_line(saved),
         conditions(saved),
         f"![{title}](docs/images/{path.name})",
         "All files, settings and ratios: [docs/performance.md](docs/performance.md). `python -m bench.peers` measures "
         "this again.",
     ]
-    put(ROOT / "README.md", "speed", "\n\n".join(lines))
+    put(ROOT / "README.md", "speed", "\n\n".join(line for line in lines if line))
 
 
 def plain(saved: dict[str, Any]) -> str:
