@@ -251,6 +251,13 @@ def test_it_is_said_where_ours_loses_more_than_the_best_of_its_class() -> None:
     assert pages.loss_line(better) == ""
 
 
+def test_it_is_said_who_used_more_threads_than_it_was_given() -> None:
+    numbers = saved()
+    assert pages.greedy_line(numbers) == ""
+    numbers["measured"][PEER]["1"]["cores"] = {"median": 1.9}
+    assert f"{PEER} used 1.90 cores with 1 thread." in pages.greedy_line(numbers)
+
+
 def test_disturbed_numbers_are_marked_and_absent_peers_named() -> None:
     quiet_one, disturbed = saved(), saved()
     disturbed["undisturbed"] = False

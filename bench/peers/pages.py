@@ -14,7 +14,7 @@ PAGE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "images"
 OURS = "edgeformer"
 STRICT = 1.01  # perplexity ratio up to which a file counts as "no more than 1 % lost"
-PROCESS = ("load_s", "import_s", "peak_mib", "library_mib", "loaded_mib")
+PROCESS = ("load_s", "import_s", "peak_mib", "library_mib", "loaded_mib", "cores")
 COLUMNS = {  # test -> (heading, digits, whether more is better)
     "decode": ("decode, 32-token prompt", 0, True),
     "decode@1024": ("at depth 1024", 0, True),
@@ -178,6 +178,17 @@ def settings(saved: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def greedy_line(saved: dict[str, Any]) -> str:
+    """Who used more cores than the threads it was given; empty where nobody did."""
+    found = []
+    for key, measured in saved["measured"].items():
+        for threads in saved["threads"]:
+            cores = measured.get(str(threads), {}).get("cores", {}).get("median", 0.0)
+            if cores > threads + 0.1:
+                found.append(f"{key} used {cores:.2f} cores with {threads} thread{'s' if threads > 1 else ''}")
+    return f"Not what was asked for: {'; '.join(found)}." if found else ""
+
+
 def stream_line(saved: dict[str, Any]) -> str:
     """How much of the engine's speed the public Python loop keeps."""
     parts = []
@@ -204,8 +215,8 @@ def loss_line(saved: dict[str, Any]) -> str:
             if key.startswith(OURS) and kl > peers[best]:
                 worse = sum(kl > other for other in peers.values())
                 parts.append(
-                    f"{key} loses more than {worse} of the {len(peers)} peers' files in its class ({name}): KL {kl:.4f}, "
-                    f"the best is {best} with {peers[best]:.4f}."
+                    f"{key} loses more than {worse} of the {len(peers)} peers' files in its class ({name}): "
+                    f"KL {kl:.4f}, the best is {best} with {peers[best]:.4f}."
                 )
     return " ".join(parts)
 
@@ -290,6 +301,7 @@ def write(saved: dict[str, Any]) -> None:
         "### edgeformer against the best peer, test by test",
         ratio_table(saved),
         stream_line(saved),
+        greedy_line(saved),
         shown,
         "### Settings",
         settings(saved),

@@ -55,8 +55,17 @@ class Others:
         return time.perf_counter(), busy, own.ru_utime + own.ru_stime
 
     def cores(self) -> float:
-        wall, busy, own = (after - before for after, before in zip(self._now(), self._began, strict=True))
+        wall, busy, own = self._passed()
         return max(0.0, (busy - own) / wall)
+
+    def own(self) -> float:
+        """How many cores this process used."""
+        wall, _, own = self._passed()
+        return own / wall
+
+    def _passed(self) -> tuple[float, float, float]:
+        wall, busy, own = (after - before for after, before in zip(self._now(), self._began, strict=True))
+        return wall, busy, own
 
 
 def status_mib(field: str) -> float:
@@ -155,7 +164,9 @@ def main() -> None:
     if "reference" in job:
         result["quality"] = quality(runner, job)
     else:
+        clock = Others()
         result["tests"] = measure(runner, job)
+        result["cores"] = clock.own()
     result["others"] = others.cores()
     result["peak_mib"] = status_mib("VmHWM")
     print(json.dumps(result), file=out, flush=True)
