@@ -17,10 +17,11 @@ from typing import Any
 from bench.peers import models, pages, quality, studies
 from bench.peers.contestants import ALL, ALTERNATIVES, Contestant
 from bench.peers.environments import SetupFailed
-from bench.peers.rounds import LIMIT, TRIES, Round, TurnFailed, burning, quiet, say, take_turn, worker
+from bench.peers.rounds import LIMIT, TRIES, Round, TurnFailed, burning, quiet, say, settle, take_turn, worker
 from bench.report import save
 
 SCORED = 8192  # tokens of text; the second half of each window counts
+PATIENCE = 120.0  # seconds to wait for a quiet moment before a turn
 PROMPTS = 16384  # tokens of text that prompts are cut from
 
 
@@ -161,6 +162,8 @@ def take_round(
             warm(file)
             job = {"file": str(file), "threads": count, "options": contestant.options, **what}
             tries = 1 if keep else TRIES
+            if not keep:
+                settle(PATIENCE)
             try:
                 with burning(busy):
                     measure = functools.partial(worker, contestant, job, work)
@@ -172,6 +175,8 @@ def take_round(
             one.turns.append(turn)
             shown = {name: round(test["value"], 3) for name, test in turn.result["tests"].items() if "value" in test}
             say(f"{contestant.key}, {count} threads: {shown} (others {turn.others:.2f} cores)")
+            if turn.disturbed and not keep:
+                return one  # it will be rejected: the rest of it is not worth the time
     return one
 
 

@@ -12,6 +12,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.peers.contestants import Contestant
+from bench.peers.runners.measure import Others
 
 RUNNERS = Path(__file__).resolve().parent / "runners"
 LIMIT = 0.05  # cores that others may use during a test, on average
@@ -122,6 +124,18 @@ def burning(count: int) -> Iterator[None]:
         for process in started:
             process.kill()
             process.wait()
+
+
+def settle(patience: float) -> bool:
+    """Waits until the machine was quiet for half a second, at most `patience` seconds; whether it was."""
+    end = time.monotonic() + patience
+    while True:
+        others = Others()
+        time.sleep(0.5)
+        if others.cores() <= LIMIT:
+            return True
+        if time.monotonic() > end:
+            return False
 
 
 def quiet(rounds: Iterable[Round]) -> list[Round]:
