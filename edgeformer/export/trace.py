@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
@@ -75,16 +76,13 @@ def trace(module: torch.nn.Module, inputs: tuple[Input, ...], outputs: tuple[str
     dynamic = tuple({i: dims[dim] for i, dim in enumerate(value.shape) if isinstance(dim, str)} for value in inputs)
     with _quiet():
         try:
-            # Conditions on sizes that the solver cannot settle become run-time assertions, and those are dropped: the
-            # parity gate tries other sizes anyway. A size may be 0 or 1, as in torch.onnx's own capture.
-            with experimental.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-                exported = torch.export.export(
-                    module.eval(),
-                    sample,
-                    dynamic_shapes=(dynamic,) if _takes_star_args(module) else dynamic,
-                    strict=False,
-                    prefer_deferred_runtime_asserts_over_guards=True,
-                )
+            dynamic_shapes = (dynamic,) if _takes_star_args(module) else dynamic
+            try:
+                exported = _exported(module, sample, dynamic_shapes, any_size=True)
+            except ValueError as error:
+                if "inconsistencies" not in str(error):
+                    raise
+                exported = _exported(module, sample, dynamic_shapes, any_size=False)
             program = torch.onnx.export(
                 exported,
                 dynamo=True,
@@ -102,6 +100,23 @@ def trace(module: torch.nn.Module, inputs: tuple[Input, ...], outputs: tuple[str
     with _quiet():
         optimize(model)
     return model
+
+
+def _exported(
+    module: torch.nn.Module, sample: tuple[torch.Tensor, ...], dynamic_shapes: Any, any_size: bool
+) -> torch.export.ExportedProgram:
+    """Conditions on sizes that the solver cannot settle become run-time assertions, and those are dropped: the parity
+    gate tries other sizes anyway. `any_size` has the tracer reckon with sizes of 0 and 1, as torch.onnx's own capture
+    does; there are sums of sizes that it calls contradictory then.
+    """
+    with experimental.patch(backed_size_oblivious=any_size):  # type: ignore[attr-defined]
+        return torch.export.export(
+            module.eval(),
+            sample,
+            dynamic_shapes=dynamic_shapes,
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
 
 
 def optimize(model: ir.Model) -> None:
