@@ -48,8 +48,9 @@ def test_one_disturbed_turn_rejects_its_round() -> None:
 
 def test_a_disturbed_turn_is_taken_again_and_the_quiet_one_kept() -> None:
     results = iter([result(0.9, value=20.0), result(0.0, value=50.0)])
-    turn = take_turn(lambda: next(results), "a", 2)
-    assert not turn.disturbed and turn.result["tests"]["decode"]["value"] == 50.0
+    waited = []
+    turn = take_turn(lambda: next(results), "a", 2, ready=lambda: waited.append(1))
+    assert len(waited) == 2 and not turn.disturbed and turn.result["tests"]["decode"]["value"] == 50.0
 
 
 def test_a_turn_that_stays_disturbed_is_handed_on_as_disturbed() -> None:

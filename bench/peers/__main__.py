@@ -17,11 +17,11 @@ from typing import Any
 from bench.peers import models, pages, quality, studies
 from bench.peers.contestants import ALL, ALTERNATIVES, Contestant
 from bench.peers.environments import SetupFailed
-from bench.peers.rounds import LIMIT, TRIES, Round, TurnFailed, burning, quiet, say, settle, take_turn, worker
+from bench.peers.rounds import LIMIT, TRIES, Round, TurnFailed, quiet, say, settle, take_turn, worker
 from bench.report import save
 
 SCORED = 8192  # tokens of text; the second half of each window counts
-PATIENCE = 120.0  # seconds to wait for a quiet moment before a turn
+PATIENCE = 600.0  # seconds to wait for a quiet moment before a turn
 PROMPTS = 16384  # tokens of text that prompts are cut from
 
 
@@ -161,13 +161,12 @@ def take_round(
             file = files[contestant.key]
             warm(file)
             job = {"file": str(file), "threads": count, "options": contestant.options, **what}
-            tries = 1 if keep else TRIES
-            if not keep:
-                settle(PATIENCE)
+            measure = functools.partial(worker, contestant, job, work)
             try:
-                with burning(busy):
-                    measure = functools.partial(worker, contestant, job, work)
-                    turn = take_turn(measure, contestant.key, count, tries, busy)
+                if keep:
+                    turn = take_turn(measure, contestant.key, count, 1, busy)
+                else:
+                    turn = take_turn(measure, contestant.key, count, TRIES, busy, lambda: settle(PATIENCE))
             except TurnFailed as error:
                 absent[contestant.key] = str(error)
                 say(f"{contestant.key}: {error}")

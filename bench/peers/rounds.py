@@ -24,7 +24,7 @@ from bench.peers.runners.measure import Others
 
 RUNNERS = Path(__file__).resolve().parent / "runners"
 LIMIT = 0.05  # cores that others may use during a test, on average
-TRIES = 3
+TRIES = 6
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -105,12 +105,19 @@ def parse(stdout: str, stderr: str, code: int) -> dict[str, Any]:
 
 
 def take_turn(
-    measure: Callable[[], dict[str, Any]], contestant: str, threads: int, tries: int = TRIES, busy: int = 0
+    measure: Callable[[], dict[str, Any]],
+    contestant: str,
+    threads: int,
+    tries: int = TRIES,
+    busy: int = 0,
+    ready: Callable[[], object] = lambda: None,
 ) -> Turn:
-    """The first undisturbed of `tries` turns, else the least disturbed one."""
+    """The first undisturbed of `tries` turns, else the least disturbed one; `ready` is called before each."""
     turns: list[Turn] = []
     while len(turns) < tries and (not turns or turns[-1].disturbed):
-        turns.append(Turn(contestant, threads, measure(), busy))
+        ready()
+        with burning(busy):
+            turns.append(Turn(contestant, threads, measure(), busy))
     return min(turns, key=lambda turn: turn.others)
 
 
