@@ -507,6 +507,21 @@ def test_a_cache_that_the_graph_reads_itself_is_a_history():
     assert not p.row_local
 
 
+def test_all_nodes_without_a_kernel_are_named_also_where_their_outputs_are_read():
+    g = Builder()
+    floor = g("Floor", "x")
+    y = g("Add", g("Ceil", g("Mul", floor, floor)), "x")
+    with pytest.raises(EngineUnavailable, match=r"2 node\(s\): Floor .*Ceil"):
+        program(g, ROWS, y)
+
+
+def test_products_and_sums_of_scalars_are_no_rotation():
+    g = Builder()
+    number = g("ReduceSum", "x", keepdims=0)
+    scaled = g("Add", g("Mul", number, number), g("Mul", g("Neg", number), number))
+    program(g, ROWS, g("Mul", "x", scaled))
+
+
 def test_a_cache_read_in_any_other_form_is_refused_by_name():
     g = Builder()
     y = g("Add", "x", g("ReduceSum", "past_key_values.0.key", np.array([0, 1, 2, 3]), keepdims=0))

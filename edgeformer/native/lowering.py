@@ -50,6 +50,7 @@ class _Lowering(Emitter):
                 self.elementwise(node)
             elif emit is None or emit(node) is False:
                 unsupported.append(node)
+                self.slot_of |= dict.fromkeys(node.outputs, -1)  # its readers are looked at too: all are named at once
         if unsupported:
             raise unsupported_nodes(unsupported)
         p.outputs = {name: self.slot(name) for name in g.outputs}

@@ -39,9 +39,8 @@ def _rotation(g: Graph, node: Node, plain: Node, turned: Node) -> bool:
 
 def _rotated(g: Graph, name: str, x: str) -> bool | None:
     """False (half) or True (interleaved) when `name` is x turned by 90 degrees in each plane; else None."""
-    size = g.shape(x)[-1]
-    node = g.producers.get(name)
-    if node is None or not isinstance(size, int) or size % 2:
+    node, shape = g.producers.get(name), g.shape(x)
+    if node is None or not shape or not isinstance(size := shape[-1], int) or size % 2:
         return None
     interleaved = node.op == "View"
     concat = g.producer(node.inputs[0], "Concat") if interleaved else node
