@@ -63,7 +63,7 @@ def _layers(source: Source) -> list[_Layer]:
     cache = _cache({})
     try:
         with torch.no_grad():
-            source.module(**feeds, **dict(source.fixed) | {"use_cache": True, "past_key_values": cache})
+            source.module(**feeds, **_with_cache(source, cache))
     except Exception as error:
         name, told = type(source.module).__name__, str(error).strip().splitlines()
         lines = [frame.line or "" for frame in traceback.extract_tb(error.__traceback__)]
@@ -99,18 +99,22 @@ class _Stepper(torch.nn.Module):
     def __init__(self, source: Source, indices: tuple[int, ...]) -> None:
         super().__init__()
         self.module = source.module
+        self._source, self._indices = source, indices
         self._names = [value.name for value in source.inputs]
-        self._outputs, self._fixed, self._indices = source.outputs, dict(source.fixed), indices
 
     def forward(self, *arrays: torch.Tensor) -> tuple[torch.Tensor, ...]:
         own, past = arrays[: len(self._names)], arrays[len(self._names) :]
         pairs = dict(zip(self._indices, zip(past[::2], past[1::2], strict=True), strict=True))
         cache = _cache(pairs)
-        result = self.module(
-            **dict(zip(self._names, own, strict=True)), **self._fixed | {"use_cache": True, "past_key_values": cache}
-        )
+        result = self.module(**dict(zip(self._names, own, strict=True)), **_with_cache(self._source, cache))
         present = [part for index in self._indices for part in (cache.layers[index].keys, cache.layers[index].values)]
-        return (*(result[name] for name in self._outputs), *present)
+        return (*(result[name] for name in self._source.outputs), *present)
+
+
+def _with_cache(source: Source, cache: Any) -> dict[str, Any]:
+    """The arguments of the source's forward that are not its inputs, `cache` among them."""
+    assert source.past is not None, "only a module that takes a cache is traced with one"
+    return {**source.fixed, "use_cache": True, source.past: cache}
 
 
 def _cache(past: Mapping[int, Sequence[torch.Tensor]]) -> Any:

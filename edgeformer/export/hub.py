@@ -24,6 +24,7 @@ _FROZEN_ROPE = (
     "The rotary embedding grows with texts longer than {} tokens in PyTorch; in the bundle it is frozen as it is up to "
     "that length, which is the bundle's limit."
 )
+CACHE_ARGUMENTS = ("cache", "past_key_values")  # of transformers' forward: since 5.24, and before
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -126,7 +127,7 @@ def language_model(model: Any, origin: str, files: Mapping[str, bytes] | None = 
     if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
         model = model.float()
     arguments = inspect.signature(model.forward).parameters
-    takes_past = "past_key_values" in arguments
+    past = next((name for name in CACHE_ARGUMENTS if name in arguments), None)
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     ids = Input("input_ids", torch.int64, ("batch", "sequence"), high=vocabulary)
     positions = Input("position_ids", torch.int64, ("batch", "sequence"))
@@ -142,7 +143,7 @@ def language_model(model: Any, origin: str, files: Mapping[str, bytes] | None = 
         before = model.config._attn_implementation, model.config._experts_implementation
         with _quiet(), contextlib.suppress(ValueError, ImportError):
             # Where the model lets it, attention becomes one node; where not, it is traced as it is written.
-            model.set_attn_implementation(attention.PAST if takes_past else attention.NAME)
+            model.set_attn_implementation(attention.PAST if past else attention.NAME)
         model.set_experts_implementation(experts.NAME)
         kinds = {module: module.rope_type for module in growing}
         for module in growing:
@@ -167,7 +168,7 @@ def language_model(model: Any, origin: str, files: Mapping[str, bytes] | None = 
         files=files or {},
         fixed={"use_cache": False},
         tracing=tracing,
-        past=takes_past,
+        past=past,
         notes=(_FROZEN_ROPE.format(model.config.max_position_embeddings),) if growing else (),
         kept=kept,
     )

@@ -34,7 +34,7 @@ class Source:
     files: Mapping[str, bytes] = field(default_factory=dict)  # tokenizer.json, ...
     fixed: Mapping[str, Any] = field(default_factory=dict)  # arguments of forward that are not inputs
     tracing: Callable[[], AbstractContextManager[Any]] = nullcontext  # entered while the module is traced
-    past: bool = False  # the module has a cache of its own kind, and is traced with it
+    past: str | None = None  # forward's argument for a cache of its own kind, with which it is then traced
     kept: Callable[[F32], Blocks | None] | None = None  # a weight's own blocks, where the source has them
     license: str | None = None
     processing: Mapping[str, Any] = field(default_factory=dict)  # what an app does before and after the graph
