@@ -1,18 +1,21 @@
-"""The same folder elsewhere: Optimum in Python, transformers.js and onnxruntime-web in Node.js, without edgeformer.
+"""The same folder elsewhere, without edgeformer: Optimum in Python, transformers.js and onnxruntime-web.
 
-Both are installed by the tests: Optimum, which needs an older transformers, into `.venv-optimum` beside this tree (it
-borrows torch from the environment that runs the tests), the JavaScript packages into `build/elsewhere`. Both are kept.
+The last two run in Node.js and on a page in Chromium. All is installed by the tests: Optimum, which needs an older
+transformers, into `.venv-optimum` beside this tree (it borrows torch from the environment that runs the tests), the
+JavaScript packages into `build/elsewhere`. Both are kept.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sysconfig
 import venv
 from pathlib import Path
 
+import browser
 import numpy as np
 import pytest
 import tiny
@@ -147,72 +150,118 @@ def test_optimum_runs_bundles_of_three_tasks(folders, optimum_python):
 
 # ---------------------------------------------------------------------------------------------------------- JavaScript
 
-MODULE = """
+# One source for both places: how a bundle is opened, and what is asked of it.
+THREE_TASKS = """
+export default async function work(tf, expected, options) {
+  const found = { new: [], vectors: [], labels: [] };
+  const model = await tf.AutoModelForCausalLM.from_pretrained('text-generation', options);
+  for (const ids of expected['text-generation'].ids) {
+    const input_ids = new tf.Tensor('int64', BigInt64Array.from(ids.map(BigInt)), [1, ids.length]);
+    const attention_mask = tf.ones_like(input_ids);
+    const output = await model.generate({ input_ids, attention_mask, max_new_tokens: 8, min_new_tokens: 8,
+                                          do_sample: false });
+    found.new.push(output.tolist()[0].slice(ids.length).map(Number));
+  }
+  const extractor = await tf.pipeline('feature-extraction', 'feature-extraction', options);
+  for (const text of expected.texts) {
+    const vector = await extractor(text, { pooling: 'mean', normalize: true });
+    found.vectors.push(vector.tolist()[0]);
+  }
+  const classifier = await tf.pipeline('text-classification', 'text-classification', options);
+  for (const text of expected.texts) {
+    const labels = await classifier(text, { top_k: 2 });
+    found.labels.push(Object.fromEntries(labels.map((l) => [l.label, l.score])));
+  }
+  return found;
+}
+"""
+
+GENERATE = """
+export default async function work(ort, prompts, graph, weights, manifest) {
+  const externalData = [{ path: 'model.onnx.data', data: weights }];
+  const session = await ort.InferenceSession.create(graph, { externalData, executionProviders: ['wasm'] });
+  const caches = Object.entries(manifest.graphs.model.inputs).filter(([name]) => name.startsWith('past_key_values'));
+  const numbers = (list) => new ort.Tensor('int64', BigInt64Array.from(list.map(BigInt)), [1, list.length]);
+  const answers = [];
+  for (const prompt of prompts) {
+    let step = prompt, length = 0;
+    let past = Object.fromEntries(caches.map(([name, port]) =>
+      [name, new ort.Tensor('float32', new Float32Array(0), [1, port.shape[1], 0, port.shape[3]])]));
+    const answer = [];
+    while (answer.length < 8) {
+      const positions = numbers(step.map((_, i) => length + i));
+      const outputs = await session.run({ input_ids: numbers(step), position_ids: positions, ...past });
+      length += step.length;
+      const [, rows, size] = outputs.logits.dims;
+      const last = outputs.logits.data.slice((rows - 1) * size, rows * size);
+      step = [last.indexOf(Math.max(...last))];
+      answer.push(step[0]);
+      past = Object.fromEntries(caches.map(([name]) => [name, outputs[name.replace('past_key_values', 'present')]]));
+    }
+    answers.push(answer);
+  }
+  return answers;
+}
+"""
+
+NODE_THREE_TASKS = """
 import { readFileSync } from 'node:fs';
 import * as tf from '@huggingface/transformers';
+import work from './three_tasks.mjs';
 
 const folder = process.argv[2];
-const expected = JSON.parse(readFileSync(`${folder}/expected.json`, 'utf8'));
 tf.env.allowRemoteModels = false;
 tf.env.localModelPath = folder + '/';
 const options = { dtype: 'fp32', device: 'cpu', subfolder: '', model_file_name: 'model',
                   session_options: { intraOpNumThreads: 1 } };
-const found = { new: [], vectors: [], labels: [] };
-const tokenizer = await tf.AutoTokenizer.from_pretrained('text-generation');
-
-const model = await tf.AutoModelForCausalLM.from_pretrained('text-generation', options);
-for (const ids of expected['text-generation'].ids) {
-  const input_ids = new tf.Tensor('int64', BigInt64Array.from(ids.map(BigInt)), [1, ids.length]);
-  const attention_mask = tf.ones_like(input_ids);
-  const output = await model.generate({ input_ids, attention_mask, max_new_tokens: 8, min_new_tokens: 8,
-                                        do_sample: false });
-  found.new.push(output.tolist()[0].slice(ids.length).map(Number));
-}
-const extractor = await tf.pipeline('feature-extraction', 'feature-extraction', options);
-for (const text of expected.texts) {
-  const vector = await extractor(text, { pooling: 'mean', normalize: true });
-  found.vectors.push(vector.tolist()[0]);
-}
-const classifier = await tf.pipeline('text-classification', 'text-classification', options);
-for (const text of expected.texts) {
-  const labels = await classifier(text, { top_k: 2 });
-  found.labels.push(Object.fromEntries(labels.map((l) => [l.label, l.score])));
-}
+const found = await work(tf, JSON.parse(readFileSync(`${folder}/expected.json`, 'utf8')), options);
 console.log('RESULT' + JSON.stringify(found));
 """
 
-WEB = """
+NODE_GENERATE = """
 import { readFileSync } from 'node:fs';
 import * as ort from 'onnxruntime-web';
+import work from './generate.mjs';
 
 ort.env.wasm.numThreads = 1;
 const folder = process.argv[2];
-const { ids } = JSON.parse(readFileSync(`${folder}/expected.json`, 'utf8'))['text-generation'];
-const place = `${folder}/text-generation`;
-const externalData = [{ path: 'model.onnx.data', data: readFileSync(`${place}/model.onnx.data`) }];
-const session = await ort.InferenceSession.create(readFileSync(`${place}/model.onnx`), { externalData });
-const manifest = JSON.parse(readFileSync(`${place}/edgeformer.json`, 'utf8'));
-const caches = Object.entries(manifest.graphs.model.inputs).filter(([name]) => name.startsWith('past_key_values'));
-const numbers = (list) => new ort.Tensor('int64', BigInt64Array.from(list.map(BigInt)), [1, list.length]);
-const answers = [];
-for (const prompt of ids) {
-  let step = prompt, length = 0;
-  let past = Object.fromEntries(caches.map(([name, port]) =>
-    [name, new ort.Tensor('float32', new Float32Array(0), [1, port.shape[1], 0, port.shape[3]])]));
-  const answer = [];
-  while (answer.length < 8) {
-    const positions = numbers(step.map((_, i) => length + i));
-    const outputs = await session.run({ input_ids: numbers(step), position_ids: positions, ...past });
-    length += step.length;
-    const [, rows, size] = outputs.logits.dims;
-    const last = outputs.logits.data.slice((rows - 1) * size, rows * size);
-    step = [last.indexOf(Math.max(...last))];
-    answer.push(step[0]);
-    past = Object.fromEntries(caches.map(([name]) => [name, outputs[name.replace('past_key_values', 'present')]]));
-  }
-  answers.push(answer);
-}
+const json = (name) => JSON.parse(readFileSync(`${folder}/${name}`, 'utf8'));
+const file = (name) => readFileSync(`${folder}/text-generation/${name}`);
+const answers = await work(ort, json('expected.json')['text-generation'].ids, file('model.onnx'),
+                           file('model.onnx.data'), json('text-generation/edgeformer.json'));
 console.log('RESULT' + JSON.stringify(answers));
+"""
+
+PAGE_THREE_TASKS = """
+import * as tf from '@huggingface/transformers';
+import three_tasks from '/scripts/three_tasks.mjs';
+
+export default async function work() {
+  tf.env.allowRemoteModels = false;
+  tf.env.allowLocalModels = true;
+  tf.env.useBrowserCache = false;
+  tf.env.localModelPath = '/bundles/';
+  tf.env.backends.onnx.wasm.wasmPaths = '/packages/@huggingface/transformers/node_modules/onnxruntime-web/dist/';
+  // A page cannot look into a folder: it must be told the name of the weights' file.
+  const options = { dtype: 'fp32', device: 'wasm', subfolder: '', model_file_name: 'model',
+                    session_options: { externalData: [{ path: 'model.onnx.data', data: 'model.onnx.data' }] } };
+  return three_tasks(tf, await (await fetch('/bundles/expected.json')).json(), options);
+}
+"""
+
+PAGE_GENERATE = """
+import * as ort from 'onnxruntime-web';
+import generate from '/scripts/generate.mjs';
+
+export default async function work() {
+  ort.env.wasm.numThreads = 1;
+  ort.env.wasm.wasmPaths = '/packages/onnxruntime-web/dist/';
+  const json = async (name) => (await fetch(`/bundles/${name}`)).json();
+  const { ids } = (await json('expected.json'))['text-generation'];
+  const place = '/bundles/text-generation/';
+  return generate(ort, ids, place + 'model.onnx', place + 'model.onnx.data',
+                  await json('text-generation/edgeformer.json'));
+}
 """
 
 
@@ -220,7 +269,8 @@ console.log('RESULT' + JSON.stringify(answers));
 def node_folder():
     """A folder with the JavaScript packages, where modules can be run."""
     if shutil.which("npm") is None or shutil.which("node") is None:
-        pytest.skip("node and npm are not installed")
+        told = "node and npm are not installed: apt-get install nodejs npm"
+        pytest.fail(told) if os.environ.get("CI") else pytest.skip(told)
     place = ROOT / "build" / "elsewhere"
     stamp = place / ".packages"
     if not stamp.exists() or stamp.read_text() != repr(JAVASCRIPT):
@@ -230,18 +280,52 @@ def node_folder():
         # Their install scripts fetch GPU libraries from elsewhere; the CPU ones are in the packages.
         run("npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", *JAVASCRIPT, cwd=place)
         stamp.write_text(repr(JAVASCRIPT))
+    (place / "scripts").mkdir(exist_ok=True)
+    scripts = {"three_tasks": THREE_TASKS, "generate": GENERATE, "node_three": NODE_THREE_TASKS, "node": NODE_GENERATE}
+    for name, text in scripts.items():
+        (place / "scripts" / f"{name}.mjs").write_text(text)
     return place
 
 
-def node(folder: Path, name: str, text: str, *arguments):
-    (folder / name).write_text(text)
-    return json.loads(run("node", name, *arguments, cwd=folder).partition("RESULT")[2])
+def node(folder: Path, name: str, *arguments):
+    return json.loads(run("node", f"scripts/{name}.mjs", *arguments, cwd=folder).partition("RESULT")[2])
 
 
 def test_transformers_js_runs_bundles_of_three_tasks(folders, node_folder):
-    close(node(node_folder, "transformers.mjs", MODULE, folders), folders)
+    close(node(node_folder, "node_three", folders), folders)
 
 
 def test_onnxruntime_web_generates_the_same_tokens(folders, node_folder):
     expected = json.loads((folders / "expected.json").read_text())["text-generation"]["new"]
-    assert node(node_folder, "web.mjs", WEB, folders) == expected
+    assert node(node_folder, "node", folders) == expected
+
+
+# ------------------------------------------------------------------------------------------------- a page in a browser
+
+IMPORTS = {  # what a bundler would look up
+    "@huggingface/transformers": "/packages/@huggingface/transformers/dist/transformers.web.js",
+    "onnxruntime-common": "/packages/@huggingface/transformers/node_modules/onnxruntime-common/dist/esm/index.js",
+    "onnxruntime-web": "/packages/onnxruntime-web/dist/ort.wasm.min.mjs",
+    "onnxruntime-web/webgpu": (
+        "/packages/@huggingface/transformers/node_modules/onnxruntime-web/dist/ort.webgpu.bundle.min.mjs"
+    ),
+}
+
+
+def page(module: str, folders: Path, node_folder: Path, profile: Path):
+    served = {"packages": node_folder / "node_modules", "scripts": node_folder / "scripts", "bundles": folders}
+    return browser.visit(module, IMPORTS, served, profile)
+
+
+def test_transformers_js_runs_bundles_of_three_tasks_on_a_page(folders, node_folder, tmp_path):
+    close(page(PAGE_THREE_TASKS, folders, node_folder, tmp_path), folders)
+
+
+def test_onnxruntime_web_generates_the_same_tokens_on_a_page(folders, node_folder, tmp_path):
+    expected = json.loads((folders / "expected.json").read_text())["text-generation"]["new"]
+    assert page(PAGE_GENERATE, folders, node_folder, tmp_path) == expected
+
+
+def test_a_page_that_fails_says_why(node_folder, tmp_path):
+    with pytest.raises(AssertionError, match="no such bundle"):
+        page("export default async () => { throw new Error('no such bundle'); }", tmp_path, node_folder, tmp_path)
