@@ -10,8 +10,10 @@ namespace edgeformer {
 namespace {
 
 constexpr int64_t kSerialElements = 8192;  // a barrier costs about as much as touching so many floats
-constexpr int64_t kRowTile = 64;           // rows of activations that one chunk of a prefill works on
-constexpr int64_t kUnit = 32;              // output columns of the smallest chunk: one activation block
+constexpr int64_t kRowTile = 256;          // most rows of activations that one chunk of a prefill works on
+constexpr int64_t kLeastRowTile = 32;
+constexpr int64_t kChunksPerThread = 6;  // at least, so that a thread that was interrupted delays the others little
+constexpr int64_t kUnit = 32;            // output columns of the smallest chunk: one activation block
 constexpr int64_t kPrefillUnits = 2;
 
 void quantize_rows(const Run& run, const float* x, int64_t ldx, const Tensor& q, int64_t row, int64_t rows,
@@ -83,7 +85,7 @@ class Linear final : public Op {
 
   size_t scratch_bytes(const Run& run) const override {
     const int64_t m = rows(run);
-    const int64_t tile = m <= kSmallRows ? m * units_per_chunk(run) : std::min(m, kRowTile) * kPrefillUnits;
+    const int64_t tile = m <= kSmallRows ? m * units_per_chunk(run) : row_tile(run) * kPrefillUnits;
     bool needed = false;
     for (const Part& p : parts_) needed = needed || p.gated || p.y < 0;
     return needed ? static_cast<size_t>(tile * kUnit * 2) * sizeof(float) : 0;
@@ -93,12 +95,10 @@ class Linear final : public Op {
     const int64_t m = rows(run);
     if (m == 0) return 0;
     const bool small = m <= kSmallRows;
-    const int64_t row_tile = small ? m : kRowTile, units = small ? units_per_chunk(run) : kPrefillUnits;
+    const int64_t height = small ? m : row_tile(run), units = small ? units_per_chunk(run) : kPrefillUnits;
     std::vector<int64_t>& s = state(run);
-    s.assign({row_tile, units, (m + row_tile - 1) / row_tile});
-    int64_t tiles = 0;
-    for (const Part& p : parts_) tiles += (units_of(p) + units - 1) / units;
-    return tiles * s[2];
+    s.assign({height, units, (m + height - 1) / height});
+    return column_tiles(units) * s[2];
   }
 
   void work(Run& run, int, int64_t chunk, int thread) const override {
@@ -131,11 +131,25 @@ class Linear final : public Op {
 
   int64_t rows(const Run& run) const { return has_in(0) ? in(run, 0).rows() : in(run, 1).rows(); }
 
-  // Decoding: about six chunks a thread, so that a thread that was interrupted delays the others little.
+  int64_t column_tiles(int64_t units) const {
+    int64_t tiles = 0;
+    for (const Part& p : parts_) tiles += (units_of(p) + units - 1) / units;
+    return tiles;
+  }
+
+  // Prefill: as many rows as leave enough chunks, for weights are unpacked once a chunk.
+  int64_t row_tile(const Run& run) const {
+    const int64_t m = rows(run), wanted = run.threads == 1 ? 1 : run.threads * kChunksPerThread;
+    int64_t height = kRowTile;
+    while (height > kLeastRowTile && column_tiles(kPrefillUnits) * ((m + height - 1) / height) < wanted) height /= 2;
+    return std::min(m, height);
+  }
+
+  // Decoding: about kChunksPerThread chunks a thread.
   int64_t units_per_chunk(const Run& run) const {
     int64_t units = 0;
     for (const Part& p : parts_) units += units_of(p) * (p.gated ? 2 : 1);
-    const int64_t chunks = run.threads == 1 ? 1 : run.threads * 6;
+    const int64_t chunks = run.threads == 1 ? 1 : run.threads * kChunksPerThread;
     return std::max<int64_t>(1, std::min<int64_t>((units + chunks - 1) / chunks, 64));
   }
 
