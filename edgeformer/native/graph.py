@@ -6,6 +6,7 @@ weights file until somebody reads them, so reading a graph costs milliseconds wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,7 @@ class Constant:
     @property
     def size(self) -> int:
         """Number of elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     def array(self) -> Array:
         """The values; int4 unpacked to int8."""
@@ -94,6 +95,7 @@ class Graph:
         self.io_dtypes = {n: i.dtype for n, i in inputs.items()}  # as in the file; inside, all floats are float32
         self.defaults: dict[str, int] = {}  # scalar inputs that may be left out
         self._names = 0
+        self._finished: list[tuple[Any, ...]] = []
         self.index()
 
     def index(self) -> None:
@@ -175,6 +177,8 @@ class Graph:
 
     def finish(self) -> None:
         """Drop what nobody reads and put the nodes back in an order in which they can run."""
+        if self._structure() == self._finished:  # most passes find nothing in most graphs
+            return
         keep: list[Node] = []
         done: set[Node] = set()
         producers = self.producers = {out: n for n in self.nodes for out in n.outputs if out}
@@ -193,6 +197,11 @@ class Graph:
                     keep.append(stack.pop())
         self.nodes = keep
         self.index()
+        self._finished = self._structure()
+
+    def _structure(self) -> list[tuple[Any, ...]]:
+        """What the order of the nodes depends on."""
+        return [(n, *n.inputs, *n.outputs) for n in self.nodes]
 
 
 def constant_info(c: Constant) -> Info:
@@ -288,7 +297,7 @@ def _constant(t: onnx.TensorProto, maps: _Maps) -> Constant:
     if dtype is None:
         raise EngineUnavailable(f"constant {t.name} has ONNX type {t.data_type}, which the native engine does not read")
     shape = tuple(t.dims)
-    count = int(np.prod(shape, dtype=np.int64))
+    count = math.prod(shape)
     if t.data_location != onnx.TensorProto.EXTERNAL and not t.HasField("raw_data"):
         array = onnx.numpy_helper.to_array(t)
         if dtype in HALF_BYTES:
