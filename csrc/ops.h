@@ -76,6 +76,7 @@ std::unique_ptr<Op> make_row_op(int index, const OpSpec& spec);        // null f
 std::unique_ptr<Op> make_attention_op(int index, const OpSpec& spec);  //
 std::unique_ptr<Op> make_history_op(int index, const OpSpec& spec);
 std::unique_ptr<Op> make_elementwise_op(int index, const OpSpec& spec);
+std::unique_ptr<Op> make_pointwise_op(int index, const OpSpec& spec);
 std::unique_ptr<Op> make_shape_op(int index, const OpSpec& spec);
 std::unique_ptr<Op> make_math_op(int index, const OpSpec& spec);
 

@@ -56,13 +56,17 @@ class Reduce final : public ParallelOp {
       } else if (x.dtype == DType::i64) {
         y.i64()[i] = reduce_integers(x, base, count, gone, size, step);
       } else {
-        throw InputProblem("a reduction of bool tensors is not known");
+        bool any = fn_ == Fn::min;  // of bools, max is "any" and min is "all"
+        for (int64_t j = 0; j < count && any == (fn_ == Fn::min); ++j) {
+          any = x.boolean()[base + offset(j, gone, size, step)] != 0;
+        }
+        y.boolean()[i] = any;
       }
     }
   }
 
  private:
-  enum class Fn : int64_t { mean, sum, max, min, prod, l2, sumsquare };
+  enum class Fn : int64_t { mean, sum, max, min, prod, l2, sumsquare, l1 };  // as emit.py has them
 
   static int64_t offset(int64_t j, int gone, const int64_t* size, const int64_t* step) {
     int64_t at = 0;
@@ -92,6 +96,9 @@ class Reduce final : public ParallelOp {
       case Fn::prod:
         *acc *= v;
         break;
+      case Fn::l1:
+        *acc += std::fabs(v);
+        break;
       default:
         *acc += v * v;
     }
@@ -112,7 +119,7 @@ class Reduce final : public ParallelOp {
       } else if (fn_ == Fn::prod) {
         acc *= v;
       } else {
-        acc += fn_ == Fn::sumsquare ? v * v : v;
+        acc += fn_ == Fn::sumsquare ? v * v : fn_ == Fn::l1 && v < 0 ? -v : v;
       }
     }
     return fn_ == Fn::mean && count ? acc / count : acc;
@@ -121,7 +128,8 @@ class Reduce final : public ParallelOp {
   const Fn fn_;
 };
 
-class ArgMax final : public ParallelOp {
+// Index of the largest (or smallest) along an axis, the first of equals.
+class ArgExtreme final : public ParallelOp {
  public:
   using ParallelOp::ParallelOp;
 
@@ -131,15 +139,22 @@ class ArgMax final : public ParallelOp {
   void run_units(Run& run, int64_t begin, int64_t end, int) const override {
     const Tensor& x = in(run, 0);
     const Lines l(x, spec_.integer("axis"));
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t base = i / l.inner * l.size * l.inner + i % l.inner;
-      int64_t best = 0;
-      for (int64_t j = 1; j < l.size; ++j) {
-        const bool more = x.dtype == DType::f32 ? x.f32()[base + j * l.inner] > x.f32()[base + best * l.inner]
-                                                : x.i64()[base + j * l.inner] > x.i64()[base + best * l.inner];
-        if (more) best = j;
+    const bool smallest = spec_.integer("smallest") != 0;
+    const auto search = [&](const auto* from) {
+      for (int64_t i = begin; i < end; ++i) {
+        const auto* line = from + i / l.inner * l.size * l.inner + i % l.inner;
+        int64_t best = 0;
+        for (int64_t j = 1; j < l.size; ++j) {
+          const auto v = line[j * l.inner], most = line[best * l.inner];
+          if (smallest ? v < most : v > most) best = j;
+        }
+        out(run, 0).i64()[i] = best;
       }
-      out(run, 0).i64()[i] = best;
+    };
+    if (x.dtype == DType::f32) {
+      search(x.f32());
+    } else {
+      search(x.i64());
     }
   }
 };
@@ -388,7 +403,7 @@ class Conv final : public ParallelOp {
 
 std::unique_ptr<Op> make_math_op(int index, const OpSpec& spec) {
   if (spec.kind == "reduce") return std::make_unique<Reduce>(index, spec);
-  if (spec.kind == "argmax") return std::make_unique<ArgMax>(index, spec);
+  if (spec.kind == "argmax") return std::make_unique<ArgExtreme>(index, spec);
   if (spec.kind == "topk") return std::make_unique<TopK>(index, spec);
   if (spec.kind == "softmax") return std::make_unique<Softmax>(index, spec);
   if (spec.kind == "cumsum") return std::make_unique<CumSum>(index, spec);

@@ -62,6 +62,10 @@ S = ["a", "b", 4]  # symbolic: nothing may be decided by constant folding
 
 XS, IS, BS = {"x": (X, S)}, {"i": (INTS, S)}, {"b": (B, S)}
 XZ = {"x": (X, S), "z": (POSITIVE, S)}
+EDGES = X.copy()
+EDGES.reshape(-1)[:4] = np.nan, np.inf, -np.inf, 0
+HALVES = (INTS / 2).astype(np.float32)  # whole numbers and halves between them
+HALVES[0, 0] = 2.0**23 + 1, -0.49999997, 0.49999997, -(2.0**31)
 TABLE = RNG.standard_normal((6, 5)).astype(np.float32)
 Y = np.swapaxes(X, 1, 2).copy()
 
@@ -160,6 +164,50 @@ CASES = {
     "reduce_max_all": (node("ReduceMax", ["x"], keepdims=0), XS, np.float32, {}),
     "reduce_min_int": (node("ReduceMin", ["i", "c"]), IS, np.int64, {"c": np.array([1])}),
     "reduce_l2": (node("ReduceL2", ["x", "c"]), XS, np.float32, {"c": np.array([1])}),
+    "reduce_l1": (node("ReduceL1", ["x", "c"]), XS, np.float32, {"c": np.array([1])}),
+    "reduce_l1_int": (node("ReduceL1", ["i", "c"], keepdims=0), IS, np.int64, {"c": np.array([0, 2])}),
+    "any": (node("ReduceMax", ["b", "c"], keepdims=0), BS, bool, {"c": np.array([1])}),
+    "all": (node("ReduceMin", ["b", "c"]), BS, bool, {"c": np.array([2])}),
+    "argmin": (node("ArgMin", ["i"], axis=1), IS, np.int64, {}),
+    "sign_int": (node("Sign", ["i"]), IS, np.int64, {}),
+    "prelu": (node("PRelu", ["x", "c"]), XS, np.float32, {"c": X[1, 0]}),
+    "is_nan": (node("IsNaN", ["x"]), {"x": (EDGES, S)}, bool, {}),
+    "is_inf": (node("IsInf", ["x"]), {"x": (EDGES, S)}, bool, {}),
+    "is_minus_inf": (node("IsInf", ["x"], detect_positive=0), {"x": (EDGES, S)}, bool, {}),
+    "swish_alpha": (node("Swish", ["x"], alpha=1.5), XS, np.float32, {}),
+    "elu_alpha": (node("Elu", ["x"], alpha=0.7), XS, np.float32, {}),
+    "leaky_relu_alpha": (node("LeakyRelu", ["x"], alpha=0.3), XS, np.float32, {}),
+    "celu_alpha": (node("Celu", ["x"], alpha=0.7), XS, np.float32, {}),
+    "hard_sigmoid_numbers": (node("HardSigmoid", ["x"], alpha=0.3, beta=0.4), XS, np.float32, {}),
+    "matmul_vector": (node("MatMul", ["x", "z"]), {"x": (X, S), "z": (X[0, 0], [4])}, np.float32, {}),
+    "vector_matmul": (node("MatMul", ["z", "x"]), {"x": (Y, ["a", 4, "c"]), "z": (X[0, 0], [4])}, np.float32, {}),
+    "slice_every_third": (
+        node("Slice", ["x", "s", "e", "a", "t"]), XS, np.float32,
+        {"s": np.array([-2]), "e": np.array([2**62]), "a": np.array([1]), "t": np.array([3])},
+    ),
+    "slice_backwards_by_two": (
+        node("Slice", ["x", "s", "e", "a", "t"]), XS, np.float32,
+        {"s": np.array([-1]), "e": np.array([-(2**62)]), "a": np.array([1]), "t": np.array([-2])},
+    ),
+    "rms_norm_two_axes": (
+        node("RMSNormalization", ["x", "w"], axis=-2, epsilon=1e-6), {"x": (X, ["a", 3, 4])}, np.float32,
+        {"w": POSITIVE[0]},
+    ),
+    "layer_norm_two_axes": (
+        node("LayerNormalization", ["x", "w", "c"], axis=1), {"x": (X, ["a", 3, 4])}, np.float32,
+        {"w": POSITIVE[0], "c": X[1]},
+    ),
+    "layer_norm_no_bias_computed_scale": (
+        node("LayerNormalization", ["x", "z"]), {"x": (X, S), "z": (POSITIVE[0, 0], [4])}, np.float32, {}
+    ),
+    "group_norm": (
+        node("GroupNormalization", ["x", "w", "c"], num_groups=2), {"x": (Y, ["a", 4, "b"])}, np.float32,
+        {"w": POSITIVE[0, 0], "c": X[0, 0]},
+    ),
+    "instance_norm": (
+        node("InstanceNormalization", ["x", "w", "c"]), {"x": (X, ["a", 3, "b"])}, np.float32,
+        {"w": POSITIVE[0, :, 0].copy(), "c": X[0, :, 0].copy()},
+    ),
     "argmax": (node("ArgMax", ["x"], axis=1, keepdims=0), XS, np.int64, {}),
     "matmul": (node("MatMul", ["x", "z"]), {"x": (X, S), "z": (Y, ["a", 4, "c"])}, np.float32, {}),
     "matmul_spread": (node("MatMul", ["x", "z"]), {"x": (X, S), "z": (X[0].T.copy(), [4, "c"])}, np.float32, {}),
@@ -189,6 +237,12 @@ for _op in (
     "Abs",
 ):
     CASES[_op.lower()] = (node(_op, ["x"]), {"x": (POSITIVE if _op in ("Sqrt", "Log") else X, S)}, np.float32, {})
+for _op in ("Floor", "Ceil", "Round", "Sign"):
+    CASES[_op.lower()] = (node(_op, ["x"]), {"x": (HALVES, S)}, np.float32, {})
+for _op in (
+    "LeakyRelu", "Elu", "Selu", "Celu", "HardSigmoid", "HardSwish", "ThresholdedRelu", "Softsign", "Mish", "Swish",
+):  # fmt: skip
+    CASES[_op.lower()] = (node(_op, ["x"]), {"x": (4 * X, S)}, np.float32, {})
 for _mode in ("none", "tanh"):
     CASES[f"gelu_{_mode}"] = (node("Gelu", ["x"], approximate=_mode), XS, np.float32, {})
 
@@ -217,6 +271,90 @@ def test_convolution_agrees_with_onnx(shape, kernel, attrs, tmp_path):
     got, expected = run(model, {"x": x}, tmp_path)
     # a sum of at most 36 products of size ~1: 36 roundings of 2^-24 times its largest partial sum (~20)
     np.testing.assert_allclose(got["y"], expected["y"], atol=36 * 2**-24 * 20)
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes"),
+    [
+        ("ibh,hnd->ibnd", [("i", "b", 4), (4, 3, 5)]),  # a Linear with several axes behind
+        ("ibnd,hnd->ibh", [("i", "b", 3, 5), (4, 3, 5)]),  # and before
+        ("bhqd,bhkd->bhqk", [("b", 2, "q", 4), ("b", 2, "k", 4)]),
+        ("bqhd,bkhd->bhqk", [("b", "q", 2, 4), ("b", "k", 2, 4)]),
+        ("bhij,bhj->bhi", [("b", 2, "i", "j"), ("b", 2, "j")]),
+        ("i,j->ij", [("i",), ("j",)]),
+        ("bij,k->bk", [("b", "i", 3), ("k",)]),  # axes that only one operand has are summed
+        ("ij,jk,kl->il", [("i", 3), (3, 4), (4, "l")]),
+        ("bij->jb", [("b", "i", "j")]),
+        ("ij,jk", [("i", 3), (3, "k")]),
+    ],
+)
+def test_einsum_agrees_with_onnx(equation, shapes, tmp_path):
+    sizes = {"i": 3, "j": 4, "b": 2, "q": 5, "k": 3, "l": 2}
+    inputs = {
+        f"x{i}": (RNG.standard_normal([sizes.get(d, d) for d in shape]).astype(np.float32), list(shape))
+        for i, shape in enumerate(shapes)
+    }
+    model = model_of([node("Einsum", list(inputs), equation=equation)], inputs, {"y": np.float32})
+    got, expected = run(model, {n: a for n, (a, _) in inputs.items()}, tmp_path)
+    # at most 15 products of size ~1 a sum, in another order: 15 roundings of 2^-24 times a partial sum (~15)
+    np.testing.assert_allclose(got["y"], expected["y"], atol=15 * 2**-24 * 15)
+
+
+@pytest.mark.parametrize(("start", "stop", "step"), [(0, 7, 3), (7, -7, -1), (-3, 4, 2), (6, 0, -4)])
+def test_ranges_with_a_step_of_sizes(start, stop, step, tmp_path):
+    """Both bounds grow with the input: Range(start + n, stop + n, step) at two n."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["n1"]),
+        helper.make_node("Squeeze", ["n1"], ["n"]),
+        helper.make_node("Mul", ["n", "sign"], ["m"]),
+        helper.make_node("Add", ["n", "start"], ["first"]),
+        helper.make_node("Add", ["m", "stop"], ["last"]),
+        helper.make_node("Range", ["first", "last", "step"], ["y"]),
+    ]
+    sign = 1 if step > 0 else -1
+    constants = {"start": np.array(start), "stop": np.array(stop), "step": np.array(step), "sign": np.array(sign)}
+    model = model_of(nodes, {"x": (X[0, 0], ["n"])}, {"y": np.int64}, constants)
+    onnx.save(model, tmp_path / "m.onnx")
+    engine = NativeEngine.from_bundle(tmp_path / "m.onnx", threads=1)
+    for n in (1, 4):
+        got = engine.forward([({"x": X[0, 0, :n]}, engine.new_state())])[0]["y"]
+        np.testing.assert_array_equal(got, np.arange(start + n, stop + sign * n, step))
+
+
+REFUSED = {
+    "einsum_diagonal": (node("Einsum", ["x"], equation="bii->bi"), {"x": (X[:, :, :3].copy(), ["b", 3, 3])}, {}),
+    "einsum_of_integers": (node("Einsum", ["i"], equation="abc->a"), IS, {}),
+    "range_step_at_run_time": (
+        node("Range", ["s", "e", "i"]), {"i": (np.array(2), [])}, {"s": np.array(0), "e": np.array(5)}
+    ),
+    "slice_backwards_from_inside": (
+        node("Slice", ["x", "s", "e", "a", "t"]), XS,
+        {"s": np.array([1]), "e": np.array([-(2**62)]), "a": np.array([1]), "t": np.array([-1])},
+    ),
+    "group_norm_scale_per_group": (
+        node("GroupNormalization", ["x", "w", "c"], num_groups=2), {"x": (Y, ["a", 4, "b"])},
+        {"w": X[0, 0, :2], "c": X[0, 0, :2]},
+    ),
+    "pad_reflect": (node("Pad", ["x", "p"], mode="reflect"), XS, {"p": np.array([0, 1, 0, 0, 1, 0])}),
+    "last_of_equals": (node("ArgMin", ["x"], select_last_index=1), XS, {}),
+    "nonzero": (node("NonZero", ["x"]), XS, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_form_without_a_kernel_is_refused_by_name(case, tmp_path):
+    nodes, inputs, constants = REFUSED[case]
+    onnx.save(model_of([nodes], inputs, {"y": np.float32}, constants), tmp_path / "m.onnx")
+    with pytest.raises(EngineUnavailable, match=rf"1 node\(s\): {nodes.op_type} \(output y\)"):
+        NativeEngine.from_bundle(tmp_path / "m.onnx")
+
+
+def test_a_norm_that_also_gives_its_mean_is_refused(tmp_path):
+    nodes = [helper.make_node("LayerNormalization", ["x", "w"], ["y", "mean"])]
+    model = model_of(nodes, XS, {"y": np.float32, "mean": np.float32}, {"w": POSITIVE[0, 0]})
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(EngineUnavailable, match="LayerNormalization"):
+        NativeEngine.from_bundle(tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize(("axis", "largest", "k"), [(-1, 1, 2), (1, 0, 3), (0, 1, 1)])

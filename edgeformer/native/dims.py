@@ -177,7 +177,7 @@ def floor_div(a: Size, b: Size) -> Size:
                     return function("div", a, b)
                 rest.remove(atom)
             if c % factor:
-                return function("div", a, b)
+                return _whole_and_rest(a, b) if isinstance(b, int) and b > 0 else function("div", a, b)
             quotient[tuple(rest)] = c // factor
         return _simplest(quotient)
     # A polynomial divisor: the only case met is (divisor * something known by one of its monomials).
@@ -191,6 +191,22 @@ def floor_div(a: Size, b: Size) -> Size:
                 if guess * b == a:
                     return guess
     return function("div", a, b)
+
+
+def _whole_and_rest(a: Size, b: int) -> Size:
+    """`a // b` in the one form that all its spellings have: `(n - 1) // 2 + 1` is `(n + 1) // 2`, a quotient of a
+    quotient is one quotient. So two ways to count the frames that convolutions leave are known to be equal.
+    """
+    whole = _simplest({m: c // b for m, c in _terms(a).items()})
+    rest = _simplest({m: c % b for m, c in _terms(a).items()})
+    if isinstance(rest, Dim):
+        atoms = [(m[0], c) for m, c in rest.terms if len(m) == 1 and m[0].op == "div"]
+        constant = _terms(rest).get((), 0)
+        if len(atoms) == 1 and atoms[0][1] == 1 and rest - constant == Dim({(atoms[0][0],): 1}):
+            inner, divisor = atoms[0][0].args
+            if isinstance(divisor, int) and divisor > 0:
+                return whole + floor_div(inner + constant * divisor, divisor * b)  # type: ignore[operator]
+    return whole + function("div", rest, b)
 
 
 def clip(value: Size, size: Size, signed: frozenset[str] = frozenset()) -> Size:

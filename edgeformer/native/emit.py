@@ -49,6 +49,12 @@ ACTIVATIONS = (
     "rsqrt",
 )
 
+# csrc/ops_pointwise.cpp: enum class Point, in its order.
+POINTWISE = (
+    "floor", "ceil", "round", "sign", "leaky_relu", "elu", "selu", "celu", "hard_sigmoid", "hard_swish",
+    "thresholded_relu", "softsign", "mish", "swish", "is_nan", "is_inf",
+)  # fmt: skip
+
 
 class Emitter:
     """Fills a Program; `g` is the lowered graph."""
@@ -135,6 +141,16 @@ class Emitter:
         self.add("unary", node, node.inputs, fn=ACTIVATIONS.index(node.attrs["fn"]), note=node.attrs["fn"])
         return None
 
+    def op_pointwise(self, node: Node) -> bool | None:
+        fn, numbers = node.attrs["fn"], list(node.attrs["numbers"])
+        if self.g.info[node.inputs[0]].dtype != "float32" and (fn, self.g.info[node.inputs[0]].dtype) != (
+            "sign",
+            "int64",
+        ):
+            return False
+        self.add("pointwise", node, node.inputs, fn=POINTWISE.index(fn), numbers=numbers, note=fn)
+        return None
+
     def elementwise(self, node: Node) -> None:
         if len(node.inputs) == 1:
             self.add("tile", node, node.inputs)
@@ -186,16 +202,21 @@ class Emitter:
         self.add("gather_nd", node, node.inputs, batch=node.attrs.get("batch_dims", 0))
 
     def op_reduce(self, node: Node) -> bool | None:
-        kinds = ("mean", "sum", "max", "min", "prod", "l2", "sumsquare")
+        kinds = ("mean", "sum", "max", "min", "prod", "l2", "sumsquare", "l1")  # ops_math.cpp: Reduce's Fn
         fn = node.attrs["fn"]
+        if self.g.info[node.inputs[0]].dtype == "bool" and fn not in ("max", "min"):
+            return False
         self.add("reduce", node, node.inputs, fn=kinds.index(fn), axes=node.attrs["axes"], note=fn)
         return None
 
     def op_argmax(self, node: Node) -> bool | None:
         if node.attrs.get("select_last_index", 0):
             return False
-        self.add("argmax", node, node.inputs, axis=node.attrs.get("axis", 0) % len(self.g.shape(node.inputs[0])))
+        axis = node.attrs.get("axis", 0) % len(self.g.shape(node.inputs[0]))
+        self.add("argmax", node, node.inputs, axis=axis, smallest=int(node.op == "ArgMin"))
         return None
+
+    op_argmin = op_argmax
 
     def op_topk(self, node: Node) -> None:
         axis = node.attrs.get("axis", -1) % len(self.g.shape(node.inputs[0]))

@@ -96,9 +96,13 @@ UNARY = (
     "Round",
     "Clip",
     "Elu",
+    "Selu",
+    "Celu",
     "HardSwish",
     "HardSigmoid",
     "LeakyRelu",
+    "ThresholdedRelu",
+    "Pointwise",
     "Softmax",
     "LogSoftmax",
     "Trilu",
@@ -120,7 +124,7 @@ def _like_first(g: Graph, node: Node) -> list[Info]:
     return [Info(info.dtype, info.shape, info.value if node.op == "Identity" else None)] * 2
 
 
-@rule("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Not", "IsNaN")
+@rule("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Not", "IsNaN", "IsInf")
 def _logical(g: Graph, node: Node) -> list[Info]:
     out = _elementwise(g, node, "bool")
     pairs = _pairs(g, node) if node.op == "Equal" else None
@@ -158,7 +162,10 @@ def _cast_like(g: Graph, node: Node) -> list[Info]:
     return [Info(g.info[node.inputs[1]].dtype, g.shape(node.inputs[0]))]
 
 
-@rule("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL2", "ReduceSumSquare", "ArgMax", "All")
+@rule(
+    "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare",
+    "ArgMax", "ArgMin",
+)  # fmt: skip
 def _reduce(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     rank = len(info.shape)
@@ -168,13 +175,13 @@ def _reduce(g: Graph, node: Node) -> list[Info]:
     value = None
     if info.value is not None and rank == 1 and node.op == "ReduceProd":
         value = (product(info.value),)
-    return [Info("int64" if node.op == "ArgMax" else info.dtype, shape, value)]
+    return [Info("int64" if node.op in ("ArgMax", "ArgMin") else info.dtype, shape, value)]
 
 
 def reduce_axes(g: Graph, node: Node) -> tuple[int, ...]:
-    """The non-negative axes that a Reduce* or ArgMax node reduces."""
+    """The non-negative axes that a Reduce*, ArgMax or ArgMin node reduces."""
     rank = len(g.shape(node.inputs[0]))
-    if node.op == "ArgMax":
+    if node.op in ("ArgMax", "ArgMin"):
         return (node.attrs.get("axis", 0) % rank,)
     axes = ints(g, node, 1, "axes")
     if not axes:
@@ -218,9 +225,13 @@ def _dequantize(g: Graph, node: Node) -> list[Info]:
     return [Info("float32", g.shape(node.inputs[0]))]
 
 
-@rule("RMSNormalization", "LayerNormalization", "RotaryEmbedding")
+@rule("RMSNormalization", "LayerNormalization", "GroupNormalization", "InstanceNormalization", "RotaryEmbedding")
 def _norm(g: Graph, node: Node) -> list[Info]:
-    return [g.info[node.inputs[0]]]
+    info = g.info[node.inputs[0]]
+    if len(node.outputs) == 1:
+        return [info]
+    axis = node.attrs.get("axis", -1) % len(info.shape)  # mean and inverse deviation come too
+    return [info] + [Info("float32", tuple(1 if i >= axis else d for i, d in enumerate(info.shape)))] * 2
 
 
 @rule("Attention")

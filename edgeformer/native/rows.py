@@ -45,9 +45,9 @@ class _Rows:
         leads = [self.lead(s) for s in shapes]
         if lead == 0:
             return node.op not in ("Sizes", "Keep") and not any(leads)
-        if lead < 0 or any(self.lead(g.shape(o)) != lead for o in node.outputs):
+        if lead < 0 or any(self.lead(g.shape(o)) != lead for o in node.outputs if o):
             return False
-        if node.op in ("View", "Embed", "Unary", "Cast", "Norm", "Rope", "Linears", "Clip", "Not"):
+        if node.op in ("View", "Embed", "Unary", "Pointwise", "Cast", "Norm", "Rope", "Linears", "Clip", "Not"):
             return all(n >= 0 for n in leads)
         if node.op == "Keep":
             return leads[0] == 2 and shapes[0][1] == self.lengths[0]

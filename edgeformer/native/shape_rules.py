@@ -123,10 +123,12 @@ def _slice(g: Graph, node: Node) -> list[Info]:
             shape[axis] = clip(e, shape[axis]) - clip(s, shape[axis])
         elif isinstance(shape[axis], int) and isinstance(s, int) and isinstance(e, int):
             shape[axis] = len(range(shape[axis])[s:e:step])  # type: ignore[arg-type]
-        elif step == 2 and s in (0, 1) and isinstance(e, int) and e >= 2**31:
-            shape[axis] = floor_div(shape[axis] + (1 - s), 2)
+        elif step > 0:
+            shape[axis] = floor_div(clip(e, shape[axis]) - clip(s, shape[axis]) + (step - 1), step)
+        elif isinstance(s, int) and (s == -1 or s >= 2**31) and isinstance(e, int) and e <= -(2**31):
+            shape[axis] = floor_div(shape[axis] + (-step - 1), -step)
         else:
-            raise EngineUnavailable("Slice with a step needs known bounds")
+            raise EngineUnavailable("Slice that walks backwards needs known bounds")
         if value is not None:
             value = value[s:e:step] if isinstance(s, int) and isinstance(e, int) else None
     return [Info(info.dtype, tuple(shape), value)]
@@ -249,11 +251,12 @@ def _range(g: Graph, node: Node) -> list[Info]:
             raise EngineUnavailable("Range of floats needs constant bounds")
         return [Info(info.dtype, (max(0, int(np.ceil((stop - start) / step))),))]
     (first,), (last,), (stride,) = (values(g, i) for i in node.inputs)
-    if stride != 1:
-        if not (isinstance(first, int) and isinstance(last, int) and isinstance(stride, int)):
-            raise EngineUnavailable("Range with a step needs constant bounds")
+    if not isinstance(stride, int) or stride == 0:
+        raise EngineUnavailable("Range needs a constant step")
+    if isinstance(first, int) and isinstance(last, int):
         return [Info("int64", (len(range(first, last, stride)),))]
-    return [Info("int64", (last - first,))]
+    way = last - first if stride > 0 else first - last
+    return [Info("int64", (floor_div(way + (abs(stride) - 1), abs(stride)),))]
 
 
 @rule("Pad")

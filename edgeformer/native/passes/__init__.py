@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edgeformer.errors import EngineUnavailable
 from edgeformer.native.graph import Graph, Node
-from edgeformer.native.passes import attention, elementwise, fuse, linear, mask, rotation, simplify
+from edgeformer.native.passes import attention, elementwise, fuse, linear, mask, norm_forms, rotation, simplify
 
 
 def lower(g: Graph) -> list[attention.Cache]:
@@ -24,6 +24,7 @@ def lower(g: Graph) -> list[attention.Cache]:
     attention.spelled_attention(g)
     mask.position_masks(g)
     attention.joined_caches(g)
+    norm_forms.norm_forms(g)
     elementwise.norms(g)
     elementwise.activations(g)
     rotation.spelled_rotations(g)

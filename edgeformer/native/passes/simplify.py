@@ -14,12 +14,24 @@ import numpy as np
 from edgeformer.native.dims import INT64_MAX, Size
 from edgeformer.native.graph import INSIDE, Constant, Graph, Info, Node
 from edgeformer.native.infer import infer, reduce_axes
-from edgeformer.native.shape_rules import pad_amounts, slice_bounds, split_sizes
+from edgeformer.native.passes import einsum
+from edgeformer.native.shape_rules import broadcast, pad_amounts, slice_bounds, split_sizes
 
 UNARY = {
     "Sqrt": "sqrt", "Exp": "exp", "Log": "log", "Reciprocal": "reciprocal", "Sigmoid": "sigmoid", "Tanh": "tanh",
     "Erf": "erf", "Sin": "sin", "Cos": "cos", "Relu": "relu", "Softplus": "softplus", "Neg": "neg", "Abs": "abs",
 }  # fmt: skip
+# Functions of one element that ops_pointwise.cpp has: name, and ONNX's defaults of the two attributes they read.
+POINTWISE: dict[str, tuple[str, tuple[tuple[str, float], ...]]] = {
+    "Floor": ("floor", ()), "Ceil": ("ceil", ()), "Round": ("round", ()), "Sign": ("sign", ()),
+    "LeakyRelu": ("leaky_relu", (("alpha", 0.01),)), "Elu": ("elu", (("alpha", 1.0),)),
+    "Selu": ("selu", (("alpha", 1.67326319217681884765625), ("gamma", 1.05070102214813232421875))),
+    "Celu": ("celu", (("alpha", 1.0),)), "HardSigmoid": ("hard_sigmoid", (("alpha", 0.2), ("beta", 0.5))),
+    "HardSwish": ("hard_swish", ()), "ThresholdedRelu": ("thresholded_relu", (("alpha", 1.0),)),
+    "Softsign": ("softsign", ()), "Mish": ("mish", ()), "Swish": ("swish", (("alpha", 1.0),)),
+    "IsNaN": ("is_nan", ()), "IsInf": ("is_inf", (("detect_negative", 1), ("detect_positive", 1))),
+}  # fmt: skip
+REDUCE = ("Mean", "Sum", "Max", "Min", "Prod", "L1", "L2", "SumSquare")
 FOLD_LIMIT = 1 << 22  # elements; larger results of constants are left to the pass that packs weights
 
 
@@ -68,7 +80,7 @@ def _normalize_node(g: Graph, node: Node) -> None:
         fill = g.scalar(node.input(2)) if node.input(2) else 0.0
         mode = node.attrs.get("mode", "constant")
         _become(node, "Pad", node.inputs[:1], pads=amounts, axes=axes, value=fill, mode=mode)
-    elif node.op in ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL2", "ReduceSumSquare"):
+    elif node.op.removeprefix("Reduce") in REDUCE and node.op.startswith("Reduce"):
         _become(node, "Reduce", node.inputs[:1], fn=node.op[6:].lower(), axes=reduce_axes(g, node))
     elif node.op in UNARY:
         _become(node, "Unary", node.inputs[:1], fn=UNARY[node.op])
@@ -77,10 +89,39 @@ def _normalize_node(g: Graph, node: Node) -> None:
         _become(node, "Unary", node.inputs[:1], fn="gelu_tanh" if tanh else "gelu")
     elif node.op == "Swish" and node.attrs.get("alpha", 1.0) == 1.0:
         _become(node, "Unary", node.inputs[:1], fn="silu")
+    elif node.op in POINTWISE:
+        fn, numbers = POINTWISE[node.op]
+        pair = [float(node.attrs.get(key, default)) for key, default in numbers]
+        _become(node, "Pointwise", node.inputs[:1], fn=fn, numbers=(*pair, 0.0, 0.0)[:2])
+    elif node.op == "PRelu":
+        _prelu(g, node)
+    elif node.op == "Einsum":
+        einsum.products(g, node)
+    elif node.op == "MatMul" and any(len(g.shape(i)) == 1 for i in node.inputs):
+        _matrix_of_vector(g, node)
 
 
 def _become(node: Node, op: str, inputs: list[str], **attrs: Any) -> None:
     node.op, node.inputs, node.attrs = op, list(inputs), attrs
+
+
+def _prelu(g: Graph, node: Node) -> None:
+    """max(x, 0) + slope * min(x, 0)"""
+    x, slope = node.inputs
+    info, zero = g.info[node.outputs[0]], g.add_constant("zero", np.zeros((), np.float32))
+    falling = g.emit("Mul", [slope, g.emit("Min", [x, zero], g.info[x], x)], info, x)
+    _become(node, "Add", [g.emit("Max", [x, zero], g.info[x], x), falling])
+
+
+def _matrix_of_vector(g: Graph, node: Node) -> None:
+    """A vector on the left is one row, on the right one column."""
+    a, b = node.inputs
+    if len(g.shape(a)) == 1:
+        a = g.emit("View", [a], Info("float32", (1, *g.shape(a))), a)
+    if len(g.shape(b)) == 1:
+        b = g.emit("View", [b], Info("float32", (*g.shape(b), 1)), b)
+    shape = (*broadcast(g.shape(a)[:-2], g.shape(b)[:-2]), g.shape(a)[-2], g.shape(b)[-1])
+    _become(node, "View", [g.emit("MatMul", [a, b], Info("float32", shape), node.outputs[0])])
 
 
 def _split(g: Graph, node: Node) -> None:
@@ -321,6 +362,9 @@ def _numpy(g: Graph, node: Node) -> np.ndarray[Any, Any] | None:
             f = {"sqrt": np.sqrt, "exp": np.exp, "log": np.log, "sin": np.sin, "cos": np.cos, "neg": np.negative,
                  "tanh": np.tanh, "abs": np.abs, "reciprocal": np.reciprocal}.get(a["fn"])  # fmt: skip
             return f(x[0]) if f is not None else None
+        if node.op == "Pointwise":
+            whole = {"floor": np.floor, "ceil": np.ceil, "round": np.rint, "sign": np.sign}.get(a["fn"])
+            return whole(x[0]) if whole is not None else None
         if node.op == "Div" and info.dtype == "int64":
             return x[0] // x[1]  # type: ignore[no-any-return]
         f2 = {"Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.divide, "Pow": np.power,
