@@ -109,14 +109,15 @@ def test_an_encoder_gives_the_numbers_of_pytorch_at_every_size_and_padding(name,
     feeds = {value.name: value.sample(sizes, 5) for value in source.inputs}
     with torch.no_grad():
         expected = model(**feeds)
-    outputs = loaded(**{key: value.numpy() for key, value in feeds.items()})
-    for output, value in outputs.items():
-        wanted = expected[output].numpy()
-        if "attention_mask" in feeds and value.ndim == 3:
-            seen = feeds["attention_mask"].numpy()[..., None] > 0
-            assert not seen.all(), "nothing is padded"
-            value, wanted = value * seen, wanted * seen
-        assert np.abs(value - wanted).max() < 1e-4
+    for engine in (loaded, edgeformer.load(tmp_path / "bundle", engine="native", threads=1)):
+        outputs = engine(**{key: value.numpy() for key, value in feeds.items()})
+        for output, value in outputs.items():
+            wanted = expected[output].numpy()
+            if "attention_mask" in feeds and value.ndim == 3:
+                seen = feeds["attention_mask"].numpy()[..., None] > 0
+                assert not seen.all(), "nothing is padded"
+                value, wanted = value * seen, wanted * seen
+            assert np.abs(value - wanted).max() < 1e-4
 
 
 def test_padding_changes_nothing_in_the_tokens_beside_it(tmp_path):
