@@ -73,6 +73,30 @@ std::unique_ptr<PyState> fork_state(PyState& self) {
   return copy;
 }
 
+// Row i becomes a copy of what row rows[i] was. Copies are made first, so that nothing has changed where one fails; the
+// last row that wants a cache takes it without a copy.
+void select_state(PyState& self, const std::vector<int64_t>& rows) {
+  const InUse use({&self.state});
+  auto& held = self.state.caches;
+  const auto count = static_cast<int64_t>(held.size());
+  std::vector<int64_t> wanted(held.size());
+  for (const int64_t r : rows) {
+    if (r < 0 || r >= count) raise("InputError", text("select row ", r, ", the state holds ", count, " sequences"));
+    ++wanted[r];
+  }
+  if (rows.size() != held.size()) {
+    raise("InputError", text("select ", rows.size(), " rows, the state holds ", count, " sequences"));
+  }
+  std::vector<std::unique_ptr<KvCache>> caches(rows.size());
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (--wanted[rows[i]] > 0) caches[i] = std::make_unique<KvCache>(held[rows[i]]->fork());
+  }
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (!caches[i]) caches[i] = std::move(held[rows[i]]);
+  }
+  held = std::move(caches);
+}
+
 py::list save_state(PyState& self) {
   const InUse use({&self.state});
   py::list parts;
@@ -269,6 +293,7 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("nbytes", &state_bytes)
       .def("truncate", &truncate_state, py::arg("length"))
       .def("fork", &fork_state)
+      .def("select", &select_state, py::arg("rows"))
       .def("save", &save_state)
       .def("load", &load_state, py::arg("parts"));
 

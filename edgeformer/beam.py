@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal
 
 import numpy as np
 
@@ -39,11 +39,30 @@ class BeamOptions:
         if self.early_stopping not in (True, False, "never"):
             raise InputError(f"early_stopping is {self.early_stopping!r}, expected True, False or 'never'.")
 
+    @classmethod
+    def of(
+        cls,
+        settings: Mapping[str, Any],
+        num_beams: int | None,
+        length_penalty: float | None,
+        early_stopping: bool | Literal["never"] | None,
+        *,
+        plain: bool,
+    ) -> BeamOptions:
+        """What was asked for; what is None is as a generation_config's `settings` say. `plain`: something else was
+        asked for that only a single text can have, so a number of beams in the settings does not count.
 
-class BeamState(State, Protocol):
-    """A state of several sequences that can change places."""
-
-    def select(self, rows: Sequence[int]) -> None: ...
+        Raises:
+            InputError: `plain`, and several beams were asked for; or a value is out of its range.
+        """
+        found = cls(
+            num_beams or (1 if plain else int(settings.get("num_beams") or 1)),
+            float(settings.get("length_penalty") or 1.0) if length_penalty is None else length_penalty,
+            settings.get("early_stopping") or False if early_stopping is None else early_stopping,
+        )
+        if plain and found.num_beams > 1:
+            raise InputError("A beam search neither samples nor knows stop strings and sessions; leave out num_beams.")
+        return found
 
 
 @dataclass(frozen=True)
@@ -67,11 +86,8 @@ def beam_search(
     """The best continuation of `prompt`. `state` is empty, and takes `num_beams` sequences.
 
     Raises:
-        InputError: this engine's states hold a single sequence.
         EdgeformerError: the logits hold NaN.
     """
-    if not hasattr(state, "select"):
-        raise InputError(f"beam search needs states of several sequences; {engine.name} has none, use cpu or cuda.")
     beams, start = options.num_beams, len(prompt)
     keep = max(2, 1 + len(limits.eos)) * beams
     limit = start + max_new_tokens
@@ -105,7 +121,7 @@ def beam_search(
         full = options.early_stopping is True and len(done) == beams
         if not improving or full or ends.all() or (limits.context is not None and length >= limits.context):
             break
-        cast(BeamState, state).select(rows)
+        state.select(rows)
         logits = _step(engine, state, [[ids[-1]] for ids in running], limits)
     score, ids, ended = done[0] if done else (float(scores[0]), running[0], False)
     return Finished(ids[start:], score, ended)

@@ -30,6 +30,15 @@ class State(Protocol):
         """An independent copy: what one does is never seen by the other."""
         ...
 
+    def select(self, rows: Sequence[int]) -> None:
+        """Sequence i of the batch becomes a copy of what sequence `rows[i]` was; as many as before. Inputs that the
+        state holds stay where they are: a beam search has the same in every row.
+
+        Raises:
+            InputError: `rows` has another length than the batch, or names a sequence that is none.
+        """
+        ...
+
 
 class Engine(Protocol):
     """Runs a graph. Immutable: many threads may share one, each with states of its own."""
@@ -39,8 +48,12 @@ class Engine(Protocol):
         """`"cpu"`, `"cuda"` or `"native"`."""
         ...
 
-    def new_state(self) -> State:
-        """An empty state."""
+    def new_state(self, held: Arrays | None = None) -> State:
+        """An empty state; `held` are inputs of the graph given once, for all calls with it.
+
+        Raises:
+            InputError: one of them does not fit the graph.
+        """
         ...
 
     def forward(self, batch: Sequence[tuple[Arrays, State]]) -> list[dict[str, np.ndarray]]:

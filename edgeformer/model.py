@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from edgeformer.beam import BeamOptions, beam_search
 from edgeformer.bundle import Bundle
+from edgeformer.choose import ORDER, Choice, EngineName, NativeOptions, choose
 from edgeformer.encode import Encoder, Entity, Label
 from edgeformer.engine import Engine
 from edgeformer.errors import BundleError, EngineUnavailable, InputError
@@ -37,34 +38,7 @@ from edgeformer.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from edgeformer.native.engine import Memory
 
-EngineName = Literal["auto", "cuda", "native", "cpu"]
 Prompt = str | Sequence[int] | np.ndarray[Any, Any] | Sequence[Mapping[str, Any]]
-
-ORDER = ("cuda", "native", "cpu")
-
-
-@dataclass(frozen=True)
-class NativeOptions:
-    """What only the native engine has."""
-
-    isa: str | None = None
-    kv: str = "int8"
-    context: int | None = None
-    memory_limit: int | None = None
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Which engine runs, and for each one in the order tried, why or why not. `print` it."""
-
-    engine: str
-    reasons: dict[str, str]
-
-    def __str__(self) -> str:
-        width = max(map(len, self.reasons))
-        marks = {True: "*", False: " "}
-        lines = [f"{marks[name == self.engine]} {name:{width}}  {reason}" for name, reason in self.reasons.items()]
-        return "\n".join(lines)
 
 
 def load(
@@ -100,74 +74,8 @@ def load(
         raise InputError(f"isa={isa!r} is an option of the native engine, but engine={engine!r} was asked for.")
     bundle = Bundle.open(path, check=check)
     tokenizer = Tokenizer.of(bundle)  # before the weights: parsing it takes ten times its size for a moment
-    asked = "native" if engine == "auto" and isa is not None else engine
-    count = threads or default_threads()
-    if asked != "auto":
-        made = _create(asked, bundle, count, native)
-        why = f"an isa ({isa}) was asked for" if engine == "auto" else "it was asked for by name"
-        choice = Choice(asked, {asked: _chosen(made, count, why)})
-        return Model(bundle, made, choice, tokenizer, _encoder(bundle, made, count))
-    reasons: dict[str, str] = {}
-    for position, name in enumerate(ORDER):
-        try:
-            made = _create(name, bundle, count, native)
-        except EngineUnavailable as error:
-            reasons[name] = str(error)
-            continue
-        reasons[name] = _chosen(made, count, "the first that can run this bundle here")
-        for rest in ORDER[position + 1 :]:
-            reasons[rest] = f"not tried: {name} comes first"
-        return Model(bundle, made, Choice(name, reasons), tokenizer, _encoder(bundle, made, count))
-    lines = "".join(f"\n  - {name}: {reason}" for name, reason in reasons.items())
-    raise EngineUnavailable(f"No engine can run {bundle.path} here:{lines}")
-
-
-def _create(name: str, bundle: Bundle, threads: int, native: NativeOptions) -> Engine:
-    graph = "decoder" if _has_encoder(bundle) else "model"
-    if name == "native":
-        if graph != "model":
-            raise EngineUnavailable("the native engine runs bundles of one graph; this has an encoder and a decoder.")
-        try:
-            from edgeformer.native.engine import NativeEngine
-        except ImportError as error:
-            raise EngineUnavailable(
-                f"the native extension is not built ({error}); install edgeformer where a C++ compiler is."
-            ) from error
-        made: Engine = NativeEngine.from_bundle(
-            bundle,
-            threads=threads,
-            isa=native.isa,
-            kv=native.kv,
-            context=native.context,
-            memory_limit=native.memory_limit,
-        )
-        return made
-    from edgeformer.ort import OrtEngine, cuda_driver_problem
-
-    if name == "cuda":
-        problem = cuda_driver_problem()  # cheap, and most machines end here without importing onnxruntime
-        if problem:
-            raise EngineUnavailable(f"CUDA is not there: {problem}.")
-    return OrtEngine(bundle, "cuda" if name == "cuda" else "cpu", threads, graph=graph)
-
-
-def _has_encoder(bundle: Bundle) -> bool:
-    return "encoder" in bundle.manifest["graphs"]
-
-
-def _encoder(bundle: Bundle, decoder: Engine, threads: int) -> Engine | None:
-    """The engine of the graph that reads the source, where that is not the one that answers."""
-    if not _has_encoder(bundle):
-        return None
-    from edgeformer.ort import OrtEngine
-
-    return OrtEngine(bundle, "cuda" if decoder.name == "cuda" else "cpu", threads, graph="encoder")
-
-
-def _chosen(engine: Engine, threads: int, why: str) -> str:
-    isa = getattr(engine, "isa", None)
-    what = f"{threads} thread{'s' if threads > 1 else ''}" + (f", {isa} kernels" if isa else "")
-    return f"chosen, {why} ({what})"
+    engines, choice = choose(bundle, engine, threads or default_threads(), native)
+    return Model(bundle, engines, choice, tokenizer)
 
 
 class Model:
@@ -176,18 +84,17 @@ class Model:
     def __init__(
         self,
         bundle: Bundle,
-        engine: Engine,
+        engines: Mapping[str, Engine],
         choice: Choice,
         tokenizer: Tokenizer | None = None,
-        encoder: Engine | None = None,
     ) -> None:
         self.bundle = bundle
         self.tokenizer = tokenizer  # None where the bundle has none
-        self.engine = engine  # of an encoder-decoder, the decoder's
-        self._encoder = encoder
-        self._graph = "model" if encoder is None else "decoder"
+        self._encoder = engines.get("encoder")
+        self._graph = "model" if self._encoder is None else "decoder"
+        self.engine = engines[self._graph]  # of an encoder-decoder, the decoder's
         self._choice = choice
-        self._limits = Limits.of(bundle, engine, self._graph)
+        self._limits = Limits.of(bundle, self.engine, self._graph)
 
     def __repr__(self) -> str:
         return f"<edgeformer.Model {self.bundle.path.name}: {self.bundle.task} on {self.engine.name}>"
@@ -225,6 +132,8 @@ class Model:
     def memory(self, context: int | None = None) -> Memory:
         """Bytes that weights, one state of `context` tokens and working memory take. Only the native engine knows.
 
+        An encoder-decoder's are those of both graphs, with a source of `context` tokens.
+
         Raises:
             EngineUnavailable: another engine runs.
         """
@@ -232,7 +141,7 @@ class Model:
         if predict is None:
             raise EngineUnavailable(f"The {self.engine.name} engine cannot predict its memory; use engine='native'.")
         need: Memory = predict(context)
-        return need
+        return need if self._encoder is None else need + self._encoder.memory(context)  # type: ignore[attr-defined]
 
     def session(self) -> Session:
         """A conversation's memory: pass it to `generate` or `stream`, and only what is new of a prompt is run."""
@@ -418,16 +327,9 @@ class Model:
         options: GenerationOptions,
         session: Session | None,
     ) -> BeamOptions:
+        plain = options.sampling.temperature > 0 or bool(options.stop) or session is not None
         settings = self.bundle.generation_config if self._encoder is not None else {}
-        sampled = options.sampling.temperature > 0
-        found = BeamOptions(
-            num_beams or (1 if sampled or session is not None or options.stop else int(settings.get("num_beams") or 1)),
-            float(settings.get("length_penalty") or 1.0) if length_penalty is None else length_penalty,
-            settings.get("early_stopping") or False if early_stopping is None else early_stopping,
-        )
-        if found.num_beams > 1 and (sampled or options.stop or session is not None):
-            raise InputError("A beam search neither samples nor knows stop strings and sessions; leave out num_beams.")
-        return found
+        return BeamOptions.of(settings, num_beams, length_penalty, early_stopping, plain=plain)
 
     def _best(self, prompt: Prompt, options: GenerationOptions, beams: BeamOptions) -> Result:
         self._require_language_model("generate")
@@ -494,4 +396,4 @@ def _no_prompt(prompt: object) -> list[int]:
     )
 
 
-__all__ = ["BundleError", "Choice", "Model", "NativeOptions", "load"]
+__all__ = ["BundleError", "Choice", "EngineName", "Model", "NativeOptions", "Prompt", "load"]

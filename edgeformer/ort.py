@@ -122,7 +122,8 @@ class OrtState:
             return copy
 
     def select(self, rows: Sequence[int]) -> None:
-        """Sequence i of the batch becomes a copy of what sequence `rows[i]` was; as many as before.
+        """Sequence i of the batch becomes a copy of what sequence `rows[i]` was; as many as before. Inputs that the
+        state holds stay where they are: a beam search has the same in every row.
 
         Raises:
             InputError: `rows` has another length than the batch, or names a sequence that is none.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,8 +128,7 @@ class EncoderDecoder:
         return max(among, key=lambda id: float(logits[id]))
 
     def _state(self, held: Arrays) -> State:
-        make: Callable[..., State] = self.decoder.new_state
-        return make(held)
+        return self.decoder.new_state(held)
 
     def _rules(self, prompt: Sequence[int], options: GenerationOptions, more: Mapping[str, Any]) -> Rules:
         settings = {**self.bundle.generation_config, **more}

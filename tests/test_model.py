@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import edgeformer
+from edgeformer import choose
 from edgeformer import model as module
 from edgeformer.errors import BundleError, EngineUnavailable, InputError
 from edgeformer.model import load
@@ -48,14 +49,14 @@ def test_auto_that_finds_nothing_names_every_reason(lm, monkeypatch):
 
 
 def test_engines_after_the_chosen_one_are_not_tried(lm, monkeypatch):
-    made = load(lm, "cpu").engine
+    made = {"model": load(lm, "cpu").engine}
     tried = []
 
     def create(name, *rest):
         tried.append(name)
         return made
 
-    monkeypatch.setattr(module, "_create", create)
+    monkeypatch.setattr(choose, "create", create)
     choice = load(lm).explain()
     assert tried == ["cuda"]
     assert choice.reasons["cpu"] == "not tried: cuda comes first"
@@ -70,7 +71,7 @@ def test_an_isa_asks_for_the_native_engine(lm, monkeypatch):
         seen.append((name, native.isa))
         raise EngineUnavailable("no")
 
-    monkeypatch.setattr(module, "_create", create)
+    monkeypatch.setattr(choose, "create", create)
     with pytest.raises(EngineUnavailable):
         load(lm, isa="avx2")
     assert seen == [("native", "avx2")]  # never another engine instead

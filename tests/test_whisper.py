@@ -172,22 +172,24 @@ def test_a_tiny_whisper_learns_digits_and_its_bundle_hears_the_same(scheme, reco
     folder, model, extractor = recogniser
     manifest = export(ExportOptions(source=str(folder), output=tmp_path / "bundle", quantize=scheme))
     assert manifest["task"] == "automatic-speech-recognition"
-    loaded = edgeformer.load(tmp_path / "bundle", engine="cpu")
-    rng, right, same = random.Random(7), 0, 0
+    engines = [edgeformer.load(tmp_path / "bundle", engine) for engine in ("cpu", "native")]
+    rng, right, same = random.Random(7), [0, 0], [0, 0]
     tests = [clip(rng, speech[1]) for _ in range(40)]
     for samples, digits in tests:
-        found = loaded.transcribe(samples)
         features = extractor(samples, sampling_rate=RATE, return_tensors="pt").input_features
         expected = model.generate(input_features=features, max_new_tokens=6, do_sample=False)[0].tolist()
-        right += found.text == " ".join(WORDS[digit] for digit in digits)
-        same += found.ids == [id for id in expected if id >= FIRST]
-    assert right >= 36, f"{right} of 40 recordings of voices never heard are right"
-    assert same >= (40 if scheme == "none" else 38), f"{same} of 40 transcripts are PyTorch's"
+        for index, loaded in enumerate(engines):
+            found = loaded.transcribe(samples)
+            right[index] += found.text == " ".join(WORDS[digit] for digit in digits)
+            same[index] += found.ids == [id for id in expected if id >= FIRST]
+    assert min(right) >= 36, f"{right} of 40 recordings of voices never heard are right on {engines}"
+    assert min(same) >= (40 if scheme == "none" else 38), f"{same} of 40 transcripts are PyTorch's on {engines}"
 
 
-def test_files_and_long_recordings_are_transcribed(recogniser, speech, tmp_path):
+@pytest.mark.parametrize("engine", ["cpu", "native"])
+def test_files_and_long_recordings_are_transcribed(engine, recogniser, speech, tmp_path):
     export(ExportOptions(source=str(recogniser[0]), output=tmp_path / "bundle", quantize="none"))
-    model = edgeformer.load(tmp_path / "bundle", engine="cpu")
+    model = edgeformer.load(tmp_path / "bundle", engine)
     quiet = np.zeros(1000, np.float32)
 
     def window(*digits):

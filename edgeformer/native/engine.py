@@ -17,12 +17,10 @@ import numpy as np
 from edgeformer.errors import EngineUnavailable, InputError, StateError
 from edgeformer.native.graph import Array, Graph
 from edgeformer.native.lowering import lower_bundle
-from edgeformer.native.packing import pack
+from edgeformer.native.packing import pack, spec
 from edgeformer.native.profile import Profile
-from edgeformer.native.program import Program, postfix
+from edgeformer.native.program import Program
 
-WEIGHT_TYPES = ("q4a", "q4", "q8", "q8x16", "f32")  # csrc/kernels/kernels.h: enum class WeightType
-SLOT_TYPES = ("f32", "i64", "bool", "quant")  # csrc/program.h: enum class DType
 NUMPY = {"f32": np.float32, "i64": np.int64, "bool": np.bool_}
 PREFILL_ROWS = 512  # rows of one pass: bounds the working memory of long prompts
 DEFAULT_CONTEXT = 4096
@@ -43,15 +41,25 @@ class Memory:
         """All of it."""
         return self.weights + self.kv + self.scratch
 
+    def __add__(self, other: Memory) -> Memory:
+        """What two engines need together, when both work."""
+        return Memory(
+            self.weights + other.weights,
+            self.kv + other.kv,
+            self.scratch + other.scratch,
+            max(self.context, other.context),
+        )
+
 
 class NativeState:
     """What one sequence (or one batch of them) owns: its KV cache. See `edgeformer.engine.State`."""
 
-    __slots__ = ("_fingerprint", "_state")
+    __slots__ = ("_fingerprint", "_held", "_state")
 
-    def __init__(self, state: Any, fingerprint: str) -> None:
+    def __init__(self, state: Any, fingerprint: str, held: Mapping[str, Array] | None = None) -> None:
         self._state = state
         self._fingerprint = fingerprint
+        self._held = held or {}  # inputs that stay the same for the whole sequence
 
     @property
     def length(self) -> int:
@@ -74,10 +82,27 @@ class NativeState:
 
     def fork(self) -> NativeState:
         """An independent copy: what one does is never seen by the other."""
-        return NativeState(self._state.fork(), self._fingerprint)
+        return NativeState(self._state.fork(), self._fingerprint, self._held)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Sequence i of the batch becomes a copy of what sequence `rows[i]` was; as many as before. Inputs that the
+        state holds stay where they are: a beam search has the same in every row.
+
+        Raises:
+            InputError: `rows` has another length than the batch, or names a sequence that is none.
+            StateError: the state is in use by another call.
+        """
+        if list(rows) != list(range(self._state.batch)):
+            self._state.select([int(row) for row in rows])
 
     def to_bytes(self) -> bytes:
-        """The state as bytes, for `NativeEngine.state_from_bytes` of an engine of the same bundle and kv type."""
+        """The state as bytes, for `NativeEngine.state_from_bytes` of an engine of the same bundle and kv type.
+
+        Raises:
+            StateError: it holds inputs of its own (what an encoder made), which are not written.
+        """
+        if self._held:
+            raise StateError(f"a state that holds {', '.join(self._held)} cannot be saved; encode the source again")
         parts = self._state.save()
         header = {"model": self._fingerprint, "parts": [len(p) for p in parts]}
         return _STATE_MAGIC + json.dumps(header).encode() + b"\n" + b"".join(parts)
@@ -135,8 +160,7 @@ class NativeEngine:
         program, g = lower_bundle(path)
         tokens = context if context is not None else limit
         worker_count = threads if threads is not None else len(os.sched_getaffinity(0))
-        spec = _spec(program)
-        built = native.Engine(spec, worker_count, isa or "", kv, int(tokens), PREFILL_ROWS)
+        built = native.Engine(spec(program), worker_count, isa or "", kv, int(tokens), PREFILL_ROWS)
         engine = cls(built, program, g, _fingerprint(path), kv)
         if memory_limit is not None:
             need = engine.memory()
@@ -200,9 +224,12 @@ class NativeEngine:
         finally:
             report.nanoseconds, report.runs = self._native.profile(False)
 
-    def new_state(self) -> NativeState:
-        """An empty state. Its memory grows in chunks as tokens come."""
-        return NativeState(self._native.new_state(), self._fingerprint)
+    def new_state(self, held: Mapping[str, Array] | None = None) -> NativeState:
+        """An empty state. Its memory grows in chunks as tokens come. See `edgeformer.engine.Engine.new_state`."""
+        given = held or {}
+        self._require_known(given)
+        arrays = {n: _fitting(n, given[n], dtype, shape) for n, dtype, shape in self._inputs if n in given}
+        return NativeState(self._native.new_state(), self._fingerprint, arrays)
 
     def state_from_bytes(self, data: bytes) -> NativeState:
         """The state that `to_bytes` wrote.
@@ -259,10 +286,7 @@ class NativeEngine:
 
     def _arrays(self, arrays: Mapping[str, Array], state: NativeState) -> tuple[list[Array], int]:
         """The inputs in the program's order and types, and logits_to_keep; what may be left out is filled in."""
-        unknown = [n for n in arrays if n not in self._program.inputs and n != "logits_to_keep"]
-        if unknown:
-            known = ", ".join(self._program.inputs)
-            raise InputError(f"unknown input(s) {', '.join(map(repr, unknown))}; this graph takes {known}")
+        self._require_known(arrays)
         keep = int(np.asarray(arrays.get("logits_to_keep", 0)))
         row: list[Array] = []
         for name, dtype, shape in self._inputs:
@@ -271,18 +295,17 @@ class NativeEngine:
                 continue
             given = arrays.get(name)
             if given is None:
+                given = state._held.get(name)
+            if given is None:
                 given = self._default(name, arrays, state)
-            array = np.asarray(given)
-            kinds = "iu" if dtype is np.int64 else "b" if dtype is np.bool_ else "f"
-            if array.dtype.kind not in kinds:
-                raise InputError(f"{name} has dtype {array.dtype}, expected {np.dtype(dtype)}")
-            if array.ndim != len(shape):
-                raise InputError(f"{name} has shape {list(array.shape)}, expected [{', '.join(map(str, shape))}]")
-            if array.ndim == 0 and array.dtype != dtype:
-                row.append(np.asarray(array, dtype))
-            else:
-                row.append(np.ascontiguousarray(array, dtype) if array.ndim else np.asarray(array, dtype))
+            row.append(_fitting(name, given, dtype, shape))
         return row, keep
+
+    def _require_known(self, arrays: Mapping[str, Array]) -> None:
+        unknown = [n for n in arrays if n not in self._program.inputs and n != "logits_to_keep"]
+        if unknown:
+            known = ", ".join(self._program.inputs)
+            raise InputError(f"unknown input(s) {', '.join(map(repr, unknown))}; this graph takes {known}")
 
     def _default(self, name: str, arrays: Mapping[str, Array], state: NativeState) -> Array:
         if name in self._defaults:
@@ -293,6 +316,21 @@ class NativeEngine:
                 positions = np.arange(state.length, state.length + ids.shape[1], dtype=np.int64)
                 return np.broadcast_to(positions, ids.shape)
         raise InputError(f"input {name!r} is missing; this graph takes {', '.join(self._program.inputs)}")
+
+
+def _fitting(name: str, given: Any, dtype: Any, shape: Sequence[Any]) -> Array:
+    """The array, contiguous and of the program's type.
+
+    Raises:
+        InputError: it is of another kind or rank.
+    """
+    array = np.asarray(given)
+    kinds = "iu" if dtype is np.int64 else "b" if dtype is np.bool_ else "f"
+    if array.dtype.kind not in kinds:
+        raise InputError(f"{name} has dtype {array.dtype}, expected {np.dtype(dtype)}")
+    if array.ndim != len(shape):
+        raise InputError(f"{name} has shape {list(array.shape)}, expected [{', '.join(map(str, shape))}]")
+    return np.ascontiguousarray(array, dtype) if array.ndim else np.asarray(array, dtype)
 
 
 def _extension() -> Any:
@@ -333,47 +371,6 @@ def _fingerprint(path: Path) -> str:
                 f.seek(place)
                 digest.update(f.read(256))
     return digest.hexdigest()
-
-
-def _spec(p: Program) -> dict[str, Any]:
-    """The program as plain data for C++."""
-    sizes: dict[Any, int] = {}
-
-    def size(s: Any) -> int:
-        return sizes.setdefault(s, len(sizes))
-
-    slots = [
-        (s.name, SLOT_TYPES.index(s.dtype), [size(d) for d in s.shape], s.view_of, s.constant) for s in p.slots
-    ]  # fmt: skip
-    ops = [
-        (
-            o.kind,
-            o.inputs,
-            o.outputs,
-            o.weights,
-            o.ints,
-            o.floats,
-            {k: [size(d) for d in v] for k, v in o.sizes.items()},
-        )
-        for o in p.ops
-    ]
-    weights = [(WEIGHT_TYPES.index(w.type), w.n, w.k) for w in p.weights]
-    batch, sequence = p.row_symbols
-    return {
-        "symbols": p.symbols,
-        "slots": slots,
-        "ops": ops,
-        "weights": weights,
-        "caches": [(c.kv_heads, c.head_dim, c.value_dim, c.plain) for c in p.caches],
-        "inputs": list(p.inputs.values()),
-        "outputs": list(p.outputs.values()),
-        "row_local": p.row_local,
-        "batch": p.symbols.index(batch) if batch else -1,
-        "sequence": p.symbols.index(sequence) if sequence else -1,
-        "kept": p.symbols.index("kept"),
-        "past": p.symbols.index(p.past_symbol) if p.past_symbol else -1,
-        "sizes": [postfix(s, p.symbols) for s in sizes],
-    }
 
 
 __all__ = ["Memory", "NativeEngine", "NativeState"]

@@ -1,4 +1,4 @@
-"""Weights from the mapped file into packed memory, without ever holding both whole."""
+"""What the C++ engine is given: the program as plain data, and the weights, without ever holding them twice."""
 
 from __future__ import annotations
 
@@ -10,9 +10,52 @@ import numpy as np
 from edgeformer.errors import EngineUnavailable
 from edgeformer.native.graph import Graph
 from edgeformer.native.passes.linear import Weight, load_rows
-from edgeformer.native.program import LANES, PackedWeight
+from edgeformer.native.program import LANES, PackedWeight, Program, postfix
 
+WEIGHT_TYPES = ("q4a", "q4", "q8", "q8x16", "f32")  # csrc/kernels/kernels.h: enum class WeightType
+SLOT_TYPES = ("f32", "i64", "bool", "quant")  # csrc/program.h: enum class DType
 PACK_ROWS = 8192  # rows packed from one read of the mapped file, so that peak memory stays near the packed size
+
+
+def spec(p: Program) -> dict[str, Any]:
+    """The program as plain data; csrc/bindings_program.cpp reads it."""
+    sizes: dict[Any, int] = {}
+
+    def size(s: Any) -> int:
+        return sizes.setdefault(s, len(sizes))
+
+    slots = [
+        (s.name, SLOT_TYPES.index(s.dtype), [size(d) for d in s.shape], s.view_of, s.constant) for s in p.slots
+    ]  # fmt: skip
+    ops = [
+        (
+            o.kind,
+            o.inputs,
+            o.outputs,
+            o.weights,
+            o.ints,
+            o.floats,
+            {k: [size(d) for d in v] for k, v in o.sizes.items()},
+        )
+        for o in p.ops
+    ]
+    weights = [(WEIGHT_TYPES.index(w.type), w.n, w.k) for w in p.weights]
+    batch, sequence = p.row_symbols
+    return {
+        "symbols": p.symbols,
+        "slots": slots,
+        "ops": ops,
+        "weights": weights,
+        "caches": [(c.kv_heads, c.head_dim, c.value_dim, c.plain) for c in p.caches],
+        "inputs": list(p.inputs.values()),
+        "outputs": list(p.outputs.values()),
+        "row_local": p.row_local,
+        "batch": p.symbols.index(batch) if batch else -1,
+        "sequence": p.symbols.index(sequence) if sequence else -1,
+        "kept": p.symbols.index("kept"),
+        "past": p.symbols.index(p.past_symbol) if p.past_symbol else -1,
+        "sizes": [postfix(s, p.symbols) for s in sizes],
+    }
 
 
 def pack(native: Any, number: int, weight: PackedWeight, g: Graph) -> None:

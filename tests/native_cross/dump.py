@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from edgeformer.native.engine import NativeEngine, _spec
+from edgeformer.native.engine import NativeEngine
 from edgeformer.native.lowering import lower_bundle
-from edgeformer.native.packing import pack
+from edgeformer.native.packing import pack, spec
 
 
 class Writer:
@@ -42,27 +42,27 @@ def dump(bundle: Path, out: Path, kv: str, prompt: np.ndarray, steps: int) -> li
     extension of this machine computes them with its best table."""
     engine = NativeEngine.from_bundle(bundle, threads=2, kv=kv)
     program, graph = lower_bundle(bundle / "model.onnx")
-    spec = _spec(program)
+    plain = spec(program)
     w = Writer()
     w.integers(kv == "float32")
-    w.integers(len(spec["symbols"]))
-    for name in spec["symbols"]:
+    w.integers(len(plain["symbols"]))
+    for name in plain["symbols"]:
         w.blob(name)
-    w.integers(len(spec["sizes"]))
-    for code in spec["sizes"]:
+    w.integers(len(plain["sizes"]))
+    for code in plain["sizes"]:
         w.list(code)
-    w.integers(len(spec["slots"]))
-    for name, dtype, shape, view_of, constant in spec["slots"]:
+    w.integers(len(plain["slots"]))
+    for name, dtype, shape, view_of, constant in plain["slots"]:
         w.blob(name)
         w.integers(dtype)
         w.list(shape)
         w.integers(view_of, constant is not None)
         w.blob(constant)
-    w.integers(len(spec["weights"]))
-    for weight in spec["weights"]:
+    w.integers(len(plain["weights"]))
+    for weight in plain["weights"]:
         w.list(weight)
-    w.integers(len(spec["ops"]))
-    for kind, inputs, outputs, weights, ints, floats, sizes in spec["ops"]:
+    w.integers(len(plain["ops"]))
+    for kind, inputs, outputs, weights, ints, floats, sizes in plain["ops"]:
         w.blob(kind)
         for slots in (inputs, outputs, weights):
             w.list(slots)
@@ -79,12 +79,12 @@ def dump(bundle: Path, out: Path, kv: str, prompt: np.ndarray, steps: int) -> li
         for name, values in sizes.items():
             w.blob(name)
             w.list(values)
-    w.integers(len(spec["caches"]))
-    for cache in spec["caches"]:
+    w.integers(len(plain["caches"]))
+    for cache in plain["caches"]:
         w.list(cache)
-    w.list(spec["inputs"])
-    w.list(spec["outputs"])
-    w.integers(*(spec[name] for name in ("row_local", "batch", "sequence", "kept", "past")))
+    w.list(plain["inputs"])
+    w.list(plain["outputs"])
+    w.integers(*(plain[name] for name in ("row_local", "batch", "sequence", "kept", "past")))
     for number, weight in enumerate(program.weights):
         pack(w, number, weight, graph)
     w.integers(len(w.packed))

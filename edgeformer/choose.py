@@ -1,0 +1,120 @@
+"""Choosing an engine for a bundle: in a fixed order, with a reason for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from edgeformer.bundle import Bundle
+from edgeformer.engine import Engine
+from edgeformer.errors import EngineUnavailable
+
+if TYPE_CHECKING:
+    from edgeformer.native.engine import NativeEngine
+
+EngineName = Literal["auto", "cuda", "native", "cpu"]
+ORDER = ("cuda", "native", "cpu")
+
+
+@dataclass(frozen=True)
+class NativeOptions:
+    """What only the native engine has."""
+
+    isa: str | None = None
+    kv: str = "int8"
+    context: int | None = None
+    memory_limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which engine runs, and for each one in the order tried, why or why not. `print` it."""
+
+    engine: str
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        width = max(map(len, self.reasons))
+        marks = {True: "*", False: " "}
+        lines = [f"{marks[name == self.engine]} {name:{width}}  {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+
+def choose(bundle: Bundle, engine: str, threads: int, native: NativeOptions) -> tuple[dict[str, Engine], Choice]:
+    """(an engine for each graph of the bundle, all of one kind; why that kind).
+
+    Raises:
+        EngineUnavailable: the engine asked for, or with "auto" every engine, cannot run here.
+    """
+    asked = "native" if engine == "auto" and native.isa is not None else engine
+    if asked != "auto":
+        made = create(asked, bundle, threads, native)
+        why = f"an isa ({native.isa}) was asked for" if engine == "auto" else "it was asked for by name"
+        return made, Choice(asked, {asked: _chosen(made, threads, why)})
+    reasons: dict[str, str] = {}
+    for position, name in enumerate(ORDER):
+        try:
+            made = create(name, bundle, threads, native)
+        except EngineUnavailable as error:
+            reasons[name] = str(error)
+            continue
+        reasons[name] = _chosen(made, threads, "the first that can run this bundle here")
+        for rest in ORDER[position + 1 :]:
+            reasons[rest] = f"not tried: {name} comes first"
+        return made, Choice(name, reasons)
+    lines = "".join(f"\n  - {name}: {reason}" for name, reason in reasons.items())
+    raise EngineUnavailable(f"No engine can run {bundle.path} here:{lines}")
+
+
+def create(name: str, bundle: Bundle, threads: int, native: NativeOptions) -> dict[str, Engine]:
+    """An engine called `name` for each graph of the bundle.
+
+    Raises:
+        EngineUnavailable: it cannot run one of them here; with several graphs the message names which.
+    """
+    graphs = list(bundle.manifest["graphs"])
+    if name == "native":
+        return {**_native(bundle, graphs, threads, native)}
+    from edgeformer.ort import OrtEngine, cuda_driver_problem
+
+    if name == "cuda":
+        problem = cuda_driver_problem()  # cheap, and most machines end here without importing onnxruntime
+        if problem:
+            raise EngineUnavailable(f"CUDA is not there: {problem}.")
+    return {graph: OrtEngine(bundle, "cuda" if name == "cuda" else "cpu", threads, graph=graph) for graph in graphs}
+
+
+def _native(bundle: Bundle, graphs: list[str], threads: int, options: NativeOptions) -> dict[str, NativeEngine]:
+    try:
+        from edgeformer.native.engine import NativeEngine
+    except ImportError as error:
+        raise EngineUnavailable(
+            f"the native extension is not built ({error}); install edgeformer where a C++ compiler is."
+        ) from error
+    made: dict[str, NativeEngine] = {}
+    left = options.memory_limit
+    for graph in graphs:
+        try:
+            made[graph] = NativeEngine.from_bundle(
+                bundle,
+                graph=graph,
+                threads=threads,
+                isa=options.isa,
+                kv=options.kv,
+                context=options.context,
+                memory_limit=left,
+            )
+        except EngineUnavailable as error:
+            if len(graphs) == 1:
+                raise
+            raise EngineUnavailable(f"its {graph} graph: {error}") from error
+        if left is not None:
+            left -= made[graph].memory().total
+    return made
+
+
+def _chosen(engines: Mapping[str, Engine], threads: int, why: str) -> str:
+    isa = getattr(next(iter(engines.values())), "isa", None)
+    what = f"{threads} thread{'s' if threads > 1 else ''}" + (f", {isa} kernels" if isa else "")
+    return f"chosen, {why} ({what})"
