@@ -86,8 +86,8 @@ std::shared_ptr<PyEngine> make_engine(const py::dict& program, int threads, cons
   return std::make_shared<PyEngine>(std::move(spec), kernels, threads, context, prefill_rows);
 }
 
-// q: uint8 (int4 nibbles), int8 or float32; all C-contiguous.
-void pack(PyEngine& self, int weight, const py::array& q, const py::object& scale, const py::object& minimum,
+// q: uint8 (int4 nibbles), int8 or float32; all C-contiguous. True where a scale or minimum had to be rounded.
+bool pack(PyEngine& self, int weight, const py::array& q, const py::object& scale, const py::object& minimum,
           int64_t rows, int64_t block, const py::array_t<int64_t, py::array::c_style>& dest) {
   const ProgramSpec& spec = self.engine.spec();
   if (weight < 0 || weight >= static_cast<int>(spec.weights.size())) raise("InputError", text("no weight ", weight));
@@ -117,21 +117,22 @@ void pack(PyEngine& self, int weight, const py::array& q, const py::object& scal
   for (int64_t i = 0; i < rows; ++i) {
     if (dest.data()[i] < 0 || dest.data()[i] >= round_up(w.n, kLanes)) raise("InputError", "dest row out of range");
   }
-  PackError error;
+  PackResult result;
   {
     py::gil_scoped_release release;
-    error = self.engine.pack(weight, s, dest.data());
+    result = self.engine.pack(weight, s, dest.data());
   }
-  switch (error) {
+  switch (result.error) {
     case PackError::none:
-      return;
-    case PackError::scale_not_fp16:
-      raise("EngineUnavailable", "a scale has no exact float16 value; the native engine does not round scales");
-    case PackError::min_not_fp16:
-      raise("EngineUnavailable", "a block minimum has no exact float16 value; the native engine does not round minima");
+      break;
+    case PackError::scale_beyond_fp16:
+      raise("EngineUnavailable", "a scale is no number or at least 65520, which float16 cannot hold");
+    case PackError::min_beyond_fp16:
+      raise("EngineUnavailable", "a block minimum is no number or at least 65520, which float16 cannot hold");
     case PackError::weight_below_minus_127:
       raise("EngineUnavailable", "an int8 weight is -128; the native engine expects -127 to 127");
   }
+  return result.rounded;
 }
 
 }  // namespace edgeformer

@@ -60,7 +60,7 @@ struct Packed {
   Packed& operator=(const Packed&) = delete;
 
   // Rows of a source; dest maps them to packed rows.
-  void pack(const py::array& q, const py::object& scale, const py::object& min, int64_t block, const py::object& dest) {
+  bool pack(const py::array& q, const py::object& scale, const py::object& min, int64_t block, const py::object& dest) {
     PackSource source = {};
     const auto floats = [](const py::object& o) { return o.is_none() ? Floats() : o.cast<Floats>(); };
     const Floats s = floats(scale), m = floats(min);
@@ -80,10 +80,11 @@ struct Packed {
     }
     for (int64_t r = 0; r < int64_t(rows.size()); r++)
       if (rows.data()[r] < 0 || rows.data()[r] >= n) throw std::invalid_argument("dest: row out of range");
-    const PackError error = pack_rows(type, source, 0, source.n, rows.size() ? rows.data() : nullptr, data);
-    if (error == PackError::scale_not_fp16) throw std::invalid_argument("a scale is not an fp16 value");
-    if (error == PackError::min_not_fp16) throw std::invalid_argument("a minimum is not an fp16 value");
+    const auto [error, rounded] = pack_rows(type, source, 0, source.n, rows.size() ? rows.data() : nullptr, data);
+    if (error == PackError::scale_beyond_fp16) throw std::invalid_argument("a scale is beyond fp16");
+    if (error == PackError::min_beyond_fp16) throw std::invalid_argument("a minimum is beyond fp16");
     if (error == PackError::weight_below_minus_127) throw std::invalid_argument("a weight is -128");
+    return rounded;
   }
   Floats row(int64_t r) const {
     if (r < 0 || r >= n) throw std::invalid_argument("row out of range");

@@ -74,7 +74,7 @@ size_t Engine::weight_bytes() const {
   return total;
 }
 
-PackError Engine::pack(int weight, const PackSource& source, const int64_t* dest) {
+PackResult Engine::pack(int weight, const PackSource& source, const int64_t* dest) {
   const WeightSpec& w = spec_.weights[weight];
   const size_t bytes = packed_bytes(w.type, w.n, w.k);
   if (!weights_[weight]) {
@@ -85,14 +85,16 @@ PackError Engine::pack(int weight, const PackSource& source, const int64_t* dest
   }
   constexpr int64_t kRows = 64;
   std::atomic<int> worst{0};
+  std::atomic<bool> rounded{false};
   auto begin = [&](int) -> int64_t { return (source.n + kRows - 1) / kRows; };
   auto work = [&](int, int64_t chunk, int) {
-    const PackError e =
+    const PackResult r =
         pack_rows(w.type, source, chunk * kRows, std::min(source.n, (chunk + 1) * kRows), dest, weights_[weight].get());
-    if (e != PackError::none) worst = static_cast<int>(e);
+    if (r.error != PackError::none) worst = static_cast<int>(r.error);
+    if (r.rounded) rounded = true;
   };
   pool_.run(1, begin, work);
-  return static_cast<PackError>(worst.load());
+  return {static_cast<PackError>(worst.load()), rounded};
 }
 
 void Engine::set_shapes(Run& run, const std::vector<int64_t>& symbols) const {

@@ -49,8 +49,8 @@ class Engine {
   // Working memory for these symbols (one state).
   size_t scratch_bytes(const std::vector<int64_t>& symbols, int64_t rows, int64_t past);
 
-  // Packs rows of a source into weight `weight`, by all threads.
-  PackError pack(int weight, const PackSource& source, const int64_t* dest);
+  // Packs rows of a source into weight `weight`, by all threads. `rounded` where some scale had no exact fp16 value.
+  PackResult pack(int weight, const PackSource& source, const int64_t* dest);
 
   // Nanoseconds spent in each operation since the last call, and the number of runs; counting is on from `on` = true
   // on.

@@ -160,13 +160,13 @@ def test_rows_of_several_sources_can_be_interleaved(kind: str) -> None:
 
 def test_packing_refuses_what_it_cannot_hold() -> None:
     weights = Weights("q4a", 3, 40)
-    weights.scale[1, 1] = 0.1  # not an fp16 value
-    with pytest.raises(ValueError, match="scale is not an fp16"):
+    weights.scale[1, 1] = np.nan
+    with pytest.raises(ValueError, match="scale is beyond fp16"):
         weights.packed(testing)
     weights = Weights("q4a", 3, 40)
     assert weights.min is not None
-    weights.min[2, 0] = 70000.0
-    with pytest.raises(ValueError, match="minimum is not an fp16"):
+    weights.min[2, 0] = 65520.0  # the first that rounds to infinity
+    with pytest.raises(ValueError, match="minimum is beyond fp16"):
         weights.packed(testing)
     weights = Weights("q8", 3, 40)
     weights.q[2, 39] = -128
@@ -174,12 +174,23 @@ def test_packing_refuses_what_it_cannot_hold() -> None:
         weights.packed(testing)
 
 
+def test_other_scales_are_rounded_to_the_nearest_fp16_and_reported() -> None:
+    rng = np.random.default_rng(0)
+    ties = (np.arange(1, 2049, dtype=np.float32) + np.float32(0.5)) * np.float32(2**-24)  # between two subnormals
+    spread = np.exp(rng.uniform(np.log(1e-9), np.log(65519), 4094)).astype(np.float32)
+    scale = np.concatenate([ties, spread, [np.float32(65519.99), np.float32(2**-26)]]).reshape(-1, 1).astype(np.float32)
+    packed = testing.Packed("q8", scale.size, 32)
+    assert packed.pack(np.ones((scale.size, 32), np.int8), scale)
+    raw = np.frombuffer(packed.raw(), np.uint8).reshape(-1, 544)[:, :32].copy().view(np.float16).ravel()
+    assert_same_bits(raw[: scale.size], scale[:, 0].astype(np.float16))  # numpy rounds to nearest even
+
+
 def test_every_fp16_scale_survives_packing() -> None:
     half = np.arange(65536, dtype=np.uint16).view(np.float16)
     half = half[np.isfinite(half)]
     scale = half.astype(np.float32).reshape(-1, 1)
     packed = testing.Packed("q8", scale.size, 32)
-    packed.pack(np.ones((scale.size, 32), np.int8), scale)
+    assert not packed.pack(np.ones((scale.size, 32), np.int8), scale)
     raw = np.frombuffer(packed.raw(), np.uint8).reshape(-1, 544)[:, :32].copy().view(np.float16).ravel()
     assert_same_bits(raw[: half.size], half)
     x = np.zeros((1, 32), np.float32)

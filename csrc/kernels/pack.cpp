@@ -93,8 +93,18 @@ size_t panel_bytes(WeightType type, int64_t k) {
 
 size_t packed_bytes(WeightType type, int64_t n, int64_t k) { return size_t(panels_of(n)) * panel_bytes(type, k); }
 
-PackError pack_rows(WeightType type, const PackSource& s, int64_t row_begin, int64_t row_end, const int64_t* dest,
-                    void* packed) {
+PackResult pack_rows(WeightType type, const PackSource& s, int64_t row_begin, int64_t row_end, const int64_t* dest,
+                     void* packed) {
+  PackResult result;
+  const auto fits = [&result](float x, uint16_t* h) {
+    const Half half = to_fp16(x, h);
+    result.rounded |= half == Half::rounded;
+    return half != Half::beyond;
+  };
+  const auto failed = [&result](PackError error) {
+    result.error = error;
+    return result;
+  };
   const Shape shape = shape_of(type);
   const int64_t blocks = blocks_of(s.k), scales = type == WeightType::f32 ? 0 : (s.k + s.block - 1) / s.block;
   for (int64_t r = row_begin; r < row_end; r++) {
@@ -112,12 +122,12 @@ PackError pack_rows(WeightType type, const PackSource& s, int64_t row_begin, int
       const float* scale = s.scale + r * scales;
       uint16_t h[2] = {0, 0};
       if (type == WeightType::q8x16) {
-        if (!to_fp16(scale[2 * g], &h[0])) return PackError::scale_not_fp16;
-        if (columns > 16 && !to_fp16(scale[2 * g + 1], &h[1])) return PackError::scale_not_fp16;
+        if (!fits(scale[2 * g], &h[0])) return failed(PackError::scale_beyond_fp16);
+        if (columns > 16 && !fits(scale[2 * g + 1], &h[1])) return failed(PackError::scale_beyond_fp16);
       } else {
-        if (!to_fp16(scale[g * kBlock / s.block], &h[0])) return PackError::scale_not_fp16;
-        if (type == WeightType::q4a && !to_fp16(s.min[r * scales + g * kBlock / s.block], &h[1]))
-          return PackError::min_not_fp16;
+        if (!fits(scale[g * kBlock / s.block], &h[0])) return failed(PackError::scale_beyond_fp16);
+        if (type == WeightType::q4a && !fits(s.min[r * scales + g * kBlock / s.block], &h[1]))
+          return failed(PackError::min_beyond_fp16);
       }
       memcpy(block + 2 * lane, &h[0], 2);
       if (shape.head == 64) memcpy(block + 32 + 2 * lane, &h[1], 2);
@@ -126,10 +136,10 @@ PackError pack_rows(WeightType type, const PackSource& s, int64_t row_begin, int
       if (shape.weights == 256)
         pack_nibbles(static_cast<const uint8_t*>(s.q), index, columns, to);
       else if (!pack_bytes(static_cast<const int8_t*>(s.q) + index, columns, to))
-        return PackError::weight_below_minus_127;
+        return failed(PackError::weight_below_minus_127);
     }
   }
-  return PackError::none;
+  return result;
 }
 
 void unpack_row(WeightType type, const void* packed, int64_t k, int64_t row, float* y) {
@@ -172,20 +182,23 @@ float from_fp16(uint16_t h) {
   return value;
 }
 
-bool to_fp16(float x, uint16_t* h) {
+Half to_fp16(float x, uint16_t* h) {
   uint32_t u;
   memcpy(&u, &x, 4);
   const uint16_t sign = uint16_t(u >> 16 & 0x8000);
   const uint32_t magnitude = u & 0x7fffffffu;
   if (magnitude >= 0x38800000u) {  // 2^-14: normal in fp16
-    *h = uint16_t(sign | ((magnitude - 0x38000000u) >> 13));
-    return magnitude < 0x47800000u && !(magnitude & 0x1fff);
+    const uint32_t nearest = magnitude + 0xfff + (magnitude >> 13 & 1);
+    if (nearest >= 0x47800000u) return Half::beyond;
+    *h = uint16_t(sign | (nearest - 0x38000000u) >> 13);
+    return magnitude & 0x1fff ? Half::rounded : Half::exact;
   }
   float value;
   memcpy(&value, &magnitude, 4);
-  const float units = value * 0x1p24f;  // exact
-  *h = uint16_t(sign | uint16_t(units));
-  return units == float(uint16_t(units));
+  const float units = value * 0x1p24f;                // exact
+  const float nearest = (units + 0x1p23f) - 0x1p23f;  // to even
+  *h = uint16_t(sign | uint16_t(nearest));
+  return units == nearest ? Half::exact : Half::rounded;
 }
 
 namespace {

@@ -19,26 +19,33 @@ struct PackSource {
   //          signed, -8..7 (q4a: the stored value is q - 8).
   // q8, q8x16: int8 [n, k].  f32: float [n, k].
   const void* q;
-  const float* scale;  // [n, ceil(k / block)], every value exactly an fp16 value
-  const float* min;    // q4a only: [n, ceil(k / block)], the minimum m of w = s * q + m with q in 0..15, fp16 values
+  const float* scale;  // [n, ceil(k / block)]; packed as fp16, to nearest even
+  const float* min;    // q4a only: [n, ceil(k / block)], the minimum m of w = s * q + m with q in 0..15; as the scales
   int64_t n, k;
   int64_t block;  // 32, 64, 128, ...: a multiple of 32; q8x16: 16
 };
 
-enum class PackError { none, scale_not_fp16, min_not_fp16, weight_below_minus_127 };
+// The first two: not finite, or 65520 and more, which fp16 cannot hold.
+enum class PackError { none, scale_beyond_fp16, min_beyond_fp16, weight_below_minus_127 };
+
+struct PackResult {
+  PackError error = PackError::none;
+  bool rounded = false;  // some scale or minimum had no exact fp16 value
+};
 
 // Packs the source rows [row_begin, row_end). Source row r becomes packed row dest[r] (dest null: r itself), so that
 // several sources can share one packed matrix, interleaved in any way; two calls may run at once if no two of their
 // packed rows are equal. The packed memory must be zero before: rows never written give y = 0.
-PackError pack_rows(WeightType type, const PackSource& source, int64_t row_begin, int64_t row_end, const int64_t* dest,
-                    void* packed);
+PackResult pack_rows(WeightType type, const PackSource& source, int64_t row_begin, int64_t row_end, const int64_t* dest,
+                     void* packed);
 
 // One packed row as floats, y[k]: an embedding row out of a tied head. The value is float(q) * s; q4a: fma(q, s, m).
 void unpack_row(WeightType type, const void* packed, int64_t k, int64_t row, float* y);
 
-// fp16 <-> float; to_fp16 returns false where x has no exact fp16 value (NaN, infinity and overflow included).
+// fp16 <-> float. to_fp16 rounds to nearest even.
+enum class Half { exact, rounded, beyond };  // beyond: NaN, infinity, overflow
 float from_fp16(uint16_t h);
-bool to_fp16(float x, uint16_t* h);
+Half to_fp16(float x, uint16_t* h);
 
 // Zeroed memory for packed weights, 2 MiB aligned when large, with huge pages asked for; null if there is none.
 void* weights_alloc(size_t bytes);

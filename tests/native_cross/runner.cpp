@@ -68,7 +68,7 @@ void linears(const Kernels& kernels) {
       source.scale = scale.data(), source.min = min.data(), source.n = n, source.k = k, source.block = block;
       const size_t size = packed_bytes(WeightType(type), n, k);
       void* packed = weights_alloc(size);
-      if (pack_rows(WeightType(type), source, 0, n, nullptr, packed) != PackError::none)
+      if (pack_rows(WeightType(type), source, 0, n, nullptr, packed).error != PackError::none)
         throw std::runtime_error("pack_rows failed");
       for (const int64_t m : rows) {
         const std::string name =
