@@ -14,6 +14,7 @@ from graphs import ops, parse, run  # noqa: E402
 from edgeformer.export.passes.cache import join_cache  # noqa: E402
 from edgeformer.export.passes.causal import name_causality  # noqa: E402
 from edgeformer.export.passes.einsum import plain_products  # noqa: E402
+from edgeformer.export.passes.masked import masked_assignments  # noqa: E402
 from edgeformer.export.passes.masks import drop_true, spread_rows  # noqa: E402
 from edgeformer.export.passes.names import merge_tied  # noqa: E402
 from edgeformer.export.passes.slices import own_slices  # noqa: E402
@@ -231,3 +232,86 @@ def test_tied_parameters_become_one_initializer():
     )
     merge_tied(other, {"embed": table, "head": table.clone()})
     assert len(other.graph.initializers) == 2, "equal is not tied"
+
+
+GATHERED = """
+    found = NonZero({mask})
+    places = Transpose<perm=[1, 0]>(found)
+    rows = GatherND(x, places)
+"""
+SPREAD = """
+    wide = Unsqueeze(mask, axis)
+    like = Shape(base)
+    spread = Expand(wide, like)
+    all = NonZero(spread)
+    elements = Transpose<perm=[1, 0]>(all)
+    flat = Reshape(made, minus)
+    y = ScatterND(base, elements, flat)
+"""
+CONSTANTS = {"axis": np.array([1]), "minus": np.array([-1])}
+
+
+def masked(body, outputs="float[s,4] y", inputs="float[s,4] x, float[s,4] base, bool[s] mask", **weights):
+    return parse(f"({inputs}) => ({outputs}) {{ {body} }}", **CONSTANTS, **weights)
+
+
+MASKS = (np.array([True, False, True]), np.zeros(3, bool), np.ones(3, bool))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        "h = MatMul(rows, w) g = Gelu(h) made = Add(g, b)",
+        "h = Mul(rows, rows) made = LayerNormalization<axis=-1>(h, b)",
+        "made = Neg(rows)",
+    ],
+)
+def test_a_function_of_the_selected_rows_becomes_a_where_of_all(function):
+    body = GATHERED.format(mask="mask") + function + SPREAD
+    for mask in MASKS:
+        model = masked(body, w=floats(4, 4), b=floats(4))
+        feeds = {"x": floats(3, 4), "base": floats(3, 4), "mask": mask}
+        before = run(model, **feeds)[0]
+        masked_assignments(model)
+        assert not {"NonZero", "GatherND", "ScatterND", "Expand"} & set(ops(model))
+        assert ops(model).count("Where") == 1
+        np.testing.assert_allclose(run(model, **feeds)[0], before, rtol=1e-6, atol=1e-6)
+
+
+def test_a_number_for_the_selected_elements_becomes_a_where():
+    model = parse(
+        """(int64[b,s] ids, bool[b,s] mask) => (int64[b,s] y) {
+            found = NonZero(mask)
+            places = Transpose<perm=[1, 0]>(found)
+            flat = Reshape(mask, minus)
+            ones = Cast<to=7>(flat)
+            count = ReduceSum(ones)
+            numbers = Expand(zero, count)
+            y = ScatterND(ids, places, numbers)
+        }""",
+        minus=np.array([-1]),
+        zero=np.array(0),
+    )
+    feeds = {"ids": np.arange(6).reshape(2, 3) + 5, "mask": np.array([[True, False, True], [False, False, True]])}
+    before = run(model, **feeds)[0]
+    masked_assignments(model)
+    assert ops(model) == ["Where"]
+    np.testing.assert_array_equal(run(model, **feeds)[0], before)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        GATHERED.format(mask="mask") + "made = Softmax<axis=0>(rows)" + SPREAD,  # mixes the selected rows
+        GATHERED.format(mask="mask") + "made = LayerNormalization<axis=0>(rows, b)" + SPREAD,
+        GATHERED.format(mask="mask") + "m = Transpose(rows) n = MatMul(w, m) made = Transpose(n)" + SPREAD,
+        "other = Not(mask)" + GATHERED.format(mask="other") + "made = Neg(rows)" + SPREAD,  # other rows
+        "first = Slice(x, zero, one) made = Neg(first)" + SPREAD,  # not selected by the mask at all
+    ],
+)
+def test_what_mixes_selected_rows_or_takes_other_ones_stays(body):
+    constants = {"zero": np.array([0]), "one": np.array([1])}
+    model = masked(body, w=floats(4, 4), b=floats(4), **constants)
+    before = ops(model)
+    masked_assignments(model)
+    assert ops(model) == before

@@ -24,6 +24,7 @@ from edgeformer.export.passes.finish import finish
 from edgeformer.export.passes.float16 import to_float16
 from edgeformer.export.passes.linear import canonical_linears
 from edgeformer.export.passes.logits import keep_logits
+from edgeformer.export.passes.masked import masked_assignments
 from edgeformer.export.passes.masks import drop_true, spread_rows
 from edgeformer.export.passes.names import merge_tied, restore_names
 from edgeformer.export.passes.past import count_past
@@ -145,6 +146,7 @@ def float_graph(source: Source) -> Traced:
     merge_tied(model, source.module.state_dict())
     own_slices(model)
     drop_true(model)
+    masked_assignments(model)
     drop_reshapes(model)
     transposed = canonical_linears(model)
     full_angles(model)
