@@ -117,4 +117,6 @@ def _native(bundle: Bundle, graphs: list[str], threads: int, options: NativeOpti
 def _chosen(engines: Mapping[str, Engine], threads: int, why: str) -> str:
     isa = getattr(next(iter(engines.values())), "isa", None)
     what = f"{threads} thread{'s' if threads > 1 else ''}" + (f", {isa} kernels" if isa else "")
-    return f"chosen, {why} ({what})"
+    rounded = sum(getattr(engine, "rounded", 0) for engine in engines.values())
+    note = f"; {rounded} weights have scales of more bits than float16, rounded by at most 0.025 %" if rounded else ""
+    return f"chosen, {why} ({what}){note}"

@@ -126,6 +126,7 @@ class NativeEngine:
         slots = program.slots
         self._inputs = [(name, NUMPY[slots[i].dtype], slots[i].shape) for name, i in program.inputs.items()]
         self._outputs = list(program.outputs)
+        self.rounded = 0  # weights with scales that float16 does not hold exactly, packed as the nearest
 
     name = "native"
 
@@ -171,8 +172,7 @@ class NativeEngine:
                     "load with a smaller context, or export with fewer bits"
                 )
         native.trim_memory()
-        for number, weight in enumerate(program.weights):
-            pack(built, number, weight, g)
+        engine.rounded = sum(pack(built, number, weight, g) for number, weight in enumerate(program.weights))
         for slot in program.slots:
             slot.constant = None
         return engine

@@ -58,8 +58,13 @@ def spec(p: Program) -> dict[str, Any]:
     }
 
 
-def pack(native: Any, number: int, weight: PackedWeight, g: Graph) -> None:
-    """Read the weight from the mapped file and pack it, some thousand rows at a time."""
+def pack(native: Any, number: int, weight: PackedWeight, g: Graph) -> bool:
+    """Read the weight from the mapped file and pack it, some thousand rows at a time.
+
+    True where a scale or a minimum had no exact float16 value and was rounded: to nearest even, so it is off by at most
+    2**-12 of itself, or 2**-25 where it is below 2**-14.
+    """
+    rounded = False
     for part, role in weight.parts:
         packed_row = 0
         for start, stop in part.ranges():
@@ -70,11 +75,12 @@ def pack(native: Any, number: int, weight: PackedWeight, g: Graph) -> None:
                     rows = rows // LANES * (2 * LANES) + rows % LANES + (LANES if role == "up" else 0)
                 q, scale, minimum = load_rows(g, part, at, end)
                 try:
-                    native.pack(number, q, scale, minimum, end - at, part.block, rows)
+                    rounded |= native.pack(number, q, scale, minimum, end - at, part.block, rows)
                 except EngineUnavailable as e:
                     raise EngineUnavailable(f"weight {part.q}: {e}") from e
                 packed_row += end - at
         _release(g, part)
+    return rounded
 
 
 def _release(g: Graph, weight: Weight) -> None:
