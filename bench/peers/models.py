@@ -182,10 +182,15 @@ def _openvino_bytes(path: Path) -> int:
     return total
 
 
+def file_bytes(path: Path) -> int:
+    """Size on disk."""
+    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
+    return sum(f.stat().st_size for f in files)
+
+
 def describe(path: Path) -> dict[str, int]:
     """Size on disk, and bytes a token reads."""
-    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
-    return {"file_bytes": sum(f.stat().st_size for f in files), "token_bytes": bytes_a_token(path)}
+    return {"file_bytes": file_bytes(path), "token_bytes": bytes_a_token(path)}
 
 
 def fingerprint(path: Path) -> str:

@@ -47,6 +47,11 @@ def collect(rounds: list[Round], chosen: list[Contestant], threads: list[int]) -
             found.setdefault(contestant.key, {})[str(count)] = {
                 name: {"median": median(got), "values": got} for name, got in numbers.items() if got
             }
+            cosines = [
+                t["least_cosine"] for turn in turns for t in turn.result["tests"].values() if "least_cosine" in t
+            ]
+            if cosines:  # an encoder's; they depend on neither threads nor rounds but for the order of sums
+                found[contestant.key]["cosine"] = min(cosines)
             found[contestant.key]["versions"] = turns[0].result["versions"]
             found[contestant.key]["tokens"] = turns[0].result["tests"]["decode"]["tokens"] if "decode" in names else []
     return found
@@ -284,7 +289,7 @@ def curve(saved: dict[str, Any], study: Study) -> str:
 def _tests(found: dict[str, Any]) -> list[str]:
     """The names of a contestant's tests, without what is of the whole process."""
     whole = (*PROCESS, "short_mib", "long_mib")
-    return [name for tests in found.values() if isinstance(tests, dict) for name in tests if name not in whole]
+    return [name for key, tests in found.items() if key.isdigit() for name in tests if name not in whole]
 
 
 def write(saved: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ BUSY = (0, 1, 2, 5, 6, 7)  # user, nice, system, irq, softirq, steal in the firs
 
 
 class Runner(Protocol):
-    """A loaded model of one peer."""
+    """A loaded model of one peer. Those of encoders have `encode(feeds)`, [texts, tokens, size], and nothing else."""
 
     def generate(self, prompts: Sequence[Sequence[int]], new: int) -> tuple[list[float], list[int]]:
         """Greedy decoding of all prompts together from an empty cache, end tokens ignored.
@@ -90,9 +90,13 @@ def measure(runner: Any, job: dict[str, Any]) -> dict[str, Any]:
 
     A test is {name, kind, prompts: [[ids]], new}: kind "first" (seconds to the first token), "prefill" (prompt tokens a
     second, the first new token included) or "decode" (new tokens a second over all prompts, without the first step).
+    An encoder's tests are of kind "encode": see there.
     """
     found: dict[str, Any] = {}
     for test in job["tests"]:
+        if test["kind"] == "encode":
+            found[test["name"]] = encode(runner, test)
+            continue
         prompts, new = test["prompts"], test["new"]
         others, began = Others(), time.perf_counter()
         try:
@@ -109,6 +113,36 @@ def measure(runner: Any, job: dict[str, Any]) -> dict[str, Any]:
         found[test["name"]] = {"value": value, "seconds": seconds, "others": cores, "tokens": tokens[:16]}
         found[test["name"]]["rss_mib"] = status_mib("VmHWM")
     return found
+
+
+def encode(runner: Any, test: dict[str, Any]) -> dict[str, Any]:
+    """Texts a second of an encoder, {value, seconds, others, calls, cosine, least_cosine}: the median call counts.
+
+    A test is {name, kind: "encode", ids: [[ids] of one length], seconds, reference}. The first call is not timed; then
+    calls follow each other for `seconds`, at least three. `reference` is a .npy file of the float model's vectors
+    [texts, size], of length 1; the cosines are to them, the mean's and the worst text's.
+    """
+    import numpy as np
+
+    ids = np.array(test["ids"], np.int64)
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    vectors = np.asarray(runner.encode(feeds)).astype(np.float64).mean(1)  # (texts, tokens, size); nothing is padded
+    cosines = (vectors * np.load(test["reference"])).sum(-1) / np.linalg.norm(vectors, axis=-1)
+    others, times = Others(), []
+    while len(times) < 3 or sum(times) < test["seconds"]:
+        began = time.perf_counter()
+        runner.encode(feeds)
+        times.append(time.perf_counter() - began)
+    seconds = sum(times)
+    return {
+        "value": len(ids) / float(np.median(times)),
+        "seconds": seconds,
+        "others": others.cores() if seconds > 0.5 else None,
+        "calls": len(times),
+        "cosine": float(cosines.mean()),
+        "least_cosine": float(cosines.min()),
+        "rss_mib": status_mib("VmHWM"),
+    }
 
 
 def quality(runner: Any, job: dict[str, Any]) -> dict[str, Any]:

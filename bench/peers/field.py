@@ -1,0 +1,136 @@
+"""The loop of every comparison: environments and files of those who take part, then rounds until enough were quiet."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.peers import models, pages
+from bench.peers.contestants import Contestant
+from bench.peers.environments import SetupFailed
+from bench.peers.rounds import LIMIT, TRIES, Round, TurnFailed, quiet, say, settle, take_turn, worker
+
+PATIENCE = 600.0  # seconds to wait for a quiet moment before a turn
+
+
+def read_speed(threads: int) -> dict[str, float]:
+    """GB/s of a plain read of 256 MiB, more than the caches of one socket's share hold; the best of five."""
+    from bench.peers.runners.measure import Others
+    from edgeformer import _native  # type: ignore[attr-defined]
+
+    others = Others()
+    size = 1 << 28
+    best = max(size / _native.testing.memory_read(threads, size) / 1e9 for _ in range(5))
+    return {"gb_s": best, "others": others.cores()}
+
+
+def warm(path: Path) -> None:
+    """Reads a model's files once, so that loads come from the page cache for everybody."""
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                while opened.read(1 << 24):
+                    pass
+
+
+def set_up(chosen: list[Contestant]) -> tuple[dict[str, Path], dict[str, str]]:
+    """Makes environments and files; (files by contestant, why by contestant that cannot take part)."""
+    files, absent = {}, {}
+    for contestant in chosen:
+        try:
+            for environment in (contestant.environment, *contestant.needs):
+                environment.make(models.LOGS / f"pip-{environment.name}.log")
+            files[contestant.key] = contestant.file()
+        except SetupFailed as error:
+            absent[contestant.key] = str(error)
+            say(f"{contestant.key}: {error}")
+    return files, absent
+
+
+def take_rounds(
+    chosen: list[Contestant],
+    files: dict[str, Path],
+    absent: dict[str, str],
+    threads: list[int],
+    job: Callable[[int], dict[str, Any]],
+    work: Path,
+    *,
+    wanted: int,
+    attempts: int,
+    keep: bool,
+    busy: int = 0,
+) -> dict[str, Any]:
+    """Rounds until `wanted` were quiet (with `keep`, disturbed ones count too) or `attempts` were made: what is saved.
+
+    `job(number)` is what every worker of round `number` is told beside its own file and options. `absent` gains those
+    who fail on the way. Files are described by whoever knows their format.
+    """
+    rounds: list[Round] = []
+    while len(rounds) < attempts and len(rounds if keep else quiet(rounds)) < wanted:
+        rounds.append(take_round(chosen, files, absent, threads, job(len(rounds)), work, keep, busy))
+        for line in rounds[-1].disturbed:
+            say(f"round {len(rounds)}: {line} (the limit is {LIMIT})")
+    used = rounds if keep else quiet(rounds)
+    return {
+        "threads": threads,
+        "rounds": {"taken": len(rounds), "used": len(used), "disturbed": [one.disturbed for one in rounds]},
+        "undisturbed": not any(one.disturbed for one in used) and bool(used),
+        "limit_cores_of_others": LIMIT,
+        "contestants": {c.key: facts(c) for c in chosen},
+        "absent": absent,
+        "memory": {str(n): [one.memory[n] for one in used] for n in threads},
+        "measured": pages.collect(used, chosen, threads),
+    }
+
+
+def take_round(
+    chosen: list[Contestant],
+    files: dict[str, Path],
+    absent: dict[str, str],
+    threads: list[int],
+    what: dict[str, Any],
+    work: Path,
+    keep: bool,
+    busy: int = 0,
+) -> Round:
+    """One turn of everybody at every number of threads, beside `busy` processes that only burn time.
+
+    Whoever fails is absent from then on, with the reason.
+    """
+    one = Round(memory={count: read_speed(count) for count in threads})
+    for count in threads:
+        for contestant in chosen:
+            if contestant.key in absent:
+                continue
+            file = files[contestant.key]
+            warm(file)
+            job = {"file": str(file), "threads": count, "options": contestant.options, **what}
+            measure = functools.partial(worker, contestant, job, work)
+            try:
+                if keep:
+                    turn = take_turn(measure, contestant.key, count, 1, busy)
+                else:
+                    turn = take_turn(measure, contestant.key, count, TRIES, busy, lambda: settle(PATIENCE))
+            except TurnFailed as error:
+                absent[contestant.key] = str(error)
+                say(f"{contestant.key}: {error}")
+                continue
+            one.turns.append(turn)
+            shown = {name: round(test["value"], 3) for name, test in turn.result["tests"].items() if "value" in test}
+            say(f"{contestant.key}, {count} threads: {shown} (others {turn.others:.2f} cores)")
+            if turn.disturbed and not keep:
+                return one  # it will be rejected: the rest of it is not worth the time
+    return one
+
+
+def facts(contestant: Contestant) -> dict[str, Any]:
+    """What a contestant is: its project, file and settings."""
+    return {
+        "project": contestant.project,
+        "name": contestant.name,
+        "settings": contestant.settings,
+        "packages": list(contestant.environment.packages),
+        "build": contestant.environment.variables.get("CMAKE_ARGS", ""),
+    }
