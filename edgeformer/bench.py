@@ -127,14 +127,9 @@ def bench(
             raise InputError(f"{name} is {list(values)}, expected whole numbers of at least {least}.")
     if type(repetitions) is not int or repetitions < 1:
         raise InputError(f"repetitions is {repetitions!r}, expected a whole number of at least 1.")
-    tests = [
-        (kind, count, depth)
-        for depth in depths
-        for kind, counts in (("pp", prompts), ("tg", generated))
-        for count in counts
-    ]
-    if not tests or not threads:
-        raise InputError("There is nothing to measure: give at least one prompt or generation length.")
+    tests = _tests(prompts, generated, depths)
+    if not threads:
+        raise InputError("There is nothing to measure: give at least one number of threads.")
     rows: list[Row] = []
     total, done = len(tests) * len(threads) * (repetitions + 1), 0
     for count in threads:
@@ -145,7 +140,7 @@ def bench(
             raise InputError(f"{path} is a {model.bundle.task} model; bench measures language models.")
         _check_fit(model, tests)
         for kind, tokens, depth in tests:
-            name = f"{kind}{tokens}" + (f" @ d{depth}" if depth else "")
+            name = _name(kind, tokens, depth)
             base = _filled(model, depth)
             rates = []
             for repetition in range(repetitions + 1):  # the first only warms up
@@ -159,19 +154,52 @@ def bench(
     return Benchmark(_bundle_facts(model), _machine_facts(model), seconds, peak_memory(), tuple(rows))
 
 
-def profile(model: Model, tokens: int = 32, depth: int = 128) -> str:
-    """A table of the time by operation over `tokens` decode steps.
+def profile(
+    model: Model, prompts: Sequence[int] = (512,), generated: Sequence[int] = (128,), depths: Sequence[int] = (0,)
+) -> str:
+    """A table of the time by operation for each test, and above it what memory gives on this machine.
+
+    The limit is a plain read of 256 MiB by as many threads; weights that fit in the last cache may pass it.
 
     Raises:
         EngineUnavailable: the engine has no profile.
+        InputError: a test does not fit the model's context.
     """
     engine: Any = model.engine
     if not hasattr(engine, "profile"):
         raise EngineUnavailable(f"The {model.engine.name} engine has no profile; use --engine native.")
-    state = _filled(model, depth)
-    with engine.profile() as report:
-        _measure(model, state, "tg", tokens)
-    return str(report)
+    from edgeformer._native import testing
+
+    tests = _tests(prompts, generated, depths)
+    _check_fit(model, tests)
+    size = 1 << 28
+    limit = max(size / testing.memory_read(engine.threads, size) / 1e9 for _ in range(3))
+    threads = f"{engine.threads} thread{'s' if engine.threads > 1 else ''}"
+    parts = [f"{threads}, {engine.isa} kernels; a plain read of memory: {limit:.1f} GB/s"]
+    for kind, tokens, depth in tests:
+        base = _filled(model, depth)
+        _measure(model, base.fork(), kind, tokens)  # warms up
+        with engine.profile() as report:
+            rate = _measure(model, base.fork(), kind, tokens)
+        rows = tokens // report.runs  # of one pass
+        batch, sequence = engine.program.row_symbols
+        sizes = dict.fromkeys(engine.program.symbols, 1) | {batch: 1, sequence: rows, engine.program.past_symbol: depth}
+        title = f"{_name(kind, tokens, depth)}: {rate:.1f} tokens/s, {report.runs} passes of {rows} tokens"
+        parts += ["", title, report.table(sizes, limit)]
+    return "\n".join(parts)
+
+
+def _tests(prompts: Sequence[int], generated: Sequence[int], depths: Sequence[int]) -> list[tuple[str, int, int]]:
+    """(kind, tokens, depth) of every test."""
+    kinds = (("pp", prompts), ("tg", generated))
+    tests = [(kind, count, depth) for depth in depths for kind, counts in kinds for count in counts]
+    if not tests:
+        raise InputError("There is nothing to measure: give at least one prompt or generation length.")
+    return tests
+
+
+def _name(kind: str, tokens: int, depth: int) -> str:
+    return f"{kind}{tokens}" + (f" @ d{depth}" if depth else "")
 
 
 def _cells(row: Row) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from edgeformer import bench as module
 from edgeformer.bench import Row, bench
 from edgeformer.errors import EngineUnavailable, InputError
 from edgeformer.model import load
+from edgeformer.native.profile import Profile
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +114,31 @@ def test_an_engine_without_a_profile_says_so(q8):
 
 def test_the_native_engines_profile_is_printed(q8):
     pytest.importorskip("edgeformer._native")
-    table = module.profile(load(q8, "native", threads=1), tokens=3, depth=4)
-    assert "linear" in table
-    assert table.splitlines()[-1].startswith("total")
+    model = load(q8, "native", threads=1)
+    text = module.profile(model, prompts=[6], generated=[3], depths=[4])
+    head, prompt, generated = text.split("\n\n")
+    assert re.match(rf"1 thread, {model.engine.isa} kernels; a plain read of memory: \d+\.\d GB/s", head)
+    assert re.match(r"pp6 @ d4: \S+ tokens/s, 1 passes of 6 tokens\n", prompt)
+    assert re.match(r"tg3 @ d4: \S+ tokens/s, 3 passes of 1 tokens\n", generated)
+    for table in (prompt, generated):
+        assert table.splitlines()[1].split() == ["operation", "count", "us/pass", "share", "GB/s", "limit", "GMAC/s"]
+        assert any(line.startswith("linear q8") and "%" in line for line in table.splitlines())
+        assert table.splitlines()[-1].startswith("total")
+
+
+def test_a_profile_counts_bytes_and_multiply_adds(q8):
+    pytest.importorskip("edgeformer._native")
+    engine = load(q8, "native", threads=1).engine
+    report = Profile(engine.program, [1000] * len(engine.program.ops), runs=2)
+    linears = [op for op in engine.program.ops if op.kind == "linear"]
+    weights = engine.program.weights
+    rows = dict.fromkeys(engine.program.symbols, 1) | {engine.program.row_symbols[1]: 7}
+    for op in linears:
+        held = [weights[w] for w in op.weights]
+        assert report.weight_bytes(op) == sum(-(-w.n // 16) * -(-w.k // 32) * 544 for w in held), (
+            "16 rows x 32 + scales"
+        )
+    head = max(linears, key=lambda op: sum(weights[w].n for w in op.weights))
+    layer = next(op for op in linears if op is not head)
+    assert report.products(head, rows) == sum(weights[w].n * weights[w].k for w in head.weights), "one row is kept"
+    assert report.products(layer, rows) == 7 * sum(weights[w].n * weights[w].k for w in layer.weights)

@@ -249,7 +249,7 @@ def verify(
     epilog="Examples:\n\n"
     "  edgeformer bench smollm2\n\n"
     "  edgeformer bench smollm2 -p 128,512 -n 64 -d 0,1024 -t 1,2 -r 5 --json > result.json\n\n"
-    "  edgeformer bench smollm2 --engine native --profile",
+    "  edgeformer bench smollm2 --engine native --profile -p 512 -n 64 -t 1",
 )
 def bench(
     bundle: BundleArg,
@@ -271,15 +271,15 @@ def bench(
     from edgeformer.cli import bench as work
 
     where = {"engine": engine, "isa": isa, "kv": kv, "context": context}
-    if profile:
-        work.profile(bundle, where, work.numbers(threads, "-t"))
-        return
     lists: dict[str, Any] = {
         "prompts": work.numbers(prompts, "-p"),
         "generated": work.numbers(generated, "-n"),
         "depths": work.numbers(depths, "-d", zero=True),
         "threads": work.numbers(threads, "-t") or [None],
     }
+    if profile:
+        work.profile(bundle, where, lists)
+        return
     work.measure(bundle, where, lists, repetitions, as_json=json)
 
 

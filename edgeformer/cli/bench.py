@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ def measure(path: Path, where: Mapping[str, Any], lists: Mapping[str, Any], repe
     print(json.dumps(result.as_dict(), indent=2) if as_json else result.markdown())
 
 
-def profile(path: Path, where: Mapping[str, Any], threads: Sequence[int]) -> None:
-    """Print the time by operation."""
-    model = load_model(path, {**where, "threads": threads[0] if threads else None})
-    print(profile_model(model))
+def profile(path: Path, where: Mapping[str, Any], lists: Mapping[str, Any]) -> None:
+    """Print the time by operation for every test, with the first number of threads."""
+    tests = dict(lists)
+    model = load_model(path, {**where, "threads": tests.pop("threads")[0]})
+    print(profile_model(model, **tests))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from edgeformer.native.dims import evaluate, product
 from edgeformer.native.program import Op, PackedWeight, Program
 
 # Bytes of 16 rows x 32 columns, as csrc/kernels/kernels.h packs them.
 _TILE_BYTES = {"q4a": 320, "q4": 288, "q8": 544, "q8x16": 576, "f32": 2048}
+_NAME = 60  # characters of an operation's name that are printed
 
 
 @dataclass(slots=True)
 class Profile:
-    """Nanoseconds in each operation of `program`, summed over `runs` passes. `str()` is a table by kind."""
+    """Nanoseconds in each operation of `program`, summed over `runs` passes."""
 
     program: Program
     nanoseconds: list[int] = field(default_factory=list)
@@ -24,21 +27,46 @@ class Profile:
             return 0
         return sum(_packed_bytes(self.program.weights[w]) for w in op.weights)
 
-    def __str__(self) -> str:
+    def products(self, op: Op, sizes: Mapping[str, int]) -> int:
+        """Multiply-adds of one pass of a linear operation; `sizes` gives the pass's batch, sequence, kept, ..."""
+        if op.kind != "linear":
+            return 0
+        shape = self.program.slots[next(slot for slot in op.inputs[:2] if slot >= 0)].shape
+        rows = evaluate(product(shape[:-1]), sizes)
+        return rows * sum(self.program.weights[w].n * self.program.weights[w].k for w in op.weights)
+
+    def table(self, sizes: Mapping[str, int] | None = None, limit: float | None = None) -> str:
+        """One line a kind of operation, the slowest first, and the whole.
+
+        GB/s are of packed weights; with `limit`, the GB/s that memory gives, also as a share of it. With `sizes`, the
+        numbers that a pass's symbols stand for, a linear's multiply-adds a second.
+        """
         if not self.runs or not self.nanoseconds:
             return "nothing was run"
-        groups: dict[str, list[int]] = {}  # name -> [operations, ns, bytes]
+        groups: dict[str, list[int]] = {}  # name -> [operations, ns, bytes, multiply-adds]
         for op, ns in zip(self.program.ops, self.nanoseconds, strict=True):
-            row = groups.setdefault(f"{op.kind} {op.note}".strip(), [0, 0, 0])
-            row[0], row[1], row[2] = row[0] + 1, row[1] + ns, row[2] + self.weight_bytes(op)
-        total = max(1, sum(self.nanoseconds))
-        lines = [f"{'operation':<64} {'count':>5} {'us/pass':>9} {'share':>6} {'GB/s':>6}"]
-        for name, (count, ns, size) in sorted(groups.items(), key=lambda item: -item[1][1]):
-            rate = f"{size * self.runs / ns:6.1f}" if size and ns else ""
-            shown = name if len(name) <= 64 else name[:61] + "..."
-            lines.append(f"{shown:<64} {count:>5} {ns / self.runs / 1e3:>9.1f} {ns / total:>6.1%} {rate:>6}")
-        lines.append(f"{'total':<64} {len(self.program.ops):>5} {total / self.runs / 1e3:>9.1f}")
+            row = groups.setdefault(f"{op.kind} {op.note}".strip(), [0, 0, 0, 0])
+            macs = self.products(op, sizes) if sizes else 0
+            for i, value in enumerate((1, ns, self.weight_bytes(op), macs)):
+                row[i] += value
+        whole = [sum(column) for column in zip(*groups.values(), strict=True)]
+        head = f"{'operation':<{_NAME}} {'count':>5} {'us/pass':>9} {'share':>6} {'GB/s':>6}"
+        lines = [head + (f" {'limit':>6}" if limit else "") + (f" {'GMAC/s':>7}" if sizes else "")]
+        rows = sorted(groups.items(), key=lambda item: -item[1][1])
+        for name, (count, ns, size, macs) in [*rows, ("total", whole)]:
+            shown = name if len(name) <= _NAME else name[: _NAME - 3] + "..."
+            line = f"{shown:<{_NAME}} {count:>5} {ns / self.runs / 1e3:>9.1f} {ns / max(1, whole[1]):>6.1%}"
+            speed = size * self.runs / ns if ns else 0.0
+            line += f" {speed:>6.1f}" if size else f" {'':>6}"
+            if limit:
+                line += f" {speed / limit:>6.0%}" if size else f" {'':>6}"
+            if sizes:
+                line += f" {macs * self.runs / max(1, ns):>7.1f}" if macs else ""
+            lines.append(line.rstrip())
         return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.table()
 
 
 def _packed_bytes(w: PackedWeight) -> int:
