@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.peers import models, pages, quality, studies
+from bench.peers import models, pages, quality, sizes, studies
 from bench.peers.contestants import ALL, ALTERNATIVES, Contestant
 from bench.peers.environments import SetupFailed
 from bench.peers.field import set_up, take_rounds
@@ -28,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__.split("\n")[0])
     parser.add_argument("--peers", nargs="*", help="only those whose project and name contain one of these words")
     parser.add_argument("--study", choices=sorted(studies.ALL), default="main")
+    parser.add_argument("--sizes", default=sizes.DEFAULT, help="for --study sizes: which models, of 0.5B, 1B and 3B")
     parser.add_argument("--rounds", type=int, default=5, help="undisturbed rounds to take")
     parser.add_argument("--attempts", type=int, default=0, help="rounds to try for that; default: three times as many")
     parser.add_argument("--threads", default="1,2")
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument(
         "--alternatives", action="store_true", help="with other settings of the peers, not for the pages"
     )
+    parser.add_argument("--only-prepare", action="store_true", help="environments and files, no measurement")
     parser.add_argument("--write-only", action="store_true", help="write the pages again from the saved numbers")
     options = parser.parse_args()
     study = studies.ALL[options.study]
@@ -47,10 +49,14 @@ def main() -> None:
         return
     words = [word.lower() for word in options.peers or [""]]
     rows = (*ALL, *ALTERNATIVES) if options.alternatives else ALL
+    if study is studies.SIZES:
+        rows = sizes.chosen(options.sizes)
     chosen = [c for c in rows if any(word in c.key.lower() for word in words)]
     if not chosen:
         raise SystemExit(f"no peer matches; there are {', '.join(c.key for c in rows)}")
     files, absent = set_up(chosen)
+    if options.only_prepare:
+        return
     chosen = [c for c in chosen if c.key in files]
     threads = [int(count) for count in options.threads.split(",")]
     wanted = 1 if options.quick else options.rounds

@@ -43,10 +43,15 @@ class Contestant:
     options: dict[str, Any] = field(default_factory=dict)  # for the runner
     quality_file: Callable[[], Path] | None = None  # the same weights in a form that gives all logits
     needs: tuple[Environment, ...] = ()  # beside its own, to make the file
+    size: str = ""  # of a model that is not SmolLM2-135M
 
     @property
     def key(self) -> str:
-        return f"{self.project} {self.name}"
+        return f"{self.project} {self.name}" + (f" ({self.size})" if self.size else "")
+
+
+OPENVINO_INT4 = ("--weight-format", "int4", "--sym", "--group-size", "64", "--ratio", "1.0")
+GENAI_INT4_HEAD = ("op_types_to_quantize=MatMul/Gather", "shared_embeddings=true")
 
 
 def _genai(precision: str, options: tuple[str, ...], name: str) -> dict[str, Any]:
@@ -107,7 +112,7 @@ ALL = (
         "int4, int4 head",
         "with_genai",
         GENAI,
-        **_genai("int4", ("op_types_to_quantize=MatMul/Gather", "shared_embeddings=true"), "int4"),
+        **_genai("int4", GENAI_INT4_HEAD, "int4"),
         settings="model builder: block 32, accuracy level 4, shared int4 embedding, last-token head",
     ),
     Contestant(
@@ -124,11 +129,7 @@ ALL = (
         "int4",
         "with_openvino",
         OPENVINO,
-        lambda: models.openvino(
-            OPENVINO_CONVERT,
-            ("--weight-format", "int4", "--sym", "--group-size", "64", "--ratio", "1.0"),
-            name="int4",
-        ),
+        lambda: models.openvino(OPENVINO_CONVERT, OPENVINO_INT4, name="int4"),
         "optimum-cli int4, symmetric, group 64, int8 embedding and head; else as int8",
         needs=(OPENVINO_CONVERT,),
     ),

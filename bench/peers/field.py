@@ -130,6 +130,7 @@ def facts(contestant: Contestant) -> dict[str, Any]:
     return {
         "project": contestant.project,
         "name": contestant.name,
+        "size": contestant.size,
         "settings": contestant.settings,
         "packages": list(contestant.environment.packages),
         "build": contestant.environment.variables.get("CMAKE_ARGS", ""),

@@ -1,6 +1,7 @@
 """One model, many files: SmolLM2-135M-Instruct's Q4_1 GGUF, converted by each peer's own tools into out/peers.
 
-The float weights are the dequantized GGUF, so every peer's loss is measured against the same model.
+The float weights are the dequantized GGUF, so every peer's loss is measured against the same model. The converters take
+another model's folder or GGUF too (random_models.py): `root` is then where its files go.
 """
 
 from __future__ import annotations
@@ -63,10 +64,11 @@ def bundle(scheme: str, head: str | None = None) -> Path:
     return write_whole(OUT / "edgeformer" / name, make)
 
 
-def gguf(environment: Environment, kind: str) -> Path:
-    """The GGUF as it is ("Q4_1"), or requantized by llama.cpp's own quantizer, through float, from it."""
-    if kind == "Q4_1":
+def gguf(environment: Environment, kind: str, source: Path | None = None, root: Path = OUT) -> Path:
+    """`source`, by default SmolLM2's GGUF as it is ("Q4_1"), requantized by llama.cpp's own quantizer."""
+    if kind == "Q4_1" and source is None:
         return gguf_path()
+    source = source or gguf_path()
     script = (
         "import llama_cpp, sys\n"
         "p = llama_cpp.llama_model_quantize_default_params()\n"
@@ -74,39 +76,54 @@ def gguf(environment: Environment, kind: str) -> Path:
         "if len(sys.argv) > 4: p.token_embedding_type = p.output_tensor_type = int(sys.argv[4])\n"
         "sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), p))\n"
     )
-    # llama.h's LLAMA_FTYPE_MOSTLY_*, and ggml.h's type of the tied embedding and head where it is not the default, Q8_0
+    # llama.h's LLAMA_FTYPE_MOSTLY_*, and ggml.h's type of the tied embedding and head where it is not the default: that
+    # is Q8_0, or beside Q4_0 Q6_K where rows are multiples of 256
     types = {"Q4_0": ["2"], "Q4_0-head": ["2", "2"], "Q8_0": ["7"]}[kind]
 
     def make(file: Path) -> None:
-        command = [str(environment.python), "-c", script, str(gguf_path()), str(file), *types]
-        run(command, LOGS / f"llama-{kind}.log", {}, f"quantize {kind}")
+        command = [str(environment.python), "-c", script, str(source), str(file), *types]
+        run(command, LOGS / f"llama-{log_name(root, kind)}.log", {}, f"quantize {kind}")
 
-    return write_whole(OUT / "llama.cpp" / f"{kind}.gguf", make)
+    return write_whole(root / "llama.cpp" / f"{kind}.gguf", make)
 
 
-def genai(environment: Environment, precision: str, options: tuple[str, ...], *, name: str) -> Path:
+def log_name(root: Path, name: str) -> str:
+    return name if root == OUT else f"{root.name}-{name}"
+
+
+def genai(
+    environment: Environment,
+    precision: str,
+    options: tuple[str, ...],
+    *,
+    name: str,
+    source: Path | None = None,
+    root: Path = OUT,
+) -> Path:
     """onnxruntime-genai's model builder, run with this environment's torch and transformers."""
-    source = float_folder()
+    source = source or float_folder()
 
     def make(folder: Path) -> None:
         builder = environment.site_packages / "onnxruntime_genai" / "models" / "builder.py"
         command = [sys.executable, str(builder), "-i", str(source), "-o", str(folder), "-p", precision, "-e", "cpu"]
         command += ["-c", str(OUT / "cache"), "--extra_options", "hf_token=false", *options]
-        run(command, LOGS / f"genai-{name}.log", OFFLINE, f"model builder {name}")
+        run(command, LOGS / f"genai-{log_name(root, name)}.log", OFFLINE, f"model builder {name}")
 
-    return write_whole(OUT / "onnxruntime-genai" / name, make)
+    return write_whole(root / "onnxruntime-genai" / name, make)
 
 
-def openvino(environment: Environment, options: tuple[str, ...], *, name: str) -> Path:
+def openvino(
+    environment: Environment, options: tuple[str, ...], *, name: str, source: Path | None = None, root: Path = OUT
+) -> Path:
     """optimum-intel's exporter, in an environment of its own: it needs torch and an older transformers."""
-    source = float_folder()
+    source = source or float_folder()
 
     def make(folder: Path) -> None:
         command = [str(environment.folder / "bin" / "optimum-cli"), "export", "openvino", "--model", str(source)]
         command += ["--task", "text-generation-with-past", *options, str(folder)]
-        run(command, LOGS / f"openvino-{name}.log", OFFLINE, f"optimum-cli {name}")
+        run(command, LOGS / f"openvino-{log_name(root, name)}.log", OFFLINE, f"optimum-cli {name}")
 
-    return write_whole(OUT / "openvino" / name, make)
+    return write_whole(root / "openvino" / name, make)
 
 
 def ctranslate2(environment: Environment, kind: str) -> Path:

@@ -261,6 +261,10 @@ def write_study(study: Study) -> None:
     saved = json.loads(path.read_text(encoding="utf-8"))
     if study.name == "main":
         write(saved)
+    elif study.name == "sizes":
+        from bench.peers import sizes
+
+        put(PAGE, study.file, sizes.text(saved, IMAGES))
     else:
         put(PAGE, study.file, curve(saved, study))
 
@@ -331,7 +335,7 @@ def plain(saved: dict[str, Any]) -> str:
     for key, found in saved["measured"].items():
         for threads in saved["threads"]:
             tests = found.get(str(threads), {})
-            shown = "  ".join(f"{name} {tests[name]['median']:.3f}" for name in COLUMNS if name in tests)
+            shown = "  ".join(f"{name} {test['median']:.3f}" for name, test in tests.items())
             lines.append(f"{key}, {threads} threads: {shown}")
     if not saved["undisturbed"]:
         lines.append("DISTURBED: " + "; ".join(line for one in saved["rounds"]["disturbed"] for line in one))

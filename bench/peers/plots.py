@@ -54,6 +54,56 @@ def lines(saved: dict[str, Any], path: Path, prefix: str, axis: str, title: str)
     return _save(figure, path)
 
 
+def sizes(saved: dict[str, Any], path: Path, parameters: dict[str, float]) -> Path:
+    """Tokens a second against billions of parameters, with the most threads: decoding and a prompt of 512.
+
+    One line a file; `parameters` by the name of the size that contestants have. Black: what the memory allows the file
+    of ours with the fewest bytes.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as pyplot
+
+    figure, panes = pyplot.subplots(1, 2, figsize=(10, 4.3), dpi=110)
+    threads = max(saved["threads"])
+    kinds = list(dict.fromkeys((c["project"], c["name"]) for c in saved["contestants"].values()))
+    for pane, test, title in zip(panes, ("decode", "prefill512"), ("decoding", "a prompt of 512"), strict=True):
+        for project, name in kinds:
+            points = []
+            for key, about in saved["contestants"].items():
+                value = saved["measured"].get(key, {}).get(str(threads), {}).get(test, {}).get("median")
+                if (about["project"], about["name"]) == (project, name) and value:
+                    points.append((parameters[about["size"]], value))
+            same = [n for p, n in kinds if p == project]
+            style = {"color": COLORS.get(project, OTHER), "linewidth": 2.5 if project == pages.OURS else 1.2}
+            dash = ("-", "--", ":", "-.")[same.index(name) % 4]
+            if points:
+                pane.plot(
+                    *zip(*sorted(points), strict=True), marker="o", linestyle=dash, label=f"{project} {name}", **style
+                )
+        if test == "decode":
+            bounds: dict[float, float] = {}
+            for key, about in saved["contestants"].items():
+                bound = pages.limit(saved, key, threads)
+                if about["project"] == pages.OURS and bound:
+                    size = parameters[about["size"]]
+                    bounds[size] = max(bound, bounds.get(size, 0.0))
+            if bounds:
+                pane.plot(
+                    *zip(*sorted(bounds.items()), strict=True), color="black", linestyle=":", label="memory limit"
+                )
+        pane.set_xscale("log")
+        pane.set_yscale("log")
+        pane.set_xticks(list(parameters.values()), list(parameters), minor=False)
+        pane.set_xticks([], minor=True)
+        pane.set_ylabel(f"tokens a second, {threads} threads")
+        pane.set_title(title if saved["undisturbed"] else f"{title} (DISTURBED)", fontsize=10)
+        pane.spines[["top", "right"]].set_visible(False)
+    panes[0].legend(fontsize=6)
+    return _save(figure, path)
+
+
 def _bars(saved: dict[str, Any], path: Path, test: str, mark: str) -> Path:
     most, *rest = sorted(saved["threads"], reverse=True)
     got = [(key, found.get(str(most), {}).get(test, {}).get("median")) for key, found in saved["measured"].items()]

@@ -79,8 +79,18 @@ def _busy(prompt: Prompt, quick: bool) -> list[Test]:
     return [_decode("decode", [prompt(32)], 32 if quick else 64)]
 
 
+def _sizes(prompt: Prompt, quick: bool) -> list[Test]:
+    return [
+        {"name": "first", "kind": "first", "prompts": [prompt(32)], "new": 4},
+        _decode("decode", [prompt(32)], 12 if quick else 48),
+        {"name": "prefill128", "kind": "prefill", "prompts": [prompt(128)], "new": 1},
+        {"name": "prefill512", "kind": "prefill", "prompts": [prompt(512)], "new": 1},
+    ]
+
+
 MAIN = Study("main", _main, 1152)
 DEPTH = Study("depth", _depth, 8064, axis="tokens in the cache", title="Decoding at depth")
 STATES = Study("states", _states, 128, axis="sequences decoded together", title="Decoding several sequences")
 BUSY = Study("busy", _busy, 128, busy=1, title="Decoding beside one busy process")
-ALL = {study.name: study for study in (MAIN, DEPTH, STATES, BUSY)}
+SIZES = Study("sizes", _sizes, 640, title="Cost against model size")  # of other models: sizes.py
+ALL = {study.name: study for study in (MAIN, DEPTH, STATES, BUSY, SIZES)}
