@@ -58,9 +58,14 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1, "sep_token_id": 2,
     "hidden_dropout": 0.0, "attention_dropout": 0.0, "dropout": 0.0, "activation_dropout": 0.0,
     "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 120, "num_kv_shared_layers": 0,
+    "image_size": 32, "patch_size": 8, "unpadded_vocab_size": 120,
     "laurel_rank": 8, "type_vocab_size": 1, "rotary_dim": 8, "max_window_layers": 1,
 }  # fmt: skip
 
+INDEXER = {
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+}  # fmt: skip
 # Where the fields of one config depend on each other in a way that their names do not say.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "xglm": {"attention_heads": 4},
@@ -78,9 +83,30 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "roc_bert": {"pronunciation_vocab_size": 30, "shape_vocab_size": 30},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "mamba2": {"num_heads": 8, "head_dim": 16}, "zaya": {"num_experts_per_tok": 1},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 200, "encoder_config": {"hidden_size_global": 64},
+        "decoder_config": {"hidden_size_global": 64},
+    },
+    "zamba": {"layer_types": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "moshi": {"audio_vocab_size": 64},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]},
+            "full_attention": None,
+        },
+    },
+    "qwen4_exp_text": INDEXER, "qwen4_exp": {"text_config": INDEXER},
+    "dory": {
+        "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "n_input_layers": 1,
+        "n_output_layers": 1,
+    },
+    "inkling2_loop_text": {
+        "loop_layer_index_start": 1, "loop_layer_index_end": 2, "n_layers_per_attn_res_block": 1,
+    },
 }  # fmt: skip
 
 
@@ -102,8 +128,9 @@ def tiny(name: str) -> Any:
     class_name = named if isinstance(named, str) else named[0]
     config = _config(transformers.CONFIG_MAPPING[name], OVERRIDES.get(name, {}))
     cls = getattr(transformers, class_name)
-    if config.__class__ is not cls.config_class and hasattr(config, "get_text_config"):
-        config = config.get_text_config() if isinstance(config.get_text_config(), cls.config_class) else config
+    if config.__class__ is not cls.config_class:  # the language model is a part of it
+        parts = (getattr(config, part, None) for part in getattr(config, "sub_configs", ()))
+        config = next((part for part in parts if isinstance(part, cls.config_class)), config)
     with torch.device("meta"):
         count = sum(p.numel() for p in cls._from_config(config).parameters())
     if count > LARGEST:
@@ -154,8 +181,11 @@ def _config(config_class: Any, overrides: dict[str, Any]) -> Any:
             both = list(dict.fromkeys(mlp))
             chosen["mlp_layer_types"] = [both[min(i, len(both) - 1)] for i in range(chosen["num_hidden_layers"])]
     for part, part_class in parts.items():
-        if getattr(default, part, None) is not None and hasattr(part_class, "model_type"):
-            chosen[part] = _config(part_class, {}).to_dict()
+        value = getattr(default, part, None)
+        if hasattr(value, "model_type"):  # what the default holds, where the class only says "any config"
+            part_class = part_class if hasattr(part_class, "model_type") else type(value)
+            chosen[part] = _config(part_class, overrides.get(part, {})).to_dict()
+    overrides = {field: value for field, value in overrides.items() if field not in parts}
     chosen |= overrides
     # Fields that the signature or the defaults know; what is left is set as given, as `from_dict` would.
     return config_class(**chosen)
@@ -294,13 +324,17 @@ def sweep(chosen: list[str], results: Path, limit: float, redo: str) -> dict[str
 
 
 CAUSES = (  # words of a row's cause -> what stands in the way; the first that fits
-    (r"recurrent or convolution|LinearAttention layers|MiniMax uses cache of its own",
+    (r"recurrent or convolution|LinearAttention layers|MiniMax uses cache of its own|matC_old",
      "keeps a recurrent or convolution state (state-space, linear attention): no key-value cache can hold it"),
     (r"index or compressed blocks", "selects its keys by a cached index or compresses them: no standard operator"),
     (r"s_aux", "attention sinks without a mask"),
     (r"No decompositions registered for the complex", "computes its rotary embedding with complex numbers"),
     (r"data-dependent|branches on the values", "chooses its experts or layers by a Python branch on values"),
     (r"was frozen at", "uses the length as a Python number: a scan over the text, or a table of one length"),
+    (r"requires the timm library", "not examined: its picture tower needs the package timm"),
+    (r"shared_kv_states|hidden_size_per_layer_input must be 0",
+     "drafts for another model, whose keys and values it reads: it has no input of its own"),
+    (r"shape '\[-1, 4, 5\]' is invalid", "reads the codes of several codebooks at once, not one sequence of token ids"),
 )  # fmt: skip
 
 
@@ -311,7 +345,7 @@ def why(row: dict[str, Any]) -> str:
         if re.search(words, cause):
             return told
     if row.get("stage") in ("build", "run in transformers"):
-        return "not examined: its config alone gives no tiny model that transformers itself can run"
+        return f"not examined: its config alone gives no tiny model that transformers itself can run ({cause[:80]})"
     return cause
 
 
