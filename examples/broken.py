@@ -60,6 +60,17 @@ class ValueBranch(Loop):
         return self.linear(x) if x.sum() > 0 else -self.linear(x)
 
 
+class GuessedMask(Loop):
+    """PyTorch's layers look into a mask to see whether it is causal. Say so: `is_causal=True`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x, nn.Transformer.generate_square_subsequent_mask(x.shape[1]))
+
+
 class NoShapes(Loop):
     """An argument of unknown shape. Give the module an `input_spec`, or say --input x=float32[batch,sequence,8]."""
 
@@ -85,7 +96,7 @@ def no_such_layer() -> nn.Module:
     return nn.TransformerLayer(8, 2)  # type: ignore[attr-defined]
 
 
-BROKEN = ("Loop", "Table", "SizeBranch", "ValueBranch", "NoShapes", "OwnPositions", "no_such_layer")
+BROKEN = ("Loop", "Table", "SizeBranch", "ValueBranch", "GuessedMask", "NoShapes", "OwnPositions", "no_such_layer")
 
 
 def message(name: str) -> str:

@@ -202,6 +202,7 @@ TOLD = {
     "Table": r"axis 1 \('sequence'\) of input 'x' was frozen at 7\. .*cut tables",
     "SizeBranch": r"An `if` on a size is decided once",
     "ValueBranch": r"broken\.py:\d+.*branches on the values of a tensor.*torch\.where",
+    "GuessedMask": r"compare a mask's values.*is_causal=True to nn\.TransformerEncoder",
     "NoShapes": r"inputs of unknown shape: x.*--input x=float32",
     "OwnPositions": r"do not go on where the cache ends.*forward\(input_ids, position_ids\)",
     "no_such_layer": r"torch\.nn has no TransformerLayer: write nn\.TransformerEncoderLayer",

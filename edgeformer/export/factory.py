@@ -16,11 +16,12 @@ import torch
 
 from edgeformer.errors import BundleError, ExportError
 from edgeformer.export.options import ExportOptions
-from edgeformer.export.source import Source
+from edgeformer.export.source import Pair, Source
 from edgeformer.export.trace import Input
 
 _SPEC = re.compile(r"^(?P<name>\w+)=(?P<dtype>\w+)\[(?P<shape>[\w, ]*)\](?:<(?P<high>\d+))?$")
 _TOKENS = {"input_ids": "int64[batch,sequence]", "position_ids": "int64[batch,sequence]"}
+_SOURCE = {"input_ids": "int64[batch,source]", "attention_mask": "int64[batch,source]"}  # of an `encode`
 _NO_SUCH = {  # names that people expect in torch.nn -> what to write
     "TransformerLayer": " torch.nn has no TransformerLayer: write nn.TransformerEncoderLayer (with a causal mask it is "
     "a decoder without cross-attention).",
@@ -29,7 +30,7 @@ _NO_SUCH = {  # names that people expect in torch.nn -> what to write
 }
 
 
-def factory_source(options: ExportOptions) -> Source:
+def factory_source(options: ExportOptions) -> Source | Pair:
     """The module that `package.module:factory` or `path/to/file.py:factory` returns, with `options.weights` loaded.
 
     Raises:
@@ -44,7 +45,7 @@ def factory_source(options: ExportOptions) -> Source:
     return module_source(module, options, f"factory {Path(options.source).name}", config)
 
 
-def checkpoint_source(folder: Path) -> Source:
+def checkpoint_source(folder: Path) -> Source | Pair:
     """A checkpoint folder of `python -m edgeformer.train`.
 
     Raises:
@@ -75,21 +76,27 @@ def module_source(
     config: Mapping[str, Any] | None = None,
     generation_config: Mapping[str, Any] | None = None,
     files: Mapping[str, bytes] | None = None,
-) -> Source:
+) -> Source | Pair:
     """A Source of any module. Inputs come from `options.input`, else from `module.input_spec` (name -> "dtype[axes]"),
-    else from the names `input_ids` and `position_ids`.
+    else from the names `input_ids` and `position_ids`. A module with the methods `encode(input_ids, attention_mask)`
+    and `decode(input_ids, encoder_hidden_states, encoder_attention_mask)` becomes a Pair.
 
     Raises:
-        ExportError: an argument of forward has no declared shape.
+        ExportError: an argument of forward has no declared shape, or encode and decode are not the contract's.
     """
+    from edgeformer.export.own_pair import is_pair, own_pair
+
+    paired = is_pair(module)
     config = dict(config or {})
     declared = dict(getattr(module, "input_spec", None) or {})
     declared |= dict(text.split("=", 1) for text in options.input if "=" in text)
-    inputs = _inputs(module, declared, int(config.get("vocab_size") or _vocabulary(module)))
+    known = _SOURCE if paired else _TOKENS
+    vocabulary = int(config.get("vocab_size") or _vocabulary(module))
+    inputs = _inputs(module, "encode" if paired else "forward", declared, known, vocabulary)
     tokens = inputs[0].name == "input_ids"
     outputs = options.output_names or tuple(getattr(module, "output_names", ("logits",) if tokens else ("output",)))
-    task = options.task or str(config.get("task") or ("text-generation" if tokens else "feature-extraction"))
-    return Source(
+    task = options.task or str(config.get("task") or _task(paired, tokens))
+    source = Source(
         module=module.eval().float(),
         inputs=inputs,
         outputs=outputs,
@@ -99,6 +106,11 @@ def module_source(
         generation_config=generation_config or {},
         files=files or {},
     )
+    return own_pair(source) if paired else source
+
+
+def _task(paired: bool, tokens: bool) -> str:
+    return "text2text-generation" if paired else "text-generation" if tokens else "feature-extraction"
 
 
 def _call(source: str) -> torch.nn.Module:
@@ -152,26 +164,29 @@ def _load_weights(module: torch.nn.Module, path: Path) -> None:
         raise ExportError(f"the weights {path} do not fit the module: {error}") from error
 
 
-def _inputs(module: torch.nn.Module, declared: Mapping[str, str], vocabulary: int) -> tuple[Input, ...]:
+def _inputs(
+    module: torch.nn.Module, method: str, declared: Mapping[str, str], known: Mapping[str, str], vocabulary: int
+) -> tuple[Input, ...]:
     parameters = [
         p
-        for p in inspect.signature(module.forward).parameters.values()
+        for p in inspect.signature(getattr(module, method)).parameters.values()
         if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
-    names = [p.name for p in parameters if p.default is p.empty or p.name in declared or p.name == "position_ids"]
-    missing = [name for name in names if name not in declared and name not in _TOKENS]
+    wanted = set(known) - {"input_ids"}  # taken where there is an argument for them, with a default or without
+    names = [p.name for p in parameters if p.default is p.empty or p.name in declared or p.name in wanted]
+    missing = [name for name in names if name not in declared and name not in known]
     if missing or not names:
         raise ExportError(
-            f"forward({', '.join(p.name for p in parameters)}) takes inputs of unknown shape: "
+            f"{method}({', '.join(p.name for p in parameters)}) takes inputs of unknown shape: "
             f"{', '.join(missing) or 'none'}. "
             f"Say --input {missing[0] if missing else 'x'}=float32[batch,sequence,3], or give the module an attribute "
             'input_spec = {"x": "float32[batch,sequence,3]"}; named axes are dynamic.'
         )
     if unknown := sorted(declared.keys() - {p.name for p in parameters}):
         raise ExportError(
-            f"forward has no argument {', '.join(unknown)}; it has {', '.join(p.name for p in parameters)}."
+            f"{method} has no argument {', '.join(unknown)}; it has {', '.join(p.name for p in parameters)}."
         )
-    return tuple(_parse(name, declared.get(name, _TOKENS.get(name, "")), vocabulary) for name in names)
+    return tuple(_parse(name, declared.get(name, known.get(name, "")), vocabulary) for name in names)
 
 
 def _parse(name: str, spec: str, vocabulary: int) -> Input:

@@ -16,15 +16,20 @@ from edgeformer.errors import ExportError
 from edgeformer.export import attention, tasks
 from edgeformer.export.passes.attention import standard_attention, window_masks
 from edgeformer.export.passes.cache import insert_cache
+from edgeformer.export.passes.causal import name_causality
 from edgeformer.export.passes.edit import infer_shapes
+from edgeformer.export.passes.einsum import plain_products
 from edgeformer.export.passes.finish import finish
 from edgeformer.export.passes.hoist import STATES, hoist
 from edgeformer.export.passes.linear import canonical_linears
 from edgeformer.export.passes.logits import keep_logits
+from edgeformer.export.passes.masks import drop_true, spread_rows
 from edgeformer.export.passes.names import restore_names
 from edgeformer.export.passes.past import count_past
 from edgeformer.export.passes.reshape import drop_reshapes
 from edgeformer.export.passes.rotary import full_angles
+from edgeformer.export.passes.slices import own_slices
+from edgeformer.export.passes.softmax import fuse_softmax
 from edgeformer.export.source import Pair, Positional, Source, run
 from edgeformer.export.trace import Input, axes, trace
 
@@ -168,18 +173,29 @@ def pair_graphs(pair: Pair) -> TracedPair:
     for source in (pair.encoder, pair.decoder):
         with source.tracing():
             model = trace(Positional(source), source.inputs, source.outputs)
-        restore_names(model, source.module.state_dict(), Positional.PREFIX)
+        buffers = dict(source.module.named_buffers())  # those that no checkpoint stores have names too
+        restore_names(model, source.module.state_dict().keys() | buffers.keys(), Positional.PREFIX)
+        own_slices(model)
+        drop_true(model)
         drop_reshapes(model)
         transposed |= canonical_linears(model)
         full_angles(model)
         standard_attention(model)
+        plain_products(model)
+        fuse_softmax(model)
         models.append(model)
     encoder, decoder = models
+    name_causality(decoder)
     if not insert_cache(decoder):
-        raise ExportError("the decoder has no causal attention; without one there is nothing to decode step by step.")
+        raise ExportError(
+            "No causal attention was recognized in the decoder, and without one it cannot decode step by step. Use "
+            "F.scaled_dot_product_attention(q, k, v, is_causal=True), or softmax(scale * q @ k^T + causal mask) @ v."
+        )
     _name_caches(decoder)
     count_past(decoder)
-    window_masks(decoder)
+    for model in models:
+        spread_rows(model)
+        window_masks(model)
     hoist(encoder, decoder, RESULT)
     keep_logits(decoder)
     for model, source in zip(models, (pair.encoder, pair.decoder), strict=True):

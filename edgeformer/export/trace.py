@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import re
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -186,7 +187,12 @@ _FROZEN = (
 _STATIC = re.compile(r"inferred a static shape of (\d+) for dimension inputs(?:\['\w+'\])?\[(\d+)\]\.shape\[(\d+)\]")
 _NAMED = re.compile(r"inferred a static shape of (\d+) for dimension inputs\['(\w+)'\]\.shape\[(\d+)\]")
 
-_CAUSES = (  # words of the tracer -> what to tell
+_CAUSES = (  # words of the tracer, or the function where it stopped -> what to tell
+    (
+        ("_detect_is_causal_mask",),
+        "PyTorch's layers compare a mask's values to see whether it is causal; say it: is_causal=True to "
+        "nn.TransformerEncoder, tgt_is_causal=True to nn.TransformerDecoder and nn.Transformer",
+    ),
     (
         ("Could not guard on data-dependent", "data-dependent", "Eq(u", "GuardOnDataDependent"),
         "the forward branches on the values of a tensor, which a graph cannot; use torch.where or a mask",
@@ -213,9 +219,10 @@ def _explain(error: Exception, inputs: tuple[Input, ...]) -> str:
     if isinstance(root, ExportError):
         return str(root)
     text = " ".join(str(e) for e in chain)
+    stopped = {frame.name for e in chain for frame in traceback.extract_tb(e.__traceback__)}
     if frozen := _frozen(text, inputs):
         return f"{frozen}. {_FROZEN}"
-    cause = next((told for words, told in _CAUSES if any(word in text for word in words)), None)
+    cause = next((told for words, told in _CAUSES if any(w in text or w in stopped for w in words)), None)
     first = next((line.strip() for line in str(root).splitlines() if line.strip()), type(root).__name__)
     where = _user_line(chain)
     told = f"the module cannot be traced{f' ({where})' if where else ''}: {type(root).__name__}: {first[:300]}."

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from edgeformer.errors import ExportError
+from edgeformer.export.passes.edit import nodes
 
 STATES = "encoder_hidden_states"
 
@@ -51,7 +52,7 @@ def hoist(encoder: ir.Model, decoder: ir.Model, result: str) -> dict[str, str]:
                 use.node.replace_input_with(use.idx, entry)
         wires[given] = taken
     common.RemoveUnusedNodesPass()(decoder)
-    _measure_elsewhere(decoder, states)
+    _measure_elsewhere(decoder, {value for value, made in movable.items() if made})
     common.RemoveUnusedNodesPass()(decoder)
     if states.uses():
         readers = ", ".join(sorted({use.node.op_type for use in states.uses()}))
@@ -108,11 +109,12 @@ def _copy(
 
 
 def _constant(encoder: ir.Model, value: ir.Value) -> ir.Value:
+    """The encoder's initializer with the content of the decoder's `value`."""
+    taken = {out.name for node in encoder.graph for out in node.outputs}
     name = str(value.name)
-    known = encoder.graph.initializers.get(name)
-    if known is not None and _same_content(known, value):
-        return known
-    if known is not None or any(out.name == name for node in encoder.graph for out in node.outputs):
+    while (known := encoder.graph.initializers.get(name)) is not None or name in taken:
+        if known is not None and _same_content(known, value):
+            return known
         name = f"decoder.{name}"  # both graphs were numbered from 0
     copy = ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
     encoder.graph.register_initializer(copy)
@@ -135,19 +137,19 @@ def _same_dims_of(node: ir.Node, output: ir.Value) -> dict[str, ir.Attr]:
     raise ExportError(f"the axes {', '.join(map(str, wanted))} are not beside each other in the encoder's output.")
 
 
-def _measure_elsewhere(decoder: ir.Model, states: ir.Value) -> None:
-    """Sizes that were read off the encoder's output are read off another input that has the same axis."""
-    for use in tuple(states.uses()):
-        if use.node.op_type != "Shape":
+def _measure_elsewhere(decoder: ir.Model, moved: set[ir.Value]) -> None:
+    """Sizes that were read off a value which the encoder makes now are read off an input that has the same axis."""
+    for node in nodes(decoder, "Shape"):
+        dims = [_symbol(dim) for dim in _measured(node)]
+        if node.inputs[0] not in moved or len(dims) != 1:
             continue
-        dims = [_symbol(dim) for dim in _measured(use.node)]
         for other in decoder.graph.inputs:
             axes = [_symbol(dim) for dim in other.shape or ()]
-            if other is not states and len(dims) == 1 and dims[0] in axes:
+            if other not in moved and dims[0] in axes:
                 start = axes.index(dims[0])
-                use.node.replace_input_with(0, other)
-                use.node.attributes["start"] = ir.AttrInt64("start", start)
-                use.node.attributes["end"] = ir.AttrInt64("end", start + 1)
+                node.replace_input_with(0, other)
+                node.attributes["start"] = ir.AttrInt64("start", start)
+                node.attributes["end"] = ir.AttrInt64("end", start + 1)
                 break
 
 
