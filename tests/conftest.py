@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +110,30 @@ def smollm2(smollm2_traced, tmp_path_factory):
         return folder / scheme
 
     return get
+
+
+@pytest.fixture
+def edgeformer(capsys):
+    """`edgeformer("run", ...)` -> (exit code, stdout, stderr)."""
+    from edgeformer.cli import main
+
+    def call(*arguments):
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def stdin(monkeypatch):
+    """`stdin(text)`: what the command reads."""
+
+    def give(text):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+
+    return give
 
 
 def require(module, how):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -28,28 +27,7 @@ from edgeformer.errors import (
 )
 from edgeformer.model import load
 
-
-@pytest.fixture
-def edgeformer(capsys):
-    """`edgeformer("run", ...)` -> (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return code, captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
-def stdin(monkeypatch):
-    """`stdin(text)`: what the command reads."""
-
-    def give(text):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
-
-    return give
+COMMANDS = ("run", "chat", "embed", "classify", "transcribe", "inspect", "verify", "bench", "doctor")
 
 
 def _process(*arguments, **options):
@@ -337,13 +315,13 @@ def test_help_names_all_commands_and_starts_fast():
         out = process.communicate(timeout=60)[0]
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert process.returncode == 0
-        assert all(name in out for name in ("export", "train", "run", "chat", "inspect", "verify", "bench", "doctor"))
+        assert all(name in out for name in ("export", "train", *COMMANDS))
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(timed() for _ in range(3)) < 0.5
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "inspect", "verify", "bench", "doctor"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_examples(edgeformer, command):
     code, out, _ = edgeformer(command, "--help")
     assert code == 0

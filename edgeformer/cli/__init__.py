@@ -1,4 +1,4 @@
-"""The command line: `edgeformer export | train | run | chat | inspect | verify | bench | doctor`.
+"""The command line: `edgeformer export | train | run | chat | embed | classify | transcribe | inspect | ...`.
 
 Exit codes: 0 done; 1 a check failed (verify, doctor); 2 wrong arguments or input; 3 the bundle is missing or damaged;
 4 the engine cannot run here; 5 anything else that was refused (disk, export, training); 130 interrupted.

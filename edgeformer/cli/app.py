@@ -65,6 +65,10 @@ TopKOpt = Annotated[int, typer.Option("--top-k", min=0, help="0 is off.", rich_h
 TopPOpt = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="1 is off.", rich_help_panel=SAMPLING)]
 MinPOpt = Annotated[float, typer.Option("--min-p", min=0.0, max=1.0, help="0 is off.", rich_help_panel=SAMPLING)]
 PenaltyOpt = Annotated[float, typer.Option("--repetition-penalty", help="1 is off.", rich_help_panel=SAMPLING)]
+BeamsOpt = Annotated[
+    int | None,
+    typer.Option("--beams", min=1, max=256, help="Beam search. Default: as the bundle says.", rich_help_panel=SAMPLING),
+]
 SeedOpt = Annotated[int | None, typer.Option("--seed", min=0, help="Same seed, same text.", rich_help_panel=SAMPLING)]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 
@@ -105,6 +109,7 @@ def train(context: typer.Context) -> None:
     '  edgeformer run smollm2 "The capital of France is" -n 32\n\n'
     '  edgeformer run smollm2 --chat "Explain tides." --temperature 0.7 --seed 1\n\n'
     "  cat letter.txt | edgeformer run smollm2 - --stop END\n\n"
+    '  edgeformer run translator "Where is the station?" --beams 4\n\n'
     "  edgeformer run forecast --inputs week.npz --outputs next.npz",
 )
 def run(
@@ -128,6 +133,7 @@ def run(
     min_p: MinPOpt = 0.0,
     repetition_penalty: PenaltyOpt = 1.0,
     seed: SeedOpt = None,
+    beams: BeamsOpt = None,
     engine: EngineOpt = "auto",
     threads: ThreadsOpt = None,
     isa: IsaOpt = None,
@@ -153,7 +159,7 @@ def run(
         work.arrays(bundle, where, inputs, outputs, as_json=json)
     else:
         asked = work.Asked(prompt, ids, chat, system)
-        work.text(bundle, where, asked, settings, quiet=quiet, as_json=json)
+        work.text(bundle, where, asked, settings, beams, quiet=quiet, as_json=json)
 
 
 @app.command(
@@ -196,6 +202,87 @@ def chat(
     }
     where = {"engine": engine, "threads": threads, "isa": isa, "kv": kv, "context": context}
     talk(bundle, where, system, settings, quiet=quiet)
+
+
+ItemsArg = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[ITEM]...", help="Texts or picture files; - reads one a line.", show_default=False),
+]
+
+
+@app.command(
+    rich_help_panel="Use a bundle",
+    epilog="Examples:\n\n"
+    '  edgeformer embed minilm "A man is eating." "Someone has a meal."\n\n'
+    "  edgeformer embed minilm - -o vectors.npy < sentences.txt",
+)
+def embed(
+    bundle: BundleArg,
+    items: ItemsArg = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="An array instead of JSON lines (.npy).")
+    ] = None,
+    pooling: Annotated[str | None, typer.Option(help="mean, cls, max or last. Default: as the bundle says.")] = None,
+    normalize: Annotated[
+        bool | None, typer.Option("--normalize/--no-normalize", help="To length 1. Default: as the bundle says.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Items that run together.")] = 32,
+    engine: EngineOpt = "auto",
+    threads: ThreadsOpt = None,
+    isa: IsaOpt = None,
+) -> None:
+    """Turn texts or pictures into vectors: JSON lines on stdout, or one .npy file."""
+    from edgeformer.cli import tasks
+
+    settings = {"pooling": pooling, "normalize": normalize, "batch_size": batch_size}
+    tasks.embed(bundle, {"engine": engine, "threads": threads, "isa": isa}, items or [], output, settings)
+
+
+@app.command(
+    rich_help_panel="Use a bundle",
+    epilog="Examples:\n\n"
+    '  edgeformer classify reviews "I would buy it again." --top 2\n\n'
+    "  edgeformer classify flowers garden/*.jpg --json",
+)
+def classify(
+    bundle: BundleArg,
+    items: ItemsArg = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="Labels to show for each item.")] = 5,
+    json: JsonOpt = False,
+    engine: EngineOpt = "auto",
+    threads: ThreadsOpt = None,
+    isa: IsaOpt = None,
+) -> None:
+    """Say which labels texts or pictures have, and how sure that is; of words, where the model labels words."""
+    from edgeformer.cli import tasks
+
+    tasks.classify(bundle, {"engine": engine, "threads": threads, "isa": isa}, items or [], top, as_json=json)
+
+
+@app.command(
+    rich_help_panel="Use a bundle",
+    epilog="Examples:\n\n"
+    "  edgeformer transcribe whisper talk.wav\n\n"
+    "  edgeformer transcribe whisper talk.wav --language de --translate",
+)
+def transcribe(
+    bundle: BundleArg,
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="PCM WAV files.", show_default=False)],
+    language: Annotated[str | None, typer.Option(help="A code such as de. Default: the model listens.")] = None,
+    translate: Annotated[bool, typer.Option("--translate", help="Into English.")] = False,
+    beams: BeamsOpt = None,
+    json: JsonOpt = False,
+    engine: EngineOpt = "auto",
+    threads: ThreadsOpt = None,
+    isa: IsaOpt = None,
+    kv: KvOpt = "int8",
+) -> None:
+    """Write down what is said in recordings."""
+    from edgeformer.cli import tasks
+
+    settings = {"language": language, "task": "translate" if translate else "transcribe", "num_beams": beams}
+    where = {"engine": engine, "threads": threads, "isa": isa, "kv": kv}
+    tasks.transcribe(bundle, where, files, settings, as_json=json)
 
 
 @app.command(

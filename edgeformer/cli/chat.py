@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeformer.cli.console import load_model, stderr
+from edgeformer.cli.purpose import require
 from edgeformer.errors import InputError, TemplateError
 from edgeformer.generate import Session
 from edgeformer.model import Model
@@ -23,7 +24,9 @@ def talk(
 
     Raises:
         TemplateError: the bundle has no chat template.
+        InputError: it is no language model.
     """
+    require(bundle, "run")
     model = load_model(bundle, where)
     if model.tokenizer is None or not model.tokenizer.has_chat_template:
         raise TemplateError(f"{bundle} has no chat template, so it is no chat model; use `edgeformer run` with text.")

@@ -136,6 +136,9 @@ def _run(source: str, given: dict[str, object]) -> None:
 
 
 def _summary(path: Path, manifest: dict[str, object]) -> None:
+    from edgeformer.bundle import Bundle
+    from edgeformer.cli.purpose import command_for
+
     parity, accuracy = manifest["parity"], manifest["accuracy"]
     quantization, files = manifest["quantization"], manifest["files"]
     assert isinstance(parity, dict) and isinstance(quantization, dict) and isinstance(files, dict)
@@ -160,10 +163,8 @@ def _summary(path: Path, manifest: dict[str, object]) -> None:
     console.print(table)
     for note in manifest.get("notes", ()):  # type: ignore[attr-defined]
         console.print(f"[yellow]note:[/] {note}", highlight=False)
-    console.print(
-        f"Next: [bold]edgeformer inspect {path}[/]"
-        + (f'  or  [bold]edgeformer run {path} "Hello"[/]' if manifest["task"] == "text-generation" else "")
-    )
+    run = command_for(Bundle.open(path), str(path)).replace("[", "\\[")
+    console.print(f"Next: [bold]edgeformer inspect {path}[/]  or  [bold]edgeformer {run}[/]")
 
 
 if __name__ == "__main__":

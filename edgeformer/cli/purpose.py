@@ -1,0 +1,52 @@
+"""What a bundle is for: which command runs it, and what the others say instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgeformer.bundle import Bundle
+from edgeformer.encode import STATES, VECTORS
+from edgeformer.errors import InputError
+from edgeformer.signature import IDS
+
+LABELLED = ("text-classification", "image-classification", "token-classification")
+
+
+def command_for(bundle: Bundle, name: str | None = None) -> str:
+    """The command that runs it, with its arguments: `run NAME "text"`, `embed NAME "text"`, ...
+
+    Without a tokenizer a text is token ids; `name` is what stands for the bundle, its folder's name unless given.
+    """
+    name, graphs = name or bundle.path.name, bundle.manifest["graphs"]
+    text = '"text"' if bundle.file("tokenizer.json") is not None else "--ids 1,2,3"
+    if "encoder" in graphs:
+        return f"run {name} {text}" if IDS in graphs["encoder"]["inputs"] else f"transcribe {name} speech.wav"
+    inputs, outputs = graphs["model"]["inputs"], graphs["model"]["outputs"]
+    if bundle.task == "text-generation":
+        return f"run {name} {text}"
+    item = '"text"' if IDS in inputs else "picture.png" if "pixel_values" in inputs else ""
+    if item and bundle.task in LABELLED:
+        return f"classify {name} {item}"
+    if item and any(output in outputs for output in (STATES, *VECTORS)):
+        return f"embed {name} {item}"
+    return f"run {name} --inputs arrays.npz"
+
+
+def require(path: Path, command: str) -> Bundle:
+    """The bundle, if `command` (run, embed, classify, transcribe) is for it.
+
+    Raises:
+        InputError: it is for something else; the message says what the bundle is and which command runs it.
+        BundleError: it is damaged, or none.
+    """
+    bundle = Bundle.open(path)
+    right = command_for(bundle)
+    wanted = right.split()[0]
+    if command != wanted or "--inputs" in right:
+        ports = next(iter(bundle.manifest["graphs"].values()))
+        raise InputError(
+            f"{path} is a {bundle.task} model ({', '.join(ports['inputs'])} -> {', '.join(ports['outputs'])}), which "
+            f"edgeformer {command} cannot {'answer with' if command == 'run' else 'use'}. "
+            f"Run it with: edgeformer {right}"
+        )
+    return bundle
