@@ -175,30 +175,32 @@ def test_run_searches_as_the_bundle_says(edgeformer, made, copy_of, reseal):
     assert out == load(made / "translate", "cpu").generate(TEXTS[0], max_new_tokens=6, num_beams=3).text + "\n"
 
 
-WRONG = [
-    ("run", "embed", 'edgeformer embed embed "text"'),
-    ("run", "speech", "edgeformer transcribe speech speech.wav"),
-    ("chat", "classify", 'edgeformer classify classify "text"'),
-    ("embed", "classify", 'edgeformer classify classify "text"'),
-    ("embed", "translate", 'edgeformer run translate "text"'),
-    ("classify", "embed", 'edgeformer embed embed "text"'),
-    ("classify", "LM", "edgeformer run"),
-    ("transcribe", "translate", 'edgeformer run translate "text"'),
-    ("embed", "pictures", "edgeformer classify pictures picture.png"),
-    ("embed", "FORECAST", "edgeformer run forecast --inputs arrays.npz"),
-    ("run", "FORECAST", "edgeformer run forecast --inputs arrays.npz"),
+WRONG = [  # command, bundle, the command that is right (before and after the bundle's path)
+    ("run", "embed", "embed", '"text"'),
+    ("run", "speech", "transcribe", "speech.wav"),
+    ("chat", "classify", "classify", '"text"'),
+    ("embed", "classify", "classify", '"text"'),
+    ("embed", "translate", "run", '"text"'),
+    ("classify", "embed", "embed", '"text"'),
+    ("classify", "LM", "run", '"text"'),
+    ("classify", "PLAIN", "run", "--ids 1,2,3"),
+    ("transcribe", "translate", "run", '"text"'),
+    ("embed", "pictures", "classify", "picture.png"),
+    ("embed", "FORECAST", "run", "--inputs arrays.npz"),
+    ("run", "FORECAST", "run", "--inputs arrays.npz"),
 ]
 
 
-@pytest.mark.parametrize(("command", "name", "told"), WRONG)
+@pytest.mark.parametrize(("command", "name", "right", "arguments"), WRONG)
 def test_the_wrong_command_says_what_the_bundle_is_and_which_runs_it(
-    edgeformer, made, bundles, lm, command, name, told
+    edgeformer, made, bundles, lm, command, name, right, arguments
 ):
-    path = {"LM": lm, "FORECAST": bundles / "forecast"}.get(name, made / name)
+    tiny_ones = {"LM": lm, "PLAIN": bundles / "plain", "FORECAST": bundles / "forecast"}
+    path = tiny_ones.get(name, made / name)
     code, out, err = edgeformer(command, path, *(["x"] if command != "chat" else []))
     assert (code, out) == (2, "")
     assert "is a " in err and " model (" in err
-    assert told in err.replace("\n", " ")
+    assert f"edgeformer {right} {path} {arguments}" in err
 
 
 def test_nothing_to_read_is_said(edgeformer, made, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 from edgeformer.bundle import Bundle
 from edgeformer.encode import STATES, VECTORS
 from edgeformer.errors import InputError
-from edgeformer.signature import IDS
+from edgeformer.signature import IDS, PAST, PRESENT
 
 LABELLED = ("text-classification", "image-classification", "token-classification")
 
@@ -40,13 +40,16 @@ def require(path: Path, command: str) -> Bundle:
         BundleError: it is damaged, or none.
     """
     bundle = Bundle.open(path)
-    right = command_for(bundle)
-    wanted = right.split()[0]
-    if command != wanted or "--inputs" in right:
-        ports = next(iter(bundle.manifest["graphs"].values()))
+    right = command_for(bundle, str(path))
+    if command != right.split()[0] or "--inputs" in right:
+        graphs = bundle.manifest["graphs"]
+        ports = graphs.get("model") or {"inputs": graphs["encoder"]["inputs"], "outputs": {"logits": ()}}
+        taken, given = (
+            ", ".join(name for name in ports[side] if not name.startswith((PAST, PRESENT)))
+            for side in ("inputs", "outputs")
+        )
         raise InputError(
-            f"{path} is a {bundle.task} model ({', '.join(ports['inputs'])} -> {', '.join(ports['outputs'])}), which "
-            f"edgeformer {command} cannot {'answer with' if command == 'run' else 'use'}. "
+            f"{path} is a {bundle.task} model ({taken} -> {given}), so `edgeformer {command}` is not for it. "
             f"Run it with: edgeformer {right}"
         )
     return bundle
