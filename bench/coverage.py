@@ -327,6 +327,7 @@ CAUSES = (  # words of a row's cause -> what stands in the way; the first that f
     (r"recurrent or convolution|LinearAttention layers|MiniMax uses cache of its own|matC_old",
      "keeps a recurrent or convolution state (state-space, linear attention): no key-value cache can hold it"),
     (r"index or compressed blocks", "selects its keys by a cached index or compresses them: no standard operator"),
+    (r"does not run with a plain key-value cache", "keeps more than keys and values from step to step"),
     (r"s_aux", "attention sinks without a mask"),
     (r"No decompositions registered for the complex", "computes its rotary embedding with complex numbers"),
     (r"data-dependent|branches on the values", "chooses its experts or layers by a Python branch on values"),

@@ -289,6 +289,14 @@ class MatMul final : public ParallelOp {
     if (a.columns() != b.shape[b.rank - 2]) {
       throw InputProblem("MatMul that makes " + run.spec->slots[spec_.outputs[0]].name + ": inner sizes differ");
     }
+    for (const Tensor* t : {&a, &b}) {
+      for (int i = 0; i < t->rank - 2; ++i) {
+        if (t->shape[i] != 1 && t->shape[i] != out(run, 0).shape[out(run, 0).rank - t->rank + i]) {
+          throw InputProblem("MatMul that makes " + run.spec->slots[spec_.outputs[0]].name +
+                             ": batches have sizes that do not fit together");
+        }
+      }
+    }
     return ParallelOp::begin(run, phase);
   }
 

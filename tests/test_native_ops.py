@@ -105,6 +105,16 @@ CASES = {
     "cast_to_int": (node("Cast", ["x"], to=TensorProto.INT64), {"x": (X * 3, S)}, np.int64, {}),
     "cast_to_bool": (node("Cast", ["i"], to=TensorProto.BOOL), IS, bool, {}),
     "clip": (node("Clip", ["x", "lo", "hi"]), XS, np.float32, {"lo": np.float32(-0.5), "hi": np.float32(0.5)}),
+    "clip_computed": (
+        node("Clip", ["x", "lo", "hi"]),
+        {"x": (X, S), "lo": (np.array(-0.5, np.float32), []), "hi": (np.array(0.25, np.float32), [])}, np.float32, {},
+    ),
+    "clip_computed_one_side": (
+        node("Clip", ["i", "", "hi"]), {"i": (INTS, S), "hi": (np.array(2), [])}, np.int64, {}
+    ),
+    "resize_to_itself": (
+        node("Resize", ["x", "", "", "c"], mode="linear"), {"x": (X, [2, 3, 4])}, np.float32, {"c": np.array([2, 3, 4])}
+    ),
     "transpose": (node("Transpose", ["x"], perm=[2, 0, 1]), XS, np.float32, {}),
     "transpose_bool": (node("Transpose", ["b"], perm=[1, 2, 0]), BS, bool, {}),
     "reshape": (node("Reshape", ["x", "c"]), XS, np.float32, {"c": np.array([0, -1])}),
@@ -337,6 +347,9 @@ REFUSED = {
     ),
     "pad_reflect": (node("Pad", ["x", "p"], mode="reflect"), XS, {"p": np.array([0, 1, 0, 0, 1, 0])}),
     "last_of_equals": (node("ArgMin", ["x"], select_last_index=1), XS, {}),
+    "resize": (
+        node("Resize", ["x", "", "", "c"], mode="linear"), {"x": (X, [2, 3, 4])}, {"c": np.array([2, 6, 4])}
+    ),
     "nonzero": (node("NonZero", ["x"]), XS, {}),
 }  # fmt: skip
 
@@ -410,6 +423,26 @@ def test_sizes_known_only_at_run_time_flow_through_a_program(tmp_path):
         np.testing.assert_array_equal(got, reference.run(None, feeds)[0])
 
 
+def test_a_size_that_padding_gives_back_is_the_inputs_own(tmp_path):
+    """x[:, 1:] padded by one row has as many rows as x; heads that are counted by -1 are a number all the same."""
+    nodes = [
+        helper.make_node("Slice", ["x", "one", "end", "one"], ["cut"]),
+        helper.make_node("Pad", ["cut", "pads"], ["padded"]),
+        helper.make_node("Add", ["padded", "x"], ["sum"]),
+        helper.make_node("Shape", ["x"], ["rows"], start=0, end=2),
+        helper.make_node("Concat", ["rows", "heads"], ["shape"], axis=0),
+        helper.make_node("Reshape", ["sum", "shape"], ["y"]),
+    ]
+    constants = {
+        "one": np.array([1]), "end": np.array([2**62]), "pads": np.array([0, 0, 0, 0, 1, 0]), "heads": np.array([-1, 2])
+    }  # fmt: skip
+    model = model_of(nodes, XS, {"y": np.float32}, constants)
+    got, expected = run(model, {"x": X}, tmp_path)
+    same(got["y"], expected["y"])
+    program = NativeEngine.from_bundle(tmp_path / "model.onnx", threads=1).program
+    assert program.slots[program.outputs["y"]].shape[2:] == (2, 2)
+
+
 def test_one_error_names_every_node_that_cannot_be_lowered(tmp_path):
     nodes = [
         helper.make_node("NonZero", ["x"], ["where"]),
@@ -438,6 +471,14 @@ def test_sizes_that_do_not_fit_are_refused(tmp_path):
     engine = NativeEngine.from_bundle(tmp_path / "m.onnx", threads=1)
     with pytest.raises(InputError, match="do not fit"):
         engine.forward([({"x": X, "z": X[:, :2]}, engine.new_state())])
+
+
+def test_products_of_unequal_batches_are_refused(tmp_path):
+    inputs = {"x": (X, S), "z": (Y, ["a2", 4, "c"])}
+    onnx.save(model_of([node("MatMul", ["x", "z"])], inputs, {"y": np.float32}), tmp_path / "m.onnx")
+    engine = NativeEngine.from_bundle(tmp_path / "m.onnx", threads=1)
+    with pytest.raises(InputError, match="do not fit"):
+        engine.forward([({"x": np.concatenate([X, X]), "z": Y}, engine.new_state())])
 
 
 def test_the_comparison_used_here_sees_a_wrong_sum():

@@ -96,6 +96,10 @@ class Dim:
 
     __rmul__ = __mul__
 
+    def is_symbol(self) -> bool:
+        """It is one input's size itself, not computed from any."""
+        return len(self.terms) == 1 and self.terms[0][1] == 1 and [a.op for a in self.terms[0][0]] == ["sym"]
+
 
 Size = int | Dim
 Shape = tuple[Size, ...]

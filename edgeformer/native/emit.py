@@ -302,13 +302,23 @@ class Emitter:
         self.add("cumsum", node, node.inputs[:1], axis=axis[0] % rank, **flags)
         return None
 
-    def op_clip(self, node: Node) -> bool | None:
+    def op_clip(self, node: Node) -> None:
         low, high = (self.g.scalar(i) if i else None for i in (node.input(1), node.input(2)))
         if (node.input(1) and low is None) or (node.input(2) and high is None):
-            return False
+            self.clip_between(node)
+            return
         low, high = (-np.inf if low is None else low), (np.inf if high is None else high)
         self.add("clip", node, node.inputs[:1], bounds=[float(low), float(high)])
-        return None
+
+    def clip_between(self, node: Node) -> None:
+        """A Clip whose bounds are computed: the larger of x and the one, then the smaller of that and the other."""
+        x = node.inputs[0]
+        steps = [(op, bound) for op, bound in (("Max", node.input(1)), ("Min", node.input(2))) if bound]
+        for i, (op, bound) in enumerate(steps):
+            step = Node(op, [x, bound], [node.outputs[0] if i == len(steps) - 1 else self.g.fresh(x)])
+            self.g.info[step.outputs[0]] = self.g.info[node.outputs[0]]
+            self.elementwise(step)
+            x = step.outputs[0]
 
     def op_range(self, node: Node) -> bool | None:
         if node.inputs:

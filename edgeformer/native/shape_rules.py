@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from edgeformer.errors import EngineUnavailable
-from edgeformer.native.dims import Shape, Size, clip, floor_div, product
+from edgeformer.native.dims import Dim, Shape, Size, clip, floor_div, product
 from edgeformer.native.graph import INSIDE, Graph, Info, Node
 
 Rule = Callable[[Graph, Node], list[Info]]
@@ -48,7 +48,9 @@ def ints(g: Graph, node: Node, i: int, attr: str) -> tuple[int, ...] | None:
 
 
 def broadcast(*shapes: Shape) -> Shape:
-    """The shape of an elementwise result. Two different symbolic sizes are taken as equal if neither is 1."""
+    """The shape of an elementwise result. Two different symbolic sizes are taken as equal if neither is 1: what runs
+    checks it. The plainer one is kept, `sequence` rather than what padding and cutting left of it.
+    """
     rank = max(map(len, shapes))
     out: list[Size] = []
     for axis in range(rank):
@@ -57,6 +59,8 @@ def broadcast(*shapes: Shape) -> Shape:
             d = s[axis - rank + len(s)] if axis >= rank - len(s) else 1
             if size == 1 or (isinstance(d, int) and d != 1):
                 size = d if d != 1 or size == 1 else size
+            elif isinstance(size, Dim) and isinstance(d, Dim) and d.is_symbol() and not size.is_symbol():
+                size = d
         out.append(size)
     return tuple(out)
 
@@ -274,3 +278,15 @@ def pad_amounts(g: Graph, node: Node) -> tuple[tuple[Size, ...], tuple[int, ...]
     rank = len(g.shape(node.inputs[0]))
     axes = ints(g, node, 3, "axes") or tuple(range(rank))
     return values(g, node.inputs[1]), tuple(a % rank for a in axes)
+
+
+@rule("Resize")
+def _resize(g: Graph, node: Node) -> list[Info]:
+    """To sizes: all of them, or of some axes."""
+    info = g.info[node.inputs[0]]
+    if node.attrs.get("keep_aspect_ratio_policy", "stretch") != "stretch":
+        raise EngineUnavailable("Resize that keeps the aspect ratio")
+    shape = list(info.shape)
+    for axis, size in zip(node.attrs.get("axes", range(len(shape))), values(g, node.input(3)), strict=True):
+        shape[axis] = size
+    return [Info(info.dtype, tuple(shape))]

@@ -73,6 +73,9 @@ def _normalize_node(g: Graph, node: Node) -> None:
         _become(node, "Fill", [], value=float(fill.array().reshape(-1)[0]) if fill is not None else 0.0)
     elif node.op == "Range":
         _range(g, node)
+    elif node.op == "Resize" and g.shape(node.inputs[0]) == out.shape:
+        if node.attrs.get("coordinate_transformation_mode") != "tf_crop_and_resize":
+            _become(node, "View", node.inputs[:1])  # to the size that it has
     elif node.op == "Tile":
         _become(node, "Tile", node.inputs[:1])
     elif node.op == "Pad":
