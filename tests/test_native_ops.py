@@ -296,6 +296,7 @@ def test_convolution_agrees_with_onnx(shape, kernel, attrs, tmp_path):
         ("ij,jk,kl->il", [("i", 3), (3, 4), (4, "l")]),
         ("bij->jb", [("b", "i", "j")]),
         ("ij,jk", [("i", 3), (3, "k")]),
+        ("...qhd,...khd->...hqk", [("b", "l", "q", 2, 4), ("b", "l", "k", 2, 4)]),
     ],
 )
 def test_einsum_agrees_with_onnx(equation, shapes, tmp_path):
@@ -333,6 +334,9 @@ def test_ranges_with_a_step_of_sizes(start, stop, step, tmp_path):
 
 REFUSED = {
     "einsum_diagonal": (node("Einsum", ["x"], equation="bii->bi"), {"x": (X[:, :, :3].copy(), ["b", 3, 3])}, {}),
+    "einsum_ellipses": (
+        node("Einsum", ["x", "z"], equation="...j,...j->..."), {"x": (X, S), "z": (X[0], ["b", 4])}, {}
+    ),
     "einsum_of_integers": (node("Einsum", ["i"], equation="abc->a"), IS, {}),
     "range_step_at_run_time": (
         node("Range", ["s", "e", "i"]), {"i": (np.array(2), [])}, {"s": np.array(0), "e": np.array(5)}
@@ -441,6 +445,29 @@ def test_a_size_that_padding_gives_back_is_the_inputs_own(tmp_path):
     same(got["y"], expected["y"])
     program = NativeEngine.from_bundle(tmp_path / "model.onnx", threads=1).program
     assert program.slots[program.outputs["y"]].shape[2:] == (2, 2)
+
+
+def test_rows_are_padded_to_a_multiple_and_cut_into_blocks(tmp_path):
+    """The remainder of a size is a size: [n, 4] becomes [ceil(n / 3), 3, 4] at three n."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["n"], start=0, end=1),
+        helper.make_node("Neg", ["n"], ["minus"]),
+        helper.make_node("Mod", ["minus", "three"], ["more"]),
+        helper.make_node("Concat", ["zero", "zero", "more", "zero"], ["pads"], axis=0),
+        helper.make_node("Pad", ["x", "pads"], ["padded"]),
+        helper.make_node("Add", ["n", "more"], ["rows"]),
+        helper.make_node("Div", ["rows", "three"], ["blocks"]),
+        helper.make_node("Concat", ["blocks", "three", "four"], ["shape"], axis=0),
+        helper.make_node("Reshape", ["padded", "shape"], ["y"]),
+    ]
+    constants = {"zero": np.array([0]), "three": np.array([3]), "four": np.array([4])}
+    x = X.reshape(6, 4)
+    model = model_of(nodes, {"x": (x, ["n", 4])}, {"y": np.float32}, constants)
+    onnx.save(model, tmp_path / "m.onnx")
+    engine = NativeEngine.from_bundle(tmp_path / "m.onnx", threads=1)
+    for n in (6, 1, 5):
+        got = engine.forward([({"x": x[:n]}, engine.new_state())])[0]["y"]
+        np.testing.assert_array_equal(got, ReferenceEvaluator(model).run(None, {"x": x[:n]})[0])
 
 
 def test_one_error_names_every_node_that_cannot_be_lowered(tmp_path):

@@ -26,7 +26,7 @@ def infer(g: Graph) -> list[Node]:
             continue
         try:
             infos = RULES[node.op](g, node)
-        except (KeyError, EngineUnavailable, IndexError, TypeError, ValueError):
+        except (KeyError, EngineUnavailable, IndexError, TypeError, ValueError, ZeroDivisionError):
             unsupported.append(node)
             continue
         for name, info in zip(node.outputs, infos, strict=False):
@@ -53,12 +53,13 @@ def _pairs(g: Graph, node: Node) -> list[tuple[Size, ...]] | None:
 def _arithmetic(g: Graph, node: Node) -> list[Info]:
     out = _elementwise(g, node)
     pairs = _pairs(g, node) if out.dtype == "int64" and len(node.inputs) == 2 else None
-    if pairs is not None and node.op != "Mod":
+    if pairs is not None and not node.attrs.get("fmod"):
         f: dict[str, Callable[[Size, Size], Size]] = {
             "Add": lambda a, b: a + b,
             "Sub": lambda a, b: a - b,
             "Mul": lambda a, b: a * b,
             "Div": floor_div,
+            "Mod": lambda a, b: a - b * floor_div(a, b),
             "Min": lambda a, b: a if a == b else function("min", a, b),
             "Max": lambda a, b: a if a == b else function("max", a, b),
         }

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+from string import ascii_letters
+
 from edgeformer.errors import EngineUnavailable
 from edgeformer.native.dims import Shape, Size, product
 from edgeformer.native.graph import Graph, Info, Node
 from edgeformer.native.shape_rules import rule
 
 
-def terms(node: Node) -> tuple[list[str], str]:
-    """The letters of each operand's axes, and of the result's."""
+def terms(g: Graph, node: Node) -> tuple[list[str], str]:
+    """The letters of each operand's axes, and of the result's; what an ellipsis stands for gets free ones."""
     left, arrow, out = str(node.attrs["equation"]).replace(" ", "").partition("->")
     operands = left.split(",")
-    if not arrow:  # without a result, it has the letters that stand once, sorted
-        out = "".join(sorted(x for x in set(left) - {","} if left.count(x) == 1))
+    if not arrow:  # without a result, it has the letters that stand once, sorted, behind the ellipsis
+        once = sorted(x for x in set(left) - {",", "."} if left.count(x) == 1)
+        out = "..." * ("..." in left) + "".join(once)
+    spare = "".join(x for x in ascii_letters if x not in left)
+    widths = [len(g.shape(i)) - len(t.replace("...", "")) for i, t in zip(node.inputs, operands, strict=True)]
+    widths = [w for w, t in zip(widths, operands, strict=True) if "..." in t]
+    if len(set(widths)) > 1:
+        raise EngineUnavailable("Einsum with ellipses of unequal length")
+    operands = [t.replace("...", spare[: max(widths, default=0)]) for t in operands]
+    out = out.replace("...", spare[: max(widths, default=0)])
     if not all(len(set(term)) == len(term) and (term.isalpha() or not term) for term in (*operands, out)):
-        raise EngineUnavailable("Einsum with a diagonal or an ellipsis")
+        raise EngineUnavailable("Einsum with a diagonal")
     return operands, out
 
 
 @rule("Einsum")
 def _shape(g: Graph, node: Node) -> list[Info]:
-    operands, out = terms(node)
+    operands, out = terms(g, node)
     sizes: dict[str, Size] = {}
     for name, term in zip(node.inputs, operands, strict=True):
         if g.info[name].dtype != "float32":
@@ -35,7 +45,7 @@ def _shape(g: Graph, node: Node) -> list[Info]:
 
 def products(g: Graph, node: Node) -> None:
     """Rewrites one Einsum: the operands are joined one after the other, each time by one MatMul."""
-    operands, out = terms(node)
+    operands, out = terms(g, node)
     sizes = {
         x: s for name, term in zip(node.inputs, operands, strict=True) for x, s in zip(term, g.shape(name), strict=True)
     }
