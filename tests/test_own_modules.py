@@ -231,3 +231,23 @@ def test_the_digits_example_is_as_right_as_pytorch(tmp_path):
     reference, found = digits.main(tmp_path / "digits", epochs=12)
     assert reference > 0.85
     assert abs(reference - found) <= 0.01
+
+
+def test_a_factory_takes_a_tokenizer_along(tmp_path, monkeypatch):
+    import tiny
+
+    (tmp_path / "letters").mkdir()
+    monkeypatch.setattr(sys.modules[__name__], "VOCAB", tiny.tokenizer(tmp_path / "letters"))
+    (tmp_path / "mine.py").write_text(f"import {__name__} as t\nmake = lambda: t.ByHand(t.fill)\n")
+    for place in (tmp_path / "letters", tmp_path / "letters" / "tokenizer.json"):
+        options = {"quantize": "none", "tokenizer": place, "overwrite": True}
+        export(ExportOptions(f"{tmp_path / 'mine.py'}:make", tmp_path / "bundle", **options))
+        model = edgeformer.load(tmp_path / "bundle", engine="cpu")
+        ids = model.tokenizer.encode("hello world")
+        assert model.generate("hello world", max_new_tokens=5).ids == model.generate(ids, max_new_tokens=5).ids
+    for wrong, told in ((tmp_path / "mine.py", "is no tokenizer.json"), (tmp_path, "no folder with one")):
+        options = ExportOptions(f"{tmp_path / 'mine.py'}:make", tmp_path / "other", tokenizer=wrong)
+        with pytest.raises(edgeformer.ExportError, match=told):
+            export(options)
+    with pytest.raises(edgeformer.ExportError, match="brings its own"):
+        export(ExportOptions(str(tmp_path / "letters"), tmp_path / "other", tokenizer=tmp_path / "letters"))

@@ -81,6 +81,9 @@ def main(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, or float16 for CUDA. [default: float32]")] = None,
     weights: Annotated[Path | None, typer.Option(help="For a factory: a .safetensors file.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="For a factory: its tokenizer.json, or a folder with it and a chat template.")
+    ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Merge this PEFT adapter folder (LoRA) into the model.")] = None,
     inputs: Annotated[
         list[str] | None, typer.Option("--input", help="For a factory: name=dtype\\[axis,...]; named axes are dynamic.")
@@ -101,7 +104,7 @@ def main(
     """Export SOURCE to a bundle: an ordinary ONNX folder, checked against PyTorch before it gets its name."""
     given = {
         "output": output, "quantize": quantize, "block": block, "head": head, "dtype": dtype, "weights": weights,
-        "adapter": adapter,
+        "adapter": adapter, "tokenizer": tokenizer,
         "input": tuple(inputs or ()), "output_names": tuple(output_names or ()), "architecture": architecture,
         "task": task, "text": text,
         "tokens": tokens, "overwrite": overwrite or None,

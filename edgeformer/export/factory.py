@@ -22,6 +22,7 @@ from edgeformer.export.trace import Input
 _SPEC = re.compile(r"^(?P<name>\w+)=(?P<dtype>\w+)\[(?P<shape>[\w, ]*)\](?:<(?P<high>\d+))?$")
 _TOKENS = {"input_ids": "int64[batch,sequence]", "position_ids": "int64[batch,sequence]"}
 _SOURCE = {"input_ids": "int64[batch,source]", "attention_mask": "int64[batch,source]"}  # of an `encode`
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _NO_SUCH = {  # names that people expect in torch.nn -> what to write
     "TransformerLayer": " torch.nn has no TransformerLayer: write nn.TransformerEncoderLayer (with a causal mask it is "
     "a decoder without cross-attention).",
@@ -54,11 +55,7 @@ def checkpoint_source(folder: Path) -> Source | Pair:
     from edgeformer.models.checkpoint import load_checkpoint
 
     module, config = load_checkpoint(folder)
-    files = {
-        name: (folder / name).read_bytes()
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-        if (folder / name).is_file()
-    }
+    files = {name: (folder / name).read_bytes() for name in _TOKENIZER_FILES if (folder / name).is_file()}
     generation: dict[str, Any] = {}
     if (folder / "generation_config.json").is_file():
         try:
@@ -78,8 +75,9 @@ def module_source(
     files: Mapping[str, bytes] | None = None,
 ) -> Source | Pair:
     """A Source of any module. Inputs come from `options.input`, else from `module.input_spec` (name -> "dtype[axes]"),
-    else from the names `input_ids` and `position_ids`. A module with the methods `encode(input_ids, attention_mask)`
-    and `decode(input_ids, encoder_hidden_states, encoder_attention_mask)` becomes a Pair.
+    else from the names `input_ids` and `position_ids`; `options.tokenizer` travels along. A module with the methods
+    `encode(input_ids, attention_mask)` and `decode(input_ids, encoder_hidden_states, encoder_attention_mask)` becomes
+    a Pair.
 
     Raises:
         ExportError: an argument of forward has no declared shape, or encode and decode are not the contract's.
@@ -104,13 +102,29 @@ def module_source(
         origin=origin,
         config=config,
         generation_config=generation_config or {},
-        files=files or {},
+        files={**(files or {}), **_tokenizer(options.tokenizer)},
     )
     return own_pair(source) if paired else source
 
 
 def _task(paired: bool, tokens: bool) -> str:
     return "text2text-generation" if paired else "text-generation" if tokens else "feature-extraction"
+
+
+def _tokenizer(path: Path | None) -> dict[str, bytes]:
+    """The files of a tokenizer, from a folder or its tokenizer.json alone."""
+    if path is None:
+        return {}
+    files = {"tokenizer.json": path} if path.is_file() else {name: path / name for name in _TOKENIZER_FILES}
+    found = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+    try:
+        json.loads(found["tokenizer.json"])["model"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ExportError(
+            f"the tokenizer {path} is no tokenizer.json of Hugging Face's tokenizers, and no folder with one; "
+            "save it with tokenizer.save_pretrained(folder), or Tokenizer.save(file)."
+        ) from error
+    return found
 
 
 def _call(source: str) -> torch.nn.Module:

@@ -30,6 +30,7 @@ class ExportOptions:
     dtype: str = "float32"  # float32 | float16 (for CUDA)
     adapter: Path | None = None  # a PEFT adapter folder (LoRA) to merge into the model
     weights: Path | None = None  # for module:factory: a .safetensors file, or a .pt file of plain tensors
+    tokenizer: Path | None = None  # for module:factory: a tokenizer.json, or a folder with one (and a chat template)
     input: tuple[str, ...] = ()  # for module:factory: name=dtype[axis,...], for example x=float32[batch,sequence,3]
     output_names: tuple[str, ...] = ()  # for module:factory: names of what forward returns
     architecture: str | None = None  # for a Hugging Face source: load this class, not the one that config.json names
@@ -69,7 +70,7 @@ def read_recipe(path: Path, **flags: Any) -> ExportOptions:
     beside = path.parent / str(recipe["source"])
     if beside.exists():
         recipe["source"] = str(beside)
-    for name in ("weights", "text", "adapter"):
+    for name in ("weights", "tokenizer", "text", "adapter"):
         if name in recipe:
             recipe[name] = path.parent / recipe[name]
     recipe.setdefault("output", path.stem)
@@ -79,7 +80,7 @@ def read_recipe(path: Path, **flags: Any) -> ExportOptions:
 
 def make_options(**values: Any) -> ExportOptions:
     """ExportOptions from plain values (strings for paths, lists for tuples)."""
-    for name in ("output", "weights", "text", "adapter"):
+    for name in ("output", "weights", "tokenizer", "text", "adapter"):
         if values.get(name) is not None:
             values[name] = Path(values[name])
     for name in ("input", "output_names"):

@@ -121,6 +121,8 @@ def load_source(options: ExportOptions) -> Source | Pair:
 
 def _base_source(options: ExportOptions) -> Source | Pair:
     name, path = options.source, Path(options.source)
+    if options.tokenizer is not None and (":" not in name or path.exists()):
+        raise ExportError(f"--tokenizer is for module:factory; {name} brings its own.")
     if path.is_file() and path.suffix.lower() == ".gguf":
         from edgeformer.export.hub import gguf_source
 
