@@ -572,3 +572,13 @@ def test_the_instructions_are_shown_for_each_of_the_floor() -> None:
     assert "| neon_dotprod | q4 | 64 | **1.45** | 1.00 | 0.00 | 0.00 | 0.00 | 0.45 |" in text
     assert "1 of 2 cases are within 1.5" in text
     assert "| m | decoding | neon_dotprod | 10.0 M | 8.0 M | x 1.25 |" in text
+
+
+def test_bytes_of_a_bundle_are_what_the_engine_packs(bundles) -> None:
+    """8.5 bits a weight in q8, for whole panels of 16 rows, blocks of 32 columns; the file has float32 scales, so 9."""
+    onnx, path = pytest.importorskip("onnx"), bundles / "q8"
+    graph = onnx.load(str(path / "model.onnx"), load_external_data=False).graph
+    turned = {node.input[0] for node in graph.node if node.op_type == "Transpose"}
+    weights = [w.dims for w in graph.initializer if w.name in turned and w.data_type == onnx.TensorProto.INT8]
+    packed = sum(-(-n // 16) * 16 * -(-k // 32) * 32 * 17 // 16 for n, k in weights)
+    assert len(weights) > 4 and models.bytes_a_token(path) == packed

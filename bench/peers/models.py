@@ -154,13 +154,24 @@ def bytes_a_token(path: Path) -> int:
 
         tensors = {t.name: int(t.n_bytes) for t in library.GGUFReader(path).tensors}
         return sum(tensors.values()) - (tensors["token_embd.weight"] if "output.weight" in tensors else 0)
-    if (path / "edgeformer.json").exists() or (path / "genai_config.json").exists():
+    if (path / "edgeformer.json").exists():
+        return _packed_bytes(path / "model.onnx")
+    if (path / "genai_config.json").exists():
         return _onnx_bytes(path / "model.onnx")
     if (path / "openvino_model.bin").exists():
         return _openvino_bytes(path)
     if (path / "model.bin").exists():  # CTranslate2 stores a tied table once
         return (path / "model.bin").stat().st_size
     raise SetupFailed(f"{path} is no model file that is known here")
+
+
+def _packed_bytes(path: Path) -> int:
+    """What the native engine makes of a bundle: it packs scales and minima as float16, where the file has float32."""
+    from edgeformer.native.lowering import lower_bundle
+    from edgeformer.native.profile import Profile
+
+    program, _ = lower_bundle(path)
+    return sum(map(Profile(program).weight_bytes, program.ops))
 
 
 def _onnx_bytes(path: Path) -> int:
