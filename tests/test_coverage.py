@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -65,6 +67,26 @@ def test_the_page_names_every_model_and_its_cause():
     assert "**1 of 2 work on `cpu`, 0 of them on `native` too.**" in text
     assert "| one | One | yes | no | TopK |" in text
     assert "| two |  | no | no | keeps a recurrent or convolution state (state-space, linear attention)" in text
+
+
+def test_the_parts_of_a_composite_config_are_shrunk_too():
+    model = coverage.tiny("fuyu")  # 9 billion parameters by default, in a part whose class only says "any config"
+    assert sum(p.numel() for p in model.parameters()) < 1e6
+    assert model(torch.tensor([[3, 5]])).logits.shape == (1, 2, 120)
+
+
+@pytest.mark.parametrize(
+    ("stage", "cause", "told"),
+    [
+        ("export", "ExportError: X keeps a recurrent or convolution state", "keeps a recurrent or convolution state"),
+        ("export", "ExportError: X does not run with a plain key-value cache: IndexError", "more than keys and values"),
+        ("build", "ImportError: TimmWrapperModel requires the timm library", "needs the package timm"),
+        ("build", "ValueError: unknown", "not examined: .*(ValueError: unknown)"),
+        ("export", "ValueError: unknown", "^ValueError: unknown$"),
+    ],
+)
+def test_causes_are_told_in_plain_words(stage, cause, told):
+    assert re.search(told, coverage.why({"stage": stage, "cause": cause, "engines": {}}))
 
 
 ROPE = {
