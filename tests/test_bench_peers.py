@@ -582,3 +582,22 @@ def test_bytes_of_a_bundle_are_what_the_engine_packs(bundles) -> None:
     weights = [w.dims for w in graph.initializer if w.name in turned and w.data_type == onnx.TensorProto.INT8]
     packed = sum(-(-n // 16) * 16 * -(-k // 32) * 32 * 17 // 16 for n, k in weights)
     assert len(weights) > 4 and models.bytes_a_token(path) == packed
+
+
+def test_an_export_that_does_not_fit_into_memory_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began: list[str] = []
+    monkeypatch.setattr(models, "OUT", tmp_path)
+    monkeypatch.setattr(models, "ROOT", tmp_path)
+    monkeypatch.setattr(random_models, "float_folder", lambda shape: tmp_path)
+    monkeypatch.setattr(
+        sizes, "run", lambda command, log, variables, what: began.append(what) or Path(command[5]).mkdir()
+    )
+    monkeypatch.setattr(sizes, "available_gib", lambda: 22.0)
+    with pytest.raises(SetupFailed, match="the export of 3B takes about 51 GiB of memory, 22 are free"):
+        sizes.bundle(sizes.SIZES["3B"], "q4a")
+    assert sizes.bundle(sizes.SIZES["1B"], "q4a").is_dir() and began == ["export q4a of 1B"]
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="needs /proc")
+def test_free_memory_is_read() -> None:
+    assert 0.05 < sizes.available_gib() < 1e5
