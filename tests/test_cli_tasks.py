@@ -175,6 +175,15 @@ def test_run_searches_as_the_bundle_says(edgeformer, made, copy_of, reseal):
     assert out == load(made / "translate", "cpu").generate(TEXTS[0], max_new_tokens=6, num_beams=3).text + "\n"
 
 
+def test_inspect_prints_the_programs_of_both_graphs(edgeformer, made, lm):
+    code, out, _ = edgeformer("inspect", made / "translate", "--program")
+    assert code == 0
+    encoder, decoder = out.split("graph encoder:")[1].split("graph decoder:")
+    assert encoder.count(" attend ") == 1
+    assert decoder.count(" attend ") == 2, "of the answer, and of the source"
+    assert "graph model" not in edgeformer("inspect", lm, "--program")[1]
+
+
 WRONG = [  # command, bundle, the command that is right (before and after the bundle's path)
     ("run", "embed", "embed", '"text"'),
     ("run", "speech", "transcribe", "speech.wav"),

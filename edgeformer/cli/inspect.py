@@ -53,17 +53,21 @@ def show(path: Path, *, hashes: bool, as_json: bool) -> None:
 
 
 def show_program(path: Path) -> None:
-    """Print the program that the native engine makes of the graph.
+    """Print the program that the native engine makes of each graph.
 
     Raises:
-        EngineUnavailable: the native engine is not there, or cannot run this graph.
+        EngineUnavailable: the native engine is not there, or cannot run a graph.
     """
     bundle = Bundle.open(path)
     try:
         from edgeformer.native import describe
     except ImportError as error:
         raise EngineUnavailable(f"The native engine is not there ({error}); install edgeformer again.") from error
-    print(describe(bundle.path))
+    graphs = list(bundle.manifest["graphs"])
+    for name in graphs:
+        if len(graphs) > 1:
+            print(f"graph {name}:")
+        print(describe(bundle.path, name))
 
 
 def _facts(title: str, facts: Mapping[str, Any]) -> None:

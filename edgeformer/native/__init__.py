@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 __all__ = ["Memory", "NativeEngine", "NativeState", "describe"]
 
 
-def describe(bundle_path: str | PathLike[str]) -> str:
-    """The lowered program of a bundle (or .onnx file) as text, one operation a line: what the native engine runs.
+def describe(bundle_path: str | PathLike[str], graph: str = "model") -> str:
+    """The lowered program of a bundle's `graph` (or of an .onnx file) as text, one operation a line: what the native
+    engine runs.
 
     Raises:
         EngineUnavailable: some nodes cannot be lowered; the message names all of them.
@@ -22,7 +23,7 @@ def describe(bundle_path: str | PathLike[str]) -> str:
     from edgeformer.native.lowering import lower_bundle
     from edgeformer.native.program import describe
 
-    program, _ = lower_bundle(_graph_path(bundle_path, "model")[0])
+    program, _ = lower_bundle(_graph_path(bundle_path, graph)[0])
     return describe(program)
 
 

@@ -33,8 +33,10 @@ class Writer:
         self.integers(len(raw))
         self.bytes += raw
 
-    def pack(self, *arguments: Any) -> None:
+    def pack(self, *arguments: Any) -> bool:
+        """What the engine's own answers: whether a scale was rounded. Nothing is packed here."""
         self.packed.append(arguments)
+        return False
 
 
 def dump(bundle: Path, out: Path, kv: str, prompt: np.ndarray, steps: int) -> list[str]:
