@@ -125,7 +125,8 @@ void pack(Reader& in, Engine& engine) {
       return b.empty() ? nullptr : reinterpret_cast<const float*>(b.data());
     };
     const PackSource source = {q.data(), floats(scale), floats(min), rows, engine.spec().weights.at(weight).k, block};
-    if (engine.pack(weight, source, dest.data()) != PackError::none) throw std::runtime_error("a weight is refused");
+    if (engine.pack(weight, source, dest.data()).error != PackError::none)
+      throw std::runtime_error("a weight is refused");
   }
 }
 
