@@ -11,7 +11,7 @@ namespace {
 
 int64_t chunks_for(int64_t tokens) { return (tokens + kChunkTokens - 1) / kChunkTokens; }
 
-constexpr char kMagic[8] = {'e', 'f', 'k', 'v', '0', '0', '0', '1'};
+constexpr char kMagic[8] = {'e', 'f', 'k', 'v', '0', '0', '0', '2'};
 constexpr int64_t kLayerFields = 4;
 
 }  // namespace

@@ -29,6 +29,11 @@ struct S : Lanes {
     return {_mm256_dpbusd_avx_epi32(s.a, w.a, v), _mm256_dpbusd_avx_epi32(s.b, w.b, v)};
   }
 
+  static I pdot(I s, Pairs v, int32_t both) {
+    const __m256i x = _mm256_set1_epi32(both);
+    return {_mm256_dpwssd_avx_epi32(s.a, v.a, x), _mm256_dpwssd_avx_epi32(s.b, v.b, x)};
+  }
+
   using NibbleSum = I;
   static NibbleSum nzero(int32_t c) { return iset1(c); }
   template <int index>

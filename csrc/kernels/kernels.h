@@ -111,7 +111,7 @@ enum class KvType : int32_t { int8, float32 };
 
 // One layer's cache: chunks of kChunkTokens tokens. A chunk is, for each KV head, one after another:
 //   int8     K tiles  [tokens / 16][ceil(D / 4)][16 tokens][4] bytes (q + 128), then kChunkTokens key scales (f32),
-//            V rows   [tokens][round_up(Dv, 16)] bytes (q), then kChunkTokens value scales (f32)
+//            V pairs  [tokens / 2][round_up(Dv, 16)][2 tokens] bytes (q), then kChunkTokens value scales (f32)
 //   float32  K tiles  [tokens / 16][D][16 tokens] floats, V rows [tokens][round_up(Dv, 16)] floats
 // One scale a token and head: absmax / 127.
 struct KvLayout {
@@ -164,7 +164,10 @@ struct AttentionArgs {
 //   float32: s[t] = (fma over d ascending of q[d] * k[t,d]) * scale
 //   softcap: s = softcap * tanh(s / softcap);  then s += mask
 //   max = max s[t];  p[t] = exp(s[t] - max), 0 for a hidden key;  sum = p over 16 lanes
-//   int8:    out[d] = fma(p[t] * vs[t], float(v[t,d]), out[d]), t ascending;  float32: fma(p[t], v[t,d], out[d])
+//   float32: out[d] = fma(p[t], v[t,d], out[d]), t ascending
+//   int8:    w[t] = p[t] * vs[t] (0 where p[t] is), in 15 bits: qw[t] = round_to_even(w[t] * (32767 / max w)),
+//            out[d] = float(sum_t qw[t] * v[t,d]) * (max w / 32767); max w < 2^-100 gives zeros. The sum is an exact
+//            int32: 256 * 32767 * 127 < 2^31
 // Chunks are merged in order:  M = max(max_a, max_b), a = exp(max_a - M), b = exp(max_b - M),
 //   sum = fma(sum_b, b, sum_a * a), out = fma(out_b, b, out_a * a); a chunk without a visible key is left out.
 // Result: out * (1 / sum).

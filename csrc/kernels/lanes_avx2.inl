@@ -71,6 +71,19 @@ struct Lanes {
     const __m128i b = _mm_packs_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), b);
   }
+  static void narrow16(int16_t* p, I v) {
+    const __m256i w = _mm256_permute4x64_epi64(_mm256_packs_epi32(v.a, v.b), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), w);
+  }
+  using Pairs = I;
+  static Pairs load_pairs(const uint8_t* p) {
+    return {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+            _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)))};
+  }
+  static I pdot(I s, Pairs v, int32_t both) {
+    const __m256i x = _mm256_set1_epi32(both);
+    return {_mm256_add_epi32(s.a, _mm256_madd_epi16(v.a, x)), _mm256_add_epi32(s.b, _mm256_madd_epi16(v.b, x))};
+  }
   static float sum(F v) {
     const __m256 s8 = _mm256_add_ps(v.a, v.b);
     const __m128 s4 = _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));

@@ -68,6 +68,28 @@ struct Lanes {
     const int16x8_t high = vcombine_s16(vqmovn_s32(x.v[2]), vqmovn_s32(x.v[3]));
     vst1q_s8(p, vcombine_s8(vqmovn_s16(low), vqmovn_s16(high)));
   }
+  static void narrow16(int16_t* p, I x) {
+    vst1q_s16(p, vcombine_s16(vqmovn_s32(x.v[0]), vqmovn_s32(x.v[1])));
+    vst1q_s16(p + 8, vcombine_s16(vqmovn_s32(x.v[2]), vqmovn_s32(x.v[3])));
+  }
+  struct Pairs {
+    int16x8_t first[2], second[2];  // 16 columns of one token, and of the next
+  };
+  static Pairs load_pairs(const uint8_t* p) {
+    const int8x16x2_t b = vld2q_s8(reinterpret_cast<const int8_t*>(p));
+    return {{vmovl_s8(vget_low_s8(b.val[0])), vmovl_high_s8(b.val[0])},
+            {vmovl_s8(vget_low_s8(b.val[1])), vmovl_high_s8(b.val[1])}};
+  }
+  static I pdot(I s, Pairs v, int32_t both) {
+    const int16x4_t x = vreinterpret_s16_s32(vdup_n_s32(both));
+    for (int j = 0; j < 2; j++) {
+      s.v[2 * j] = vmlal_lane_s16(s.v[2 * j], vget_low_s16(v.first[j]), x, 0);
+      s.v[2 * j + 1] = vmlal_high_lane_s16(s.v[2 * j + 1], v.first[j], x, 0);
+      s.v[2 * j] = vmlal_lane_s16(s.v[2 * j], vget_low_s16(v.second[j]), x, 1);
+      s.v[2 * j + 1] = vmlal_high_lane_s16(s.v[2 * j + 1], v.second[j], x, 1);
+    }
+    return s;
+  }
   static float sum(F x) {
     const float32x4_t s8[2] = {vaddq_f32(x.v[0], x.v[2]), vaddq_f32(x.v[1], x.v[3])};
     const float32x4_t s4 = vaddq_f32(s8[0], s8[1]);

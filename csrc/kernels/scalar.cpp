@@ -29,8 +29,9 @@ float sum16(const float* s16) {
   return s[0];
 }
 
-// absmax of n values by their bits (NaN counts as the largest), then scale and quantized values.
-float quantize_values(const float* x, int64_t n, int8_t* q) {
+// absmax of n values by their bits (NaN counts as the largest), then scale and quantized values, in -limit..limit.
+template <class T, int limit = 127>
+float quantize_values(const float* x, int64_t n, T* q) {
   uint32_t top = 0;
   for (int64_t c = 0; c < n; c++) {
     const uint32_t a = bits_of(x[c]) & 0x7fffffffu;
@@ -41,13 +42,13 @@ float quantize_values(const float* x, int64_t n, int8_t* q) {
     for (int64_t c = 0; c < n; c++) q[c] = 0;
     return 0.0f;
   }
-  const float inverse = 127.0f / absmax;
+  const float inverse = float(limit) / absmax;
   for (int64_t c = 0; c < n; c++) {
     const float v = x[c] * inverse;
-    // + 1.5 * 2^23 rounds to the nearest even integer; |v| <= 127.00001 for finite x, and NaN gives 0.
-    q[c] = v == v ? int8_t(int32_t((v + 12582912.0f) - 12582912.0f)) : int8_t(0);
+    // + 1.5 * 2^23 rounds to the nearest even integer; |v| <= limit * 1.000001 for finite x, and NaN gives 0.
+    q[c] = v == v ? T(int32_t((v + 12582912.0f) - 12582912.0f)) : T(0);
   }
-  return absmax / 127.0f;
+  return absmax / float(limit);
 }
 
 void quantize(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t block_begin, int64_t block_end, int8_t* xq,
@@ -255,7 +256,7 @@ void kv_append(const KvAppendArgs& a) {
         head[t / 16 * 16 * d4 + d / 4 * 64 + t % 16 * 4 + d % 4] = uint8_t((d < l.head_dim ? q[d] : 0) + 128);
       put_float(head + l.value_scales() + t * 4, quantize_values(v, l.value_dim, q));
       for (int64_t d = 0; d < l.value_stride(); d++)
-        head[l.values() + t * l.value_stride() + d] = uint8_t(d < l.value_dim ? q[d] : 0);
+        head[l.values() + (t / 2 * l.value_stride() + d) * 2 + t % 2] = uint8_t(d < l.value_dim ? q[d] : 0);
     }
   }
 }
@@ -305,14 +306,22 @@ void attend(const AttentionArgs& a, int64_t kv_head, int64_t i, int64_t h, int64
   }
   partial[0] = top;
   partial[1] = sum16(sums);
-  for (int64_t t = begin; t < end; t++) {
-    const uint8_t* row = head + l.values() + t * l.value_stride() * (l.type == KvType::int8 ? 1 : 4);
-    for (int64_t d = 0; d < l.value_dim; d++) {
-      if (l.type == KvType::int8)
-        out[d] = fma1(p[t] * get_float(head + l.value_scales() + t * 4), float(int8_t(row[d])), out[d]);
-      else
-        out[d] = fma1(p[t], get_float(row + d * 4), out[d]);
+  if (l.type == KvType::float32) {
+    for (int64_t t = begin; t < end; t++) {
+      const uint8_t* row = head + l.values() + t * l.value_stride() * 4;
+      for (int64_t d = 0; d < l.value_dim; d++) out[d] = fma1(p[t], get_float(row + d * 4), out[d]);
     }
+    return;
+  }
+  float w[kChunkTokens] = {};
+  int16_t qw[kChunkTokens];
+  for (int64_t t = begin; t < end; t++) w[t] = p[t] > 0.0f ? p[t] * get_float(head + l.value_scales() + t * 4) : 0.0f;
+  const float ws = quantize_values<int16_t, 32767>(w, kChunkTokens, qw);
+  for (int64_t d = 0; d < l.value_dim; d++) {
+    int32_t sum = 0;
+    for (int64_t t = begin; t < end; t++)
+      sum += int32_t(qw[t]) * int8_t(head[l.values() + (t / 2 * l.value_stride() + d) * 2 + t % 2]);
+    out[d] = float(sum) * ws;
   }
 }
 

@@ -12,6 +12,8 @@
 //     NibbleSum: nzero(c), ndot<step>(sum, W, X), nsum(sum, c) -> I, c added by one of the two.
 //     ByteSum: bzero(offset), bdot<step>, bsum(sum) -> I
 //     bzero takes -128 * sum of x where W is unsigned, and ignores it where byte_weight gives signed bytes
+//   Pairs: 16 columns of two tokens' values as int16; load_pairs(32 bytes), pdot(I, Pairs, two int16 in an int32) -> I
+//   narrow16 (16 int32 in -32768..32767 -> 16 int16)
 //   kGemvRows, kTileRows, kTilePanels: how many rows of activations (and panels) fit the registers
 // The including file has opened its target region and an anonymous namespace.
 
@@ -21,6 +23,22 @@ using I = S::I;
 inline F load_tail(const float* p, int64_t n) { return n >= 16 ? S::load(p) : S::load_n(p, int(n)); }
 inline void store_tail(float* p, F v, int64_t n) { n >= 16 ? S::store(p, v) : S::store_n(p, v, int(n)); }
 
+template <int N>
+struct Count {
+  static constexpr int value = N;
+  constexpr operator int() const { return N; }
+};
+
+// body(0), ..., body(N - 1), each with a compile-time index. GCC keeps a loop's array of registers in memory otherwise:
+// it unrolls such loops only after it has decided what may be a register.
+template <int N, class Body>
+inline __attribute__((always_inline)) void each(Body body) {
+  if constexpr (N > 0) {
+    each<N - 1>(body);
+    body(Count<N - 1>{});
+  }
+}
+
 #include "simd_math.inl"
 
 // ---- quantization -------------------------------------------------------------------------------------------------
@@ -28,11 +46,11 @@ inline void store_tail(float* p, F v, int64_t n) { n >= 16 ? S::store(p, v) : S:
 // Scale and multiplier of values whose absolute maximum has these bits.
 struct Scale {
   float scale, inverse;
-  explicit Scale(int32_t top_bits) {
+  explicit Scale(int32_t top_bits, float limit = 127.0f) {
     float absmax;
     __builtin_memcpy(&absmax, &top_bits, 4);
-    scale = absmax < 0x1p-100f ? 0.0f : absmax / 127.0f;
-    inverse = absmax < 0x1p-100f ? 0.0f : 127.0f / absmax;
+    scale = absmax < 0x1p-100f ? 0.0f : absmax / limit;
+    inverse = absmax < 0x1p-100f ? 0.0f : limit / absmax;
   }
 };
 
@@ -113,14 +131,15 @@ struct TileBlock {
 template <class Q, int s, int R, int P, class Block, class Sum>
 inline __attribute__((always_inline)) void dot_slice(const Block (&block)[P], const S::X (&x)[R], Sum (&sum)[R][P]) {
   typename S::W w[P];
-  for (int p = 0; p < P; p++) w[p] = block[p].template weights<s>();
-  for (int r = 0; r < R; r++)
-    for (int p = 0; p < P; p++) {
+  each<P>([&](auto p) __attribute__((always_inline)) { w[p] = block[p].template weights<s>(); });
+  each<R>([&](auto r) __attribute__((always_inline)) {
+    each<P>([&](auto p) __attribute__((always_inline)) {
       if constexpr (Q::kNibbles)
         sum[r][p] = S::template ndot<s % 4>(sum[r][p], w[p], x[r]);
       else
         sum[r][p] = S::template bdot<s % 4>(sum[r][p], w[p], x[r]);
-    }
+    });
+  });
 }
 
 // What undoes the + 8 of q4's nibbles: -8 * sum of x.
@@ -134,59 +153,67 @@ template <class Q, int R, int P, class Block>
 inline __attribute__((always_inline)) void add_block(const Block (&block)[P], const int8_t* xq, const XBlock* xb,
                                                      int64_t ldq, int64_t ldb, F (&acc)[R][P]) {
   typename S::X x[R];
+  const auto load = [&](int64_t column) __attribute__((always_inline)) {
+    each<R>([&](auto r) __attribute__((always_inline)) { x[r] = S::load_x(xq + r * ldq + column); });
+  };
+  // acc += dot * (scale of the row * scale of the panel)
+  const auto add = [&](int r, int p, I dot, F ws) __attribute__((always_inline)) {
+    acc[r][p] = S::fma(S::to_float(dot), S::mul(f16(xb[r * ldb].scale), ws), acc[r][p]);
+  };
   if constexpr (Q::kNibbles) {
     typename S::NibbleSum sum[R][P];
-    for (int r = 0; r < R; r++)
-      for (int p = 0; p < P; p++) sum[r][p] = S::nzero(centre<Q>(xb[r * ldb]));
-    for (int r = 0; r < R; r++) x[r] = S::load_x(xq + r * ldq);
+    each<R>([&](auto r) __attribute__((always_inline)) {
+      each<P>([&](auto p) __attribute__((always_inline)) { sum[r][p] = S::nzero(centre<Q>(xb[r * ldb])); });
+    });
+    load(0);
     dot_slice<Q, 0, R, P>(block, x, sum);
     dot_slice<Q, 1, R, P>(block, x, sum);
     dot_slice<Q, 2, R, P>(block, x, sum);
     dot_slice<Q, 3, R, P>(block, x, sum);
-    for (int r = 0; r < R; r++) x[r] = S::load_x(xq + r * ldq + 16);
+    load(16);
     dot_slice<Q, 4, R, P>(block, x, sum);
     dot_slice<Q, 5, R, P>(block, x, sum);
     dot_slice<Q, 6, R, P>(block, x, sum);
     dot_slice<Q, 7, R, P>(block, x, sum);
-    for (int p = 0; p < P; p++) {
+    each<P>([&](auto p) __attribute__((always_inline)) {
       const F ws = block[p].scale();
-      for (int r = 0; r < R; r++) {
-        const I dot = S::nsum(sum[r][p], centre<Q>(xb[r * ldb]));
-        acc[r][p] = S::fma(S::to_float(dot), S::mul(f16(xb[r * ldb].scale), ws), acc[r][p]);
-      }
+      each<R>([&](auto r)
+                  __attribute__((always_inline)) { add(r, p, S::nsum(sum[r][p], centre<Q>(xb[r * ldb])), ws); });
       if constexpr (Q::kMinimum) {
         const F wm = block[p].second();
-        for (int r = 0; r < R; r++) acc[r][p] = S::fma(f16(xb[r * ldb].scaled_sum), wm, acc[r][p]);
+        each<R>([&](auto r)
+                    __attribute__((always_inline)) { acc[r][p] = S::fma(f16(xb[r * ldb].scaled_sum), wm, acc[r][p]); });
       }
-    }
+    });
   } else {
     typename S::ByteSum sum[R][P];
-    for (int r = 0; r < R; r++)
-      for (int p = 0; p < P; p++) sum[r][p] = S::bzero(Q::kHalves ? xb[r * ldb].offset_low : xb[r * ldb].offset);
-    for (int r = 0; r < R; r++) x[r] = S::load_x(xq + r * ldq);
+    each<R>([&](auto r) __attribute__((always_inline)) {
+      const int32_t offset = Q::kHalves ? xb[r * ldb].offset_low : xb[r * ldb].offset;
+      each<P>([&](auto p) __attribute__((always_inline)) { sum[r][p] = S::bzero(offset); });
+    });
+    load(0);
     dot_slice<Q, 0, R, P>(block, x, sum);
     dot_slice<Q, 1, R, P>(block, x, sum);
     dot_slice<Q, 2, R, P>(block, x, sum);
     dot_slice<Q, 3, R, P>(block, x, sum);
     if constexpr (Q::kHalves) {
-      for (int p = 0; p < P; p++) {
+      each<P>([&](auto p) __attribute__((always_inline)) {
         const F ws = block[p].scale();
-        for (int r = 0; r < R; r++) {
-          acc[r][p] = S::fma(S::to_float(S::bsum(sum[r][p])), S::mul(f16(xb[r * ldb].scale), ws), acc[r][p]);
+        each<R>([&](auto r) __attribute__((always_inline)) {
+          add(r, p, S::bsum(sum[r][p]), ws);
           sum[r][p] = S::bzero(xb[r * ldb].offset - xb[r * ldb].offset_low);
-        }
-      }
+        });
+      });
     }
-    for (int r = 0; r < R; r++) x[r] = S::load_x(xq + r * ldq + 16);
+    load(16);
     dot_slice<Q, 4, R, P>(block, x, sum);
     dot_slice<Q, 5, R, P>(block, x, sum);
     dot_slice<Q, 6, R, P>(block, x, sum);
     dot_slice<Q, 7, R, P>(block, x, sum);
-    for (int p = 0; p < P; p++) {
+    each<P>([&](auto p) __attribute__((always_inline)) {
       const F ws = Q::kHalves ? block[p].second() : block[p].scale();
-      for (int r = 0; r < R; r++)
-        acc[r][p] = S::fma(S::to_float(S::bsum(sum[r][p])), S::mul(f16(xb[r * ldb].scale), ws), acc[r][p]);
-    }
+      each<R>([&](auto r) __attribute__((always_inline)) { add(r, p, S::bsum(sum[r][p]), ws); });
+    });
   }
 }
 
@@ -195,7 +222,7 @@ template <class Q, int R>
 inline void panel_rows(const LinearArgs& a, const uint8_t* panel, int64_t row, float* y, int64_t lanes) {
   const int64_t blocks = blocks_of(a.k);
   F acc[R][1];
-  for (int r = 0; r < R; r++) acc[r][0] = f16(0.0f);
+  each<R>([&](auto r) __attribute__((always_inline)) { acc[r][0] = f16(0.0f); });
   for (int64_t g = 0; g < blocks; g++) {
     const uint8_t* p = panel + g * Q::kBytes;
     for (int64_t line = 0; line < Q::kBytes; line += 64) __builtin_prefetch(p + line + S::kPrefetch, 0, 2);
@@ -203,13 +230,8 @@ inline void panel_rows(const LinearArgs& a, const uint8_t* panel, int64_t row, f
     add_block<Q, R, 1>(block, a.xq + (row * blocks + g) * kBlock, a.xb + row * blocks + g, blocks * kBlock, blocks,
                        acc);
   }
-  for (int r = 0; r < R; r++) store_tail(y + (row + r) * a.ldy, acc[r][0], lanes);
+  each<R>([&](auto r) __attribute__((always_inline)) { store_tail(y + (row + r) * a.ldy, acc[r][0], lanes); });
 }
-
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
 
 // Calls body with `count` (1..N) as a compile-time constant.
 template <int N, class Body>
@@ -244,18 +266,23 @@ inline void tile_rows(const LinearArgs& a, const uint8_t* tile, int64_t tile_blo
                       float* y, int64_t lanes) {
   const int64_t blocks = blocks_of(a.k);
   F acc[R][P];
-  for (int r = 0; r < R; r++)
-    for (int p = 0; p < P; p++)
+  each<R>([&](auto r) __attribute__((always_inline)) {
+    each<P>([&](auto p) __attribute__((always_inline)) {
       acc[r][p] = first_block ? load_tail(y + (row + r) * a.ldy + 16 * p, lanes - 16 * p) : f16(0.0f);
+    });
+  });
   const int8_t* xq = a.xq + (row * blocks + first_block) * kBlock;
   const XBlock* xb = a.xb + row * blocks + first_block;
   for (int64_t g = 0; g < tile_blocks; g++) {
     TileBlock<Q> block[P];
-    for (int p = 0; p < P; p++) block[p].p = tile + (p * kTileBlocks + g) * kTileBlock;
+    each<P>([&](auto p) __attribute__((always_inline)) { block[p].p = tile + (p * kTileBlocks + g) * kTileBlock; });
     add_block<Q, R, P>(block, xq + g * kBlock, xb + g, blocks * kBlock, blocks, acc);
   }
-  for (int r = 0; r < R; r++)
-    for (int p = 0; p < P; p++) store_tail(y + (row + r) * a.ldy + 16 * p, acc[r][p], lanes - 16 * p);
+  each<R>([&](auto r) __attribute__((always_inline)) {
+    each<P>([&](auto p) __attribute__((always_inline)) {
+      store_tail(y + (row + r) * a.ldy + 16 * p, acc[r][p], lanes - 16 * p);
+    });
+  });
 }
 
 template <class Q>

@@ -37,8 +37,9 @@ inline void kv_append(const KvAppendArgs& a) {
         four ^= 0x80808080u;
         __builtin_memcpy(keys + d * 16, &four, 4);
       }
-      reinterpret_cast<float*>(head + l.value_scales())[t] =
-          quantize_row(v, l.value_dim, reinterpret_cast<int8_t*>(head + l.values() + t * l.value_stride()));
+      reinterpret_cast<float*>(head + l.value_scales())[t] = quantize_row(v, l.value_dim, q);
+      uint8_t* values = head + l.values() + t / 2 * l.value_stride() * 2 + t % 2;
+      for (int64_t d = 0; d < l.value_stride(); d++) values[2 * d] = uint8_t(q[d]);
     }
   }
 }
@@ -75,29 +76,30 @@ template <int R>
 inline void key_dots(const Rows& rows, int first, int64_t d4, const uint8_t* tile, const F key_scale,
                      float (*s)[kChunkTokens]) {
   typename S::ByteSum sum[R];
-  for (int r = 0; r < R; r++) sum[r] = S::bzero(rows.offset[first + r]);
+  each<R>([&](auto r) __attribute__((always_inline)) { sum[r] = S::bzero(rows.offset[first + r]); });
   int64_t d = 0;
   for (; d + 16 <= d4; d += 16) {
     const S::W w0 = S::byte_weight(tile + d * 16), w1 = S::byte_weight(tile + d * 16 + 64);
     const S::W w2 = S::byte_weight(tile + d * 16 + 128), w3 = S::byte_weight(tile + d * 16 + 192);
-    for (int r = 0; r < R; r++) {
+    each<R>([&](auto r) __attribute__((always_inline)) {
       const S::X x = S::load_x(rows.q8[first + r] + d);
       sum[r] = S::template bdot<0>(sum[r], w0, x);
       sum[r] = S::template bdot<1>(sum[r], w1, x);
       sum[r] = S::template bdot<2>(sum[r], w2, x);
       sum[r] = S::template bdot<3>(sum[r], w3, x);
-    }
+    });
   }
   for (; d < d4; d += 4) {
     const S::W w = S::byte_weight(tile + d * 16);
-    for (int r = 0; r < R; r++) {
+    each<R>([&](auto r) __attribute__((always_inline)) {
       alignas(16) int8_t step[16];
       __builtin_memcpy(step, rows.q8[first + r] + d, 4);
       sum[r] = S::template bdot<0>(sum[r], w, S::load_x(step));
-    }
+    });
   }
-  for (int r = 0; r < R; r++)
+  each<R>([&](auto r) __attribute__((always_inline)) {
     S::store(s[r], S::mul(S::to_float(S::bsum(sum[r])), S::mul(f16(rows.scale[first + r]), key_scale)));
+  });
 }
 
 template <int R>
@@ -149,8 +151,45 @@ inline void soften(const AttentionArgs& a, const Rows& rows, int r, int64_t chun
   *sum = S::sum(sums);
 }
 
-// out[R][16 C] += p[R][tokens] * v[tokens][16 C], tokens ascending.
-template <int R, int C, bool is_int8>
+// p and the scales of the values -> the 15-bit weights of the values; returns their scale.
+inline float weigh(const float* p, const float* value_scales, int64_t begin, int64_t end, int16_t* q) {
+  alignas(64) float w[kChunkTokens];
+  const F zero = f16(0.0f);
+  I top = S::iset1(0);
+  for (int64_t t = begin; t < end; t += 16) {
+    const F v = S::load(p + t), product = S::mul(v, S::load(value_scales + t));
+    const F seen = S::select_lt(zero, v, product, zero);
+    S::store(w + t, seen);
+    top = S::imax(top, S::bits(seen));  // none is negative
+  }
+  const Scale s(S::imaximum(top), 32767.0f);
+  for (int64_t t = begin; t < end; t += 16) S::narrow16(q + t, S::to_int(S::mul(S::load(w + t), f16(s.inverse))));
+  return s.scale;
+}
+
+// out[R][16 C] = sum over tokens of w[R][tokens] * v[tokens][16 C], times scale[R]. Of a pair that lies half outside,
+// the other weight is 0.
+template <int R, int C>
+inline void add_pairs(const int16_t (*w)[kChunkTokens], const float* scale, int64_t begin, int64_t end,
+                      const uint8_t* values, int64_t stride, float* out, int64_t ldo) {
+  I acc[R * C];
+  each<R * C>([&](auto i) __attribute__((always_inline)) { acc[i] = S::iset1(0); });
+  for (int64_t t = begin / 2 * 2; t < end; t += 2) {
+    typename S::Pairs v[C];
+    each<C>([&](auto c) __attribute__((always_inline)) { v[c] = S::load_pairs(values + t * stride + 32 * c); });
+    each<R>([&](auto r) __attribute__((always_inline)) {
+      int32_t both;
+      __builtin_memcpy(&both, w[r] + t, 4);
+      each<C>([&](auto c) __attribute__((always_inline)) { acc[r * C + c] = S::pdot(acc[r * C + c], v[c], both); });
+    });
+  }
+  each<R * C>([&](auto i) __attribute__((always_inline)) {
+    S::store(out + i / C * ldo + 16 * (i % C), S::mul(S::to_float(acc[i]), f16(scale[i / C])));
+  });
+}
+
+// out[R][16 C] = sum of p[R][tokens] * v[tokens][16 C], tokens ascending.
+template <int R, int C>
 inline void add_values(const float (*p)[kChunkTokens], int64_t begin, int64_t end, const uint8_t* values,
                        int64_t stride, float* out, int64_t ldo) {
   F acc[R][C];
@@ -158,12 +197,7 @@ inline void add_values(const float (*p)[kChunkTokens], int64_t begin, int64_t en
     for (int c = 0; c < C; c++) acc[r][c] = f16(0.0f);
   for (int64_t t = begin; t < end; t++) {
     F v[C];
-    for (int c = 0; c < C; c++) {
-      if constexpr (is_int8)
-        v[c] = S::s8(reinterpret_cast<const int8_t*>(values) + t * stride + 16 * c);
-      else
-        v[c] = S::load(reinterpret_cast<const float*>(values) + t * stride + 16 * c);
-    }
+    for (int c = 0; c < C; c++) v[c] = S::load(reinterpret_cast<const float*>(values) + t * stride + 16 * c);
     for (int r = 0; r < R; r++)
       for (int c = 0; c < C; c++) acc[r][c] = S::fma(f16(p[r][t]), v[c], acc[r][c]);
   }
@@ -197,6 +231,8 @@ inline void attend_chunk(const AttentionArgs& a, int64_t kv_head, int64_t chunk,
   const float* value_scales = reinterpret_cast<const float*>(head + l.value_scales());
 
   alignas(64) float s[kAttentionRows][kChunkTokens];
+  alignas(64) int16_t w[kAttentionRows][kChunkTokens];
+  float scale[kAttentionRows];
   for (int r = 0; r < rows.count; r += S::kGemvRows) {
     const int count = rows.count - r < S::kGemvRows ? rows.count - r : S::kGemvRows;
     with_count<S::kGemvRows>(count, [&](auto R) __attribute__((always_inline)) {
@@ -212,11 +248,9 @@ inline void attend_chunk(const AttentionArgs& a, int64_t kv_head, int64_t chunk,
   }
   for (int r = 0; r < rows.count; r++) {
     soften(a, rows, r, chunk, tile_begin, tile_end, s[r], partial + r * floats, partial + r * floats + 1);
-    if (is_int8)
-      for (int t = tile_begin * 16; t < tile_end * 16; t += 16)
-        S::store(s[r] + t, S::mul(S::load(s[r] + t), S::load(value_scales + t)));
+    if (is_int8) scale[r] = weigh(s[r], value_scales, tile_begin * 16, tile_end * 16, w[r]);
   }
-  const int64_t stride = l.value_stride(), size = is_int8 ? 1 : 4;
+  const int64_t stride = l.value_stride();
   for (int r = 0; r < rows.count; r += S::kValueRows) {
     const int count = rows.count - r < S::kValueRows ? rows.count - r : S::kValueRows;
     with_count<S::kValueRows>(count, [&](auto R) __attribute__((always_inline)) {
@@ -226,15 +260,15 @@ inline void attend_chunk(const AttentionArgs& a, int64_t kv_head, int64_t chunk,
       int64_t d = 0;
       for (; d + 16 * wide <= stride; d += 16 * wide) {
         if (is_int8)
-          add_values<n, wide, true>(s + r, begin, end, values + d * size, stride, out + d, floats);
+          add_pairs<n, wide>(w + r, scale + r, begin, end, values + 2 * d, stride, out + d, floats);
         else
-          add_values<n, wide, false>(s + r, begin, end, values + d * size, stride, out + d, floats);
+          add_values<n, wide>(s + r, begin, end, values + 4 * d, stride, out + d, floats);
       }
       for (; d < stride; d += 16) {
         if (is_int8)
-          add_values<n, 1, true>(s + r, begin, end, values + d * size, stride, out + d, floats);
+          add_pairs<n, 1>(w + r, scale + r, begin, end, values + 2 * d, stride, out + d, floats);
         else
-          add_values<n, 1, false>(s + r, begin, end, values + d * size, stride, out + d, floats);
+          add_values<n, 1>(s + r, begin, end, values + 4 * d, stride, out + d, floats);
       }
     });
   }
