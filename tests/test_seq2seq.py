@@ -309,6 +309,8 @@ def test_auto_takes_native_where_both_graphs_lower_and_says_which_does_not(trans
     model = edgeformer.load(tmp_path / "bundle")
     assert model.engine.name == model.explain().engine == "native"
     need = model.memory(64)
+    per_source = 2 * 2 * 4 * 16 * 4  # layers, key and value, heads, size, float32: what the decoder is given of a token
+    assert model.engine.memory(128).scratch - model.engine.memory(64).scratch >= 64 * per_source
     with pytest.raises(EngineUnavailable, match="its decoder graph: the model needs"):
         edgeformer.load(tmp_path / "bundle", "native", context=64, memory_limit=need.total - 1)
     assert edgeformer.load(tmp_path / "bundle", "native", context=64, memory_limit=need.total).memory() == need

@@ -198,13 +198,17 @@ class NativeEngine:
         return self._program
 
     def memory(self, context: int | None = None) -> Memory:
-        """Bytes needed for one state of `context` tokens (default: the engine's limit); Python itself comes on top."""
+        """Bytes needed for one state of `context` tokens (default: the engine's limit); Python itself comes on top.
+
+        Other dynamic axes of the inputs (the source of a decoder) count as `context` long too.
+        """
         tokens = self.context if context is None else context
         rows = min(PREFILL_ROWS, tokens)
         batch, sequence = self._program.row_symbols
         sizes = {batch: 1, sequence: rows, "kept": 1}
         sizes[self._program.past_symbol] = tokens - rows
-        symbols = [sizes.get(s, 1) for s in self._program.symbols]
+        others = {str(size) for _, _, shape in self._inputs for size in shape} - sizes.keys()
+        symbols = [sizes.get(s, tokens if s in others else 1) for s in self._program.symbols]
         try:
             scratch = self._native.scratch_bytes(symbols, rows, max(0, tokens - rows))
         except Exception as e:  # sizes of inputs that this program cannot have
