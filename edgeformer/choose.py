@@ -17,6 +17,10 @@ EngineName = Literal["auto", "cuda", "native", "cpu"]
 ORDER = ("cuda", "native", "cpu")
 
 
+# Measured (docs/performance.md, MiniLM in float32): onnxruntime needs 0.90 to 0.96 of the native engine's time.
+FLOAT_AT_ONCE = "float weights without a cache run faster on cpu"
+
+
 @dataclass(frozen=True)
 class NativeOptions:
     """What only the native engine has."""
@@ -53,18 +57,27 @@ def choose(bundle: Bundle, engine: str, threads: int, native: NativeOptions) -> 
         why = f"an isa ({native.isa}) was asked for" if engine == "auto" else "it was asked for by name"
         return made, Choice(asked, {asked: _chosen(made, threads, why)})
     reasons: dict[str, str] = {}
-    for position, name in enumerate(ORDER):
+    order = _order(bundle)
+    for position, name in enumerate(order):
         try:
             made = create(name, bundle, threads, native)
         except EngineUnavailable as error:
             reasons[name] = str(error)
             continue
         reasons[name] = _chosen(made, threads, "the first that can run this bundle here")
-        for rest in ORDER[position + 1 :]:
-            reasons[rest] = f"not tried: {name} comes first"
+        for rest in order[position + 1 :]:
+            why = FLOAT_AT_ONCE if (name, rest) == ("cpu", "native") else f"{name} comes first"
+            reasons[rest] = f"not tried: {why}"
         return made, Choice(name, reasons)
     lines = "".join(f"\n  - {name}: {reason}" for name, reason in reasons.items())
     raise EngineUnavailable(f"No engine can run {bundle.path} here:{lines}")
+
+
+def _order(bundle: Bundle) -> tuple[str, ...]:
+    """The engines in the order to try: `cpu` before `native` where it is the faster one."""
+    manifest = bundle.manifest
+    cached = any("past_key_values" in name for graph in manifest["graphs"].values() for name in graph["inputs"])
+    return ("cuda", "cpu", "native") if manifest["quantization"]["scheme"] == "none" and not cached else ORDER
 
 
 def create(name: str, bundle: Bundle, threads: int, native: NativeOptions) -> dict[str, Engine]:

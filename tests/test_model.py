@@ -62,6 +62,21 @@ def test_engines_after_the_chosen_one_are_not_tried(lm, monkeypatch):
     assert choice.reasons["cpu"] == "not tried: cuda comes first"
 
 
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [("forecast", ["cuda", "cpu", "native"]), ("float", ["cuda", "native", "cpu"]), ("q8", ["cuda", "native", "cpu"])],
+)
+def test_float_models_without_a_cache_try_onnxruntime_first(bundles, monkeypatch, name, order):
+    monkeypatch.setattr("edgeformer.ort.cuda_driver_problem", lambda: "there is no NVIDIA driver")
+    choice = load(bundles / name).explain()
+    assert list(choice.reasons) == order
+    assert choice.engine == order[1]
+    if name == "forecast":
+        assert "run faster on cpu" in choice.reasons["native"]
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+        assert load(bundles / name).explain().engine == "native"
+
+
 def test_an_isa_asks_for_the_native_engine(lm, monkeypatch):
     with pytest.raises(InputError, match="isa='avx2' is an option of the native engine"):
         load(lm, "cpu", isa="avx2")
