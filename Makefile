@@ -60,9 +60,9 @@ format: setup ## let the formatters write
 	$(BIN)/ruff check --fix .
 	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' | xargs $(BIN)/clang-format -i
 
-report: setup ## the numbers of the README: SmolLM2 in five forms (about 15 minutes)
+report: setup ## the numbers of the README: SmolLM2 in five forms, and beside its peers (an hour, on a quiet machine)
 	$(BIN)/python -m bench.smollm2
-	$(BIN)/python -m bench.speed
+	$(BIN)/python -m bench.peers
 
 SANITIZED := build/sanitize/address
 UNDER_ASAN := $(addprefix tests/,test_kernels_linear.py test_kernels_attention.py test_kernels_rows.py test_threads.py \
