@@ -55,10 +55,11 @@ def load(
     """The model in the bundle at `path`, ready to run.
 
     `engine="auto"` takes CUDA where a session really runs on it, else the native engine where it can run this graph,
-    else ONNX Runtime on the CPU (float models without a cache try these two the other way round); `Model.explain` says which, and why not the others. An engine asked for by name runs
-    or raises. `threads` defaults to the physical cores that this process may use. `isa` ("avx2", ...), `kv` ("int8" or
-    "float32" cache), `context` (tokens to plan memory for) and `memory_limit` (bytes) are the native engine's; an
-    `isa` asks for that engine. `check="hashes"` also reads and checks every byte of the bundle.
+    else ONNX Runtime on the CPU (float models without a cache try these two the other way round); `Model.explain` says
+    which, and why not the others. An engine asked for by name runs or raises. `threads` defaults to the physical cores
+    that this process may use. `isa` ("avx2", ...), `kv` ("int8" or "float32" cache), `context` (tokens to plan memory
+    for) and `memory_limit` (bytes) are the native engine's; an `isa` asks for that engine. `check="hashes"` also reads
+    and checks every byte of the bundle.
 
     Raises:
         BundleError: the bundle is damaged, or none.
