@@ -235,6 +235,19 @@ def test_the_table_shows_both_thread_counts_and_the_share_of_the_limit() -> None
     assert "80%" in row  # 200 tokens/s of 25 GB/s : 0.1 GB
 
 
+def test_a_share_above_the_memory_limit_stays_in_the_picture(monkeypatch, tmp_path) -> None:
+    plots = pytest.importorskip("bench.peers.plots")
+    numbers, drawn = saved(), []
+    numbers["measured"][OURS]["2"]["decode"]["median"] = 350.0  # of 250 that memory gives
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    plots._share(numbers, tmp_path / "x.png", "")
+    (pane,) = drawn[0].axes
+    shares = [point[1] for dots in pane.collections for point in dots.get_offsets()]
+    assert len(shares) == 3 and max(shares) == pytest.approx(1.4)
+    assert pane.get_ylim()[1] > max(shares)
+    assert pane.get_xlim()[1] > 0.3
+
+
 def test_ratios_compare_with_the_best_of_the_class() -> None:
     rows = [line for line in pages.ratio_table(saved()).splitlines() if OURS in line]
     assert "**x 2.50** (200 : 80, llama.cpp Q8_0)" in rows[0]  # Q4_0 is faster, and no match: it loses 30 %

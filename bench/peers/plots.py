@@ -46,6 +46,7 @@ def lines(saved: dict[str, Any], path: Path, prefix: str, axis: str, title: str)
             style = {"color": _color(saved, key), "linewidth": 2.5 if ours else 1.2, "marker": "o", "markersize": 4}
             plot.plot(*zip(*points, strict=True), label=key, linestyle=_dash(saved, key), **style)
     plot.set_xscale("log", base=2)
+    plot.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     plot.set_ylim(bottom=0)
     plot.set_xlabel(axis)
     plot.set_ylabel("tokens a second")
@@ -64,6 +65,7 @@ def sizes(saved: dict[str, Any], path: Path, parameters: dict[str, float]) -> Pa
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as pyplot
+    from matplotlib.ticker import FuncFormatter
 
     figure, panes = pyplot.subplots(1, 2, figsize=(10, 4.3), dpi=110)
     threads = max(saved["threads"])
@@ -97,6 +99,10 @@ def sizes(saved: dict[str, Any], path: Path, parameters: dict[str, float]) -> Pa
         pane.set_yscale("log")
         pane.set_xticks(list(parameters.values()), list(parameters), minor=False)
         pane.set_xticks([], minor=True)
+        plain = FuncFormatter(lambda value, _: f"{value:,.0f}")
+        pane.yaxis.set_major_formatter(plain)
+        pane.yaxis.set_minor_formatter(plain)
+        pane.tick_params(axis="y", which="both", labelsize=8)
         pane.set_ylabel(f"tokens a second, {threads} threads")
         pane.set_title(title if saved["undisturbed"] else f"{title} (DISTURBED)", fontsize=10)
         pane.spines[["top", "right"]].set_visible(False)
@@ -128,21 +134,24 @@ def _bars(saved: dict[str, Any], path: Path, test: str, mark: str) -> Path:
 
 def _share(saved: dict[str, Any], path: Path, mark: str) -> Path:
     most = max(saved["threads"])
-    figure, plot = _figure(7, 4.5)
+    figure, plot = _figure(8, 4.8)
+    points = []
     for key, found in saved["measured"].items():
         value, bound = found.get(str(most), {}).get("decode", {}).get("median"), pages.limit(saved, key, most)
         quality = saved["quality"].get(key)
         if value and bound and quality:
-            plot.scatter(max(quality["mean_kl"], 1e-4), value / bound, color=_color(saved, key), s=45)
-            plot.annotate(
-                key,
-                (max(quality["mean_kl"], 1e-4), value / bound),
-                fontsize=7,
-                xytext=(4, 4),
-                textcoords="offset points",
-            )
+            points.append((value / bound, max(quality["mean_kl"], 1e-4), key))
+    named: list[tuple[float, float]] = []
+    for share, lost, key in sorted(points):
+        plot.scatter(lost, share, color=_color(saved, key), s=45)
+        near = [height + 0.045 for other, height in named if 0.2 < other / lost < 5 and share < height + 0.045]
+        place = max([share, *near])  # names that would lie on one another go up
+        named.append((lost, place))
+        plot.annotate(key, (lost, place), fontsize=7, xytext=(6, -2), textcoords="offset points")
+    plot.axhline(1.0, color="black", linestyle=":", linewidth=1)
     plot.set_xscale("log")
-    plot.set_ylim(0, 1)
+    plot.set_xlim(right=max((lost for _, lost, _ in points), default=1.0) * 6)  # room for the names
+    plot.set_ylim(0, max(1.0, *(share for share, _, _ in points)) * 1.08 if points else 1.0)
     plot.set_xlabel("mean KL divergence from the float model, nats")
     plot.set_ylabel("decoding, share of the memory limit")
     plot.set_title(f"What is read, and what is lost{mark}", fontsize=10)

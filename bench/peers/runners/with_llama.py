@@ -30,6 +30,9 @@ def versions() -> dict[str, str]:
     }
 
 
+BATCH = 2048  # llama.cpp's own default
+
+
 class Loaded:
     def __init__(self, file: str, threads: int, options: dict[str, Any], context: int) -> None:
         params = api.llama_model_default_params()
@@ -47,7 +50,7 @@ class Loaded:
         if sequences not in self._contexts:
             params = api.llama_context_default_params()
             params.n_ctx = self._size if sequences == 1 else 256 * sequences
-            params.n_batch, params.n_ubatch = 2048, self._options.get("ubatch", 512)
+            params.n_batch, params.n_ubatch = BATCH, self._options.get("ubatch", 512)
             params.n_seq_max = sequences
             params.n_threads = params.n_threads_batch = self._threads
             params.flash_attn_type = self._options.get("flash_attn", -1)
@@ -59,7 +62,11 @@ class Loaded:
         return self._contexts[sequences]
 
     def _decode(self, context: Any, rows: Sequence[tuple[int, int, int, bool]]) -> None:
-        """Rows are (token, position, sequence, wants logits)."""
+        """Rows are (token, position, sequence, wants logits); of more than a batch, the last one's logits stay."""
+        for start in range(0, len(rows), BATCH):
+            self._decode_batch(context, rows[start : start + BATCH])
+
+    def _decode_batch(self, context: Any, rows: Sequence[tuple[int, int, int, bool]]) -> None:
         batch = api.llama_batch_init(len(rows), 0, 1)
         batch.n_tokens = len(rows)
         for i, (token, position, sequence, wanted) in enumerate(rows):
