@@ -17,7 +17,7 @@ EngineName = Literal["auto", "cuda", "native", "cpu"]
 ORDER = ("cuda", "native", "cpu")
 
 
-# Measured (docs/performance.md, MiniLM in float32): onnxruntime needs 0.90 to 0.96 of the native engine's time.
+# Measured (docs/performance.md, MiniLM in float32): onnxruntime needs 0.91 to 0.97 of the native engine's time.
 FLOAT_AT_ONCE = "float weights without a cache run faster on cpu"
 
 

@@ -16,13 +16,12 @@ import torch
 
 from edgeformer.errors import BundleError, ExportError
 from edgeformer.export.options import ExportOptions
-from edgeformer.export.source import Pair, Source
+from edgeformer.export.source import TOKENIZER_FILES, Pair, Source
 from edgeformer.export.trace import Input
 
 _SPEC = re.compile(r"^(?P<name>\w+)=(?P<dtype>\w+)\[(?P<shape>[\w, ]*)\](?:<(?P<high>\d+))?$")
 _TOKENS = {"input_ids": "int64[batch,sequence]", "position_ids": "int64[batch,sequence]"}
 _SOURCE = {"input_ids": "int64[batch,source]", "attention_mask": "int64[batch,source]"}  # of an `encode`
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _NO_SUCH = {  # names that people expect in torch.nn -> what to write
     "TransformerLayer": " torch.nn has no TransformerLayer: write nn.TransformerEncoderLayer (with a causal mask it is "
     "a decoder without cross-attention).",
@@ -55,7 +54,7 @@ def checkpoint_source(folder: Path) -> Source | Pair:
     from edgeformer.models.checkpoint import load_checkpoint
 
     module, config = load_checkpoint(folder)
-    files = {name: (folder / name).read_bytes() for name in _TOKENIZER_FILES if (folder / name).is_file()}
+    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     generation: dict[str, Any] = {}
     if (folder / "generation_config.json").is_file():
         try:
@@ -115,7 +114,7 @@ def _tokenizer(path: Path | None) -> dict[str, bytes]:
     """The files of a tokenizer, from a folder or its tokenizer.json alone."""
     if path is None:
         return {}
-    files = {"tokenizer.json": path} if path.is_file() else {name: path / name for name in _TOKENIZER_FILES}
+    files = {"tokenizer.json": path} if path.is_file() else {name: path / name for name in TOKENIZER_FILES}
     found = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
     try:
         json.loads(found["tokenizer.json"])["model"]

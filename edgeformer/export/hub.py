@@ -17,7 +17,7 @@ import torch
 from edgeformer.errors import ExportError
 from edgeformer.export import attention, experts, tasks
 from edgeformer.export.seq2seq import pair_source
-from edgeformer.export.source import Pair, Source
+from edgeformer.export.source import TOKENIZER_FILES, Pair, Source
 from edgeformer.export.trace import Input
 
 _FROZEN_ROPE = (
@@ -25,7 +25,6 @@ _FROZEN_ROPE = (
     "that length, which is the bundle's limit."
 )
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # of transformers' forward: since 5.24, and before
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def folder_source(path: Path, architecture: str | None = None) -> Source | Pair:
@@ -203,7 +202,7 @@ def _tokenizer_files(name: str, more: Mapping[str, str]) -> dict[str, bytes]:
         if not tokenizer.is_fast:
             return {}
         tokenizer.save_pretrained(folder)
-        present = [Path(folder) / file for file in _TOKENIZER_FILES if (Path(folder) / file).exists()]
+        present = [Path(folder) / file for file in TOKENIZER_FILES if (Path(folder) / file).exists()]
         return {file.name: file.read_bytes() for file in present}
 
 

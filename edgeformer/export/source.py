@@ -18,6 +18,7 @@ from edgeformer.export.options import ExportOptions
 from edgeformer.export.trace import Input
 
 F32 = NDArray[np.float32]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
