@@ -29,7 +29,7 @@ struct S {
   using NibbleSum = __m512i;
   using ByteSum = __m512i;
   static constexpr int kGemvRows = 8, kTileRows = 8, kTilePanels = 2, kF32Rows = 8;
-  static constexpr int kValueRows = 6, kValueColumns = 4;
+  static constexpr int kKeyTiles = 2, kValueRows = 8, kValueColumns = 4, kValueSums = 24;
   static constexpr int64_t kPrefetch = 4096;
 
   static F load(const float* p) { return _mm512_loadu_ps(p); }
@@ -57,6 +57,11 @@ struct S {
   static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
   static I imax(I a, I b) { return _mm512_max_epi32(a, b); }
   static I ishl23(I v) { return _mm512_slli_epi32(v, 23); }
+  static constexpr bool kPowers = true;
+  static F fraction(F x) { return _mm512_reduce_ps(x, 8); }  // x - round_to_even(x)
+  static F times_power(F p, F x, F r) {
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, set1(-126.0f), _CMP_NLT_UQ), p, sub(x, r));
+  }
   static I to_int(F v) { return _mm512_cvtps_epi32(v); }
   static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
   static F s8(const int8_t* p) {

@@ -20,7 +20,7 @@ namespace {
 
 struct S : Lanes {
   static constexpr int kGemvRows = 4, kTileRows = 5, kTilePanels = 1, kF32Rows = 4;
-  static constexpr int kValueRows = 2, kValueColumns = 2;
+  static constexpr int kKeyTiles = 1, kValueRows = 2, kValueColumns = 2, kValueSums = 4;
   static constexpr int64_t kPrefetch = 4096;
 
   template <int index>

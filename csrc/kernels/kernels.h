@@ -19,6 +19,7 @@ static constexpr int64_t kSmallRows = 8;  // up to so many rows of activations a
 static constexpr int64_t kChunkTokens =
     128;  // tokens of one KV chunk: the unit of growth and of the split of a sequence
 static constexpr int64_t kMaxHeadDim = 512;  // head_dim and value_dim of attention
+static constexpr float kLog2E = 1.44269504f;
 static constexpr int64_t kPartialHead = 16;  // floats before the output in a row of attention partials
 
 static constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -158,17 +159,20 @@ struct AttentionArgs {
   float* out;  // [tokens, ldo], query head h at column h * value_dim (not written by attention_partial)
   int64_t ldo;
 };
-// For a query row and one chunk of kChunkTokens keys (chunk c holds the keys c * kChunkTokens ...):
+// For a query row and one chunk of kChunkTokens keys (chunk c holds the keys c * kChunkTokens ...), with scores in
+// powers of two (L = log2(e); softmax is the same in any base):
 //   int8:    q is quantized a row (token, head) as `quantize` does, one scale over head_dim;
-//            s[t] = float(sum_d q[d] * k[t,d]) * (qs * ks[t]),  qs = absmax / 127 * scale
-//   float32: s[t] = (fma over d ascending of q[d] * k[t,d]) * scale
-//   softcap: s = softcap * tanh(s / softcap);  then s += mask
-//   max = max s[t];  p[t] = exp(s[t] - max), 0 for a hidden key;  sum = p over 16 lanes
+//            s[t] = float(sum_d q[d] * k[t,d]) * (qs * ks[t]),  qs = absmax / 127 * (scale * L)
+//   float32: s[t] = (fma over d ascending of q[d] * k[t,d]) * (scale * L)
+//   with a softcap or a mask, `scale` instead of scale * L above, and then
+//            s = softcap * tanh(s / softcap);  s += mask;  s *= L
+//   max = max s[t];  p[t] = 2^(s[t] - max), 0 for a hidden key;  sum = p over 16 lanes
 //   float32: out[d] = fma(p[t], v[t,d], out[d]), t ascending
 //   int8:    w[t] = p[t] * vs[t] (0 where p[t] is), in 15 bits: qw[t] = round_to_even(w[t] * (32767 / max w)),
 //            out[d] = float(sum_t qw[t] * v[t,d]) * (max w / 32767); max w < 2^-100 gives zeros. The sum is an exact
 //            int32: 256 * 32767 * 127 < 2^31
-// Chunks are merged in order:  M = max(max_a, max_b), a = exp(max_a - M), b = exp(max_b - M),
+// Chunks are merged in order, beginning with max_a = -inf and zeros:
+//   M = max(max_a, max_b), a = 2^(max_a - M), b = 2^(max_b - M),
 //   sum = fma(sum_b, b, sum_a * a), out = fma(out_b, b, out_a * a); a chunk without a visible key is left out.
 // Result: out * (1 / sum).
 //

@@ -56,6 +56,7 @@ struct Lanes {
   static I iadd(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
   static I imax(I x, I y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
   static I ishl23(I v) { return {_mm256_slli_epi32(v.a, 23), _mm256_slli_epi32(v.b, 23)}; }
+  static constexpr bool kPowers = false;
   static I to_int(F v) { return {_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)}; }
   static F to_float(I v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
   static F s8(const int8_t* p) {

@@ -50,6 +50,7 @@ struct Lanes {
   static I iadd(I x, I y) { EDGEFORMER_EACH(I, vaddq_s32(x.v[j], y.v[j])) }
   static I imax(I x, I y) { EDGEFORMER_EACH(I, vmaxq_s32(x.v[j], y.v[j])) }
   static I ishl23(I x) { EDGEFORMER_EACH(I, vshlq_n_s32(x.v[j], 23)) }
+  static constexpr bool kPowers = false;
   static I to_int(F x) { EDGEFORMER_EACH(I, vcvtnq_s32_f32(x.v[j])) }
   static F to_float(I x) { EDGEFORMER_EACH(F, vcvtq_f32_s32(x.v[j])) }
   static F s8(const int8_t* p) {

@@ -20,7 +20,7 @@ namespace {
 
 struct S : Lanes {
   static constexpr int kGemvRows = 4, kTileRows = 3, kTilePanels = 1, kF32Rows = 4;
-  static constexpr int kValueRows = 4, kValueColumns = 1;
+  static constexpr int kKeyTiles = 1, kValueRows = 4, kValueColumns = 1, kValueSums = 4;
   static constexpr int64_t kPrefetch = 1024;
 };
 

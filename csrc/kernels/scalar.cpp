@@ -279,7 +279,9 @@ void attend(const AttentionArgs& a, int64_t kv_head, int64_t i, int64_t h, int64
   const float* q = a.q + i * a.ldq + h * l.head_dim;
   int8_t q8[kMaxHeadDim];
   float qs = 0.0f;
-  if (l.type == KvType::int8) qs = quantize_values(q, l.head_dim, q8) * a.scale;
+  const bool plain = a.softcap == 0.0f && !a.mask;
+  const float scale = plain ? a.scale * kLog2E : a.scale;
+  if (l.type == KvType::int8) qs = quantize_values(q, l.head_dim, q8) * scale;
   float s[kChunkTokens], p[kChunkTokens] = {};
   float top = -infinity;
   for (int64_t t = begin; t < end; t++) {
@@ -292,16 +294,17 @@ void attend(const AttentionArgs& a, int64_t kv_head, int64_t i, int64_t h, int64
       float dot = 0.0f;
       for (int64_t d = 0; d < l.head_dim; d++)
         dot = fma1(q[d], get_float(head + ((t / 16 * l.head_dim + d) * 16 + t % 16) * 4), dot);
-      s[t] = dot * a.scale;
+      s[t] = dot * scale;
     }
     if (a.softcap != 0.0f) s[t] = a.softcap * tanh1(s[t] / a.softcap);
     if (a.mask) s[t] = s[t] + a.mask[i * a.mask_token + h * a.mask_head + first + t];
+    if (!plain) s[t] = s[t] * kLog2E;
     top = max1(top, s[t]);
   }
   const float shift = top == -infinity ? 0.0f : top;
   float sums[16] = {};
   for (int64_t t = begin; t < end; t++) {
-    p[t] = exp1(s[t] - shift);
+    p[t] = exp2_of_negative1(s[t] - shift);
     sums[t % 16] = sums[t % 16] + p[t];
   }
   partial[0] = top;
@@ -325,16 +328,10 @@ void attend(const AttentionArgs& a, int64_t kv_head, int64_t i, int64_t h, int64
   }
 }
 
-bool empty(const float* partial) { return partial[0] == -__builtin_inff() && partial[1] == 0.0f; }
-
 void merge_into(float* acc, const float* part, int64_t floats) {
-  if (empty(part)) return;
-  if (empty(acc)) {
-    for (int64_t d = 0; d < floats; d++) acc[d] = part[d];
-    return;
-  }
+  if (part[0] == -__builtin_inff() && part[1] == 0.0f) return;
   const float top = max1(acc[0], part[0]);
-  const float a = exp1(acc[0] - top), b = exp1(part[0] - top);
+  const float a = exp2_of_negative1(acc[0] - top), b = exp2_of_negative1(part[0] - top);
   acc[0] = top;
   acc[1] = fma1(part[1], b, acc[1] * a);
   for (int64_t d = kPartialHead; d < floats; d++) acc[d] = fma1(part[d], b, acc[d] * a);

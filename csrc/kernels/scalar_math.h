@@ -52,6 +52,20 @@ namespace {
   return x < -87.0f ? 0.0f : y;
 }
 
+// 2^x for x <= 0, 3 units of 2^-24; 0 below -126 (no subnormals). x = n + r, |r| <= 1/2; n goes straight into the
+// exponent of 2^r: the bits of 1.5 * 2^23 are gone after the shift.
+[[maybe_unused]] float exp2_of_negative1(float x) {
+  const float shifted = x + 12582912.0f;
+  const float r = x - (shifted - 12582912.0f);
+  float p = 1.326469821e-3f;
+  p = fma1(p, r, 9.671523236e-3f);
+  p = fma1(p, r, 5.550733954e-2f);
+  p = fma1(p, r, 2.402224243e-1f);
+  p = fma1(p, r, 6.931470037e-1f);
+  p = fma1(p, r, 1.0f);
+  return x < -126.0f ? 0.0f : float_of(bits_of(p) + (bits_of(shifted) << 23));
+}
+
 [[maybe_unused]] float sigmoid1(float x) { return 1.0f / (1.0f + exp1(0.0f - x)); }
 
 // |x| < 0.625: x + x^3 p(x^2); else 1 - 2 / (exp(2 |x|) + 1) with x's sign.

@@ -7,7 +7,8 @@
 //   max(a,b) = a > b ? a : b, min likewise (b where either is NaN), select_lt(a,b,x,y) = a < b ? x : y
 //   abs neg with_sign, bits/from_bits, isub iadd ishl23 imax iset1, to_int (nearest even), to_float, s8 (16 int8 -> F)
 //   half (16 fp16 -> F), narrow (16 int32 in -128..127 -> 16 bytes), sum (the tree), isum, imaximum
-//   Weights: W holds 4 columns of 16 rows as bytes. X gives 16 columns of one activation row, as 4 steps.
+//   kPowers: whether there are fraction(x) = x - round(x) and times_power(p, x, fraction) = p * 2^round(x), 0 below
+//   -126 Weights: W holds 4 columns of 16 rows as bytes. X gives 16 columns of one activation row, as 4 steps.
 //     nibble_low/high(p) -> W; byte_weight(p) -> W (from q + 128); load_w/store_w for unpacked tiles
 //     NibbleSum: nzero(c), ndot<step>(sum, W, X), nsum(sum, c) -> I, c added by one of the two.
 //     ByteSum: bzero(offset), bdot<step>, bsum(sum) -> I
@@ -15,6 +16,8 @@
 //   Pairs: 16 columns of two tokens' values as int16; load_pairs(32 bytes), pdot(I, Pairs, two int16 in an int32) -> I
 //   narrow16 (16 int32 in -32768..32767 -> 16 int16)
 //   kGemvRows, kTileRows, kTilePanels: how many rows of activations (and panels) fit the registers
+//   kKeyTiles: tiles of keys that kGemvRows query rows meet at once; kValueRows, kValueColumns: most query rows and
+//   16-column parts of the values at once, kValueSums: most of their product
 // The including file has opened its target region and an anonymous namespace.
 
 using F = S::F;

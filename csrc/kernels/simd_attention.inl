@@ -3,12 +3,17 @@
 constexpr int kAttentionRows = 16;
 constexpr int kTiles = int(kChunkTokens / 16);
 
-// Scale of one row of n floats, and its quantized values (rounded up to 16 with zeros) at q.
-inline float quantize_row(const float* x, int64_t n, int8_t* q) {
-  I top = S::iset1(0);
+// Scale of one row of n floats, its quantized values (rounded up to 16 with zeros) at q, and their sum.
+inline float quantize_row(const float* x, int64_t n, int8_t* q, int32_t* sum = nullptr) {
+  I top = S::iset1(0), sums = S::iset1(0);
   for (int64_t c = 0; c < n; c += 16) top = S::imax(top, S::bits(S::abs(load_tail(x + c, n - c))));
   const Scale s(S::imaximum(top));
-  for (int64_t c = 0; c < n; c += 16) S::narrow(q + c, S::to_int(S::mul(load_tail(x + c, n - c), f16(s.inverse))));
+  for (int64_t c = 0; c < n; c += 16) {
+    const I v = S::to_int(S::mul(load_tail(x + c, n - c), f16(s.inverse)));
+    S::narrow(q + c, v);
+    sums = S::iadd(sums, v);
+  }
+  if (sum) *sum = S::isum(sums);
   return s.scale;
 }
 
@@ -44,61 +49,63 @@ inline void kv_append(const KvAppendArgs& a) {
   }
 }
 
-// The query rows of one call: row r is token `token` and query head `head`, and sees [begin, end) of the whole
-// sequence.
+// The query rows of one call: row r is token `token` and query head `head`.
 struct Rows {
   int count;
   int64_t token[kAttentionRows], head[kAttentionRows];
   const float* q[kAttentionRows];
-  float scale[kAttentionRows];
+  float scale[kAttentionRows];  // of its dots with the keys
   int32_t offset[kAttentionRows];
   alignas(64) int8_t q8[kAttentionRows][kMaxHeadDim + 16];
 };
 
+inline bool is_plain(const AttentionArgs& a) { return a.softcap == 0.0f && !a.mask; }
+
 inline void set_rows(const AttentionArgs& a, int64_t kv_head, int64_t token_begin, int64_t first, int count,
                      Rows& rows) {
   rows.count = count;
+  const float scale = is_plain(a) ? a.scale * kLog2E : a.scale;
   for (int r = 0; r < count; r++) {
     rows.token[r] = token_begin + (first + r) / a.group;
     rows.head[r] = kv_head * a.group + (first + r) % a.group;
     rows.q[r] = a.q + rows.token[r] * a.ldq + rows.head[r] * a.layout.head_dim;
-    rows.scale[r] = a.scale;
+    rows.scale[r] = scale;
     if (a.layout.type == KvType::float32) continue;
-    rows.scale[r] = quantize_row(rows.q[r], a.layout.head_dim, rows.q8[r]) * a.scale;
-    int32_t sum = 0;
-    for (int64_t d = 0; d < a.layout.head_dim; d++) sum += rows.q8[r][d];
+    int32_t sum;
+    rows.scale[r] = quantize_row(rows.q[r], a.layout.head_dim, rows.q8[r], &sum) * scale;
     rows.offset[r] = -128 * sum;
   }
 }
 
-// int8 dots of R rows with the 16 keys of one tile. The last step of a head_dim that 16 does not divide is cut.
-template <int R>
-inline void key_dots(const Rows& rows, int first, int64_t d4, const uint8_t* tile, const F key_scale,
+// int8 dots of R rows with the 16 keys of each of T tiles. The last step of a head_dim that 16 does not divide is cut.
+template <int R, int T>
+inline void key_dots(const Rows& rows, int first, int64_t d4, const uint8_t* tile, const float* key_scales,
                      float (*s)[kChunkTokens]) {
-  typename S::ByteSum sum[R];
-  each<R>([&](auto r) __attribute__((always_inline)) { sum[r] = S::bzero(rows.offset[first + r]); });
+  typename S::ByteSum sum[R * T];
+  each<R * T>([&](auto i) __attribute__((always_inline)) { sum[i] = S::bzero(rows.offset[first + i / T]); });
+  // 4 columns at `d`, step `index` of x[R]
+  const auto dots = [&](auto index, int64_t d, const S::X(&x)[R]) __attribute__((always_inline)) {
+    S::W w[T];
+    each<T>([&](auto t) __attribute__((always_inline)) { w[t] = S::byte_weight(tile + t * 16 * d4 + d * 16); });
+    each<R * T>([&](auto i) __attribute__((always_inline)) {
+      sum[i] = S::template bdot<decltype(index)::value>(sum[i], w[i % T], x[i / T]);
+    });
+  };
+  S::X x[R];
   int64_t d = 0;
   for (; d + 16 <= d4; d += 16) {
-    const S::W w0 = S::byte_weight(tile + d * 16), w1 = S::byte_weight(tile + d * 16 + 64);
-    const S::W w2 = S::byte_weight(tile + d * 16 + 128), w3 = S::byte_weight(tile + d * 16 + 192);
-    each<R>([&](auto r) __attribute__((always_inline)) {
-      const S::X x = S::load_x(rows.q8[first + r] + d);
-      sum[r] = S::template bdot<0>(sum[r], w0, x);
-      sum[r] = S::template bdot<1>(sum[r], w1, x);
-      sum[r] = S::template bdot<2>(sum[r], w2, x);
-      sum[r] = S::template bdot<3>(sum[r], w3, x);
+    each<R>([&](auto r) __attribute__((always_inline)) { x[r] = S::load_x(rows.q8[first + r] + d); });
+    each<4>([&](auto index) __attribute__((always_inline)) { dots(index, d + 4 * index, x); });
+  }
+  if (d < d4) {  // q8 holds zeros from head_dim on
+    each<R>([&](auto r) __attribute__((always_inline)) { x[r] = S::load_x(rows.q8[first + r] + d); });
+    each<3>([&](auto index) __attribute__((always_inline)) {
+      if (d + 4 * index < d4) dots(index, d + 4 * index, x);
     });
   }
-  for (; d < d4; d += 4) {
-    const S::W w = S::byte_weight(tile + d * 16);
-    each<R>([&](auto r) __attribute__((always_inline)) {
-      alignas(16) int8_t step[16];
-      __builtin_memcpy(step, rows.q8[first + r] + d, 4);
-      sum[r] = S::template bdot<0>(sum[r], w, S::load_x(step));
-    });
-  }
-  each<R>([&](auto r) __attribute__((always_inline)) {
-    S::store(s[r], S::mul(S::to_float(S::bsum(sum[r])), S::mul(f16(rows.scale[first + r]), key_scale)));
+  each<R * T>([&](auto i) __attribute__((always_inline)) {
+    const F scale = S::mul(f16(rows.scale[first + i / T]), S::load(key_scales + i % T * 16));
+    S::store(s[i / T] + i % T * 16, S::mul(S::to_float(S::bsum(sum[i])), scale));
   });
 }
 
@@ -113,58 +120,75 @@ inline void key_dots_f32(const Rows& rows, int first, int64_t head_dim, const fl
   for (int r = 0; r < R; r++) S::store(s[r], S::mul(acc[r], f16(rows.scale[first + r])));
 }
 
-// Scores of the chunk -> p, max and sum of one row; p is 0 for hidden keys of the tiles [tile_begin, tile_end).
-inline void soften(const AttentionArgs& a, const Rows& rows, int r, int64_t chunk, int tile_begin, int tile_end,
-                   float* s, float* max, float* sum) {
-  const float infinity = __builtin_inff();
-  const int64_t first = chunk * kChunkTokens;
-  const int64_t begin = a.begin[rows.token[r]] - first, end = a.end[rows.token[r]] - first;
-  F tops = f16(-infinity);
-  for (int tile = tile_begin; tile < tile_end; tile++) {
-    const int64_t t = tile * 16;
-    F v = S::load(s + t);
-    if (a.softcap != 0.0f) v = S::mul(f16(a.softcap), tanh16(S::div(v, f16(a.softcap))));
-    if (t < begin || t + 16 > end) {  // the edge of what the row sees
-      float lanes[16];
-      S::store(lanes, v);
-      const float* mask = a.mask ? a.mask + rows.token[r] * a.mask_token + rows.head[r] * a.mask_head + first : nullptr;
-      for (int64_t l = 0; l < 16; l++) {
-        const bool seen = t + l >= begin && t + l < end;
-        lanes[l] = !seen ? -infinity : mask ? lanes[l] + mask[t + l] : lanes[l];
-      }
-      v = S::load(lanes);
-    } else if (a.mask) {
-      v = S::add(v, S::load(a.mask + rows.token[r] * a.mask_token + rows.head[r] * a.mask_head + first + t));
-    }
-    S::store(s + t, v);
-    tops = S::max(tops, v);
-  }
-  const float top = S::maximum(tops);
-  const F shift = f16(top == -infinity ? 0.0f : top);
-  F sums = f16(0.0f);
-  for (int tile = tile_begin; tile < tile_end; tile++) {
-    const F p = exp16(S::sub(S::load(s + tile * 16), shift));
-    S::store(s + tile * 16, p);
-    sums = S::add(sums, p);
-  }
-  *max = top;
-  *sum = S::sum(sums);
+// The keys [begin, end) of a chunk that a row sees.
+struct Seen {
+  int64_t begin, end;
+  bool whole(int64_t tile) const { return tile * 16 >= begin && tile * 16 + 16 <= end; }
+};
+
+inline Seen seen_by(const AttentionArgs& a, int64_t token, int64_t chunk) {
+  const int64_t first = chunk * kChunkTokens, b = a.begin[token] - first, e = a.end[token] - first;
+  if (b >= e || e <= 0 || b >= kChunkTokens) return {0, 0};
+  return {b < 0 ? 0 : b, e > kChunkTokens ? kChunkTokens : e};
 }
 
-// p and the scales of the values -> the 15-bit weights of the values; returns their scale.
-inline float weigh(const float* p, const float* value_scales, int64_t begin, int64_t end, int16_t* q) {
-  alignas(64) float w[kChunkTokens];
-  const F zero = f16(0.0f);
-  I top = S::iset1(0);
-  for (int64_t t = begin; t < end; t += 16) {
-    const F v = S::load(p + t), product = S::mul(v, S::load(value_scales + t));
-    const F seen = S::select_lt(zero, v, product, zero);
-    S::store(w + t, seen);
-    top = S::imax(top, S::bits(seen));  // none is negative
+// Softcap and mask (of this row and chunk) on the 16 scores of a tile, then log2(e).
+inline F bend(const AttentionArgs& a, F v, const float* mask, int64_t tile, const Seen& seen) {
+  if (a.softcap != 0.0f) v = S::mul(f16(a.softcap), tanh16(S::div(v, f16(a.softcap))));
+  if (mask && seen.whole(tile)) {
+    v = S::add(v, S::load(mask + tile * 16));
+  } else if (mask) {  // there may be no mask outside
+    float lanes[16];
+    S::store(lanes, v);
+    for (int64_t l = 0; l < 16; l++)
+      if (tile * 16 + l >= seen.begin && tile * 16 + l < seen.end) lanes[l] += mask[tile * 16 + l];
+    v = S::load(lanes);
   }
-  const Scale s(S::imaximum(top), 32767.0f);
-  for (int64_t t = begin; t < end; t += 16) S::narrow16(q + t, S::to_int(S::mul(S::load(w + t), f16(s.inverse))));
-  return s.scale;
+  return S::mul(v, f16(kLog2E));
+}
+
+// Scores of the tiles [tile_begin, tile_end) as they count for one row, -inf for hidden keys; returns the largest.
+inline float top_score(const AttentionArgs& a, const Rows& rows, int r, int64_t chunk, const Seen& seen,
+                       int64_t tile_begin, int64_t tile_end, float* s) {
+  alignas(64) static constexpr float kIndex[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const F hidden = f16(-__builtin_inff());
+  F tops = hidden;
+  if (!is_plain(a)) {
+    const float* mask = a.mask;
+    if (mask) mask += rows.token[r] * a.mask_token + rows.head[r] * a.mask_head + chunk * kChunkTokens;
+    for (int64_t t = tile_begin; t < tile_end; t++) S::store(s + t * 16, bend(a, S::load(s + t * 16), mask, t, seen));
+  }
+  for (int64_t t = tile_begin; t < tile_end; t++) {
+    F v = S::load(s + t * 16);
+    if (!seen.whole(t)) {
+      const F index = S::load(kIndex);
+      v = S::select_lt(index, f16(float(seen.begin - t * 16)), hidden, v);
+      v = S::select_lt(index, f16(float(seen.end - t * 16)), v, hidden);
+      S::store(s + t * 16, v);
+    }
+    tops = S::max(tops, v);
+  }
+  return S::maximum(tops);
+}
+
+// Scores -> p in place; returns their sum. With the scales of the values: p times these instead, the largest at `most`.
+inline float soften(float top, const float* value_scales, const Seen& seen, int64_t tile_begin, int64_t tile_end,
+                    float* s, float* most) {
+  const F shift = f16(top == -__builtin_inff() ? 0.0f : top), zero = f16(0.0f);
+  F sums = zero, mosts = zero;
+  for (int64_t t = tile_begin; t < tile_end; t++) {
+    const F p = exp2_of_negative16(S::sub(S::load(s + t * 16), shift));
+    sums = S::add(sums, p);
+    F w = p;
+    if (value_scales) {
+      w = S::mul(p, S::load(value_scales + t * 16));
+      if (!seen.whole(t)) w = S::select_lt(zero, p, w, zero);  // a hidden key's scale may be anything
+      mosts = S::max(w, mosts);
+    }
+    S::store(s + t * 16, w);
+  }
+  if (value_scales) *most = S::maximum(mosts);
+  return S::sum(sums);
 }
 
 // out[R][16 C] = sum over tokens of w[R][tokens] * v[tokens][16 C], times scale[R]. Of a pair that lies half outside,
@@ -205,125 +229,171 @@ inline void add_values(const float (*p)[kChunkTokens], int64_t begin, int64_t en
     for (int c = 0; c < C; c++) S::store(out + r * ldo + 16 * c, acc[r][c]);
 }
 
-// All rows against one chunk -> partials (see kernels.h).
-inline void attend_chunk(const AttentionArgs& a, int64_t kv_head, int64_t chunk, const Rows& rows, float* partial) {
+// What rows got of one chunk: see the row of partials in kernels.h.
+struct Partials {
+  alignas(64) float top[kAttentionRows], sum[kAttentionRows];
+  float* out;  // [rows, ldo]
+  int64_t ldo;
+};
+
+inline bool is_empty(float top, float sum) { return top == -__builtin_inff() && sum == 0.0f; }
+
+// All rows against one chunk.
+inline void attend_chunk(const AttentionArgs& a, int64_t kv_head, int64_t chunk, const Rows& rows, Partials& part) {
   const KvLayout& l = a.layout;
   const bool is_int8 = l.type == KvType::int8;
-  const int64_t floats = partial_floats(l), d4 = round_up(l.head_dim, 4), first = chunk * kChunkTokens;
+  const int64_t d4 = round_up(l.head_dim, 4), stride = l.value_stride();
+  Seen seen[kAttentionRows];
   int64_t begin = kChunkTokens, end = 0;  // what any of the rows sees of this chunk
   for (int r = 0; r < rows.count; r++) {
-    const int64_t b = a.begin[rows.token[r]] - first, e = a.end[rows.token[r]] - first;
-    if (b >= e || e <= 0 || b >= kChunkTokens) continue;
-    begin = b < begin ? (b < 0 ? 0 : b) : begin;
-    end = e > end ? (e > kChunkTokens ? kChunkTokens : e) : end;
+    seen[r] = seen_by(a, rows.token[r], chunk);
+    if (seen[r].begin >= seen[r].end) continue;
+    begin = seen[r].begin < begin ? seen[r].begin : begin;
+    end = seen[r].end > end ? seen[r].end : end;
   }
   if (begin >= end) {
     for (int r = 0; r < rows.count; r++) {
-      partial[r * floats] = -__builtin_inff();
-      partial[r * floats + 1] = 0.0f;
-      for (int64_t d = kPartialHead; d < floats; d++) partial[r * floats + d] = 0.0f;
+      part.top[r] = -__builtin_inff();
+      part.sum[r] = 0.0f;
+      for (int64_t d = 0; d < stride; d += 16) S::store(part.out + r * part.ldo + d, f16(0.0f));
     }
     return;
   }
-  const int tile_begin = int(begin / 16), tile_end = int((end + 15) / 16);
+  const int64_t tile_begin = begin / 16, tile_end = (end + 15) / 16;
   const uint8_t* head = a.chunks[chunk] + kv_head * l.head_bytes();
   const float* key_scales = reinterpret_cast<const float*>(head + l.key_scales());
-  const float* value_scales = reinterpret_cast<const float*>(head + l.value_scales());
+  const float* value_scales = is_int8 ? reinterpret_cast<const float*>(head + l.value_scales()) : nullptr;
 
   alignas(64) float s[kAttentionRows][kChunkTokens];
-  alignas(64) int16_t w[kAttentionRows][kChunkTokens];
-  float scale[kAttentionRows];
   for (int r = 0; r < rows.count; r += S::kGemvRows) {
     const int count = rows.count - r < S::kGemvRows ? rows.count - r : S::kGemvRows;
     with_count<S::kGemvRows>(count, [&](auto R) __attribute__((always_inline)) {
-      for (int tile = tile_begin; tile < tile_end; tile++) {
-        auto* to = reinterpret_cast<float (*)[kChunkTokens]>(&s[r][tile * 16]);
-        if (is_int8)
-          key_dots<decltype(R)::value>(rows, r, d4, head + tile * 16 * d4, S::load(key_scales + tile * 16), to);
-        else
-          key_dots_f32<decltype(R)::value>(rows, r, l.head_dim,
-                                           reinterpret_cast<const float*>(head) + tile * 16 * l.head_dim, to);
+      constexpr int n = decltype(R)::value, tiles = S::kKeyTiles;
+      int64_t t = tile_begin;
+      if (is_int8) {
+        const auto at = [&](int64_t t) { return reinterpret_cast<float (*)[kChunkTokens]>(&s[r][t * 16]); };
+        for (; t + tiles <= tile_end; t += tiles)
+          key_dots<n, tiles>(rows, r, d4, head + t * 16 * d4, key_scales + t * 16, at(t));
+        for (; t < tile_end; t++) key_dots<n, 1>(rows, r, d4, head + t * 16 * d4, key_scales + t * 16, at(t));
       }
+      for (; t < tile_end; t++)
+        key_dots_f32<n>(rows, r, l.head_dim, reinterpret_cast<const float*>(head) + t * 16 * l.head_dim,
+                        reinterpret_cast<float (*)[kChunkTokens]>(&s[r][t * 16]));
     });
   }
-  for (int r = 0; r < rows.count; r++) {
-    soften(a, rows, r, chunk, tile_begin, tile_end, s[r], partial + r * floats, partial + r * floats + 1);
-    if (is_int8) scale[r] = weigh(s[r], value_scales, tile_begin * 16, tile_end * 16, w[r]);
+  // Stage by stage, each over all rows: the rows' chains of dependent steps overlap.
+  alignas(64) float scale[kAttentionRows] = {}, inverse[kAttentionRows];
+  for (int r = 0; r < rows.count; r++) part.top[r] = top_score(a, rows, r, chunk, seen[r], tile_begin, tile_end, s[r]);
+  for (int r = 0; r < rows.count; r++)
+    part.sum[r] = soften(part.top[r], value_scales, seen[r], tile_begin, tile_end, s[r], scale + r);
+
+  alignas(64) int16_t w[kAttentionRows][kChunkTokens];  // 15-bit weights of the values
+  if (is_int8) {
+    const F most = S::load(scale), least = f16(0x1p-100f), zero = f16(0.0f);
+    S::store(scale, S::select_lt(most, least, zero, S::div(most, f16(32767.0f))));
+    S::store(inverse, S::select_lt(most, least, zero, S::div(f16(32767.0f), most)));
+    for (int r = 0; r < rows.count; r++)
+      for (int64_t t = tile_begin * 16; t < tile_end * 16; t += 16)
+        S::narrow16(w[r] + t, S::to_int(S::mul(S::load(s[r] + t), f16(inverse[r]))));
   }
-  const int64_t stride = l.value_stride();
   for (int r = 0; r < rows.count; r += S::kValueRows) {
     const int count = rows.count - r < S::kValueRows ? rows.count - r : S::kValueRows;
     with_count<S::kValueRows>(count, [&](auto R) __attribute__((always_inline)) {
-      constexpr int n = decltype(R)::value, wide = S::kValueColumns;
-      float* out = partial + r * floats + kPartialHead;
+      constexpr int n = decltype(R)::value;
+      constexpr int wide = n * S::kValueColumns > S::kValueSums ? S::kValueColumns / 2 : S::kValueColumns;
+      float* out = part.out + r * part.ldo;
       const uint8_t* values = head + l.values();
       int64_t d = 0;
       for (; d + 16 * wide <= stride; d += 16 * wide) {
         if (is_int8)
-          add_pairs<n, wide>(w + r, scale + r, begin, end, values + 2 * d, stride, out + d, floats);
+          add_pairs<n, wide>(w + r, scale + r, begin, end, values + 2 * d, stride, out + d, part.ldo);
         else
-          add_values<n, wide>(s + r, begin, end, values + 4 * d, stride, out + d, floats);
+          add_values<n, wide>(s + r, begin, end, values + 4 * d, stride, out + d, part.ldo);
       }
       for (; d < stride; d += 16) {
         if (is_int8)
-          add_pairs<n, 1>(w + r, scale + r, begin, end, values + 2 * d, stride, out + d, floats);
+          add_pairs<n, 1>(w + r, scale + r, begin, end, values + 2 * d, stride, out + d, part.ldo);
         else
-          add_values<n, 1>(s + r, begin, end, values + 4 * d, stride, out + d, floats);
+          add_values<n, 1>(s + r, begin, end, values + 4 * d, stride, out + d, part.ldo);
       }
     });
   }
 }
 
-inline void merge_into(float* acc, const float* part, int64_t floats) {
-  const float infinity = __builtin_inff();
-  if (part[0] == -infinity && part[1] == 0.0f) return;
-  if (acc[0] == -infinity && acc[1] == 0.0f) {
-    for (int64_t d = 0; d < floats; d += 16) S::store(acc + d, S::load(part + d));
-    return;
-  }
-  const float top = max1(acc[0], part[0]), a = exp1(acc[0] - top), b = exp1(part[0] - top);
-  acc[0] = top;
-  acc[1] = fma1(part[1], b, acc[1] * a);
-  for (int64_t d = kPartialHead; d < floats; d += 16)
+// acc = acc * a + part * b
+inline void add_scaled(float* acc, float a, const float* part, float b, int64_t n) {
+  for (int64_t d = 0; d < n; d += 16)
     S::store(acc + d, S::fma(S::load(part + d), f16(b), S::mul(S::load(acc + d), f16(a))));
 }
 
-inline void finish(const float* acc, int64_t value_dim, float* out) {
-  const F inverse = f16(acc[1] == 0.0f ? 0.0f : 1.0f / acc[1]);
-  for (int64_t d = 0; d < value_dim; d += 16)
-    store_tail(out + d, S::mul(S::load(acc + kPartialHead + d), inverse), value_dim - d);
+// The same for the rows of a chunk: their factors are found together.
+inline void merge_rows(int count, Partials& acc, const Partials& part, int64_t n) {
+  alignas(64) float top[kAttentionRows], a[kAttentionRows], b[kAttentionRows];
+  const F acc_top = S::load(acc.top), part_top = S::load(part.top), most = S::max(acc_top, part_top);
+  S::store(top, most);
+  S::store(a, exp2_of_negative16(S::sub(acc_top, most)));
+  S::store(b, exp2_of_negative16(S::sub(part_top, most)));
+  for (int r = 0; r < count; r++) {
+    if (is_empty(part.top[r], part.sum[r])) continue;
+    acc.top[r] = top[r];
+    acc.sum[r] = fma1(part.sum[r], b[r], acc.sum[r] * a[r]);
+    add_scaled(acc.out + r * acc.ldo, a[r], part.out + r * part.ldo, b[r], n);
+  }
+}
+
+inline void finish(float sum, const float* acc, int64_t value_dim, float* out) {
+  const F inverse = f16(sum == 0.0f ? 0.0f : 1.0f / sum);
+  for (int64_t d = 0; d < value_dim; d += 16) store_tail(out + d, S::mul(S::load(acc + d), inverse), value_dim - d);
 }
 
 inline void attention_partial(const AttentionArgs& a, int64_t kv_head, int64_t token_begin, int64_t token_end,
                               int64_t chunk, float* partial) {
-  const int64_t total = (token_end - token_begin) * a.group;
+  const int64_t total = (token_end - token_begin) * a.group, floats = partial_floats(a.layout);
   Rows rows;
-  for (int64_t first = 0; first < total; first += kAttentionRows) {
+  Partials part;
+  part.ldo = floats;
+  for (int64_t first = 0; first < total; first += kAttentionRows, partial += kAttentionRows * floats) {
     set_rows(a, kv_head, token_begin, first, int(total - first < kAttentionRows ? total - first : kAttentionRows),
              rows);
-    attend_chunk(a, kv_head, chunk, rows, partial + first * partial_floats(a.layout));
+    part.out = partial + kPartialHead;
+    attend_chunk(a, kv_head, chunk, rows, part);
+    for (int r = 0; r < rows.count; r++) {
+      partial[r * floats] = part.top[r];
+      partial[r * floats + 1] = part.sum[r];
+    }
   }
 }
 
 inline void attention_merge(const AttentionArgs& a, int64_t kv_head, int64_t token_begin, int64_t token_end,
                             int64_t chunks, const float* partial, int64_t stride) {
-  const int64_t floats = partial_floats(a.layout);
+  const int64_t floats = partial_floats(a.layout), n = floats - kPartialHead;
   for (int64_t i = token_begin; i < token_end; i++) {
     for (int64_t g = 0; g < a.group; g++, partial += floats) {
-      alignas(64) float acc[kPartialHead + kMaxHeadDim];
-      for (int64_t d = 0; d < floats; d++) acc[d] = 0.0f;
-      acc[0] = -__builtin_inff();
-      for (int64_t c = 0; c < chunks; c++) merge_into(acc, partial + c * stride, floats);
-      finish(acc, a.layout.value_dim, a.out + i * a.ldo + (kv_head * a.group + g) * a.layout.value_dim);
+      alignas(64) float acc[kMaxHeadDim];
+      for (int64_t d = 0; d < n; d++) acc[d] = 0.0f;
+      float top = -__builtin_inff(), sum = 0.0f;
+      for (int64_t c = 0; c < chunks; c++) {
+        const float* part = partial + c * stride;
+        if (is_empty(part[0], part[1])) continue;
+        const float most = max1(top, part[0]);
+        const float factor = exp2_of_negative1(top - most), part_factor = exp2_of_negative1(part[0] - most);
+        top = most;
+        sum = fma1(part[1], part_factor, sum * factor);
+        add_scaled(acc, factor, part + kPartialHead, part_factor, n);
+      }
+      finish(sum, acc, a.layout.value_dim, a.out + i * a.ldo + (kv_head * a.group + g) * a.layout.value_dim);
     }
   }
 }
 
 inline void attention(const AttentionArgs& a, int64_t kv_head, int64_t token_begin, int64_t token_end) {
-  alignas(64) float acc[kAttentionRows * (kPartialHead + kMaxHeadDim)];
-  alignas(64) float part[kAttentionRows * (kPartialHead + kMaxHeadDim)];
-  const int64_t floats = partial_floats(a.layout), total = (token_end - token_begin) * a.group;
+  alignas(64) float acc_out[kAttentionRows * kMaxHeadDim], part_out[kAttentionRows * kMaxHeadDim];
+  const int64_t n = a.layout.value_stride(), total = (token_end - token_begin) * a.group;
   Rows rows;
+  Partials acc, part;
+  acc.ldo = part.ldo = n;
+  acc.out = acc_out;
+  part.out = part_out;
   for (int64_t first = 0; first < total; first += kAttentionRows) {
     set_rows(a, kv_head, token_begin, first, int(total - first < kAttentionRows ? total - first : kAttentionRows),
              rows);
@@ -332,14 +402,18 @@ inline void attention(const AttentionArgs& a, int64_t kv_head, int64_t token_beg
       const int64_t b = a.begin[rows.token[r]], e = a.end[rows.token[r]];
       if (b < e && b < begin) begin = b;
       if (b < e && e > end) end = e;
-      for (int64_t d = 0; d < floats; d++) acc[r * floats + d] = 0.0f;
-      acc[r * floats] = -__builtin_inff();
+    }
+    for (int64_t d = 0; d < rows.count * n; d += 16) S::store(acc_out + d, f16(0.0f));
+    for (int r = 0; r < kAttentionRows; r++) {
+      acc.top[r] = part.top[r] = -__builtin_inff();
+      acc.sum[r] = part.sum[r] = 0.0f;
     }
     for (int64_t c = begin / kChunkTokens; c * kChunkTokens < end; c++) {
       attend_chunk(a, kv_head, c, rows, part);
-      for (int r = 0; r < rows.count; r++) merge_into(acc + r * floats, part + r * floats, floats);
+      merge_rows(rows.count, acc, part, n);
     }
     for (int r = 0; r < rows.count; r++)
-      finish(acc + r * floats, a.layout.value_dim, a.out + rows.token[r] * a.ldo + rows.head[r] * a.layout.value_dim);
+      finish(acc.sum[r], acc_out + r * n, a.layout.value_dim,
+             a.out + rows.token[r] * a.ldo + rows.head[r] * a.layout.value_dim);
   }
 }

@@ -19,6 +19,27 @@ inline F exp16(F x) {
   return S::select_lt(x, f16(-87.0f), f16(0.0f), S::mul(S::mul(e, power), f16(2.0f)));
 }
 
+template <class T = S>
+inline F exp2_of_negative16(F x) {
+  F r, shifted;
+  if constexpr (T::kPowers) {
+    r = T::fraction(x);
+  } else {
+    shifted = S::add(x, f16(12582912.0f));
+    r = S::sub(x, S::sub(shifted, f16(12582912.0f)));
+  }
+  F p = f16(1.326469821e-3f);
+  p = S::fma(p, r, f16(9.671523236e-3f));
+  p = S::fma(p, r, f16(5.550733954e-2f));
+  p = S::fma(p, r, f16(2.402224243e-1f));
+  p = S::fma(p, r, f16(6.931470037e-1f));
+  p = S::fma(p, r, f16(1.0f));
+  if constexpr (T::kPowers)
+    return T::times_power(p, x, r);
+  else
+    return S::select_lt(x, f16(-126.0f), f16(0.0f), S::from_bits(S::iadd(S::bits(p), S::ishl23(S::bits(shifted)))));
+}
+
 inline F sigmoid16(F x) { return S::div(f16(1.0f), S::add(f16(1.0f), exp16(S::sub(f16(0.0f), x)))); }
 
 inline F tanh16(F x) {
