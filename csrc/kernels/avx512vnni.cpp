@@ -69,8 +69,23 @@ struct S {
   }
   static F half(const uint8_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static void narrow(int8_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(v)); }
+  static void sums4(I a, I b, I c, I d, int32_t* sums) {
+    const I ab = iadd(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    const I cd = iadd(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    const I all = iadd(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    const __m256i two = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    const __m128i one = _mm_add_epi32(_mm256_castsi256_si128(two), _mm256_extracti128_si256(two, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(sums), one);
+  }
   static void narrow16(int16_t* p, I v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(v));
+  }
+  static void put_every_second(uint8_t* p, const int8_t* q, int first) {
+    const __m256i old = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
+    const __m256i mixed = first ? _mm256_mask_blend_epi8(0xaaaaaaaau, old, _mm256_slli_epi16(wide, 8))
+                                : _mm256_mask_blend_epi8(0x55555555u, old, wide);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), mixed);
   }
   using Pairs = __m512i;
   static Pairs load_pairs(const uint8_t* p) {

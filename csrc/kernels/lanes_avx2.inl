@@ -76,6 +76,13 @@ struct Lanes {
     const __m256i w = _mm256_permute4x64_epi64(_mm256_packs_epi32(v.a, v.b), 0xd8);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), w);
   }
+  static void put_every_second(uint8_t* p, const int8_t* q, int first) {
+    const __m256i old = bytes(p), odd = _mm256_set1_epi16(short(0xff00));
+    const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
+    const __m256i mixed =
+        first ? _mm256_blendv_epi8(old, _mm256_slli_epi16(wide, 8), odd) : _mm256_blendv_epi8(wide, old, odd);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), mixed);
+  }
   using Pairs = I;
   static Pairs load_pairs(const uint8_t* p) {
     return {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
@@ -108,6 +115,12 @@ struct Lanes {
     __m128i m = _mm_max_epi32(_mm256_castsi256_si128(m8), _mm256_extracti128_si256(m8, 1));
     m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
     return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1)));
+  }
+  static void sums4(I a, I b, I c, I d, int32_t* sums) {
+    sums[0] = isum(a);
+    sums[1] = isum(b);
+    sums[2] = isum(c);
+    sums[3] = isum(d);
   }
 
   static __m256i bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }

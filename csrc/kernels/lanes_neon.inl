@@ -73,6 +73,11 @@ struct Lanes {
     vst1q_s16(p, vcombine_s16(vqmovn_s32(x.v[0]), vqmovn_s32(x.v[1])));
     vst1q_s16(p + 8, vcombine_s16(vqmovn_s32(x.v[2]), vqmovn_s32(x.v[3])));
   }
+  static void put_every_second(uint8_t* p, const int8_t* q, int first) {
+    uint8x16x2_t both = vld2q_u8(p);
+    both.val[first] = vreinterpretq_u8_s8(vld1q_s8(q));
+    vst2q_u8(p, both);
+  }
   struct Pairs {
     int16x8_t first[2], second[2];  // 16 columns of one token, and of the next
   };
@@ -106,6 +111,12 @@ struct Lanes {
   }
   static int32_t isum(I x) { return vaddvq_s32(vaddq_s32(vaddq_s32(x.v[0], x.v[1]), vaddq_s32(x.v[2], x.v[3]))); }
   static int32_t imaximum(I x) { return vmaxvq_s32(vmaxq_s32(vmaxq_s32(x.v[0], x.v[1]), vmaxq_s32(x.v[2], x.v[3]))); }
+  static void sums4(I a, I b, I c, I d, int32_t* sums) {
+    sums[0] = isum(a);
+    sums[1] = isum(b);
+    sums[2] = isum(c);
+    sums[3] = isum(d);
+  }
 
   static W load_w(const uint8_t* p) { EDGEFORMER_EACH(W, vreinterpretq_s8_u8(vld1q_u8(p + 16 * j))) }
   static void store_w(uint8_t* p, W w) {

@@ -6,14 +6,16 @@
 //   load store load_n store_n (n in 1..15: touches nothing beyond) set1 add sub mul div sqrt fma(a,b,c)=a*b+c
 //   max(a,b) = a > b ? a : b, min likewise (b where either is NaN), select_lt(a,b,x,y) = a < b ? x : y
 //   abs neg with_sign, bits/from_bits, isub iadd ishl23 imax iset1, to_int (nearest even), to_float, s8 (16 int8 -> F)
-//   half (16 fp16 -> F), narrow (16 int32 in -128..127 -> 16 bytes), sum (the tree), isum, imaximum
-//   kPowers: whether there are fraction(x) = x - round(x) and times_power(p, x, fraction) = p * 2^round(x), 0 below
-//   -126 Weights: W holds 4 columns of 16 rows as bytes. X gives 16 columns of one activation row, as 4 steps.
+//   half (16 fp16 -> F), narrow (16 int32 in -128..127 -> 16 bytes), sums4 (of four I),
+//   sum (the tree), isum, imaximum kPowers: whether there are fraction(x) = x - round(x) and times_power(p, x,
+//   fraction) = p * 2^round(x), 0 below -126 Weights: W holds 4 columns of 16 rows as bytes. X gives 16 columns of one
+//   activation row, as 4 steps.
 //     nibble_low/high(p) -> W; byte_weight(p) -> W (from q + 128); load_w/store_w for unpacked tiles
 //     NibbleSum: nzero(c), ndot<step>(sum, W, X), nsum(sum, c) -> I, c added by one of the two.
 //     ByteSum: bzero(offset), bdot<step>, bsum(sum) -> I
 //     bzero takes -128 * sum of x where W is unsigned, and ignores it where byte_weight gives signed bytes
 //   Pairs: 16 columns of two tokens' values as int16; load_pairs(32 bytes), pdot(I, Pairs, two int16 in an int32) -> I
+//   put_every_second(32 bytes, 16 bytes, first): the bytes first, first + 2, ... become these
 //   narrow16 (16 int32 in -32768..32767 -> 16 int16)
 //   kGemvRows, kTileRows, kTilePanels: how many rows of activations (and panels) fit the registers
 //   kKeyTiles: tiles of keys that kGemvRows query rows meet at once; kValueRows, kValueColumns: most query rows and
@@ -44,41 +46,7 @@ inline __attribute__((always_inline)) void each(Body body) {
 
 #include "simd_math.inl"
 
-// ---- quantization -------------------------------------------------------------------------------------------------
-
-// Scale and multiplier of values whose absolute maximum has these bits.
-struct Scale {
-  float scale, inverse;
-  explicit Scale(int32_t top_bits, float limit = 127.0f) {
-    float absmax;
-    __builtin_memcpy(&absmax, &top_bits, 4);
-    scale = absmax < 0x1p-100f ? 0.0f : absmax / limit;
-    inverse = absmax < 0x1p-100f ? 0.0f : limit / absmax;
-  }
-};
-
-inline void quantize(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t block_begin, int64_t block_end,
-                     int8_t* xq, XBlock* xb) {
-  const int64_t blocks = blocks_of(k);
-  for (int64_t i = 0; i < m; i++) {
-    for (int64_t g = block_begin; g < block_end; g++) {
-      const float* from = x + i * ldx + g * kBlock;
-      const int64_t n = k - g * kBlock;
-      const F low = load_tail(from, n), high = n > 16 ? load_tail(from + 16, n - 16) : f16(0.0f);
-      const Scale s(S::imaximum(S::imax(S::bits(S::abs(low)), S::bits(S::abs(high)))));
-      const I q0 = S::to_int(S::mul(low, f16(s.inverse))), q1 = S::to_int(S::mul(high, f16(s.inverse)));
-      int8_t* q = xq + (i * blocks + g) * kBlock;
-      S::narrow(q, q0);
-      S::narrow(q + 16, q1);
-      const int32_t sum_low = S::isum(q0), sum = sum_low + S::isum(q1);
-      XBlock& b = xb[i * blocks + g];
-      b.scale = s.scale;
-      b.scaled_sum = s.scale * float(sum);
-      b.offset = -128 * sum;
-      b.offset_low = -128 * sum_low;
-    }
-  }
-}
+#include "simd_quantize.inl"
 
 // ---- linears ------------------------------------------------------------------------------------------------------
 

@@ -3,52 +3,6 @@
 constexpr int kAttentionRows = 16;
 constexpr int kTiles = int(kChunkTokens / 16);
 
-// Scale of one row of n floats, its quantized values (rounded up to 16 with zeros) at q, and their sum.
-inline float quantize_row(const float* x, int64_t n, int8_t* q, int32_t* sum = nullptr) {
-  I top = S::iset1(0), sums = S::iset1(0);
-  for (int64_t c = 0; c < n; c += 16) top = S::imax(top, S::bits(S::abs(load_tail(x + c, n - c))));
-  const Scale s(S::imaximum(top));
-  for (int64_t c = 0; c < n; c += 16) {
-    const I v = S::to_int(S::mul(load_tail(x + c, n - c), f16(s.inverse)));
-    S::narrow(q + c, v);
-    sums = S::iadd(sums, v);
-  }
-  if (sum) *sum = S::isum(sums);
-  return s.scale;
-}
-
-inline void kv_append(const KvAppendArgs& a) {
-  const KvLayout& l = a.layout;
-  const int64_t d4 = round_up(l.head_dim, 4);
-  for (int64_t i = 0; i < a.tokens; i++) {
-    const int64_t t = (a.position + i) % kChunkTokens;
-    for (int64_t h = a.head_begin; h < a.head_end; h++) {
-      uint8_t* head = a.chunks[(a.position + i) / kChunkTokens] + h * l.head_bytes();
-      const float* k = a.k + i * a.ldk + h * l.head_dim;
-      const float* v = a.v + i * a.ldv + h * l.value_dim;
-      if (l.type == KvType::float32) {
-        float* keys = reinterpret_cast<float*>(head) + t / 16 * 16 * l.head_dim + t % 16;
-        for (int64_t d = 0; d < l.head_dim; d++) keys[d * 16] = k[d];
-        float* values = reinterpret_cast<float*>(head + l.values()) + t * l.value_stride();
-        for (int64_t d = 0; d < l.value_dim; d += 16) S::store(values + d, load_tail(v + d, l.value_dim - d));
-        continue;
-      }
-      alignas(64) int8_t q[kMaxHeadDim + 16];
-      reinterpret_cast<float*>(head + l.key_scales())[t] = quantize_row(k, l.head_dim, q);
-      uint8_t* keys = head + t / 16 * 16 * d4 + t % 16 * 4;
-      for (int64_t d = 0; d < d4; d += 4) {
-        uint32_t four;
-        __builtin_memcpy(&four, q + d, 4);
-        four ^= 0x80808080u;
-        __builtin_memcpy(keys + d * 16, &four, 4);
-      }
-      reinterpret_cast<float*>(head + l.value_scales())[t] = quantize_row(v, l.value_dim, q);
-      uint8_t* values = head + l.values() + t / 2 * l.value_stride() * 2 + t % 2;
-      for (int64_t d = 0; d < l.value_stride(); d++) values[2 * d] = uint8_t(q[d]);
-    }
-  }
-}
-
 // The query rows of one call: row r is token `token` and query head `head`.
 struct Rows {
   int count;

@@ -1,0 +1,113 @@
+// Floats -> int8: activations by blocks, and the keys and values of the cache. Included by simd.inl.
+
+// 16 blocks at a time, of as many rows as that takes: scales are divided together, and no block waits for another.
+inline void quantize(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t block_begin, int64_t block_end,
+                     int8_t* xq, XBlock* xb) {
+  const int64_t blocks = blocks_of(k), all = m * (block_end - block_begin);
+  const F least = f16(0x1p-100f), zero = f16(0.0f), limit = f16(127.0f);
+  int64_t row = 0, g = block_begin;
+  for (int64_t done = 0; done < all; done += 16) {
+    const int64_t count = all - done < 16 ? all - done : 16;
+    const float* from[17] = {};
+    int64_t columns[17] = {}, to[17];
+    alignas(64) int32_t tops[16] = {};
+    for (int64_t j = 0; j < count; j++) {
+      from[j] = x + row * ldx + g * kBlock;
+      columns[j] = k - g * kBlock;
+      to[j] = row * blocks + g;
+      if (++g == block_end) {
+        g = block_begin;
+        row++;
+      }
+    }
+    from[count] = from[count - 1];  // the odd one's neighbour, not written
+    columns[count] = columns[count - 1];
+    const auto low = [&](int64_t j) __attribute__((always_inline)) { return load_tail(from[j], columns[j]); };
+    const auto high = [&](int64_t j) __attribute__((always_inline)) {
+      return columns[j] > 16 ? load_tail(from[j] + 16, columns[j] - 16) : zero;
+    };
+    for (int64_t j = 0; j < count; j++)
+      tops[j] = S::imaximum(S::imax(S::bits(S::abs(low(j))), S::bits(S::abs(high(j)))));
+    alignas(64) float scale[16], inverse[17];
+    const F top = S::load(reinterpret_cast<const float*>(tops));
+    S::store(scale, S::select_lt(top, least, zero, S::div(top, limit)));
+    S::store(inverse, S::select_lt(top, least, zero, S::div(limit, top)));
+    inverse[count] = 0.0f;
+    for (int64_t j = 0; j < count; j += 2) {
+      I v[4];
+      each<4>([&](auto e) __attribute__((always_inline)) {
+        const int64_t b = j + e / 2;
+        v[e] = S::to_int(S::mul(e % 2 ? high(b) : low(b), f16(inverse[b])));
+      });
+      int32_t sums[4];
+      S::sums4(v[0], v[1], v[2], v[3], sums);
+      for (int64_t e = 0; e < 2 && j + e < count; e++) {
+        const int32_t sum = sums[2 * e] + sums[2 * e + 1];
+        S::narrow(xq + to[j + e] * kBlock, v[2 * e]);
+        S::narrow(xq + to[j + e] * kBlock + 16, v[2 * e + 1]);
+        xb[to[j + e]] = {scale[j + e], scale[j + e] * float(sum), -128 * sum, -128 * sums[2 * e]};
+      }
+    }
+  }
+}
+
+// Scale and multiplier of values whose absolute maximum has these bits.
+struct Scale {
+  float scale, inverse;
+  explicit Scale(int32_t top_bits) {
+    float absmax;
+    __builtin_memcpy(&absmax, &top_bits, 4);
+    scale = absmax < 0x1p-100f ? 0.0f : absmax / 127.0f;
+    inverse = absmax < 0x1p-100f ? 0.0f : 127.0f / absmax;
+  }
+};
+
+// Scale of one row of n floats, its quantized values (rounded up to 16 with zeros) at q, and their sum.
+inline float quantize_row(const float* x, int64_t n, int8_t* q, int32_t* sum = nullptr) {
+  I top = S::iset1(0), sums = S::iset1(0);
+  for (int64_t c = 0; c < n; c += 16) top = S::imax(top, S::bits(S::abs(load_tail(x + c, n - c))));
+  const Scale s(S::imaximum(top));
+  for (int64_t c = 0; c < n; c += 16) {
+    const I v = S::to_int(S::mul(load_tail(x + c, n - c), f16(s.inverse)));
+    S::narrow(q + c, v);
+    sums = S::iadd(sums, v);
+  }
+  if (sum) *sum = S::isum(sums);
+  return s.scale;
+}
+
+// One token's keys and values of one head.
+inline void append_int8(const KvLayout& l, uint8_t* head, int64_t t, const float* k, const float* v) {
+  const int64_t d4 = round_up(l.head_dim, 4);
+  alignas(64) int8_t q[kMaxHeadDim + 16];
+  reinterpret_cast<float*>(head + l.key_scales())[t] = quantize_row(k, l.head_dim, q);
+  uint8_t* keys = head + t / 16 * 16 * d4 + t % 16 * 4;
+  for (int64_t d = 0; d < d4; d += 4) {
+    uint32_t four;
+    __builtin_memcpy(&four, q + d, 4);
+    four ^= 0x80808080u;
+    __builtin_memcpy(keys + d * 16, &four, 4);
+  }
+  reinterpret_cast<float*>(head + l.value_scales())[t] = quantize_row(v, l.value_dim, q);
+  uint8_t* values = head + l.values() + t / 2 * l.value_stride() * 2;
+  for (int64_t d = 0; d < l.value_stride(); d += 16) S::put_every_second(values + 2 * d, q + d, int(t % 2));
+}
+
+inline void append_float(const KvLayout& l, uint8_t* head, int64_t t, const float* k, const float* v) {
+  float* keys = reinterpret_cast<float*>(head) + t / 16 * 16 * l.head_dim + t % 16;
+  for (int64_t d = 0; d < l.head_dim; d++) keys[d * 16] = k[d];
+  float* values = reinterpret_cast<float*>(head + l.values()) + t * l.value_stride();
+  for (int64_t d = 0; d < l.value_dim; d += 16) S::store(values + d, load_tail(v + d, l.value_dim - d));
+}
+
+inline void kv_append(const KvAppendArgs& a) {
+  const KvLayout& l = a.layout;
+  for (int64_t i = 0; i < a.tokens; i++) {
+    const int64_t t = (a.position + i) % kChunkTokens;
+    for (int64_t h = a.head_begin; h < a.head_end; h++) {
+      uint8_t* head = a.chunks[(a.position + i) / kChunkTokens] + h * l.head_bytes();
+      const float *k = a.k + i * a.ldk + h * l.head_dim, *v = a.v + i * a.ldv + h * l.value_dim;
+      l.type == KvType::int8 ? append_int8(l, head, t, k, v) : append_float(l, head, t, k, v);
+    }
+  }
+}
