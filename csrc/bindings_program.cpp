@@ -10,6 +10,7 @@ namespace {
 
 ProgramSpec read_program(const py::dict& d, KvType kv) {
   ProgramSpec p;
+  p.kv = kv;
   p.symbols = d["symbols"].cast<std::vector<std::string>>();
   for (const auto& code : d["sizes"]) p.sizes.push_back({code.cast<std::vector<int64_t>>()});
   for (const auto& item : d["slots"]) {

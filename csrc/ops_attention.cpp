@@ -37,6 +37,7 @@ class Attend final : public Op {
         layer_(s.integer("layer")),
         causal_(s.integer("causal") != 0),
         at_end_(s.integer("at_end") != 0),
+        integers_(s.integer("integers") != 0),
         window_(s.integer("window")),
         scale_(s.number("scale")),
         softcap_(s.number("softcap")),
@@ -131,7 +132,7 @@ class Attend final : public Op {
 
   KvLayout kv_layout(const Run& run) const {
     if (layer_ >= 0) return run.spec->caches[layer_];
-    return {KvType::float32, kv_heads_, dim_, v_dim_};
+    return {integers_ ? run.spec->kv : KvType::float32, kv_heads_, dim_, v_dim_};
   }
 
   // Sequences of this call: the run's segments where rows of states run together or own caches, else q's first axis.
@@ -394,7 +395,7 @@ class Attend final : public Op {
   }
 
   const int64_t heads_, kv_heads_, dim_, v_dim_, layer_;
-  const bool causal_, at_end_;
+  const bool causal_, at_end_, integers_;
   const int64_t window_;
   const float scale_, softcap_;
   const Turn q_, k_;

@@ -60,6 +60,7 @@ struct ProgramSpec {
   std::vector<SlotSpec> slots;
   std::vector<WeightSpec> weights;
   std::vector<OpSpec> ops;
+  KvType kv = KvType::int8;  // of keys and values that may be integers
   std::vector<KvLayout> caches;
   std::vector<int> inputs, outputs;  // slots
   bool row_local = false;            // rows of several states may run as one sequence

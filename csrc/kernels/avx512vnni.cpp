@@ -28,7 +28,7 @@ struct S {
   using X = const int8_t*;
   using NibbleSum = __m512i;
   using ByteSum = __m512i;
-  static constexpr int kGemvRows = 8, kTileRows = 8, kTilePanels = 2, kF32Rows = 8;
+  static constexpr int kGemvRows = 8, kFewRows = 24, kTileRows = 8, kTilePanels = 2, kF32Rows = 8;
   static constexpr int kKeyTiles = 2, kValueRows = 8, kValueColumns = 4, kValueSums = 24;
   static constexpr int64_t kPrefetch = 4096;
 

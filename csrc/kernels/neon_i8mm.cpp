@@ -22,7 +22,7 @@ namespace {
 #include "lanes_neon.inl"
 
 struct S : Lanes {
-  static constexpr int kGemvRows = 4, kTileRows = 4, kTilePanels = 1, kF32Rows = 4;
+  static constexpr int kGemvRows = 4, kFewRows = 8, kTileRows = 4, kTilePanels = 1, kF32Rows = 4;
   static constexpr int kKeyTiles = 1, kValueRows = 4, kValueColumns = 1, kValueSums = 4;
   static constexpr int64_t kPrefetch = 1024;
 };

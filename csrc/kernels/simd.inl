@@ -17,7 +17,8 @@
 //   Pairs: 16 columns of two tokens' values as int16; load_pairs(32 bytes), pdot(I, Pairs, two int16 in an int32) -> I
 //   put_every_second(32 bytes, 16 bytes, first): the bytes first, first + 2, ... become these
 //   narrow16 (16 int32 in -32768..32767 -> 16 int16)
-//   kGemvRows, kTileRows, kTilePanels: how many rows of activations (and panels) fit the registers
+//   kGemvRows, kTileRows, kTilePanels: how many rows of activations (and panels) fit the registers; up to kFewRows
+//   rows, passes of kGemvRows over the packed bytes are faster than tiles
 //   kKeyTiles: tiles of keys that kGemvRows query rows meet at once; kValueRows, kValueColumns: most query rows and
 //   16-column parts of the values at once, kValueSums: most of their product
 // The including file has opened its target region and an anonymous namespace.
@@ -293,7 +294,7 @@ inline void tiled_panels(const LinearArgs& a, int64_t panel, float* y) {
 
 template <class Q>
 inline void linear(const LinearArgs& a, int64_t panel_begin, int64_t panel_end) {
-  if (a.m <= kSmallRows) return small_linear<Q>(a, panel_begin, panel_end);
+  if (a.m <= S::kFewRows) return small_linear<Q>(a, panel_begin, panel_end);
   int64_t panel = panel_begin;
   for (; panel + S::kTilePanels <= panel_end; panel += S::kTilePanels)
     tiled_panels<Q, S::kTilePanels>(a, panel, a.y + (panel - panel_begin) * kLanes);

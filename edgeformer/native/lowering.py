@@ -146,6 +146,7 @@ class _Lowering(Emitter):
         outputs = self.row_outputs(node.outputs[0])
         ints = {k: [int(a[k])] for k in ("heads", "kv_heads", "head_dim", "value_dim", "layer", "causal", "window")}
         ints["at_end"] = [int(a["at_end"])]
+        ints["integers"] = [int(self.attends_in_integers(node))]
         ints |= {k: [int(a[k])] for k in ("rotary", "interleaved", "rotary_k", "interleaved_k")}
         ints["q_norm"], ints["k_norm"] = ([{"": 0, "rms": 1, "layer": 2}[a[k]]] for k in ("q_norm", "k_norm"))
         floats = {k: [float(a[k])] for k in ("scale", "softcap", "q_eps", "k_eps")}
@@ -155,7 +156,25 @@ class _Lowering(Emitter):
         note += " causal" if a["causal"] else ""
         note += f" window {a['window']}" if a["window"] else ""
         note += f" softcap {a['softcap']:g}" if a["softcap"] else ""
+        note += " int8" if ints["integers"][0] else ""
         self.p.ops.append(Op("attend", [self.slot(i) for i in node.inputs], outputs, ints, floats, note=note))
+
+    def attends_in_integers(self, node: Node) -> bool:
+        """Whether keys and values that no cache holds are int8 too, as a cache's are (unless it is asked to be float32).
+
+        So it is where quantized weights made them for queries as many. Not where a source is attended to again at every
+        step of an answer: packing it takes longer than the products save.
+        """
+        q, k, v = node.inputs[:3]
+        if node.attrs["layer"] >= 0 or self.g.shape(q)[1] != self.g.shape(k)[1]:
+            return False
+        for name in (q, k, v):
+            made = self.g.producers.get(name)
+            while made is not None and made.op == "View":
+                made = self.g.producers.get(made.inputs[0])
+            if made is None or made.op != "Linears" or any(p["weight"].type == "f32" for p in made.attrs["parts"]):
+                return False
+        return True
 
     def op_rope(self, node: Node) -> None:
         a = node.attrs
