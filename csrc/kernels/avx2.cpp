@@ -55,6 +55,7 @@ struct S : Lanes {
 };
 
 #include "simd.inl"
+#include "simd_linear.inl"
 
 }  // namespace
 

@@ -130,6 +130,7 @@ struct S {
 };
 
 #include "simd.inl"
+#include "simd_linear.inl"
 
 }  // namespace
 

@@ -53,6 +53,7 @@ struct S : Lanes {
 };
 
 #include "simd.inl"
+#include "simd_linear.inl"
 
 }  // namespace
 

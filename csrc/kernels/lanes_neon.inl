@@ -59,8 +59,9 @@ struct Lanes {
     return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_high_s16(low)),
             vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))};
   }
-  static F half(const uint8_t* p) {
-    const float16x8_t low = vreinterpretq_f16_u8(vld1q_u8(p)), high = vreinterpretq_f16_u8(vld1q_u8(p + 16));
+  static F half(const uint8_t* p) { return widen(vld1q_u8(p), vld1q_u8(p + 16)); }
+  static F widen(uint8x16_t a, uint8x16_t b) {  // 16 fp16
+    const float16x8_t low = vreinterpretq_f16_u8(a), high = vreinterpretq_f16_u8(b);
     return {vcvt_f32_f16(vget_low_f16(low)), vcvt_high_f32_f16(low), vcvt_f32_f16(vget_low_f16(high)),
             vcvt_high_f32_f16(high)};
   }
@@ -118,35 +119,36 @@ struct Lanes {
     sums[3] = isum(d);
   }
 
-  static W load_w(const uint8_t* p) { EDGEFORMER_EACH(W, vreinterpretq_s8_u8(vld1q_u8(p + 16 * j))) }
+  static W load_w(const uint8_t* p) {
+    const int8x16x4_t w = vld1q_s8_x4(reinterpret_cast<const int8_t*>(p));
+    return {{w.val[0], w.val[1], w.val[2], w.val[3]}};
+  }
   static void store_w(uint8_t* p, W w) {
     for (int j = 0; j < 4; j++) vst1q_u8(p + 16 * j, vreinterpretq_u8_s8(w.v[j]));
   }
-  static W byte_weight(const uint8_t* p) {
-    EDGEFORMER_EACH(W, vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p + 16 * j), vdupq_n_u8(0x80))))
+  static int8x16_t flip(int8x16_t w) { return veorq_s8(w, vdupq_n_s8(-128)); }  // q + 128 -> q
+  static int8x16_t low_nibbles(int8x16_t w) { return vandq_s8(w, vdupq_n_s8(15)); }
+  static int8x16_t high_nibbles(int8x16_t w) { return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(w), 4)); }
+  static W flip(W w) { EDGEFORMER_EACH(W, flip(w.v[j])) }
+  static W byte_weight(const uint8_t* p) { return flip(load_w(p)); }
+  // Nibbles as the numbers to multiply: q4's are q + 8.
+  template <bool centred>
+  static W low_nibbles(W w) {
+    EDGEFORMER_EACH(W, centred ? vsubq_s8(low_nibbles(w.v[j]), vdupq_n_s8(8)) : low_nibbles(w.v[j]))
   }
-  static W nibble_low(const uint8_t* p) {
-    EDGEFORMER_EACH(W, vreinterpretq_s8_u8(vandq_u8(vld1q_u8(p + 16 * j), vdupq_n_u8(15))))
-  }
-  static W nibble_high(const uint8_t* p) {
-    EDGEFORMER_EACH(W, vreinterpretq_s8_u8(vshrq_n_u8(vld1q_u8(p + 16 * j), 4)))
+  template <bool centred>
+  static W high_nibbles(W w) {
+    EDGEFORMER_EACH(W, centred ? vsubq_s8(high_nibbles(w.v[j]), vdupq_n_s8(8)) : high_nibbles(w.v[j]))
   }
 
   // 16 columns of a row of activations in one register; SDOT takes one of its four dwords for all lanes.
   using X = int8x16_t;
   static X load_x(const int8_t* p) { return vld1q_s8(p); }
-  using NibbleSum = I;
-  static I nzero(int32_t c) { return iset1(c); }
-  template <int index>
-  static I ndot(I s, W w, X x) {
-    EDGEFORMER_EACH(I, vdotq_laneq_s32(s.v[j], w.v[j], x, index))
-  }
-  static I nsum(I s, int32_t) { return s; }
   using ByteSum = I;
   static I bzero(int32_t) { return iset1(0); }
   template <int index>
   static I bdot(I s, W w, X x) {
-    return ndot<index>(s, w, x);
+    EDGEFORMER_EACH(I, vdotq_laneq_s32(s.v[j], w.v[j], x, index))
   }
   static I bsum(I s) { return s; }
 #undef EDGEFORMER_EACH

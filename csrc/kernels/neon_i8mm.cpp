@@ -1,7 +1,9 @@
-// The NEON table for CPUs with SMMLA (Armv8.6 i8mm): Neoverse V1, Cortex-X2 and later. Only the tiled linears differ.
+// The NEON table for CPUs with SMMLA and USDOT (Armv8.6 i8mm): Neoverse V1, Cortex-X2 and later. Only linears differ.
 //
 // SMMLA multiplies 2 x 8 bytes by 8 x 2 and adds to a 2 x 2 int32: twice SDOT's work. A tile is unpacked once into its
-// operand order (two weight rows x 8 columns in 16 bytes), two rows of activations are the other operand.
+// operand order (two weight rows x 8 columns in 16 bytes), two rows of activations are the other operand. Sums, scales
+// and accumulators all stay in SMMLA's order, [row a . x0, a . x1, b . x0, b . x1], until y is written.
+// USDOT takes the packed bytes of q8 as they are: -128 * sum of x undoes the + 128.
 #if defined(__aarch64__)
 #include <arm_neon.h>
 
@@ -12,6 +14,7 @@
 #else
 #pragma GCC push_options
 #pragma GCC target("arch=armv8.2-a+dotprod+i8mm")
+#pragma GCC optimize("no-schedule-insns")  // it moves loads up before it knows the registers, and spills
 #endif
 
 #include "scalar_math.h"
@@ -22,114 +25,157 @@ namespace {
 #include "lanes_neon.inl"
 
 struct S : Lanes {
-  static constexpr int kGemvRows = 4, kFewRows = 8, kTileRows = 4, kTilePanels = 1, kF32Rows = 4;
+  static constexpr int kGemvRows = 4, kF32Rows = 4, kDirectRows = 4, kTileRows = 2;
   static constexpr int kKeyTiles = 1, kValueRows = 4, kValueColumns = 1, kValueSums = 4;
   static constexpr int64_t kPrefetch = 1024;
+
+  static int8x16_t byte_operand(int8x16_t w) { return w; }  // unsigned
+  static I byte_start(int32_t offset) { return iset1(offset); }
+  template <int index>
+  static int32x4_t byte_dot(int32x4_t sum, int8x16_t w, X x) {
+    return vusdotq_laneq_s32(sum, vreinterpretq_u8_s8(w), x, index);
+  }
 };
 
 #include "simd.inl"
 
-// A block of a panel in SMMLA's order: 4 octets of columns x 8 pairs of rows x 16 bytes, then scales as in kTileBlock.
+#include "neon_linear.inl"
+
+// An unpacked block: 4 octets of columns x 8 pairs of rows x 16 bytes, then 32 scales (and as many minima) in SMMLA's
+// order. q8x16's scales of the first 16 columns stand behind the first two octets.
 template <class Q>
-inline void unpack_pairs(const uint8_t* packed, uint8_t* tile) {
-  alignas(64) uint8_t plain[kTileBlock];
-  unpack_block<Q>(packed, plain);
-  for (int octet = 0; octet < 4; octet++) {
-    for (int j = 0; j < 4; j++) {  // rows 4 j .. 4 j + 3 of 4 columns in each register
-      const uint32x4_t low = vreinterpretq_u32_u8(vld1q_u8(plain + 128 * octet + 16 * j));
-      const uint32x4_t high = vreinterpretq_u32_u8(vld1q_u8(plain + 128 * octet + 64 + 16 * j));
-      vst1q_u8(tile + 128 * octet + 32 * j, vreinterpretq_u8_u32(vzip1q_u32(low, high)));
-      vst1q_u8(tile + 128 * octet + 32 * j + 16, vreinterpretq_u8_u32(vzip2q_u32(low, high)));
-    }
-  }
-  __builtin_memcpy(tile + 512, plain + 512, 128);
+struct TileBlock {
+  static constexpr int64_t kBytes = 512 + 128 + (Q::kMinimum || Q::kHalves ? 128 : 0);
+};
+
+// 16 floats -> 32: each stands twice, for the two rows of activations.
+inline __attribute__((always_inline)) void put_twice(uint8_t*& to, F v) {
+  put_floats(to, {vzip1q_f32(v.v[0], v.v[0]), vzip2q_f32(v.v[0], v.v[0]), vzip1q_f32(v.v[1], v.v[1]),
+                  vzip2q_f32(v.v[1], v.v[1])});
+  put_floats(to, {vzip1q_f32(v.v[2], v.v[2]), vzip2q_f32(v.v[2], v.v[2]), vzip1q_f32(v.v[3], v.v[3]),
+                  vzip2q_f32(v.v[3], v.v[3])});
 }
 
-// Octets [begin, end) of a block against 2 P rows of activations: dot[r] has the 16 rows of the panel, in order.
-template <int P>
-inline __attribute__((always_inline)) void pair_dots(const uint8_t* tile, const int8_t* xq, int64_t ldq, int begin,
-                                                     int end, I (&dot)[2 * P]) {
-  int32x4_t sum[P][8];  // [w row a . x0, a . x1, b . x0, b . x1]
-  for (int p = 0; p < P; p++)
-    for (int j = 0; j < 8; j++) sum[p][j] = vdupq_n_s32(0);
-  for (int octet = begin; octet < end; octet++) {
-    int8x16_t x[P];
-    for (int p = 0; p < P; p++)
-      x[p] = vcombine_s8(vld1_s8(xq + 2 * p * ldq + 8 * octet), vld1_s8(xq + (2 * p + 1) * ldq + 8 * octet));
-    for (int j = 0; j < 8; j++) {
-      const int8x16_t w = vreinterpretq_s8_u8(vld1q_u8(tile + 128 * octet + 16 * j));
-      for (int p = 0; p < P; p++) sum[p][j] = vmmlaq_s32(sum[p][j], w, x[p]);
-    }
-  }
-  for (int p = 0; p < P; p++)
-    for (int j = 0; j < 4; j++) {
-      dot[2 * p].v[j] = vuzp1q_s32(sum[p][2 * j], sum[p][2 * j + 1]);
-      dot[2 * p + 1].v[j] = vuzp2q_s32(sum[p][2 * j], sum[p][2 * j + 1]);
-    }
+// Two slices (4 columns of 16 rows each) -> one octet of columns.
+inline __attribute__((always_inline)) void put_octet(uint8_t*& to, S::W low, S::W high) {
+  S::W rows[2];
+  each<4>([&](auto j) __attribute__((always_inline)) {
+    const int32x4_t a = vreinterpretq_s32_s8(low.v[j]), b = vreinterpretq_s32_s8(high.v[j]);
+    rows[j / 2].v[j % 2 * 2] = vreinterpretq_s8_s32(vzip1q_s32(a, b));
+    rows[j / 2].v[j % 2 * 2 + 1] = vreinterpretq_s8_s32(vzip2q_s32(a, b));
+  });
+  put(to, rows[0]);
+  put(to, rows[1]);
 }
 
-// 2 P rows of activations against the unpacked blocks of one panel, in the order of kernels.h.
-template <class Q, int P>
-inline void pair_rows(const LinearArgs& a, const uint8_t* tile, int64_t tile_blocks, int64_t first_block, int64_t row,
-                      float* y, int64_t lanes) {
-  const int64_t blocks = blocks_of(a.k), ldq = blocks * kBlock;
-  F acc[2 * P];
-  for (int r = 0; r < 2 * P; r++) acc[r] = first_block ? load_tail(y + (row + r) * a.ldy, lanes) : f16(0.0f);
-  for (int64_t g = 0; g < tile_blocks; g++, tile += kTileBlock) {
-    const int8_t* xq = a.xq + (row * blocks + first_block + g) * kBlock;
-    const XBlock* xb = a.xb + row * blocks + first_block + g;
-    const TileBlock<Q> block = {tile};
-    I dot[2 * P];
+template <class Q>
+inline __attribute__((always_inline)) void unpack_block(const uint8_t* packed, uint8_t* tile) {
+  const uint8_t* w = packed + Q::kHead;
+  if constexpr (Q::kNibbles) {
+    uint8_t* high = tile + 256;
+    each<2>([&](auto) __attribute__((always_inline)) {
+      const S::W a = take(w), b = take(w);
+      put_octet(tile, S::low_nibbles<Q::kCentred>(a), S::low_nibbles<Q::kCentred>(b));
+      put_octet(high, S::high_nibbles<Q::kCentred>(a), S::high_nibbles<Q::kCentred>(b));
+    });
+    tile = high;
+  } else {
+    each<4>([&](auto octet) __attribute__((always_inline)) {
+      if constexpr (Q::kHalves && octet.value == 2) put_twice(tile, S::half(packed));
+      const S::W a = take(w), b = take(w);
+      put_octet(tile, S::flip(a), S::flip(b));
+    });
+  }
+  if constexpr (!Q::kHalves) put_twice(tile, S::half(packed));
+  if constexpr (Q::kMinimum || Q::kHalves) put_twice(tile, S::half(packed + 32));
+}
+
+// R = 1: the other half of each operand is the same row once more, and is not stored.
+template <class Q, int R>
+inline __attribute__((always_inline)) void tile_rows(const LinearArgs& a, const uint8_t* tile, int64_t tile_blocks,
+                                                     int64_t first_block, int64_t row, float* y, int64_t lanes) {
+  const int64_t blocks = blocks_of(a.k);
+  const int8_t *x0 = a.xq + (row * blocks + first_block) * kBlock, *x1 = x0 + (R - 1) * blocks * kBlock;
+  const XBlock *b0 = a.xb + row * blocks + first_block, *b1 = b0 + (R - 1) * blocks;
+  float* const y0 = y + row * a.ldy;
+  float* const y1 = y0 + (R - 1) * a.ldy;
+  float32x4_t acc[8];
+  if (first_block) {
+    const F v0 = load_tail(y0, lanes), v1 = load_tail(y1, lanes);
+    each<4>([&](auto j) __attribute__((always_inline)) {
+      acc[2 * j] = vzip1q_f32(v0.v[j], v1.v[j]);
+      acc[2 * j + 1] = vzip2q_f32(v0.v[j], v1.v[j]);
+    });
+  } else {
+    each<8>([&](auto j) __attribute__((always_inline)) { acc[j] = vdupq_n_f32(0.0f); });
+  }
+  for (int64_t g = 0; g < tile_blocks; g++) {
+    int32x4_t sum[8];
+    const auto octet = [&](int64x2_t x) __attribute__((always_inline)) {
+      each<2>([&](auto half) __attribute__((always_inline)) {
+        const S::W w = take(tile);
+        each<4>([&](auto j) __attribute__((always_inline)) {
+          sum[4 * half + j] = vmmlaq_s32(sum[4 * half + j], w.v[j], vreinterpretq_s8_s64(x));
+        });
+      });
+    };
+    const auto dots = [&]() __attribute__((always_inline)) {  // 16 columns
+      const int64x2_t low = vreinterpretq_s64_s8(vld1q_s8(x0)), high = vreinterpretq_s64_s8(vld1q_s8(x1));
+      x0 += 16, x1 += 16;
+      octet(vzip1q_s64(low, high));
+      octet(vzip2q_s64(low, high));
+    };
+    const auto zero = [&]() __attribute__((always_inline)) {
+      each<8>([&](auto j) __attribute__((always_inline)) { sum[j] = vdupq_n_s32(0); });
+    };
+    // [scale of x0, of x1, scaled sum of x0, of x1]
+    const float32x4_t both = vzip1q_f32(vld1q_f32(&b0->scale), vld1q_f32(&b1->scale));
+    const float32x4_t scales = vreinterpretq_f32_f64(vdupq_laneq_f64(vreinterpretq_f64_f32(both), 0));
+    const auto add = [&]() __attribute__((always_inline)) {
+      each<2>([&](auto half) __attribute__((always_inline)) {
+        const F ws = take_floats(tile);
+        each<4>([&](auto j) __attribute__((always_inline)) {
+          float32x4_t& to = acc[4 * half + j];
+          to = vfmaq_f32(to, vcvtq_f32_s32(sum[4 * half + j]), vmulq_f32(scales, ws.v[j]));
+        });
+      });
+    };
+    zero();
+    dots();
     if constexpr (Q::kHalves) {
-      pair_dots<P>(tile, xq, ldq, 0, 2, dot);
-      for (int r = 0; r < 2 * P; r++)
-        acc[r] = S::fma(S::to_float(dot[r]), S::mul(f16(xb[r * blocks].scale), block.scale()), acc[r]);
-      pair_dots<P>(tile, xq, ldq, 2, 4, dot);
-    } else {
-      pair_dots<P>(tile, xq, ldq, 0, 4, dot);
+      add();
+      zero();
     }
-    const F ws = Q::kHalves ? block.second() : block.scale();
-    for (int r = 0; r < 2 * P; r++) {
-      if constexpr (Q::kCentred) dot[r] = S::iadd(dot[r], S::iset1(xb[r * blocks].offset / 16));
-      acc[r] = S::fma(S::to_float(dot[r]), S::mul(f16(xb[r * blocks].scale), ws), acc[r]);
-      if constexpr (Q::kMinimum) acc[r] = S::fma(f16(xb[r * blocks].scaled_sum), block.second(), acc[r]);
+    dots();
+    add();
+    if constexpr (Q::kMinimum) {
+      const float32x4_t sums = vreinterpretq_f32_f64(vdupq_laneq_f64(vreinterpretq_f64_f32(both), 1));
+      each<2>([&](auto half) __attribute__((always_inline)) {
+        const F wm = take_floats(tile);
+        each<4>([&](auto j) __attribute__((always_inline)) {
+          acc[4 * half + j] = vfmaq_f32(acc[4 * half + j], sums, wm.v[j]);
+        });
+      });
     }
+    b0++, b1++;
   }
-  for (int r = 0; r < 2 * P; r++) store_tail(y + (row + r) * a.ldy, acc[r], lanes);
-}
-
-template <class Q>
-inline void linear_pairs(const LinearArgs& a, int64_t panel_begin, int64_t panel_end) {
-  if (a.m <= kSmallRows) return small_linear<Q>(a, panel_begin, panel_end);
-  alignas(64) uint8_t pairs[kTileBlocks * kTileBlock];
-  alignas(64) uint8_t plain[kTileBlocks * kTileBlock];
-  const int64_t blocks = blocks_of(a.k), parts = (blocks + kTileBlocks - 1) / kTileBlocks;
-  for (int64_t panel = panel_begin; panel < panel_end; panel++) {
-    float* y = a.y + (panel - panel_begin) * kLanes;
-    const int64_t lanes = a.n - panel * kLanes;
-    for (int64_t part = 0; part < parts; part++) {
-      const int64_t first = blocks * part / parts, count = blocks * (part + 1) / parts - first;
-      for (int64_t g = 0; g < count; g++) {
-        const uint8_t* packed = static_cast<const uint8_t*>(a.w) + (panel * blocks + first + g) * Q::kBytes;
-        unpack_pairs<Q>(packed, pairs + g * kTileBlock);
-        if (a.m % 2) unpack_block<Q>(packed, plain + g * kTileBlock);
-      }
-      int64_t row = 0;
-      for (; row + 4 <= a.m; row += 4) pair_rows<Q, 2>(a, pairs, count, first, row, y, lanes);
-      for (; row + 2 <= a.m; row += 2) pair_rows<Q, 1>(a, pairs, count, first, row, y, lanes);
-      if (row < a.m) tile_rows<Q, 1, 1>(a, plain, count, first, row, y, lanes);
-    }
-  }
+  F v0, v1;
+  each<4>([&](auto j) __attribute__((always_inline)) {
+    v0.v[j] = vuzp1q_f32(acc[2 * j], acc[2 * j + 1]);
+    v1.v[j] = vuzp2q_f32(acc[2 * j], acc[2 * j + 1]);
+  });
+  store_tail(y0, v0, lanes);
+  if constexpr (R == 2) store_tail(y1, v1, lanes);
 }
 
 }  // namespace
 
 Kernels kernels_neon_i8mm(Kernels base) {
   base.isa = "neon_i8mm";
-  base.linear[int(WeightType::q4a)] = linear_pairs<Q4a>;
-  base.linear[int(WeightType::q4)] = linear_pairs<Q4>;
-  base.linear[int(WeightType::q8)] = linear_pairs<Q8>;
-  base.linear[int(WeightType::q8x16)] = linear_pairs<Q8x16>;
+  base.linear[int(WeightType::q4a)] = linear<Q4a>;
+  base.linear[int(WeightType::q4)] = linear<Q4>;
+  base.linear[int(WeightType::q8)] = linear<Q8>;
+  base.linear[int(WeightType::q8x16)] = linear<Q8x16>;
   return base;
 }
 

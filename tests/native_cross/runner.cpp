@@ -47,7 +47,7 @@ void print(const std::string& name, const std::vector<float>& y) { print(name, y
 void linears(const Kernels& kernels) {
   static const char* const names[] = {"q4a", "q4", "q8", "q8x16", "f32"};
   static const int64_t sizes[][2] = {{1, 1}, {17, 33}, {33, 95}, {49, 800}};
-  static const int64_t rows[] = {1, 2, 3, 5, 8, 9, 11, 18};
+  static const int64_t rows[] = {1, 2, 3, 4, 5, 8, 9, 11, 18};
   for (int type = 0; type < 5; type++) {
     for (const auto& [n, k] : sizes) {
       Random random = {uint64_t(type * 1000 + n * 7 + k)};

@@ -1,0 +1,201 @@
+// The linears of the NEON tables: what the SDOT and the SMMLA table share. (x86: simd_linear.inl.)
+//
+// What counts here is instructions (docs/performance.md, "Instructions on ARM"): 64 bytes a load, pointers that move on
+// with the load, few rows straight from the packed bytes and more through an unpacked tile. S has, beside Lanes:
+//   kDirectRows        up to so many rows of activations (at most 4) meet the packed bytes
+//   kTileRows          rows of activations in a pass over a tile
+//   byte_operand(w), byte_start(offset), byte_dot<step>(sum, w, X): bytes of q + 128 as the dot product wants them,
+//   what
+//                      its sums start from, offset being -128 * sum of x, and 4 columns of 4 rows
+
+// Defined by the including file.
+template <class Q>
+struct TileBlock;  // kBytes: of an unpacked block of a panel
+template <class Q>
+inline __attribute__((always_inline)) void unpack_block(const uint8_t* packed, uint8_t* tile);
+// R rows from `row` on against tile_blocks blocks. The sums start from y unless first_block is 0, and end there.
+template <class Q, int R>
+inline __attribute__((always_inline)) void tile_rows(const LinearArgs& a, const uint8_t* tile, int64_t tile_blocks,
+                                                     int64_t first_block, int64_t row, float* y, int64_t lanes);
+
+// ---- loads and stores that move their pointer
+// ------------------------------------------------------------------------
+
+// Without the empty asm GCC makes an addition of its own for each address.
+template <int bytes, class Byte>
+inline __attribute__((always_inline)) void advance(Byte*& p) {
+  p += bytes;
+  asm("" : "+r"(p));
+}
+
+inline __attribute__((always_inline)) S::W take(const uint8_t*& p) {
+  const S::W w = S::load_w(p);
+  advance<64>(p);
+  return w;
+}
+
+inline __attribute__((always_inline)) F take_floats(const uint8_t*& p) {
+  const float32x4x4_t v = vld1q_f32_x4(reinterpret_cast<const float*>(p));
+  advance<64>(p);
+  return {v.val[0], v.val[1], v.val[2], v.val[3]};
+}
+
+// The fp16 values before the weights of a block: 32 bytes, or 64.
+template <int bytes>
+inline __attribute__((always_inline)) auto take_head(const uint8_t*& p) {
+  if constexpr (bytes == 64) {
+    const uint8x16x4_t head = vld1q_u8_x4(p);
+    advance<64>(p);
+    return head;
+  } else {
+    const uint8x16x2_t head = vld1q_u8_x2(p);
+    advance<32>(p);
+    return head;
+  }
+}
+
+// The asm keeps four results in four registers, so that they leave in two stores.
+inline __attribute__((always_inline)) void put(uint8_t*& p, S::W w) {
+  asm("" : "+w"(w.v[0]), "+w"(w.v[1]), "+w"(w.v[2]), "+w"(w.v[3]));
+  S::store_w(p, w);
+  advance<64>(p);
+}
+
+inline __attribute__((always_inline)) void put_floats(uint8_t*& p, F v) {
+  S::store(reinterpret_cast<float*>(p), v);
+  advance<64>(p);
+}
+
+// ---- few rows
+// --------------------------------------------------------------------------------------------------------
+
+// sum[r] += 4 rows of weights (the j-th four of a panel) x 4 columns (the step-th of 16), for R rows of activations.
+template <bool nibbles, int step, int j, int R>
+inline __attribute__((always_inline)) void dots(int8x16_t w, const S::X (&x)[R], I (&sum)[R]) {
+  each<R>([&](auto r) __attribute__((always_inline)) {
+    if constexpr (nibbles)
+      sum[r].v[j] = vdotq_laneq_s32(sum[r].v[j], w, x[r], step);
+    else
+      sum[r].v[j] = S::template byte_dot<step>(sum[r].v[j], w, x[r]);
+  });
+}
+
+// One panel straight from the packed bytes: decoding, where memory sets the pace.
+template <class Q, int R>
+inline void direct_rows(const LinearArgs& a, const uint8_t* w, int64_t row, float* y, int64_t lanes) {
+  const int64_t blocks = blocks_of(a.k);
+  const int8_t* xq[R];
+  const XBlock* xb[R];
+  F acc[R];
+  each<R>([&](auto r) __attribute__((always_inline)) {
+    xq[r] = a.xq + (row + r) * blocks * kBlock;
+    xb[r] = a.xb + (row + r) * blocks;
+    acc[r] = f16(0.0f);
+  });
+  for (const uint8_t* end = w + blocks * Q::kBytes; w != end;) {
+    for (int64_t line = 0; line < Q::kBytes; line += 64) __builtin_prefetch(w + line + S::kPrefetch, 0, 2);
+    const auto head = take_head<Q::kHead>(w);
+    I sum[R];
+    each<R>([&](auto r) __attribute__((always_inline)) {
+      if constexpr (Q::kNibbles)
+        sum[r] = S::iset1(Q::kCentred ? xb[r]->offset >> 4 : 0);  // -8 * sum of x undoes the + 8 of q4
+      else
+        sum[r] = S::byte_start(Q::kHalves ? xb[r]->offset_low : xb[r]->offset);
+    });
+    const auto load = [&](S::X(&x)[R], int column) __attribute__((always_inline)) {
+      each<R>([&](auto r) __attribute__((always_inline)) { x[r] = S::load_x(xq[r] + column); });
+    };
+    const auto add = [&](int scales, bool minimum) __attribute__((always_inline)) {
+      constexpr int last = Q::kHead / 16 - 1;
+      const F ws = S::widen(head.val[scales], head.val[scales + 1]);
+      const F wm = minimum ? S::widen(head.val[last - 1], head.val[last]) : ws;
+      each<R>([&](auto r) __attribute__((always_inline)) {
+        F to = S::fma(S::to_float(sum[r]), S::mul(f16(xb[r]->scale), ws), acc[r]);
+        if (minimum) to = S::fma(f16(xb[r]->scaled_sum), wm, to);
+        acc[r] = to;
+      });
+    };
+    if constexpr (Q::kNibbles && R <= 3) {  // nibbles are loaded once, for columns 0..15 and 16..31
+      S::X low[R], high[R];
+      load(low, 0);
+      load(high, 16);
+      each<4>([&](auto step) __attribute__((always_inline)) {
+        const S::W both = take(w);
+        each<4>([&](auto j) __attribute__((always_inline)) {
+          dots<true, step.value, j.value>(S::low_nibbles(both.v[j]), low, sum);
+          dots<true, step.value, j.value>(S::high_nibbles(both.v[j]), high, sum);
+        });
+      });
+    } else {
+      S::X x[R];
+      each<2>([&](auto half) __attribute__((always_inline)) {
+        load(x, 16 * half);
+        if constexpr (Q::kNibbles && half.value == 1) w -= 256;
+        each<4>([&](auto step) __attribute__((always_inline)) {
+          const S::W four = take(w);
+          each<4>([&](auto j) __attribute__((always_inline)) {
+            if constexpr (!Q::kNibbles)
+              dots<false, step.value, j.value>(S::byte_operand(four.v[j]), x, sum);
+            else if constexpr (half.value == 0)
+              dots<true, step.value, j.value>(S::low_nibbles(four.v[j]), x, sum);
+            else
+              dots<true, step.value, j.value>(S::high_nibbles(four.v[j]), x, sum);
+          });
+        });
+        if constexpr (Q::kHalves && half.value == 0) {
+          add(0, false);
+          each<R>([&](auto r)
+                      __attribute__((always_inline)) { sum[r] = S::byte_start(xb[r]->offset - xb[r]->offset_low); });
+        }
+      });
+    }
+    add(Q::kHalves ? 2 : 0, Q::kMinimum);
+    each<R>([&](auto r) __attribute__((always_inline)) { xq[r] += kBlock, xb[r]++; });
+    // 12 or 16 sums and their operands want all registers: the accumulators rest in memory, moved once a block.
+    if constexpr (R > 2) asm volatile("" : : "r"(acc) : "memory");
+  }
+  each<R>([&](auto r) __attribute__((always_inline)) { store_tail(y + (row + r) * a.ldy, acc[r], lanes); });
+}
+
+// ---- more rows
+// -------------------------------------------------------------------------------------------------------
+
+// kTileBlocks blocks of a panel are unpacked into L1, then meet all rows. Between the parts of K the accumulators rest
+// in y, which does not change their bits. What is unpacked next is fetched during the products.
+constexpr int64_t kTileBlocks = 24;
+
+template <class Q>
+inline void tiled_rows(const LinearArgs& a, const uint8_t* w, float* y, int64_t lanes) {
+  alignas(64) uint8_t tile[kTileBlocks * TileBlock<Q>::kBytes];
+  const int64_t blocks = blocks_of(a.k), parts = (blocks + kTileBlocks - 1) / kTileBlocks;
+  const int64_t passes = (a.m + S::kTileRows - 1) / S::kTileRows;
+  for (int64_t part = 0; part < parts; part++) {
+    const int64_t first = blocks * part / parts, count = blocks * (part + 1) / parts - first;
+    for (int64_t g = 0; g < count; g++, w += Q::kBytes) {
+      for (int64_t line = 0; line < Q::kBytes; line += 64) __builtin_prefetch(w + line + count * Q::kBytes, 0, 2);
+      unpack_block<Q>(w, tile + g * TileBlock<Q>::kBytes);
+    }
+    for (int64_t pass = 0; pass < passes; pass++) {
+      const int64_t row = a.m * pass / passes, rows = a.m * (pass + 1) / passes - row;
+      with_count<S::kTileRows>(rows, [&](auto R) __attribute__((always_inline)) {
+        tile_rows<Q, decltype(R)::value>(a, tile, count, first, row, y, lanes);
+      });
+    }
+  }
+}
+
+template <class Q>
+inline void linear(const LinearArgs& a, int64_t panel_begin, int64_t panel_end) {
+  const int64_t bytes = blocks_of(a.k) * Q::kBytes;
+  for (int64_t panel = panel_begin; panel < panel_end; panel++) {
+    const uint8_t* w = static_cast<const uint8_t*>(a.w) + panel * bytes;
+    float* y = a.y + (panel - panel_begin) * kLanes;
+    const int64_t lanes = a.n - panel * kLanes;
+    if (a.m > S::kDirectRows) {
+      tiled_rows<Q>(a, w, y, lanes);
+    } else {
+      with_count<S::kDirectRows>(
+          a.m, [&](auto R) __attribute__((always_inline)) { direct_rows<Q, decltype(R)::value>(a, w, 0, y, lanes); });
+    }
+  }
+}
