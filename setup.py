@@ -10,9 +10,12 @@ Environment:
 
 import glob
 import os
+import platform
+import subprocess
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
+from setuptools.command.build_ext import build_ext
 
 sources = sorted(glob.glob("csrc/**/*.cpp", recursive=True))
 headers = sorted(glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.inl", recursive=True))
@@ -41,6 +44,21 @@ def out_of_date(obj: str, src: str) -> bool:
     return not os.path.exists(obj) or os.path.getmtime(obj) < max(map(os.path.getmtime, [src, "setup.py", *headers]))
 
 
+class Build(build_ext):
+    # On ARM clang moves loads up before it knows the registers, and spills; the kernel files tell GCC themselves.
+    def build_extensions(self) -> None:
+        flags = ["-mllvm", "-enable-misched=false"]
+        if platform.machine() in ("arm64", "aarch64") and accepts(self.compiler.compiler_cxx, flags):
+            for extension in self.extensions:
+                extension.extra_compile_args += flags
+        super().build_extensions()
+
+
+def accepts(compiler: list[str], flags: list[str]) -> bool:
+    command = [*compiler, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
 ParallelCompile(default=os.cpu_count() or 1, needs_recompile=out_of_date).install()
 extension = Pybind11Extension(
     "edgeformer._native",
@@ -51,4 +69,4 @@ extension = Pybind11Extension(
     extra_link_args=["-pthread", *sanitizers[sanitize]],
     optional=native != "1",
 )
-setup(ext_modules=[] if native == "0" else [extension])
+setup(ext_modules=[] if native == "0" else [extension], cmdclass={"build_ext": Build})
