@@ -10,6 +10,7 @@ The counts are exact and the same on every machine; how many of them a CPU does 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import shutil
@@ -59,6 +60,8 @@ def kind(mnemonic: str, operands: str) -> str:
         return "spills"
     if mnemonic == "add" and operands.startswith("v"):
         return "to float, scales"  # q4's centring: + (-8 * sum of x)
+    if mnemonic == "sub" and operands.startswith("v"):
+        return "unpacking"  # q4's centring, once a tile
     if found in ("unpacking", "moves", "to float, scales") and not re.search(r"\b[vqds]\d", operands):
         return "addresses, loops"
     return found
@@ -144,12 +147,10 @@ def count_all(folder: Path) -> dict[str, Any]:
     for isa in ("neon_dotprod", "neon_i8mm"):
         for scheme in TYPES:
             for m in (1, 4, 8, PREFILL):
-                if isa == "neon_i8mm" and m <= 8:
-                    continue  # its small linears are neon_dotprod's
                 kinds, least = measure(places, listing, isa, scheme, (960, 576, m)), floor(isa, 960, 576, m)
                 kernels.append({"isa": isa, "scheme": scheme, "rows": m, "floor": least, "kinds": kinds})
     for name, scheme, head in (("kept (q4a, q8 head)", "q4a", "q8"), ("q4, q4 head", "q4", "q4")):
-        for isa, m in (("neon_dotprod", 1), ("neon_dotprod", PREFILL), ("neon_i8mm", PREFILL)):
+        for isa, m in itertools.product(("neon_dotprod", "neon_i8mm"), (1, PREFILL)):
             total = least = 0.0
             for shape in LAYER:
                 total += LAYERS * sum(measure(places, listing, isa, scheme, (*shape, m)).values()) / m
