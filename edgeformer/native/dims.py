@@ -110,6 +110,14 @@ def symbol(name: str) -> Size:
     return Dim({(Atom("sym", name),): 1})
 
 
+def mentions(size: Size, name: str) -> bool:
+    """Whether the symbol `name` is part of the size."""
+    if isinstance(size, int):
+        return False
+    atoms = [a for monomial, _ in size.terms for a in monomial]
+    return any(a.key == name if a.op == "sym" else any(mentions(x, name) for x in a.args) for a in atoms)  # type: ignore[arg-type]
+
+
 def function(op: str, *args: Size) -> Size:
     """`op` (`div`, `min`, `max`, `clip`) of two sizes, computed now when both are known."""
     atom = Atom(op, *args)

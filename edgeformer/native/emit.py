@@ -17,7 +17,7 @@ from edgeformer.native.passes import unsupported_nodes
 from edgeformer.native.passes.attention import Cache
 from edgeformer.native.passes.linear import Weight
 from edgeformer.native.program import LANES, Op, PackedWeight, Program, Slot
-from edgeformer.native.rows import is_row_local
+from edgeformer.native.rows import is_batch_local, is_row_local
 
 ELEMENTWISE = {
     "Add": "add", "Sub": "sub", "Mul": "mul", "Div": "div", "Pow": "pow", "Min": "min", "Max": "max", "Mod": "mod",
@@ -70,6 +70,7 @@ class Emitter:
         self.p.row_symbols = (batch, sequence)
         self.p.past_symbol = min(past, default="")
         self.p.row_local = bool(batch) and is_row_local(g, batch, sequence)
+        self.p.batch_local = bool(batch) and not caches and is_batch_local(g, batch)
         self.slot_of: dict[str, int] = {}
         self.quant_of: dict[str, int] = {}
         self.weight_of: dict[tuple[Any, ...], int] = {}

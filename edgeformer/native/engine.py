@@ -22,7 +22,7 @@ from edgeformer.native.profile import Profile
 from edgeformer.native.program import Program
 
 NUMPY = {"f32": np.float32, "i64": np.int64, "bool": np.bool_}
-PREFILL_ROWS = 512  # rows of one pass: bounds the working memory of long prompts
+PREFILL_ROWS = 512  # rows of one pass: bounds the working memory of long prompts and of large batches
 DEFAULT_CONTEXT = 4096
 _STATE_MAGIC = b"edgeformer-state 1\n"
 
@@ -277,7 +277,11 @@ class NativeEngine:
             row, keep = self._arrays(arrays, state)
             inputs.append(row)
             keeps.append(keep)
-        results = self._native.forward(states, inputs, keeps)
+        if len(inputs) == 1 and (pieces := self._pieces(inputs[0])):
+            parts = [self._native.forward(states, [piece], keeps)[0] for piece in pieces]
+            results = [[np.concatenate(arrays) for arrays in zip(*parts, strict=True)]]
+        else:
+            results = self._native.forward(states, inputs, keeps)
         out = []
         for row in results:
             named = dict(zip(self._outputs, row, strict=True))
@@ -304,6 +308,30 @@ class NativeEngine:
                 given = self._default(name, arrays, state)
             row.append(_fitting(name, given, dtype, shape))
         return row, keep
+
+    def _pieces(self, row: Sequence[Array]) -> list[list[Array]]:
+        """A large batch as batches of about PREFILL_ROWS rows, whose values stay in the CPU's caches from one operation
+        to the next; none where the batch is small or its items may meet.
+        """
+        if not self._program.batch_local:
+            return []
+        batch, sequence = self._program.row_symbols
+        axes = [
+            (str(size), n)
+            for a, (_, _, s) in zip(row, self._inputs, strict=True)
+            for size, n in zip(s, a.shape, strict=True)
+        ]
+        counts, lengths = ({n for size, n in axes if size == name} for name in (batch, sequence))
+        if len(counts) != 1 or len(lengths) != 1:
+            return []  # sizes that do not fit each other: the engine says so
+        count, step = counts.pop(), max(1, PREFILL_ROWS // max(1, lengths.pop()))
+        if count <= step:
+            return []
+        by_batch = [bool(s) and str(s[0]) == batch for _, _, s in self._inputs]
+        return [
+            [np.ascontiguousarray(a[at : at + step]) if cut else a for a, cut in zip(row, by_batch, strict=True)]
+            for at in range(0, count, step)
+        ]
 
     def _require_known(self, arrays: Mapping[str, Array]) -> None:
         unknown = [n for n in arrays if n not in self._program.inputs and n != "logits_to_keep"]

@@ -160,7 +160,7 @@ class _Lowering(Emitter):
         self.p.ops.append(Op("attend", [self.slot(i) for i in node.inputs], outputs, ints, floats, note=note))
 
     def attends_in_integers(self, node: Node) -> bool:
-        """Whether keys and values that no cache holds are int8 too, as a cache's are (unless it is asked to be float32).
+        """Whether keys and values that no cache holds are int8 too, as those of a cache are (but with kv="float32").
 
         So it is where quantized weights made them for queries as many. Not where a source is attended to again at every
         step of an answer: packing it takes longer than the products save.

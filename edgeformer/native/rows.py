@@ -1,8 +1,9 @@
-"""Whether a program treats each token's row alone, so that rows of several states may run as one sequence."""
+"""Whether a program treats each token's row alone, so that rows of several states may run as one sequence, and whether
+it treats each item of a batch alone, so that a large batch may run in pieces."""
 
 from __future__ import annotations
 
-from edgeformer.native.dims import Dim, Shape, Size, symbol
+from edgeformer.native.dims import Dim, Shape, Size, mentions, symbol
 from edgeformer.native.graph import Graph, Node
 
 
@@ -14,6 +15,19 @@ def is_row_local(g: Graph, batch: str, sequence: str) -> bool:
     if not all(rows.lead(i.shape) or i.value is not None for i in g.inputs.values()):
         return False
     return all(rows.local(g, n) for n in g.nodes)
+
+
+def is_batch_local(g: Graph, batch: str) -> bool:
+    """True when every value is free of the batch or has it as its first axis only, the outputs have it, and every node
+    computes an item from the same item.
+    """
+    items = _Items(symbol(batch), symbol(batch))
+    values = [i.shape for i in g.inputs.values()]
+    return (
+        all(items.lead(shape) >= 0 for shape in values)
+        and all(items.lead(g.shape(name)) == 1 for name in g.outputs)
+        and all(items.local(g, n) for n in g.nodes)
+    )
 
 
 class _Rows:
@@ -52,7 +66,7 @@ class _Rows:
         if node.op == "Keep":
             return leads[0] == 2 and shapes[0][1] == self.lengths[0]
         if node.op == "Attend":
-            return not node.input(3) and shapes[0][:2] == shapes[1][:2] == shapes[2][:2]
+            return self.attends(g, node)
         if node.op == "Transpose":
             return leads[0] == lead and list(node.attrs.get("perm", []))[:lead] == list(range(lead))
         if node.op in ("Slice", "Reduce"):
@@ -65,11 +79,31 @@ class _Rows:
             return all(self._aligned(s, n, out, lead) for s, n in zip(shapes, leads, strict=True))
         return False
 
+    def attends(self, g: Graph, node: Node) -> bool:
+        """Attention knows the sequences of rows; a mask need not go by rows."""
+        q, k, v = (g.shape(i) for i in node.inputs[:3])
+        return not node.input(3) and q[:2] == k[:2] == v[:2]
+
     def _aligned(self, shape: Shape, shape_lead: int, out: Shape, lead: int) -> bool:
         """The operand has the output's rows, or is the same for every row."""
         if shape_lead == 0:
             return len(shape) <= len(out) - lead or all(d == 1 for d in shape[: lead - len(out) + len(shape)])
         return shape_lead == lead and len(shape) == len(out) and shape[:lead] == out[:lead]
+
+
+class _Items(_Rows):
+    """The same questions about the items of a batch: [batch, ...] 1, free of the batch 0, anything else -1."""
+
+    def lead(self, shape: Shape) -> int:
+        name = str(self.batch)
+        if not any(mentions(d, name) for d in shape):
+            return 0
+        return 1 if shape[0] == self.batch and not any(mentions(d, name) for d in shape[1:]) else -1
+
+    def attends(self, g: Graph, node: Node) -> bool:
+        mask = node.input(3)
+        free = not mask or self.lead(g.shape(mask)) == 1 or g.shape(mask)[0] == 1
+        return free and all(self.lead(g.shape(i)) == 1 for i in node.inputs[:3])
 
 
 BROADCAST = (
