@@ -92,7 +92,7 @@ def smollm2_traced(smollm2_gguf, tmp_path_factory):
     require("torch", "pip install 'edgeformer[export]'")
     from edgeformer.export import ExportOptions
     from edgeformer.export.pipeline import float_graph
-    from edgeformer.export.source import load_source
+    from edgeformer.export.sources import load_source
 
     return float_graph(load_source(ExportOptions(str(smollm2_gguf), tmp_path_factory.mktemp("unused"))))
 

@@ -23,7 +23,7 @@ from edgeformer.errors import BundleError, ExportError, ParityError  # noqa: E40
 from edgeformer.export import ExportOptions, export, parity, read_recipe  # noqa: E402
 from edgeformer.export.hub import language_model  # noqa: E402
 from edgeformer.export.pipeline import float_graph  # noqa: E402
-from edgeformer.export.source import load_source  # noqa: E402
+from edgeformer.export.sources import load_source  # noqa: E402
 
 PROMPTS = ([1, 17, 33, 90, 5], [1, 4], [1, 110, 3, 3, 3, 64, 12])
 

@@ -17,7 +17,7 @@ import architectures  # noqa: E402
 import edgeformer  # noqa: E402
 from edgeformer.errors import ExportError  # noqa: E402
 from edgeformer.export import ExportOptions, adapter, export  # noqa: E402
-from edgeformer.export.source import load_source  # noqa: E402
+from edgeformer.export.sources import load_source  # noqa: E402
 
 PROMPT = [1, 17, 33, 90, 5]
 CASES = {

@@ -16,6 +16,7 @@ import torch
 
 from edgeformer.errors import BundleError, ExportError
 from edgeformer.export.options import ExportOptions
+from edgeformer.export.own_pair import is_pair, own_pair
 from edgeformer.export.source import TOKENIZER_FILES, Pair, Source
 from edgeformer.export.trace import Input
 
@@ -81,8 +82,6 @@ def module_source(
     Raises:
         ExportError: an argument of forward has no declared shape, or encode and decode are not the contract's.
     """
-    from edgeformer.export.own_pair import is_pair, own_pair
-
     paired = is_pair(module)
     config = dict(config or {})
     declared = dict(getattr(module, "input_spec", None) or {})

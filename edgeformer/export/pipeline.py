@@ -12,32 +12,24 @@ import onnx_ir as ir
 from edgeformer.bundle import check_target, seal, write_bundle
 from edgeformer.errors import ExportError, ParityError
 from edgeformer.export import accuracy, parity
-from edgeformer.export.cached import with_past
+from edgeformer.export.graph import standard_graph
 from edgeformer.export.options import ExportOptions
 from edgeformer.export.pair import export_pair
-from edgeformer.export.passes.attention import standard_attention, window_masks
+from edgeformer.export.passes.attention import window_masks
 from edgeformer.export.passes.cache import insert_cache, join_cache
 from edgeformer.export.passes.causal import name_causality
 from edgeformer.export.passes.edit import infer_shapes
-from edgeformer.export.passes.einsum import plain_products
 from edgeformer.export.passes.finish import finish
 from edgeformer.export.passes.float16 import to_float16
-from edgeformer.export.passes.linear import canonical_linears
 from edgeformer.export.passes.logits import keep_logits
-from edgeformer.export.passes.masked import masked_assignments
-from edgeformer.export.passes.masks import drop_true, spread_rows
-from edgeformer.export.passes.names import merge_tied, restore_names
+from edgeformer.export.passes.masks import spread_rows
 from edgeformer.export.passes.past import count_past
-from edgeformer.export.passes.reshape import drop_reshapes
-from edgeformer.export.passes.rotary import full_angles
-from edgeformer.export.passes.slices import own_slices
-from edgeformer.export.passes.softmax import fuse_softmax
 from edgeformer.export.plan import Quantized, holding, quantize_graph
 from edgeformer.export.progress import Progress, Silent
 from edgeformer.export.run import Graph
 from edgeformer.export.seq2seq import TracedPair
-from edgeformer.export.source import Pair, Positional, Source, load_source
-from edgeformer.export.trace import trace
+from edgeformer.export.source import Pair, Source
+from edgeformer.export.sources import load_source
 from edgeformer.export.write import GRAPH, manifest, save_graph, write_reference, write_texts
 
 # Half precision rounds at 2**-11 = 5e-4 of a value. A few hundred such roundings on the way to a logit add up as their
@@ -135,24 +127,7 @@ def float_graph(source: Source) -> Traced:
     Raises:
         ExportError: the module cannot be traced, or a pass finds what it cannot handle.
     """
-    stepper = with_past(source) if source.past else None
-    with source.tracing():
-        if stepper is None:
-            model = trace(Positional(source), source.inputs, source.outputs)
-        else:
-            model = trace(stepper.module, stepper.inputs, stepper.outputs)
-    buffers = dict(source.module.named_buffers())  # those that no checkpoint stores have names too
-    restore_names(model, source.module.state_dict().keys() | buffers.keys(), Positional.PREFIX)
-    merge_tied(model, source.module.state_dict())
-    own_slices(model)
-    drop_true(model)
-    masked_assignments(model)
-    drop_reshapes(model)
-    transposed = canonical_linears(model)
-    full_angles(model)
-    standard_attention(model)
-    plain_products(model)
-    fuse_softmax(model)
+    model, transposed = standard_graph(source)
     layers = join_cache(model) if source.past else 0
     if source.is_language_model and not source.past:
         name_causality(model)

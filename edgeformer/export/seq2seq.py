@@ -14,24 +14,18 @@ import torch
 
 from edgeformer.errors import ExportError
 from edgeformer.export import attention, tasks
-from edgeformer.export.passes.attention import standard_attention, window_masks
+from edgeformer.export.graph import standard_graph
+from edgeformer.export.passes.attention import window_masks
 from edgeformer.export.passes.cache import insert_cache
 from edgeformer.export.passes.causal import name_causality
 from edgeformer.export.passes.edit import infer_shapes
-from edgeformer.export.passes.einsum import plain_products
 from edgeformer.export.passes.finish import finish
 from edgeformer.export.passes.hoist import STATES, hoist
-from edgeformer.export.passes.linear import canonical_linears
 from edgeformer.export.passes.logits import keep_logits
-from edgeformer.export.passes.masks import drop_true, spread_rows
-from edgeformer.export.passes.names import restore_names
+from edgeformer.export.passes.masks import spread_rows
 from edgeformer.export.passes.past import count_past
-from edgeformer.export.passes.reshape import drop_reshapes
-from edgeformer.export.passes.rotary import full_angles
-from edgeformer.export.passes.slices import own_slices
-from edgeformer.export.passes.softmax import fuse_softmax
-from edgeformer.export.source import Pair, Positional, Source, run
-from edgeformer.export.trace import Input, axes, trace
+from edgeformer.export.source import Pair, Source, run
+from edgeformer.export.trace import Input, axes
 
 RESULT = "last_hidden_state"
 MASK = "encoder_attention_mask"
@@ -169,22 +163,8 @@ def pair_graphs(pair: Pair) -> TracedPair:
     Raises:
         ExportError: a half cannot be traced, or a pass finds what it cannot handle.
     """
-    models, transposed = [], set()
-    for source in (pair.encoder, pair.decoder):
-        with source.tracing():
-            model = trace(Positional(source), source.inputs, source.outputs)
-        buffers = dict(source.module.named_buffers())  # those that no checkpoint stores have names too
-        restore_names(model, source.module.state_dict().keys() | buffers.keys(), Positional.PREFIX)
-        own_slices(model)
-        drop_true(model)
-        drop_reshapes(model)
-        transposed |= canonical_linears(model)
-        full_angles(model)
-        standard_attention(model)
-        plain_products(model)
-        fuse_softmax(model)
-        models.append(model)
-    encoder, decoder = models
+    encoder, transposed = standard_graph(pair.encoder)
+    decoder, others = standard_graph(pair.decoder)
     name_causality(decoder)
     if not insert_cache(decoder):
         raise ExportError(
@@ -193,15 +173,15 @@ def pair_graphs(pair: Pair) -> TracedPair:
         )
     _name_caches(decoder)
     count_past(decoder)
-    for model in models:
+    for model in (encoder, decoder):
         spread_rows(model)
         window_masks(model)
     hoist(encoder, decoder, RESULT)
     keep_logits(decoder)
-    for model, source in zip(models, (pair.encoder, pair.decoder), strict=True):
+    for model, source in ((encoder, pair.encoder), (decoder, pair.decoder)):
         finish(model, source.origin)
         infer_shapes(model)
-    return TracedPair(pair, encoder, decoder, frozenset(transposed))
+    return TracedPair(pair, encoder, decoder, frozenset(transposed | others))
 
 
 def _name_caches(decoder: ir.Model) -> None:

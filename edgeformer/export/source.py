@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from numpy.typing import NDArray
 
 from edgeformer.errors import ExportError
 from edgeformer.export.blocks import Blocks
-from edgeformer.export.options import ExportOptions
 from edgeformer.export.trace import Input
 
 F32 = NDArray[np.float32]
@@ -104,56 +102,3 @@ def run(source: Source, feeds: Mapping[str, torch.Tensor]) -> dict[str, F32]:
     with torch.no_grad():
         values = Positional(source)(*(feeds[value.name] for value in source.inputs))
     return {name: value.float().numpy() for name, value in zip(source.outputs, values, strict=True)}
-
-
-def load_source(options: ExportOptions) -> Source | Pair:
-    """The source that `options.source` names, with `options.adapter` merged into it.
-
-    Raises:
-        ExportError: it is none of the known kinds, or cannot be loaded; the message says which and why.
-    """
-    source = _base_source(options)
-    if options.adapter is None:
-        return source
-    from edgeformer.export.adapter import with_adapter
-
-    return with_adapter(source, options.adapter)
-
-
-def _base_source(options: ExportOptions) -> Source | Pair:
-    name, path = options.source, Path(options.source)
-    if options.tokenizer is not None and (":" not in name or path.exists()):
-        raise ExportError(f"--tokenizer is for module:factory; {name} brings its own.")
-    if path.is_file() and path.suffix.lower() == ".gguf":
-        from edgeformer.export.hub import gguf_source
-
-        return gguf_source(path)
-    if (path / "config.json").is_file():
-        return _folder_source(path, options.architecture)
-    if ":" in name and not path.exists():
-        from edgeformer.export.factory import factory_source
-
-        return factory_source(options)
-    if path.exists():
-        kind = "folder without a config.json" if path.is_dir() else f"{path.suffix or 'nameless'} file"
-        raise ExportError(
-            f"{name} is a {kind}; expected a .gguf file, a Hugging Face or checkpoint folder (with config.json), or "
-            "path/to/file.py:factory."
-        )
-    if path.suffix or path.is_absolute() or name.count("/") > 1:
-        raise ExportError(f"{name} does not exist.")
-    from edgeformer.export.hub import hub_source
-
-    return hub_source(name, options.architecture)
-
-
-def _folder_source(path: Path, architecture: str | None) -> Source | Pair:
-    from edgeformer.models.checkpoint import read_config
-
-    if "edgeformer_factory" in read_config(path):
-        from edgeformer.export.factory import checkpoint_source
-
-        return checkpoint_source(path)
-    from edgeformer.export.hub import folder_source
-
-    return folder_source(path, architecture)
