@@ -358,7 +358,10 @@ def test_without_its_packages_the_workshop_says_what_to_install(edgeformer, monk
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_ctrl_c_ends_with_130_and_no_traceback(lm):
+    # A suite in a shell's background was started deaf to Ctrl-C, and what it starts would be too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = _process("chat", lm, "-n", 4, "-e", "cpu", stdin=subprocess.PIPE)  # waits for the next line
+    signal.signal(signal.SIGINT, before)
     process.stdin.write("hello\n")
     process.stdin.flush()
     assert process.stderr.readline().startswith("prompt ")
