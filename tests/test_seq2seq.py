@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 import transformers as tf
 
 import edgeformer
-from edgeformer.bundle import seal
 from edgeformer.errors import EngineUnavailable, ExportError, InputError, ParityError
 from edgeformer.export import seq2seq
 from edgeformer.export.hub import language_model
@@ -248,15 +246,27 @@ def translator(tmp_path_factory) -> tuple[Path, tf.T5ForConditionalGeneration]:
     return folder, model
 
 
+@pytest.fixture(scope="module")
+def exported(translator, tmp_path_factory):
+    """`exported(scheme)`: the translator's bundle, made once. Read only."""
+    folder = tmp_path_factory.mktemp("exported")
+
+    def get(scheme):
+        if not (folder / scheme).exists():
+            export(ExportOptions(source=str(translator[0]), output=folder / scheme, quantize=scheme))
+        return folder / scheme
+
+    return get
+
+
 @pytest.mark.parametrize("scheme", ["none", "q8", "q4a"])
-def test_a_small_t5_learns_to_rewrite_dates_and_its_bundle_does_the_same(scheme, translator, tmp_path):
-    folder, model = translator
-    export(ExportOptions(source=str(folder), output=tmp_path / "bundle", quantize=scheme))
+def test_a_small_t5_learns_to_rewrite_dates_and_its_bundle_does_the_same(scheme, translator, exported):
+    _, model = translator
     tokenizer, tests = letters_tokenizer(), dates(random.Random(99), 40)
     sources = [torch.tensor([tokenizer(text).input_ids]) for text, _ in tests]
     expected = [model.generate(input_ids=ids, max_new_tokens=16, do_sample=False)[0, 1:].tolist() for ids in sources]
     for engine in ("cpu", "native"):  # the latter with its int8 cache
-        loaded = edgeformer.load(tmp_path / "bundle", engine)
+        loaded = edgeformer.load(exported(scheme), engine)
         found = [loaded.generate(text, max_new_tokens=16) for text, _ in tests]
         right = sum(result.text == answer for result, (_, answer) in zip(found, tests, strict=True))
         same = sum(result.ids == ids for result, ids in zip(found, expected, strict=True))
@@ -271,25 +281,21 @@ def test_a_small_t5_learns_to_rewrite_dates_and_its_bundle_does_the_same(scheme,
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("scheme", ["none", "q8"])
-def test_a_bundle_is_verified_without_torch_and_a_wrong_one_fails(scheme, engine, translator, tmp_path):
-    export(ExportOptions(source=str(translator[0]), output=tmp_path / "bundle", quantize=scheme))
-    report = verify(tmp_path / "bundle", engine)
+def test_a_bundle_is_verified_without_torch_and_a_wrong_one_fails(scheme, engine, exported, copy_of, reseal):
+    report = verify(exported(scheme), engine)
     assert report.passed
     assert {check.run for check in report.checks} == {"in one run", "step by step"}
-    with np.load(tmp_path / "bundle" / "reference.npz") as file:
+    wrong = copy_of(exported(scheme))
+    with np.load(wrong / "reference.npz") as file:
         arrays = dict(file)
     arrays["input.decoder_input_ids"] = np.roll(arrays["input.decoder_input_ids"], 1, axis=1)
-    np.savez(tmp_path / "bundle" / "reference.npz", **arrays)
-    manifest = json.loads((tmp_path / "bundle" / "edgeformer.json").read_text())
-    del manifest["files"]
-    seal(tmp_path / "bundle", manifest)
-    assert not verify(tmp_path / "bundle", engine).passed
+    np.savez(wrong / "reference.npz", **arrays)
+    reseal(wrong)
+    assert not verify(wrong, engine).passed
 
 
-def test_what_cannot_run_says_so(translator, tmp_path):
-    folder, _ = translator
-    export(ExportOptions(source=str(folder), output=tmp_path / "bundle", quantize="none"))
-    model = edgeformer.load(tmp_path / "bundle")
+def test_what_cannot_run_says_so(exported):
+    model = edgeformer.load(exported("none"))
     with pytest.raises(InputError, match="has no logits"):
         model.logits([1, 2])
     with pytest.raises(InputError, match="it generates"):
@@ -302,18 +308,18 @@ def test_what_cannot_run_says_so(translator, tmp_path):
         model.generate([])
 
 
-def test_auto_takes_native_where_both_graphs_lower_and_says_which_does_not(translator, tmp_path, monkeypatch):
+def test_auto_takes_native_where_both_graphs_lower_and_says_which_does_not(exported, monkeypatch):
     from edgeformer.native import engine as native
 
-    export(ExportOptions(source=str(translator[0]), output=tmp_path / "bundle", quantize="none"))
-    model = edgeformer.load(tmp_path / "bundle")
+    bundle = exported("none")
+    model = edgeformer.load(bundle)
     assert model.engine.name == model.explain().engine == "native"
     need = model.memory(64)
     per_source = 2 * 2 * 4 * 16 * 4  # layers, key and value, heads, size, float32: what the decoder is given of a token
     assert model.engine.memory(128).scratch - model.engine.memory(64).scratch >= 64 * per_source
     with pytest.raises(EngineUnavailable, match="its decoder graph: the model needs"):
-        edgeformer.load(tmp_path / "bundle", "native", context=64, memory_limit=need.total - 1)
-    assert edgeformer.load(tmp_path / "bundle", "native", context=64, memory_limit=need.total).memory() == need
+        edgeformer.load(bundle, "native", context=64, memory_limit=need.total - 1)
+    assert edgeformer.load(bundle, "native", context=64, memory_limit=need.total).memory() == need
 
     whole = native.lower_bundle
 
@@ -323,17 +329,16 @@ def test_auto_takes_native_where_both_graphs_lower_and_says_which_does_not(trans
         return whole(path)
 
     monkeypatch.setattr(native, "lower_bundle", refuse)
-    model = edgeformer.load(tmp_path / "bundle")
+    model = edgeformer.load(bundle)
     assert model.engine.name == model.explain().engine == "cpu"
     assert model.explain().reasons["native"] == "its decoder graph: 1 node cannot be lowered: Frobnicate"
     with pytest.raises(EngineUnavailable, match="its decoder graph: 1 node"):
-        edgeformer.load(tmp_path / "bundle", engine="native")
+        edgeformer.load(bundle, engine="native")
 
 
-def test_states_of_several_sequences_change_places(translator, tmp_path):
-    export(ExportOptions(source=str(translator[0]), output=tmp_path / "bundle", quantize="none"))
+def test_states_of_several_sequences_change_places(exported):
     for options in ENGINES.values():
-        model = edgeformer.load(tmp_path / "bundle", **options)
+        model = edgeformer.load(exported("none"), **options)
         ids = np.array([model.tokenizer.encode("1 mar 2001")] * 3)
         held = model.pair.encode({"input_ids": ids, "attention_mask": np.ones_like(ids)})
         first, last = np.array([[0, 5], [0, 6], [0, 7]]), np.array([[9], [10], [11]])

@@ -167,12 +167,24 @@ def recogniser(speech, tmp_path_factory):
     return folder, model, extractor
 
 
+@pytest.fixture(scope="module")
+def exported(recogniser, tmp_path_factory):
+    """`exported(scheme)`: the recogniser's bundle, made once. Read only."""
+    folder = tmp_path_factory.mktemp("exported")
+
+    def get(scheme):
+        if not (folder / scheme).exists():
+            export(ExportOptions(source=str(recogniser[0]), output=folder / scheme, quantize=scheme))
+        return folder / scheme
+
+    return get
+
+
 @pytest.mark.parametrize("scheme", ["none", "q8"])
-def test_a_tiny_whisper_learns_digits_and_its_bundle_hears_the_same(scheme, recogniser, speech, tmp_path):
-    folder, model, extractor = recogniser
-    manifest = export(ExportOptions(source=str(folder), output=tmp_path / "bundle", quantize=scheme))
-    assert manifest["task"] == "automatic-speech-recognition"
-    engines = [edgeformer.load(tmp_path / "bundle", engine) for engine in ("cpu", "native")]
+def test_a_tiny_whisper_learns_digits_and_its_bundle_hears_the_same(scheme, recogniser, exported, speech):
+    _, model, extractor = recogniser
+    engines = [edgeformer.load(exported(scheme), engine) for engine in ("cpu", "native")]
+    assert all(loaded.bundle.manifest["task"] == "automatic-speech-recognition" for loaded in engines)
     rng, right, same = random.Random(7), [0, 0], [0, 0]
     tests = [clip(rng, speech[1]) for _ in range(40)]
     for samples, digits in tests:
@@ -187,9 +199,8 @@ def test_a_tiny_whisper_learns_digits_and_its_bundle_hears_the_same(scheme, reco
 
 
 @pytest.mark.parametrize("engine", ["cpu", "native"])
-def test_files_and_long_recordings_are_transcribed(engine, recogniser, speech, tmp_path):
-    export(ExportOptions(source=str(recogniser[0]), output=tmp_path / "bundle", quantize="none"))
-    model = edgeformer.load(tmp_path / "bundle", engine)
+def test_files_and_long_recordings_are_transcribed(engine, exported, speech, tmp_path):
+    model = edgeformer.load(exported("none"), engine)
     quiet = np.zeros(1000, np.float32)
 
     def window(*digits):
