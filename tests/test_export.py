@@ -21,24 +21,9 @@ import edgeformer  # noqa: E402
 from edgeformer.bundle import Bundle  # noqa: E402
 from edgeformer.errors import BundleError, ExportError, ParityError  # noqa: E402
 from edgeformer.export import ExportOptions, export, parity, read_recipe  # noqa: E402
-from edgeformer.export.hub import language_model  # noqa: E402
-from edgeformer.export.pipeline import float_graph  # noqa: E402
 from edgeformer.export.sources import load_source  # noqa: E402
 
 PROMPTS = ([1, 17, 33, 90, 5], [1, 4], [1, 110, 3, 3, 3, 64, 12])
-
-
-@pytest.fixture(scope="session")
-def traced():
-    """`traced(name)`: the traced tiny model of that architecture, once a session."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = float_graph(language_model(architectures.make(name), f"tiny {name}"))
-        return made[name]
-
-    return get
 
 
 @pytest.mark.parametrize("scheme", ["none", "q4a"])
@@ -282,8 +267,7 @@ def test_a_hugging_face_folder_with_and_without_a_tokenizer(tmp_path):
         ("no.such.module:factory", "No module named"),
     ],
 )
-def test_a_source_that_is_not_there_is_refused(source, told, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_source_that_is_not_there_is_refused(source, told, tmp_path):
     if source == ".":
         source = str(tmp_path)
     with pytest.raises(ExportError, match=told):

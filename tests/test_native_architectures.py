@@ -13,24 +13,20 @@ pytest.importorskip("edgeformer._native", reason="the native extension is not bu
 import architectures  # noqa: E402
 
 from edgeformer.export import ExportOptions, export  # noqa: E402
-from edgeformer.export.hub import language_model  # noqa: E402
-from edgeformer.export.pipeline import float_graph  # noqa: E402
 from edgeformer.native.engine import NativeEngine  # noqa: E402
 
 IDS = np.random.default_rng(0).integers(3, 120, (2, 13))
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
+def bundle(traced, tmp_path_factory):
     """`bundle(name, scheme)`: the exported tiny model; a trace serves all schemes."""
-    traces, made = {}, {}
+    made = {}
 
     def get(name, scheme):
-        if name not in traces:
-            traces[name] = float_graph(language_model(architectures.make(name), f"tiny {name}"))
         if (name, scheme) not in made:
             path = tmp_path_factory.mktemp(name) / scheme
-            export(ExportOptions(name, path, quantize=scheme, tokens=0), traced=traces[name])
+            export(ExportOptions(name, path, quantize=scheme, tokens=0), traced=traced(name))
             made[name, scheme] = path
         return made[name, scheme]
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from bench.report import ROOT
 
+NICE = ("nice", "-n", "19")
+
 
 class SetupFailed(Exception):
     """A peer cannot be had here; the message says why, and stands in the table in place of its numbers."""
@@ -68,7 +70,7 @@ def run(command: list[str], log: Path, variables: dict[str, str], what: str) -> 
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file:
-        done = subprocess.run(["nice", "-n", "19", *command], env=os.environ | variables, stdout=file, stderr=file)
+        done = subprocess.run([*NICE, *command], env=os.environ | variables, stdout=file, stderr=file)
     if done.returncode:
         lines = [
             line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
