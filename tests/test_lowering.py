@@ -5,89 +5,26 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from decoder_graphs import (
+    I64,
+    LM,
+    RNG,
+    ROWS,
+    Builder,
+    F,
+    decoder_layer,
+    fp16,
+    kinds,
+    program,
+    quantized,
+)
 
 from edgeformer.errors import BundleError, EngineUnavailable
 from edgeformer.native.dims import INT64_MAX, clip, evaluate, floor_div, symbol
 from edgeformer.native.graph import graph_of, read_graph
-from edgeformer.native.lowering import build
 from edgeformer.native.program import describe, postfix
 
-RNG = np.random.default_rng(0)
 BATCH, SEQUENCE, PAST = symbol("batch"), symbol("sequence"), symbol("past")
-
-
-class Builder:
-    """Collects nodes; calling an operator's name adds a node and returns its output."""
-
-    def __init__(self):
-        self.nodes, self.constants, self.count = [], [], 0
-
-    def __call__(self, op, *inputs, outputs=1, **attrs):
-        self.count += 1
-        names = [f"{op}_{self.count}_{i}" for i in range(outputs)]
-        self.nodes.append(helper.make_node(op, [self.value(i) for i in inputs], names, **attrs))
-        return names[0] if outputs == 1 else names
-
-    def value(self, x):
-        if isinstance(x, str):
-            return x
-        self.count += 1
-        array = np.asarray(x, np.float32) if isinstance(x, float) else np.asarray(x)
-        self.constants.append(numpy_helper.from_array(array, f"c{self.count}"))
-        return f"c{self.count}"
-
-    def int4(self, q):
-        self.count += 1
-        u = (q.astype(np.uint8) & 15).reshape(-1)
-        packed = (u[0::2] | (u[1::2] << 4)).astype(np.uint8)
-        self.constants.append(
-            helper.make_tensor(f"c{self.count}", TensorProto.INT4, q.shape, packed.tobytes(), raw=True)
-        )
-        return f"c{self.count}"
-
-    def model(self, inputs, outputs):
-        infos = [helper.make_tensor_value_info(n, t, s) for n, (t, s) in inputs.items()]
-        outs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in outputs]
-        graph = helper.make_graph(self.nodes, "test", infos, outs, self.constants)
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
-
-
-F, I64 = TensorProto.FLOAT, TensorProto.INT64
-ROWS = {"x": (F, ["batch", "sequence", 64])}
-
-
-def program(g, inputs, *outputs):
-    return build(graph_of(g.model(inputs, outputs)))
-
-
-def kinds(p):
-    return [op.kind for op in p.ops]
-
-
-def fp16(x):
-    return np.asarray(x, np.float16).astype(np.float32)
-
-
-def quantized(g, x, scheme, n=48, k=64, block=32):
-    """x @ W.T in the bundle's form for the scheme; random integers, scales that float16 holds."""
-    blocks = -(-k // block)
-    s = fp16(RNG.uniform(0.01, 0.1, (n, blocks)))
-    q = RNG.integers(-7, 8, (n, k)).astype(np.int8)
-    stored = g.int4(q) if scheme in ("q4", "q4a") else g.value(q)
-    w = g(
-        "DequantizeLinear",
-        g("Transpose", stored, perm=[1, 0]),
-        g("Transpose", s, perm=[1, 0]),
-        axis=0,
-        block_size=block,
-    )
-    y = g("MatMul", x, w)
-    if scheme != "q4a":
-        return y
-    m = fp16(RNG.uniform(-0.5, 0.0, (n, blocks))) + 8 * s
-    sums = g("ReduceSum", g("Reshape", x, np.array([0, 0, blocks, block])), np.array([-1]), keepdims=0)
-    return g("Add", y, g("MatMul", sums, g("Transpose", m, perm=[1, 0])))
 
 
 # -- sizes ------------------------------------------------------------------------------------------------------------
@@ -338,112 +275,7 @@ def test_what_nobody_reads_and_what_is_constant_costs_nothing():
     np.testing.assert_array_equal(p.slots[p.ops[0].inputs[1]].constant, np.full(64, 2, np.float32))
 
 
-# -- attention --------------------------------------------------------------------------------------------------------
-
-LM = {
-    "x": (F, ["batch", "sequence", 64]),
-    "cos": (F, ["batch", "sequence", 8]),
-    "sin": (F, ["batch", "sequence", 8]),
-    "pk": (F, ["batch", 2, "past", 16]),
-    "pv": (F, ["batch", 2, "past", 16]),
-}
-
-
-def heads(g, x, n):
-    return g("Transpose", g("Reshape", x, np.array([0, 0, n, 16])), perm=[0, 2, 1, 3])
-
-
-def decoder_layer(g, mask="", rotate=lambda g, x, n: g("RotaryEmbedding", x, "cos", "sin"), norm=False, **attrs):
-    def linear(x, n, k=64):
-        return quantized(g, x, "q4a", n=n, k=k)
-
-    def part(n):
-        rows = g("Reshape", linear(normed, n * 16), np.array([0, 0, n, 16]))
-        if norm:
-            rows = g("RMSNormalization", rows, np.ones(16, np.float32), epsilon=1e-6)
-        return rotate(g, g("Transpose", rows, perm=[0, 2, 1, 3]), n)
-
-    normed = g("RMSNormalization", "x", np.ones(64, np.float32), epsilon=1e-6)
-    q, k, v = part(4), part(2), heads(g, linear(normed, 32), 2)
-    y, key, value = g("Attention", q, k, v, mask, "pk", "pv", outputs=3, is_causal=1, **attrs)
-    o = linear(g("Reshape", g("Transpose", y, perm=[0, 2, 1, 3]), np.array([0, 0, 64])), 64)
-    h = g("Add", "x", o)
-    normed2 = g("RMSNormalization", h, np.ones(64, np.float32), epsilon=1e-6)
-    gate, up = linear(normed2, 96), linear(normed2, 96)
-    down = linear(g("Mul", g("Mul", gate, g("Sigmoid", gate)), up), 64, 96)
-    return g("Add", h, down), key, value
-
-
-SEVEN = ["norm", "linear", "attend", "linear", "norm", "linear", "linear"]
-
-
-def test_a_decoder_layer_is_seven_operations():
-    g = Builder()
-    p = program(g, LM, *decoder_layer(g))
-    assert kinds(p) == SEVEN
-    attend = p.ops[2].ints
-    assert (attend["rotary"], attend["rotary_k"], attend["causal"], attend["layer"]) == ([16], [16], [1], [0])
-    assert p.row_local
-    assert list(p.inputs) == ["x", "cos", "sin"]
-    assert list(p.outputs) == [g.nodes[-1].output[0]]
-
-
-def test_head_norms_before_the_rotation_are_folded():
-    g = Builder()
-    p = program(g, LM, *decoder_layer(g, norm=True))
-    assert kinds(p) == SEVEN
-    assert p.ops[2].ints["q_norm"] == p.ops[2].ints["k_norm"] == [1]
-
-
-def partial(g, x, n):
-    end = np.array([INT64_MAX])
-    head = g("Slice", x, np.array([0]), np.array([8]), np.array([3]))
-    rest = g("Slice", x, np.array([8]), end, np.array([3]))
-    cos, sin = (g("Slice", t, np.array([0]), np.array([4]), np.array([2])) for t in ("cos", "sin"))
-    return g("Concat", g("RotaryEmbedding", head, cos, sin), rest, axis=-1)
-
-
-def test_partial_rotation_is_folded():
-    g = Builder()
-    p = program(g, LM, *decoder_layer(g, rotate=partial))
-    assert [k for k in kinds(p) if k != "slice"] == SEVEN
-    attend = next(op for op in p.ops if op.kind == "attend")
-    assert attend.ints["rotary"] == [8]
-
-
-def window_mask(g, window=5, swap=False, op="Less"):
-    """(query - key) < window as the exporter writes it; `swap`: (key - query) < window, which means something else."""
-    past = g("Squeeze", g("Shape", "pk", start=2, end=3), np.array([0]))
-    total = g("Add", past, g("Squeeze", g("Shape", "x", start=1, end=2), np.array([0])))
-    q, k = g("Range", past, total, np.array(1)), g("Range", np.array(0), total, np.array(1))
-    q, k = g("Unsqueeze", q, np.array([1])), g("Unsqueeze", k, np.array([0]))
-    return g(op, g("Sub", k, q) if swap else g("Sub", q, k), np.array(window))
-
-
-def test_a_sliding_window_is_an_attribute_not_a_mask():
-    g = Builder()
-    p = program(g, LM, *decoder_layer(g, mask=window_mask(g)))
-    assert kinds(p) == SEVEN
-    assert p.ops[2].ints["window"] == [5]
-    g = Builder()
-    p = program(g, LM, *decoder_layer(g, mask=window_mask(g, op="LessOrEqual")))
-    assert p.ops[2].ints["window"] == [6]
-
-
-def test_a_mask_that_is_no_window_is_given_to_the_kernel():
-    g = Builder()
-    p = program(g, LM, *decoder_layer(g, mask=window_mask(g, swap=True)))
-    attend = next(op for op in p.ops if op.kind == "attend")
-    assert attend.ints["window"] == [0]
-    assert attend.inputs[3] >= 0
-    assert not p.row_local, "a mask of positions is of one state only"
-
-
-def test_attention_output_in_heads_stays_right_where_nobody_joins_them():
-    g = Builder()
-    q, k, v = (heads(g, "x", 4) for _ in range(3))
-    p = program(g, ROWS, g("Attention", q, k, v))
-    assert kinds(p) == ["attend", "transpose"]
+# -- the program as a whole --------------------------------------------------------------------------------------------
 
 
 def test_only_the_kept_rows_go_through_what_follows():
@@ -475,38 +307,6 @@ def test_an_old_operator_set_is_refused():
         graph_of(model)
 
 
-def spelled_attention(g, q, k, v, mask=None, divide=4.0):
-    scores = g("Div", g("MatMul", q, g("Transpose", k, perm=[0, 1, 3, 2])), divide)
-    return g("MatMul", g("Softmax", g("Add", scores, mask) if mask else scores, axis=-1), v)
-
-
-def test_attention_in_small_steps_with_a_joined_cache_is_one_operation():
-    """softmax(q k^T / 4 + mask) v where k, v = Concat(past, new): the mask's rule, cache and scale are found."""
-    g = Builder()
-    q, new_k, new_v = (heads(g, quantized(g, "x", "q8", n=32), 2) for _ in range(3))
-    k, v = g("Concat", "pk", new_k, axis=2), g("Concat", "pv", new_v, axis=2)
-    y = spelled_attention(g, q, k, v, g("Where", window_mask(g, op="LessOrEqual"), 0.0, -3e38))
-    rows = g("Reshape", g("Transpose", y, perm=[0, 2, 1, 3]), np.array([0, 0, 32]))
-    inputs = {n: LM[n] for n in ("x", "pk", "pv")}
-    causal_free = program(g, inputs, rows, k, v)
-    assert "attend" in kinds(causal_free) and "matmul" not in kinds(causal_free)
-    attend = next(op for op in causal_free.ops if op.kind == "attend")
-    assert attend.floats["scale"] == [0.25]
-    assert attend.ints["layer"] == [0]
-    assert list(causal_free.outputs) == [rows]
-
-
-def test_a_cache_that_the_graph_reads_itself_is_a_history():
-    g = Builder()
-    k = g("Concat", "pk", heads(g, "x", 4), axis=2)
-    total = g("ReduceSum", k, np.array([2]), keepdims=0)
-    p = program(g, {"x": LM["x"], "pk": (F, ["batch", 4, "past", 16])}, total, k)
-    assert "history" in kinds(p)
-    assert [c.plain for c in p.caches] == [True]
-    assert list(p.outputs) == [total]
-    assert not p.row_local
-
-
 def test_all_nodes_without_a_kernel_are_named_also_where_their_outputs_are_read():
     g = Builder()
     last = g("ArgMax", "x", axis=-1, select_last_index=1)
@@ -514,75 +314,3 @@ def test_all_nodes_without_a_kernel_are_named_also_where_their_outputs_are_read(
     y = g("Cast", first, to=F)
     with pytest.raises(EngineUnavailable, match=r"2 node\(s\): ArgMax .*ArgMin"):
         program(g, ROWS, y)
-
-
-def test_products_and_sums_of_scalars_are_no_rotation():
-    g = Builder()
-    number = g("ReduceSum", "x", keepdims=0)
-    scaled = g("Add", g("Mul", number, number), g("Mul", g("Neg", number), number))
-    program(g, ROWS, g("Mul", "x", scaled))
-
-
-def test_a_cache_read_in_any_other_form_is_refused_by_name():
-    g = Builder()
-    y = g("Add", "x", g("ReduceSum", "past_key_values.0.key", np.array([0, 1, 2, 3]), keepdims=0))
-    with pytest.raises(EngineUnavailable, match=r"past_key_values\.0\.key"):
-        program(g, {"x": LM["x"], "past_key_values.0.key": LM["pk"]}, y)
-
-
-# -- rotations in small steps -----------------------------------------------------------------------------------------
-
-
-def table(g, interleaved):
-    """Cosines and sines of angles [batch, sequence, 8], each number twice, as [batch, 1, sequence, 16]."""
-    if interleaved:
-        wide = g("Expand", g("Unsqueeze", "angle", np.array([3])), np.array([1, 1, 1, 2]))
-        twice = g("Reshape", wide, np.array([0, 0, 16]))
-    else:
-        twice = g("Concat", "angle", "angle", axis=-1)
-    return [g("Unsqueeze", g(f, twice), np.array([1])) for f in ("Cos", "Sin")]
-
-
-def cut(g, x, start, stop, step=1):
-    return g("Slice", x, np.array([start]), np.array([stop]), np.array([3]), np.array([step]))
-
-
-def turned(g, x, interleaved, wrong=False):
-    if not interleaved:
-        first, second = cut(g, x, 0, 8), cut(g, x, 8, 16)
-        return g("Concat", first, g("Neg", second), axis=-1) if wrong else g("Concat", g("Neg", second), first, axis=-1)
-    even, odd = cut(g, x, 0, 16, 2), cut(g, x, 1, 16, 2)
-    pairs = [g("Unsqueeze", g("Neg", odd), np.array([4])), g("Unsqueeze", even, np.array([4]))]
-    heads = [d.input[0] for d in g.nodes if d.output[0] == x]
-    stacked = g("Concat", *(pairs[::-1] if wrong else pairs), axis=-1)
-    return g("Reshape", stacked, g("Shape", x)) if heads else stacked
-
-
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_a_rotation_in_small_steps_is_folded_into_attention(interleaved):
-    g = Builder()
-    tables = table(g, interleaved)
-
-    def rotate(g, x, n):
-        return g("Add", g("Mul", x, tables[0]), g("Mul", turned(g, x, interleaved), tables[1]))
-
-    inputs = {k: v for k, v in LM.items() if k not in ("cos", "sin")} | {"angle": LM["cos"]}
-    p = program(g, inputs, *decoder_layer(g, rotate=rotate))
-    assert [k for k in kinds(p) if k in SEVEN] == SEVEN
-    attend = next(op for op in p.ops if op.kind == "attend")
-    assert attend.ints["rotary"] == attend.ints["rotary_k"] == [16]
-    assert attend.ints["interleaved"] == [int(interleaved)]
-    assert p.row_local
-
-
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_a_turn_the_other_way_is_no_rotation(interleaved):
-    g = Builder()
-    tables = table(g, interleaved)
-
-    def rotate(g, x, n):
-        return g("Add", g("Mul", x, tables[0]), g("Mul", turned(g, x, interleaved, wrong=True), tables[1]))
-
-    inputs = {k: v for k, v in LM.items() if k not in ("cos", "sin")} | {"angle": LM["cos"]}
-    p = program(g, inputs, *decoder_layer(g, rotate=rotate))
-    assert next(op for op in p.ops if op.kind == "attend").ints["rotary"] == [0]

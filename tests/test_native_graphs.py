@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import decoder_graphs
 import numpy as np
 import onnx
 import pytest
-import test_lowering as lowering
 from onnx.reference import ReferenceEvaluator
 
 pytest.importorskip("edgeformer._native", reason="the native extension is not built")
 
 from edgeformer.native.engine import NativeEngine
 
-LM, Builder = lowering.LM, lowering.Builder
+LM, Builder = decoder_graphs.LM, decoder_graphs.Builder
 ROWS, BATCH = 11, 2
 
 
@@ -21,32 +21,34 @@ def float_linear(g, x, scheme, n=48, k=64, block=32):
 
 
 def rotate_half(g, x, n):
-    cos, sin = lowering.table(g, False)
-    return g("Add", g("Mul", x, cos), g("Mul", lowering.turned(g, x, False), sin))
+    cos, sin = decoder_graphs.table(g, False)
+    return g("Add", g("Mul", x, cos), g("Mul", decoder_graphs.turned(g, x, False), sin))
 
 
 def rotate_pairs(g, x, n):
-    cos, sin = lowering.table(g, True)
-    return g("Add", g("Mul", x, cos), g("Mul", lowering.turned(g, x, True), sin))
+    cos, sin = decoder_graphs.table(g, True)
+    return g("Add", g("Mul", x, cos), g("Mul", decoder_graphs.turned(g, x, True), sin))
 
 
 def layer(**options):
     def make(g):
         mask = options.get("mask")
         more = {k: v for k, v in options.items() if k != "mask"}
-        return lowering.decoder_layer(g, mask=mask(g) if mask else "", **more)
+        return decoder_graphs.decoder_layer(g, mask=mask(g) if mask else "", **more)
 
     return make
 
 
 def spelled(causal):
     def make(g):
-        q, new_k, new_v = (lowering.heads(g, float_linear(g, "x", "", n=32), 2) for _ in range(3))
+        q, new_k, new_v = (decoder_graphs.heads(g, float_linear(g, "x", "", n=32), 2) for _ in range(3))
         k, v = g("Concat", "pk", new_k, axis=2), g("Concat", "pv", new_v, axis=2)
         mask = (
-            g("Where", lowering.window_mask(g, window=0, swap=True, op="LessOrEqual"), 0.0, -3e38) if causal else None
+            g("Where", decoder_graphs.window_mask(g, window=0, swap=True, op="LessOrEqual"), 0.0, -3e38)
+            if causal
+            else None
         )
-        y = lowering.spelled_attention(g, q, k, v, mask)
+        y = decoder_graphs.spelled_attention(g, q, k, v, mask)
         return g("Reshape", g("Transpose", y, perm=[0, 2, 1, 3]), np.array([0, 0, 32])), k, v
 
     return make
@@ -54,10 +56,10 @@ def spelled(causal):
 
 def shared_history(g):
     """A second Attention on the first one's keys and values, and a sum of the keys: the joined tensors are read."""
-    q, q2 = (lowering.heads(g, float_linear(g, "x", "", n=64), 4) for _ in range(2))
-    k, v = (lowering.heads(g, float_linear(g, "x", "", n=32), 2) for _ in range(2))
+    q, q2 = (decoder_graphs.heads(g, float_linear(g, "x", "", n=64), 4) for _ in range(2))
+    k, v = (decoder_graphs.heads(g, float_linear(g, "x", "", n=32), 2) for _ in range(2))
     y, key, value = g("Attention", q, k, v, "", "pk", "pv", outputs=3, is_causal=1)
-    seen = lowering.window_mask(g, window=0, swap=True, op="LessOrEqual")
+    seen = decoder_graphs.window_mask(g, window=0, swap=True, op="LessOrEqual")
     second = g("Attention", q2, key, value, seen)
     rows = g("Reshape", g("Transpose", g("Add", y, second), perm=[0, 2, 1, 3]), np.array([0, 0, 64]))
     return rows, key, value
@@ -67,12 +69,12 @@ CASES = {
     "plain": layer(),
     "scale_and_softcap": layer(scale=0.1, softcap=3.0),
     "head_norms": layer(norm=True),
-    "partial_rotation": layer(rotate=lowering.partial),
+    "partial_rotation": layer(rotate=decoder_graphs.partial),
     "interleaved_operator": layer(rotate=lambda g, x, n: g("RotaryEmbedding", x, "cos", "sin", interleaved=1)),
     "spelled_rotation": layer(rotate=rotate_half),
     "spelled_interleaved_rotation": layer(rotate=rotate_pairs),
-    "window": layer(mask=lambda g: lowering.window_mask(g, window=3)),
-    "mask_that_is_no_window": layer(mask=lambda g: lowering.window_mask(g, window=-1, swap=True)),
+    "window": layer(mask=lambda g: decoder_graphs.window_mask(g, window=3)),
+    "mask_that_is_no_window": layer(mask=lambda g: decoder_graphs.window_mask(g, window=-1, swap=True)),
     "spelled_attention": spelled(causal=True),
     "shared_history": shared_history,
 }
@@ -85,7 +87,7 @@ def run_reference(model, feeds, output):
 
 @pytest.mark.parametrize("case", CASES)
 def test_steps_agree_with_onnx_at_once(case, tmp_path, monkeypatch):
-    monkeypatch.setattr(lowering, "quantized", float_linear)
+    monkeypatch.setattr(decoder_graphs, "quantized", float_linear)
     g = Builder()
     outputs = CASES[case](g)
     used = {i for n in g.nodes for i in n.input}
@@ -112,11 +114,13 @@ def test_steps_agree_with_onnx_at_once(case, tmp_path, monkeypatch):
 
 
 def test_the_comparison_sees_a_window_that_is_one_too_wide(tmp_path, monkeypatch):
-    monkeypatch.setattr(lowering, "quantized", float_linear)
+    monkeypatch.setattr(decoder_graphs, "quantized", float_linear)
     results = []
     for window in (3, 4):
         g = Builder()
-        outputs = CASES["window"](g) if window == 3 else layer(mask=lambda g: lowering.window_mask(g, window=4))(g)
+        outputs = (
+            CASES["window"](g) if window == 3 else layer(mask=lambda g: decoder_graphs.window_mask(g, window=4))(g)
+        )
         x = np.random.default_rng(1).standard_normal((BATCH, ROWS, 64)).astype(np.float32)
         angle = np.zeros((BATCH, ROWS, 8), np.float32)
         model = g.model(LM, outputs)
@@ -129,7 +133,7 @@ def test_eight_bits_with_a_minimum_run_as_two_products(tmp_path):
     g = Builder()
     rng = np.random.default_rng(0)
     q = rng.integers(-16, 16, (48, 64)).astype(np.int8)
-    s, m = lowering.fp16(rng.uniform(0.01, 0.1, (48, 2))), lowering.fp16(rng.uniform(-0.5, 0.0, (48, 2)))
+    s, m = decoder_graphs.fp16(rng.uniform(0.01, 0.1, (48, 2))), decoder_graphs.fp16(rng.uniform(-0.5, 0.0, (48, 2)))
     stored, scales = g("Transpose", g.value(q), perm=[1, 0]), g("Transpose", s, perm=[1, 0])
     sums = g("ReduceSum", g("Reshape", "x", np.array([0, 0, 2, 32])), np.array([-1]), keepdims=0)
     second = g("MatMul", sums, g("Transpose", m, perm=[1, 0]))
