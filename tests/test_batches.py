@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import decoder_graphs as graphs
 import numpy as np
 import onnx
 import pytest
-import test_lowering as lowering
 from onnx.reference import ReferenceEvaluator
 
 pytest.importorskip("edgeformer._native", reason="the native extension is not built")
@@ -14,13 +14,13 @@ from edgeformer.errors import InputError
 from edgeformer.native.engine import PREFILL_ROWS, NativeEngine
 
 RNG = np.random.default_rng(5)
-INPUTS = {"x": (lowering.F, ["batch", "sequence", 64]), "seen": (onnx.TensorProto.BOOL, ["batch", "sequence"])}
+INPUTS = {"x": (graphs.F, ["batch", "sequence", 64]), "seen": (onnx.TensorProto.BOOL, ["batch", "sequence"])}
 
 
 def encoder(g, scheme="q8", mask=True):
     """One layer of attention between quantized linears, with a mask of padded keys."""
-    make = lowering.quantized if scheme else float_linear
-    q, k, v = (lowering.heads(g, make(g, "x", scheme, n=64), 4) for _ in range(3))
+    make = graphs.quantized if scheme else float_linear
+    q, k, v = (graphs.heads(g, make(g, "x", scheme, n=64), 4) for _ in range(3))
     hidden = g("Unsqueeze", "seen", np.array([1, 2])) if mask else ""
     y = g("Attention", q, k, v, hidden)
     y = g("Reshape", g("Transpose", y, perm=[0, 2, 1, 3]), np.array([0, 0, 64]))
@@ -28,7 +28,7 @@ def encoder(g, scheme="q8", mask=True):
 
 
 def float_linear(g, x, scheme, n):
-    return g("MatMul", x, lowering.fp16(RNG.standard_normal((64, n)) / 8))
+    return g("MatMul", x, graphs.fp16(RNG.standard_normal((64, n)) / 8))
 
 
 def mixed(how):
@@ -46,7 +46,7 @@ def mixed(how):
 
 
 def engine(tmp_path, make, **options):
-    g = lowering.Builder()
+    g = graphs.Builder()
     model = g.model(INPUTS, [make(g)])
     onnx.save(model, tmp_path / "model.onnx")
     return NativeEngine.from_bundle(tmp_path / "model.onnx", threads=2, **options), model
@@ -97,7 +97,7 @@ def test_keys_and_values_are_integers_where_quantized_weights_made_them(tmp_path
     x = feeds(2, 140)
     for kv in ("float32", "int8"):
         RNG.bit_generator.state = np.random.default_rng(6).bit_generator.state
-        lowering.RNG.bit_generator.state = np.random.default_rng(7).bit_generator.state
+        graphs.RNG.bit_generator.state = np.random.default_rng(7).bit_generator.state
         (tmp_path / kv).mkdir()
         e, model = engine(tmp_path / kv, encoder, kv=kv)
         assert [o.ints["integers"] for o in e.program.ops if o.kind == "attend"] == [[1]]
@@ -116,10 +116,10 @@ def test_float_weights_attend_in_floats(tmp_path):
 
 def test_attention_to_a_source_stays_in_floats(tmp_path):
     """Its keys are packed anew at every step of an answer."""
-    g = lowering.Builder()
-    q = lowering.heads(g, lowering.quantized(g, "x", "q8", n=64), 4)
-    k, v = (lowering.heads(g, lowering.quantized(g, "source", "q8", n=64), 4) for _ in range(2))
+    g = graphs.Builder()
+    q = graphs.heads(g, graphs.quantized(g, "x", "q8", n=64), 4)
+    k, v = (graphs.heads(g, graphs.quantized(g, "source", "q8", n=64), 4) for _ in range(2))
     y = g("Reshape", g("Transpose", g("Attention", q, k, v), perm=[0, 2, 1, 3]), np.array([0, 0, 64]))
-    inputs = {"x": (lowering.F, ["batch", "sequence", 64]), "source": (lowering.F, ["batch", "far", 64])}
-    p = lowering.program(g, inputs, y)
+    inputs = {"x": (graphs.F, ["batch", "sequence", 64]), "source": (graphs.F, ["batch", "far", 64])}
+    p = graphs.program(g, inputs, y)
     assert [o.ints["integers"] for o in p.ops if o.kind == "attend"] == [[0]]
