@@ -135,18 +135,26 @@ def smollm2_traced(smollm2_gguf, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def smollm2(smollm2_traced, tmp_path_factory):
+def exported_once():
+    """`exported_once(source, folder)` -> `get(scheme)`: the bundle of `source`, made when first asked for."""
+
+    def of(source, folder, traced=None, **options):
+        def get(scheme):
+            from edgeformer.export import ExportOptions, export
+
+            if not (folder / scheme).exists():
+                export(ExportOptions(str(source), folder / scheme, quantize=scheme, **options), traced=traced)
+            return folder / scheme
+
+        return get
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_traced, tmp_path_factory, exported_once):
     """`smollm2(scheme)`: the bundle of SmolLM2 in that scheme, exported once. Read only."""
-    folder = tmp_path_factory.mktemp("smollm2")
-
-    def get(scheme):
-        from edgeformer.export import ExportOptions, export
-
-        if not (folder / scheme).exists():
-            export(ExportOptions("SmolLM2", folder / scheme, quantize=scheme, tokens=1024), traced=smollm2_traced)
-        return folder / scheme
-
-    return get
+    return exported_once("SmolLM2", tmp_path_factory.mktemp("smollm2"), traced=smollm2_traced, tokens=1024)
 
 
 @pytest.fixture(scope="session")

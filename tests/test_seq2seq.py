@@ -247,16 +247,9 @@ def translator(tmp_path_factory) -> tuple[Path, tf.T5ForConditionalGeneration]:
 
 
 @pytest.fixture(scope="module")
-def exported(translator, tmp_path_factory):
+def exported(translator, tmp_path_factory, exported_once):
     """`exported(scheme)`: the translator's bundle, made once. Read only."""
-    folder = tmp_path_factory.mktemp("exported")
-
-    def get(scheme):
-        if not (folder / scheme).exists():
-            export(ExportOptions(source=str(translator[0]), output=folder / scheme, quantize=scheme))
-        return folder / scheme
-
-    return get
+    return exported_once(translator[0], tmp_path_factory.mktemp("exported"))
 
 
 @pytest.mark.parametrize("scheme", ["none", "q8", "q4a"])

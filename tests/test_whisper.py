@@ -16,8 +16,6 @@ import transformers as tf
 import edgeformer
 from edgeformer.audio import LogMel, read_wav, resample
 from edgeformer.errors import InputError
-from edgeformer.export.options import ExportOptions
-from edgeformer.export.pipeline import export
 
 RATE = 16000
 
@@ -168,16 +166,9 @@ def recogniser(speech, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def exported(recogniser, tmp_path_factory):
+def exported(recogniser, tmp_path_factory, exported_once):
     """`exported(scheme)`: the recogniser's bundle, made once. Read only."""
-    folder = tmp_path_factory.mktemp("exported")
-
-    def get(scheme):
-        if not (folder / scheme).exists():
-            export(ExportOptions(source=str(recogniser[0]), output=folder / scheme, quantize=scheme))
-        return folder / scheme
-
-    return get
+    return exported_once(recogniser[0], tmp_path_factory.mktemp("exported"))
 
 
 @pytest.mark.parametrize("scheme", ["none", "q8"])

@@ -1,7 +1,6 @@
 // Attention over S (see simd.inl): up to kAttentionRows query rows of one KV head meet a chunk of kChunkTokens keys.
 
 constexpr int kAttentionRows = 16;
-constexpr int kTiles = int(kChunkTokens / 16);
 
 // The query rows of one call: row r is token `token` and query head `head`.
 struct Rows {
