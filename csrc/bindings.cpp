@@ -318,8 +318,7 @@ PYBIND11_MODULE(_native, m) {
             return py::make_tuple(p.nanoseconds, p.runs);
           },
           py::arg("on"))
-      .def("pack", &pack, py::arg("weight"), py::arg("q"), py::arg("scale"), py::arg("minimum"), py::arg("rows"),
-           py::arg("block"), py::arg("dest"))
+      .def("pack", &pack, py::arg("pieces"))
       .def("new_state", &new_state)
       .def("forward", &forward, py::arg("states"), py::arg("inputs"), py::arg("keeps"));
   bind_testing(m);

@@ -8,6 +8,7 @@
 #include <memory>
 #include <sstream>
 #include <string>
+#include <vector>
 
 #include "engine.h"
 
@@ -43,8 +44,7 @@ struct PyState {
 // bindings_program.cpp: the program as native/engine.py gives it, and its weights. Both refuse with an exception.
 std::shared_ptr<PyEngine> make_engine(const py::dict& program, int threads, const std::string& isa,
                                       const std::string& kv, int64_t context, int64_t prefill_rows);
-bool pack(PyEngine& self, int weight, const py::array& q, const py::object& scale, const py::object& minimum,
-          int64_t rows, int64_t block, const py::array_t<int64_t, py::array::c_style>& dest);
+std::vector<bool> pack(PyEngine& self, const std::vector<py::tuple>& pieces);
 
 void bind_testing(py::module_& parent);  // bindings_testing.cpp
 void bind_pool(py::module_& testing);    // bindings_pool.cpp

@@ -1,4 +1,9 @@
 // From Python's description of a program to an engine, and from a model file's arrays to packed weights.
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <stdexcept>
 
@@ -14,7 +19,7 @@ ProgramSpec read_program(const py::dict& d, KvType kv) {
   p.symbols = d["symbols"].cast<std::vector<std::string>>();
   for (const auto& code : d["sizes"]) p.sizes.push_back({code.cast<std::vector<int64_t>>()});
   for (const auto& item : d["slots"]) {
-    const auto t = item.cast<py::tuple>();
+    const auto t = item.cast<py::sequence>();
     SlotSpec s;
     s.name = t[0].cast<std::string>();
     s.dtype = static_cast<DType>(t[1].cast<int>());
@@ -33,11 +38,11 @@ ProgramSpec read_program(const py::dict& d, KvType kv) {
     p.slots.push_back(std::move(s));
   }
   for (const auto& item : d["weights"]) {
-    const auto t = item.cast<py::tuple>();
+    const auto t = item.cast<py::sequence>();
     p.weights.push_back({static_cast<WeightType>(t[0].cast<int>()), t[1].cast<int64_t>(), t[2].cast<int64_t>()});
   }
   for (const auto& item : d["ops"]) {
-    const auto t = item.cast<py::tuple>();
+    const auto t = item.cast<py::sequence>();
     OpSpec op;
     op.kind = t[0].cast<std::string>();
     op.inputs = t[1].cast<std::vector<int>>();
@@ -49,7 +54,7 @@ ProgramSpec read_program(const py::dict& d, KvType kv) {
     p.ops.push_back(std::move(op));
   }
   for (const auto& item : d["caches"]) {
-    const auto t = item.cast<py::tuple>();
+    const auto t = item.cast<py::sequence>();
     const KvType type = t[3].cast<bool>() ? KvType::float32 : kv;
     p.caches.push_back({type, t[0].cast<int64_t>(), t[1].cast<int64_t>(), t[2].cast<int64_t>()});
     const KvLayout& l = p.caches.back();
@@ -87,53 +92,106 @@ std::shared_ptr<PyEngine> make_engine(const py::dict& program, int threads, cons
   return std::make_shared<PyEngine>(std::move(spec), kernels, threads, context, prefill_rows);
 }
 
-// q: uint8 (int4 nibbles), int8 or float32; all C-contiguous. True where a scale or minimum had to be rounded.
-bool pack(PyEngine& self, int weight, const py::array& q, const py::object& scale, const py::object& minimum,
-          int64_t rows, int64_t block, const py::array_t<int64_t, py::array::c_style>& dest) {
-  const ProgramSpec& spec = self.engine.spec();
-  if (weight < 0 || weight >= static_cast<int>(spec.weights.size())) raise("InputError", text("no weight ", weight));
-  const WeightSpec& w = spec.weights[weight];
+namespace {
+
+// Gives the whole pages among these bytes of a mapped file back; a later reader gets them from the file again.
+void release_pages([[maybe_unused]] const void* data, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__)
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), start = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (start + page - 1) / page * page, end = (start + bytes) / page * page;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_DONTNEED);
+#endif
+}
+
+// One piece of a weight, checked: what edgeformer/native/packing.py calls a Piece.
+struct Piece {
+  int weight;
+  std::string name;
+  PackSource source;  // its `min` as the file has it: of weights less 8
+  int64_t first;      // packed row of source row 0
+  int half;           // packing.HALVES: all rows in order, or panels of gate (1) and up (2) in turn
+  std::vector<std::pair<const void*, size_t>> mapped;
+};
+
+// q: uint8 (int4 nibbles), int8 or float32; all C-contiguous.
+Piece read_piece(const ProgramSpec& spec, const py::tuple& t) {
+  Piece p{t[0].cast<int>(), t[1].cast<std::string>(), {}, t[7].cast<int64_t>(), t[8].cast<int>(), {}};
+  const auto refuse = [&p](const std::string& what) { raise("InputError", "weight " + p.name + ": " + what); };
+  if (p.weight < 0 || p.weight >= static_cast<int>(spec.weights.size())) refuse(text("there is no number ", p.weight));
+  const WeightSpec& w = spec.weights[p.weight];
+  const auto q = t[2].cast<py::array>();
+  const int64_t rows = t[5].cast<int64_t>(), block = t[6].cast<int64_t>();
   const bool nibbles = w.type == WeightType::q4 || w.type == WeightType::q4a;
   const int64_t size = nibbles ? (rows * w.k + 1) / 2 : rows * w.k;
   const char kind = nibbles ? 'u' : w.type == WeightType::f32 ? 'f' : 'i';
   if (q.dtype().kind() != kind || q.itemsize() != (kind == 'f' ? 4 : 1) || q.size() != size ||
       !(q.flags() & py::array::c_style)) {
-    raise("InputError", text("weight ", weight, ": ", q.size(), " values of kind ", q.dtype().kind(), ", expected ",
-                             size, " contiguous ones of kind ", kind));
+    refuse(
+        text(q.size(), " values of kind ", q.dtype().kind(), ", expected ", size, " contiguous ones of kind ", kind));
   }
   const bool small_block = w.type == WeightType::q8x16;
-  if (small_block ? block != 16 : block < 32 || block % 32) raise("InputError", text("block of ", block));
-  PackSource s{q.data(), nullptr, nullptr, rows, w.k, block};
-  const int64_t scales = rows * ((w.k + block - 1) / block);
+  if (small_block ? block != 16 : block < 32 || block % 32) refuse(text("block of ", block));
+  p.source = {q.data(), nullptr, nullptr, rows, w.k, block};
+  const int64_t scales = w.type == WeightType::f32 ? 0 : rows * ((w.k + block - 1) / block);
   const auto floats = [&](const py::object& o) -> const float* {
     const auto a = o.cast<py::array>();
-    if (a.dtype().kind() != 'f' || a.itemsize() != 4 || a.size() != scales || !(a.flags() & py::array::c_style)) {
-      raise("InputError", text("weight ", weight, ": ", a.size(), " scales or minima, expected ", scales, " float32"));
-    }
+    if (a.dtype().kind() != 'f' || a.itemsize() != 4 || a.size() != scales || !(a.flags() & py::array::c_style))
+      refuse(text(a.size(), " scales or minima, expected ", scales, " float32"));
     return static_cast<const float*>(a.data());
   };
-  if (w.type != WeightType::f32) s.scale = floats(scale);
-  if (w.type == WeightType::q4a) s.min = floats(minimum);
-  if (dest.size() != rows) raise("InputError", text("dest has ", dest.size(), " rows, expected ", rows));
-  for (int64_t i = 0; i < rows; ++i) {
-    if (dest.data()[i] < 0 || dest.data()[i] >= round_up(w.n, kLanes)) raise("InputError", "dest row out of range");
+  if (w.type != WeightType::f32) p.source.scale = floats(t[3]);
+  if (w.type == WeightType::q4a) p.source.min = floats(t[4]);
+  const int64_t last = p.half ? (p.first + rows - 1) / kLanes * 2 * kLanes + kLanes * p.half - 1 : p.first + rows - 1;
+  if (rows < 1 || p.first < 0 || p.half < 0 || p.half > 2 || last >= round_up(w.n, kLanes))
+    refuse(text("rows ", p.first, " to ", p.first + rows, " of half ", p.half, " of ", w.n));
+  for (const auto& item : t[9].cast<py::sequence>()) {
+    const auto a = item.cast<py::array>();
+    p.mapped.emplace_back(a.data(), static_cast<size_t>(a.nbytes()));
   }
+  return p;
+}
+
+PackResult pack_piece(Engine& engine, const Piece& p) {
+  PackSource source = p.source;
+  std::vector<float> minima;
+  if (source.min) {
+    minima.resize(static_cast<size_t>(source.n * ((source.k + source.block - 1) / source.block)));
+    for (size_t i = 0; i < minima.size(); ++i) minima[i] = source.min[i] - 8.0f * source.scale[i];
+    source.min = minima.data();
+  }
+  std::vector<int64_t> dest(static_cast<size_t>(source.n));
+  for (int64_t i = 0; i < source.n; ++i) {
+    const int64_t row = p.first + i;
+    dest[i] = p.half ? row / kLanes * 2 * kLanes + row % kLanes + kLanes * (p.half - 1) : row;
+  }
+  const PackResult result = engine.pack(p.weight, source, dest.data());
+  for (const auto& [data, bytes] : p.mapped) release_pages(data, bytes);
+  return result;
+}
+
+}  // namespace
+
+// For each piece whether a scale or a minimum had to be rounded. The GIL is free all the while.
+std::vector<bool> pack(PyEngine& self, const std::vector<py::tuple>& items) {
+  std::vector<Piece> pieces;
+  for (const py::tuple& item : items) pieces.push_back(read_piece(self.engine.spec(), item));
+  std::vector<bool> rounded;
   PackResult result;
   {
     py::gil_scoped_release release;
-    result = self.engine.pack(weight, s, dest.data());
+    for (const Piece& piece : pieces) {
+      result = pack_piece(self.engine, piece);
+      if (result.error != PackError::none) break;
+      rounded.push_back(result.rounded);
+    }
   }
-  switch (result.error) {
-    case PackError::none:
-      break;
-    case PackError::scale_beyond_fp16:
-      raise("EngineUnavailable", "a scale is no number or at least 65520, which float16 cannot hold");
-    case PackError::min_beyond_fp16:
-      raise("EngineUnavailable", "a block minimum is no number or at least 65520, which float16 cannot hold");
-    case PackError::weight_below_minus_127:
-      raise("EngineUnavailable", "an int8 weight is -128; the native engine expects -127 to 127");
-  }
-  return result.rounded;
+  if (result.error == PackError::none) return rounded;
+  const char* what = result.error == PackError::scale_beyond_fp16
+                         ? "a scale is no number or at least 65520, which float16 cannot hold"
+                     : result.error == PackError::min_beyond_fp16
+                         ? "a block minimum is no number or at least 65520, which float16 cannot hold"
+                         : "an int8 weight is -128; the native engine expects -127 to 127";
+  raise("EngineUnavailable", "weight " + pieces[rounded.size()].name + ": " + what);
 }
 
 }  // namespace edgeformer

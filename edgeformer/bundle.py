@@ -1,7 +1,7 @@
 """The on-disk format: read, check and refuse a bundle; write one atomically.
 
 A bundle is a folder: an ordinary Hugging Face ONNX folder plus `edgeformer.json`, the manifest, which names every other
-file with its size and SHA-256. Nothing in it is ever executed, and nothing outside it is ever read.
+file with its size and SHA-256. Nothing in it is ever executed, and no path in it leads out of it.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Bundle:
         """The bundle at `path`, after checking it.
 
         `check="sizes"` validates the manifest, every file's size, and where the graph says that its weights lie: about
-        0.1 s for any bundle. `check="hashes"` also reads every byte: SHA-256 of each file, scales that are NaN or
-        infinite, and 8-bit weights of -128, which the format forbids.
+        0.1 s for any bundle when it is seen first. `check="hashes"` also reads every byte: SHA-256 of each file, scales
+        that are NaN or infinite, and 8-bit weights of -128, which the format forbids.
 
         Raises:
             BundleError: with every problem found, one a line.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 EngineName = Literal["auto", "cuda", "native", "cpu"]
 ORDER = ("cuda", "native", "cpu")
+Meanwhile = Callable[[], object]
 
 
 # Measured (docs/performance.md, MiniLM in float32): onnxruntime needs 0.91 to 0.97 of the native engine's time.
@@ -45,22 +46,25 @@ class Choice:
         return "\n".join(lines)
 
 
-def choose(bundle: Bundle, engine: str, threads: int, native: NativeOptions) -> tuple[dict[str, Engine], Choice]:
-    """(an engine for each graph of the bundle, all of one kind; why that kind).
+def choose(
+    bundle: Bundle, engine: str, threads: int, native: NativeOptions, meanwhile: Meanwhile = lambda: None
+) -> tuple[dict[str, Engine], Choice]:
+    """(an engine for each graph of the bundle, all of one kind; why that kind). An engine whose making leaves Python
+    free calls `meanwhile`.
 
     Raises:
         EngineUnavailable: the engine asked for, or with "auto" every engine, cannot run here.
     """
     asked = "native" if engine == "auto" and native.isa is not None else engine
     if asked != "auto":
-        made = create(asked, bundle, threads, native)
+        made = create(asked, bundle, threads, native, meanwhile)
         why = f"an isa ({native.isa}) was asked for" if engine == "auto" else "it was asked for by name"
         return made, Choice(asked, {asked: _chosen(made, threads, why)})
     reasons: dict[str, str] = {}
     order = _order(bundle)
     for position, name in enumerate(order):
         try:
-            made = create(name, bundle, threads, native)
+            made = create(name, bundle, threads, native, meanwhile)
         except EngineUnavailable as error:
             reasons[name] = str(error)
             continue
@@ -80,15 +84,17 @@ def _order(bundle: Bundle) -> tuple[str, ...]:
     return ("cuda", "cpu", "native") if manifest["quantization"]["scheme"] == "none" and not cached else ORDER
 
 
-def create(name: str, bundle: Bundle, threads: int, native: NativeOptions) -> dict[str, Engine]:
-    """An engine called `name` for each graph of the bundle.
+def create(
+    name: str, bundle: Bundle, threads: int, native: NativeOptions, meanwhile: Meanwhile = lambda: None
+) -> dict[str, Engine]:
+    """An engine called `name` for each graph of the bundle. See `choose` for `meanwhile`.
 
     Raises:
         EngineUnavailable: it cannot run one of them here; with several graphs the message names which.
     """
     graphs = list(bundle.manifest["graphs"])
     if name == "native":
-        return {**_native(bundle, graphs, threads, native)}
+        return {**_native(bundle, graphs, threads, native, meanwhile)}
     from edgeformer.ort import OrtEngine, cuda_driver_problem
 
     if name == "cuda":
@@ -98,7 +104,9 @@ def create(name: str, bundle: Bundle, threads: int, native: NativeOptions) -> di
     return {graph: OrtEngine(bundle, "cuda" if name == "cuda" else "cpu", threads, graph=graph) for graph in graphs}
 
 
-def _native(bundle: Bundle, graphs: list[str], threads: int, options: NativeOptions) -> dict[str, NativeEngine]:
+def _native(
+    bundle: Bundle, graphs: list[str], threads: int, options: NativeOptions, meanwhile: Meanwhile
+) -> dict[str, NativeEngine]:
     try:
         from edgeformer.native.engine import NativeEngine
     except ImportError as error:
@@ -117,6 +125,7 @@ def _native(bundle: Bundle, graphs: list[str], threads: int, options: NativeOpti
                 kv=options.kv,
                 context=options.context,
                 memory_limit=left,
+                meanwhile=meanwhile,
             )
         except EngineUnavailable as error:
             if len(graphs) == 1:

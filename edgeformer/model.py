@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -74,9 +74,9 @@ def load(
     if isa is not None and engine in ("cuda", "cpu"):
         raise InputError(f"isa={isa!r} is an option of the native engine, but engine={engine!r} was asked for.")
     bundle = Bundle.open(path, check=check)
-    tokenizer = Tokenizer.of(bundle)  # before the weights: parsing it takes ten times its size for a moment
-    engines, choice = choose(bundle, engine, threads or default_threads(), native)
-    return Model(bundle, engines, choice, tokenizer)
+    tokenizer = cache(lambda: Tokenizer.of(bundle))  # parsed while the weights are packed, which takes about as long
+    engines, choice = choose(bundle, engine, threads or default_threads(), native, tokenizer)
+    return Model(bundle, engines, choice, tokenizer())
 
 
 class Model:

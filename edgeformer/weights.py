@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgeformer import cache
 from edgeformer.errors import BundleError
 from edgeformer.manifest import plain_name
 
@@ -67,8 +69,27 @@ def graph_problems(folder: Path, file: str, files: Mapping[str, Any], *, values:
     """What is wrong with the weights of `folder/file`, one sentence a problem.
 
     `files` is the manifest's table of sizes. With `values` the numbers are read too: scales must be finite, INT8
-    weights must not be -128.
+    weights must not be -128. Without, a graph in which nothing was wrong is not parsed again as long as it and the
+    sizes stay the same (`cache`).
     """
+    seen = "" if values else _entry(folder / file, files)
+    if seen and cache.read(seen) is not None:
+        return []
+    problems = _graph_problems(folder, file, files, values=values)
+    if seen and not problems:
+        cache.write(seen, b"")
+    return problems
+
+
+def _entry(path: Path, files: Mapping[str, Any]) -> str:
+    sizes = json.dumps({name: entry["size"] for name, entry in sorted(files.items())})
+    try:
+        return cache.key(b"checked", sizes.encode(), path.read_bytes()) + ".checked"
+    except OSError:
+        return ""
+
+
+def _graph_problems(folder: Path, file: str, files: Mapping[str, Any], *, values: bool) -> list[str]:
     import onnx
 
     try:

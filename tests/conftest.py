@@ -18,6 +18,8 @@ import tiny
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # No test needs the hub; one that asks for a model there would wait through its library's retries.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Every graph is lowered anew, and nobody's cache folder is filled; tests/test_prepared.py has one of its own.
+os.environ["EDGEFORMER_CACHE"] = ""
 
 # Files that share what takes long to make, for `pytest -n 2`: a group stays in one process. The first groups start
 # first, so that the last minute is one of small files.

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import tokenizers
 
 torch = pytest.importorskip("torch", reason="the workshop half needs torch")
 pytest.importorskip("transformers", reason="the workshop half needs transformers")
@@ -21,6 +22,7 @@ import edgeformer  # noqa: E402
 from edgeformer.bundle import Bundle  # noqa: E402
 from edgeformer.errors import BundleError, ExportError, ParityError  # noqa: E402
 from edgeformer.export import ExportOptions, export, parity, read_recipe  # noqa: E402
+from edgeformer.export.hub import compact_tokenizer  # noqa: E402
 from edgeformer.export.sources import load_source  # noqa: E402
 
 PROMPTS = ([1, 17, 33, 90, 5], [1, 4], [1, 110, 3, 3, 3, 64, 12])
@@ -256,6 +258,23 @@ def test_a_hugging_face_folder_with_and_without_a_tokenizer(tmp_path):
     assert len(model.generate([1, 2, 3], max_new_tokens=3, ignore_eos=True).ids) == 3
     with pytest.raises(edgeformer.EdgeformerError, match="tokenizer"):
         model.generate("text")
+
+
+@pytest.mark.parametrize("bytewise", [True, False], ids=["no token holds a space", "tokens hold spaces"])
+def test_a_compact_tokenizer_is_the_same_tokenizer(bytewise):
+    text = "to be or not to be, that is the question: whether 'tis nobler in the mind to suffer" * 3
+    whole = tokenizers.Tokenizer(tokenizers.models.BPE())
+    if bytewise:
+        whole.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+        whole.decoder = tokenizers.decoders.ByteLevel()
+    whole.train_from_iterator([text], tokenizers.trainers.BpeTrainer(vocab_size=120, show_progress=False))
+    data = whole.to_str(pretty=True).encode()
+    assert any(" " in token for token in whole.get_vocab()) is not bytewise
+    compact = compact_tokenizer(data)
+    assert len(compact) < 0.6 * len(data)
+    merges = json.loads(compact)["model"]["merges"]
+    assert merges and all(isinstance(pair, str) is bytewise for pair in merges)
+    assert json.loads(tokenizers.Tokenizer.from_str(compact.decode()).to_str()) == json.loads(data)
 
 
 @pytest.mark.parametrize(

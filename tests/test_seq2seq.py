@@ -302,7 +302,7 @@ def test_what_cannot_run_says_so(exported):
 
 
 def test_auto_takes_native_where_both_graphs_lower_and_says_which_does_not(exported, monkeypatch):
-    from edgeformer.native import engine as native
+    from edgeformer.native import lowering
 
     bundle = exported("none")
     model = edgeformer.load(bundle)
@@ -314,14 +314,14 @@ def test_auto_takes_native_where_both_graphs_lower_and_says_which_does_not(expor
         edgeformer.load(bundle, "native", context=64, memory_limit=need.total - 1)
     assert edgeformer.load(bundle, "native", context=64, memory_limit=need.total).memory() == need
 
-    whole = native.lower_bundle
+    whole = lowering.lower_bundle
 
     def refuse(path):
         if path.name.startswith("decoder"):
             raise EngineUnavailable("1 node cannot be lowered: Frobnicate")
         return whole(path)
 
-    monkeypatch.setattr(native, "lower_bundle", refuse)
+    monkeypatch.setattr(lowering, "lower_bundle", refuse)
     model = edgeformer.load(bundle)
     assert model.engine.name == model.explain().engine == "cpu"
     assert model.explain().reasons["native"] == "its decoder graph: 1 node cannot be lowered: Frobnicate"

@@ -15,8 +15,7 @@ from edgeformer.native.graph import Array, Graph, Info, Node
 from edgeformer.native.infer import conv_geometry
 from edgeformer.native.passes import unsupported_nodes
 from edgeformer.native.passes.attention import Cache
-from edgeformer.native.passes.linear import Weight
-from edgeformer.native.program import LANES, Op, PackedWeight, Program, Slot
+from edgeformer.native.program import LANES, Op, PackedWeight, Program, Slot, Weight
 from edgeformer.native.rows import is_batch_local, is_row_local
 
 ELEMENTWISE = {

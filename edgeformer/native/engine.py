@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgeformer.errors import EngineUnavailable, InputError, StateError
-from edgeformer.native.graph import Array, Graph
-from edgeformer.native.lowering import lower_bundle
-from edgeformer.native.packing import pack, spec
-from edgeformer.native.profile import Profile
-from edgeformer.native.program import Program
+from edgeformer.native.graph import Array
+from edgeformer.native.packing import pack
+from edgeformer.native.prepared import Prepared, prepare
+from edgeformer.native.state import NativeState, saved_parts
+
+if TYPE_CHECKING:
+    from edgeformer.native.profile import Profile
+    from edgeformer.native.program import Program
 
 NUMPY = {"f32": np.float32, "i64": np.int64, "bool": np.bool_}
 PREFILL_ROWS = 512  # rows of one pass: bounds the working memory of long prompts and of large batches
 DEFAULT_CONTEXT = 4096
-_STATE_MAGIC = b"edgeformer-state 1\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,81 +53,23 @@ class Memory:
         )
 
 
-class NativeState:
-    """What one sequence (or one batch of them) owns: its KV cache. See `edgeformer.engine.State`."""
-
-    __slots__ = ("_fingerprint", "_held", "_state")
-
-    def __init__(self, state: Any, fingerprint: str, held: Mapping[str, Array] | None = None) -> None:
-        self._state = state
-        self._fingerprint = fingerprint
-        self._held = held or {}  # inputs that stay the same for the whole sequence
-
-    @property
-    def length(self) -> int:
-        """Tokens that the cache holds."""
-        return int(self._state.length)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the cache now; it grows in chunks as tokens come."""
-        return int(self._state.nbytes)
-
-    def truncate(self, length: int) -> None:
-        """Forget all tokens from `length` on.
-
-        Raises:
-            InputError: `length` is negative or larger than `self.length`.
-            StateError: the state is in use by another call.
-        """
-        self._state.truncate(int(length))
-
-    def fork(self) -> NativeState:
-        """An independent copy: what one does is never seen by the other."""
-        return NativeState(self._state.fork(), self._fingerprint, self._held)
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Sequence i of the batch becomes a copy of what sequence `rows[i]` was; as many as before. Inputs that the
-        state holds stay where they are: a beam search has the same in every row.
-
-        Raises:
-            InputError: `rows` has another length than the batch, or names a sequence that is none.
-            StateError: the state is in use by another call.
-        """
-        if list(rows) != list(range(self._state.batch)):
-            self._state.select([int(row) for row in rows])
-
-    def to_bytes(self) -> bytes:
-        """The state as bytes, for `NativeEngine.state_from_bytes` of an engine of the same bundle and kv type.
-
-        Raises:
-            StateError: it holds inputs of its own (what an encoder made), which are not written.
-        """
-        if self._held:
-            raise StateError(f"a state that holds {', '.join(self._held)} cannot be saved; encode the source again")
-        parts = self._state.save()
-        header = {"model": self._fingerprint, "parts": [len(p) for p in parts]}
-        return _STATE_MAGIC + json.dumps(header).encode() + b"\n" + b"".join(parts)
-
-
 class NativeEngine:
     """Runs one graph of a bundle. Immutable; many threads may share it, each with states of its own.
 
     Made by `from_bundle`. Calls of several threads take turns; within a call all `threads` work together.
     """
 
-    def __init__(self, native: Any, program: Program, graph: Graph, fingerprint: str, kv: str) -> None:
+    def __init__(self, native: Any, prepared: Prepared, path: Path) -> None:
         self._native = native
-        self._program = program
-        self._fingerprint = fingerprint
-        self._kv = kv
-        self._io_dtypes = dict(graph.io_dtypes)
-        self._defaults = dict(graph.defaults)
-        keeps = [n for n in program.inputs if graph.info[n].value is not None]
-        self._keep = "logits_to_keep" if "logits_to_keep" in keeps else ""
-        slots = program.slots
-        self._inputs = [(name, NUMPY[slots[i].dtype], slots[i].shape) for name, i in program.inputs.items()]
-        self._outputs = list(program.outputs)
+        self._path = path
+        self._fingerprint = _fingerprint(path)
+        self._dtypes = prepared.dtypes
+        self._defaults = prepared.defaults
+        self._keep = prepared.keep
+        self._inputs = [(name, NUMPY[dtype], shape) for name, dtype, shape in prepared.inputs]
+        self._outputs = prepared.outputs
+        self._symbols = list(prepared.program["symbols"])
+        self._rows, self._past, self._batch_local = prepared.rows, prepared.past, prepared.batch_local
         self.rounded = 0  # weights with scales that float16 does not hold exactly, packed as the nearest
 
     name = "native"
@@ -141,6 +85,7 @@ class NativeEngine:
         kv: str = "int8",
         context: int | None = None,
         memory_limit: int | None = None,
+        meanwhile: Callable[[], object] = lambda: None,
     ) -> NativeEngine:
         """The engine for the graph `graph` of `bundle` (a Bundle, or the path of a bundle or of an .onnx file).
 
@@ -150,6 +95,7 @@ class NativeEngine:
             kv: "int8" (one scale a token and head) or "float32".
             context: most tokens of a state; default: the bundle's `max_position_embeddings`, at most 4096.
             memory_limit: bytes that weights, one state at full context and working memory may take together.
+            meanwhile: called once while the weights are packed, which leaves Python free.
 
         Raises:
             EngineUnavailable: the extension is missing, the graph has nodes that cannot be lowered (all are named),
@@ -158,11 +104,11 @@ class NativeEngine:
         """
         native = _extension()
         path, limit = _graph_path(bundle, graph)
-        program, g = lower_bundle(path)
+        prepared = prepare(path)
         tokens = context if context is not None else limit
         worker_count = threads if threads is not None else len(os.sched_getaffinity(0))
-        built = native.Engine(spec(program), worker_count, isa or "", kv, int(tokens), PREFILL_ROWS)
-        engine = cls(built, program, g, _fingerprint(path), kv)
+        built = native.Engine(prepared.program, worker_count, isa or "", kv, int(tokens), PREFILL_ROWS)
+        engine = cls(built, prepared, path)
         if memory_limit is not None:
             need = engine.memory()
             if need.total > memory_limit:
@@ -172,9 +118,7 @@ class NativeEngine:
                     "load with a smaller context, or export with fewer bits"
                 )
         native.trim_memory()
-        engine.rounded = sum(pack(built, number, weight, g) for number, weight in enumerate(program.weights))
-        for slot in program.slots:
-            slot.constant = None
+        engine.rounded = pack(built, prepared, meanwhile)
         return engine
 
     @property
@@ -192,10 +136,12 @@ class NativeEngine:
         """Most tokens that a state may hold."""
         return int(self._native.context)
 
-    @property
+    @cached_property
     def program(self) -> Program:
-        """The lowered program; `edgeformer.native.describe` prints it."""
-        return self._program
+        """The lowered program, from the graph once more; `edgeformer.native.describe` prints it."""
+        from edgeformer.native.lowering import lower_bundle
+
+        return lower_bundle(self._path)[0]
 
     def memory(self, context: int | None = None) -> Memory:
         """Bytes needed for one state of `context` tokens (default: the engine's limit); Python itself comes on top.
@@ -204,11 +150,11 @@ class NativeEngine:
         """
         tokens = self.context if context is None else context
         rows = min(PREFILL_ROWS, tokens)
-        batch, sequence = self._program.row_symbols
+        batch, sequence = self._rows
         sizes = {batch: 1, sequence: rows, "kept": 1}
-        sizes[self._program.past_symbol] = tokens - rows
+        sizes[self._past] = tokens - rows
         others = {str(size) for _, _, shape in self._inputs for size in shape} - sizes.keys()
-        symbols = [sizes.get(s, tokens if s in others else 1) for s in self._program.symbols]
+        symbols = [sizes.get(s, tokens if s in others else 1) for s in self._symbols]
         try:
             scratch = self._native.scratch_bytes(symbols, rows, max(0, tokens - rows))
         except Exception as e:  # sizes of inputs that this program cannot have
@@ -221,7 +167,9 @@ class NativeEngine:
 
         Threads count as one: the times are of the wall clock, and add up to the time inside the engine.
         """
-        report = Profile(self._program)
+        from edgeformer.native.profile import Profile
+
+        report = Profile(self.program)
         self._native.profile(True)
         try:
             yield report
@@ -241,30 +189,8 @@ class NativeEngine:
         Raises:
             StateError: it was written with another model or kv type, or is damaged.
         """
-        start = data.find(b"\n", len(_STATE_MAGIC))
-        if not data.startswith(_STATE_MAGIC) or start < 0:
-            raise StateError("these bytes are not a saved state of edgeformer's native engine, format 1")
-        try:
-            header = json.loads(data[len(_STATE_MAGIC) : start])
-            model, sizes = str(header["model"]), [int(n) for n in header["parts"]]
-        except (ValueError, KeyError, TypeError) as e:
-            raise StateError(f"the saved state's header is damaged: {e}") from e
-        if model != self._fingerprint:
-            raise StateError(
-                f"the saved state belongs to model {model[:12]}, this is {self._fingerprint[:12]}; "
-                "load the bundle that wrote it"
-            )
-        body = data[start + 1 :]
-        if min(sizes, default=0) < 0 or sum(sizes) != len(body):
-            raise StateError(
-                f"the saved state holds {len(body):,} bytes, its header says {sum(sizes):,}; it is cut short"
-            )
-        parts, at = [], 0
-        for n in sizes:
-            parts.append(body[at : at + n])
-            at += n
         state = self._native.new_state()
-        state.load(parts)
+        state.load(saved_parts(data, self._fingerprint))
         return NativeState(state, self._fingerprint)
 
     def forward(self, batch: Sequence[tuple[Mapping[str, Array], Any]]) -> list[dict[str, Array]]:
@@ -286,7 +212,7 @@ class NativeEngine:
         for row in results:
             named = dict(zip(self._outputs, row, strict=True))
             for name, array in named.items():
-                wanted = self._io_dtypes.get(name, "")
+                wanted = self._dtypes.get(name, "")
                 if wanted in ("float16", "float64") and array.dtype == np.float32:
                     named[name] = array.astype(wanted)
             out.append(named)
@@ -313,9 +239,9 @@ class NativeEngine:
         """A large batch as batches of about PREFILL_ROWS rows, whose values stay in the CPU's caches from one operation
         to the next; none where the batch is small or its items may meet.
         """
-        if not self._program.batch_local:
+        if not self._batch_local:
             return []
-        batch, sequence = self._program.row_symbols
+        batch, sequence = self._rows
         axes = [
             (str(size), n)
             for a, (_, _, s) in zip(row, self._inputs, strict=True)
@@ -334,10 +260,14 @@ class NativeEngine:
         ]
 
     def _require_known(self, arrays: Mapping[str, Array]) -> None:
-        unknown = [n for n in arrays if n not in self._program.inputs and n != "logits_to_keep"]
+        unknown = arrays.keys() - {name for name, _, _ in self._inputs} - {"logits_to_keep"}
         if unknown:
-            known = ", ".join(self._program.inputs)
-            raise InputError(f"unknown input(s) {', '.join(map(repr, unknown))}; this graph takes {known}")
+            raise InputError(
+                f"unknown input(s) {', '.join(map(repr, sorted(unknown)))}; this graph takes {self._names()}"
+            )
+
+    def _names(self) -> str:
+        return ", ".join(name for name, _, _ in self._inputs)
 
     def _default(self, name: str, arrays: Mapping[str, Array], state: NativeState) -> Array:
         if name in self._defaults:
@@ -347,7 +277,7 @@ class NativeEngine:
             if ids.ndim == 2:
                 positions = np.arange(state.length, state.length + ids.shape[1], dtype=np.int64)
                 return np.broadcast_to(positions, ids.shape)
-        raise InputError(f"input {name!r} is missing; this graph takes {', '.join(self._program.inputs)}")
+        raise InputError(f"input {name!r} is missing; this graph takes {self._names()}")
 
 
 def _fitting(name: str, given: Any, dtype: Any, shape: Sequence[Any]) -> Array:

@@ -94,6 +94,7 @@ class Graph:
         self.users: dict[str, list[Node]] = {}
         self.io_dtypes = {n: i.dtype for n, i in inputs.items()}  # as in the file; inside, all floats are float32
         self.defaults: dict[str, int] = {}  # scalar inputs that may be left out
+        self.files: dict[str, Array] = {}  # the mapped weights files
         self._names = 0
         self._finished: list[tuple[Any, ...]] = []
         self.index()
@@ -262,7 +263,7 @@ def graph_of(model: onnx.ModelProto, folder: Path | None = None) -> Graph:
     for o in model.graph.output:
         io_dtypes[o.name] = DTYPES.get(o.type.tensor_type.elem_type, "unknown")
     graph = Graph(nodes, constants, inputs, [o.name for o in model.graph.output])
-    graph.io_dtypes, graph.defaults = io_dtypes, defaults
+    graph.io_dtypes, graph.defaults, graph.files = io_dtypes, defaults, maps.files
     return graph
 
 

@@ -10,8 +10,7 @@ import numpy as np
 from edgeformer.native.emit import ACTIVATIONS, ELEMENTWISE, Emitter, round_up
 from edgeformer.native.graph import Array, Graph, Node, read_graph
 from edgeformer.native.passes import lower, unsupported_nodes
-from edgeformer.native.passes.linear import Weight
-from edgeformer.native.program import LANES, Op, Program, Slot
+from edgeformer.native.program import LANES, Op, Program, Slot, Weight
 
 PAST = "past_key_values."  # the bundle format's name for what a state holds
 ENCODER = ".encoder."  # but these are what an encoder made: plain inputs that never grow

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import mmap
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from threading import Thread
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeformer.errors import EngineUnavailable
-from edgeformer.native.graph import Graph
-from edgeformer.native.passes.linear import Weight, load_rows
-from edgeformer.native.program import LANES, PackedWeight, Program, postfix
+from edgeformer.native.graph import Array, Constant
+from edgeformer.native.program import Program, Weight, postfix
+
+if TYPE_CHECKING:
+    from edgeformer.native.prepared import Prepared
 
 WEIGHT_TYPES = ("q4a", "q4", "q8", "q8x16", "f32")  # csrc/kernels/kernels.h: enum class WeightType
 SLOT_TYPES = ("f32", "i64", "bool", "quant")  # csrc/program.h: enum class DType
+HALVES = ("all", "gate", "up")  # csrc/bindings_program.cpp: which panels of 16 packed rows a part fills
 PACK_ROWS = 8192  # rows packed from one read of the mapped file, so that peak memory stays near the packed size
+
+
+# What `native.pack` takes: number of the weight, a name for messages, q, scales, minima, rows, columns of a block,
+# first packed row, an index of HALVES, and the arrays whose mapped pages are given back.
+Piece = tuple[int, str, Array, Array | None, Array | None, int, int, int, int, list[Array]]
 
 
 def spec(p: Program) -> dict[str, Any]:
@@ -58,42 +67,93 @@ def spec(p: Program) -> dict[str, Any]:
     }
 
 
-def pack(native: Any, number: int, weight: PackedWeight, g: Graph) -> bool:
-    """Read the weight from the mapped file and pack it, some thousand rows at a time.
+def pack(native: Any, p: Prepared, meanwhile: Callable[[], object] = lambda: None) -> int:
+    """Pack all weights into the engine, by all its threads; call `meanwhile` once while they are at work.
 
-    True where a scale or a minimum had no exact float16 value and was rounded: to nearest even, so it is off by at most
-    2**-12 of itself, or 2**-25 where it is below 2**-14.
+    Weights that the file holds as the engine takes them are read from its mapped pages, and these are given back.
+    Returns how many have a scale or a minimum without an exact float16 value, which was rounded: to nearest even, so it
+    is off by at most 2**-12 of itself, or 2**-25 where it is below 2**-14.
+
+    Raises:
+        EngineUnavailable: a weight or a scale that the packed types cannot hold.
     """
-    rounded = False
-    for part, role in weight.parts:
+    as_stored = [n for n, w in enumerate(p.weights) if all(_is_as_stored(part, p) for part, _ in w.parts)]
+    others = sorted(set(range(len(p.weights))) - set(as_stored))
+    rounded: set[int] = set()
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            pack_all([piece for number in as_stored for piece in pieces(number, p)])
+            for number in others:  # one at a time: each is a copy
+                for piece in pieces(number, p):
+                    pack_all([piece])
+        except BaseException as e:
+            failure.append(e)
+
+    def pack_all(these: list[Piece]) -> None:
+        rounded.update(piece[0] for piece, inexact in zip(these, native.pack(these), strict=True) if inexact)
+
+    worker = Thread(target=work, name="edgeformer pack")
+    worker.start()
+    try:
+        meanwhile()
+    finally:
+        worker.join()
+    if failure:
+        raise failure[0]
+    return len(rounded)
+
+
+def pieces(number: int, p: Prepared) -> Iterator[Piece]:
+    """Weight `number` some thousand rows at a time."""
+    for part, role in p.weights[number].parts:
         packed_row = 0
         for start, stop in part.ranges():
             for at in range(start, stop, PACK_ROWS):
                 end = min(stop, at + PACK_ROWS)
-                rows = np.arange(packed_row, packed_row + end - at, dtype=np.int64)
-                if role != "all":  # panels of gate and up in turn
-                    rows = rows // LANES * (2 * LANES) + rows % LANES + (LANES if role == "up" else 0)
-                q, scale, minimum = load_rows(g, part, at, end)
-                try:
-                    rounded |= native.pack(number, q, scale, minimum, end - at, part.block, rows)
-                except EngineUnavailable as e:
-                    raise EngineUnavailable(f"weight {part.q}: {e}") from e
+                q, scale, minimum = _rows(p.constants, part, at, end)
+                mapped = [a for a in (q, scale, minimum) if a is not None and _is_mapped(a)]
+                yield (
+                    number, part.q, q, scale, minimum, end - at, part.block, packed_row, HALVES.index(role), mapped,
+                )  # fmt: skip
                 packed_row += end - at
-        _release(g, part)
-    return rounded
 
 
-def _release(g: Graph, weight: Weight) -> None:
-    """Give the mapped pages of a packed weight back; they are clean, so a later reader gets them from the file."""
-    for name in (weight.q, weight.scale, weight.min):
-        data = g.constants[name].data if name else None
-        base: Any = data
-        while base is not None and not isinstance(base, mmap.mmap):
-            base = getattr(base, "base", None)
-        if data is None or base is None or not data.nbytes:
-            continue
-        first = np.frombuffer(base, np.uint8, 1).ctypes.data
-        start = (data.ctypes.data - first + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE
-        length = data.ctypes.data - first + data.nbytes - start
-        if length >= mmap.PAGESIZE:
-            base.madvise(mmap.MADV_DONTNEED, start, length // mmap.PAGESIZE * mmap.PAGESIZE)
+def _is_as_stored(w: Weight, p: Prepared) -> bool:
+    """Whether `_rows` gives views of the constants rather than copies."""
+    q = p.constants[w.q]
+    return not w.transposed and q.data.dtype != np.float16 and not (q.dtype == "int4" and w.k % 2)
+
+
+def _rows(
+    constants: Mapping[str, Constant], w: Weight, start: int, stop: int
+) -> tuple[Array, Array | None, Array | None]:
+    """Stored rows [start, stop) of a weight as C-contiguous arrays: (q, scale, minimum).
+
+    q: int4 bytes (flat), int8 [rows, k] or float32 [rows, k]; scale and minimum: float32 [rows, ceil(k / block)], the
+    minimum as the file has it: of weights less 8.
+    """
+    q = constants[w.q]
+    if w.type == "f32":
+        rows = q.data[:, start:stop].T if w.transposed else q.data[start:stop]
+        return np.ascontiguousarray(rows, np.float32), None, None
+    scale = np.ascontiguousarray(constants[w.scale].data[start:stop], np.float32)
+    if q.dtype == "int4":
+        if w.k % 2:  # the rows begin in the middle of a byte
+            nibbles = q.array()[start:stop].reshape(-1) & 15
+            nibbles = np.append(nibbles, np.zeros(nibbles.size % 2, np.int8))
+            data = (nibbles[::2] | (nibbles[1::2] << 4)).astype(np.uint8)
+        else:
+            data = np.ascontiguousarray(q.data[start * w.k // 2 : stop * w.k // 2])
+    else:
+        data = np.ascontiguousarray(q.data[start:stop])
+    minimum = np.ascontiguousarray(constants[w.min].data[start:stop], np.float32) if w.min else None
+    return data, scale, minimum
+
+
+def _is_mapped(array: Array) -> bool:
+    base: Any = array
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = getattr(base, "base", None)
+    return base is not None

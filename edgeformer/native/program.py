@@ -7,11 +7,16 @@ another slot's memory. Weights are matrices to be packed; operations name them b
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from edgeformer.native.dims import Atom, Shape, Size
 from edgeformer.native.graph import Array
-from edgeformer.native.passes.attention import Cache
-from edgeformer.native.passes.linear import Weight
+
+if TYPE_CHECKING:
+    from edgeformer.native.passes.attention import Cache
 
 LANES = 16  # rows of a weight panel, as csrc/kernels/kernels.h packs them
 
@@ -39,6 +44,39 @@ class Op:
     sizes: dict[str, list[Size]] = field(default_factory=dict)
     weights: list[int] = field(default_factory=list)
     note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A constant matrix W[n, k] as the file holds it; nothing is read until it is packed.
+
+    type: "q4a", "q4", "q8", "q8x16" or "f32". q, scale, min: names of constants; q is stored [n, k], or [k, n] when
+    `transposed`. selected: the rows of q that are meant, in order; None for all.
+    """
+
+    type: str
+    q: str
+    n: int
+    k: int
+    block: int = 32
+    scale: str = ""
+    min: str = ""
+    transposed: bool = False
+    selected: tuple[tuple[int, int], ...] | None = None  # (start, stop) runs of rows
+
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """The (start, stop) runs of stored rows that make up this weight."""
+        return self.selected or ((0, self.n),)
+
+    def part(self, runs: list[tuple[int, int]]) -> Weight:
+        """The weight made of these (start, stop) runs of rows of this one."""
+        index = np.concatenate([np.arange(a, b) for a, b in self.ranges()])
+        rows = np.concatenate([index[a:b] for a, b in runs])
+        breaks = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+        chosen = tuple((int(rows[a]), int(rows[b - 1]) + 1) for a, b in pairwise(breaks))
+        return Weight(
+            self.type, self.q, len(rows), self.k, self.block, self.scale, self.min, self.transposed, chosen
+        )  # fmt: skip
 
 
 @dataclass(slots=True)

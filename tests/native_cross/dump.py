@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 
 from edgeformer.native.engine import NativeEngine
-from edgeformer.native.lowering import lower_bundle
-from edgeformer.native.packing import pack, spec
+from edgeformer.native.packing import pieces
+from edgeformer.native.prepared import prepare
+
+LANES = 16  # rows of a panel
 
 
 class Writer:
-    """int64, doubles, and bytes behind their count; also stands for the engine while `pack` reads the weights."""
+    """int64, doubles, and bytes behind their count."""
 
     def __init__(self) -> None:
         self.bytes = bytearray()
-        self.packed: list[tuple[Any, ...]] = []
 
     def integers(self, *values: int) -> None:
         self.bytes += struct.pack(f"<{len(values)}q", *map(int, values))
@@ -33,18 +34,13 @@ class Writer:
         self.integers(len(raw))
         self.bytes += raw
 
-    def pack(self, *arguments: Any) -> bool:
-        """What the engine's own answers: whether a scale was rounded. Nothing is packed here."""
-        self.packed.append(arguments)
-        return False
-
 
 def dump(bundle: Path, out: Path, kv: str, prompt: np.ndarray, steps: int) -> list[str]:
     """Write the file; the hashes of the logits of the prompt (last position) and of `steps` greedy tokens, as the
     extension of this machine computes them with its best table."""
     engine = NativeEngine.from_bundle(bundle, threads=2, kv=kv)
-    program, graph = lower_bundle(bundle / "model.onnx")
-    plain = spec(program)
+    prepared = prepare(bundle / "model.onnx")
+    plain = prepared.program
     w = Writer()
     w.integers(kv == "float32")
     w.integers(len(plain["symbols"]))
@@ -87,10 +83,14 @@ def dump(bundle: Path, out: Path, kv: str, prompt: np.ndarray, steps: int) -> li
     w.list(plain["inputs"])
     w.list(plain["outputs"])
     w.integers(*(plain[name] for name in ("row_local", "batch", "sequence", "kept", "past")))
-    for number, weight in enumerate(program.weights):
-        pack(w, number, weight, graph)
-    w.integers(len(w.packed))
-    for number, q, scale, minimum, rows, block, dest in w.packed:
+    packed = [piece for number in range(len(prepared.weights)) for piece in pieces(number, prepared)]
+    w.integers(len(packed))
+    for number, _, q, scale, minimum, rows, block, first, half, _ in packed:
+        if minimum is not None:
+            minimum = minimum - 8 * scale
+        dest = first + np.arange(rows)
+        if half:  # panels of gate and up in turn
+            dest = dest // LANES * 2 * LANES + dest % LANES + (LANES if half == 2 else 0)
         w.integers(number)
         for array in (q, scale, minimum):
             w.blob(array)
@@ -100,10 +100,10 @@ def dump(bundle: Path, out: Path, kv: str, prompt: np.ndarray, steps: int) -> li
     state, ids, hashes = engine.new_state(), prompt, []
     for _ in range(1 + steps):
         row, keep = engine._arrays({"input_ids": ids, "logits_to_keep": 1}, state)
-        batch, sequence = program.row_symbols
-        values = {batch: 1, sequence: ids.shape[1], "kept": 1, program.past_symbol: state.length, "logits_to_keep": 1}
+        batch, sequence = prepared.rows
+        values = {batch: 1, sequence: ids.shape[1], "kept": 1, prepared.past: state.length, "logits_to_keep": 1}
         w.integers(ids.shape[1], keep)
-        w.list(values[name] for name in program.symbols)
+        w.list(values[name] for name in plain["symbols"])
         w.integers(len(row))
         for array in row:
             w.blob(array)

@@ -21,6 +21,7 @@ def load_library() -> None:
     global package
     sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
     import edgeformer
+    from edgeformer import load  # noqa: F401  its modules: a library's import is not its load
 
     package = edgeformer
 

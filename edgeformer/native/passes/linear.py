@@ -6,70 +6,12 @@ weight, with the float minimum of q4a as a second small product on block sums; a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from edgeformer.native.graph import Array, Graph, Info, Node
-
-
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """A constant matrix W[n, k] as the file holds it; nothing is read until `rows` is called.
-
-    type: "q4a", "q4", "q8", "q8x16" or "f32". q, scale, min: names of constants; q is stored [n, k], or [k, n] when
-    `transposed`. selected: the rows of q that are meant, in order; None for all.
-    """
-
-    type: str
-    q: str
-    n: int
-    k: int
-    block: int = 32
-    scale: str = ""
-    min: str = ""
-    transposed: bool = False
-    selected: tuple[tuple[int, int], ...] | None = None  # (start, stop) runs of rows
-
-    def ranges(self) -> tuple[tuple[int, int], ...]:
-        """The (start, stop) runs of stored rows that make up this weight."""
-        return self.selected or ((0, self.n),)
-
-    def part(self, runs: list[tuple[int, int]]) -> Weight:
-        """The weight made of these (start, stop) runs of rows of this one."""
-        index = np.concatenate([np.arange(a, b) for a, b in self.ranges()])
-        rows = np.concatenate([index[a:b] for a, b in runs])
-        breaks = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
-        chosen = tuple((int(rows[a]), int(rows[b - 1]) + 1) for a, b in pairwise(breaks))
-        return Weight(
-            self.type, self.q, len(rows), self.k, self.block, self.scale, self.min, self.transposed, chosen
-        )  # fmt: skip
-
-
-def load_rows(g: Graph, w: Weight, start: int, stop: int) -> tuple[Array, Array | None, Array | None]:
-    """Stored rows [start, stop) of a weight as C-contiguous arrays: (q, scale, minimum).
-
-    q: int4 bytes (flat), int8 [rows, k] or float32 [rows, k]; scale and minimum: float32 [rows, ceil(k / block)].
-    """
-    q = g.constants[w.q]
-    if w.type == "f32":
-        rows = q.data[:, start:stop].T if w.transposed else q.data[start:stop]
-        return np.ascontiguousarray(rows, np.float32), None, None
-    scale = np.ascontiguousarray(g.constants[w.scale].data[start:stop], np.float32)
-    if q.dtype == "int4":
-        if w.k % 2:  # the rows begin in the middle of a byte
-            nibbles = q.array()[start:stop].reshape(-1) & 15
-            nibbles = np.append(nibbles, np.zeros(nibbles.size % 2, np.int8))
-            data = (nibbles[::2] | (nibbles[1::2] << 4)).astype(np.uint8)
-        else:
-            data = np.ascontiguousarray(q.data[start * w.k // 2 : stop * w.k // 2])
-    else:
-        data = np.ascontiguousarray(q.data[start:stop])
-    if not w.min:
-        return data, scale, None
-    return data, scale, np.ascontiguousarray(g.constants[w.min].data[start:stop] - 8 * scale, np.float32)
+from edgeformer.native.program import Weight
 
 
 def linears(g: Graph) -> None:
