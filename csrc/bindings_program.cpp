@@ -5,6 +5,7 @@
 #endif
 
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 
 #include "bindings.h"
@@ -175,23 +176,29 @@ PackResult pack_piece(Engine& engine, const Piece& p) {
 std::vector<bool> pack(PyEngine& self, const std::vector<py::tuple>& items) {
   std::vector<Piece> pieces;
   for (const py::tuple& item : items) pieces.push_back(read_piece(self.engine.spec(), item));
-  std::vector<bool> rounded;
-  PackResult result;
+  std::vector<PackResult> results(pieces.size());
   {
     py::gil_scoped_release release;
-    for (const Piece& piece : pieces) {
-      result = pack_piece(self.engine, piece);
-      if (result.error != PackError::none) break;
-      rounded.push_back(result.rounded);
-    }
+    // The large ones first, so that the threads end together.
+    std::vector<size_t> order(pieces.size());
+    std::iota(order.begin(), order.end(), size_t(0));
+    const auto size = [&pieces](size_t i) { return pieces[i].source.n * pieces[i].source.k; };
+    std::stable_sort(order.begin(), order.end(), [&size](size_t a, size_t b) { return size(a) > size(b); });
+    auto work = [&](int64_t i) { results[order[i]] = pack_piece(self.engine, pieces[order[i]]); };
+    self.engine.in_parallel(static_cast<int64_t>(pieces.size()), work);
   }
-  if (result.error == PackError::none) return rounded;
-  const char* what = result.error == PackError::scale_beyond_fp16
-                         ? "a scale is no number or at least 65520, which float16 cannot hold"
-                     : result.error == PackError::min_beyond_fp16
-                         ? "a block minimum is no number or at least 65520, which float16 cannot hold"
-                         : "an int8 weight is -128; the native engine expects -127 to 127";
-  raise("EngineUnavailable", "weight " + pieces[rounded.size()].name + ": " + what);
+  std::vector<bool> rounded;
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    rounded.push_back(results[i].rounded);
+    if (results[i].error == PackError::none) continue;
+    const char* what = results[i].error == PackError::scale_beyond_fp16
+                           ? "a scale is no number or at least 65520, which float16 cannot hold"
+                       : results[i].error == PackError::min_beyond_fp16
+                           ? "a block minimum is no number or at least 65520, which float16 cannot hold"
+                           : "an int8 weight is -128; the native engine expects -127 to 127";
+    raise("EngineUnavailable", "weight " + pieces[i].name + ": " + what);
+  }
+  return rounded;
 }
 
 }  // namespace edgeformer

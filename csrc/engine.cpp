@@ -76,25 +76,23 @@ size_t Engine::weight_bytes() const {
 
 PackResult Engine::pack(int weight, const PackSource& source, const int64_t* dest) {
   const WeightSpec& w = spec_.weights[weight];
-  const size_t bytes = packed_bytes(w.type, w.n, w.k);
-  if (!weights_[weight]) {
-    void* p = weights_alloc(bytes);
-    if (!p) throw std::bad_alloc();
-    weights_[weight] = {p, FreeWeight{bytes}};
-    run_.weights[weight] = p;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!weights_[weight]) {
+      const size_t bytes = packed_bytes(w.type, w.n, w.k);
+      void* p = weights_alloc(bytes);
+      if (!p) throw std::bad_alloc();
+      weights_[weight] = {p, FreeWeight{bytes}};
+      run_.weights[weight] = p;
+    }
   }
-  constexpr int64_t kRows = 64;
-  std::atomic<int> worst{0};
-  std::atomic<bool> rounded{false};
-  auto begin = [&](int) -> int64_t { return (source.n + kRows - 1) / kRows; };
-  auto work = [&](int, int64_t chunk, int) {
-    const PackResult r =
-        pack_rows(w.type, source, chunk * kRows, std::min(source.n, (chunk + 1) * kRows), dest, weights_[weight].get());
-    if (r.error != PackError::none) worst = static_cast<int>(r.error);
-    if (r.rounded) rounded = true;
-  };
-  pool_.run(1, begin, work);
-  return {static_cast<PackError>(worst.load()), rounded};
+  return pack_rows(w.type, source, 0, source.n, dest, weights_[weight].get());
+}
+
+void Engine::in_parallel(int64_t count, FunctionRef<void(int64_t)> work) {
+  auto begin = [count](int) { return count; };
+  auto chunk = [&work](int, int64_t i, int) { work(i); };
+  pool_.run(1, begin, chunk);
 }
 
 void Engine::set_shapes(Run& run, const std::vector<int64_t>& symbols) const {

@@ -49,8 +49,11 @@ class Engine {
   // Working memory for these symbols (one state).
   size_t scratch_bytes(const std::vector<int64_t>& symbols, int64_t rows, int64_t past);
 
-  // Packs rows of a source into weight `weight`, by all threads. `rounded` where some scale had no exact fp16 value.
+  // Packs the rows of a source into weight `weight`; `rounded` where some scale had no exact fp16 value. Several threads
+  // may pack at once, each rows of its own.
   PackResult pack(int weight, const PackSource& source, const int64_t* dest);
+  // work(0) ... work(count - 1) by all threads, claimed in this order.
+  void in_parallel(int64_t count, FunctionRef<void(int64_t)> work);
 
   // Nanoseconds spent in each operation since the last call, and the number of runs; counting is on from `on` = true
   // on.

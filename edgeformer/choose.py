@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from edgeformer.bundle import Bundle
 from edgeformer.engine import Engine
 from edgeformer.errors import EngineUnavailable
-
-if TYPE_CHECKING:
-    from edgeformer.native.engine import NativeEngine
+from edgeformer.native.engine import NativeEngine
 
 EngineName = Literal["auto", "cuda", "native", "cpu"]
 ORDER = ("cuda", "native", "cpu")
@@ -107,12 +105,6 @@ def create(
 def _native(
     bundle: Bundle, graphs: list[str], threads: int, options: NativeOptions, meanwhile: Meanwhile
 ) -> dict[str, NativeEngine]:
-    try:
-        from edgeformer.native.engine import NativeEngine
-    except ImportError as error:
-        raise EngineUnavailable(
-            f"the native extension is not built ({error}); install edgeformer where a C++ compiler is."
-        ) from error
     made: dict[str, NativeEngine] = {}
     left = options.memory_limit
     for graph in graphs:

@@ -98,7 +98,7 @@ def test_a_bundles_engines_are_tried(q8):
 
 def test_a_linear_that_is_not_fused_is_a_warning(q8, copy_of, reseal, monkeypatch):
     """The natural order, DequantizeLinear before Transpose, runs right and many times slower, without a word."""
-    monkeypatch.setitem(sys.modules, "edgeformer.native.engine", None)  # this is about onnxruntime
+    monkeypatch.setitem(sys.modules, "edgeformer._native", None)  # this is about onnxruntime
     slow = copy_of(q8)
     model = onnx.load(str(slow / "model.onnx"), load_external_data=False)
     graph = model.graph

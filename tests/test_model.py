@@ -16,7 +16,7 @@ from edgeformer.model import load
 
 def test_an_engine_asked_for_by_name_runs_or_raises(lm, monkeypatch):
     assert load(lm, "cpu").engine.name == "cpu"
-    monkeypatch.setitem(sys.modules, "edgeformer.native.engine", None)
+    monkeypatch.setitem(sys.modules, "edgeformer._native", None)
     with pytest.raises(EngineUnavailable, match="native extension"):
         load(lm, "native")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
@@ -26,13 +26,13 @@ def test_an_engine_asked_for_by_name_runs_or_raises(lm, monkeypatch):
 
 def test_auto_takes_the_first_that_runs_and_says_why_not_the_others(lm, monkeypatch):
     monkeypatch.setattr("edgeformer.ort.cuda_driver_problem", lambda: "there is no NVIDIA driver")
-    monkeypatch.setitem(sys.modules, "edgeformer.native.engine", None)
+    monkeypatch.setitem(sys.modules, "edgeformer._native", None)
     model = load(lm, threads=1)
     choice = model.explain()
     assert choice.engine == model.engine.name == "cpu"
     assert list(choice.reasons) == ["cuda", "native", "cpu"]
     assert "no NVIDIA driver" in choice.reasons["cuda"]
-    assert "native extension is not built" in choice.reasons["native"]
+    assert "native extension is not installed" in choice.reasons["native"]
     assert "chosen" in choice.reasons["cpu"]
     assert str(choice).count("\n") == 2
     assert str(choice).splitlines()[2].startswith("* cpu")
@@ -40,11 +40,11 @@ def test_auto_takes_the_first_that_runs_and_says_why_not_the_others(lm, monkeypa
 
 def test_auto_that_finds_nothing_names_every_reason(lm, monkeypatch):
     monkeypatch.setattr("edgeformer.ort.cuda_driver_problem", lambda: "there is no NVIDIA driver")
-    monkeypatch.setitem(sys.modules, "edgeformer.native.engine", None)
+    monkeypatch.setitem(sys.modules, "edgeformer._native", None)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(EngineUnavailable) as error:
         load(lm)
-    for part in ("no NVIDIA driver", "native extension is not built", "onnxruntime is"):
+    for part in ("no NVIDIA driver", "native extension is not installed", "onnxruntime is"):
         assert part in str(error.value)
 
 
