@@ -12,7 +12,7 @@ native = pytest.importorskip("edgeformer._native")
 testing = native.testing
 ISAS = native.isas()
 SIZES = [1, 2, 3, 15, 16, 17, 31, 32, 33, 47, 64, 577]
-erf = np.vectorize(math.erf)
+erf, erfc = np.vectorize(math.erf), np.vectorize(math.erfc)
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -28,7 +28,7 @@ def gelu_tanh(x: np.ndarray) -> np.ndarray:
 UNARY = {
     "identity": (lambda x: x, 0, 0),
     "exp": (np.exp, 4, 0),
-    "sigmoid": (sigmoid, 8, 0),
+    "sigmoid": (sigmoid, 5, 0),
     "tanh": (np.tanh, 6, 0),
     "erf": (erf, 6, 0),
     "sqrt": (np.sqrt, 1, 0),
@@ -38,9 +38,9 @@ UNARY = {
     "softplus": (lambda x: np.logaddexp(0, x), 6, 0),
     "relu": (lambda x: np.maximum(x, 0), 0, 0),
     "relu2": (lambda x: np.maximum(x, 0) ** 2, 1, 0),
-    "silu": (lambda x: x * sigmoid(x), 10, 0),
-    # 1 + erf cancels on the left: what is left of erf's error, at most 6 U, is scaled by |x| / 2 <= 5
-    "gelu": (lambda x: 0.5 * x * (1 + erf(x / math.sqrt(2))), 8, 20),
+    "silu": (lambda x: x * sigmoid(x), 6, 0),
+    # derived at gelu1; 1 + erf would cancel on the left
+    "gelu": (lambda x: 0.5 * x * erfc(-x / math.sqrt(2)), 1.01, 2.3),
     # e^-u carries u's own rounding, u <= 2 |x| (0.8 + 0.036 x^2) <= 90 on the range below: 3 roundings of it
     "gelu_tanh": (gelu_tanh, 300, 0),
     "quick_gelu": (lambda x: x * sigmoid(1.702 * x), 60, 0),
@@ -76,8 +76,8 @@ def test_unary_is_within_its_error(isa: str, op: str) -> None:
     y = np.empty_like(x)
     testing.Table(isa).unary(op, x, y)
     value = exact(x.astype(np.float64))
-    # sigmoid and what is made of it: e^-x is rounded at |x|, see gelu_tanh
-    scale = relative * (1 + (np.abs(x) if op in ("sigmoid", "silu") else 0))
+    # sigmoid and silu: e^-|x| carries the roundings of |x| log2(e), see sigmoid1
+    scale = relative + (1.3 * np.abs(x) if op in ("sigmoid", "silu") else 0)
     assert_within(y, value, (scale * np.abs(value) + absolute) * U + 2.0**-126, op)
 
 
@@ -108,13 +108,13 @@ def test_unary_has_the_same_bits_and_keeps_to_its_length(isa: str, op: str) -> N
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_nan_stays_nan(isa: str) -> None:
-    x = np.full(19, np.nan, np.float32)
+    # the usual one, and payloads whose low bits an exponent's arithmetic could turn into a number
+    x = np.append(np.uint32(0x7FC00000), np.uint32(0x7FC00000) + np.arange(1, 512, 28, dtype=np.uint32)).view(np.float32)
     for op in UNARY:
         y = np.zeros_like(x)
         testing.Table(isa).unary(op, x, y)
-        assert op in ("relu", "relu2") or np.isnan(y).all(), op
-        if op in ("relu", "relu2"):
-            assert np.isnan(y).all(), op
+        assert np.isnan(y).all(), op
+    x = x[:19].copy()
     y = np.zeros((1, 19), np.float32)
     testing.Table(isa).softmax(x[None], 19, y)
     assert np.isnan(y).all()
@@ -181,7 +181,7 @@ def test_gated(n: int, in_place: bool) -> None:
         x = start[:, :wide] + (0 if b is None else b)
         gate, up = x[:, at].astype(np.float64), x[:, at + 16].astype(np.float64)
         value = gate * sigmoid(gate) * up
-        assert_within(y, value, (11 + 10 * np.abs(gate)) * U * np.abs(value) + 1e-37)
+        assert_within(y, value, (7.1 + 1.3 * np.abs(gate)) * U * np.abs(value) + 1e-37)
 
 
 @pytest.mark.parametrize("n", SIZES)

@@ -59,7 +59,9 @@ struct S {
   static I ishl23(I v) { return _mm512_slli_epi32(v, 23); }
   static constexpr bool kPowers = true;
   static F fraction(F x) { return _mm512_reduce_ps(x, 8); }  // x - round_to_even(x)
+  template <bool bounded>
   static F times_power(F p, F x, F r) {
+    if (bounded) return _mm512_scalef_ps(p, sub(x, r));
     return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, set1(-126.0f), _CMP_NLT_UQ), p, sub(x, r));
   }
   static I to_int(F v) { return _mm512_cvtps_epi32(v); }

@@ -7,8 +7,9 @@
 //   max(a,b) = a > b ? a : b, min likewise (b where either is NaN), select_lt(a,b,x,y) = a < b ? x : y
 //   abs neg with_sign, bits/from_bits, isub iadd ishl23 imax iset1, to_int (nearest even), to_float, s8 (16 int8 -> F)
 //   half (16 fp16 -> F), narrow (16 int32 in -128..127 -> 16 bytes), sum (the tree), isum, imaximum, sums4 (isum of 4)
-//   kPowers: whether there are fraction(x) = x - round(x) and times_power(p, x, fraction) = p * 2^round(x), 0 below
-//   -126 Weights: W holds 4 columns of 16 rows as bytes; byte_weight(p) -> W (from q + 128). X gives 16 columns of one
+//   kPowers: whether there are fraction(x) = x - round(x) and times_power<bounded>(p, x, fraction) = p * 2^round(x), 0
+//     below -126 unless bounded
+//   Weights: W holds 4 columns of 16 rows as bytes; byte_weight(p) -> W (from q + 128). X gives 16 columns of one
 //     activation row, as 4 steps.
 //     ByteSum: bzero(offset), bdot<step>(sum, W, X), bsum(sum) -> I
 //     bzero takes -128 * sum of x where W is unsigned, and ignores it where byte_weight gives signed bytes

@@ -19,7 +19,8 @@ inline F exp16(F x) {
   return S::select_lt(x, f16(-87.0f), f16(0.0f), S::mul(S::mul(e, power), f16(2.0f)));
 }
 
-template <class T = S>
+// bounded: x >= -126 is known.
+template <bool bounded = false, class T = S>
 inline F exp2_of_negative16(F x) {
   F r, shifted;
   if constexpr (T::kPowers) {
@@ -34,13 +35,30 @@ inline F exp2_of_negative16(F x) {
   p = S::fma(p, r, f16(2.402224243e-1f));
   p = S::fma(p, r, f16(6.931470037e-1f));
   p = S::fma(p, r, f16(1.0f));
-  if constexpr (T::kPowers)
-    return T::times_power(p, x, r);
-  else
-    return S::select_lt(x, f16(-126.0f), f16(0.0f), S::from_bits(S::iadd(S::bits(p), S::ishl23(S::bits(shifted)))));
+  if constexpr (T::kPowers) {
+    return T::template times_power<bounded>(p, x, r);
+  } else {
+    const F y = S::mul(p, S::from_bits(S::iadd(S::ishl23(S::bits(shifted)), S::iset1(127 << 23))));
+    return bounded ? y : S::select_lt(x, f16(-126.0f), f16(0.0f), y);
+  }
 }
 
-inline F sigmoid16(F x) { return S::div(f16(1.0f), S::add(f16(1.0f), exp16(S::sub(f16(0.0f), x)))); }
+inline F sigmoid16(F x) {
+  const F e = exp2_of_negative16(S::mul(S::abs(x), f16(-1.44269504f)));
+  return S::div(S::select_lt(x, f16(0.0f), e, f16(1.0f)), S::add(f16(1.0f), e));
+}
+
+inline F gelu16(F x) {
+  const F a = S::min(f16(8.0f), S::abs(x));
+  F p = f16(2.992414557e-5f);
+  p = S::fma(p, a, f16(-7.398737362e-4f));
+  p = S::fma(p, a, f16(7.977460511e-3f));
+  p = S::fma(p, a, f16(-5.323818326e-2f));
+  p = S::fma(p, a, f16(-4.589156806e-1f));
+  p = S::fma(p, a, f16(-1.151147127f));
+  p = S::fma(p, a, f16(-1.0f));
+  return S::fma(S::neg(a), exp2_of_negative16<true>(p), S::max(f16(0.0f), x));
+}
 
 inline F tanh16(F x) {
   const F a = S::abs(x), z = S::mul(x, x);
@@ -97,7 +115,7 @@ struct UnaryOp {
       case Unary::silu:
         return S::mul(x, sigmoid16(x));
       case Unary::gelu:
-        return S::mul(S::mul(f16(0.5f), x), S::add(f16(1.0f), erf16(S::mul(x, f16(0.707106781f)))));
+        return gelu16(x);
       case Unary::gelu_tanh:
         return S::mul(x, sigmoid16(S::mul(x, S::fma(S::mul(x, x), f16(0.0713548163f), f16(1.59576912f)))));
       case Unary::quick_gelu:
