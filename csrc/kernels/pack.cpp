@@ -12,10 +12,10 @@ namespace {
 struct Shape {
   int64_t head;     // bytes of fp16 values before the weights of a block
   int64_t weights;  // bytes of weights of a block
-  int64_t bytes() const { return head + weights; }
+  constexpr int64_t bytes() const { return head + weights; }
 };
 
-Shape shape_of(WeightType type) {
+constexpr Shape shape_of(WeightType type) {
   switch (type) {
     case WeightType::q4a:
       return {64, 256};
@@ -37,136 +37,43 @@ uint8_t nibble_at(const uint8_t* q, int64_t index) {
   return uint8_t((index % 2 ? byte >> 4 : byte & 15) ^ 8);
 }
 
-// 8 bytes of 16 nibbles, low nibble first -> 16 bytes, one nibble each.
-void spread_nibbles(uint64_t packed, uint64_t out[2]) {
-  for (int half = 0; half < 2; half++) {
-    uint64_t v = packed >> (32 * half) & 0xffffffffu;
-    v = (v | v << 16) & 0x0000ffff0000ffffull;
-    v = (v | v << 8) & 0x00ff00ff00ff00ffull;
-    out[half] = (v | v << 4) & 0x0f0f0f0f0f0f0f0full;
-  }
-}
+using Bytes8 = uint8_t __attribute__((vector_size(8)));
+using Pairs8 = uint16_t __attribute__((vector_size(16)));
+using Fours4 = uint32_t __attribute__((vector_size(16)));
 
 // One block of one row: 4 dwords of nibbles at `to`, 64 bytes apart (columns 0..15 low, 16..31 high).
-void pack_nibbles(const uint8_t* q, int64_t index, int64_t columns, uint8_t* to) {
-  uint64_t low[2], high[2];
+inline void pack_nibbles(const uint8_t* q, int64_t index, int64_t columns, uint8_t* to) {
+  Fours4 fours;
   if (columns == kBlock && index % 2 == 0) {
-    uint64_t raw[2];
-    memcpy(raw, q + index / 2, 16);
-    spread_nibbles(raw[0] ^ 0x8888888888888888ull, low);
-    spread_nibbles(raw[1] ^ 0x8888888888888888ull, high);
+    Bytes8 half[2];  // of the columns
+    memcpy(half, q + index / 2, 16);
+    const Pairs8 low = __builtin_convertvector(half[0], Pairs8), high = __builtin_convertvector(half[1], Pairs8);
+    const Pairs8 both = (((low | low << 4) & 0x0f0f) | ((high << 4 | high << 8) & 0xf0f0)) ^ 0x8888;
+    fours = reinterpret_cast<Fours4>(both);
   } else {
-    uint8_t bytes[32];
-    for (int64_t c = 0; c < 32; c++) bytes[c] = c < columns ? nibble_at(q, index + c) : 8;
-    memcpy(low, bytes, 16);
-    memcpy(high, bytes + 16, 16);
+    const auto at = [=](int64_t c) -> int { return c < columns ? nibble_at(q, index + c) : 8; };
+    uint8_t bytes[16];
+    for (int64_t c = 0; c < 16; c++) bytes[c] = uint8_t(at(c) | at(c + 16) << 4);
+    memcpy(&fours, bytes, 16);
   }
-  for (int half = 0; half < 2; half++) {
-    const uint64_t both = low[half] | high[half] << 4;
-    memcpy(to + 128 * half, &both, 4);
-    const uint32_t second = uint32_t(both >> 32);
-    memcpy(to + 128 * half + 64, &second, 4);
+  for (int step = 0; step < 4; step++) {
+    const uint32_t four = fours[step];
+    memcpy(to + 64 * step, &four, 4);
   }
 }
 
 // One block of one row of int8; false where a value is -128.
 bool pack_bytes(const int8_t* q, int64_t columns, uint8_t* to) {
-  bool fits = true;
-  for (int64_t c = 0; c < columns; c++) fits &= q[c] != -128;
-  int8_t bytes[32] = {};
-  memcpy(bytes, q, size_t(columns));
-  for (int step = 0; step < 8; step++) {
-    uint32_t four;
-    memcpy(&four, bytes + 4 * step, 4);
-    four ^= 0x80808080u;
-    memcpy(to + 64 * step, &four, 4);
+  int8_t padded[kBlock] = {};
+  if (columns < kBlock) q = static_cast<const int8_t*>(memcpy(padded, q, size_t(columns)));
+  uint8_t bytes[kBlock];
+  int least = 0;
+  for (int c = 0; c < kBlock; c++) {
+    bytes[c] = uint8_t(q[c]) ^ 0x80;
+    least |= q[c] == -128;
   }
-  return fits;
-}
-
-}  // namespace
-
-size_t panel_bytes(WeightType type, int64_t k) {
-  if (type == WeightType::f32) return size_t(k * kLanes * 4);
-  return size_t(blocks_of(k) * shape_of(type).bytes());
-}
-
-size_t packed_bytes(WeightType type, int64_t n, int64_t k) { return size_t(panels_of(n)) * panel_bytes(type, k); }
-
-PackResult pack_rows(WeightType type, const PackSource& s, int64_t row_begin, int64_t row_end, const int64_t* dest,
-                     void* packed) {
-  PackResult result;
-  const auto fits = [&result](float x, uint16_t* h) {
-    const Half half = to_fp16(x, h);
-    result.rounded |= half == Half::rounded;
-    return half != Half::beyond;
-  };
-  const auto failed = [&result](PackError error) {
-    result.error = error;
-    return result;
-  };
-  const Shape shape = shape_of(type);
-  const int64_t blocks = blocks_of(s.k), scales = type == WeightType::f32 ? 0 : (s.k + s.block - 1) / s.block;
-  for (int64_t r = row_begin; r < row_end; r++) {
-    const int64_t row = dest ? dest[r] : r, lane = row % kLanes;
-    uint8_t* panel = static_cast<uint8_t*>(packed) + size_t(row / kLanes) * panel_bytes(type, s.k);
-    if (type == WeightType::f32) {
-      const float* from = static_cast<const float*>(s.q) + r * s.k;
-      float* to = reinterpret_cast<float*>(panel) + lane;
-      for (int64_t c = 0; c < s.k; c++) to[c * kLanes] = from[c];
-      continue;
-    }
-    for (int64_t g = 0; g < blocks; g++) {
-      uint8_t* block = panel + g * shape.bytes();
-      const int64_t columns = s.k - g * kBlock < kBlock ? s.k - g * kBlock : kBlock;
-      const float* scale = s.scale + r * scales;
-      uint16_t h[2] = {0, 0};
-      if (type == WeightType::q8x16) {
-        if (!fits(scale[2 * g], &h[0])) return failed(PackError::scale_beyond_fp16);
-        if (columns > 16 && !fits(scale[2 * g + 1], &h[1])) return failed(PackError::scale_beyond_fp16);
-      } else {
-        if (!fits(scale[g * kBlock / s.block], &h[0])) return failed(PackError::scale_beyond_fp16);
-        if (type == WeightType::q4a && !fits(s.min[r * scales + g * kBlock / s.block], &h[1]))
-          return failed(PackError::min_beyond_fp16);
-      }
-      memcpy(block + 2 * lane, &h[0], 2);
-      if (shape.head == 64) memcpy(block + 32 + 2 * lane, &h[1], 2);
-      uint8_t* to = block + shape.head + 4 * lane;
-      const int64_t index = r * s.k + g * kBlock;
-      if (shape.weights == 256)
-        pack_nibbles(static_cast<const uint8_t*>(s.q), index, columns, to);
-      else if (!pack_bytes(static_cast<const int8_t*>(s.q) + index, columns, to))
-        return failed(PackError::weight_below_minus_127);
-    }
-  }
-  return result;
-}
-
-void unpack_row(WeightType type, const void* packed, int64_t k, int64_t row, float* y) {
-  const Shape shape = shape_of(type);
-  const int64_t lane = row % kLanes;
-  const uint8_t* panel = static_cast<const uint8_t*>(packed) + size_t(row / kLanes) * panel_bytes(type, k);
-  for (int64_t c = 0; c < k; c++) {
-    if (type == WeightType::f32) {
-      y[c] = reinterpret_cast<const float*>(panel)[c * kLanes + lane];
-      continue;
-    }
-    const uint8_t* block = panel + c / kBlock * shape.bytes();
-    const int64_t at = c % kBlock;
-    uint16_t h[2] = {0, 0};
-    memcpy(&h[0], block + 2 * lane, 2);
-    if (shape.head == 64) memcpy(&h[1], block + 32 + 2 * lane, 2);
-    const uint8_t* w = block + shape.head + 4 * lane;
-    if (shape.weights == 512) {
-      const float q = float(int(w[at / 4 * 64 + at % 4]) - 128);
-      y[c] = q * from_fp16(type == WeightType::q8x16 && at >= 16 ? h[1] : h[0]);
-    } else {
-      const uint8_t byte = w[at % 16 / 4 * 64 + at % 4];
-      const int q = at < 16 ? byte & 15 : byte >> 4;
-      y[c] = type == WeightType::q4a ? __builtin_fmaf(float(q), from_fp16(h[0]), from_fp16(h[1]))
-                                     : float(q - 8) * from_fp16(h[0]);
-    }
-  }
+  for (int step = 0; step < 8; step++) memcpy(to + 64 * step, bytes + 4 * step, 4);
+  return !least;
 }
 
 float from_fp16(uint16_t h) {
@@ -182,23 +89,140 @@ float from_fp16(uint16_t h) {
   return value;
 }
 
-Half to_fp16(float x, uint16_t* h) {
-  uint32_t u;
-  memcpy(&u, &x, 4);
-  const uint16_t sign = uint16_t(u >> 16 & 0x8000);
-  const uint32_t magnitude = u & 0x7fffffffu;
-  if (magnitude >= 0x38800000u) {  // 2^-14: normal in fp16
-    const uint32_t nearest = magnitude + 0xfff + (magnitude >> 13 & 1);
-    if (nearest >= 0x47800000u) return Half::beyond;
-    *h = uint16_t(sign | (nearest - 0x38000000u) >> 13);
-    return magnitude & 0x1fff ? Half::rounded : Half::exact;
+// What becomes of floats in fp16; beyond: NaN, infinity, 65520 and more.
+enum class Half { exact, rounded, beyond };
+
+// The fp16 of n floats, to nearest even, without a branch; the worst that becomes of one.
+Half to_fp16(const float* x, int64_t n, uint16_t* h) {
+  uint32_t rounded = 0, beyond = 0;
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t u;
+    memcpy(&u, x + i, 4);
+    const int32_t magnitude = int32_t(u & 0x7fffffffu);
+    // Normal in fp16: from 2^-14 on. Below, the low bits of 0.5 + value count units of 2^-24.
+    const uint32_t normal = (uint32_t(magnitude) + 0xfff + (u >> 13 & 1) - 0x38000000u) >> 13;
+    float value;
+    memcpy(&value, &magnitude, 4);
+    const float shifted = value + 0.5f;
+    uint32_t small;
+    memcpy(&small, &shifted, 4);
+    small -= 0x3f000000u;
+    const uint32_t is_normal = magnitude >= 0x38800000 ? ~0u : 0u, small_lost = shifted - 0.5f != value;
+    rounded |= (is_normal & magnitude & 0x1fff) | (~is_normal & small_lost);
+    beyond |= magnitude >= 0x477ff000;  // rounds to 2^16
+    h[i] = uint16_t((u >> 16 & 0x8000u) | (is_normal & normal) | (~is_normal & small));
   }
-  float value;
-  memcpy(&value, &magnitude, 4);
-  const float units = value * 0x1p24f;                // exact
-  const float nearest = (units + 0x1p23f) - 0x1p23f;  // to even
-  *h = uint16_t(sign | uint16_t(nearest));
-  return units == nearest ? Half::exact : Half::rounded;
+  return beyond ? Half::beyond : rounded ? Half::rounded : Half::exact;
+}
+
+}  // namespace
+
+size_t panel_bytes(WeightType type, int64_t k) {
+  if (type == WeightType::f32) return size_t(k * kLanes * 4);
+  return size_t(blocks_of(k) * shape_of(type).bytes());
+}
+
+size_t packed_bytes(WeightType type, int64_t n, int64_t k) { return size_t(panels_of(n)) * panel_bytes(type, k); }
+
+namespace {
+
+constexpr int64_t kPiece = 128;  // scales of a row that are converted at once: even
+
+// Row r of the source as lane `lane` of a panel.
+template <WeightType type>
+PackError pack_row(const PackSource& s, int64_t r, int64_t lane, uint8_t* panel, bool* rounded) {
+  constexpr Shape shape = shape_of(type);
+  constexpr int64_t each = type == WeightType::q8x16 ? 2 : 1;  // scales of one block
+  const int64_t blocks = blocks_of(s.k), scales = (s.k + s.block - 1) / s.block, spread = s.block * each / kBlock;
+  uint8_t* block = panel;
+  int64_t g = 0;
+  for (int64_t first = 0; first < scales; first += kPiece) {
+    const int64_t count = scales - first < kPiece ? scales - first : kPiece;
+    uint16_t scale[kPiece + 1], min[kPiece];
+    scale[count] = 0;  // the second of a short last block
+    const Half worst = to_fp16(s.scale + r * scales + first, count, scale);
+    if (worst == Half::beyond) return PackError::scale_beyond_fp16;
+    *rounded |= worst == Half::rounded;
+    if (type == WeightType::q4a) {
+      const Half worst_min = to_fp16(s.min + r * scales + first, count, min);
+      if (worst_min == Half::beyond) return PackError::min_beyond_fp16;
+      *rounded |= worst_min == Half::rounded;
+    }
+    for (int64_t j = 0; j < count; j += each) {
+      const int64_t end = g + spread < blocks ? g + spread : blocks;
+      for (; g < end; g++, block += shape.bytes()) {
+        memcpy(block + 2 * lane, scale + j, 2);
+        if (shape.head == 64) memcpy(block + 32 + 2 * lane, type == WeightType::q4a ? min + j : scale + j + 1, 2);
+        uint8_t* to = block + shape.head + 4 * lane;
+        const int64_t index = r * s.k + g * kBlock;
+        const int64_t columns = s.k - g * kBlock < kBlock ? s.k - g * kBlock : kBlock;
+        if (shape.weights == 256)
+          pack_nibbles(static_cast<const uint8_t*>(s.q), index, columns, to);
+        else if (!pack_bytes(static_cast<const int8_t*>(s.q) + index, columns, to))
+          return PackError::weight_below_minus_127;
+      }
+    }
+  }
+  return PackError::none;
+}
+
+template <>
+PackError pack_row<WeightType::f32>(const PackSource& s, int64_t r, int64_t lane, uint8_t* panel, bool*) {
+  const float* from = static_cast<const float*>(s.q) + r * s.k;
+  float* to = reinterpret_cast<float*>(panel) + lane;
+  for (int64_t c = 0; c < s.k; c++) to[c * kLanes] = from[c];
+  return PackError::none;
+}
+
+}  // namespace
+
+PackResult pack_rows(WeightType type, const PackSource& s, int64_t row_begin, int64_t row_end, const int64_t* dest,
+                     void* packed) {
+  constexpr decltype(&pack_row<WeightType::q4>) by_type[] = {
+      // in WeightType's order
+      pack_row<WeightType::q4a>, pack_row<WeightType::q4>, pack_row<WeightType::q8>, pack_row<WeightType::q8x16>,
+      pack_row<WeightType::f32>};
+  PackResult result;
+  for (int64_t r = row_begin; r < row_end && result.error == PackError::none; r++) {
+    const int64_t row = dest ? dest[r] : r;
+    uint8_t* panel = static_cast<uint8_t*>(packed) + size_t(row / kLanes) * panel_bytes(type, s.k);
+    result.error = by_type[int(type)](s, r, row % kLanes, panel, &result.rounded);
+  }
+  return result;
+}
+
+void unpack_row(WeightType type, const void* packed, int64_t k, int64_t row, float* y) {
+  const Shape shape = shape_of(type);
+  const int64_t lane = row % kLanes;
+  const uint8_t* panel = static_cast<const uint8_t*>(packed) + size_t(row / kLanes) * panel_bytes(type, k);
+  if (type == WeightType::f32) {
+    for (int64_t c = 0; c < k; c++) y[c] = reinterpret_cast<const float*>(panel)[c * kLanes + lane];
+    return;
+  }
+  for (int64_t g = 0; g < blocks_of(k); g++) {
+    const uint8_t *block = panel + g * shape.bytes(), *w = block + shape.head + 4 * lane;
+    uint16_t h[2] = {0, 0};
+    memcpy(&h[0], block + 2 * lane, 2);
+    if (shape.head == 64) memcpy(&h[1], block + 32 + 2 * lane, 2);
+    const float scale = from_fp16(h[0]), second = from_fp16(h[1]);
+    uint8_t bytes[kBlock];  // as they are packed; nibbles: the first 16
+    for (int64_t step = 0; step < shape.weights / 64; step++) memcpy(bytes + 4 * step, w + 64 * step, 4);
+    float values[kBlock];
+    for (int c = 0; c < 16; c++) {
+      if (shape.weights == 512) {
+        values[c] = float(bytes[c] - 128) * scale;
+        values[c + 16] = float(bytes[c + 16] - 128) * (type == WeightType::q8x16 ? second : scale);
+      } else if (type == WeightType::q4a) {
+        values[c] = float(bytes[c] & 15) * scale + second;  // the product is exact, so this is fma
+        values[c + 16] = float(bytes[c] >> 4) * scale + second;
+      } else {
+        values[c] = float((bytes[c] & 15) - 8) * scale;
+        values[c + 16] = float((bytes[c] >> 4) - 8) * scale;
+      }
+    }
+    const int64_t columns = k - g * kBlock < kBlock ? k - g * kBlock : kBlock;
+    memcpy(y + g * kBlock, values, size_t(columns) * sizeof(float));
+  }
 }
 
 namespace {
@@ -207,7 +231,8 @@ constexpr size_t kHugePage = size_t(2) << 20;
 
 void* weights_alloc(size_t bytes) {
 #if defined(__linux__)
-  // mmap gives zeroed pages, untouched until they are packed. Over-map to start at a huge page, and give the rest back.
+  // mmap gives zeroed pages, untouched until they are packed. Over-map to start at a huge page, and give the rest
+  // back.
   const bool huge = bytes >= kHugePage;
   const size_t page = 4096, size = (bytes + page - 1) / page * page, spare = huge ? kHugePage : 0;
   if (size == 0) return nullptr;
