@@ -63,7 +63,7 @@ double memory_read(int threads, size_t bytes) {
   ThreadPool pool(threads);
   const size_t part = size_t(1) << 17;
   bytes = (bytes + part - 1) / part * part;
-  auto* data = static_cast<uint64_t*>(weights_alloc(bytes));
+  auto* data = static_cast<uint64_t*>(pages_alloc(bytes));
   if (!data) throw std::bad_alloc();
   std::memset(data, 1, bytes);
   std::vector<uint64_t> sums(size_t(threads) * 8);
@@ -84,7 +84,7 @@ double memory_read(int threads, size_t bytes) {
     pool.run(1, begin, work);
     best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
-  weights_free(data, bytes);
+  pages_free(data, bytes);
   return best;
 }
 

@@ -52,10 +52,10 @@ struct Packed {
   void* data;
 
   Packed(const std::string& name, int64_t rows, int64_t columns)
-      : type(weight_type(name)), n(rows), k(columns), bytes(packed_bytes(type, n, k)), data(weights_alloc(bytes)) {
+      : type(weight_type(name)), n(rows), k(columns), bytes(packed_bytes(type, n, k)), data(pages_alloc(bytes)) {
     if (!data) throw std::bad_alloc();
   }
-  ~Packed() { weights_free(data, bytes); }
+  ~Packed() { pages_free(data, bytes); }
   Packed(const Packed&) = delete;
   Packed& operator=(const Packed&) = delete;
 

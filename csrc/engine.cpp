@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <stdexcept>
@@ -24,8 +23,7 @@ Engine::Engine(ProgramSpec spec, const Kernels& kernels, int threads, int64_t co
       prefill_rows_(prefill_rows),
       weights_(spec_.weights.size()),
       process_(getpid()),
-      pool_(threads),
-      arena_(nullptr, std::free) {
+      pool_(threads) {
   last_use_.assign(spec_.slots.size(), -1);
   for (size_t i = 0; i < spec_.ops.size(); ++i) {
     ops_.push_back(make_op(static_cast<int>(i), spec_.ops[i]));
@@ -80,9 +78,9 @@ PackResult Engine::pack(int weight, const PackSource& source, const int64_t* des
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!weights_[weight]) {
       const size_t bytes = packed_bytes(w.type, w.n, w.k);
-      void* p = weights_alloc(bytes);
+      void* p = pages_alloc(bytes);
       if (!p) throw std::bad_alloc();
-      weights_[weight] = {p, FreeWeight{bytes}};
+      weights_[weight] = {p, FreePages{bytes}};
       run_.weights[weight] = p;
     }
   }
@@ -171,14 +169,15 @@ void Engine::prepare(const std::vector<int64_t>& symbols) {
   if (key == planned_) return place();
   planned_.clear();
   const size_t bytes = lay_out(run_, &offsets_, &temp_, &scratch_bytes_);
-  const size_t wanted = bytes + scratch_bytes_ * run_.threads;
+  const size_t wanted = std::max(bytes + scratch_bytes_ * run_.threads, kAlign), old = arena_.get_deleter().bytes;
   constexpr size_t kWorthFreeing = 8 << 20;
-  if (wanted > arena_bytes_ || (arena_bytes_ > kWorthFreeing && wanted < arena_bytes_ / 8)) {
-    arena_.reset();
-    arena_bytes_ = 0;
-    arena_.reset(static_cast<uint8_t*>(std::aligned_alloc(kAlign, align(std::max<size_t>(wanted, kAlign)))));
-    if (!arena_) throw std::bad_alloc();
-    arena_bytes_ = wanted;
+  if (wanted > old || (old > kWorthFreeing && wanted < old / 8)) {
+    // Where it grows a little a call (by masks of all tokens, say), it grows by a quarter: each time its pages are new.
+    const size_t size = std::max(wanted, wanted > old ? old + old / 4 : 0);
+    arena_ = {nullptr, FreePages{}};
+    void* p = pages_alloc(size);
+    if (!p) throw std::bad_alloc();
+    arena_ = {static_cast<uint8_t*>(p), FreePages{size}};
   }
   scratch_at_ = bytes;
   planned_ = std::move(key);

@@ -34,6 +34,11 @@ struct Call {
   std::vector<int64_t> symbols;              // of ProgramSpec::symbols
 };
 
+struct FreePages {
+  size_t bytes = 0;
+  void operator()(void* p) const { pages_free(p, bytes); }
+};
+
 class Engine {
  public:
   // Nothing large is allocated here. threads >= 1. `context`: the most tokens of a state.
@@ -96,11 +101,7 @@ class Engine {
   ProgramSpec spec_;
   Kernels kernels_;
   int64_t context_, prefill_rows_;
-  struct FreeWeight {
-    size_t bytes = 0;
-    void operator()(void* p) const { weights_free(p, bytes); }
-  };
-  std::vector<std::unique_ptr<void, FreeWeight>> weights_;
+  std::vector<std::unique_ptr<void, FreePages>> weights_;
   std::vector<std::unique_ptr<Op>> ops_;
   std::vector<std::pair<int, int>> phases_;  // (operation, its phase)
   std::vector<int> last_use_;                // by root slot: the last operation that touches it
@@ -112,10 +113,10 @@ class Engine {
   Run run_;
   std::vector<int64_t> planned_;  // sizes and pieces for which run_ is laid out
   std::vector<size_t> offsets_, temp_;
-  std::unique_ptr<uint8_t, void (*)(void*)> arena_;
+  std::unique_ptr<uint8_t, FreePages> arena_;
   bool profiling_ = false;
   Profile profile_;
-  size_t arena_bytes_ = 0, scratch_at_ = 0, scratch_bytes_ = 0;
+  size_t scratch_at_ = 0, scratch_bytes_ = 0;
 };
 
 }  // namespace edgeformer

@@ -25,7 +25,7 @@ int main(int argc, char** argv) {
     PackSource source = {};
     source.q = q.data(), source.scale = scale.data(), source.min = scale.data(), source.n = n, source.k = k;
     source.block = 32;
-    void* packed = weights_alloc(packed_bytes(type, n, k));
+    void* packed = pages_alloc(packed_bytes(type, n, k));
     if (pack_rows(type, source, 0, n, nullptr, packed).error != PackError::none) throw std::runtime_error("pack_rows");
     std::vector<int8_t> xq(static_cast<size_t>(m * blocks_of(k) * kBlock));
     std::vector<XBlock> xb(static_cast<size_t>(m * blocks_of(k)));
@@ -33,7 +33,7 @@ int main(int argc, char** argv) {
     const LinearArgs a = {packed, n, k, xq.data(), xb.data(), x.data(), k, m, y.data(), n};
     for (int i = std::atoi(argv[6]); i > 0; i--) kernels.linear[int(type)](a, 0, panels_of(n));
     std::printf("%g\n", double(y.back()));
-    weights_free(packed, packed_bytes(type, n, k));
+    pages_free(packed, packed_bytes(type, n, k));
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return 1;

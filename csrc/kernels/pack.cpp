@@ -229,9 +229,9 @@ namespace {
 constexpr size_t kHugePage = size_t(2) << 20;
 }
 
-void* weights_alloc(size_t bytes) {
+void* pages_alloc(size_t bytes) {
 #if defined(__linux__)
-  // mmap gives zeroed pages, untouched until they are packed. Over-map to start at a huge page, and give the rest
+  // mmap gives zeroed pages, untouched until they are written. Over-map to start at a huge page, and give the rest
   // back.
   const bool huge = bytes >= kHugePage;
   const size_t page = 4096, size = (bytes + page - 1) / page * page, spare = huge ? kHugePage : 0;
@@ -255,7 +255,7 @@ void* weights_alloc(size_t bytes) {
 #endif
 }
 
-void weights_free(void* p, size_t bytes) {
+void pages_free(void* p, size_t bytes) {
   if (!p) return;
 #if defined(__linux__)
   munmap(p, (bytes + 4095) / 4096 * 4096);

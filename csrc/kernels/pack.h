@@ -42,8 +42,9 @@ PackResult pack_rows(WeightType type, const PackSource& source, int64_t row_begi
 // One packed row as floats, y[k]: an embedding row out of a tied head. The value is float(q) * s; q4a: fma(q, s, m).
 void unpack_row(WeightType type, const void* packed, int64_t k, int64_t row, float* y);
 
-// Zeroed memory for packed weights, 2 MiB aligned when large, with huge pages asked for; null if there is none.
-void* weights_alloc(size_t bytes);
-void weights_free(void* p, size_t bytes);
+// Zeroed memory, 2 MiB aligned when large, with huge pages asked for; null if there is none. Not touched before its
+// use.
+void* pages_alloc(size_t bytes);
+void pages_free(void* p, size_t bytes);
 
 }  // namespace edgeformer

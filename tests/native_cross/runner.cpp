@@ -67,7 +67,7 @@ void linears(const Kernels& kernels) {
                               : bytes.data();
       source.scale = scale.data(), source.min = min.data(), source.n = n, source.k = k, source.block = block;
       const size_t size = packed_bytes(WeightType(type), n, k);
-      void* packed = weights_alloc(size);
+      void* packed = pages_alloc(size);
       if (pack_rows(WeightType(type), source, 0, n, nullptr, packed).error != PackError::none)
         throw std::runtime_error("pack_rows failed");
       for (const int64_t m : rows) {
@@ -84,7 +84,7 @@ void linears(const Kernels& kernels) {
         kernels.linear[type](a, 0, panels_of(n));
         print("linear " + name, y);
       }
-      weights_free(packed, size);
+      pages_free(packed, size);
     }
   }
 }
