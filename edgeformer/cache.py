@@ -12,6 +12,8 @@ import secrets
 from contextlib import suppress
 from pathlib import Path
 
+from platformdirs import user_cache_dir
+
 MOST = 256  # entries; the longest unused go first
 _DIGEST = 32
 
@@ -21,8 +23,6 @@ def folder() -> Path | None:
     named = os.environ.get("EDGEFORMER_CACHE")
     if named is not None:
         return Path(named).expanduser() if named else None
-    from platformdirs import user_cache_dir
-
     return Path(user_cache_dir("edgeformer", appauthor=False))
 
 
