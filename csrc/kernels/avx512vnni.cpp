@@ -71,13 +71,29 @@ struct S {
   }
   static F half(const uint8_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static void narrow(int8_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(v)); }
-  static void sums4(I a, I b, I c, I d, int32_t* sums) {
-    const I ab = iadd(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-    const I cd = iadd(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-    const I all = iadd(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  static void put_blocks(int8_t* p, int8_t* q, I a, I b, I c, I d, int32_t* sums) {
+    // Dword 4 i + j of `w`: 4 bytes of the i-th quarter of a, b, c or d.
+    const __m512i w = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i bytes = _mm512_permutexvar_epi32(order, w);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(bytes));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), _mm512_extracti64x4_epi64(bytes, 1));
+    const __m512i all = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), w);
     const __m256i two = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
     const __m128i one = _mm_add_epi32(_mm256_castsi256_si128(two), _mm256_extracti128_si256(two, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(sums), one);
+  }
+  using Quad = __m128;
+  static Quad tops4(I a, I b, I c, I d) {
+    const I ab = imax(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    const I cd = imax(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    const I all = imax(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    const __m256i two = _mm256_max_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    return _mm_castsi128_ps(_mm_max_epi32(_mm256_castsi256_si128(two), _mm256_extracti128_si256(two, 1)));
+  }
+  static F join(Quad a, Quad b, Quad c, Quad d) {
+    const __m256 ab = _mm256_insertf128_ps(_mm256_castps128_ps256(a), b, 1);
+    return _mm512_insertf32x8(_mm512_castps256_ps512(ab), _mm256_insertf128_ps(_mm256_castps128_ps256(c), d, 1), 1);
   }
   static void narrow16(int16_t* p, I v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(v));

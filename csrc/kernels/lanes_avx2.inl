@@ -116,12 +116,27 @@ struct Lanes {
     m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
     return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1)));
   }
-  static void sums4(I a, I b, I c, I d, int32_t* sums) {
-    sums[0] = isum(a);
-    sums[1] = isum(b);
-    sums[2] = isum(c);
-    sums[3] = isum(d);
+  static __m256i put_block(int8_t* p, I a, I b) {  // and the sums of its quarters: 4 of a, 4 of b
+    const __m256i w = _mm256_packs_epi16(_mm256_packs_epi32(a.a, a.b), _mm256_packs_epi32(b.a, b.b));
+    const __m256i q = _mm256_permutevar8x32_epi32(w, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), q);
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), q), _mm256_set1_epi16(1));
   }
+  static void put_blocks(int8_t* p, int8_t* q, I a, I b, I c, I d, int32_t* sums) {
+    const __m256i s = _mm256_hadd_epi32(put_block(p, a, b), put_block(q, c, d)), t = _mm256_hadd_epi32(s, s);
+    const __m128i all = _mm_unpacklo_epi32(_mm256_castsi256_si128(t), _mm256_extracti128_si256(t, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(sums), all);
+  }
+  using Quad = __m128;
+  static Quad tops4(I a, I b, I c, I d) {
+    const __m256i e = _mm256_max_epi32(a.a, a.b), f = _mm256_max_epi32(b.a, b.b);
+    const __m256i g = _mm256_max_epi32(c.a, c.b), h = _mm256_max_epi32(d.a, d.b);
+    const __m256i ef = _mm256_max_epi32(_mm256_unpacklo_epi32(e, f), _mm256_unpackhi_epi32(e, f));
+    const __m256i gh = _mm256_max_epi32(_mm256_unpacklo_epi32(g, h), _mm256_unpackhi_epi32(g, h));
+    const __m256i all = _mm256_max_epi32(_mm256_unpacklo_epi64(ef, gh), _mm256_unpackhi_epi64(ef, gh));
+    return _mm_castsi128_ps(_mm_max_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
+  }
+  static F join(Quad a, Quad b, Quad c, Quad d) { return {_mm256_set_m128(b, a), _mm256_set_m128(d, c)}; }
 
   static __m256i bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static W load_w(const uint8_t* p) { return {bytes(p), bytes(p + 32)}; }

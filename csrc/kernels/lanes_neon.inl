@@ -112,12 +112,20 @@ struct Lanes {
   }
   static int32_t isum(I x) { return vaddvq_s32(vaddq_s32(vaddq_s32(x.v[0], x.v[1]), vaddq_s32(x.v[2], x.v[3]))); }
   static int32_t imaximum(I x) { return vmaxvq_s32(vmaxq_s32(vmaxq_s32(x.v[0], x.v[1]), vmaxq_s32(x.v[2], x.v[3]))); }
-  static void sums4(I a, I b, I c, I d, int32_t* sums) {
-    sums[0] = isum(a);
-    sums[1] = isum(b);
-    sums[2] = isum(c);
-    sums[3] = isum(d);
+  static void put_blocks(int8_t* p, int8_t* q, I a, I b, I c, I d, int32_t* sums) {
+    narrow(p, a);
+    narrow(p + 16, b);
+    narrow(q, c);
+    narrow(q + 16, d);
+    const auto four = [](I x) { return vaddq_s32(vaddq_s32(x.v[0], x.v[1]), vaddq_s32(x.v[2], x.v[3])); };
+    vst1q_s32(sums, vpaddq_s32(vpaddq_s32(four(a), four(b)), vpaddq_s32(four(c), four(d))));
   }
+  using Quad = float32x4_t;
+  static Quad tops4(I a, I b, I c, I d) {
+    const auto four = [](I x) { return vmaxq_s32(vmaxq_s32(x.v[0], x.v[1]), vmaxq_s32(x.v[2], x.v[3])); };
+    return vreinterpretq_f32_s32(vpmaxq_s32(vpmaxq_s32(four(a), four(b)), vpmaxq_s32(four(c), four(d))));
+  }
+  static F join(Quad a, Quad b, Quad c, Quad d) { return {a, b, c, d}; }
 
   static W load_w(const uint8_t* p) {
     const int8x16x4_t w = vld1q_s8_x4(reinterpret_cast<const int8_t*>(p));

@@ -6,7 +6,9 @@
 //   load store load_n store_n (n in 1..15: touches nothing beyond) set1 add sub mul div sqrt fma(a,b,c)=a*b+c
 //   max(a,b) = a > b ? a : b, min likewise (b where either is NaN), select_lt(a,b,x,y) = a < b ? x : y
 //   abs neg with_sign, bits/from_bits, isub iadd ishl23 imax iset1, to_int (nearest even), to_float, s8 (16 int8 -> F)
-//   half (16 fp16 -> F), narrow (16 int32 in -128..127 -> 16 bytes), sum (the tree), isum, imaximum, sums4 (isum of 4)
+//   half (16 fp16 -> F), narrow (16 int32 in -128..127 -> 16 bytes), sum (the tree), isum, imaximum
+//   put_blocks(p, q, a, b, c, d, sums): a and b narrowed at p, c and d at q (values -127..127), and the isum of each
+//   tops4 (imaximum of 4 -> Quad, as floats), join (4 Quads -> F)
 //   kPowers: whether there are fraction(x) = x - round(x) and times_power<bounded>(p, x, fraction) = p * 2^round(x), 0
 //     below -126 unless bounded
 //   Weights: W holds 4 columns of 16 rows as bytes; byte_weight(p) -> W (from q + 128). X gives 16 columns of one

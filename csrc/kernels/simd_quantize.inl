@@ -1,54 +1,70 @@
 // Floats -> int8: activations by blocks, and the keys and values of the cache. Included by simd.inl.
 
 // 16 blocks at a time, of as many rows as that takes: scales are divided together, and no block waits for another.
-inline void quantize(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t block_begin, int64_t block_end,
-                     int8_t* xq, XBlock* xb) {
+// whole: every block has all its columns.
+template <bool whole>
+inline void quantize_blocks(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t block_begin, int64_t block_end,
+                            int8_t* xq, XBlock* xb) {
   const int64_t blocks = blocks_of(k), all = m * (block_end - block_begin);
   const F least = f16(0x1p-100f), zero = f16(0.0f), limit = f16(127.0f);
   int64_t row = 0, g = block_begin;
   for (int64_t done = 0; done < all; done += 16) {
-    const int64_t count = all - done < 16 ? all - done : 16;
-    const float* from[17] = {};
-    int64_t columns[17] = {}, to[17];
-    alignas(64) int32_t tops[16] = {};
-    for (int64_t j = 0; j < count; j++) {
+    const int64_t count = all - done < 16 ? all - done : 16, fours = round_up(count, 4);
+    const float* from[16];
+    int64_t columns[16], to[16];
+    for (int64_t j = 0; j < fours; j++) {
       from[j] = x + row * ldx + g * kBlock;
       columns[j] = k - g * kBlock;
       to[j] = row * blocks + g;
-      if (++g == block_end) {
+      if (j + 1 < count && ++g == block_end) {  // the last one fills the four, and is written once
         g = block_begin;
         row++;
       }
     }
-    from[count] = from[count - 1];  // the odd one's neighbour, not written
-    columns[count] = columns[count - 1];
-    const auto low = [&](int64_t j) __attribute__((always_inline)) { return load_tail(from[j], columns[j]); };
-    const auto high = [&](int64_t j) __attribute__((always_inline)) {
-      return columns[j] > 16 ? load_tail(from[j] + 16, columns[j] - 16) : zero;
+    if (++g == block_end) {
+      g = block_begin;
+      row++;
+    }
+    const auto low = [&](int64_t j) __attribute__((always_inline)) {
+      return whole ? S::load(from[j]) : load_tail(from[j], columns[j]);
     };
-    for (int64_t j = 0; j < count; j++)
-      tops[j] = S::imaximum(S::imax(S::bits(S::abs(low(j))), S::bits(S::abs(high(j)))));
-    alignas(64) float scale[16], inverse[17];
-    const F top = S::load(reinterpret_cast<const float*>(tops));
+    const auto high = [&](int64_t j) __attribute__((always_inline)) {
+      return whole ? S::load(from[j] + 16) : columns[j] > 16 ? load_tail(from[j] + 16, columns[j] - 16) : zero;
+    };
+    S::Quad tops[4] = {};
+    for (int64_t j = 0; j < fours; j += 4) {
+      I v[4];
+      each<4>([&](auto e) __attribute__((always_inline)) {
+        v[e] = S::imax(S::bits(S::abs(low(j + e))), S::bits(S::abs(high(j + e))));
+      });
+      tops[j / 4] = S::tops4(v[0], v[1], v[2], v[3]);
+    }
+    alignas(64) float scale[16], inverse[16];
+    const F top = S::join(tops[0], tops[1], tops[2], tops[3]);
     S::store(scale, S::select_lt(top, least, zero, S::div(top, limit)));
     S::store(inverse, S::select_lt(top, least, zero, S::div(limit, top)));
-    inverse[count] = 0.0f;
     for (int64_t j = 0; j < count; j += 2) {
       I v[4];
       each<4>([&](auto e) __attribute__((always_inline)) {
         const int64_t b = j + e / 2;
         v[e] = S::to_int(S::mul(e % 2 ? high(b) : low(b), f16(inverse[b])));
       });
-      int32_t sums[4];
-      S::sums4(v[0], v[1], v[2], v[3], sums);
-      for (int64_t e = 0; e < 2 && j + e < count; e++) {
-        const int32_t sum = sums[2 * e] + sums[2 * e + 1];
-        S::narrow(xq + to[j + e] * kBlock, v[2 * e]);
-        S::narrow(xq + to[j + e] * kBlock + 16, v[2 * e + 1]);
-        xb[to[j + e]] = {scale[j + e], scale[j + e] * float(sum), -128 * sum, -128 * sums[2 * e]};
-      }
+      int32_t halves[4];
+      S::put_blocks(xq + to[j] * kBlock, xq + to[j + 1] * kBlock, v[0], v[1], v[2], v[3], halves);
+      each<2>([&](auto e) __attribute__((always_inline)) {
+        const int32_t sum = halves[2 * e] + halves[2 * e + 1];
+        xb[to[j + e]] = {scale[j + e], scale[j + e] * float(sum), -128 * sum, -128 * halves[2 * e]};
+      });
     }
   }
+}
+
+inline void quantize(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t block_begin, int64_t block_end,
+                     int8_t* xq, XBlock* xb) {
+  if (block_end * kBlock <= k)
+    quantize_blocks<true>(x, ldx, m, k, block_begin, block_end, xq, xb);
+  else
+    quantize_blocks<false>(x, ldx, m, k, block_begin, block_end, xq, xb);
 }
 
 // Scale and multiplier of values whose absolute maximum has these bits.
