@@ -109,7 +109,8 @@ def test_unary_has_the_same_bits_and_keeps_to_its_length(isa: str, op: str) -> N
 @pytest.mark.parametrize("isa", ISAS)
 def test_nan_stays_nan(isa: str) -> None:
     # the usual one, and payloads whose low bits an exponent's arithmetic could turn into a number
-    x = np.append(np.uint32(0x7FC00000), np.uint32(0x7FC00000) + np.arange(1, 512, 28, dtype=np.uint32)).view(np.float32)
+    payloads = np.append([0], np.arange(1, 512, 28)).astype(np.uint32)
+    x = (np.uint32(0x7FC00000) + payloads).view(np.float32)
     for op in UNARY:
         y = np.zeros_like(x)
         testing.Table(isa).unary(op, x, y)
