@@ -21,7 +21,6 @@ Engine::Engine(ProgramSpec spec, const Kernels& kernels, int threads, int64_t co
       kernels_(kernels),
       context_(context),
       prefill_rows_(prefill_rows),
-      weights_(spec_.weights.size()),
       process_(getpid()),
       pool_(threads) {
   last_use_.assign(spec_.slots.size(), -1);
@@ -76,15 +75,24 @@ PackResult Engine::pack(int weight, const PackSource& source, const int64_t* des
   const WeightSpec& w = spec_.weights[weight];
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (!weights_[weight]) {
-      const size_t bytes = packed_bytes(w.type, w.n, w.k);
-      void* p = pages_alloc(bytes);
-      if (!p) throw std::bad_alloc();
-      weights_[weight] = {p, FreePages{bytes}};
-      run_.weights[weight] = p;
-    }
+    if (!weights_) make_weights();
   }
-  return pack_rows(w.type, source, 0, source.n, dest, weights_[weight].get());
+  return pack_rows(w.type, source, 0, source.n, dest, const_cast<void*>(run_.weights[weight]));
+}
+
+// One piece of memory for all: most weights are smaller than a huge page.
+void Engine::make_weights() {
+  size_t total = 0;
+  for (const WeightSpec& w : spec_.weights) total += align(packed_bytes(w.type, w.n, w.k));
+  void* p = pages_alloc(total);
+  if (!p) throw std::bad_alloc();
+  weights_ = {static_cast<uint8_t*>(p), FreePages{total}};
+  uint8_t* at = weights_.get();
+  for (size_t i = 0; i < spec_.weights.size(); ++i) {
+    const WeightSpec& w = spec_.weights[i];
+    run_.weights[i] = at;
+    at += align(packed_bytes(w.type, w.n, w.k));
+  }
 }
 
 void Engine::in_parallel(int64_t count, FunctionRef<void(int64_t)> work) {

@@ -54,8 +54,8 @@ class Engine {
   // Working memory for these symbols (one state).
   size_t scratch_bytes(const std::vector<int64_t>& symbols, int64_t rows, int64_t past);
 
-  // Packs the rows of a source into weight `weight`; `rounded` where some scale had no exact fp16 value. Several threads
-  // may pack at once, each rows of its own.
+  // Packs the rows of a source into weight `weight`; `rounded` where some scale had no exact fp16 value. Several
+  // threads may pack at once, each rows of its own.
   PackResult pack(int weight, const PackSource& source, const int64_t* dest);
   // work(0) ... work(count - 1) by all threads, claimed in this order.
   void in_parallel(int64_t count, FunctionRef<void(int64_t)> work);
@@ -90,6 +90,7 @@ class Engine {
   void run_alone(Call& call, std::vector<Output>& outputs);
   void run_pieces(const std::vector<Call>& calls, const std::vector<Piece>& pieces, std::vector<Output>& outputs);
   void execute(std::vector<Output>& outputs);
+  void make_weights();
   void run_phases();
   void prepare(const std::vector<int64_t>& symbols);
   void place();
@@ -101,7 +102,7 @@ class Engine {
   ProgramSpec spec_;
   Kernels kernels_;
   int64_t context_, prefill_rows_;
-  std::vector<std::unique_ptr<void, FreePages>> weights_;
+  std::unique_ptr<uint8_t, FreePages> weights_;  // all packed weights, one behind the other; made by the first `pack`
   std::vector<std::unique_ptr<Op>> ops_;
   std::vector<std::pair<int, int>> phases_;  // (operation, its phase)
   std::vector<int> last_use_;                // by root slot: the last operation that touches it
