@@ -18,7 +18,7 @@ constexpr int64_t kSerialMerge = 4096;  // floats of partials merged without a b
 
 enum Input { kQ, kK, kV, kMask, kCosQ, kSinQ, kCosK, kSinK, kNormQ, kBiasQ, kNormK, kBiasK };
 // The run's state: [0] prefill?, [1] KV chunks a task (0: whole sequences), [2] most KV chunks of a sequence
-enum State { kPrefill, kSplit, kChunks, kStateSize };
+enum State { kPrefill, kSplit, kChunks, kTasks, kStateSize };
 
 struct Sequence {
   uint8_t* const* chunks;
@@ -76,7 +76,10 @@ class Attend final : public Op {
     if (phase == 1) {
       const int64_t tasks = sequences(run) * kv_heads_;
       if (s[kPrefill]) {
-        return tasks * ((max_rows(run) + kQueryTile - 1) / kQueryTile);
+        const int64_t tiles = (max_rows(run) + kQueryTile - 1) / kQueryTile;
+        // Many short sequences: a task is small, so a thread takes several at a time.
+        s[kTasks] = tiles > 1 ? 1 : std::max<int64_t>(1, tasks / (run.threads * 16));
+        return (tasks + s[kTasks] - 1) / s[kTasks] * tiles;
       }
       if (s[kChunks] > 1 && run.threads > 1 && tasks < run.threads * 4) {
         s[kSplit] = std::max<int64_t>(1, s[kChunks] * tasks / (run.threads * 16));
@@ -103,9 +106,10 @@ class Attend final : public Op {
     if (phase == 0) {
       prepare(run, chunk * kPrepRows, kPrepRows);
     } else if (phase == 1 && s[kPrefill]) {
-      const int64_t tiles = (max_rows(run) + kQueryTile - 1) / kQueryTile;
+      const int64_t tiles = (max_rows(run) + kQueryTile - 1) / kQueryTile, task = chunk / tiles * s[kTasks];
+      const int64_t end = std::min(task + s[kTasks], sequences(run) * kv_heads_);
       // The last query tiles see the most keys: they go first, so that the threads end together.
-      prefill(run, chunk / tiles, (tiles - 1 - chunk % tiles) * kQueryTile);
+      for (int64_t t = task; t < end; ++t) prefill(run, t, (tiles - 1 - chunk % tiles) * kQueryTile);
     } else if (phase == 1) {
       decode(run, chunk, thread);
     } else {
@@ -308,8 +312,10 @@ class Attend final : public Op {
     if (q_rows > 0 && turns(q_))
       turn(run, q_, kQ, kCosQ, kNormQ, row, q_rows, heads_, 0, heads_, q + row * heads_ * dim_);
     const int64_t k_end = std::min(row + rows, in(run, kK).rows());
-    for (int64_t i = 0; i < sequences(run); ++i) {
+    const int64_t each = by_segments(run) ? 0 : in(run, kK).shape[1];  // keys of a sequence, where all have as many
+    for (int64_t i = each ? row / each : 0; i < sequences(run); ++i) {
       const Sequence s = sequence(run, i);
+      if (s.k_row >= k_end) break;
       const int64_t first = std::max(row, s.k_row), last = std::min(k_end, s.k_row + s.k_rows);
       if (first >= last) continue;
       const float* keys = in(run, kK).f32() + first * kv_heads_ * dim_;
