@@ -13,6 +13,7 @@ import pytest
 
 import edgeformer
 from edgeformer import cache
+from edgeformer.bundle import seal
 from edgeformer.errors import BundleError, EngineUnavailable
 from edgeformer.native import lowering, prepared
 from edgeformer.native.engine import NativeEngine
@@ -94,6 +95,26 @@ def test_other_weights_are_another_model(q8, tmp_path, kept, lowered):
     again = answer(NativeEngine.from_bundle(bundle, threads=1))
     assert len(lowered) == 2
     np.testing.assert_array_equal(after[0], again[0])
+
+
+def test_bundles_that_differ_in_their_weights_alone_are_told_apart(q8, tmp_path, kept, lowered):
+    """Equal graphs, sizes and times, as archives with normalized times have them: the manifests differ."""
+    answers = []
+    for name, change in (("one", 0), ("other", 1)):
+        bundle = tmp_path / name
+        shutil.copytree(q8, bundle)
+        data = bundle / "model.onnx.data"
+        values = np.fromfile(data, np.float32)
+        small = (np.abs(values) > 0.5) & (np.abs(values) < 2)  # the norms' weights are about 1
+        assert small.any()
+        values[small] *= 1 + change
+        values.tofile(data)
+        manifest = json.loads((bundle / "edgeformer.json").read_text())
+        seal(bundle, {key: value for key, value in manifest.items() if key != "files"})
+        os.utime(data, ns=(10**18, 10**18))
+        answers.append(answer(NativeEngine.from_bundle(bundle, threads=1))[0])
+    assert len(lowered) == 2
+    assert not np.array_equal(*answers)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ class Emitter:
         inside = {"float16": "float32", "int32": "int64", "uint8": "int64", "int8": "int64", "int4": "int64"}
         dtype = inside.get(c.dtype, c.dtype)
         index = self.new_slot(name, Info(dtype, c.shape))
-        self.p.slots[index].constant = np.ascontiguousarray(c.array().astype(dtype))
+        self.p.slots[index].constant = np.ascontiguousarray(c.array(), dtype)
         return index
 
     def out(self, node: Node) -> int:

@@ -20,7 +20,6 @@ SLOT_TYPES = ("f32", "i64", "bool", "quant")  # csrc/program.h: enum class DType
 HALVES = ("all", "gate", "up")  # csrc/bindings_program.cpp: which panels of 16 packed rows a part fills
 PACK_ROWS = 8192  # rows packed from one read of the mapped file, so that peak memory stays near the packed size
 
-
 # What `native.pack` takes: number of the weight, a name for messages, q, scales, minima, rows, columns of a block,
 # first packed row, an index of HALVES, and the arrays whose mapped pages are given back.
 Piece = tuple[int, str, Array, Array | None, Array | None, int, int, int, int, list[Array]]
@@ -112,11 +111,12 @@ def pieces(number: int, p: Prepared) -> Iterator[Piece]:
         for start, stop in part.ranges():
             for at in range(start, stop, PACK_ROWS):
                 end = min(stop, at + PACK_ROWS)
-                q, scale, minimum = _rows(p.constants, part, at, end)
-                mapped = [a for a in (q, scale, minimum) if a is not None and _is_mapped(a)]
-                yield (
-                    number, part.q, q, scale, minimum, end - at, part.block, packed_row, HALVES.index(role), mapped,
-                )  # fmt: skip
+                rows = _rows(p.constants, part, at, end)
+                read: list[Array | None] = list(rows)
+                if not _is_as_stored(part, p):  # copies of what is given back as a whole
+                    read = [p.constants[name].data for name in (part.q, part.scale, part.min) if name and end == stop]
+                mapped = [a for a in read if a is not None and _is_mapped(a)]
+                yield (number, part.q, *rows, end - at, part.block, packed_row, HALVES.index(role), mapped)
                 packed_row += end - at
 
 

@@ -1,7 +1,8 @@
 """What an engine is made of, as plain data: the lowered program, and where its weights lie in the bundle's files.
 
 Lowering takes longer than all else of a load, and gives the same for the same graph. So its result is kept (`cache`):
-under the graph's content and the code that lowered it, and only while the weights file has the size and time it had.
+under the graph's content, the manifest's (which names the weights by their SHA-256) and the code that lowered it; and
+only while the weights file has the size and time that it had.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 import edgeformer
 from edgeformer import cache
+from edgeformer.manifest import MANIFEST
 from edgeformer.native.graph import Array, Constant
 from edgeformer.native.program import PackedWeight, Program, Weight
 
@@ -105,10 +107,11 @@ def _entry(path: Path) -> str:
     try:
         if path.stat().st_size > LARGEST_KEPT:
             return ""
-        graph = path.read_bytes()
+        graph, manifest = path.read_bytes(), path.with_name(MANIFEST)
+        named = manifest.read_bytes() if manifest.is_file() else b""
     except OSError:
         return ""  # lowering says what is wrong
-    return cache.key(b"prepared", edgeformer.__version__.encode(), _code(), graph) + ".program"
+    return cache.key(b"prepared", edgeformer.__version__.encode(), _code(), graph, named) + ".program"
 
 
 def _code() -> bytes:
@@ -127,7 +130,7 @@ class _Blob:
     """Arrays behind one another, and their places."""
 
     def __init__(self, files: Mapping[str, Array]) -> None:
-        self.parts: list[bytes] = []
+        self.parts: list[Array] = []
         self.size = 0
         self.files = {name: (mapped.ctypes.data, mapped.nbytes) for name, mapped in files.items()}
 
@@ -139,10 +142,14 @@ class _Blob:
         for name, (start, length) in self.files.items():
             if start <= at and at + plain.nbytes <= start + length:
                 return found | {"file": name, "at": at - start}
-        raw, place = plain.tobytes(), self.size
-        self.parts.append(raw + bytes(-len(raw) % _ALIGNED))
-        self.size += len(self.parts[-1])
+        place = self.size
+        self.parts.append(plain)
+        self.size += plain.nbytes + -plain.nbytes % _ALIGNED
         return found | {"at": place}
+
+    def __iter__(self) -> Iterator[bytes]:
+        for part in self.parts:
+            yield part.tobytes() + bytes(-part.nbytes % _ALIGNED)
 
 
 def _as_bytes(p: Prepared, folder: Path) -> bytes | None:
@@ -159,7 +166,7 @@ def _as_bytes(p: Prepared, folder: Path) -> bytes | None:
         return None
     text = json.dumps(header, default=_number, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNED)
-    return b"".join([len(text).to_bytes(8, "little"), text, *blob.parts])
+    return b"".join([len(text).to_bytes(8, "little"), text, *blob])
 
 
 _PLAIN = ("inputs", "outputs", "dtypes", "defaults", "keep", "rows", "past", "batch_local")
