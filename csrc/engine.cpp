@@ -22,7 +22,8 @@ Engine::Engine(ProgramSpec spec, const Kernels& kernels, int threads, int64_t co
       context_(context),
       prefill_rows_(prefill_rows),
       process_(getpid()),
-      pool_(threads) {
+      pool_(threads),
+      arena_(nullptr, std::free) {
   last_use_.assign(spec_.slots.size(), -1);
   for (size_t i = 0; i < spec_.ops.size(); ++i) {
     ops_.push_back(make_op(static_cast<int>(i), spec_.ops[i]));
@@ -177,15 +178,14 @@ void Engine::prepare(const std::vector<int64_t>& symbols) {
   if (key == planned_) return place();
   planned_.clear();
   const size_t bytes = lay_out(run_, &offsets_, &temp_, &scratch_bytes_);
-  const size_t wanted = std::max(bytes + scratch_bytes_ * run_.threads, kAlign), old = arena_.get_deleter().bytes;
+  const size_t wanted = bytes + scratch_bytes_ * run_.threads;
   constexpr size_t kWorthFreeing = 8 << 20;
-  if (wanted > old || (old > kWorthFreeing && wanted < old / 8)) {
-    // Where it grows a little a call (by masks of all tokens, say), it grows by a quarter: each time its pages are new.
-    const size_t size = std::max(wanted, wanted > old ? old + old / 4 : 0);
-    arena_ = {nullptr, FreePages{}};
-    void* p = pages_alloc(size);
-    if (!p) throw std::bad_alloc();
-    arena_ = {static_cast<uint8_t*>(p), FreePages{size}};
+  if (wanted > arena_bytes_ || (arena_bytes_ > kWorthFreeing && wanted < arena_bytes_ / 8)) {
+    arena_.reset();
+    arena_bytes_ = 0;
+    arena_.reset(static_cast<uint8_t*>(std::aligned_alloc(kAlign, align(std::max<size_t>(wanted, kAlign)))));
+    if (!arena_) throw std::bad_alloc();
+    arena_bytes_ = wanted;
   }
   scratch_at_ = bytes;
   planned_ = std::move(key);

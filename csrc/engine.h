@@ -114,10 +114,10 @@ class Engine {
   Run run_;
   std::vector<int64_t> planned_;  // sizes and pieces for which run_ is laid out
   std::vector<size_t> offsets_, temp_;
-  std::unique_ptr<uint8_t, FreePages> arena_;
+  std::unique_ptr<uint8_t, void (*)(void*)> arena_;
   bool profiling_ = false;
   Profile profile_;
-  size_t scratch_at_ = 0, scratch_bytes_ = 0;
+  size_t arena_bytes_ = 0, scratch_at_ = 0, scratch_bytes_ = 0;
 };
 
 }  // namespace edgeformer
