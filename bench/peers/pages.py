@@ -195,15 +195,17 @@ def greedy_line(saved: dict[str, Any]) -> str:
 
 
 def stream_line(saved: dict[str, Any]) -> str:
-    """How much of the engine's speed the public Python loop keeps."""
+    """How much of the engine's speed the public Python loop keeps: the median over the rounds, in each of which the two
+    turns follow each other."""
     parts = []
     for threads in sorted(saved["threads"], reverse=True):
-        got = [
-            saved["measured"].get(f"{OURS} {name}", {}).get(str(threads), {}).get("decode", {}).get("median")
+        loop, engine = (
+            saved["measured"].get(f"{OURS} {name}", {}).get(str(threads), {}).get("decode", {}).get("values", [])
             for name in ("keep, model.stream", "keep (the GGUF's blocks)")
-        ]
-        if all(got):
-            parts.append(f"{got[0] / got[1]:.1%} with {threads} thread{'s' if threads > 1 else ''}")
+        )
+        if loop and len(loop) == len(engine):
+            kept = median([a / b for a, b in zip(loop, engine, strict=True)])
+            parts.append(f"{kept:.1%} with {threads} thread{'s' if threads > 1 else ''}")
     return f"`model.stream`, end to end in Python, keeps {' and '.join(parts)} of the engine's speed." if parts else ""
 
 
