@@ -278,15 +278,57 @@ def test_what_nobody_reads_and_what_is_constant_costs_nothing():
 # -- the program as a whole --------------------------------------------------------------------------------------------
 
 
+KEEP = {"logits_to_keep": (I64, [])}
+
+
+def last_rows(g, x):
+    start = g("Unsqueeze", g("Neg", "logits_to_keep"), np.array([0]))
+    return g("Slice", x, start, np.array([INT64_MAX]), np.array([1]))
+
+
 def test_only_the_kept_rows_go_through_what_follows():
     g = Builder()
-    start = g("Unsqueeze", g("Neg", "logits_to_keep"), np.array([0]))
-    kept = g("Slice", "x", start, np.array([INT64_MAX]), np.array([1]))
-    y = quantized(g, kept, "q8", n=48)
-    p = program(g, {**ROWS, "logits_to_keep": (I64, [])}, y)
+    y = quantized(g, last_rows(g, "x"), "q8", n=48)
+    p = program(g, {**ROWS, **KEEP}, y)
     assert kinds(p) == ["keep", "quantize", "linear"]
     assert "kept" in str(p.slots[p.outputs[y]].shape)
     assert p.row_local
+
+
+def test_rows_are_kept_as_early_as_the_last_attention():
+    g = Builder()
+    y, key, value = decoder_layer(g)
+    p = program(g, {**LM, **KEEP}, quantized(g, last_rows(g, y), "q8"), key, value)
+    before = ["norm", "linear", "attend"]
+    after = ["quantize", "linear", "norm", "linear", "linear", "linear"]
+    assert kinds(p) == [*before, "keep", "keep", *after]
+    assert all("kept" in map(str, p.slots[max(op.outputs)].shape) for op in p.ops[3:])
+    assert p.row_local
+
+
+def rows_that_are_read(g, h):
+    """(what only the last rows of are wanted, all outputs beside it)"""
+    return g("Relu", h), [h]
+
+
+def rows_that_meet(g, h):
+    return g("Sub", h, g("ReduceMax", h, np.array([1]), keepdims=1)), []
+
+
+def rows_of_a_lower_rank(g, h):
+    return g("Add", h, g("ReduceSum", h, np.array([0]), keepdims=0)), []
+
+
+@pytest.mark.parametrize("case", [rows_that_are_read, rows_that_meet, rows_of_a_lower_rank])
+def test_rows_that_something_else_needs_are_computed_first(case):
+    g = Builder()
+    h = g("Exp", "x")
+    y, others = case(g, h)
+    p = program(g, {**ROWS, **KEEP}, last_rows(g, y), *others)
+    found = kinds(p)
+    assert found.index("keep") > found.index("unary"), "h has all its rows"
+    if case is not rows_that_are_read:
+        assert found[-1] == "keep"
 
 
 def test_a_program_prints_as_one_line_an_operation():

@@ -48,6 +48,7 @@ def lower(g: Graph) -> list[attention.Cache]:
     fuse.gates(g)
     fuse.factors(g)
     fuse.residuals(g)
+    fuse.early_rows(g)
     fuse.share_inputs(g)
     simplify.views(g)
     return caches

@@ -29,6 +29,44 @@ def keep_rows(g: Graph) -> None:
     g.finish()
 
 
+ROW_BY_ROW = ("View", "Linear", "Norm", "Unary", "Add", "Sub", "Mul", "Div")
+
+
+def early_rows(g: Graph) -> None:
+    """What only the kept rows need is computed for them alone: Keep moves up, as far as the last attention.
+
+    A prompt whose last logits are wanted then takes the last layer's feed-forward part for one row; the numbers are the
+    same, for each row has its own.
+    """
+    moved = True
+    while moved:
+        moved = any(_move_up(g, keep) for keep in [n for n in g.nodes if n.op == "Keep"])
+        g.finish()
+
+
+def _move_up(g: Graph, keep: Node) -> bool:
+    """Keep(f(x, y)) becomes f(Keep(x), Keep(y)) where f works row by row and nobody else reads what it makes."""
+    name = keep.inputs[0]
+    node = g.producers.get(name)
+    if node is None or node.op not in ROW_BY_ROW or len(node.outputs) != 1 or g.only_user(name) is not keep:
+        return False
+    rows = g.shape(name)[:2]
+    read = [i for i in dict.fromkeys(node.inputs) if i and i not in g.constants]
+    ranks = {len(g.shape(i)) for i in read} if node.op != "View" else set()  # an operand of a lower rank is no row
+    if any(g.shape(i)[:2] != rows for i in read) or ranks - {len(g.shape(name))}:
+        return False
+    kept = {}
+    for i in read:
+        there = next((n for n in g.users.get(i, []) if n.op == "Keep" and n is not keep), None)
+        info = Info(g.info[i].dtype, (rows[0], symbol("kept"), *g.shape(i)[2:]))
+        kept[i] = there.outputs[0] if there else g.emit("Keep", [i], info, i, **keep.attrs)
+    node.inputs = [kept.get(i, i) for i in node.inputs]
+    node.outputs = list(keep.outputs)
+    g.nodes.remove(keep)
+    g.index()
+    return True
+
+
 def _set_size(g: Graph, old: object, new: object) -> None:
     """Replace one size by a symbol in every shape that has it."""
     for info in g.info.values():
