@@ -92,7 +92,8 @@ def test_decoders_are_fused_and_their_states_run_together(name, bundle):
     kinds = [op.kind for op in program.ops]
     assert kinds.count("attend") == layers == 2
     assert program.row_local
-    # norm, qkv, attend, o, norm, up, down; two more norms and adds where a model has them; 12 before, behind, and where rows are kept
+    # norm, qkv, attend, o, norm, up, down; two more norms and adds where a model has them; 12 before and behind, and
+    # where rows are kept
     assert len(kinds) <= 12 * layers + 12
     assert not {"matmul", "transpose", "softmax", "concat", "where", "gather"} & set(kinds)
 
