@@ -19,6 +19,7 @@ import edgeformer
 from edgeformer import cache
 from edgeformer.manifest import MANIFEST
 from edgeformer.native.graph import Array, Constant
+from edgeformer.native.packing import spec
 from edgeformer.native.program import PackedWeight, Program, Weight
 
 if TYPE_CHECKING:
@@ -68,8 +69,7 @@ def prepare(path: Path) -> Prepared:
 
 
 def _lowered(path: Path) -> Prepared:
-    from edgeformer.native.lowering import lower_bundle
-    from edgeformer.native.packing import spec
+    from edgeformer.native.lowering import lower_bundle  # with all passes: not needed for what was kept
 
     program, graph = lower_bundle(path)
     return _of(program, graph, spec(program))
