@@ -45,12 +45,13 @@ def source() -> Path:
 # -- files
 
 
-def bundle() -> Path:
+def bundle(block: int) -> Path:
     def make(folder: Path) -> None:
-        command = [sys.executable, "-m", "edgeformer.export", str(source()), "-o", str(folder), "--quantize", "q8"]
-        run(command, models.LOGS / "minilm-edgeformer.log", models.OFFLINE, "export MiniLM")
+        command = [sys.executable, "-m", "edgeformer.export", str(source()), "-o", str(folder)]
+        command += ["--quantize", "q8", "--block", str(block)]
+        run(command, models.LOGS / f"minilm-edgeformer-{block}.log", models.OFFLINE, "export MiniLM")
 
-    return models.write_whole(OUT / "edgeformer-q8", make)
+    return models.write_whole(OUT / f"edgeformer-q8-{block}", make)
 
 
 def float_onnx() -> Path:
@@ -149,15 +150,13 @@ def openvino_calibrated() -> Path:
 
 
 ALL = (
-    Contestant("edgeformer", "q8, native", "encode_edgeformer", HERE, bundle, "block 32", {"engine": "native"}),
-    Contestant(
-        "edgeformer",
-        "q8, cpu",
-        "encode_edgeformer",
-        HERE,
-        bundle,
-        "the same bundle on onnxruntime",
-        {"engine": "cpu"},
+    *(
+        Contestant("edgeformer", name, "encode_edgeformer", HERE, partial(bundle, block), settings, {"engine": engine})
+        for name, block, settings, engine in (
+            ("q8, native", 128, "--block 128", "native"),
+            ("q8, native, blocks of 32", 32, "the default", "native"),
+            ("q8, cpu", 128, "the first bundle on onnxruntime", "cpu"),
+        )
     ),
     *(
         Contestant("onnxruntime", name, "encode_onnxruntime", ONNXRUNTIME, partial(onnxruntime_int8, **how), settings)

@@ -130,8 +130,9 @@ Piece read_piece(const ProgramSpec& spec, const py::tuple& t) {
     refuse(
         text(q.size(), " values of kind ", q.dtype().kind(), ", expected ", size, " contiguous ones of kind ", kind));
   }
-  const bool small_block = w.type == WeightType::q8x16;
-  if (small_block ? block != 16 : block < 32 || block % 32) refuse(text("block of ", block));
+  const int64_t least = w.type == WeightType::q8x16 ? 16 : w.type == WeightType::q8x128 ? kWide : kBlock;
+  if (block < least || block % least || (least == 16 && block != 16)) refuse(text("block of ", block));
+  if (w.type == WeightType::q8x128 && w.k % kWide) refuse(text(w.k, " columns, expected a multiple of ", kWide));
   p.source = {q.data(), nullptr, nullptr, rows, w.k, block};
   const int64_t scales = w.type == WeightType::f32 ? 0 : rows * ((w.k + block - 1) / block);
   const auto floats = [&](const py::object& o) -> const float* {

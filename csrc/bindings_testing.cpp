@@ -38,8 +38,9 @@ Unary unary_named(const std::string& name) {
 }
 
 WeightType weight_type(const std::string& name) {
-  static const char* const names[] = {"q4a", "q4", "q8", "q8x16", "f32"};
-  for (int i = 0; i < 5; i++)
+  static const char* const names[] = {"q4a", "q4", "q8", "q8x16", "q8x128", "f32"};
+  static_assert(sizeof names / sizeof *names == kWeightTypes);
+  for (int i = 0; i < kWeightTypes; i++)
     if (name == names[i]) return WeightType(i);
   throw std::invalid_argument("no weight type is named \"" + name + "\"");
 }
@@ -120,12 +121,13 @@ class Table {
   explicit Table(const std::string& isa) : k_(kernels_for(isa)) {}
   const char* isa() const { return k_.isa; }
 
-  Quantized quantize(const Floats& x, int64_t columns) {
+  Quantized quantize(const Floats& x, int64_t columns, bool wide) {
     const int64_t m = x.shape(0), ldx = x.shape(1);
     if (columns > ldx) throw std::invalid_argument("more columns than x has");
+    if (wide && columns % kWide) throw std::invalid_argument("wide blocks: columns is no multiple of 128");
     Quantized out = {m, columns, Array<int8_t>(m * blocks_of(columns) * kBlock),
                      Bytes(m * blocks_of(columns) * int64_t(sizeof(XBlock)))};
-    k_.quantize(x.data(), ldx, m, columns, 0, blocks_of(columns), out.q.mutable_data(), out.xb());
+    k_.quantize(x.data(), ldx, m, columns, wide, 0, blocks_of(columns), out.q.mutable_data(), out.xb());
     return out;
   }
   // y: [m, ldy], written from its first column on.
@@ -306,7 +308,7 @@ void bind_testing(py::module_& parent) {
   py::class_<Table>(m, "Table")
       .def(py::init<std::string>(), py::arg("isa") = "")
       .def_property_readonly("isa", &Table::isa)
-      .def("quantize", &Table::quantize)
+      .def("quantize", &Table::quantize, py::arg("x"), py::arg("columns"), py::arg("wide") = false)
       .def("linear", &Table::linear)
       .def("linear_f32", &Table::linear_f32)
       .def("time_linear", &Table::time_linear)

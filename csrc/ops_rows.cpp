@@ -19,7 +19,7 @@ constexpr int64_t kPrefillUnits = 2;
 void quantize_rows(const Run& run, const float* x, int64_t ldx, const Tensor& q, int64_t row, int64_t rows,
                    int64_t block_begin, int64_t block_end) {
   const int64_t blocks = blocks_of(q.columns());
-  run.k->quantize(x, ldx, rows, q.columns(), block_begin, block_end, q.xq() + row * blocks * kBlock,
+  run.k->quantize(x, ldx, rows, q.columns(), q.wide(), block_begin, block_end, q.xq() + row * blocks * kBlock,
                   q.xb() + row * blocks);
 }
 
@@ -85,7 +85,7 @@ class Linear final : public Op {
 
   size_t scratch_bytes(const Run& run) const override {
     const int64_t m = rows(run);
-    const int64_t tile = m <= kSmallRows ? m * units_per_chunk(run) : row_tile(run) * kPrefillUnits;
+    const int64_t tile = m <= kSmallRows ? m * units_per_chunk(run) : row_tile(run) * prefill_units(run);
     bool needed = false;
     for (const Part& p : parts_) needed = needed || p.gated || p.y < 0;
     return needed ? static_cast<size_t>(tile * kUnit * 2) * sizeof(float) : 0;
@@ -95,7 +95,7 @@ class Linear final : public Op {
     const int64_t m = rows(run);
     if (m == 0) return 0;
     const bool small = m <= kSmallRows;
-    const int64_t height = small ? m : row_tile(run), units = small ? units_per_chunk(run) : kPrefillUnits;
+    const int64_t height = small ? m : row_tile(run), units = small ? units_per_chunk(run) : prefill_units(run);
     std::vector<int64_t>& s = state(run);
     s.assign({height, units, (m + height - 1) / height});
     return column_tiles(units) * s[2];
@@ -137,11 +137,20 @@ class Linear final : public Op {
     return tiles;
   }
 
+  // A chunk ends where a wide block of its output does.
+  int64_t units_multiple(const Run& run) const {
+    for (const Part& p : parts_) {
+      if (p.q >= 0 && run.tensors[p.q].wide()) return kWide / kUnit;
+    }
+    return 1;
+  }
+  int64_t prefill_units(const Run& run) const { return round_up(kPrefillUnits, units_multiple(run)); }
+
   // Prefill: as many rows as leave enough chunks, for weights are unpacked once a chunk.
   int64_t row_tile(const Run& run) const {
     const int64_t m = rows(run), wanted = run.threads == 1 ? 1 : run.threads * kChunksPerThread;
     int64_t height = kRowTile;
-    while (height > kLeastRowTile && column_tiles(kPrefillUnits) * ((m + height - 1) / height) < wanted) height /= 2;
+    while (height > kLeastRowTile && column_tiles(prefill_units(run)) * ((m + height - 1) / height) < wanted) height /= 2;
     return std::min(m, height);
   }
 
@@ -150,7 +159,7 @@ class Linear final : public Op {
     int64_t units = 0;
     for (const Part& p : parts_) units += units_of(p) * (p.gated ? 2 : 1);
     const int64_t chunks = run.threads == 1 ? 1 : run.threads * kChunksPerThread;
-    return std::max<int64_t>(1, std::min<int64_t>((units + chunks - 1) / chunks, 64));
+    return round_up(std::max<int64_t>(1, std::min<int64_t>((units + chunks - 1) / chunks, 64)), units_multiple(run));
   }
 
   void run_tile(const Run& run, const Part& p, int64_t row, int64_t m, int64_t column, int64_t column_end,

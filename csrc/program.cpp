@@ -49,7 +49,8 @@ size_t Tensor::bytes() const {
       return static_cast<size_t>(count) * 8;
     case DType::boolean:
       return static_cast<size_t>(count);
-    case DType::quant: {
+    case DType::quant:
+    case DType::quant_wide: {
       const int64_t blocks = rows() * blocks_of(columns());
       return static_cast<size_t>(round_up(blocks * kBlock, 64)) + static_cast<size_t>(blocks) * sizeof(XBlock);
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 U = 2.0**-24
-XBLOCK = np.dtype([("scale", "<f4"), ("scaled_sum", "<f4"), ("offset", "<i4"), ("offset_low", "<i4")])
+XBLOCK = np.dtype([("scale", "<f4"), ("scaled_sum", "<f4"), ("offset", "<i4"), ("offset_part", "<i4")])
 POISON = np.float32(1.2345e30)
 
 
@@ -104,7 +104,7 @@ def linear(weights: Weights, records: np.ndarray, xq: np.ndarray) -> tuple[np.nd
     x = xq[:, :k].astype(np.float64) * np.repeat(records["scale"].astype(np.float64), 32, axis=1)[:, :k]
     y = x @ weights.dense.T
     steps = groups * (2 if weights.kind in ("q4a", "q8x16") else 1)
-    block = 16 if weights.kind == "q8x16" else 32
+    block = 16 if weights.kind == "q8x16" else 32  # of q8x128, parts of a block: the bound is the larger for it
     abs_sum = np.zeros((m, weights.n))
     wide = np.repeat(weights.scale.astype(np.float64), weights.block, axis=1)[:, :k]
     for g in range(0, k, block):

@@ -9,10 +9,13 @@ from kernel_reference import POISON, XBLOCK, U, Weights, assert_same_bits, asser
 native = pytest.importorskip("edgeformer._native")
 testing = native.testing
 ISAS = native.isas()
-KINDS = ["q4a", "q4", "q8", "q8x16"]
+BLOCKS = {"q4a": 32, "q4": 32, "q8": 32, "q8x16": 16, "q8x128": 128, "f32": 32}
+KINDS = ["q4a", "q4", "q8", "q8x16", "q8x128"]
 # Around every edge: one row, panels of 16 rows, tiles of 32; 32-column blocks, halves of 16, the 24 blocks of a tile.
 SIZES = [(1, 1), (2, 16), (3, 17), (15, 31), (16, 32), (17, 33), (31, 63), (32, 64), (33, 95), (49, 800), (70, 1570)]
 ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 35]
+# Wide blocks end at multiples of 128 columns; 6 of them are a tile.
+WIDE_SIZES = [(1, 128), (2, 256), (17, 128), (31, 384), (33, 768), (49, 896), (70, 1664)]
 
 
 def activations(m: int, k: int, seed: int = 1) -> np.ndarray:
@@ -21,9 +24,20 @@ def activations(m: int, k: int, seed: int = 1) -> np.ndarray:
     x *= np.exp(rng.uniform(-6, 6, (m, 1))).astype(np.float32)
     if k > 40:
         x[:, 32:64] = 0  # a block of zeros
+    if k > 300:
+        x[:, 128:256] = 0  # a wide one
     if m > 1:
         x[1] = np.where(rng.random(k) < 0.5, -1, 1)  # every value becomes +-127
     return x
+
+
+def sizes(kind: str) -> list[tuple[int, int]]:
+    return WIDE_SIZES if kind == "q8x128" else SIZES
+
+
+def quantize(isa: str, kind: str, x: np.ndarray, k: int):
+    """The activations as a linear of this kind wants them."""
+    return testing.Table(isa).quantize(x, k, wide=kind == "q8x128")
 
 
 def run(isa: str, weights: Weights, x: np.ndarray, begin: int = 0, end: int | None = None) -> np.ndarray:
@@ -34,7 +48,7 @@ def run(isa: str, weights: Weights, x: np.ndarray, begin: int = 0, end: int | No
     if weights.kind == "f32":
         table.linear_f32(packed, x, y, begin, end)
     else:
-        table.linear(packed, table.quantize(x, weights.k), y, begin, end)
+        table.linear(packed, quantize(isa, weights.kind, x, weights.k), y, begin, end)
     assert (y[:, -3:] == POISON).all(), "wrote beyond its columns"
     return y[:, :-3]
 
@@ -59,8 +73,36 @@ def test_quantize_rounds_to_nearest_even_with_exact_sums(isa: str, m: int, k: in
     assert_same_bits(q, expected.reshape(m, -1))
     sums = expected.astype(np.int32).sum(2, dtype=np.int32)
     assert_same_bits(records["offset"], -128 * sums)
-    assert_same_bits(records["offset_low"], -128 * expected[:, :, :16].astype(np.int32).sum(2, dtype=np.int32))
+    assert_same_bits(records["offset_part"], -128 * expected[:, :, :16].astype(np.int32).sum(2, dtype=np.int32))
     assert_same_bits(records["scaled_sum"], scale * sums.astype(np.float32))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("m", "k"), [(1, 128), (3, 256), (2, 384), (7, 640)])
+def test_wide_quantization_has_one_scale_for_128_columns(isa: str, m: int, k: int) -> None:
+    x = activations(m, k)
+    x[0, 5] = np.float32(3.0e38)  # where the others round to zero
+    result = testing.Table(isa).quantize(x, k, wide=True)
+    records, q = quantized(result.blocks, result.q, m, k)
+    wides = x.reshape(m, -1, 128)
+    absmax = np.abs(wides).max(2)
+    scale = absmax / np.float32(127)
+    assert_same_bits(records["scale"], np.repeat(scale, 4, axis=1))
+    with np.errstate(divide="ignore"):
+        inverse = np.where(absmax > 0, np.float32(127) / absmax, np.float32(0))
+    expected = np.rint(wides * inverse[:, :, None]).astype(np.int8)
+    assert_same_bits(q, expected.reshape(m, -1))
+    sums = expected.reshape(m, -1, 32).sum(2, dtype=np.int32)
+    assert_same_bits(records["offset"], -128 * sums)
+    assert_same_bits(
+        records["offset_part"], np.repeat(-128 * expected.sum(2, dtype=np.int32), 4, axis=1).astype(np.int32)
+    )
+    assert_same_bits(records["scaled_sum"], records["scale"] * sums.astype(np.float32))
+
+
+def test_wide_quantization_refuses_other_widths() -> None:
+    with pytest.raises(ValueError, match="no multiple of 128"):
+        testing.Table("scalar").quantize(np.ones((1, 160), np.float32), 160, wide=True)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -82,23 +124,24 @@ def test_quantize_of_tiny_values_gives_zero_and_of_nan_gives_nan(isa: str) -> No
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_linear_is_within_its_rounding_bound(isa: str, kind: str) -> None:
-    for n, k in SIZES:
-        weights = Weights(kind, n, k, 16 if kind == "q8x16" else 32)
+    for n, k in sizes(kind):
+        weights = Weights(kind, n, k, BLOCKS[kind])
         for m in (1, 3, 8, 17):
             x = activations(m, k)
-            result = testing.Table(isa).quantize(x, k)
+            result = quantize(isa, kind, x, k)
             exact, bound = linear(weights, *quantized(result.blocks, result.q, m, k))
             assert_within(run(isa, weights, x), exact, bound, f"{kind} n={n} k={k} m={m}")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_wrong_weight_is_outside_the_bound(kind: str) -> None:
-    weights, x = Weights(kind, 33, 95, 16 if kind == "q8x16" else 32), activations(3, 95)
-    result = testing.Table("scalar").quantize(x, 95)
+    k = 128 if kind == "q8x128" else 95
+    weights, x = Weights(kind, 33, k, BLOCKS[kind]), activations(3, k)
+    result = quantize("scalar", kind, x, k)
     y = run("scalar", weights, x)
     weights.values[7, 90] += 1
     weights.dense[7, 90] += weights.scale[7, 90 // weights.block]
-    exact, bound = linear(weights, *quantized(result.blocks, result.q, 3, 95))
+    exact, bound = linear(weights, *quantized(result.blocks, result.q, 3, k))
     with pytest.raises(AssertionError, match="outside"):
         assert_within(y, exact, bound)
 
@@ -107,8 +150,8 @@ def test_one_wrong_weight_is_outside_the_bound(kind: str) -> None:
 @pytest.mark.parametrize("kind", [*KINDS, "f32"])
 @pytest.mark.parametrize("extreme", [False, True])
 def test_every_isa_gives_the_same_bits(isa: str, kind: str, extreme: bool) -> None:
-    for n, k in SIZES:
-        weights = Weights(kind, n, k, 16 if kind == "q8x16" else 32, extreme=extreme)
+    for n, k in sizes(kind):
+        weights = Weights(kind, n, k, BLOCKS[kind], extreme=extreme)
         for m in ROWS if n * k < 3000 else (1, 6, 19):
             x = activations(m, k)
             assert_same_bits(run(isa, weights, x), run("scalar", weights, x), f"{kind} n={n} k={k} m={m}")
@@ -117,8 +160,8 @@ def test_every_isa_gives_the_same_bits(isa: str, kind: str, extreme: bool) -> No
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", [*KINDS, "f32"])
 def test_a_row_depends_on_neither_its_neighbours_nor_the_panel_range(isa: str, kind: str) -> None:
-    n, k = 70, 1570
-    weights, x = Weights(kind, n, k, 16 if kind == "q8x16" else 32), activations(19, k)
+    n, k = sizes(kind)[-1]
+    weights, x = Weights(kind, n, k, BLOCKS[kind]), activations(19, k)
     whole = run(isa, weights, x)
     for i in (0, 7, 18):
         assert_same_bits(run(isa, weights, x[i : i + 1]), whole[i : i + 1], f"row {i} alone")
@@ -145,12 +188,12 @@ def test_wide_blocks_are_packed_as_blocks_of_32(kind: str, block: int) -> None:
         assert_within(packed.row(r), weights.dense[r], np.abs(weights.dense[r]) * U + 1e-300)
 
 
-@pytest.mark.parametrize("kind", ["q4a", "q4", "q8", "q8x16", "f32"])
+@pytest.mark.parametrize("kind", [*KINDS, "f32"])
 def test_rows_of_several_sources_can_be_interleaved(kind: str) -> None:
-    block = 16 if kind == "q8x16" else 32
-    a, b = Weights(kind, 40, 70, block, seed=1), Weights(kind, 24, 70, block, seed=2)
+    block, k = BLOCKS[kind], 256 if kind == "q8x128" else 70
+    a, b = Weights(kind, 40, k, block, seed=1), Weights(kind, 24, k, block, seed=2)
     order = np.random.default_rng(3).permutation(64).astype(np.int64)
-    packed = testing.Packed(kind, 64, 70)
+    packed = testing.Packed(kind, 64, k)
     a.pack_into(packed, order[:40])
     b.pack_into(packed, order[40:])
     for source, dest in ((a, order[:40]), (b, order[40:])):

@@ -40,7 +40,7 @@ struct S : Lanes {
 // first 16 columns stand behind those.
 template <class Q>
 struct TileBlock {
-  static constexpr int64_t kBytes = 512 + 64 + (Q::kMinimum || Q::kHalves ? 64 : 0);
+  static constexpr int64_t kBytes = 512 * Q::kParts + 64 + (Q::kMinimum || Q::kHalves ? 64 : 0);
 };
 
 template <class Q>
@@ -55,10 +55,12 @@ inline __attribute__((always_inline)) void unpack_block(const uint8_t* packed, u
     });
     tile = high;
   } else {
-    each<8>([&](auto s) __attribute__((always_inline)) {
-      if constexpr (Q::kHalves && s.value == 4) put_floats(tile, S::half(packed));
-      put(tile, S::flip(take(w)));
-    });
+    for (int part = 0; part < Q::kParts; part++) {
+      each<8>([&](auto s) __attribute__((always_inline)) {
+        if constexpr (Q::kHalves && s.value == 4) put_floats(tile, S::half(packed));
+        put(tile, S::flip(take(w)));
+      });
+    }
   }
   if constexpr (!Q::kHalves) put_floats(tile, S::half(packed));
   if constexpr (Q::kMinimum || Q::kHalves) put_floats(tile, S::half(packed + 32));
@@ -99,12 +101,17 @@ inline __attribute__((always_inline)) void tile_rows(const LinearArgs& a, const 
       each<R>([&](auto r) __attribute__((always_inline)) { sum[r] = S::iset1(0); });
     }
     dots(1);
+    for (int part = 1; part < Q::kParts; part++) {
+      each<R>([&](auto r) __attribute__((always_inline)) { xq[r] += kBlock; });
+      dots(0);
+      dots(1);
+    }
     add(take_floats(tile));
     if constexpr (Q::kMinimum) {
       const F wm = take_floats(tile);
       each<R>([&](auto r) __attribute__((always_inline)) { acc[r] = S::fma(f16(xb[r]->scaled_sum), wm, acc[r]); });
     }
-    each<R>([&](auto r) __attribute__((always_inline)) { xq[r] += kBlock, xb[r]++; });
+    each<R>([&](auto r) __attribute__((always_inline)) { xq[r] += kBlock, xb[r] += Q::kParts; });
   }
   each<R>([&](auto r) __attribute__((always_inline)) { store_tail(y + (row + r) * a.ldy, acc[r], lanes); });
 }

@@ -45,7 +45,7 @@ struct S : Lanes {
 // order. q8x16's scales of the first 16 columns stand behind the first two octets.
 template <class Q>
 struct TileBlock {
-  static constexpr int64_t kBytes = 512 + 128 + (Q::kMinimum || Q::kHalves ? 128 : 0);
+  static constexpr int64_t kBytes = 512 * Q::kParts + 128 + (Q::kMinimum || Q::kHalves ? 128 : 0);
 };
 
 // 16 floats -> 32: each stands twice, for the two rows of activations.
@@ -80,11 +80,13 @@ inline __attribute__((always_inline)) void unpack_block(const uint8_t* packed, u
     });
     tile = high;
   } else {
-    each<4>([&](auto octet) __attribute__((always_inline)) {
-      if constexpr (Q::kHalves && octet.value == 2) put_twice(tile, S::half(packed));
-      const S::W a = take(w), b = take(w);
-      put_octet(tile, S::flip(a), S::flip(b));
-    });
+    for (int part = 0; part < Q::kParts; part++) {
+      each<4>([&](auto octet) __attribute__((always_inline)) {
+        if constexpr (Q::kHalves && octet.value == 2) put_twice(tile, S::half(packed));
+        const S::W a = take(w), b = take(w);
+        put_octet(tile, S::flip(a), S::flip(b));
+      });
+    }
   }
   if constexpr (!Q::kHalves) put_twice(tile, S::half(packed));
   if constexpr (Q::kMinimum || Q::kHalves) put_twice(tile, S::half(packed + 32));
@@ -147,6 +149,10 @@ inline __attribute__((always_inline)) void tile_rows(const LinearArgs& a, const 
       zero();
     }
     dots();
+    for (int part = 1; part < Q::kParts; part++) {
+      dots();
+      dots();
+    }
     add();
     if constexpr (Q::kMinimum) {
       const float32x4_t sums = vreinterpretq_f32_f64(vdupq_laneq_f64(vreinterpretq_f64_f32(both), 1));
@@ -157,7 +163,7 @@ inline __attribute__((always_inline)) void tile_rows(const LinearArgs& a, const 
         });
       });
     }
-    b0++, b1++;
+    b0 += Q::kParts, b1 += Q::kParts;
   }
   F v0, v1;
   each<4>([&](auto j) __attribute__((always_inline)) {
@@ -176,6 +182,7 @@ Kernels kernels_neon_i8mm(Kernels base) {
   base.linear[int(WeightType::q4)] = linear<Q4>;
   base.linear[int(WeightType::q8)] = linear<Q8>;
   base.linear[int(WeightType::q8x16)] = linear<Q8x16>;
+  base.linear[int(WeightType::q8x128)] = linear<Q8x128>;
   return base;
 }
 

@@ -92,7 +92,7 @@ inline void direct_rows(const LinearArgs& a, const uint8_t* w, int64_t row, floa
     xb[r] = a.xb + (row + r) * blocks;
     acc[r] = f16(0.0f);
   });
-  for (const uint8_t* end = w + blocks * Q::kBytes; w != end;) {
+  for (const uint8_t* end = w + blocks / Q::kParts * Q::kBytes; w != end;) {
     for (int64_t line = 0; line < Q::kBytes; line += 64) __builtin_prefetch(w + line + S::kPrefetch, 0, 2);
     const auto head = take_head<Q::kHead>(w);
     I sum[R];
@@ -100,7 +100,7 @@ inline void direct_rows(const LinearArgs& a, const uint8_t* w, int64_t row, floa
       if constexpr (Q::kNibbles)
         sum[r] = S::iset1(Q::kCentred ? xb[r]->offset >> 4 : 0);  // -8 * sum of x undoes the + 8 of q4
       else
-        sum[r] = S::byte_start(Q::kHalves ? xb[r]->offset_low : xb[r]->offset);
+        sum[r] = S::byte_start(Q::kHalves || Q::kParts > 1 ? xb[r]->offset_part : xb[r]->offset);
     });
     const auto load = [&](S::X(&x)[R], int column) __attribute__((always_inline)) {
       each<R>([&](auto r) __attribute__((always_inline)) { x[r] = S::load_x(xq[r] + column); });
@@ -128,8 +128,8 @@ inline void direct_rows(const LinearArgs& a, const uint8_t* w, int64_t row, floa
       });
     } else {
       S::X x[R];
-      each<2>([&](auto half) __attribute__((always_inline)) {
-        load(x, 16 * half);
+      const auto columns16 = [&](auto half, int part) __attribute__((always_inline)) {
+        load(x, 32 * part + 16 * half);
         if constexpr (Q::kNibbles && half.value == 1) w -= 256;
         each<4>([&](auto step) __attribute__((always_inline)) {
           const S::W four = take(w);
@@ -145,12 +145,15 @@ inline void direct_rows(const LinearArgs& a, const uint8_t* w, int64_t row, floa
         if constexpr (Q::kHalves && half.value == 0) {
           add(0, false);
           each<R>([&](auto r)
-                      __attribute__((always_inline)) { sum[r] = S::byte_start(xb[r]->offset - xb[r]->offset_low); });
+                      __attribute__((always_inline)) { sum[r] = S::byte_start(xb[r]->offset - xb[r]->offset_part); });
         }
-      });
+      };
+      for (int part = 0; part < Q::kParts; part++) {
+        each<2>([&](auto half) __attribute__((always_inline)) { columns16(half, part); });
+      }
     }
     add(Q::kHalves ? 2 : 0, Q::kMinimum);
-    each<R>([&](auto r) __attribute__((always_inline)) { xq[r] += kBlock, xb[r]++; });
+    each<R>([&](auto r) __attribute__((always_inline)) { xq[r] += kBlock * Q::kParts, xb[r] += Q::kParts; });
     // 12 or 16 sums and their operands want all registers: the accumulators rest in memory, moved once a block.
     if constexpr (R > 2) asm volatile("" : : "r"(acc) : "memory");
   }
@@ -166,11 +169,11 @@ constexpr int64_t kTileBlocks = 24;
 
 template <class Q>
 inline void tiled_rows(const LinearArgs& a, const uint8_t* w, float* y, int64_t lanes) {
-  alignas(64) uint8_t tile[kTileBlocks * TileBlock<Q>::kBytes];
-  const int64_t blocks = blocks_of(a.k), parts = (blocks + kTileBlocks - 1) / kTileBlocks;
+  alignas(64) uint8_t tile[kTileBlocks / Q::kParts * TileBlock<Q>::kBytes];
+  const int64_t blocks = blocks_of(a.k), parts = (blocks + kTileBlocks - 1) / kTileBlocks, wides = blocks / Q::kParts;
   const int64_t passes = (a.m + S::kTileRows - 1) / S::kTileRows;
   for (int64_t part = 0; part < parts; part++) {
-    const int64_t first = blocks * part / parts, count = blocks * (part + 1) / parts - first;
+    const int64_t first = wides * part / parts, count = wides * (part + 1) / parts - first;
     for (int64_t g = 0; g < count; g++, w += Q::kBytes) {
       for (int64_t line = 0; line < Q::kBytes; line += 64) __builtin_prefetch(w + line + count * Q::kBytes, 0, 2);
       unpack_block<Q>(w, tile + g * TileBlock<Q>::kBytes);
@@ -178,7 +181,7 @@ inline void tiled_rows(const LinearArgs& a, const uint8_t* w, float* y, int64_t 
     for (int64_t pass = 0; pass < passes; pass++) {
       const int64_t row = a.m * pass / passes, rows = a.m * (pass + 1) / passes - row;
       with_count<S::kTileRows>(rows, [&](auto R) __attribute__((always_inline)) {
-        tile_rows<Q, decltype(R)::value>(a, tile, count, first, row, y, lanes);
+        tile_rows<Q, decltype(R)::value>(a, tile, count, first * Q::kParts, row, y, lanes);
       });
     }
   }
@@ -186,7 +189,7 @@ inline void tiled_rows(const LinearArgs& a, const uint8_t* w, float* y, int64_t 
 
 template <class Q>
 inline void linear(const LinearArgs& a, int64_t panel_begin, int64_t panel_end) {
-  const int64_t bytes = blocks_of(a.k) * Q::kBytes;
+  const int64_t bytes = blocks_of(a.k) / Q::kParts * Q::kBytes;
   for (int64_t panel = panel_begin; panel < panel_end; panel++) {
     const uint8_t* w = static_cast<const uint8_t*>(a.w) + panel * bytes;
     float* y = a.y + (panel - panel_begin) * kLanes;

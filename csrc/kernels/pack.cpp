@@ -10,9 +10,13 @@ namespace edgeformer {
 namespace {
 
 struct Shape {
-  int64_t head;     // bytes of fp16 values before the weights of a block
-  int64_t weights;  // bytes of weights of a block
-  constexpr int64_t bytes() const { return head + weights; }
+  int64_t head;       // bytes of fp16 values before the weights of a block
+  int64_t weights;    // bytes of weights of 32 columns
+  int64_t parts = 1;  // groups of 32 columns in a block
+  constexpr int64_t bytes() const { return head + weights * parts; }
+  // Where the 32 columns `g` of a panel have their scales, and their weights.
+  constexpr int64_t head_at(int64_t g) const { return g / parts * bytes(); }
+  constexpr int64_t weights_at(int64_t g) const { return head_at(g) + head + g % parts * weights; }
 };
 
 constexpr Shape shape_of(WeightType type) {
@@ -25,6 +29,8 @@ constexpr Shape shape_of(WeightType type) {
       return {32, 512};
     case WeightType::q8x16:
       return {64, 512};
+    case WeightType::q8x128:
+      return {64, 512, 4};
     case WeightType::f32:
       break;
   }
@@ -119,7 +125,7 @@ Half to_fp16(const float* x, int64_t n, uint16_t* h) {
 
 size_t panel_bytes(WeightType type, int64_t k) {
   if (type == WeightType::f32) return size_t(k * kLanes * 4);
-  return size_t(blocks_of(k) * shape_of(type).bytes());
+  return size_t(shape_of(type).head_at(blocks_of(k)));
 }
 
 size_t packed_bytes(WeightType type, int64_t n, int64_t k) { return size_t(panels_of(n)) * panel_bytes(type, k); }
@@ -134,7 +140,6 @@ PackError pack_row(const PackSource& s, int64_t r, int64_t lane, uint8_t* panel,
   constexpr Shape shape = shape_of(type);
   constexpr int64_t each = type == WeightType::q8x16 ? 2 : 1;  // scales of one block
   const int64_t blocks = blocks_of(s.k), scales = (s.k + s.block - 1) / s.block, spread = s.block * each / kBlock;
-  uint8_t* block = panel;
   int64_t g = 0;
   for (int64_t first = 0; first < scales; first += kPiece) {
     const int64_t count = scales - first < kPiece ? scales - first : kPiece;
@@ -150,10 +155,12 @@ PackError pack_row(const PackSource& s, int64_t r, int64_t lane, uint8_t* panel,
     }
     for (int64_t j = 0; j < count; j += each) {
       const int64_t end = g + spread < blocks ? g + spread : blocks;
-      for (; g < end; g++, block += shape.bytes()) {
+      for (; g < end; g++) {
+        uint8_t* block = panel + shape.head_at(g);
         memcpy(block + 2 * lane, scale + j, 2);
-        if (shape.head == 64) memcpy(block + 32 + 2 * lane, type == WeightType::q4a ? min + j : scale + j + 1, 2);
-        uint8_t* to = block + shape.head + 4 * lane;
+        if (type == WeightType::q4a) memcpy(block + 32 + 2 * lane, min + j, 2);
+        if (type == WeightType::q8x16) memcpy(block + 32 + 2 * lane, scale + j + 1, 2);
+        uint8_t* to = panel + shape.weights_at(g) + 4 * lane;
         const int64_t index = r * s.k + g * kBlock;
         const int64_t columns = s.k - g * kBlock < kBlock ? s.k - g * kBlock : kBlock;
         if (shape.weights == 256)
@@ -180,8 +187,8 @@ PackResult pack_rows(WeightType type, const PackSource& s, int64_t row_begin, in
                      void* packed) {
   constexpr decltype(&pack_row<WeightType::q4>) by_type[] = {
       // in WeightType's order
-      pack_row<WeightType::q4a>, pack_row<WeightType::q4>, pack_row<WeightType::q8>, pack_row<WeightType::q8x16>,
-      pack_row<WeightType::f32>};
+      pack_row<WeightType::q4a>,   pack_row<WeightType::q4>,     pack_row<WeightType::q8>,
+      pack_row<WeightType::q8x16>, pack_row<WeightType::q8x128>, pack_row<WeightType::f32>};
   PackResult result;
   for (int64_t r = row_begin; r < row_end && result.error == PackError::none; r++) {
     const int64_t row = dest ? dest[r] : r;
@@ -200,10 +207,10 @@ void unpack_row(WeightType type, const void* packed, int64_t k, int64_t row, flo
     return;
   }
   for (int64_t g = 0; g < blocks_of(k); g++) {
-    const uint8_t *block = panel + g * shape.bytes(), *w = block + shape.head + 4 * lane;
+    const uint8_t *block = panel + shape.head_at(g), *w = panel + shape.weights_at(g) + 4 * lane;
     uint16_t h[2] = {0, 0};
     memcpy(&h[0], block + 2 * lane, 2);
-    if (shape.head == 64) memcpy(&h[1], block + 32 + 2 * lane, 2);
+    if (type == WeightType::q4a || type == WeightType::q8x16) memcpy(&h[1], block + 32 + 2 * lane, 2);
     const float scale = from_fp16(h[0]), second = from_fp16(h[1]);
     uint8_t bytes[kBlock];  // as they are packed; nibbles: the first 16
     for (int64_t step = 0; step < shape.weights / 64; step++) memcpy(bytes + 4 * step, w + 64 * step, 4);

@@ -51,8 +51,26 @@ float quantize_values(const float* x, int64_t n, T* q) {
   return absmax / float(limit);
 }
 
-void quantize(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t block_begin, int64_t block_end, int8_t* xq,
-              XBlock* xb) {
+void quantize_wide(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t block_begin, int64_t block_end,
+                   int8_t* xq, XBlock* xb) {
+  for (int64_t i = 0; i < m; i++) {
+    for (int64_t c = block_begin * kBlock; c < block_end * kBlock; c += kWide) {
+      int8_t* q = xq + i * k + c;
+      const float scale = quantize_values(x + i * ldx + c, kWide, q);
+      int32_t all = 0;
+      for (int64_t j = 0; j < kWide; j++) all += q[j];
+      for (int64_t j = 0; j < kWide; j += kBlock) {
+        int32_t sum = 0;
+        for (int64_t d = 0; d < kBlock; d++) sum += q[j + d];
+        xb[(i * k + c + j) / kBlock] = {scale, scale * float(sum), -128 * sum, -128 * all};
+      }
+    }
+  }
+}
+
+void quantize(const float* x, int64_t ldx, int64_t m, int64_t k, bool wide, int64_t block_begin, int64_t block_end,
+              int8_t* xq, XBlock* xb) {
+  if (wide) return quantize_wide(x, ldx, m, k, block_begin, block_end, xq, xb);
   const int64_t blocks = blocks_of(k);
   for (int64_t i = 0; i < m; i++) {
     for (int64_t g = block_begin; g < block_end; g++) {
@@ -66,7 +84,7 @@ void quantize(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t block_b
       for (int c = 16; c < 32; c++) high += q[c];
       b.scaled_sum = b.scale * float(low + high);
       b.offset = -128 * (low + high);
-      b.offset_low = -128 * low;
+      b.offset_part = -128 * low;
     }
   }
 }
@@ -115,6 +133,23 @@ void linear_blocks(const LinearArgs& a, int64_t panel_begin, int64_t panel_end) 
         acc = fma1(float(dot[0] + dot[1]), xb.scale * scale, acc);
       }
       if (type == WeightType::q4a) acc = fma1(xb.scaled_sum, half_to_float(block + 32 + 2 * row), acc);
+    }
+    return acc;
+  });
+}
+
+void linear_wide(const LinearArgs& a, int64_t panel_begin, int64_t panel_end) {
+  constexpr int64_t head = 64, part = 512, bytes = head + kWide / kBlock * part;
+  const int64_t wides = a.k / kWide;
+  for_each_output(a, panel_begin, panel_end, [&](int64_t panel, int64_t row, int64_t i) {
+    float acc = 0.0f;
+    for (int64_t g = 0; g < wides; g++) {
+      const uint8_t* block = static_cast<const uint8_t*>(a.w) + (panel * wides + g) * bytes;
+      int32_t dot = 0;
+      for (int64_t c = 0; c < kWide; c++)
+        dot += int32_t(a.xq[i * a.k + g * kWide + c]) *
+               byte_weight(block + head + c / kBlock * part, row, c % kBlock);
+      acc = fma1(float(dot), a.xb[(i * a.k + g * kWide) / kBlock].scale * half_to_float(block + 2 * row), acc);
     }
     return acc;
   });
@@ -386,6 +421,7 @@ Kernels kernels_scalar() {
   k.linear[int(WeightType::q4)] = linear_blocks<WeightType::q4>;
   k.linear[int(WeightType::q8)] = linear_blocks<WeightType::q8>;
   k.linear[int(WeightType::q8x16)] = linear_blocks<WeightType::q8x16>;
+  k.linear[int(WeightType::q8x128)] = linear_wide;
   k.linear[int(WeightType::f32)] = linear_f32;
   k.epilogue = epilogue;
   k.gated = gated;

@@ -8,7 +8,7 @@
 //   abs neg with_sign, bits/from_bits, isub iadd ishl23 imax iset1, to_int (nearest even), to_float, s8 (16 int8 -> F)
 //   half (16 fp16 -> F), narrow (16 int32 in -128..127 -> 16 bytes), sum (the tree), isum, imaximum
 //   put_blocks(p, q, a, b, c, d, sums): a and b narrowed at p, c and d at q (values -127..127), and the isum of each
-//   tops4 (imaximum of 4 -> Quad, as floats), join (4 Quads -> F)
+//   tops4 (imaximum of 4 -> Quad, as floats), top_of (its largest, as integers, in all four), join (4 Quads -> F)
 //   kPowers: whether there are fraction(x) = x - round(x) and times_power<bounded>(p, x, fraction) = p * 2^round(x), 0
 //     below -126 unless bounded
 //   Weights: W holds 4 columns of 16 rows as bytes; byte_weight(p) -> W (from q + 128). X gives 16 columns of one
@@ -63,20 +63,24 @@ inline void with_count(int64_t count, Body body) {
 
 // What differs between the weight types, over a block at p: packed (as in memory) or an unpacked tile.
 struct Q4a {
-  static constexpr int64_t kBytes = 320, kHead = 64;
+  static constexpr int64_t kBytes = 320, kHead = 64, kParts = 1;
   static constexpr bool kNibbles = true, kMinimum = true, kHalves = false, kCentred = false;
 };
 struct Q4 {
-  static constexpr int64_t kBytes = 288, kHead = 32;
+  static constexpr int64_t kBytes = 288, kHead = 32, kParts = 1;
   static constexpr bool kNibbles = true, kMinimum = false, kHalves = false, kCentred = true;
 };
 struct Q8 {
-  static constexpr int64_t kBytes = 544, kHead = 32;
+  static constexpr int64_t kBytes = 544, kHead = 32, kParts = 1;
   static constexpr bool kNibbles = false, kMinimum = false, kHalves = false, kCentred = false;
 };
 struct Q8x16 {
-  static constexpr int64_t kBytes = 576, kHead = 64;
+  static constexpr int64_t kBytes = 576, kHead = 64, kParts = 1;
   static constexpr bool kNibbles = false, kMinimum = false, kHalves = true, kCentred = false;
+};
+struct Q8x128 {  // kParts: groups of 32 columns in a block
+  static constexpr int64_t kBytes = 2112, kHead = 64, kParts = 4;
+  static constexpr bool kNibbles = false, kMinimum = false, kHalves = false, kCentred = false;
 };
 
 // y = x * W of one weight type, as kernels.h has it: in simd_linear.inl (x86) and neon_linear.inl.
@@ -119,6 +123,7 @@ inline Kernels simd_table(Kernels k, const char* isa) {
   k.linear[int(WeightType::q4)] = linear<Q4>;
   k.linear[int(WeightType::q8)] = linear<Q8>;
   k.linear[int(WeightType::q8x16)] = linear<Q8x16>;
+  k.linear[int(WeightType::q8x128)] = linear<Q8x128>;
   k.linear[int(WeightType::f32)] = linear_f32;
   k.epilogue = epilogue;
   k.gated = gated;

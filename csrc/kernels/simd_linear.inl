@@ -2,11 +2,13 @@
 //   nibble_low/high(p) -> W; load_w/store_w for unpacked tiles
 //   NibbleSum: nzero(c), ndot<step>(sum, W, X), nsum(sum, c) -> I, c added by one of the two
 //   kGemvRows, kTileRows, kTilePanels: how many rows of activations (and panels) fit the registers
+//   kBytesAsTheyAre: byte_weight is a load and nothing else
 //   kFewRows: up to so many rows, passes of kGemvRows over the packed bytes are faster than tiles
 
-// A packed block: scales are fp16, nibbles are unpacked on the way.
+// A packed block: scales are fp16, nibbles are unpacked on the way. part(i): its i-th 32 columns, for their weights.
 template <class Q>
 struct PackedBlock {
+  static constexpr int64_t kBytes = Q::kBytes;
   const uint8_t* p;
   template <int slice>
   S::W weights() const {
@@ -19,19 +21,22 @@ struct PackedBlock {
   }
   F scale() const { return S::half(p); }
   F second() const { return S::half(p + 32); }  // q4a: minima, q8x16: scales of the upper half
+  PackedBlock part(int64_t i) const { return {p + 512 * i}; }
 };
 
-// The same block unpacked for many rows of activations: 8 slices of W, then 16 scales and 16 "second" as floats.
-constexpr int64_t kTileBlock = 512 + 128;
+// The same block unpacked for many rows of activations: 8 slices of W for 32 columns, then 16 scales and 16 "second" as
+// floats.
 template <class Q>
 struct TileBlock {
+  static constexpr int64_t kScales = 512 * Q::kParts, kBytes = kScales + 128;
   const uint8_t* p;
   template <int slice>
   S::W weights() const {
     return S::load_w(p + 64 * slice);
   }
-  F scale() const { return S::load(reinterpret_cast<const float*>(p + 512)); }
-  F second() const { return S::load(reinterpret_cast<const float*>(p + 576)); }
+  F scale() const { return S::load(reinterpret_cast<const float*>(p + kScales)); }
+  F second() const { return S::load(reinterpret_cast<const float*>(p + kScales + 64)); }
+  TileBlock part(int64_t i) const { return {p + 512 * i}; }
 };
 
 // One step: slice `s` of P blocks against R rows, into R x P sums.
@@ -55,10 +60,38 @@ inline int32_t centre(const XBlock& xb) {
   return Q::kCentred ? xb.offset >> 4 : 0;
 }
 
-// acc[R][P] += one 32-column block of P panels times R rows, in the order of kernels.h.
+// acc[R][P] += one wide block of P panels times R rows.
+template <class Q, int R, int P, class Block>
+inline __attribute__((always_inline)) void add_wide(const Block (&block)[P], const int8_t* xq, const XBlock* xb,
+                                                    int64_t ldq, int64_t ldb, F (&acc)[R][P]) {
+  typename S::ByteSum sum[R][P];
+  each<R>([&](auto r) __attribute__((always_inline)) {
+    each<P>([&](auto p) __attribute__((always_inline)) { sum[r][p] = S::bzero(xb[r * ldb].offset_part); });
+  });
+  for (int64_t i = 0; i < Q::kParts; i++) {
+    Block part[P];
+    each<P>([&](auto p) __attribute__((always_inline)) { part[p] = block[p].part(i); });
+    each<2>([&](auto half) __attribute__((always_inline)) {
+      typename S::X x[R];
+      each<R>([&](auto r)
+                  __attribute__((always_inline)) { x[r] = S::load_x(xq + r * ldq + i * kBlock + 16 * half); });
+      each<4>([&](auto s)
+                  __attribute__((always_inline)) { dot_slice<Q, 4 * half.value + s.value, R, P>(part, x, sum); });
+    });
+  }
+  each<P>([&](auto p) __attribute__((always_inline)) {
+    const F ws = block[p].scale();
+    each<R>([&](auto r) __attribute__((always_inline)) {
+      acc[r][p] = S::fma(S::to_float(S::bsum(sum[r][p])), S::mul(f16(xb[r * ldb].scale), ws), acc[r][p]);
+    });
+  });
+}
+
+// acc[R][P] += one block of P panels times R rows, in the order of kernels.h.
 template <class Q, int R, int P, class Block>
 inline __attribute__((always_inline)) void add_block(const Block (&block)[P], const int8_t* xq, const XBlock* xb,
                                                      int64_t ldq, int64_t ldb, F (&acc)[R][P]) {
+  if constexpr (Q::kParts > 1) return add_wide<Q, R, P>(block, xq, xb, ldq, ldb, acc);
   typename S::X x[R];
   const auto load = [&](int64_t column) __attribute__((always_inline)) {
     each<R>([&](auto r) __attribute__((always_inline)) { x[r] = S::load_x(xq + r * ldq + column); });
@@ -95,7 +128,7 @@ inline __attribute__((always_inline)) void add_block(const Block (&block)[P], co
   } else {
     typename S::ByteSum sum[R][P];
     each<R>([&](auto r) __attribute__((always_inline)) {
-      const int32_t offset = Q::kHalves ? xb[r * ldb].offset_low : xb[r * ldb].offset;
+      const int32_t offset = Q::kHalves ? xb[r * ldb].offset_part : xb[r * ldb].offset;
       each<P>([&](auto p) __attribute__((always_inline)) { sum[r][p] = S::bzero(offset); });
     });
     load(0);
@@ -108,7 +141,7 @@ inline __attribute__((always_inline)) void add_block(const Block (&block)[P], co
         const F ws = block[p].scale();
         each<R>([&](auto r) __attribute__((always_inline)) {
           add(r, p, S::bsum(sum[r][p]), ws);
-          sum[r][p] = S::bzero(xb[r * ldb].offset - xb[r * ldb].offset_low);
+          sum[r][p] = S::bzero(xb[r * ldb].offset - xb[r * ldb].offset_part);
         });
       });
     }
@@ -130,8 +163,8 @@ inline void panel_rows(const LinearArgs& a, const uint8_t* panel, int64_t row, f
   const int64_t blocks = blocks_of(a.k);
   F acc[R][1];
   each<R>([&](auto r) __attribute__((always_inline)) { acc[r][0] = f16(0.0f); });
-  for (int64_t g = 0; g < blocks; g++) {
-    const uint8_t* p = panel + g * Q::kBytes;
+  for (int64_t g = 0; g < blocks; g += Q::kParts) {
+    const uint8_t* p = panel + g / Q::kParts * Q::kBytes;
     for (int64_t line = 0; line < Q::kBytes; line += 64) __builtin_prefetch(p + line + S::kPrefetch, 0, 2);
     const PackedBlock<Q> block[1] = {{p}};
     add_block<Q, R, 1>(block, a.xq + (row * blocks + g) * kBlock, a.xb + row * blocks + g, blocks * kBlock, blocks,
@@ -142,7 +175,7 @@ inline void panel_rows(const LinearArgs& a, const uint8_t* panel, int64_t row, f
 
 template <class Q>
 inline void small_linear(const LinearArgs& a, int64_t panel_begin, int64_t panel_end) {
-  const int64_t bytes = blocks_of(a.k) * Q::kBytes;
+  const int64_t bytes = blocks_of(a.k) / Q::kParts * Q::kBytes;
   const int64_t passes = (a.m + S::kGemvRows - 1) / S::kGemvRows;
   for (int64_t panel = panel_begin; panel < panel_end; panel++) {
     const uint8_t* w = static_cast<const uint8_t*>(a.w) + panel * bytes;
@@ -159,9 +192,10 @@ inline void small_linear(const LinearArgs& a, int64_t panel_begin, int64_t panel
 // K the accumulators rest in y, which does not change their bits.
 constexpr int64_t kTileBlocks = 24;
 
-template <class Q, int R, int P>
-inline void tile_rows(const LinearArgs& a, const uint8_t* tile, int64_t tile_blocks, int64_t first_block, int64_t row,
-                      float* y, int64_t lanes) {
+// Blocks of P panels, each panel's one after another from `tile + p * panel_bytes` on, against R rows.
+template <class Q, class Block, int R, int P>
+inline void tile_rows(const LinearArgs& a, const uint8_t* tile, int64_t panel_bytes, int64_t tile_blocks,
+                      int64_t first_block, int64_t row, float* y, int64_t lanes) {
   const int64_t blocks = blocks_of(a.k);
   F acc[R][P];
   each<R>([&](auto r) __attribute__((always_inline)) {
@@ -171,9 +205,10 @@ inline void tile_rows(const LinearArgs& a, const uint8_t* tile, int64_t tile_blo
   });
   const int8_t* xq = a.xq + (row * blocks + first_block) * kBlock;
   const XBlock* xb = a.xb + row * blocks + first_block;
-  for (int64_t g = 0; g < tile_blocks; g++) {
-    TileBlock<Q> block[P];
-    each<P>([&](auto p) __attribute__((always_inline)) { block[p].p = tile + (p * kTileBlocks + g) * kTileBlock; });
+  for (int64_t g = 0; g < tile_blocks; g += Q::kParts) {
+    Block block[P];
+    each<P>([&](auto p)
+                __attribute__((always_inline)) { block[p].p = tile + p * panel_bytes + g / Q::kParts * Block::kBytes; });
     add_block<Q, R, P>(block, xq + g * kBlock, xb + g, blocks * kBlock, blocks, acc);
   }
   each<R>([&](auto r) __attribute__((always_inline)) {
@@ -186,33 +221,50 @@ inline void tile_rows(const LinearArgs& a, const uint8_t* tile, int64_t tile_blo
 template <class Q>
 inline void unpack_block(const uint8_t* packed, uint8_t* tile) {
   const PackedBlock<Q> block = {packed};
-  S::store_w(tile + 0, block.template weights<0>());
-  S::store_w(tile + 64, block.template weights<1>());
-  S::store_w(tile + 128, block.template weights<2>());
-  S::store_w(tile + 192, block.template weights<3>());
-  S::store_w(tile + 256, block.template weights<4>());
-  S::store_w(tile + 320, block.template weights<5>());
-  S::store_w(tile + 384, block.template weights<6>());
-  S::store_w(tile + 448, block.template weights<7>());
-  S::store(reinterpret_cast<float*>(tile + 512), block.scale());
-  if constexpr (Q::kMinimum || Q::kHalves) S::store(reinterpret_cast<float*>(tile + 576), block.second());
+  for (int64_t i = 0; i < Q::kParts; i++) {
+    const PackedBlock<Q> part = block.part(i);
+    each<8>([&](auto s) __attribute__((always_inline)) {
+      S::store_w(tile + 512 * i + 64 * s, part.template weights<s.value>());
+    });
+  }
+  float* const scales = reinterpret_cast<float*>(tile + TileBlock<Q>::kScales);
+  S::store(scales, block.scale());
+  if constexpr (Q::kMinimum || Q::kHalves) S::store(scales + 16, block.second());
 }
+
+// Which of two blocks, for tiles (no std:: here).
+template <bool first, class A, class B>
+struct Either {
+  using type = A;
+};
+template <class A, class B>
+struct Either<false, A, B> {
+  using type = B;
+};
 
 template <class Q, int P>
 inline void tiled_panels(const LinearArgs& a, int64_t panel, float* y) {
-  alignas(64) uint8_t tile[P * kTileBlocks * kTileBlock];
-  const int64_t blocks = blocks_of(a.k), parts = (blocks + kTileBlocks - 1) / kTileBlocks;
+  // Whole lines of plain bytes need no tile: they go to L1 by themselves.
+  constexpr bool as_packed = S::kBytesAsTheyAre && !Q::kNibbles && Q::kBytes % 64 == 0 && !Q::kHalves;
+  constexpr int64_t tile_bytes = kTileBlocks / Q::kParts * TileBlock<Q>::kBytes;
+  alignas(64) uint8_t tile[as_packed ? 64 : P * tile_bytes];
+  const int64_t blocks = blocks_of(a.k), parts = (blocks + kTileBlocks - 1) / kTileBlocks, wides = blocks / Q::kParts;
+  const int64_t panel_bytes = wides * Q::kBytes;
   const int64_t passes = (a.m + S::kTileRows - 1) / S::kTileRows;
   for (int64_t part = 0; part < parts; part++) {
-    const int64_t first = blocks * part / parts, count = blocks * (part + 1) / parts - first;
-    for (int p = 0; p < P; p++)
-      for (int64_t g = 0; g < count; g++)
-        unpack_block<Q>(static_cast<const uint8_t*>(a.w) + ((panel + p) * blocks + first + g) * Q::kBytes,
-                        tile + (p * kTileBlocks + g) * kTileBlock);
+    const int64_t first = wides * part / parts, count = wides * (part + 1) / parts - first;
+    const uint8_t* const packed = static_cast<const uint8_t*>(a.w) + panel * panel_bytes + first * Q::kBytes;
+    if constexpr (!as_packed) {
+      for (int p = 0; p < P; p++)
+        for (int64_t g = 0; g < count; g++)
+          unpack_block<Q>(packed + p * panel_bytes + g * Q::kBytes, tile + p * tile_bytes + g * TileBlock<Q>::kBytes);
+    }
     for (int64_t pass = 0; pass < passes; pass++) {
       const int64_t row = a.m * pass / passes, rows = a.m * (pass + 1) / passes - row;
       with_count<S::kTileRows>(rows, [&](auto R) __attribute__((always_inline)) {
-        tile_rows<Q, decltype(R)::value, P>(a, tile, count, first, row, y, a.n - panel * kLanes);
+        using Block = typename Either<as_packed, PackedBlock<Q>, TileBlock<Q>>::type;
+        tile_rows<Q, Block, decltype(R)::value, P>(a, as_packed ? packed : tile, as_packed ? panel_bytes : tile_bytes,
+                                                   count * Q::kParts, first * Q::kParts, row, y, a.n - panel * kLanes);
       });
     }
   }

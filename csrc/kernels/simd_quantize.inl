@@ -1,8 +1,8 @@
 // Floats -> int8: activations by blocks, and the keys and values of the cache. Included by simd.inl.
 
 // 16 blocks at a time, of as many rows as that takes: scales are divided together, and no block waits for another.
-// whole: every block has all its columns.
-template <bool whole>
+// whole: every block has all its columns. wide: four blocks in a row share a scale; they stand at a multiple of four.
+template <bool whole, bool wide>
 inline void quantize_blocks(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t block_begin, int64_t block_end,
                             int8_t* xq, XBlock* xb) {
   const int64_t blocks = blocks_of(k), all = m * (block_end - block_begin);
@@ -38,6 +38,7 @@ inline void quantize_blocks(const float* x, int64_t ldx, int64_t m, int64_t k, i
         v[e] = S::imax(S::bits(S::abs(low(j + e))), S::bits(S::abs(high(j + e))));
       });
       tops[j / 4] = S::tops4(v[0], v[1], v[2], v[3]);
+      if (wide) tops[j / 4] = S::top_of(tops[j / 4]);
     }
     alignas(64) float scale[16], inverse[16];
     const F top = S::join(tops[0], tops[1], tops[2], tops[3]);
@@ -56,15 +57,24 @@ inline void quantize_blocks(const float* x, int64_t ldx, int64_t m, int64_t k, i
         xb[to[j + e]] = {scale[j + e], scale[j + e] * float(sum), -128 * sum, -128 * halves[2 * e]};
       });
     }
+    if (wide) {
+      for (int64_t j = 0; j < count; j += 4) {
+        int32_t sum = 0;
+        for (int e = 0; e < 4; e++) sum += xb[to[j + e]].offset;
+        for (int e = 0; e < 4; e++) xb[to[j + e]].offset_part = sum;
+      }
+    }
   }
 }
 
-inline void quantize(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t block_begin, int64_t block_end,
-                     int8_t* xq, XBlock* xb) {
-  if (block_end * kBlock <= k)
-    quantize_blocks<true>(x, ldx, m, k, block_begin, block_end, xq, xb);
+inline void quantize(const float* x, int64_t ldx, int64_t m, int64_t k, bool wide, int64_t block_begin,
+                     int64_t block_end, int8_t* xq, XBlock* xb) {
+  if (wide)
+    quantize_blocks<true, true>(x, ldx, m, k, block_begin, block_end, xq, xb);
+  else if (block_end * kBlock <= k)
+    quantize_blocks<true, false>(x, ldx, m, k, block_begin, block_end, xq, xb);
   else
-    quantize_blocks<false>(x, ldx, m, k, block_begin, block_end, xq, xb);
+    quantize_blocks<false, false>(x, ldx, m, k, block_begin, block_end, xq, xb);
 }
 
 // Scale and multiplier of values whose absolute maximum has these bits.

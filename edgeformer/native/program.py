@@ -23,7 +23,8 @@ LANES = 16  # rows of a weight panel, as csrc/kernels/kernels.h packs them
 
 @dataclass(slots=True)
 class Slot:
-    """A tensor of the program. dtype: "f32", "i64", "bool", or "quant" (int8 rows with their block scales)."""
+    """A tensor of the program. dtype: "f32", "i64", "bool", or "quant" (int8 rows with a scale for each 32
+    columns; "quant128": for each 128)."""
 
     name: str
     dtype: str
@@ -50,7 +51,7 @@ class Op:
 class Weight:
     """A constant matrix W[n, k] as the file holds it; nothing is read until it is packed.
 
-    type: "q4a", "q4", "q8", "q8x16" or "f32". q, scale, min: names of constants; q is stored [n, k], or [k, n] when
+    type: "q4a", "q4", "q8", "q8x16", "q8x128" or "f32". q, scale, min: names of constants; q is stored [n, k], or [k, n] when
     `transposed`. selected: the rows of q that are meant, in order; None for all.
     """
 

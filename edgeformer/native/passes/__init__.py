@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edgeformer.errors import EngineUnavailable
 from edgeformer.native.graph import Graph, Node
-from edgeformer.native.passes import attention, elementwise, fuse, linear, mask, norm_forms, rotation, simplify
+from edgeformer.native.passes import attention, elementwise, fuse, linear, mask, norm_forms, rotation, simplify, wide
 
 
 def lower(g: Graph) -> list[attention.Cache]:
@@ -51,6 +51,7 @@ def lower(g: Graph) -> list[attention.Cache]:
     fuse.early_rows(g)
     fuse.share_inputs(g)
     simplify.views(g)
+    wide.wide_blocks(g)
     return caches
 
 
