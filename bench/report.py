@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,24 @@ def machine() -> dict[str, Any]:
 
 
 def save(name: str, results: dict[str, Any]) -> Path:
-    """Writes results/NAME.json."""
+    """Writes results/NAME.json. What another machine measured there before moves to results/ITS-NAME/."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
+    if path.exists():
+        cpu = json.loads(path.read_text(encoding="utf-8"))["machine"]["cpu"]
+        if cpu != machine()["cpu"]:
+            other = RESULTS / re.sub(r"[^a-z0-9]+", "-", cpu.lower()).strip("-")
+            other.mkdir(exist_ok=True)
+            path.replace(other / path.name)
     path.write_text(
         json.dumps({"machine": machine(), **results}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
     return path
+
+
+def elsewhere(name: str) -> list[dict[str, Any]]:
+    """results/*/NAME.json: what other machines measured."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(f"*/{name}.json"))]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

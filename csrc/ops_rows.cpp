@@ -150,7 +150,8 @@ class Linear final : public Op {
   int64_t row_tile(const Run& run) const {
     const int64_t m = rows(run), wanted = run.threads == 1 ? 1 : run.threads * kChunksPerThread;
     int64_t height = kRowTile;
-    while (height > kLeastRowTile && column_tiles(prefill_units(run)) * ((m + height - 1) / height) < wanted) height /= 2;
+    while (height > kLeastRowTile && column_tiles(prefill_units(run)) * ((m + height - 1) / height) < wanted)
+      height /= 2;
     return std::min(m, height);
   }
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from peer_results import LOSSY, OURS, PEER, saved
 
-from bench import encoders
-from bench.arm import __main__ as arm
-from bench.peers import models, pages, random_models, rounds, sizes, studies
+from bench import report
+from bench.peers import models, pages, rounds, studies
 from bench.peers.contestants import ALL, ALTERNATIVES
 from bench.peers.environments import Environment, SetupFailed
 from bench.peers.rounds import LIMIT, Round, Turn, TurnFailed, parse, quiet, take_turn
@@ -190,38 +189,6 @@ def test_gguf_bytes_count_a_tied_table_once_and_an_untied_one_not(tmp_path: Path
 
 # -- what is written
 
-OURS, PEER, LOSSY = "edgeformer keep (the GGUF's blocks)", "llama.cpp Q8_0", "llama.cpp Q4_0"
-
-
-def saved() -> dict:
-    def numbers(speed: float) -> dict:
-        return {
-            "decode": {"median": speed, "values": [speed]},
-            "first": {"median": 3 / speed, "values": [3 / speed]},
-            "short_mib": {"median": 150.0, "values": [150.0]},
-        }
-
-    def quality(ratio: float) -> dict:
-        return {"perplexity": 10 * ratio, "perplexity_float": 10.0, "mean_kl": ratio - 1}
-
-    speeds = {OURS: (200.0, 100.0), PEER: (80.0, 50.0), LOSSY: (100.0, 60.0)}
-    return {
-        "machine": {"cpu": "A CPU", "system": "Linux", "date": "2026-01-01"},
-        "threads": [1, 2],
-        "rounds": {"taken": 6, "used": 5, "disturbed": [["x"], [], [], [], [], []]},
-        "undisturbed": True,
-        "limit_cores_of_others": LIMIT,
-        "contestants": {
-            key: {"project": key.split()[0], "settings": "s", "file_bytes": 1e8, "token_bytes": 1e8} for key in speeds
-        },
-        "absent": {"OpenVINO GenAI int8": "pip failed: no wheel"},
-        "quality": {OURS: quality(1.002), PEER: quality(1.001), LOSSY: quality(1.3)},
-        "memory": {"1": [{"gb_s": 12.0}], "2": [{"gb_s": 25.0}]},
-        "measured": {
-            key: {"2": numbers(two), "1": numbers(one), "versions": {"p": "1"}} for key, (two, one) in speeds.items()
-        },
-    }
-
 
 def test_classes_follow_the_measured_loss() -> None:
     assert pages.classes(saved()) == {"no more than 1 % lost": [OURS, PEER], "more is lost": [LOSSY]}
@@ -342,276 +309,15 @@ def test_every_contestant_has_its_own_name_and_runner() -> None:
         assert json.loads(json.dumps(contestant.options)) == contestant.options  # a job is JSON
 
 
-# -- encoders
+# -- results of several machines
 
 
-class Tower:
-    """An encoder whose vectors are the `size` first unit vectors, turned by `noise`."""
-
-    def __init__(self, noise: float) -> None:
-        self.noise, self.calls = noise, 0
-
-    def encode(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
-        self.calls += 1
-        texts, tokens = feeds["input_ids"].shape
-        assert feeds["attention_mask"].all() and feeds["token_type_ids"].shape == (texts, tokens)
-        return np.repeat(3.0 * (np.eye(texts, 4) + self.noise * np.eye(texts, 4, 1))[:, None], tokens, 1)
-
-
-@pytest.mark.parametrize(("noise", "cosine"), [(0.0, 1.0), (1.0, 0.5**0.5)])
-def test_an_encoder_is_timed_after_its_first_call_and_compared(tmp_path: Path, noise: float, cosine: float) -> None:
-    np.save(tmp_path / "vectors.npy", np.eye(3, 4))
-    test = {"name": "3 x 2", "kind": "encode", "ids": [[1, 2]] * 3, "seconds": 0.0}
-    tower = Tower(noise)
-    found = measure.measure(tower, {"tests": [test | {"reference": str(tmp_path / "vectors.npy")}]})["3 x 2"]
-    assert found["calls"] == 3 and tower.calls == 4 and found["value"] > 0
-    assert found["cosine"] == pytest.approx(cosine) and found["least_cosine"] == pytest.approx(cosine)
-
-
-def encoded() -> dict:
-    def speeds(one: float, two: float, cosine: float) -> dict:
-        return {**{t: {"1 x 16": {"median": v}} for t, v in (("1", one), ("2", two))}, "cosine": cosine}
-
-    numbers = saved()
-    numbers["tests"] = ["1 x 16"]
-    numbers["measured"] = {
-        "edgeformer q8, native": speeds(300.0, 390.0, 0.999),
-        "edgeformer q8, cpu": speeds(200.0, 400.0, 0.999),
-        "OpenVINO careless": speeds(250.0, 300.0, 0.9),
-        "OpenVINO careful": speeds(100.0, 150.0, 0.995),
-    }
-    return numbers
-
-
-def test_encoders_are_compared_with_the_fastest_and_with_the_fastest_faithful() -> None:
-    ours = "edgeformer q8, native"
-    assert encoders.ratios(encoded(), ours)["1 x 16"] == {1: 1.2, 2: 1.3}
-    assert encoders.ratios(encoded(), ours, 0.99)["1 x 16"] == {1: 3.0, 2: 2.6}
-    text = encoders.text(encoded())
-    assert "| 1 x 16 tokens | x 1.30 | x 1.20 (less) | x 2.60 | x 3.00 |" in text
-    assert "| **edgeformer q8, native** | 0.9990 | 390 (300) |" in text
-    assert "x 1.20 to x 1.30" in encoders.readme_line(encoded())
-
-
-def test_it_is_said_where_cpu_is_the_faster_engine_of_the_two() -> None:
-    numbers = encoded()
-    assert encoders.auto_line(numbers) == "`cpu` is faster than `native` in: 1 x 16 with 2 threads (x 1.03)."
-    numbers["measured"]["edgeformer q8, cpu"]["2"]["1 x 16"]["median"] = 300.0
-    assert "`auto` is right" in encoders.auto_line(numbers)
-
-
-def test_every_encoder_has_its_own_name_and_runner() -> None:
-    assert len({c.key for c in encoders.ALL}) == len(encoders.ALL)
-    assert all((rounds.RUNNERS / f"{c.runner}.py").is_file() for c in encoders.ALL)
-
-
-# -- models of other sizes
-
-
-def tiny(shape: str) -> dict:
-    """The config of a shape, small enough for a test."""
-    smaller = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config = sizes.SIZES[shape].config
-    return config | smaller | heads | ({"head_dim": 16} if "head_dim" in config else {})
-
-
-@pytest.mark.parametrize("shape", list(sizes.SIZES))
-def test_random_weights_are_a_whole_model(tmp_path: Path, shape: str) -> None:
-    """transformers finds every tensor it looks for, and as many parameters as the full shape is said to have."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    config = tiny(shape)
-    (tmp_path / "config.json").write_text(json.dumps(random_models.COMMON | config))
-    random_models.write_safetensors(tmp_path / "model.safetensors", config)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
-    model, info = loaded
-    assert not any(info.values())
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    name = "model.layers.1.self_attn.k_proj.weight"
-    assert (model.state_dict()[name].numpy() == random_models.drawn(name, (32, 64))).all()
-    full = sum(int(np.prod(s)) for s in random_models.tensors(sizes.SIZES[shape].config).values())
-    assert full / 1e9 == pytest.approx(sizes.SIZES[shape].parameters, abs=0.0006)
-
-
-def test_a_random_tensor_is_its_name_and_shape() -> None:
-    one, two = (random_models.drawn(name, (5000, 16)) for name in ("a.weight", "b.weight"))
-    assert (one == random_models.drawn("a.weight", (5000, 16))).all() and (one != two).mean() > 0.9
-    assert one[4096:].std() == pytest.approx(random_models.DEVIATION, rel=0.05)  # the second part is drawn too
-    assert (random_models.drawn("model.norm.weight", (8,)) == 1).all()
-
-
-def test_rows_for_llama_cpp_turn_as_neighbours_where_hugging_face_turns_halves() -> None:
-    rng = np.random.default_rng(0)
-    matrix, angles = rng.standard_normal((3 * 8, 5)), rng.standard_normal(4)
-    rows = matrix.reshape(3, 2, 4, 5)
-    low, high = rows[:, 0], rows[:, 1]
-    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
-    halves = np.stack([low * cos - high * sin, high * cos + low * sin], 1).reshape(24, 5)
-    pairs = random_models.adjacent_pairs(matrix, 3).reshape(3, 4, 2, 5)
-    even, odd = pairs[:, :, 0], pairs[:, :, 1]
-    neighbours = np.stack([even * cos - odd * sin, odd * cos + even * sin], 2).reshape(24, 5)
-    assert np.allclose(neighbours, random_models.adjacent_pairs(halves, 3))
-    assert not np.allclose(neighbours, halves)
-
-
-@pytest.mark.parametrize(("shape", "permuted"), [("0.5B", False), ("1B", True)])
-def test_the_gguf_has_the_folders_numbers(tmp_path: Path, shape: str, permuted: bool) -> None:
-    gguf, config = pytest.importorskip("gguf"), tiny(shape)
-    random_models.write_gguf(tmp_path / "model.gguf", config)
-    reader = gguf.GGUFReader(tmp_path / "model.gguf")
-    found = {t.name: np.array(t.data) for t in reader.tensors}
-    assert len(found) == len(random_models.tensors(config))
-    down = random_models.drawn("model.layers.1.mlp.down_proj.weight", (64, 96))
-    assert (found["blk.1.ffn_down.weight"] == down).all()
-    k = random_models.drawn("model.layers.0.self_attn.k_proj.weight", (32, 64))
-    assert (found["blk.0.attn_k.weight"] == (random_models.adjacent_pairs(k, 2) if permuted else k)).all()
-    assert found["output_norm.weight"].dtype == np.float32
-    assert ("blk.0.attn_q.bias" in found) is not permuted  # Qwen2 has biases, Llama has none
-    assert reader.get_field(f"{config['model_type']}.vocab_size").contents() == 96
-
-
-def test_sizes_are_chosen_by_name() -> None:
-    keys = [c.key for c in sizes.chosen("1B")]
-    assert len(set(keys)) == len(keys) and all(key.endswith("(1B)") for key in keys)
-    assert not set(keys) & {c.key for c in ALL}
-    with pytest.raises(SystemExit, match=r"no size 7B; there are 0\.5B, 1B, 3B"):
-        sizes.chosen("1B,7B")
-
-
-def grown() -> dict:
-    """Two sizes; ours reaches 90 % of the memory limit at 1B with 2 threads."""
-
-    def tests(speed: float, first: float) -> dict:
-        return {"decode": {"median": speed}, "prefill512": {"median": 10 * speed}, "first": {"median": first}}
-
-    numbers = saved()
-    rows = {
-        ("edgeformer", "0.5B"): 60.0,
-        ("edgeformer", "1B"): 45.0,
-        ("llama.cpp", "0.5B"): 40.0,
-        ("llama.cpp", "1B"): 15.0,
-    }
-    numbers["contestants"] = {
-        f"{project} q ({size})": {"project": project, "name": "q", "size": size, "token_bytes": 5e8, "file_bytes": 5e8}
-        for project, size in rows
-    }
-    numbers["measured"] = {
-        f"{project} q ({size})": {"2": tests(speed, 1 / speed), "1": tests(speed / 2, 2 / speed), "versions": {}}
-        for (project, size), speed in rows.items()
-    }
-    return numbers
-
-
-def test_sizes_are_compared_with_the_fastest_peer_of_their_own_size(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    text = sizes.text(grown(), tmp_path)
-    assert "| edgeformer q (0.5B) | x 1.50 (x 1.50) |" in text  # 60 : 40, not 60 : 15
-    assert "| edgeformer q (1B) | x 3.00 (x 3.00) |" in text
-    assert "edgeformer q (1B) 90%." in text and "(0.5B) 120%" not in text  # the limit is asked for from 1B on
-    assert "| **edgeformer q** | 500 | 45 (22) | 90% (94%) |" in text
-    assert (tmp_path / "peers-sizes.png").stat().st_size > 1000
-
-
-def test_a_first_token_is_faster_when_it_takes_less() -> None:
-    assert sizes.best_peer(grown(), "1B", 2, "first") == ("llama.cpp q (1B)", pytest.approx(1 / 15))
-    assert "x 3.00 (x 3.00) |" in sizes.ratio_table(grown(), ["1B"]).splitlines()[-1][-20:]
-
-
-# -- instructions on ARM
-
-LISTING = """
-linear:     file format elf64-littleaarch64
-
-0000000000400580 <main>:
-  400580:\tsdot\tv20.4s, v1.16b, v2.4b[0]
-  400584:\tldr\tq3, [x1, #16]
-  400588:\tstr\tq3, [sp, #32]
-  40058c:\tand\tv1.16b, v2.16b, v3.16b
-  400590:\tand\tx1, x2, #0xf
-  400594:\tadd\tv1.4s, v1.4s, v2.4s
-  400598:\tb.lt\t400580 <main>
-  40059c:\tmov\tv1.16b, v2.16b
-  4005a0:\tret
-"""
-
-
-def test_an_instruction_is_sorted_by_what_it_is_for() -> None:
-    kinds = [arm.kind(*found) for found in arm.parse_disassembly(LISTING).values()]
-    rest = "addresses, loops"
-    scaled = "to float, scales"
-    assert kinds == ["dots", "loads, stores", "spills", "unpacking", rest, scaled, rest, "moves", rest]
-    assert set(kinds) <= set(arm.ORDER)
-
-
-def test_only_what_the_second_call_ran_is_counted() -> None:
-    assert arm.one_call({4: 10, 8: 7}, {4: 16, 8: 7, 12: 2}) == {4: 6, 12: 2}
-
-
-def test_the_floor_is_the_number_of_dot_products() -> None:
-    assert arm.floor("neon_dotprod", 16, 32, 1) == 32
-    assert arm.floor("neon_dotprod", 17, 33, 1) == 128  # a panel and a block begun are done whole
-    assert arm.floor("neon_i8mm", 16, 32, 64) == 64 * 16
-    assert arm.floor("neon_i8mm", 16, 32, 3) == 32 + 32  # two rows by SMMLA, the third by SDOT
-
-
-def test_the_plugin_counts_every_instruction(tmp_path: Path) -> None:
-    missing = [tool for tool in arm.TOOLS if shutil.which(tool) is None]
-    if missing:
-        pytest.skip(f"needs {', '.join(missing)}")
-    source, program = tmp_path / "loop.cpp", tmp_path / "loop"
-    source.write_text(
-        "#include <cstdlib>\n"
-        "int main(int, char** v) {\n"
-        '  for (int i = std::atoi(v[1]); i; i--) asm volatile("sdot v0.4s, v1.16b, v2.16b" ::: "v0");\n'
-        "}\n"
-    )
-    flags = ["-O1", "-static", "-no-pie", "-march=armv8.2-a+dotprod"]
-    subprocess.run([arm.COMPILER, *flags, str(source), "-o", str(program)], check=True)
-    listing, plugin = arm.disassemble(program), arm.build_plugin(tmp_path)
-    counts = arm.run(program, plugin, ["12345"])
-    assert sum(count for address, count in counts.items() if listing[address][0] == "sdot") == 12345
-    more = arm.one_call(counts, arm.run(program, plugin, ["12346"]))
-    assert sum(count for address, count in more.items() if listing[address][0] == "sdot") == 1
-
-
-def test_the_instructions_are_shown_for_each_of_the_floor() -> None:
-    kernel = {"isa": "neon_dotprod", "scheme": "q4", "rows": 64, "floor": 100}
-    numbers = saved() | {
-        "compiler": "g++ 1",
-        "kernels": [kernel | {"kinds": {"dots": 100, "spills": 45}}, kernel | {"kinds": {"dots": 100, "moves": 60}}],
-        "tokens": [{"model": "m", "isa": "neon_dotprod", "rows": 1, "floor": 8e6, "instructions": 10e6}],
-    }
-    numbers["machine"]["versions"] = {}
-    text = arm.text(numbers)
-    assert "| neon_dotprod | q4 | 64 | **1.45** | 1.00 | 0.00 | 0.00 | 0.00 | 0.45 |" in text
-    assert "1 of 2 cases are within 1.5" in text
-    assert "| m | decoding | neon_dotprod | 10.0 M | 8.0 M | x 1.25 |" in text
-
-
-def test_bytes_of_a_bundle_are_what_the_engine_packs(bundles) -> None:
-    """8.5 bits a weight in q8, for whole panels of 16 rows, blocks of 32 columns; the file has float32 scales, so 9."""
-    onnx, path = pytest.importorskip("onnx"), bundles / "q8"
-    graph = onnx.load(str(path / "model.onnx"), load_external_data=False).graph
-    turned = {node.input[0] for node in graph.node if node.op_type == "Transpose"}
-    weights = [w.dims for w in graph.initializer if w.name in turned and w.data_type == onnx.TensorProto.INT8]
-    packed = sum(-(-n // 16) * 16 * -(-k // 32) * 32 * 17 // 16 for n, k in weights)
-    assert len(weights) > 4 and models.bytes_a_token(path) == packed
-
-
-def test_an_export_that_does_not_fit_into_memory_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    began: list[str] = []
-    monkeypatch.setattr(models, "OUT", tmp_path)
-    monkeypatch.setattr(models, "ROOT", tmp_path)
-    monkeypatch.setattr(random_models, "float_folder", lambda shape: tmp_path)
-    monkeypatch.setattr(
-        sizes, "run", lambda command, log, variables, what: began.append(what) or Path(command[5]).mkdir()
-    )
-    monkeypatch.setattr(sizes, "available_gib", lambda: 22.0)
-    with pytest.raises(SetupFailed, match="the export of 3B takes about 51 GiB of memory, 22 are free"):
-        sizes.bundle(sizes.SIZES["3B"], "q4a")
-    assert sizes.bundle(sizes.SIZES["1B"], "q4a").is_dir() and began == ["export q4a of 1B"]
-
-
-@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="needs /proc")
-def test_free_memory_is_read() -> None:
-    assert 0.05 < sizes.available_gib() < 1e5
+def test_what_another_machine_measured_is_kept_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    for cpu, number in (("Chip (R) A", 1), ("Chip (R) A", 2), ("Chip B, 2 cores", 3)):
+        monkeypatch.setattr(report, "machine", lambda cpu=cpu: {"cpu": cpu})
+        report.save("peers", {"number": number})
+    assert json.loads((tmp_path / "peers.json").read_text())["number"] == 3
+    assert [other["number"] for other in report.elsewhere("peers")] == [2], "the last of the first machine"
+    assert (tmp_path / "chip-r-a" / "peers.json").is_file()
+    assert report.elsewhere("encoders") == []

@@ -8,8 +8,9 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-native = pytest.importorskip("edgeformer._native", reason="the native extension is not built")
+pytest.importorskip("edgeformer._native", reason="the native extension is not built")
 
+from edgeformer import _native as native
 from edgeformer.native.engine import NativeEngine
 
 INPUTS = {"x": (graphs.F, ["batch", "sequence", 256])}

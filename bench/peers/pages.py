@@ -8,7 +8,7 @@ from typing import Any
 from bench.peers.contestants import Contestant
 from bench.peers.rounds import Round, median, values
 from bench.peers.studies import Study
-from bench.report import RESULTS, ROOT, put, table
+from bench.report import RESULTS, ROOT, elsewhere, put, table
 
 PAGE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "images"
@@ -317,6 +317,8 @@ def write(saved: dict[str, Any]) -> None:
         "### Settings",
         settings(saved),
     ]
+    for other in elsewhere("peers"):
+        text += [f"### On another machine: {other['machine']['cpu']}", conditions(other), ratio_table(other)]
     put(PAGE, "peers", "\n\n".join(part for part in text if part))
     title, path = images[0]
     lines = [

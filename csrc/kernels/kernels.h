@@ -41,9 +41,9 @@ static constexpr int kWeightTypes = 6;
 
 // One 32-column block of one activation row; of the four of a wide block, each has the scale of all.
 struct XBlock {
-  float scale;         // absmax / 127
-  float scaled_sum;    // scale * float(sum of q)
-  int32_t offset;      // -128 * sum of q: undoes the + 128 of q8 (and, / 16, the + 8 of q4)
+  float scale;          // absmax / 127
+  float scaled_sum;     // scale * float(sum of q)
+  int32_t offset;       // -128 * sum of q: undoes the + 128 of q8 (and, / 16, the + 8 of q4)
   int32_t offset_part;  // -128 * sum of q over columns 0..15, for q8x16; in a wide block over its 128, for q8x128
 };
 
@@ -191,8 +191,8 @@ struct Kernels {
   // Blocks [block_begin, block_end) of m rows; x[m, ldx] with k columns (the last block is padded with zeros);
   // xq[m, blocks_of(k) * 32], xb[m, blocks_of(k)]. Wide: absmax is that of 128 columns; k is a multiple of 128, and
   // block_begin and block_end of 4.
-  void (*quantize)(const float* x, int64_t ldx, int64_t m, int64_t k, bool wide, int64_t block_begin,
-                   int64_t block_end, int8_t* xq, XBlock* xb);
+  void (*quantize)(const float* x, int64_t ldx, int64_t m, int64_t k, bool wide, int64_t block_begin, int64_t block_end,
+                   int8_t* xq, XBlock* xb);
 
   LinearFn linear[kWeightTypes];
 

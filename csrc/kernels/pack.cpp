@@ -185,10 +185,10 @@ PackError pack_row<WeightType::f32>(const PackSource& s, int64_t r, int64_t lane
 
 PackResult pack_rows(WeightType type, const PackSource& s, int64_t row_begin, int64_t row_end, const int64_t* dest,
                      void* packed) {
-  constexpr decltype(&pack_row<WeightType::q4>) by_type[] = {
-      // in WeightType's order
-      pack_row<WeightType::q4a>,   pack_row<WeightType::q4>,     pack_row<WeightType::q8>,
-      pack_row<WeightType::q8x16>, pack_row<WeightType::q8x128>, pack_row<WeightType::f32>};
+  constexpr decltype(&pack_row<WeightType::q4>) by_type[] = {// in WeightType's order
+                                                             pack_row<WeightType::q4a>,    pack_row<WeightType::q4>,
+                                                             pack_row<WeightType::q8>,     pack_row<WeightType::q8x16>,
+                                                             pack_row<WeightType::q8x128>, pack_row<WeightType::f32>};
   PackResult result;
   for (int64_t r = row_begin; r < row_end && result.error == PackError::none; r++) {
     const int64_t row = dest ? dest[r] : r;

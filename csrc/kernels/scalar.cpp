@@ -147,8 +147,7 @@ void linear_wide(const LinearArgs& a, int64_t panel_begin, int64_t panel_end) {
       const uint8_t* block = static_cast<const uint8_t*>(a.w) + (panel * wides + g) * bytes;
       int32_t dot = 0;
       for (int64_t c = 0; c < kWide; c++)
-        dot += int32_t(a.xq[i * a.k + g * kWide + c]) *
-               byte_weight(block + head + c / kBlock * part, row, c % kBlock);
+        dot += int32_t(a.xq[i * a.k + g * kWide + c]) * byte_weight(block + head + c / kBlock * part, row, c % kBlock);
       acc = fma1(float(dot), a.xb[(i * a.k + g * kWide) / kBlock].scale * half_to_float(block + 2 * row), acc);
     }
     return acc;

@@ -73,8 +73,7 @@ inline __attribute__((always_inline)) void add_wide(const Block (&block)[P], con
     each<P>([&](auto p) __attribute__((always_inline)) { part[p] = block[p].part(i); });
     each<2>([&](auto half) __attribute__((always_inline)) {
       typename S::X x[R];
-      each<R>([&](auto r)
-                  __attribute__((always_inline)) { x[r] = S::load_x(xq + r * ldq + i * kBlock + 16 * half); });
+      each<R>([&](auto r) __attribute__((always_inline)) { x[r] = S::load_x(xq + r * ldq + i * kBlock + 16 * half); });
       each<4>([&](auto s)
                   __attribute__((always_inline)) { dot_slice<Q, 4 * half.value + s.value, R, P>(part, x, sum); });
     });
@@ -207,8 +206,9 @@ inline void tile_rows(const LinearArgs& a, const uint8_t* tile, int64_t panel_by
   const XBlock* xb = a.xb + row * blocks + first_block;
   for (int64_t g = 0; g < tile_blocks; g += Q::kParts) {
     Block block[P];
-    each<P>([&](auto p)
-                __attribute__((always_inline)) { block[p].p = tile + p * panel_bytes + g / Q::kParts * Block::kBytes; });
+    each<P>([&](auto p) __attribute__((always_inline)) {
+      block[p].p = tile + p * panel_bytes + g / Q::kParts * Block::kBytes;
+    });
     add_block<Q, R, P>(block, xq + g * kBlock, xb + g, blocks * kBlock, blocks, acc);
   }
   each<R>([&](auto r) __attribute__((always_inline)) {

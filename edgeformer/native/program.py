@@ -51,7 +51,7 @@ class Op:
 class Weight:
     """A constant matrix W[n, k] as the file holds it; nothing is read until it is packed.
 
-    type: "q4a", "q4", "q8", "q8x16", "q8x128" or "f32". q, scale, min: names of constants; q is stored [n, k], or [k, n] when
+    type: one of packing.WEIGHT_TYPES. q, scale, min: names of constants; q is stored [n, k], or [k, n] when
     `transposed`. selected: the rows of q that are meant, in order; None for all.
     """
 

@@ -20,12 +20,15 @@ def wide_blocks(g: Graph) -> None:
         if node.op == "Linears":
             readers.setdefault(node.inputs[0], []).extend(w for w in weights_of(node) if w.type != "f32")
     narrow: set[str] = set()  # names of stored weights
-    while stay := {
-        weight.q
-        for weights in readers.values()
-        if not all(_fits(weight) and weight.q not in narrow for weight in weights)
-        for weight in weights
-    } - narrow:
+    while (
+        stay := {
+            weight.q
+            for weights in readers.values()
+            if not all(_fits(weight) and weight.q not in narrow for weight in weights)
+            for weight in weights
+        }
+        - narrow
+    ):
         narrow |= stay
     chosen = {weight.q for weights in readers.values() for weight in weights} - narrow
 
