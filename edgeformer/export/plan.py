@@ -15,7 +15,7 @@ from edgeformer.export import gptq
 from edgeformer.export.blocks import Blocks, quantize
 from edgeformer.export.calibrate import Calibration, hessians
 from edgeformer.export.options import CALIBRATED, ExportOptions
-from edgeformer.export.passes.linear import linears
+from edgeformer.export.passes.linear import Linear, linears
 from edgeformer.export.passes.quantize import quantize_embeddings, quantize_linears, tables
 from edgeformer.export.progress import Progress
 from edgeformer.export.source import Source
@@ -99,24 +99,24 @@ def _calibrated(
     A slice of a stack (an expert) is left out: its inputs are those of the few tokens that choose it, which the graph,
     running every expert on every token, does not tell apart.
     """
-    weights: dict[str, ir.Value] = {}
+    weights: dict[str, Linear] = {}
     read: dict[str, dict[str, None]] = {}  # weight -> the values it is applied to: several where layers share it
     for layer in linears(model):
-        name, k = str(layer.weight.name), layer.weight.shape[1]  # type: ignore[index]
+        name = str(layer.weight.name)
         own = dict.__contains__(known, name.removesuffix(".rows"))
-        if own and wanted.get(name) in CALIBRATED and k >= block and layer.x.producer() is not None:
-            weights[name] = layer.weight
+        if own and wanted.get(name) in CALIBRATED and layer.inputs >= block and layer.x.producer() is not None:
+            weights[name] = layer
             read.setdefault(name, {})[str(layer.x.name)] = None
     readers: dict[tuple[str, ...], list[str]] = {}
     for name, values in read.items():
         readers.setdefault(tuple(values), []).append(name)
-    sizes = {inputs: int(weights[names[0]].shape[1]) for inputs, names in readers.items()}  # type: ignore[index]
+    sizes = {inputs: weights[names[0]].inputs for inputs, names in readers.items()}
     found: dict[str, Blocks] = {}
     for group in hessians(calibration, sizes, progress):
         for inputs in progress.track(tuple(group), "quantize"):
             factor = gptq.inverse_factor(group.pop(inputs))
             for name in readers[inputs]:
-                found[name] = gptq.quantize(_values_of(weights[name]), factor, wanted[name], block)
+                found[name] = gptq.quantize(_values_of(weights[name].weight), factor, wanted[name], block)
     return found
 
 
