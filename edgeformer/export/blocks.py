@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -103,13 +103,14 @@ Grid = tuple[torch.Tensor, torch.Tensor | None]  # a block's (scale, minimum), [
 LEVELS = {"q8": (-MAX_Q8, MAX_Q8), "q4": (-8, 7), "q4a": (0, 15)}  # the integers of a scheme, both ends included
 
 
-def grids(w: torch.Tensor, importance: torch.Tensor, scheme: str) -> Iterator[Grid]:
-    """The grids worth trying for each block of `w` [..., block].
+def grids(w: torch.Tensor, importance: torch.Tensor, scheme: str, ranges: Sequence[float]) -> Iterator[Grid]:
+    """One grid for each of `ranges` and each block of `w` [..., block].
 
-    Each is the least-squares fit, float16 as engines pack it, to the integers that a plain range gives. `importance`,
-    broadcast over `w`, weighs the squares; it is 0 where a block is padded.
+    It is the least-squares fit, float16 as engines pack it, to the integers that the range gives: so many steps from 0
+    to the largest weight (q4; of either sign), or from the least to the largest (q4a). q8 has but one, and reads no
+    range. `importance`, broadcast over `w`, weighs the squares; it is 0 where a block is padded.
     """
-    yield from _GRIDS[scheme](w, importance)
+    yield from _GRIDS[scheme](w, importance, ranges)
 
 
 def nearest(w: torch.Tensor, grid: Grid, scheme: str) -> torch.Tensor:
@@ -127,25 +128,23 @@ def _divide(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale == 0, torch.zeros_like(x), x / torch.where(scale == 0, 1, scale))
 
 
-def _q8(w: torch.Tensor, importance: torch.Tensor) -> Iterator[Grid]:
+def _q8(w: torch.Tensor, importance: torch.Tensor, ranges: Sequence[float]) -> Iterator[Grid]:
     yield _half(w.abs().amax(-1, keepdim=True) / MAX_Q8), None
 
 
-def _q4(w: torch.Tensor, importance: torch.Tensor) -> Iterator[Grid]:
-    """The largest weight becomes -8 or 7, whichever way and whatever nearby scale loses least."""
+def _q4(w: torch.Tensor, importance: torch.Tensor, ranges: Sequence[float]) -> Iterator[Grid]:
     extreme = w.gather(-1, w.abs().argmax(-1, keepdim=True))
-    for steps in (-8.8, -8.4, -8.0, -7.6, -7.2, -6.8, 7.0, 7.4, 7.8):
+    for steps in ranges:
         q = nearest(w, (extreme / steps, None), "q4")
         part = q * importance
         yield _half(_divide((w * part).sum(-1, keepdim=True), (q * part).sum(-1, keepdim=True))), None
 
 
-def _q4a(w: torch.Tensor, importance: torch.Tensor) -> Iterator[Grid]:
-    """Range first, then for each of a few ranges the least-squares scale and minimum of the rounded integers."""
+def _q4a(w: torch.Tensor, importance: torch.Tensor, ranges: Sequence[float]) -> Iterator[Grid]:
     low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
     total = importance.sum(-1, keepdim=True)
     sum_w = (w * importance).sum(-1, keepdim=True)
-    for steps in (13.0, 13.6, 14.2, 14.6, 15.0, 15.4, 15.8, 16.4):
+    for steps in ranges:
         q = nearest(w, ((high - low) / steps, low), "q4a")
         part = q * importance
         sum_q = part.sum(-1, keepdim=True)
@@ -155,6 +154,11 @@ def _q4a(w: torch.Tensor, importance: torch.Tensor) -> Iterator[Grid]:
 
 
 _GRIDS = {"q8": _q8, "q4": _q4, "q4a": _q4a}
+_RANGES = {  # near the whole range: the largest weight becomes -8 or 7, whichever way and whatever scale loses least
+    "q8": (MAX_Q8,),
+    "q4": (-8.8, -8.4, -8.0, -7.6, -7.2, -6.8, 7.0, 7.4, 7.8),
+    "q4a": (13.0, 13.6, 14.2, 14.6, 15.0, 15.4, 15.8, 16.4),
+}
 
 
 def _best(w: torch.Tensor, inside: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -162,7 +166,7 @@ def _best(w: torch.Tensor, inside: torch.Tensor, scheme: str) -> tuple[torch.Ten
     least = torch.full_like(w[..., :1], torch.inf)
     q, scale, minimum = torch.zeros_like(w), torch.zeros_like(least), torch.zeros_like(least)
     affine = False
-    for grid in grids(w, inside, scheme):
+    for grid in grids(w, inside, scheme, _RANGES[scheme]):
         rounded = nearest(w, grid, scheme) * inside
         off = grid[0] * rounded - w if grid[1] is None else grid[0] * rounded + grid[1] - w
         error = (off * off * inside).sum(-1, keepdim=True)

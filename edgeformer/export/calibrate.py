@@ -55,7 +55,8 @@ def calibration(source: Source, options: ExportOptions, model: ir.Model, path: P
     Raises:
         ExportError: the user's text cannot be read, or the model has no tokenizer for it.
     """
-    count, length = options.calibration_tokens or enough(model), min(LENGTH, source.context or LENGTH)
+    # Half the context at most: there are models whose positions start behind a padding token, and end before it.
+    count, length = options.calibration_tokens or enough(model), min(LENGTH, (source.context or 2 * LENGTH) // 2)
     if options.calibration_text is None:
         sequences = max(1, count // length)
         drawn = own_samples(path, source.inputs[0].high, sequences, min(count, length), progress)

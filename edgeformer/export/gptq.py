@@ -12,9 +12,16 @@ from dataclasses import dataclass
 
 import torch
 
+from edgeformer.errors import ExportError
 from edgeformer.export.blocks import F32, LEVELS, Blocks, Grid, check, grids
 
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal: the paper's
+# Wider than for rounding: what earlier columns left over moves a block's range, and a grid is also a path of errors.
+_RANGES = {
+    "q8": (1.0,),
+    "q4": (-11.0, -9.8, -8.8, -8.0, -7.2, -6.4, -5.6, 5.6, 6.4, 7.2, 8.0, 9.0),
+    "q4a": (11.0, 12.0, 13.0, 13.8, 14.6, 15.4, 16.4, 17.4, 18.6, 20.0),
+}
 _ROWS = 1024  # rows quantized together: what one block of them takes, for each scale tried, stays in the cache
 
 
@@ -22,8 +29,13 @@ def inverse_factor(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Ten
     """float32 [K, K], upper triangular U with U^T U = (hessian + damping * mean of its diagonal)^-1.
 
     `hessian` [K, K] is X^T X of a layer's inputs X. An input that was always 0 is taken as uncorrelated with the rest.
+
+    Raises:
+        ExportError: an input was NaN or infinite.
     """
     h = hessian.double()
+    if not torch.isfinite(h).all():
+        raise ExportError("on the calibration text a layer's inputs are NaN or infinite; use --calibration none.")
     diagonal = h.diagonal()  # a view
     mean = float(diagonal.mean()) or 1.0
     diagonal[diagonal == 0] = mean
@@ -73,7 +85,7 @@ def _block(w: torch.Tensor, factor: torch.Tensor, scheme: str) -> _Block:
     """The block of columns `w` [block, rows], rounded on each grid on offer; for each row the best."""
     size, n = w.shape
     importance = factor.diagonal() ** -2.0  # what GPTQ's loss counts a column's squared error with
-    offered = list(grids(w.T, importance, scheme))
+    offered = list(grids(w.T, importance, scheme, _RANGES[scheme]))
     scales, minima = _joined(offered)  # [offers * rows]
     low, high = LEVELS[scheme]
     inverse = torch.where(scales == 0, 0, 1 / scales)
