@@ -154,7 +154,7 @@ def _q4a(w: torch.Tensor, importance: torch.Tensor, ranges: Sequence[float]) -> 
 
 
 _GRIDS = {"q8": _q8, "q4": _q4, "q4a": _q4a}
-_RANGES = {  # near the whole range: the largest weight becomes -8 or 7, whichever way and whatever scale loses least
+RANGES = {  # near the whole range: the largest weight becomes -8 or 7, whichever way and whatever scale loses least
     "q8": (MAX_Q8,),
     "q4": (-8.8, -8.4, -8.0, -7.6, -7.2, -6.8, 7.0, 7.4, 7.8),
     "q4a": (13.0, 13.6, 14.2, 14.6, 15.0, 15.4, 15.8, 16.4),
@@ -166,7 +166,7 @@ def _best(w: torch.Tensor, inside: torch.Tensor, scheme: str) -> tuple[torch.Ten
     least = torch.full_like(w[..., :1], torch.inf)
     q, scale, minimum = torch.zeros_like(w), torch.zeros_like(least), torch.zeros_like(least)
     affine = False
-    for grid in grids(w, inside, scheme, _RANGES[scheme]):
+    for grid in grids(w, inside, scheme, RANGES[scheme]):
         rounded = nearest(w, grid, scheme) * inside
         off = grid[0] * rounded - w if grid[1] is None else grid[0] * rounded + grid[1] - w
         error = (off * off * inside).sum(-1, keepdim=True)

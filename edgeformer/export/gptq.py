@@ -3,7 +3,7 @@
 Columns are rounded in order, and what rounding one did to the layer's output is made good, as far as inputs correlate,
 by the columns after it. Unlike the paper, a block's scale is not set beforehand: each scale that the format's own
 search offers is tried with the errors carried along inside the block, and the one with the least loss is taken. On
-SmolLM2 in q4 that leaves three quarters of the KL divergence that the scale of the least squared error leaves.
+SmolLM2 in q4, head too, KL is 0.38 rounded, 0.24 with each block's scale of the least squared error, 0.16 so.
 """
 
 from __future__ import annotations
@@ -13,15 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from edgeformer.errors import ExportError
-from edgeformer.export.blocks import F32, LEVELS, Blocks, Grid, check, grids
+from edgeformer.export.blocks import F32, LEVELS, RANGES, Blocks, Grid, check, grids
 
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal: the paper's
-# Wider than for rounding: what earlier columns left over moves a block's range, and a grid is also a path of errors.
-_RANGES = {
-    "q8": (1.0,),
-    "q4": (-11.0, -9.8, -8.8, -8.0, -7.2, -6.4, -5.6, 5.6, 6.4, 7.2, 8.0, 9.0),
-    "q4a": (11.0, 12.0, 13.0, 13.8, 14.6, 15.4, 16.4, 17.4, 18.6, 20.0),
-}
+# Wider than for rounding: what earlier columns left over moves a block's range. q4a, with its minimum, gains nothing.
+_RANGES = RANGES | {"q4": (-11.0, -9.8, -8.8, -8.0, -7.2, -6.4, -5.6, 5.6, 6.4, 7.2, 8.0, 9.0)}
 _ROWS = 1024  # rows quantized together: what one block of them takes, for each scale tried, stays in the cache
 
 
