@@ -43,8 +43,8 @@ class Calibration:
 def enough(model: ir.Model) -> int:
     """Tokens to fit a model to: 3 for each input of its widest layer, in 512 to 16384.
 
-    On SmolLM2 (1536 inputs) any number from 2048 to 16384 gave the same KL divergence within what another draw of the
-    samples changes.
+    On SmolLM2 (1536 inputs) numbers from 2048 to 16384 gave a KL divergence of 0.16 to 0.18 in q4, and another draw of
+    as many changes it by as much.
     """
     return min(max(3 * max((layer.inputs for layer in linears(model)), default=0), 512), 16384)
 
