@@ -54,6 +54,8 @@ def bundle(shape: Shape, scheme: str, head: str | None = None) -> Path:
             raise SetupFailed(f"the export of {shape.name} takes about {need:.0f} GiB of memory, {there:.0f} are free")
         command = [sys.executable, "-m", "edgeformer.export", str(random_models.float_folder(shape)), "-o", str(folder)]
         command += ["--quantize", scheme, "--tokens", "0", *(["--head", head] if head else [])]
+        if scheme in ("q4", "q4a"):
+            command += ["--calibration", "none"]  # fitting noise takes its time and changes no speed
         log = models.LOGS / f"edgeformer-{shape.name}-{name}.log"
         run(command, log, models.OFFLINE, f"export {name} of {shape.name}")
 

@@ -79,6 +79,16 @@ def main(
         str | None,
         typer.Option(help="The output layer: tied, q4a, q4, q8, none. [default: tied where the model ties it]"),
     ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="What q4a and q4 weights of a language model are fitted to (GPTQ): samples (the model's own), a text "
+            "file, or none (round to nearest). [default: samples]"
+        ),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="How many tokens of it. [default: by the model's width, 512 to 16384]")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, or float16 for CUDA. [default: float32]")] = None,
     weights: Annotated[Path | None, typer.Option(help="For a factory: a .safetensors file.")] = None,
     tokenizer: Annotated[
@@ -104,6 +114,7 @@ def main(
     """Export SOURCE to a bundle: an ordinary ONNX folder, checked against PyTorch before it gets its name."""
     given = {
         "output": output, "quantize": quantize, "block": block, "head": head, "dtype": dtype, "weights": weights,
+        "calibration": calibration, "calibration_tokens": calibration_tokens,
         "adapter": adapter, "tokenizer": tokenizer,
         "input": tuple(inputs or ()), "output_names": tuple(output_names or ()), "architecture": architecture,
         "task": task, "text": text,
@@ -151,6 +162,11 @@ def _summary(path: Path, manifest: dict[str, object]) -> None:
     table.add_row(
         "weights", f"{quantization['scheme']}, {quantization['bits_per_weight']} bits each, head {quantization['head']}"
     )
+    if fitted := quantization["calibration"]:
+        table.add_row(
+            "calibrated",
+            f"{fitted['method']}, {fitted['tensors']} weights on {fitted['tokens']} tokens of {fitted['source']}",
+        )
     for name, found in parity.items():
         if found:
             table.add_row(

@@ -71,26 +71,38 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 def _tokens(source: Source, path: Path | None, count: int) -> tuple[NDArray[np.int64], str]:
     """(token ids [count], what they are): of the text if there is a tokenizer, else random and named so."""
+    if path is not None:
+        return read_tokens(source, path, count), path.name
     if "tokenizer.json" not in source.files:
-        if path is not None:
-            raise ExportError(f"the text {path} was given, but the model has no tokenizer; leave it out.")
         generator = np.random.default_rng(0)
         return generator.integers(0, source.inputs[0].high, count), "random token ids (the model has no tokenizer)"
+    name = "the Python language reference (pydoc_data.topics)"
+    return _encode(source, _language_reference(), count, name), name
+
+
+def read_tokens(source: Source, path: Path, count: int) -> NDArray[np.int64]:
+    """The first `count` tokens, or all, of the text in a file.
+
+    Raises:
+        ExportError: the model has no tokenizer, or the file cannot be read or has fewer than 32 tokens.
+    """
+    if "tokenizer.json" not in source.files:
+        raise ExportError(f"the text {path} was given, but the model has no tokenizer; leave it out.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ExportError(f"the text {path} cannot be read: {error}") from error
+    return _encode(source, text, count, path.name)
+
+
+def _encode(source: Source, text: str, count: int, name: str) -> NDArray[np.int64]:
     from tokenizers import Tokenizer
 
-    if path is None:
-        name, text = "the Python language reference (pydoc_data.topics)", _language_reference()
-    else:
-        name = path.name
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise ExportError(f"the text {path} cannot be read: {error}") from error
     tokenizer = Tokenizer.from_str(source.files["tokenizer.json"].decode())
     ids = np.array(tokenizer.encode(text[: 40 * count]).ids[:count], np.int64)
     if len(ids) < 32:
-        raise ExportError(f"the text {name} has only {len(ids)} tokens; accuracy needs at least 32.")
-    return ids, name
+        raise ExportError(f"the text {name} has only {len(ids)} tokens; at least 32 are needed.")
+    return ids
 
 
 def _language_reference() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -64,22 +65,31 @@ def _spread(per_block: F32, block_size: int, k: int) -> F32:
     return np.repeat(per_block, block_size, axis=1)[:, :k]
 
 
-def quantize(weight: F32, scheme: str, block_size: int) -> Blocks:
-    """`weight` float32 [N, K] in blocks of `block_size` along K, each with the scale that loses least in squares.
+def check(weight: F32, scheme: str) -> None:
+    """Refuses what no block format can hold.
 
     Raises:
         ExportError: a weight is NaN or infinite, or the scheme is unknown.
     """
     if not np.isfinite(weight).all():
         raise ExportError("a weight holds NaN or infinity, which no block format can hold; check the checkpoint.")
-    if scheme not in _SCHEMES:
-        raise ExportError(f"unknown quantization {scheme!r}; choose one of {', '.join(_SCHEMES)}.")
+    if scheme not in _GRIDS:
+        raise ExportError(f"unknown quantization {scheme!r}; choose one of {', '.join(_GRIDS)}.")
+
+
+def quantize(weight: F32, scheme: str, block_size: int) -> Blocks:
+    """`weight` float32 [N, K] in blocks of `block_size` along K, each with the scale that loses least in squares.
+
+    Raises:
+        ExportError: a weight is NaN or infinite, or the scheme is unknown.
+    """
+    check(weight, scheme)
     n, k = weight.shape
     padded = -(-k // block_size) * block_size
     tensor = torch.from_numpy(np.ascontiguousarray(weight))
     blocks = torch.nn.functional.pad(tensor, (0, padded - k)).reshape(n, -1, block_size)
     inside = torch.nn.functional.pad(torch.ones(k), (0, padded - k)).reshape(1, -1, block_size)
-    q, scale, minimum = _SCHEMES[scheme](blocks, inside)
+    q, scale, minimum = _best(blocks, inside, scheme)
     return Blocks(
         scheme,
         block_size,
@@ -89,7 +99,24 @@ def quantize(weight: F32, scheme: str, block_size: int) -> Blocks:
     )
 
 
-Quantized = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+Grid = tuple[torch.Tensor, torch.Tensor | None]  # a block's (scale, minimum), [..., 1] each: the values it can hold
+LEVELS = {"q8": (-MAX_Q8, MAX_Q8), "q4": (-8, 7), "q4a": (0, 15)}  # the integers of a scheme, both ends included
+
+
+def grids(w: torch.Tensor, importance: torch.Tensor, scheme: str, ranges: Sequence[float]) -> Iterator[Grid]:
+    """One grid for each of `ranges` and each block of `w` [..., block].
+
+    It is the least-squares fit, float16 as engines pack it, to the integers that the range gives: so many steps from 0
+    to the largest weight (q4; of either sign), or from the least to the largest (q4a). q8 has but one, and reads no
+    range. `importance`, broadcast over `w`, weighs the squares; it is 0 where a block is padded.
+    """
+    yield from _GRIDS[scheme](w, importance, ranges)
+
+
+def nearest(w: torch.Tensor, grid: Grid, scheme: str) -> torch.Tensor:
+    """The integers, as floats, whose values on the grid are nearest to `w`."""
+    scale, minimum = grid
+    return _divide(w if minimum is None else w - minimum, scale).round().clamp(*LEVELS[scheme])
 
 
 def _half(x: torch.Tensor) -> torch.Tensor:
@@ -101,54 +128,51 @@ def _divide(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale == 0, torch.zeros_like(x), x / torch.where(scale == 0, 1, scale))
 
 
-def _q8(w: torch.Tensor, inside: torch.Tensor) -> Quantized:
-    scale = _half(w.abs().amax(-1, keepdim=True) / MAX_Q8)
-    return _divide(w, scale).round().clamp(-MAX_Q8, MAX_Q8), scale, None
+def _q8(w: torch.Tensor, importance: torch.Tensor, ranges: Sequence[float]) -> Iterator[Grid]:
+    yield _half(w.abs().amax(-1, keepdim=True) / MAX_Q8), None
 
 
-def _q4(w: torch.Tensor, inside: torch.Tensor) -> Quantized:
-    """The largest weight becomes -8 or 7, whichever way and whatever nearby scale loses least."""
+def _q4(w: torch.Tensor, importance: torch.Tensor, ranges: Sequence[float]) -> Iterator[Grid]:
     extreme = w.gather(-1, w.abs().argmax(-1, keepdim=True))
-    best = _Best(w, inside)
-    for steps in (-8.8, -8.4, -8.0, -7.6, -7.2, -6.8, 7.0, 7.4, 7.8):
-        q = _divide(w, extreme / steps).round().clamp(-8, 7)
-        best.offer(q, _half(_divide((w * q).sum(-1, keepdim=True), (q * q).sum(-1, keepdim=True))), None)
-    return best.q, best.scale, None
+    for steps in ranges:
+        q = nearest(w, (extreme / steps, None), "q4")
+        part = q * importance
+        yield _half(_divide((w * part).sum(-1, keepdim=True), (q * part).sum(-1, keepdim=True))), None
 
 
-def _q4a(w: torch.Tensor, inside: torch.Tensor) -> Quantized:
-    """Range first, then for each of a few ranges the least-squares scale and minimum of the rounded integers."""
+def _q4a(w: torch.Tensor, importance: torch.Tensor, ranges: Sequence[float]) -> Iterator[Grid]:
     low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
-    best = _Best(w, inside)
-    for steps in (13.0, 13.6, 14.2, 14.6, 15.0, 15.4, 15.8, 16.4):
-        q = _divide(w - low, (high - low) / steps).round().clamp(0, 15) * inside
-        count = inside.sum(-1, keepdim=True)
-        sum_q, sum_w = q.sum(-1, keepdim=True), w.sum(-1, keepdim=True)
-        spread = count * (q * q).sum(-1, keepdim=True) - sum_q * sum_q
-        scale = _half(_divide(count * (w * q).sum(-1, keepdim=True) - sum_q * sum_w, spread))
-        minimum = _half((sum_w - scale * sum_q) / count)
-        best.offer(_divide(w - minimum, scale).round().clamp(0, 15) * inside, scale, minimum)
-    assert best.minimum is not None
-    return best.q, best.scale, best.minimum
+    total = importance.sum(-1, keepdim=True)
+    sum_w = (w * importance).sum(-1, keepdim=True)
+    for steps in ranges:
+        q = nearest(w, ((high - low) / steps, low), "q4a")
+        part = q * importance
+        sum_q = part.sum(-1, keepdim=True)
+        spread = total * (q * part).sum(-1, keepdim=True) - sum_q * sum_q
+        scale = _half(_divide(total * (w * part).sum(-1, keepdim=True) - sum_q * sum_w, spread))
+        yield scale, _half((sum_w - scale * sum_q) / total)
 
 
-class _Best:
-    """Per block, the candidate with the smallest squared error so far."""
-
-    def __init__(self, w: torch.Tensor, inside: torch.Tensor) -> None:
-        self.w, self.inside = w, inside
-        self.error = torch.full_like(w[..., :1], torch.inf)
-        self.q, self.scale = torch.zeros_like(w), torch.zeros_like(w[..., :1])
-        self.minimum: torch.Tensor | None = None
-
-    def offer(self, q: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None) -> None:
-        off = scale * q - self.w if minimum is None else scale * q + minimum - self.w
-        error = (off * off * self.inside).sum(-1, keepdim=True)
-        better = error < self.error
-        self.error = torch.where(better, error, self.error)
-        self.q, self.scale = torch.where(better, q, self.q), torch.where(better, scale, self.scale)
-        if minimum is not None:
-            self.minimum = minimum if self.minimum is None else torch.where(better, minimum, self.minimum)
+_GRIDS = {"q8": _q8, "q4": _q4, "q4a": _q4a}
+RANGES = {  # near the whole range: the largest weight becomes -8 or 7, whichever way and whatever scale loses least
+    "q8": (MAX_Q8,),
+    "q4": (-8.8, -8.4, -8.0, -7.6, -7.2, -6.8, 7.0, 7.4, 7.8),
+    "q4a": (13.0, 13.6, 14.2, 14.6, 15.0, 15.4, 15.8, 16.4),
+}
 
 
-_SCHEMES = {"q8": _q8, "q4": _q4, "q4a": _q4a}
+def _best(w: torch.Tensor, inside: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(q, scale, minimum): per block, the grid on which its nearest integers have the smallest squared error."""
+    least = torch.full_like(w[..., :1], torch.inf)
+    q, scale, minimum = torch.zeros_like(w), torch.zeros_like(least), torch.zeros_like(least)
+    affine = False
+    for grid in grids(w, inside, scheme, RANGES[scheme]):
+        rounded = nearest(w, grid, scheme) * inside
+        off = grid[0] * rounded - w if grid[1] is None else grid[0] * rounded + grid[1] - w
+        error = (off * off * inside).sum(-1, keepdim=True)
+        better = error < least
+        least = torch.where(better, error, least)
+        q, scale = torch.where(better, rounded, q), torch.where(better, grid[0], scale)
+        if grid[1] is not None:
+            affine, minimum = True, torch.where(better, grid[1], minimum)
+    return q, scale, minimum if affine else None

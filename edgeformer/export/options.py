@@ -12,6 +12,8 @@ from edgeformer.errors import ExportError
 
 SCHEMES = ("q4a", "q4", "q8", "keep", "none")
 HEADS = ("tied", "q4a", "q4", "q8", "none")
+CALIBRATED = ("q4a", "q4")  # eight bits lose too little to be worth it
+SAMPLES = "samples"
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class ExportOptions:
     quantize: str | None = None  # q4a | q4 | q8 | keep | none; by default keep for GGUF, else q4a
     block: int = 32  # weights that share a scale: 16 | 32 | 64 | 128
     head: str | None = None  # tied | q4a | q4 | q8 | none; by default tied if the model ties it, else as `quantize`
+    calibration: str | None = None  # for q4a and q4: samples (the model's own) | none | a text file
+    calibration_tokens: int | None = None  # by default as many as the widest layer needs; see calibrate.enough
     dtype: str = "float32"  # float32 | float16 (for CUDA)
     adapter: Path | None = None  # a PEFT adapter folder (LoRA) to merge into the model
     weights: Path | None = None  # for module:factory: a .safetensors file, or a .pt file of plain tensors
@@ -50,6 +54,36 @@ class ExportOptions:
                 raise ExportError(f"{name} is {value!r}; choose one of {', '.join(str(a) for a in allowed if a)}.")
         if self.tokens < 0:
             raise ExportError(f"tokens is {self.tokens}; expected 0 or more.")
+        if self.calibration_tokens is not None and (self.calibration_tokens < 1 or self.calibration == "none"):
+            raise ExportError(
+                f"calibration_tokens is {self.calibration_tokens} and calibration is {self.calibration or SAMPLES}; "
+                "expected 1 or more, and a calibration that reads them."
+            )
+        fitted = self.calibration_text
+        if fitted is not None and self.text is not None and fitted.resolve() == self.text.resolve():
+            raise ExportError(
+                f"accuracy would be measured on {self.text}, the text that the weights are calibrated on; "
+                "give another text, or leave one of the two out."
+            )
+
+    @property
+    def calibration_text(self) -> Path | None:
+        """The user's own text to calibrate on, if one is given."""
+        return None if self.calibration in (None, "none", SAMPLES) else Path(self.calibration)
+
+    def calibrates(self, scheme: str) -> bool:
+        """Whether some weights are to be calibrated, if linear layers become `scheme`.
+
+        Raises:
+            ExportError: calibration is asked for where no weight has four bits to choose.
+        """
+        four_bits = scheme in CALIBRATED or self.head in CALIBRATED
+        if not four_bits and (self.calibration not in (None, "none") or self.calibration_tokens is not None):
+            raise ExportError(
+                f"calibration is for {' and '.join(CALIBRATED)}; with {scheme} no weight is rounded to four bits here. "
+                "Leave it out, or choose another --quantize or --head."
+            )
+        return four_bits and self.calibration != "none"
 
 
 def read_recipe(path: Path, **flags: Any) -> ExportOptions:
@@ -73,6 +107,8 @@ def read_recipe(path: Path, **flags: Any) -> ExportOptions:
     for name in ("weights", "tokenizer", "text", "adapter"):
         if name in recipe:
             recipe[name] = path.parent / recipe[name]
+    if recipe.get("calibration") not in (None, "none", SAMPLES):
+        recipe["calibration"] = str(path.parent / recipe["calibration"])
     recipe.setdefault("output", path.stem)
     merged = recipe | {name: value for name, value in flags.items() if value not in (None, ())}
     return make_options(**merged)

@@ -12,8 +12,9 @@ import onnx_ir as ir
 from edgeformer.bundle import check_target, seal, write_bundle
 from edgeformer.errors import ExportError, ParityError
 from edgeformer.export import accuracy, parity
+from edgeformer.export.calibrate import Calibration, calibration
 from edgeformer.export.graph import standard_graph
-from edgeformer.export.options import ExportOptions
+from edgeformer.export.options import SAMPLES, ExportOptions
 from edgeformer.export.pair import export_pair
 from edgeformer.export.passes.attention import window_masks
 from edgeformer.export.passes.cache import insert_cache, join_cache
@@ -73,14 +74,17 @@ def export(
         traced = load_source(options)
     if isinstance(traced, Pair | TracedPair):
         decoder = (traced if isinstance(traced, Pair) else traced.pair).decoder
-        return export_pair(options, progress, traced, _scheme(options, decoder))
+        scheme = _scheme(options, decoder)
+        _calibrates(options, decoder, scheme, layers=0)
+        return export_pair(options, progress, traced, scheme)
     with write_bundle(options.output, overwrite=options.overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
         if isinstance(traced, Source):
-            _scheme(options, traced)
+            _calibrates(options, traced, _scheme(options, traced))
             progress.stage("trace")
             traced = float_graph(traced)
         source, model, scheme = traced.source, traced.model.clone(), _scheme(options, traced.source)
         half, quantized = options.dtype == "float16", scheme != "none"
+        calibrated = _calibrates(options, source, scheme, traced.layers)
 
         progress.stage("check the float graph against PyTorch")
         float_path = (Path(scratch) if half or quantized else folder) / GRAPH
@@ -88,8 +92,12 @@ def export(
         report: dict[str, Any] = {"float": _gate(source, float_path, traced.layers > 0)}
 
         weights: list[Quantized] = []
+        fitted: Calibration | None = None
         if quantized:
-            weights = quantize_graph(model, source, options, scheme, traced.transposed, progress)
+            if calibrated:
+                progress.stage("calibrate")
+                fitted = calibration(source, options, model, float_path, progress)
+            weights = quantize_graph(model, source, options, scheme, traced.transposed, progress, fitted)
             finish(model, f"{source.origin}, quantized {scheme}")
             path = (Path(scratch) / "quantized" if half else folder) / GRAPH
             save_graph(model, path)
@@ -118,7 +126,7 @@ def export(
             parts["notes"] = notes
         if source.processing:
             parts["processing"] = dict(source.processing)
-        return seal(folder, manifest(model, source, options, scheme, weights, **parts))
+        return seal(folder, manifest(model, source, options, scheme, weights, fitted, **parts))
 
 
 def float_graph(source: Source) -> Traced:
@@ -153,6 +161,26 @@ def _gate(source: Source, path: Path, has_cache: bool) -> dict[str, Any]:
             f"{error} All at once the graph is right, so its positions do not go on where the cache ends: take them as "
             "an argument, forward(input_ids, position_ids), and use them where they are counted now."
         ) from error
+
+
+def _calibrates(options: ExportOptions, source: Source, scheme: str, layers: int | None = None) -> bool:
+    """Whether weights are fitted to calibration text; `layers` with a cache are None while that is not known.
+
+    Raises:
+        ExportError: it is asked for where it cannot be done.
+    """
+    wanted = options.calibrates(scheme)
+    asked = wanted and (options.calibration is not None or options.calibration_tokens is not None)
+    if asked and not (source.is_language_model and layers != 0):
+        raise ExportError(
+            "calibration runs a language model with a KV cache on text; this model "
+            f"{'has no cache' if source.is_language_model else f'is made for {source.task}'}. Leave it out: weights "
+            "are then rounded to the nearest."
+        )
+    text = options.calibration_text
+    if asked and text is not None and not text.is_file():
+        raise ExportError(f"there is no text {text} to calibrate on; name a file, or {SAMPLES} or none.")
+    return wanted and source.is_language_model and layers != 0
 
 
 def _scheme(options: ExportOptions, source: Source) -> str:

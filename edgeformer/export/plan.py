@@ -11,9 +11,11 @@ import onnx_ir as ir
 import torch
 
 from edgeformer.errors import ExportError
+from edgeformer.export import gptq
 from edgeformer.export.blocks import Blocks, quantize
-from edgeformer.export.options import ExportOptions
-from edgeformer.export.passes.linear import linears
+from edgeformer.export.calibrate import Calibration, hessians
+from edgeformer.export.options import CALIBRATED, ExportOptions
+from edgeformer.export.passes.linear import Linear, linears
 from edgeformer.export.passes.quantize import quantize_embeddings, quantize_linears, tables
 from edgeformer.export.progress import Progress
 from edgeformer.export.source import Source
@@ -27,12 +29,19 @@ class Quantized:
     blocks: Blocks | None  # None: float, which only an own head can be
     transposed: bool = False  # the module holds [K, N]
     own_head: bool = False  # a second form of an embedding's table, for the head alone
+    calibrated: bool = False  # its integers were fitted to the layer's inputs
 
 
 def quantize_graph(
-    model: ir.Model, source: Source, options: ExportOptions, scheme: str, transposed: frozenset[str], progress: Progress
+    model: ir.Model,
+    source: Source,
+    options: ExportOptions,
+    scheme: str,
+    transposed: frozenset[str],
+    progress: Progress,
+    calibration: Calibration | None = None,
 ) -> list[Quantized]:
-    """Quantizes the graph in place; returns what stands in it now.
+    """Quantizes the graph in place; returns what stands in it now. `calibration` is of this very graph.
 
     Raises:
         ExportError: nothing can be quantized, or `--head tied` is asked for a model that does not tie its head.
@@ -45,9 +54,14 @@ def quantize_graph(
     if options.head == "tied" and head not in embedded:
         raise ExportError("--head tied: this model's head has a weight of its own; choose q4a, q4, q8 or none.")
 
+    wanted = {name: scheme if name not in embedded else "tied" for name in layers}
+    if head is not None:
+        wanted[head] = options.head or wanted[head]
+
     done: list[Quantized] = []
     for_tables: dict[str, Blocks] = {}
-    for_layers: dict[str, Blocks] = {}
+    for_layers = _calibrated(model, known, wanted, options.block, calibration, progress) if calibration else {}
+    fitted = frozenset(for_layers)
     for name in progress.track([*embedded, *(n for n in layers if n not in embedded)], f"quantize {scheme}"):
         if name in embedded:
             blocks = _blocks(source, embedded[name], "keep" if scheme == "keep" else "q8", options.block)
@@ -55,14 +69,16 @@ def quantize_graph(
                 for_tables[name] = blocks
                 done.append(Quantized(name, blocks))
         if name in layers:
-            wanted = scheme if name not in embedded else "tied"
-            wanted = options.head or wanted if name == head else wanted
-            blocks = for_tables.get(name) if wanted == "tied" else _blocks(source, layers[name], wanted, options.block)
-            if blocks is not None:
-                for_layers[name] = blocks
-            if wanted != "tied" and (blocks is not None or name in embedded):
+            how = wanted[name]
+            if name not in fitted:
+                blocks = for_tables.get(name) if how == "tied" else _blocks(source, layers[name], how, options.block)
+                if blocks is not None:
+                    for_layers[name] = blocks
+            blocks = for_layers.get(name)
+            if how != "tied" and (blocks is not None or name in embedded):
                 plain = name.removesuffix(".rows")
-                done.append(Quantized(plain, blocks, plain in transposed or name in transposed, name in embedded))
+                turned = plain in transposed or name in transposed
+                done.append(Quantized(plain, blocks, turned, name in embedded, name in fitted))
     if not done:
         raise ExportError("the graph has no linear layer or embedding of the module to quantize; use --quantize none.")
     quantize_linears(model, lambda name, weight: for_layers.get(name))
@@ -70,12 +86,50 @@ def quantize_graph(
     return done
 
 
+def _calibrated(
+    model: ir.Model,
+    known: Mapping[str, torch.Tensor],
+    wanted: Mapping[str, str],
+    block: int,
+    calibration: Calibration,
+    progress: Progress,
+) -> dict[str, Blocks]:
+    """The blocks of all layers whose scheme in `wanted` has four bits, fitted to the inputs they have in `calibration`.
+
+    A slice of a stack (an expert) is left out: its inputs are those of the few tokens that choose it, which the graph,
+    running every expert on every token, does not tell apart.
+    """
+    weights: dict[str, Linear] = {}
+    read: dict[str, dict[str, None]] = {}  # weight -> the values it is applied to: several where layers share it
+    for layer in linears(model):
+        name = str(layer.weight.name)
+        own = dict.__contains__(known, name.removesuffix(".rows"))
+        if own and wanted.get(name) in CALIBRATED and layer.inputs >= block and layer.x.producer() is not None:
+            weights[name] = layer
+            read.setdefault(name, {})[str(layer.x.name)] = None
+    readers: dict[tuple[str, ...], list[str]] = {}
+    for name, values in read.items():
+        readers.setdefault(tuple(values), []).append(name)
+    sizes = {inputs: weights[names[0]].inputs for inputs, names in readers.items()}
+    found: dict[str, Blocks] = {}
+    for group in hessians(calibration, sizes, progress):
+        for inputs in progress.track(tuple(group), "quantize"):
+            factor = gptq.inverse_factor(group.pop(inputs))
+            for name in readers[inputs]:
+                found[name] = gptq.quantize(_values_of(weights[name].weight), factor, wanted[name], block)
+    return found
+
+
+def _values_of(weight: ir.Value) -> np.ndarray:
+    assert weight.const_value is not None
+    return np.ascontiguousarray(weight.const_value.numpy())
+
+
 def _blocks(source: Source, weight: ir.Value, wanted: str, block: int) -> Blocks | None:
     """None leaves the weight as it is: `none` says so, the source keeps it as float, or it is narrower than a block."""
-    assert weight.const_value is not None
     if wanted == "none":
         return None
-    values = np.ascontiguousarray(weight.const_value.numpy())
+    values = _values_of(weight)
     if wanted == "keep":
         return source.kept(values) if source.kept is not None else None
     if values.shape[1] < block:

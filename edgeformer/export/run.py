@@ -49,6 +49,10 @@ class Graph:
         outputs = {name: _wide(value) for name, value in results.items()}
         return outputs, present
 
+    def empty_past(self, batch: int) -> dict[str, Array]:
+        """Empty arrays for all inputs that are a cache, also of a graph that was cut off before it gives one."""
+        return {name: self._empty(name, batch) for name in self.inputs if name.startswith("past_key_values.")}
+
     def _empty(self, name: str, batch: int) -> Array:
         value = self.inputs[name]
         shape = [dim if isinstance(dim, int) else 0 for dim in value.shape]

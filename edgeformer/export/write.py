@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from edgeformer.export import parity
+from edgeformer.export.calibrate import Calibration
 from edgeformer.export.options import ExportOptions
 from edgeformer.export.plan import Quantized, holding
 from edgeformer.export.run import Graph
@@ -80,14 +81,20 @@ def write_texts(source: Source, folder: Path) -> None:
 
 
 def manifest(
-    model: ir.Model, source: Source, options: ExportOptions, scheme: str, weights: Sequence[Quantized], **reports: Any
+    model: ir.Model,
+    source: Source,
+    options: ExportOptions,
+    scheme: str,
+    weights: Sequence[Quantized],
+    calibration: Calibration | None = None,
+    **reports: Any,
 ) -> dict[str, Any]:
     """What edgeformer.json says, before its list of files."""
     return {
         "task": source.task,
         "producer": _versions(),
         "graphs": {"model": graph_shapes(model, GRAPH)},
-        "quantization": _quantization(model, options, scheme, weights),
+        "quantization": _quantization(model, options, scheme, weights) | {"calibration": _fitted(weights, calibration)},
         **reports,
         "provenance": {
             "source": source.origin,
@@ -117,6 +124,13 @@ def _quantization(model: ir.Model, options: ExportOptions, scheme: str, weights:
         "bits_per_weight": round(bits / size, 3) if size else (16.0 if options.dtype == "float16" else 32.0),
         "tensors": {name: schemes.count(name) for name in dict.fromkeys(schemes)},
     }
+
+
+def _fitted(weights: Sequence[Quantized], calibration: Calibration | None) -> dict[str, Any] | None:
+    count = sum(weight.calibrated for weight in weights)
+    if calibration is None or not count:
+        return None
+    return {"method": "GPTQ", "tensors": count, "tokens": calibration.ids.size, "source": calibration.source}
 
 
 def graph_shapes(model: ir.Model, file: str) -> dict[str, Any]:

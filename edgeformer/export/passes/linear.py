@@ -22,6 +22,11 @@ class Linear:
     x: ir.Value  # [..., K]
     weight: ir.Value  # initializer [N, K]
 
+    @property
+    def inputs(self) -> int:
+        """K."""
+        return int(self.weight.shape[1])  # type: ignore[index, arg-type]
+
 
 def linears(model: ir.Model) -> Iterator[Linear]:
     """The linear layers whose weight is a float parameter, in order."""
