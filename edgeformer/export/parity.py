@@ -132,7 +132,7 @@ def stepwise(source: Source, graph: Graph, batches: tuple[int, ...] = (1, 2)) ->
 
 def float_checks(source: Source, path: Path, has_cache: bool) -> Iterator[Check]:
     """All checks of a float graph."""
-    graph = Graph(path)
+    graph = Graph(path, mapped=True)
     yield from whole(source, graph)
     if has_cache:
         yield from stepwise(source, graph)
