@@ -23,7 +23,7 @@ def load_source(options: ExportOptions) -> Source | Pair:
     source = _base_source(options)
     if options.adapter is not None:
         source = with_adapter(source, options.adapter)
-    to_disk((source.decoder if isinstance(source, Pair) else source).module)
+    to_disk((source.encoder if isinstance(source, Pair) else source).module)
     return source
 
 
