@@ -1,7 +1,7 @@
 """Weights in files without a name, mapped: the system reads them when they are used, and takes their memory back.
 
-An export holds a model's weights several times over: as PyTorch's, as the float graph's, as what its blocks stand for.
-In files of the temporary folder (`TMPDIR`) they cost disk; in memory they would decide how large a model can be.
+An export holds a model's weights three times: as PyTorch's, as the float graph's, as what its blocks stand for. In
+files of the temporary folder (`TMPDIR`) that is 12 bytes of disk a parameter; memory would limit a model's size so.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import tempfile
 
 import torch
 
+from edgeformer.errors import ExportError
+
 
 def on_disk(values: torch.Tensor) -> torch.Tensor:
     """`values` in a file of their own, mapped privately: writing to the tensor changes memory, not the file.
@@ -18,13 +20,19 @@ def on_disk(values: torch.Tensor) -> torch.Tensor:
     The file has no name any more when this returns; it goes when the tensor does, and with the process at the latest.
 
     Raises:
-        OSError: the temporary folder has no room for it.
+        ExportError: the temporary folder has no room for it.
     """
     if not values.numel():
         return values
     with tempfile.NamedTemporaryFile() as file:
-        values.detach().reshape(-1).view(torch.uint8).numpy().tofile(file)  # bytes: numpy knows no bfloat16
-        file.flush()
+        try:
+            values.detach().reshape(-1).view(torch.uint8).numpy().tofile(file)  # bytes: numpy knows no bfloat16
+            file.flush()
+        except OSError as error:
+            raise ExportError(
+                f"{values.nbytes:,} bytes of weights cannot be written to {tempfile.gettempdir()}: {error}. An export "
+                "needs 12 bytes a parameter there; name a folder with more room by TMPDIR."
+            ) from error
         mapped = torch.from_file(file.name, shared=False, size=values.numel(), dtype=values.dtype)
     return mapped.view(values.shape)
 
