@@ -37,7 +37,7 @@ def measure(
     ids, name = _tokens(source, text, tokens)
     window = min(WINDOW, len(ids), source.context or WINDOW)
     starts = range(0, len(ids) - window + 1, window)
-    reference, quantized = Graph(float_graph), Graph(graph)
+    reference, quantized = Graph(float_graph, mapped=True), Graph(graph)
     sums = _Sums()
     for start in progress.track(starts, "accuracy"):
         piece = ids[start : start + window][None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from edgeformer.errors import ExportError
 
 F32 = NDArray[np.float32]
+_PIECE = 1 << 18
 MAX_Q8 = 127  # never -128: kernels negate weights, and -(-128) does not fit
 
 
@@ -40,8 +42,12 @@ class Blocks:
     def dequantize(self) -> F32:
         """float32 [N, K], each operation rounded once, as the file format defines it."""
         k = self.q.shape[1]
-        values = _spread(self.scale, self.block_size, k) * self.q.astype(np.float32)
-        return values if self.minimum is None else values + _spread(self.minimum, self.block_size, k)
+        values = np.empty(self.q.shape, np.float32)
+        for rows in _pieces(values):
+            np.multiply(_spread(self.scale[rows], self.block_size, k), self.q[rows], out=values[rows])
+            if self.minimum is not None:
+                values[rows] += _spread(self.minimum[rows], self.block_size, k)
+        return values
 
     def rows(self, index: NDArray[np.intp]) -> Blocks:
         """The same blocks with the rows `index`, in that order."""
@@ -55,14 +61,24 @@ class Blocks:
         """
         centre = 0 if self.minimum is None else 16 if self.scheme == "q8" else 8
         minimum = None if self.minimum is None else self.minimum + np.float32(centre) * self.scale
-        q = self.q - np.int8(centre)
-        if self.scheme == "q8":
-            return ir.Tensor(q), self.scale, minimum
-        return ir.Tensor(q.astype(ml_dtypes.int4), dtype=ir.DataType.INT4), self.scale, minimum
+        wide = self.scheme == "q8"
+
+        def centred() -> ir.TensorProtocol:  # made when it is written: a second copy would last to the export's end
+            q = self.q - np.int8(centre)
+            return ir.Tensor(q) if wide else ir.Tensor(q.astype(ml_dtypes.int4), dtype=ir.DataType.INT4)
+
+        dtype = ir.DataType.INT8 if wide else ir.DataType.INT4
+        return ir.LazyTensor(centred, dtype, ir.Shape(self.q.shape)), self.scale, minimum
 
 
 def _spread(per_block: F32, block_size: int, k: int) -> F32:
     return np.repeat(per_block, block_size, axis=1)[:, :k]
+
+
+def _pieces(matrix: NDArray[Any]) -> list[slice]:
+    """Its rows in pieces of about 2**18 elements: a search makes a dozen arrays like its piece; caches hold them."""
+    step = max(1, _PIECE // max(1, matrix.shape[1]))
+    return [slice(start, start + step) for start in range(0, max(1, len(matrix)), step)]
 
 
 def check(weight: F32, scheme: str) -> None:
@@ -71,7 +87,7 @@ def check(weight: F32, scheme: str) -> None:
     Raises:
         ExportError: a weight is NaN or infinite, or the scheme is unknown.
     """
-    if not np.isfinite(weight).all():
+    if not all(np.isfinite(weight[rows]).all() for rows in _pieces(weight)):
         raise ExportError("a weight holds NaN or infinity, which no block format can hold; check the checkpoint.")
     if scheme not in _GRIDS:
         raise ExportError(f"unknown quantization {scheme!r}; choose one of {', '.join(_GRIDS)}.")
@@ -84,15 +100,20 @@ def quantize(weight: F32, scheme: str, block_size: int) -> Blocks:
         ExportError: a weight is NaN or infinite, or the scheme is unknown.
     """
     check(weight, scheme)
-    n, k = weight.shape
+    parts = [_quantize_rows(np.ascontiguousarray(weight[rows]), scheme, block_size) for rows in _pieces(weight)]
+    q, scale, minimum = (None if part[0] is None else np.concatenate(part) for part in zip(*parts, strict=True))
+    assert q is not None and scale is not None
+    return Blocks(scheme, block_size, q, scale, minimum)
+
+
+def _quantize_rows(rows: F32, scheme: str, block_size: int) -> tuple[NDArray[np.int8], F32, F32 | None]:
+    """(q, scale, minimum) as `Blocks` has them."""
+    n, k = rows.shape
     padded = -(-k // block_size) * block_size
-    tensor = torch.from_numpy(np.ascontiguousarray(weight))
-    blocks = torch.nn.functional.pad(tensor, (0, padded - k)).reshape(n, -1, block_size)
+    blocks = torch.nn.functional.pad(torch.from_numpy(rows), (0, padded - k)).reshape(n, -1, block_size)
     inside = torch.nn.functional.pad(torch.ones(k), (0, padded - k)).reshape(1, -1, block_size)
     q, scale, minimum = _best(blocks, inside, scheme)
-    return Blocks(
-        scheme,
-        block_size,
+    return (
         q.reshape(n, padded)[:, :k].to(torch.int8).numpy(),
         scale.squeeze(-1).contiguous().numpy(),
         None if minimum is None else minimum.squeeze(-1).contiguous().numpy(),

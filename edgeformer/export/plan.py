@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from edgeformer.export.options import CALIBRATED, ExportOptions
 from edgeformer.export.passes.linear import Linear, linears
 from edgeformer.export.passes.quantize import quantize_embeddings, quantize_linears, tables
 from edgeformer.export.progress import Progress
+from edgeformer.export.scratch import on_disk, put
 from edgeformer.export.source import Source
 
 
@@ -139,24 +141,27 @@ def _blocks(source: Source, weight: ir.Value, wanted: str, block: int) -> Blocks
 
 @contextlib.contextmanager
 def holding(module: torch.nn.Module, weights: Sequence[Quantized]) -> Iterator[None]:
-    """`module` with the values that the blocks stand for; as it was when the block ends."""
+    """`module` with the values that the blocks stand for, in mapped files; as it was when the block ends."""
     state = _Parameters(module.state_dict(keep_vars=True))
-    saved: dict[str, torch.Tensor] = {}
+    saved: list[tuple[torch.Tensor, torch.Tensor]] = []
     heads: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
     try:
         with torch.no_grad():
             for weight in (w for w in weights if w.own_head):
                 heads += _untie(module, state, weight)
-            for weight in (w for w in weights if not w.own_head):
-                saved[weight.name] = state[weight.name].detach().clone()
-                state[weight.name].copy_(_values(weight, saved[weight.name]))
+            others = [w for w in weights if not w.own_head]
+
+            def whole(weight: Quantized) -> str:
+                return state.whole(weight.name)
+
+            for name, parts in itertools.groupby(sorted(others, key=whole), key=whole):
+                saved += put(module, state[name], on_disk(_held(state[name], name, list(parts))))
         yield
     finally:
-        with torch.no_grad():
-            for owner, name, parameter in heads:
-                setattr(owner, name, parameter)
-            for name, before in saved.items():
-                state[name].copy_(before)
+        for tensor, before in saved:
+            tensor.data = before
+        for owner, name, parameter in heads:
+            setattr(owner, name, parameter)
 
 
 class _Parameters(dict[str, torch.Tensor]):
@@ -171,15 +176,29 @@ class _Parameters(dict[str, torch.Tensor]):
             raise KeyError(name)
         return found
 
+    def whole(self, name: str) -> str:
+        """The parameter that `name` is, or is a slice of."""
+        return name if dict.__contains__(self, name) else name.rpartition(".")[0]
+
     def _slice(self, name: str) -> torch.Tensor | None:
         stack, _, index = name.rpartition(".")
         inside = dict.__contains__(self, stack) and index.isdigit() and int(index) < len(self[stack])
         return self[stack][int(index)] if inside else None
 
 
+def _held(original: torch.Tensor, name: str, weights: Sequence[Quantized]) -> torch.Tensor:
+    """What the module is to hold in the place of `original`: one weight, or a stack of which these are slices."""
+    if weights[0].name == name:
+        return _values(weights[0], original)
+    stack = _Parameters({name: original.detach().clone()})
+    for weight in weights:
+        stack[weight.name].copy_(_values(weight, stack[weight.name]))
+    return stack[name]
+
+
 def _values(weight: Quantized, original: torch.Tensor) -> torch.Tensor:
     if weight.blocks is None:
-        return original.detach().clone()
+        return original.detach()
     values = torch.from_numpy(weight.blocks.dequantize())
     return values.T if weight.transposed else values
 
@@ -189,11 +208,12 @@ def _untie(
 ) -> list[tuple[torch.nn.Module, str, torch.nn.Parameter]]:
     """Gives the head a parameter of its own beside the embedding it shares with; returns what to put back."""
     shared, before = state[weight.name], []
+    own = on_disk(_values(weight, shared))
     for owner in module.modules():
         for name, parameter in tuple(owner.named_parameters(recurse=False)):
             if parameter.data_ptr() == shared.data_ptr() and not isinstance(owner, torch.nn.Embedding):
                 before.append((owner, name, parameter))
-                setattr(owner, name, torch.nn.Parameter(_values(weight, shared)))
+                setattr(owner, name, torch.nn.Parameter(own))
     if not before:
         raise ExportError(
             f"no module but an embedding holds {weight.name}, so its head cannot be checked; use --head tied."

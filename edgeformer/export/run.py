@@ -16,16 +16,28 @@ _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(in
 
 
 class Graph:
-    """One graph file. `optimized=False` runs each operator as written, so that weights really are dequantized."""
+    """One graph file. `optimized=False` runs each operator as written, so that weights really are dequantized.
 
-    def __init__(self, path: Path, *, optimized: bool = True) -> None:
+    `mapped` leaves weights where they are, in the mapped file: none is transposed or packed ahead, which would be a
+    copy of each. It is for float graphs; that integers become onnxruntime's own kernels takes such a copy.
+    """
+
+    def __init__(self, path: Path, *, optimized: bool = True, mapped: bool = False) -> None:
         options = ort.SessionOptions()
+        options.enable_cpu_mem_arena = False  # the arena keeps what a run took, a dequantized head for one
         options.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         if not optimized:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        if mapped:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        self.session = ort.InferenceSession(
+            str(path),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=["ConstantFolding"] if mapped else None,
+        )
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
         # Of an encoder-decoder's cache, what the encoder made is an input like any other: it does not grow.

@@ -9,18 +9,22 @@ from edgeformer.export.adapter import with_adapter
 from edgeformer.export.factory import checkpoint_source, factory_source
 from edgeformer.export.hub import folder_source, gguf_source, hub_source
 from edgeformer.export.options import ExportOptions
+from edgeformer.export.scratch import to_disk
 from edgeformer.export.source import Pair, Source
 from edgeformer.models.checkpoint import read_config
 
 
 def load_source(options: ExportOptions) -> Source | Pair:
-    """The source that `options.source` names, with `options.adapter` merged into it.
+    """The source that `options.source` names, with `options.adapter` merged into it; its weights are mapped files.
 
     Raises:
         ExportError: it is none of the known kinds, or cannot be loaded; the message says which and why.
     """
     source = _base_source(options)
-    return source if options.adapter is None else with_adapter(source, options.adapter)
+    if options.adapter is not None:
+        source = with_adapter(source, options.adapter)
+    to_disk((source.encoder if isinstance(source, Pair) else source).module)
+    return source
 
 
 def _base_source(options: ExportOptions) -> Source | Pair:

@@ -51,6 +51,9 @@ def _ancestors(ends: list[ir.Node]) -> set[ir.Node]:
 def _halve(value: ir.Value) -> None:
     value.type = ir.TensorType(_F16)
     if value.const_value is not None:
-        limit = np.float32(65504)
-        array = np.clip(value.const_value.numpy(), -limit, limit).astype(np.float16)
-        value.const_value = ir.Tensor(array, name=value.name)
+        limit, wide = np.float32(65504), value.const_value
+
+        def half() -> ir.TensorProtocol:  # made when it is written: of all weights together it would be another copy
+            return ir.Tensor(np.clip(wide.numpy(), -limit, limit).astype(np.float16))
+
+        value.const_value = ir.LazyTensor(half, _F16, ir.Shape(wide.shape.numpy()), name=value.name)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from onnx_ir.tape import Tape
 
-from edgeformer.export.passes.edit import array, constant, infer_shapes, initializer, integers, nodes, producer, replace
+from edgeformer.export.passes.edit import constant, infer_shapes, initializer, integers, nodes, producer, replace
 from edgeformer.export.passes.reshape import same_dims
 
 
@@ -73,14 +73,16 @@ def _as_rows(model: ir.Model, weight: ir.Value, transposed: dict[str, ir.Value])
     name = weight.name
     assert name is not None
     if name not in transposed:
-        matrix = array(weight)
-        assert matrix is not None
+        matrix, shape = weight.const_value, weight.shape
+        assert matrix is not None and shape is not None
         others = len(weight.uses()) > 1
         if not others:
             weight.name = f"{name}.columns"  # unused from here on, and removed with the dead nodes
-        transposed[name] = initializer(
-            model, f"{name}.rows" if others else name, ir.Tensor(np.ascontiguousarray(matrix.T))
+        # Turned whenever it is read: all of them at once would be another copy of the model.
+        rows = ir.LazyTensor(
+            lambda: ir.Tensor(np.ascontiguousarray(matrix.numpy().T)), ir.DataType.FLOAT, ir.Shape(shape[::-1])
         )
+        transposed[name] = initializer(model, f"{name}.rows" if others else name, rows)
     return transposed[name]
 
 
