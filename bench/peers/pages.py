@@ -132,11 +132,8 @@ def main_table(saved: dict[str, Any]) -> str:
 
 def ratio_table(saved: dict[str, Any]) -> str:
     """edgeformer over the best peer of a class, test by test; above 1 is faster or smaller."""
-    groups = classes(saved)
-    strict, everybody = groups["no more than 1 % lost"], [key for keys in groups.values() for key in keys]
     rows = []
-    for key in (key for key in everybody if key.startswith(OURS)):
-        field = strict if key in strict else everybody  # what may lose more is compared with all of them
+    for key, field in _compared(saved):
         for test, (heading, digits, more) in COLUMNS.items():
             cells = []
             for threads in sorted(saved["threads"], reverse=True):
@@ -150,6 +147,32 @@ def ratio_table(saved: dict[str, Any]) -> str:
             rows.append([key, heading, *cells])
     heads = [f"{threads} threads" if threads > 1 else "1 thread" for threads in sorted(saved["threads"], reverse=True)]
     return table(["file", "test", *heads], rows)
+
+
+def _compared(saved: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """(each of our files, whom it is compared with): its class, or everybody where it may lose more."""
+    groups = classes(saved)
+    strict, everybody = groups["no more than 1 % lost"], [key for keys in groups.values() for key in keys]
+    return [(key, strict if key in strict else everybody) for key in everybody if key.startswith(OURS)]
+
+
+def times_table(saved: dict[str, Any]) -> str:
+    """How many times as fast as the best peer, on each machine that took the study; 2 threads (1 thread)."""
+    tests = ("decode", "decode@1024", "prefill512", "batch8", "first")
+    rows = []
+    for machine in (saved, *elsewhere("peers")):
+        for key, field in _compared(machine):
+            cells = []
+            for test in tests:
+                found = []
+                for threads in sorted(machine["threads"], reverse=True):
+                    best = best_peer(machine, field, threads, test)
+                    own = machine["measured"][key].get(str(threads), {}).get(test, {}).get("median")
+                    if best and own:
+                        found.append(f"{own / best[1] if COLUMNS[test][2] else best[1] / own:.2f}")
+                cells.append(f"x {found[0]}" + (f" ({found[1]})" if len(found) > 1 else "") if found else "")
+            rows.append([f"{machine['machine']['cpu']}, {machine['machine']['date']}", key, *cells])
+    return table(["machine", "", *(COLUMNS[test][0].removesuffix(", s") for test in tests)], rows)
 
 
 def conditions(saved: dict[str, Any]) -> str:
@@ -326,6 +349,8 @@ def write(saved: dict[str, Any]) -> None:
         readme_table(saved),
         loss_line(saved),
         conditions(saved),
+        "Times the best peer's, class against class (what loses more: against everybody), on each machine at hand:",
+        times_table(saved),
         f"![{title}](docs/images/{path.name})",
         "All files, settings and ratios: [docs/performance.md](docs/performance.md). `python -m bench.peers` measures "
         "this again.",
