@@ -49,7 +49,7 @@ class Stages:
         return items
 
 threading.Thread(target=sample, daemon=True).start()
-export(ExportOptions(sys.argv[1], Path(sys.argv[2]), quantize="q4", head="q4", tokens=0), Stages())
+export(ExportOptions(sys.argv[1], Path(sys.argv[2]), quantize="q4", head="q4", calibration="none", tokens=0), Stages())
 done.set()
 print(json.dumps(peaks))
 """

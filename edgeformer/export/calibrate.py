@@ -75,8 +75,9 @@ def own_samples(path: Path, vocabulary: int, sequences: int, length: int, progre
         feeds = {"input_ids": ids, "position_ids": np.full_like(ids, position), "logits_to_keep": np.array(1)}
         outputs, past = graph(feeds, past)
         logits = outputs["logits"][:, -1]  # [sequences, vocabulary]
-        # The largest of logits with Gumbel noise, -log(exponential), is a draw from their softmax.
-        noise = -np.log(generator.standard_exponential(logits.shape, np.float32))
+        # The largest of logits with Gumbel noise, -log(exponential), is a draw from their softmax. One in 2**23 is 0.
+        drops = generator.standard_exponential(logits.shape, np.float32)
+        noise = -np.log(np.maximum(drops, np.finfo(np.float32).tiny))
         ids = (logits + noise).argmax(-1, keepdims=True)
         drawn.append(ids)
     return np.concatenate(drawn, axis=1)
