@@ -68,7 +68,7 @@ def calibration(source: Source, options: ExportOptions, model: ir.Model, path: P
 
 def own_samples(path: Path, vocabulary: int, sequences: int, length: int, progress: Progress) -> NDArray[np.int64]:
     """int64 [sequences, length]: texts drawn from the model itself at temperature 1, each from a random first token."""
-    graph, generator = Graph(path), np.random.default_rng(0)
+    graph, generator = Graph(path, mapped=True), np.random.default_rng(0)
     ids, past = generator.integers(0, vocabulary, (sequences, 1)), None
     drawn = [ids]
     for position in progress.track(range(length - 1), "draw samples"):
@@ -95,7 +95,7 @@ def hessians(
         part = calibration.path.with_name("calibration.onnx")
         names = list(dict.fromkeys(name for inputs in group for name in inputs))
         _cut(calibration.path, part, names)
-        graph = Graph(part)
+        graph = Graph(part, mapped=True)
         count, length = calibration.ids.shape
         rows = max(1, _PIECE // (4 * length * sum(sizes[inputs] * len(inputs) for inputs in group)))
         positions = np.arange(length)
