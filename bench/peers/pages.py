@@ -134,16 +134,15 @@ def ratio_table(saved: dict[str, Any]) -> str:
     """edgeformer over the best peer of a class, test by test; above 1 is faster or smaller."""
     rows = []
     for key, field in _compared(saved):
-        for test, (heading, digits, more) in COLUMNS.items():
+        for test, (heading, digits, _) in COLUMNS.items():
             cells = []
             for threads in sorted(saved["threads"], reverse=True):
-                best = best_peer(saved, field, threads, test)
-                own = saved["measured"][key].get(str(threads), {}).get(test, {}).get("median")
-                if best is None or own is None:
+                found = _times(saved, key, field, threads, test)
+                if found is None:
                     cells.append("")
                     continue
-                times = own / best[1] if more else best[1] / own
-                cells.append(f"**x {times:.2f}** ({number(own, digits)} : {number(best[1], digits)}, {best[0]})")
+                times, own, best, whose = found
+                cells.append(f"**x {times:.2f}** ({number(own, digits)} : {number(best, digits)}, {whose})")
             rows.append([key, heading, *cells])
     heads = [f"{threads} threads" if threads > 1 else "1 thread" for threads in sorted(saved["threads"], reverse=True)]
     return table(["file", "test", *heads], rows)
@@ -156,6 +155,17 @@ def _compared(saved: dict[str, Any]) -> list[tuple[str, list[str]]]:
     return [(key, strict if key in strict else everybody) for key in everybody if key.startswith(OURS)]
 
 
+def _times(
+    saved: dict[str, Any], key: str, field: list[str], threads: int, test: str
+) -> tuple[float, float, float, str] | None:
+    """(how many times the best of `field`, our number, the best, whose it is); above 1 is faster or smaller."""
+    best = best_peer(saved, field, threads, test)
+    own = saved["measured"][key].get(str(threads), {}).get(test, {}).get("median")
+    if best is None or own is None:
+        return None
+    return (own / best[1] if COLUMNS[test][2] else best[1] / own), own, best[1], best[0]
+
+
 def times_table(saved: dict[str, Any]) -> str:
     """How many times as fast as the best peer, on each machine that took the study; 2 threads (1 thread)."""
     tests = ("decode", "decode@1024", "prefill512", "batch8", "first")
@@ -164,12 +174,8 @@ def times_table(saved: dict[str, Any]) -> str:
         for key, field in _compared(machine):
             cells = []
             for test in tests:
-                found = []
-                for threads in sorted(machine["threads"], reverse=True):
-                    best = best_peer(machine, field, threads, test)
-                    own = machine["measured"][key].get(str(threads), {}).get(test, {}).get("median")
-                    if best and own:
-                        found.append(f"{own / best[1] if COLUMNS[test][2] else best[1] / own:.2f}")
+                by_threads = (_times(machine, key, field, n, test) for n in sorted(machine["threads"], reverse=True))
+                found = [f"{times[0]:.2f}" for times in by_threads if times is not None]
                 cells.append(f"x {found[0]}" + (f" ({found[1]})" if len(found) > 1 else "") if found else "")
             rows.append([f"{machine['machine']['cpu']}, {machine['machine']['date']}", key, *cells])
     return table(["machine", "", *(COLUMNS[test][0].removesuffix(", s") for test in tests)], rows)

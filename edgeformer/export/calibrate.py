@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from edgeformer.export.accuracy import read_tokens
 from edgeformer.export.options import ExportOptions
+from edgeformer.export.passes.edit import ancestors
 from edgeformer.export.passes.linear import linears
 from edgeformer.export.progress import Progress
 from edgeformer.export.run import Graph
@@ -133,13 +134,7 @@ def _cut(path: Path, part: Path, names: Sequence[str]) -> None:
     model = ir.load(path)
     values = {value.name: value for node in model.graph for value in node.outputs}
     wanted = [values[name] for name in names]
-    needed: set[ir.Node] = set()
-    queue = [value.producer() for value in wanted]
-    while queue:
-        node = queue.pop()
-        if node is not None and node not in needed:
-            needed.add(node)
-            queue.extend(node.predecessors())
+    needed = ancestors(node for value in wanted if (node := value.producer()) is not None)
     # onnxruntime's Attention wants to give its present where it is given a past
     presents = [value for value in model.graph.outputs if value.producer() in needed and value not in wanted]
     model.graph.outputs[:] = [*wanted, *presents]

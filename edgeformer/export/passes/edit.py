@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -72,6 +72,18 @@ def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
     """The node that makes `value`, if it is one of `op_types` of the default domain."""
     node = None if value is None else value.producer()
     return node if node is not None and node.domain == "" and node.op_type in op_types else None
+
+
+def ancestors(ends: Iterable[ir.Node]) -> set[ir.Node]:
+    """The nodes `ends` and all that they are computed from."""
+    found: set[ir.Node] = set()
+    queue = list(ends)
+    while queue:
+        node = queue.pop()
+        if node not in found:
+            found.add(node)
+            queue.extend(node.predecessors())
+    return found
 
 
 def consumers(value: ir.Value) -> list[ir.Node]:

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from edgeformer.export.passes.edit import nodes
+from edgeformer.export.passes.edit import ancestors, nodes
 
 _F32, _F16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
@@ -14,7 +14,7 @@ _F32, _F16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
 def to_float16(model: ir.Model) -> None:
     """Every float32 value becomes float16, except those that only lead to Cos and Sin: an angle of some thousands
     has no digit left behind the point in half precision."""
-    angles = _ancestors([node for node in model.graph if node.op_type in ("Cos", "Sin")])
+    angles = ancestors([node for node in model.graph if node.op_type in ("Cos", "Sin")])
     for node in nodes(model, "Cos", "Sin"):
         tape = Tape()
         half = tape.op("Cast", [node.outputs[0]], {"to": int(_F16)})
@@ -35,17 +35,6 @@ def to_float16(model: ir.Model) -> None:
         for output in node.outputs:
             if output.dtype == _F32:
                 output.type = ir.TensorType(_F16)  # a clone of the graph shares the old one
-
-
-def _ancestors(ends: list[ir.Node]) -> set[ir.Node]:
-    found: set[ir.Node] = set()
-    queue = list(ends)
-    while queue:
-        node = queue.pop()
-        if node not in found:
-            found.add(node)
-            queue.extend(p for value in node.inputs if value is not None and (p := value.producer()) is not None)
-    return found
 
 
 def _halve(value: ir.Value) -> None:
