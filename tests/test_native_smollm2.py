@@ -70,11 +70,27 @@ def test_the_generation_is_one_that_bits_can_tell_apart(expected):
     assert len(set(expected[1])) == TOKENS
 
 
+def measured(code: str) -> list[int]:
+    """What a fresh process that runs `code` prints as JSON."""
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere the peak counts the parent of a fork")
 def test_peak_memory_is_the_weights_the_cache_and_little_more(bundle):
-    """From a fresh process through `edgeformer.load` to an answer. 60 MB: Python, numpy, onnx, tokenizers; the quarter:
-    what is read of the file while it is packed, and working memory."""
-    code = textwrap.dedent(f"""
+    """From a fresh process through `edgeformer.load` to an answer, beyond what Python and the libraries take that read
+    the graph and the tokenizer. These are measured beside it: how much of a library is resident differs by 12 MB
+    between machines. A fifth: what is read of the file while it is packed, and working memory; 16 MB: our own modules,
+    jinja2, the graph while it is lowered. A second copy of the embedding alone, 28 MB, would be too much."""
+    (libraries,) = measured(f"""
+        import json, numpy, onnx, tokenizers
+        from edgeformer.machine import peak_memory
+        graph = onnx.load({str(bundle / "model.onnx")!r}, load_external_data=False)
+        tokenizer = tokenizers.Tokenizer.from_file({str(bundle / "tokenizer.json")!r})
+        print(json.dumps([peak_memory()]))
+    """)
+    peak, weights, cache = measured(f"""
         import json
         import edgeformer, edgeformer.machine
         model = edgeformer.load({str(bundle)!r}, engine="native", threads=2)
@@ -82,10 +98,7 @@ def test_peak_memory_is_the_weights_the_cache_and_little_more(bundle):
         model.generate("The capital of France is", max_new_tokens=16, session=session)
         print(json.dumps([edgeformer.machine.peak_memory(), model.memory().weights, session.state.nbytes]))
     """)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    peak, weights, cache = json.loads(done.stdout)
-    assert weights < peak <= 1.25 * (weights + cache) + 60e6
+    assert weights < peak - libraries <= 1.2 * (weights + cache) + 16e6, (peak, libraries, weights, cache)
 
 
 def test_a_layer_is_seven_operations(bundle):
