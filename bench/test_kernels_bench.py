@@ -85,6 +85,20 @@ def test_decode_linears(benchmark, model, limit, kind: str, isa: str, rows: int,
 
 
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("bytes_ahead", [0, 4096])
+@pytest.mark.parametrize("kind", KINDS)
+def test_asking_ahead_for_weights(benchmark, model, limit, kind: str, bytes_ahead: int, threads: int) -> None:
+    """Whether the choice of csrc/dispatch.cpp suits this CPU: one row, the best table."""
+    weights, table = model(kind), testing.Table()
+    table.prefetch = bytes_ahead
+    x = activations(table, 1, kind)
+    seconds = min(table.time_linear(weights, x, threads, 8, 3) / 3 for _ in range(5))
+    benchmark.pedantic(table.time_linear, (weights, x, threads, 8, 1), rounds=3)
+    speed = sum(w.bytes for w in weights) / seconds / 1e9
+    note(benchmark, GB_a_second=round(speed, 1), percent_of_a_plain_read=round(100 * speed / limit(threads)))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_prefill_linears(benchmark, kind: str, isa: str, threads: int) -> None:

@@ -120,6 +120,8 @@ class Table {
  public:
   explicit Table(const std::string& isa) : k_(kernels_for(isa)) {}
   const char* isa() const { return k_.isa; }
+  int64_t prefetch() const { return k_.prefetch; }
+  void set_prefetch(int64_t bytes) { k_.prefetch = bytes; }
 
   Quantized quantize(const Floats& x, int64_t columns, bool wide) {
     const int64_t m = x.shape(0), ldx = x.shape(1);
@@ -158,7 +160,7 @@ class Table {
       const Packed& w = *weights[i];
       LinearArgs a = {};
       const int64_t first = c * chunk_panels, end = first + chunk_panels;
-      a.w = w.data, a.n = w.n, a.k = w.k, a.m = x.m, a.xq = x.q.data(), a.xb = x.xb();
+      a.w = w.data, a.n = w.n, a.k = w.k, a.m = x.m, a.prefetch = k_.prefetch, a.xq = x.q.data(), a.xb = x.xb();
       a.ldy = panels_of(w.n) * kLanes;
       a.y = const_cast<float*>(y[i].data()) + first * kLanes;
       k_.linear[int(w.type)](a, first, end < panels_of(w.n) ? end : panels_of(w.n));
@@ -286,6 +288,7 @@ class Table {
     const int64_t columns = std::min(w.n, panel_end * kLanes) - panel_begin * kLanes;
     if (y.shape(0) != m || y.shape(1) < columns) throw std::invalid_argument("y: wrong shape");
     a.w = w.data, a.n = w.n, a.k = w.k, a.m = m, a.y = y.mutable_data(), a.ldy = y.shape(1);
+    a.prefetch = k_.prefetch;
     return a;
   }
 
@@ -308,6 +311,7 @@ void bind_testing(py::module_& parent) {
   py::class_<Table>(m, "Table")
       .def(py::init<std::string>(), py::arg("isa") = "")
       .def_property_readonly("isa", &Table::isa)
+      .def_property("prefetch", &Table::prefetch, &Table::set_prefetch)
       .def("quantize", &Table::quantize, py::arg("x"), py::arg("columns"), py::arg("wide") = false)
       .def("linear", &Table::linear)
       .def("linear_f32", &Table::linear_f32)

@@ -40,9 +40,13 @@ def quantize(isa: str, kind: str, x: np.ndarray, k: int):
     return testing.Table(isa).quantize(x, k, wide=kind == "q8x128")
 
 
-def run(isa: str, weights: Weights, x: np.ndarray, begin: int = 0, end: int | None = None) -> np.ndarray:
+def run(
+    isa: str, weights: Weights, x: np.ndarray, begin: int = 0, end: int | None = None, prefetch: int | None = None
+) -> np.ndarray:
     """y with 3 poisoned columns behind the written ones."""
     table, packed = testing.Table(isa), weights.packed(testing)
+    if prefetch is not None:
+        table.prefetch = prefetch
     end = -(-weights.n // 16) if end is None else end
     y = np.full((x.shape[0], min(weights.n, end * 16) - begin * 16 + 3), POISON)
     if weights.kind == "f32":
@@ -154,7 +158,10 @@ def test_every_isa_gives_the_same_bits(isa: str, kind: str, extreme: bool) -> No
         weights = Weights(kind, n, k, BLOCKS[kind], extreme=extreme)
         for m in ROWS if n * k < 3000 else (1, 6, 19):
             x = activations(m, k)
-            assert_same_bits(run(isa, weights, x), run("scalar", weights, x), f"{kind} n={n} k={k} m={m}")
+            expected = run("scalar", weights, x)
+            for prefetch in (0, 4096):  # one suits some makers' CPUs, one others'
+                found = run(isa, weights, x, prefetch=prefetch)
+                assert_same_bits(found, expected, f"{kind} n={n} k={k} m={m} prefetch={prefetch}")
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -22,7 +22,6 @@ struct S : Lanes {
   static constexpr bool kBytesAsTheyAre = false;
   static constexpr int kGemvRows = 4, kFewRows = 8, kTileRows = 4, kTilePanels = 1, kF32Rows = 4;
   static constexpr int kKeyTiles = 1, kValueRows = 2, kValueColumns = 2, kValueSums = 4;
-  static constexpr int64_t kPrefetch = 4096;
 
   // A step of nibbles adds at most 2 * 15 * 127 to an int16, so 8 steps (30480) fit before they are widened.
   using NibbleSum = I;

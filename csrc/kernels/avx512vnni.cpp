@@ -31,7 +31,6 @@ struct S {
   static constexpr bool kBytesAsTheyAre = true;
   static constexpr int kGemvRows = 8, kFewRows = 24, kTileRows = 8, kTilePanels = 2, kF32Rows = 8;
   static constexpr int kKeyTiles = 2, kValueRows = 8, kValueColumns = 4, kValueSums = 24;
-  static constexpr int64_t kPrefetch = 4096;
 
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }

@@ -22,7 +22,6 @@ struct S : Lanes {
   static constexpr bool kBytesAsTheyAre = true;
   static constexpr int kGemvRows = 4, kFewRows = 8, kTileRows = 5, kTilePanels = 1, kF32Rows = 4;
   static constexpr int kKeyTiles = 1, kValueRows = 2, kValueColumns = 2, kValueSums = 4;
-  static constexpr int64_t kPrefetch = 4096;
 
   template <int index>
   static I dot(I s, W w, X x) {

@@ -57,6 +57,7 @@ struct LinearArgs {
   int64_t m;  // >= 1
   float* y;   // [m, ldy]; points at column 16 * panel_begin of row 0: a whole matrix or a tile in L1
   int64_t ldy;
+  int64_t prefetch;  // x86: so many bytes ahead few rows ask for their weights; 0: the CPU sees by itself what comes
 };
 // y[i, r] = sum over blocks g ascending, acc starts at 0:
 //   acc = fma(float(sum_c xq[i,c] * q[r,c]), xs[i,g] * ws[r,g], acc)    q8x16: twice, low columns first; q8x128: g and
@@ -186,6 +187,7 @@ static constexpr int64_t partial_floats(const KvLayout& l) { return kPartialHead
 // ---- the table ----------------------------------------------------------------------------------------------------
 struct Kernels {
   const char* isa;
+  int64_t prefetch;  // for LinearArgs: what suits this CPU
 
   // q[i,c] = round_to_even(x[i,c] * (127 / absmax)), blocks of 32 columns; a block whose absmax < 2^-100 gives scale 0.
   // Blocks [block_begin, block_end) of m rows; x[m, ldx] with k columns (the last block is padded with zeros);

@@ -164,7 +164,8 @@ inline void panel_rows(const LinearArgs& a, const uint8_t* panel, int64_t row, f
   each<R>([&](auto r) __attribute__((always_inline)) { acc[r][0] = f16(0.0f); });
   for (int64_t g = 0; g < blocks; g += Q::kParts) {
     const uint8_t* p = panel + g / Q::kParts * Q::kBytes;
-    for (int64_t line = 0; line < Q::kBytes; line += 64) __builtin_prefetch(p + line + S::kPrefetch, 0, 2);
+    if (a.prefetch)
+      for (int64_t line = 0; line < Q::kBytes; line += 64) __builtin_prefetch(p + line + a.prefetch, 0, 2);
     const PackedBlock<Q> block[1] = {{p}};
     add_block<Q, R, 1>(block, a.xq + (row * blocks + g) * kBlock, a.xb + row * blocks + g, blocks * kBlock, blocks,
                        acc);
