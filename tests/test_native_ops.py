@@ -5,74 +5,13 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
+from onnx import TensorProto, helper
 
 pytest.importorskip("edgeformer._native", reason="the native extension is not built")
 
-from edgeformer.errors import EngineUnavailable, InputError
+from one_graph import BS, EDGES, HALVES, INTS, IS, POSITIVE, RNG, TABLE, XS, XZ, B, S, X, Y, model_of, node, run, same
+
 from edgeformer.native.engine import NativeEngine
-
-TYPES = {
-    np.dtype(np.float32): TensorProto.FLOAT,
-    np.dtype(np.int64): TensorProto.INT64,
-    np.dtype(bool): TensorProto.BOOL,
-}
-
-
-def model_of(nodes, inputs, outputs, constants=()):
-    """A model of `nodes`. inputs: name -> (array, symbolic shape); outputs: name -> dtype."""
-    graph = helper.make_graph(
-        nodes,
-        "test",
-        [helper.make_tensor_value_info(n, TYPES[a.dtype], shape) for n, (a, shape) in inputs.items()],
-        [helper.make_tensor_value_info(n, TYPES[np.dtype(t)], None) for n, t in outputs.items()],
-        [numpy_helper.from_array(np.asarray(a), n) for n, a in dict(constants).items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
-
-
-def run(model, feeds, tmp_path, **options):
-    """(native outputs, reference outputs) by name."""
-    path = tmp_path / "model.onnx"
-    onnx.save(model, path)
-    engine = NativeEngine.from_bundle(path, threads=2, **options)
-    got = engine.forward([(feeds, engine.new_state())])[0]
-    expected = dict(zip(got, ReferenceEvaluator(model).run(list(got), feeds), strict=True))
-    return got, expected
-
-
-def same(got, expected, rtol=2e-6):
-    """Equal shapes and types; floats to a few roundings (2^-23 each: sums here have at most 16 terms)."""
-    assert got.shape == np.shape(expected)
-    assert got.dtype == np.asarray(expected).dtype
-    if got.dtype == np.float32:
-        np.testing.assert_allclose(got, expected, rtol=rtol, atol=2e-6)
-    else:
-        np.testing.assert_array_equal(got, expected)
-
-
-RNG = np.random.default_rng(0)
-X = RNG.standard_normal((2, 3, 4)).astype(np.float32)
-INTS = RNG.integers(-5, 6, (2, 3, 4)).astype(np.int64)
-B = RNG.integers(0, 2, (2, 3, 4)).astype(bool)
-POSITIVE = (np.abs(X) + 0.1).astype(np.float32)
-S = ["a", "b", 4]  # symbolic: nothing may be decided by constant folding
-
-
-XS, IS, BS = {"x": (X, S)}, {"i": (INTS, S)}, {"b": (B, S)}
-XZ = {"x": (X, S), "z": (POSITIVE, S)}
-EDGES = X.copy()
-EDGES.reshape(-1)[:4] = np.nan, np.inf, -np.inf, 0
-HALVES = (INTS / 2).astype(np.float32)  # whole numbers and halves between them
-HALVES[0, 0] = 2.0**23 + 1, -0.49999997, 0.49999997, -(2.0**31)
-TABLE = RNG.standard_normal((6, 5)).astype(np.float32)
-Y = np.swapaxes(X, 1, 2).copy()
-
-
-def node(op, inputs, **attrs):
-    return helper.make_node(op, inputs, ["y"], **attrs)
-
 
 # name -> (node, inputs, output type, constants)
 CASES = {
@@ -311,69 +250,6 @@ def test_einsum_agrees_with_onnx(equation, shapes, tmp_path):
     np.testing.assert_allclose(got["y"], expected["y"], atol=15 * 2**-24 * 15)
 
 
-@pytest.mark.parametrize(("start", "stop", "step"), [(0, 7, 3), (7, -7, -1), (-3, 4, 2), (6, 0, -4)])
-def test_ranges_with_a_step_of_sizes(start, stop, step, tmp_path):
-    """Both bounds grow with the input: Range(start + n, stop + n, step) at two n."""
-    nodes = [
-        helper.make_node("Shape", ["x"], ["n1"]),
-        helper.make_node("Squeeze", ["n1"], ["n"]),
-        helper.make_node("Mul", ["n", "sign"], ["m"]),
-        helper.make_node("Add", ["n", "start"], ["first"]),
-        helper.make_node("Add", ["m", "stop"], ["last"]),
-        helper.make_node("Range", ["first", "last", "step"], ["y"]),
-    ]
-    sign = 1 if step > 0 else -1
-    constants = {"start": np.array(start), "stop": np.array(stop), "step": np.array(step), "sign": np.array(sign)}
-    model = model_of(nodes, {"x": (X[0, 0], ["n"])}, {"y": np.int64}, constants)
-    onnx.save(model, tmp_path / "m.onnx")
-    engine = NativeEngine.from_bundle(tmp_path / "m.onnx", threads=1)
-    for n in (1, 4):
-        got = engine.forward([({"x": X[0, 0, :n]}, engine.new_state())])[0]["y"]
-        np.testing.assert_array_equal(got, np.arange(start + n, stop + sign * n, step))
-
-
-REFUSED = {
-    "einsum_diagonal": (node("Einsum", ["x"], equation="bii->bi"), {"x": (X[:, :, :3].copy(), ["b", 3, 3])}, {}),
-    "einsum_ellipses": (
-        node("Einsum", ["x", "z"], equation="...j,...j->..."), {"x": (X, S), "z": (X[0], ["b", 4])}, {}
-    ),
-    "einsum_of_integers": (node("Einsum", ["i"], equation="abc->a"), IS, {}),
-    "range_step_at_run_time": (
-        node("Range", ["s", "e", "i"]), {"i": (np.array(2), [])}, {"s": np.array(0), "e": np.array(5)}
-    ),
-    "slice_backwards_from_inside": (
-        node("Slice", ["x", "s", "e", "a", "t"]), XS,
-        {"s": np.array([1]), "e": np.array([-(2**62)]), "a": np.array([1]), "t": np.array([-1])},
-    ),
-    "group_norm_scale_per_group": (
-        node("GroupNormalization", ["x", "w", "c"], num_groups=2), {"x": (Y, ["a", 4, "b"])},
-        {"w": X[0, 0, :2], "c": X[0, 0, :2]},
-    ),
-    "pad_reflect": (node("Pad", ["x", "p"], mode="reflect"), XS, {"p": np.array([0, 1, 0, 0, 1, 0])}),
-    "last_of_equals": (node("ArgMin", ["x"], select_last_index=1), XS, {}),
-    "resize": (
-        node("Resize", ["x", "", "", "c"], mode="linear"), {"x": (X, [2, 3, 4])}, {"c": np.array([2, 6, 4])}
-    ),
-    "nonzero": (node("NonZero", ["x"]), XS, {}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_form_without_a_kernel_is_refused_by_name(case, tmp_path):
-    nodes, inputs, constants = REFUSED[case]
-    onnx.save(model_of([nodes], inputs, {"y": np.float32}, constants), tmp_path / "m.onnx")
-    with pytest.raises(EngineUnavailable, match=rf"1 node\(s\): {nodes.op_type} \(output y\)"):
-        NativeEngine.from_bundle(tmp_path / "m.onnx")
-
-
-def test_a_norm_that_also_gives_its_mean_is_refused(tmp_path):
-    nodes = [helper.make_node("LayerNormalization", ["x", "w"], ["y", "mean"])]
-    model = model_of(nodes, XS, {"y": np.float32, "mean": np.float32}, {"w": POSITIVE[0, 0]})
-    onnx.save(model, tmp_path / "m.onnx")
-    with pytest.raises(EngineUnavailable, match="LayerNormalization"):
-        NativeEngine.from_bundle(tmp_path / "m.onnx")
-
-
 @pytest.mark.parametrize(("axis", "largest", "k"), [(-1, 1, 2), (1, 0, 3), (0, 1, 1)])
 def test_top_k_agrees_with_onnx(axis, largest, k, tmp_path):
     """Values and indices; equal values keep the order of their indices."""
@@ -393,119 +269,6 @@ def test_negative_padding_cuts(tmp_path):
     engine = NativeEngine.from_bundle(tmp_path / "m.onnx", threads=1)
     expected = np.pad(X, ((0, 0), (1, 0), (0, 0)))[:, :-2, 1:-1]
     np.testing.assert_array_equal(engine.forward([({"x": X}, engine.new_state())])[0]["y"], expected)
-
-
-def test_sizes_known_only_at_run_time_flow_through_a_program(tmp_path):
-    """Range, Expand, ConstantOfShape, Where and Slice whose sizes come from two inputs, at three sizes, one engine."""
-    nodes = [
-        helper.make_node("Shape", ["x"], ["n"], start=0, end=1),
-        helper.make_node("Shape", ["z"], ["m"], start=0, end=1),
-        helper.make_node("Add", ["n", "m"], ["t1"]),
-        helper.make_node("Squeeze", ["t1", "zero"], ["t"]),
-        helper.make_node("Range", ["nil", "t", "one"], ["r"]),
-        helper.make_node("Concat", ["x", "z"], ["xz"], axis=0),
-        helper.make_node("Cast", ["r"], ["rf"], to=TensorProto.FLOAT),
-        helper.make_node("Mul", ["xz", "rf"], ["scaled"]),
-        helper.make_node("Concat", ["t1", "t1"], ["square"], axis=0),
-        helper.make_node("Expand", ["scaled", "square"], ["wide"]),
-        helper.make_node("ConstantOfShape", ["square"], ["zeros"]),
-        helper.make_node("Less", ["zeros", "wide"], ["positive"]),
-        helper.make_node("Where", ["positive", "wide", "zeros"], ["kept"]),
-        helper.make_node("Neg", ["m"], ["minus_m"]),
-        helper.make_node("Slice", ["kept", "minus_m", "end", "zero"], ["y"]),
-    ]
-    constants = {"zero": np.array([0]), "nil": np.array(0), "one": np.array(1), "end": np.array([2**62])}
-    x, z = X[0, 0], X[1, 1]
-    model = model_of(nodes, {"x": (x, ["n"]), "z": (z, ["m"])}, {"y": np.float32}, constants)
-    path = tmp_path / "model.onnx"
-    onnx.save(model, path)
-    engine = NativeEngine.from_bundle(path, threads=2)
-    reference = ReferenceEvaluator(model)
-    for n, m in ((4, 2), (1, 4), (3, 3)):
-        feeds = {"x": x[:n], "z": z[:m]}
-        got = engine.forward([(feeds, engine.new_state())])[0]["y"]
-        np.testing.assert_array_equal(got, reference.run(None, feeds)[0])
-
-
-def test_a_size_that_padding_gives_back_is_the_inputs_own(tmp_path):
-    """x[:, 1:] padded by one row has as many rows as x; heads that are counted by -1 are a number all the same."""
-    nodes = [
-        helper.make_node("Slice", ["x", "one", "end", "one"], ["cut"]),
-        helper.make_node("Pad", ["cut", "pads"], ["padded"]),
-        helper.make_node("Add", ["padded", "x"], ["sum"]),
-        helper.make_node("Shape", ["x"], ["rows"], start=0, end=2),
-        helper.make_node("Concat", ["rows", "heads"], ["shape"], axis=0),
-        helper.make_node("Reshape", ["sum", "shape"], ["y"]),
-    ]
-    constants = {
-        "one": np.array([1]), "end": np.array([2**62]), "pads": np.array([0, 0, 0, 0, 1, 0]), "heads": np.array([-1, 2])
-    }  # fmt: skip
-    model = model_of(nodes, XS, {"y": np.float32}, constants)
-    got, expected = run(model, {"x": X}, tmp_path)
-    same(got["y"], expected["y"])
-    program = NativeEngine.from_bundle(tmp_path / "model.onnx", threads=1).program
-    assert program.slots[program.outputs["y"]].shape[2:] == (2, 2)
-
-
-def test_rows_are_padded_to_a_multiple_and_cut_into_blocks(tmp_path):
-    """The remainder of a size is a size: [n, 4] becomes [ceil(n / 3), 3, 4] at three n."""
-    nodes = [
-        helper.make_node("Shape", ["x"], ["n"], start=0, end=1),
-        helper.make_node("Neg", ["n"], ["minus"]),
-        helper.make_node("Mod", ["minus", "three"], ["more"]),
-        helper.make_node("Concat", ["zero", "zero", "more", "zero"], ["pads"], axis=0),
-        helper.make_node("Pad", ["x", "pads"], ["padded"]),
-        helper.make_node("Add", ["n", "more"], ["rows"]),
-        helper.make_node("Div", ["rows", "three"], ["blocks"]),
-        helper.make_node("Concat", ["blocks", "three", "four"], ["shape"], axis=0),
-        helper.make_node("Reshape", ["padded", "shape"], ["y"]),
-    ]
-    constants = {"zero": np.array([0]), "three": np.array([3]), "four": np.array([4])}
-    x = X.reshape(6, 4)
-    model = model_of(nodes, {"x": (x, ["n", 4])}, {"y": np.float32}, constants)
-    onnx.save(model, tmp_path / "m.onnx")
-    engine = NativeEngine.from_bundle(tmp_path / "m.onnx", threads=1)
-    for n in (6, 1, 5):
-        got = engine.forward([({"x": x[:n]}, engine.new_state())])[0]["y"]
-        np.testing.assert_array_equal(got, ReferenceEvaluator(model).run(None, {"x": x[:n]})[0])
-
-
-def test_one_error_names_every_node_that_cannot_be_lowered(tmp_path):
-    nodes = [
-        helper.make_node("NonZero", ["x"], ["where"]),
-        helper.make_node("Det", ["q"], ["d"]),
-        helper.make_node("Relu", ["x"], ["y"]),
-    ]
-    q = np.eye(2, dtype=np.float32)[None]
-    inputs = {"x": (X, S), "q": (q, ["n", 2, 2])}
-    model = model_of(nodes, inputs, {"where": np.int64, "d": np.float32, "y": np.float32})
-    onnx.save(model, tmp_path / "m.onnx")
-    with pytest.raises(EngineUnavailable, match=r"(?s)2 node.*NonZero \(output where\).*Det \(output d\)"):
-        NativeEngine.from_bundle(tmp_path / "m.onnx")
-
-
-def test_an_index_outside_its_table_is_refused(tmp_path):
-    model = model_of([node("Gather", ["c", "i"])], {"i": (INTS[0], ["b", 4])}, {"y": np.float32}, {"c": X[0]})
-    onnx.save(model, tmp_path / "m.onnx")
-    engine = NativeEngine.from_bundle(tmp_path / "m.onnx", threads=1)
-    with pytest.raises(InputError, match="3, expected 0 to 2"):
-        engine.forward([({"i": np.array([[0, 1, 2, 3]])}, engine.new_state())])
-
-
-def test_sizes_that_do_not_fit_are_refused(tmp_path):
-    model = model_of([node("Add", ["x", "z"])], {"x": (X, S), "z": (X, ["a2", "b2", 4])}, {"y": np.float32})
-    onnx.save(model, tmp_path / "m.onnx")
-    engine = NativeEngine.from_bundle(tmp_path / "m.onnx", threads=1)
-    with pytest.raises(InputError, match="do not fit"):
-        engine.forward([({"x": X, "z": X[:, :2]}, engine.new_state())])
-
-
-def test_products_of_unequal_batches_are_refused(tmp_path):
-    inputs = {"x": (X, S), "z": (Y, ["a2", 4, "c"])}
-    onnx.save(model_of([node("MatMul", ["x", "z"])], inputs, {"y": np.float32}), tmp_path / "m.onnx")
-    engine = NativeEngine.from_bundle(tmp_path / "m.onnx", threads=1)
-    with pytest.raises(InputError, match="do not fit"):
-        engine.forward([({"x": np.concatenate([X, X]), "z": Y}, engine.new_state())])
 
 
 def test_the_comparison_used_here_sees_a_wrong_sum():

@@ -23,6 +23,13 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+IDS = np.array([[5, 40, 17, 88, 3, 21, 9, 60, 31, 2, 77]])  # one sequence for the decoder
+
+
+def logits(engine, ids, state=None, **more):
+    """An engine's logits of `ids` after what `state` (default: a new one) holds."""
+    return engine.forward([({"input_ids": ids, **more}, state or engine.new_state())])[0]["logits"]
+
 
 class GraphBuilder:
     """Collects nodes and initializers; `add` returns the name of the node's first output."""
