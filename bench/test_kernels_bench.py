@@ -84,18 +84,18 @@ def test_decode_linears(benchmark, model, limit, kind: str, isa: str, rows: int,
     note(benchmark, ms=round(seconds * 1e3, 3), GB_a_second=round(speed, 1), percent_of_a_plain_read=share)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("bytes_ahead", [0, 4096])
+@pytest.mark.parametrize("bytes_ahead", [0, 1024, 4096, 8192])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_asking_ahead_for_weights(benchmark, model, limit, kind: str, bytes_ahead: int, threads: int) -> None:
-    """Whether the choice of csrc/dispatch.cpp suits this CPU: one row, the best table."""
-    weights, table = model(kind), testing.Table()
-    table.prefetch = bytes_ahead
-    x = activations(table, 1, kind)
-    seconds = min(table.time_linear(weights, x, threads, 8, 3) / 3 for _ in range(5))
-    benchmark.pedantic(table.time_linear, (weights, x, threads, 8, 1), rounds=3)
-    speed = sum(w.bytes for w in weights) / seconds / 1e9
-    note(benchmark, GB_a_second=round(speed, 1), percent_of_a_plain_read=round(100 * speed / limit(threads)))
+def test_asking_ahead_for_weights(benchmark, kind: str, rows: int, bytes_ahead: int) -> None:
+    """Whether the choices of csrc/dispatch.cpp suit this CPU: the best table, one thread, one matrix in huge pages."""
+    k = WIDE.get(kind, K)
+    weights, table = [packed(kind, 24 * LAYER, k)], testing.Table()
+    table.prefetch = (bytes_ahead, bytes_ahead)
+    x = activations(table, rows, kind)
+    seconds = min(table.time_linear(weights, x, 1, 64, 1) for _ in range(5))
+    benchmark.pedantic(table.time_linear, (weights, x, 1, 64, 1), rounds=3)
+    note(benchmark, GB_a_second=round(weights[0].bytes / seconds / 1e9, 1))
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -120,8 +120,8 @@ class Table {
  public:
   explicit Table(const std::string& isa) : k_(kernels_for(isa)) {}
   const char* isa() const { return k_.isa; }
-  int64_t prefetch() const { return k_.prefetch; }
-  void set_prefetch(int64_t bytes) { k_.prefetch = bytes; }
+  std::pair<int64_t, int64_t> prefetch() const { return {k_.prefetch[0], k_.prefetch[1]}; }
+  void set_prefetch(std::pair<int64_t, int64_t> bytes) { k_.prefetch[0] = bytes.first, k_.prefetch[1] = bytes.second; }
 
   Quantized quantize(const Floats& x, int64_t columns, bool wide) {
     const int64_t m = x.shape(0), ldx = x.shape(1);
@@ -160,7 +160,8 @@ class Table {
       const Packed& w = *weights[i];
       LinearArgs a = {};
       const int64_t first = c * chunk_panels, end = first + chunk_panels;
-      a.w = w.data, a.n = w.n, a.k = w.k, a.m = x.m, a.prefetch = k_.prefetch, a.xq = x.q.data(), a.xb = x.xb();
+      a.w = w.data, a.n = w.n, a.k = w.k, a.m = x.m, a.prefetch = k_.prefetch[x.m > 2], a.xq = x.q.data(),
+      a.xb = x.xb();
       a.ldy = panels_of(w.n) * kLanes;
       a.y = const_cast<float*>(y[i].data()) + first * kLanes;
       k_.linear[int(w.type)](a, first, end < panels_of(w.n) ? end : panels_of(w.n));
@@ -288,7 +289,7 @@ class Table {
     const int64_t columns = std::min(w.n, panel_end * kLanes) - panel_begin * kLanes;
     if (y.shape(0) != m || y.shape(1) < columns) throw std::invalid_argument("y: wrong shape");
     a.w = w.data, a.n = w.n, a.k = w.k, a.m = m, a.y = y.mutable_data(), a.ldy = y.shape(1);
-    a.prefetch = k_.prefetch;
+    a.prefetch = k_.prefetch[m > 2];
     return a;
   }
 

@@ -40,17 +40,17 @@ Features detect() {
   };
 }
 
-// Asking for weights 4 KiB ahead is faster on the Intel Xeons that were measured. On Zen 4 it is slower: one core reads
-// 22 GB/s with it and 33 without (docs/performance.md).
-int64_t prefetch() {
+// How far ahead to ask for weights: the Intel Xeons that were measured like 4 KiB. Zen 4 reads one or two rows' weights
+// fastest when nobody asks, those of more rows with 8 KiB (docs/performance.md).
+std::pair<int64_t, int64_t> prefetch() {
   uint32_t a = 0, b = 0, c = 0, d = 0;
-  const bool amd = __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx;
-  return amd ? 0 : 4096;
+  if (__get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx) return {0, 8192};
+  return {4096, 4096};
 }
 
 #elif defined(__aarch64__)
 
-int64_t prefetch() { return 0; }  // a constant of the NEON tables
+std::pair<int64_t, int64_t> prefetch() { return {0, 0}; }  // a constant of the NEON tables
 
 Features detect() {
 #if defined(__linux__)
@@ -65,7 +65,7 @@ Features detect() {
 
 #else
 
-int64_t prefetch() { return 0; }
+std::pair<int64_t, int64_t> prefetch() { return {0, 0}; }
 Features detect() { return {}; }
 
 #endif
@@ -109,7 +109,8 @@ const std::vector<Table>& tables() {  // best first
 
 Kernels made(const Table& table) {
   Kernels kernels = table.make();
-  kernels.prefetch = prefetch();
+  const auto [few, more] = prefetch();
+  kernels.prefetch[0] = few, kernels.prefetch[1] = more;
   return kernels;
 }
 

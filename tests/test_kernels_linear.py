@@ -46,7 +46,7 @@ def run(
     """y with 3 poisoned columns behind the written ones."""
     table, packed = testing.Table(isa), weights.packed(testing)
     if prefetch is not None:
-        table.prefetch = prefetch
+        table.prefetch = (prefetch, prefetch)
     end = -(-weights.n // 16) if end is None else end
     y = np.full((x.shape[0], min(weights.n, end * 16) - begin * 16 + 3), POISON)
     if weights.kind == "f32":
