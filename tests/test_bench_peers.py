@@ -13,7 +13,7 @@ import pytest
 from peer_results import LOSSY, OURS, PEER, saved
 
 from bench import report
-from bench.peers import models, pages, rounds, studies
+from bench.peers import field, models, pages, rounds, studies
 from bench.peers.contestants import ALL, ALTERNATIVES
 from bench.peers.environments import Environment, SetupFailed
 from bench.peers.rounds import LIMIT, Round, Turn, TurnFailed, parse, quiet, take_turn
@@ -46,6 +46,13 @@ def test_one_disturbed_turn_rejects_its_round() -> None:
     bad = Round([Turn("a", 2, result(0.0)), Turn("b", 2, result(0.9))])
     assert quiet([good, bad, good]) == [good, good]
     assert bad.disturbed == ["b, 2 threads: others used 0.90 cores"]
+
+
+def test_everybody_has_one_turn_a_round_and_no_place_of_his_own() -> None:
+    orders = [field.shuffled(list(ALL), number) for number in range(5)]
+    assert all(sorted(c.key for c in order) == sorted(c.key for c in ALL) for order in orders)
+    assert len({order[0].key for order in orders}) > 2 and len({order[-1].key for order in orders}) > 2
+    assert orders == [field.shuffled(list(ALL), number) for number in range(5)]
 
 
 def test_a_disturbed_turn_is_taken_again_and_the_quiet_one_kept() -> None:
