@@ -68,7 +68,8 @@ report: setup ## the numbers of the README: SmolLM2 in five forms, and beside it
 
 SANITIZED := build/sanitize/address
 UNDER_ASAN := $(addprefix tests/,test_kernels_linear.py test_kernels_attention.py test_kernels_rows.py test_threads.py \
-	test_native_ops.py test_native_graphs.py test_native_engine.py)
+	test_wide_blocks.py test_native_ops.py test_native_sizes.py test_native_refusals.py test_native_graphs.py \
+	test_native_engine.py test_native_states.py)
 # The C++ library is preloaded too: AddressSanitizer looks up what throws when it starts. Python never frees all it has.
 ASAN = PYTHONPATH=$(SANITIZED) PYTHONSAFEPATH=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"
