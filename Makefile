@@ -74,7 +74,7 @@ UNDER_ASAN := $(addprefix tests/,test_kernels_linear.py test_kernels_attention.p
 ASAN = PYTHONPATH=$(SANITIZED) PYTHONSAFEPATH=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"
 
-sanitize: setup ## the native engine under AddressSanitizer, UBSan and ThreadSanitizer (15 minutes, not in `make test`)
+sanitize: setup ## the native engine under AddressSanitizer, UBSan and ThreadSanitizer (four minutes, not in `make test`)
 	EDGEFORMER_SANITIZE=address EDGEFORMER_NATIVE=1 $(BIN)/python setup.py --quiet build \
 		--build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
 	$(ASAN) $(BIN)/python -c 'import edgeformer._native as n; assert "$(SANITIZED)" in n.__file__, n.__file__'
