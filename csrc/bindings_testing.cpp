@@ -160,7 +160,7 @@ class Table {
       const Packed& w = *weights[i];
       LinearArgs a = {};
       const int64_t first = c * chunk_panels, end = first + chunk_panels;
-      a.w = w.data, a.n = w.n, a.k = w.k, a.m = x.m, a.prefetch = k_.prefetch[x.m > 2], a.xq = x.q.data(),
+      a.w = w.data, a.n = w.n, a.k = w.k, a.m = x.m, a.prefetch = k_.prefetch_for(x.m), a.xq = x.q.data(),
       a.xb = x.xb();
       a.ldy = panels_of(w.n) * kLanes;
       a.y = const_cast<float*>(y[i].data()) + first * kLanes;
@@ -289,7 +289,7 @@ class Table {
     const int64_t columns = std::min(w.n, panel_end * kLanes) - panel_begin * kLanes;
     if (y.shape(0) != m || y.shape(1) < columns) throw std::invalid_argument("y: wrong shape");
     a.w = w.data, a.n = w.n, a.k = w.k, a.m = m, a.y = y.mutable_data(), a.ldy = y.shape(1);
-    a.prefetch = k_.prefetch[m > 2];
+    a.prefetch = k_.prefetch_for(m);
     return a;
   }
 

@@ -177,7 +177,7 @@ class Linear final : public Op {
     a.n = w.n;
     a.k = w.k;
     a.m = m;
-    a.prefetch = run.k->prefetch[m > 2];
+    a.prefetch = run.k->prefetch_for(m);
     a.y = tile;
     a.ldy = direct ? p.columns : width;
     if (w.type == WeightType::f32) {

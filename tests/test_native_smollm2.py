@@ -80,8 +80,8 @@ def measured(code: str) -> list[int]:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere the peak counts the parent of a fork")
 def test_peak_memory_is_the_weights_the_cache_and_little_more(bundle):
     """From a fresh process through `edgeformer.load` to an answer, beyond what Python and the libraries take that read
-    the graph and the tokenizer. These are measured beside it: how much of a library is resident differs by 12 MB
-    between machines. A fifth: what is read of the file while it is packed, and working memory; 16 MB: our own modules,
+    the graph and the tokenizer. These are measured beside it: one machine saw a peak 12 MB above the others', and
+    why is not known. A fifth: what is read of the file while it is packed, and working memory; 16 MB: our own modules,
     jinja2, the graph while it is lowered. A second copy of the embedding alone, 28 MB, would be too much."""
     (libraries,) = measured(f"""
         import json, numpy, onnx, tokenizers

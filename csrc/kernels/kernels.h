@@ -187,7 +187,8 @@ static constexpr int64_t partial_floats(const KvLayout& l) { return kPartialHead
 // ---- the table ----------------------------------------------------------------------------------------------------
 struct Kernels {
   const char* isa;
-  int64_t prefetch[2];  // for LinearArgs, what suits this CPU: of one or two rows, of more
+  int64_t prefetch[2];  // what suits this CPU: of one or two rows, of more
+  int64_t prefetch_for(int64_t rows) const { return prefetch[rows > 2]; }  // for LinearArgs
 
   // q[i,c] = round_to_even(x[i,c] * (127 / absmax)), blocks of 32 columns; a block whose absmax < 2^-100 gives scale 0.
   // Blocks [block_begin, block_end) of m rows; x[m, ldx] with k columns (the last block is padded with zeros);
