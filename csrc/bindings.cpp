@@ -264,6 +264,15 @@ void trim_memory() {
 #endif
 }
 
+// The packed weights as uint8[packed_size], without a copy and read-only; they live as long as the array does.
+py::array packed(const py::object& self) {
+  const auto& engine = self.cast<const PyEngine&>().engine;
+  const size_t size = engine.packed() ? engine.packed_size() : 0;
+  py::array view(py::dtype("uint8"), std::vector<py::ssize_t>{static_cast<py::ssize_t>(size)}, engine.packed(), self);
+  view.attr("flags").attr("writeable") = false;
+  return view;
+}
+
 size_t scratch_bytes(PyEngine& self, const std::vector<int64_t>& symbols, int64_t rows, int64_t past) {
   if (symbols.size() != self.engine.spec().symbols.size()) raise("InputError", "one number for each symbol is needed");
   return self.engine.scratch_bytes(symbols, rows, past);
@@ -319,6 +328,9 @@ PYBIND11_MODULE(_native, m) {
           },
           py::arg("on"))
       .def("pack", &pack, py::arg("pieces"))
+      .def("use_packed", &use_packed, py::arg("bytes"))
+      .def("packed", &packed)
+      .def_property_readonly("packed_size", [](const PyEngine& e) { return e.engine.packed_size(); })
       .def("new_state", &new_state)
       .def("forward", &forward, py::arg("states"), py::arg("inputs"), py::arg("keeps"));
   bind_testing(m);

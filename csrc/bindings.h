@@ -31,6 +31,7 @@ std::string text(const Parts&... parts) {
 }
 
 struct PyEngine {
+  py::object packed;  // the array that the engine's weights lie in, if it did not pack them itself
   Engine engine;
   PyEngine(ProgramSpec spec, const Kernels& k, int threads, int64_t context, int64_t prefill)
       : engine(std::move(spec), k, threads, context, prefill) {}
@@ -45,6 +46,7 @@ struct PyState {
 std::shared_ptr<PyEngine> make_engine(const py::dict& program, int threads, const std::string& isa,
                                       const std::string& kv, int64_t context, int64_t prefill_rows);
 std::vector<bool> pack(PyEngine& self, const std::vector<py::tuple>& pieces);
+void use_packed(PyEngine& self, const py::array& bytes);
 
 void bind_testing(py::module_& parent);  // bindings_testing.cpp
 void bind_pool(py::module_& testing);    // bindings_pool.cpp

@@ -175,6 +175,7 @@ PackResult pack_piece(Engine& engine, const Piece& p) {
 
 // For each piece whether a scale or a minimum had to be rounded. The GIL is free all the while.
 std::vector<bool> pack(PyEngine& self, const std::vector<py::tuple>& items) {
+  if (self.packed) raise("InputError", "this engine was given packed weights, which are another's to write");
   std::vector<Piece> pieces;
   for (const py::tuple& item : items) pieces.push_back(read_piece(self.engine.spec(), item));
   std::vector<PackResult> results(pieces.size());
@@ -200,6 +201,20 @@ std::vector<bool> pack(PyEngine& self, const std::vector<py::tuple>& items) {
     raise("EngineUnavailable", "weight " + pieces[i].name + ": " + what);
   }
   return rounded;
+}
+
+// What `packed` of another engine of the same program gave, uint8[packed_size]; the engine reads it where it lies.
+void use_packed(PyEngine& self, const py::array& bytes) {
+  const auto* at = static_cast<const uint8_t*>(bytes.data());
+  const size_t size = self.engine.packed_size();
+  if (bytes.itemsize() != 1 || static_cast<size_t>(bytes.nbytes()) != size || !(bytes.flags() & py::array::c_style) ||
+      reinterpret_cast<uintptr_t>(at) % 64) {
+    raise("InputError", text(bytes.nbytes(), " packed bytes at ", static_cast<const void*>(at), ", expected ", size,
+                             " contiguous ones at a multiple of 64"));
+  }
+  if (self.engine.packed()) raise("InputError", "this engine has its weights already");
+  self.engine.use_packed(at);
+  self.packed = bytes;
 }
 
 }  // namespace edgeformer

@@ -76,19 +76,28 @@ PackResult Engine::pack(int weight, const PackSource& source, const int64_t* des
   const WeightSpec& w = spec_.weights[weight];
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (!weights_) make_weights();
+    if (!packed_) make_weights();
   }
   return pack_rows(w.type, source, 0, source.n, dest, const_cast<void*>(run_.weights[weight]));
 }
 
-// One piece of memory for all: most weights are smaller than a huge page.
-void Engine::make_weights() {
+size_t Engine::packed_size() const {
   size_t total = 0;
   for (const WeightSpec& w : spec_.weights) total += align(packed_bytes(w.type, w.n, w.k));
+  return total;
+}
+
+// One piece of memory for all: most weights are smaller than a huge page.
+void Engine::make_weights() {
+  const size_t total = packed_size();
   void* p = pages_alloc(total);
   if (!p) throw std::bad_alloc();
-  weights_ = {static_cast<uint8_t*>(p), FreePages{total}};
-  uint8_t* at = weights_.get();
+  own_ = {static_cast<uint8_t*>(p), FreePages{total}};
+  use_packed(own_.get());
+}
+
+void Engine::use_packed(const uint8_t* at) {
+  packed_ = at;
   for (size_t i = 0; i < spec_.weights.size(); ++i) {
     const WeightSpec& w = spec_.weights[i];
     run_.weights[i] = at;

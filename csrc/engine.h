@@ -57,6 +57,11 @@ class Engine {
   // Packs the rows of a source into weight `weight`; `rounded` where some scale had no exact fp16 value. Several
   // threads may pack at once, each rows of its own.
   PackResult pack(int weight, const PackSource& source, const int64_t* dest);
+  // All packed weights, one behind the other, as the first `pack` makes room for them; null before.
+  const uint8_t* packed() const { return packed_; }
+  size_t packed_size() const;
+  // Takes packed_size() bytes, on a cache line, that another engine of the same program packed. They stay the caller's.
+  void use_packed(const uint8_t* at);
   // work(0) ... work(count - 1) by all threads, claimed in this order.
   void in_parallel(int64_t count, FunctionRef<void(int64_t)> work);
 
@@ -102,7 +107,8 @@ class Engine {
   ProgramSpec spec_;
   Kernels kernels_;
   int64_t context_, prefill_rows_;
-  std::unique_ptr<uint8_t, FreePages> weights_;  // all packed weights, one behind the other; made by the first `pack`
+  const uint8_t* packed_ = nullptr;
+  std::unique_ptr<uint8_t, FreePages> own_;  // where packed_ lies, if this engine packed
   std::vector<std::unique_ptr<Op>> ops_;
   std::vector<std::pair<int, int>> phases_;  // (operation, its phase)
   std::vector<int> last_use_;                // by root slot: the last operation that touches it

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 import edgeformer
+from edgeformer import cache
 from edgeformer.bundle import Bundle
 from edgeformer.errors import EdgeformerError, EngineUnavailable
 from edgeformer.machine import (
@@ -57,6 +58,7 @@ def examine() -> Iterator[Finding]:
     cpus = len(usable_cpus())
     yield Finding("cpu", "fact", f"{cpu_name()}, {cpus} logical CPUs{limit}; {default_threads()} threads by default")
     yield Finding("memory", "fact", f"{_gib(available_memory())} available of {_gib(total_memory())}")
+    yield _cache()
     yield from _onnxruntime()
     yield from _cuda()
     yield from _native()
@@ -114,6 +116,13 @@ def _fusion(bundle: Bundle) -> Iterator[Finding]:
         yield Finding("engine cpu", "warning", text)
     else:
         yield Finding("engine cpu", "yes", f"all {fused} quantized linears are fused")
+
+
+def _cache() -> Finding:
+    place, (entries, size) = cache.folder(), cache.size()
+    if place is None:
+        return Finding("cache", "fact", "none: EDGEFORMER_CACHE is set to nothing")
+    return Finding("cache", "fact", f"{place}: {entries} entries, {_mib(size)}; it may be deleted at any time")
 
 
 def _onnxruntime() -> Iterator[Finding]:

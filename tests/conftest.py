@@ -18,7 +18,7 @@ import tiny
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # No test needs the hub; one that asks for a model there would wait through its library's retries.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Every graph is lowered anew, and nobody's cache folder is filled; tests/test_prepared.py has one of its own.
+# Every graph is lowered anew, and nobody's cache folder is filled; tests of the cache have one of their own.
 os.environ["EDGEFORMER_CACHE"] = ""
 
 # Files that share what takes long to make, for `pytest -n 2`: a group stays in one process. The first groups start
@@ -73,6 +73,17 @@ def bundles(tmp_path_factory):
 def lm(bundles):
     """A tiny float decoder's bundle. Read only."""
     return bundles / "float"
+
+
+@pytest.fixture
+def cache_folder(tmp_path, monkeypatch):
+    """A cache folder of its own; it does not exist yet."""
+    from edgeformer import cache
+
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("EDGEFORMER_CACHE", str(folder))
+    yield folder
+    cache.finish()
 
 
 @pytest.fixture(scope="session")

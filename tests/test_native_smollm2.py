@@ -101,6 +101,22 @@ def test_peak_memory_is_the_weights_the_cache_and_little_more(bundle):
     assert weights < peak - libraries <= 1.2 * (weights + cache) + 16e6, (peak, libraries, weights, cache)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_second_process_maps_its_weights(bundle, cache_folder):
+    """Memory that is a process's own holds no weights then, and what it computes is the same."""
+    code = f"""
+        import json, re
+        import edgeformer
+        model = edgeformer.load({str(bundle)!r}, engine="native", threads=2)
+        text = model.generate("The capital of France is", max_new_tokens=16).text
+        own = int(re.search(r"RssAnon:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) << 10
+        print(json.dumps([own, model.memory().weights, text]))
+    """
+    (first, weights, one), (second, _, other) = measured(code), measured(code)
+    assert one == other
+    assert second < first - 0.9 * weights, (first, second, weights)
+
+
 def test_a_layer_is_seven_operations(bundle):
     kinds = [line.split()[1] for line in describe(bundle).splitlines() if line.lstrip()[:1].isdigit()]
     places = [i for i, kind in enumerate(kinds) if kind == "attend"]

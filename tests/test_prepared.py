@@ -15,16 +15,11 @@ import edgeformer
 from edgeformer import cache
 from edgeformer.bundle import seal
 from edgeformer.errors import BundleError, EngineUnavailable
-from edgeformer.native import lowering, prepared
-from edgeformer.native.engine import NativeEngine
 
+native = pytest.importorskip("edgeformer._native", reason="the native extension is not built")
 
-@pytest.fixture
-def kept(tmp_path, monkeypatch):
-    """A cache folder of its own; it does not exist yet."""
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("EDGEFORMER_CACHE", str(folder))
-    return folder
+from edgeformer.native import lowering, packing, prepared  # noqa: E402
+from edgeformer.native.engine import NativeEngine  # noqa: E402
 
 
 @pytest.fixture
@@ -52,10 +47,10 @@ def answer(engine):
 
 
 @pytest.mark.parametrize("name", ["float", "q8", "float16", "plain"])
-def test_the_second_engine_is_the_first_one_without_lowering(bundles, name, kept, lowered):
+def test_the_second_engine_is_the_first_one_without_lowering(bundles, name, cache_folder, lowered):
     once = NativeEngine.from_bundle(bundles / name, threads=1)
     again = NativeEngine.from_bundle(bundles / name, threads=1)
-    assert len(lowered) == 1 and len(programs(kept)) == 1
+    assert len(lowered) == 1 and len(programs(cache_folder)) == 1
     assert again.memory(100) == once.memory(100)
     assert again.rounded == once.rounded
     for one, other in zip(answer(once), answer(again), strict=True):
@@ -64,7 +59,7 @@ def test_the_second_engine_is_the_first_one_without_lowering(bundles, name, kept
     assert len(lowered) == 3
 
 
-def test_an_encoder_keeps_its_types_and_names(bundles, kept, lowered):
+def test_an_encoder_keeps_its_types_and_names(bundles, cache_folder, lowered):
     rng = np.random.default_rng(0)
     once, again = (edgeformer.load(bundles / "forecast", engine="native", threads=1) for _ in range(2))
     assert len(lowered) == 1
@@ -78,7 +73,7 @@ def test_an_encoder_keeps_its_types_and_names(bundles, kept, lowered):
         again(other=x[name])
 
 
-def test_other_weights_are_another_model(q8, tmp_path, kept, lowered):
+def test_other_weights_are_another_model(q8, tmp_path, cache_folder, lowered):
     """The same graph and sizes, other values: what the engine computes is theirs."""
     bundle = tmp_path / "bundle"
     shutil.copytree(q8, bundle)
@@ -97,7 +92,7 @@ def test_other_weights_are_another_model(q8, tmp_path, kept, lowered):
     np.testing.assert_array_equal(after[0], again[0])
 
 
-def test_bundles_that_differ_in_their_weights_alone_are_told_apart(q8, tmp_path, kept, lowered):
+def test_bundles_that_differ_in_their_weights_alone_are_told_apart(q8, tmp_path, cache_folder, lowered):
     """Equal graphs, sizes and times, as archives with normalized times have them: the manifests differ."""
     answers = []
     for name, change in (("one", 0), ("other", 1)):
@@ -122,9 +117,9 @@ def test_bundles_that_differ_in_their_weights_alone_are_told_apart(q8, tmp_path,
     [lambda entry: entry[: len(entry) // 2], lambda entry: b"", lambda entry: entry[:-1] + bytes([entry[-1] ^ 1])],
     ids=["cut short", "empty", "a bit turned"],
 )
-def test_a_damaged_entry_is_none(q8, kept, lowered, damage):
+def test_a_damaged_entry_is_none(q8, cache_folder, lowered, damage):
     before = answer(NativeEngine.from_bundle(q8, threads=1))
-    (entry,) = programs(kept)
+    (entry,) = programs(cache_folder)
     whole = entry.read_bytes()
     entry.write_bytes(damage(whole))
     after = answer(NativeEngine.from_bundle(q8, threads=1))
@@ -133,21 +128,21 @@ def test_a_damaged_entry_is_none(q8, kept, lowered, damage):
     np.testing.assert_array_equal(before[0], after[0])
 
 
-def test_changed_code_lowers_again(q8, kept, lowered, monkeypatch):
+def test_changed_code_lowers_again(q8, cache_folder, lowered, monkeypatch):
     NativeEngine.from_bundle(q8, threads=1)
     monkeypatch.setattr(prepared, "_code", lambda: b"other")
     NativeEngine.from_bundle(q8, threads=1)
-    assert len(lowered) == 2 and len(programs(kept)) == 2
+    assert len(lowered) == 2 and len(programs(cache_folder)) == 2
 
 
-def test_what_is_large_is_not_kept(q8, kept, lowered, monkeypatch):
+def test_what_is_large_is_not_kept(q8, cache_folder, lowered, monkeypatch):
     monkeypatch.setattr(prepared, "LARGEST_KEPT", 10)
     for _ in range(2):
         NativeEngine.from_bundle(q8, threads=1)
-    assert len(lowered) == 2 and programs(kept) == []
+    assert len(lowered) == 2 and programs(cache_folder) == []
 
 
-def test_what_cannot_be_lowered_is_not_kept(q8, kept, monkeypatch):
+def test_what_cannot_be_lowered_is_not_kept(q8, cache_folder, monkeypatch):
     def refuse(path):
         raise EngineUnavailable("1 node cannot be lowered: Frobnicate")
 
@@ -155,10 +150,10 @@ def test_what_cannot_be_lowered_is_not_kept(q8, kept, monkeypatch):
     for _ in range(2):
         with pytest.raises(EngineUnavailable, match="Frobnicate"):
             NativeEngine.from_bundle(q8, threads=1)
-    assert programs(kept) == []
+    assert programs(cache_folder) == []
 
 
-def test_a_second_load_imports_no_onnx(q8, kept):
+def test_a_second_load_imports_no_onnx(q8, cache_folder):
     code = (
         "import json, sys, edgeformer\n"
         f"model = edgeformer.load({str(q8)!r}, engine='native', threads=1)\n"
@@ -173,7 +168,7 @@ def test_a_second_load_imports_no_onnx(q8, kept):
     assert one == other
 
 
-def test_a_fault_of_the_graph_is_found_at_every_load(q8, tmp_path, kept):
+def test_a_fault_of_the_graph_is_found_at_every_load(q8, tmp_path, cache_folder):
     """That a graph was checked is kept with the sizes of the files, not with its name."""
     bundle = tmp_path / "bundle"
     shutil.copytree(q8, bundle)
@@ -188,7 +183,7 @@ def test_a_fault_of_the_graph_is_found_at_every_load(q8, tmp_path, kept):
             edgeformer.load(bundle)
 
 
-def test_a_damaged_tokenizer_is_told_while_the_weights_are_packed(q8, tmp_path, kept):
+def test_a_damaged_tokenizer_is_told_while_the_weights_are_packed(q8, tmp_path, cache_folder):
     bundle = tmp_path / "bundle"
     shutil.copytree(q8, bundle)
     path = bundle / "tokenizer.json"
@@ -198,35 +193,95 @@ def test_a_damaged_tokenizer_is_told_while_the_weights_are_packed(q8, tmp_path, 
             edgeformer.load(bundle, engine=engine)
 
 
-def test_entries(kept):
-    assert cache.read("a") is None
-    cache.write("a", b"one")
-    assert cache.read("a") == b"one"
-    cache.write("a", b"")
-    assert cache.read("a") == b""
-    assert os.listdir(kept) == ["a"]
-    assert cache.key(b"ab", b"c") != cache.key(b"a", b"bc")
+# ------------------------------------------------------------------------------------------------------ packed weights
 
 
-def test_the_longest_unused_entries_go(kept, monkeypatch):
-    monkeypatch.setattr(cache, "MOST", 2)
-    for age, name in enumerate(("a", "b", "c")):
-        cache.write(name, name.encode())
-        os.utime(kept / name, (1000 + age, 1000 + age))
-        assert name != "b" or cache.read("a") == b"a"  # used again: now the newest
-    assert sorted(os.listdir(kept)) == ["a", "c"]
+@pytest.fixture
+def packed(monkeypatch):
+    """One entry for each engine that packed its weights itself."""
+    seen, whole = [], packing.pack
+
+    def pack(native, p, meanwhile):
+        seen.append(p.entry)
+        return whole(native, p, meanwhile)
+
+    monkeypatch.setattr(packing, "pack", pack)
+    return seen
 
 
-def test_no_folder_is_no_error(tmp_path, monkeypatch):
-    monkeypatch.setenv("EDGEFORMER_CACHE", "")
-    cache.write("a", b"one")
-    assert cache.folder() is None and cache.read("a") is None
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("EDGEFORMER_CACHE", str(tmp_path / "file"))  # a file stands where the folder should be
-    cache.write("a", b"one")
-    assert cache.read("a") is None
-    monkeypatch.delenv("EDGEFORMER_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "home"))
-    assert cache.folder().is_relative_to(tmp_path / "home")
+def engine_of(bundle, **options):
+    engine = NativeEngine.from_bundle(bundle, threads=1, **options)
+    cache.finish()
+    return engine
+
+
+@pytest.mark.parametrize("isa", native.isas())
+@pytest.mark.parametrize("name", ["float", "q8", "float16", "plain"])
+def test_packed_weights_serve_the_next_engine(bundles, name, isa, cache_folder, packed):
+    """Of any kernel table: the packed form is one."""
+    once, again = engine_of(bundles / name), engine_of(bundles / name, isa=isa)
+    assert len(packed) == 1
+    for one, other in zip(answer(once), answer(again), strict=True):
+        np.testing.assert_array_equal(one, other)
+    (entry,) = cache_folder.glob("*.packed")
+    entry.unlink()
+    np.testing.assert_array_equal(answer(again)[0], answer(once)[0])  # mapped, it needs no name
+
+
+@pytest.mark.parametrize("place", [0, -60, -1], ids=["weights", "note", "digest"])
+def test_damaged_packed_weights_are_packed_again(q8, cache_folder, packed, place):
+    before = answer(engine_of(q8))
+    (entry,) = cache_folder.glob("*.packed")
+    whole = entry.read_bytes()
+    damaged = bytearray(whole)
+    damaged[place] ^= 1
+    entry.write_bytes(damaged)
+    after = answer(engine_of(q8))
+    assert len(packed) == 2
+    assert entry.read_bytes() == whole
+    np.testing.assert_array_equal(before[0], after[0])
+
+
+def test_packed_weights_of_another_program_are_refused(q8, cache_folder, packed):
+    """The note fits and the size does not: never, unless the code that names entries is wrong."""
+    engine_of(q8)
+    (entry,) = cache_folder.glob("*.packed")
+    data, note = cache.read_mapped(entry.name)
+    cache.write_behind(entry.name, data[:-64].copy(), note)
+    cache.finish()
+    engine_of(q8)
+    assert len(packed) == 2
+
+
+def test_packed_weights_of_other_weights_are_packed_again(copy_of, q8, cache_folder, packed):
+    """The same graph, manifest and size; only the file's time tells."""
+    bundle = copy_of(q8)
+    before = answer(engine_of(bundle))
+    data = bundle / "model.onnx.data"
+    values, was = np.fromfile(data, np.uint8), data.stat()
+    values[: len(values) // 2] = values[: len(values) // 2][::-1].copy() & 63
+    values.tofile(data)
+    os.utime(data, ns=(was.st_atime_ns, was.st_mtime_ns + 1))
+    after = answer(engine_of(bundle))
+    again = answer(engine_of(bundle))
+    assert len(packed) == 2
+    assert not np.array_equal(before[0], after[0])
+    np.testing.assert_array_equal(after[0], again[0])
+
+
+def test_the_extension_says_what_packed_weights_it_takes(q8, packed):
+    given = engine_of(q8)._native.packed()
+    assert not given.flags.writeable and given.ctypes.data % 64 == 0
+    plain = prepared.prepare(q8 / "model.onnx")
+    fresh = native.Engine(plain.program, 1, "", "int8", 64, 64)
+    assert len(fresh.packed()) == 0
+    room = np.empty(len(given) + 128, np.uint8)
+    start = -room.ctypes.data % 64
+    for wrong in (given[:-64], room[start + 1 :][: len(given)], np.zeros(2 * len(given), np.uint8)[::2]):
+        with pytest.raises(edgeformer.InputError, match=f"expected {len(given)} contiguous ones at a multiple of 64"):
+            fresh.use_packed(wrong)
+    fresh.use_packed(given)
+    with pytest.raises(edgeformer.InputError, match="has its weights already"):
+        fresh.use_packed(given)
+    with pytest.raises(edgeformer.InputError, match="another's to write"):
+        fresh.pack([])

@@ -16,7 +16,7 @@ import numpy as np
 
 from edgeformer.errors import EngineUnavailable, InputError, StateError
 from edgeformer.native.graph import Array
-from edgeformer.native.packing import pack
+from edgeformer.native.packing import give_weights
 from edgeformer.native.prepared import Prepared, prepare
 from edgeformer.native.state import NativeState, saved_parts
 
@@ -95,7 +95,7 @@ class NativeEngine:
             kv: "int8" (one scale a token and head) or "float32".
             context: most tokens of a state; default: the bundle's `max_position_embeddings`, at most 4096.
             memory_limit: bytes that weights, one state at full context and working memory may take together.
-            meanwhile: called once while the weights are packed, which leaves Python free.
+            meanwhile: called once; while the weights are packed, which leaves Python free.
 
         Raises:
             EngineUnavailable: the extension is missing, the graph has nodes that cannot be lowered (all are named),
@@ -117,8 +117,9 @@ class NativeEngine:
                     f"{need.context:,} tokens, {need.scratch:,} to work in), the limit is {memory_limit:,}; "
                     "load with a smaller context, or export with fewer bits"
                 )
-        native.trim_memory()
-        engine.rounded = pack(built, prepared, meanwhile)
+        native.trim_memory()  # of reading the graph
+        engine.rounded = give_weights(built, prepared, meanwhile)
+        native.trim_memory()  # of what was read meanwhile, before the weights are in use
         return engine
 
     @property

@@ -1,7 +1,13 @@
-"""What the C++ engine is given: the program as plain data, and the weights, without ever holding them twice."""
+"""What the C++ engine is given: the program as plain data, and the weights, without ever holding them twice.
+
+Packing is most of a later load, and takes new memory for what the bundle's file holds in another order. So the packed
+bytes are kept (`cache`) beside the lowered program that they belong to, and mapped by the next load: they are read when
+they are first used, and processes that run the same model share one copy.
+"""
 
 from __future__ import annotations
 
+import json
 import mmap
 from collections.abc import Callable, Iterator, Mapping
 from threading import Thread
@@ -9,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgeformer import cache
 from edgeformer.native.graph import Array, Constant
 from edgeformer.native.program import Program, Weight, postfix
 
@@ -64,6 +71,29 @@ def spec(p: Program) -> dict[str, Any]:
         "past": p.symbols.index(p.past_symbol) if p.past_symbol else -1,
         "sizes": [postfix(s, p.symbols) for s in sizes],
     }
+
+
+def give_weights(native: Any, p: Prepared, meanwhile: Callable[[], object] = lambda: None) -> int:
+    """Give the engine its weights, packed before or now; call `meanwhile` once on the way.
+
+    Returns how many have a scale or a minimum that was rounded, see `pack`.
+
+    Raises:
+        EngineUnavailable: see `pack`.
+    """
+    name = f"{p.entry}.packed" if p.entry else ""
+    kept = cache.read_mapped(name) if name else None
+    if kept is not None:
+        data, about = kept[0], json.loads(kept[1])
+        if about["files"] == p.file_states and len(data) == native.packed_size:
+            meanwhile()
+            native.use_packed(data)
+            return int(about["rounded"])
+    rounded = pack(native, p, meanwhile)
+    if name and native.packed_size:
+        note = json.dumps({"files": p.file_states, "rounded": rounded})
+        cache.write_behind(name, native.packed(), note.encode())
+    return rounded
 
 
 def pack(native: Any, p: Prepared, meanwhile: Callable[[], object] = lambda: None) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,8 @@ class Prepared:
     rows: tuple[str, str]  # names of the axes [batch, sequence]
     past: str  # of the caches' length
     batch_local: bool
+    entry: str = ""  # what it is kept under, as its packed weights are; "" where it is not
+    file_states: dict[str, list[int]] = field(default_factory=dict)  # size and time of the weights files, by name
 
 
 def prepare(path: Path) -> Prepared:
@@ -58,13 +60,18 @@ def prepare(path: Path) -> Prepared:
         BundleError: the file cannot be read.
         EngineUnavailable: some nodes cannot be lowered; the message names all of them.
     """
-    name = _entry(path)
-    kept = cache.read(name) if name else None
+    entry = _entry(path)
+    kept = cache.read(f"{entry}.program") if entry else None
     found = _restored(kept, path.parent) if kept is not None else None
     if found is None:
         found = _lowered(path)
-        if name and (data := _as_bytes(found, path.parent)) is not None:
-            cache.write(name, data)
+        found.file_states = {name: _file_state(path.parent / name) for name in found.files}
+        data = _as_bytes(found) if entry else None
+        if data is not None:
+            cache.write(f"{entry}.program", data)
+        else:
+            entry = ""
+    found.entry = entry
     return found
 
 
@@ -103,7 +110,7 @@ def _of(program: Program, graph: Graph, plain: dict[str, Any]) -> Prepared:
 
 
 def _entry(path: Path) -> str:
-    """The name of its entry; "" for a graph with its weights inside, which would take long to read twice."""
+    """What its entries are called; "" for a graph with its weights inside, which would take long to read twice."""
     try:
         if path.stat().st_size > LARGEST_KEPT:
             return ""
@@ -111,14 +118,14 @@ def _entry(path: Path) -> str:
         named = manifest.read_bytes() if manifest.is_file() else b""
     except OSError:
         return ""  # lowering says what is wrong
-    return cache.key(b"prepared", edgeformer.__version__.encode(), _code(), graph, named) + ".program"
+    return cache.key(b"prepared", edgeformer.__version__.encode(), _code(), graph, named)
 
 
 def _code() -> bytes:
-    """Identifies the modules that lower graphs: an editable installation changes without its version."""
+    """Identifies what lowers graphs and packs weights: an editable installation changes without its version."""
     here = Path(__file__).parent
-    stats = ((file.relative_to(here), file.stat()) for file in sorted(here.glob("**/*.py")))
-    return repr([(str(name), s.st_size, s.st_mtime_ns) for name, s in stats]).encode()
+    files = [*sorted(here.glob("**/*.py")), *sorted(here.parent.glob("_native.*"))]
+    return repr([(file.name, *_file_state(file)) for file in files]).encode()
 
 
 def _file_state(path: Path) -> list[int]:
@@ -152,10 +159,10 @@ class _Blob:
             yield part.tobytes() + bytes(-part.nbytes % _ALIGNED)
 
 
-def _as_bytes(p: Prepared, folder: Path) -> bytes | None:
+def _as_bytes(p: Prepared) -> bytes | None:
     blob = _Blob(p.files)
     header = {
-        "files": {name: _file_state(folder / name) for name in p.files},
+        "files": p.file_states,
         "program": p.program
         | {"slots": [(*slot[:4], None if slot[4] is None else blob.place(slot[4])) for slot in p.program["slots"]]},
         "weights": [asdict(weight) for weight in p.weights],
@@ -207,6 +214,7 @@ def _restored(data: bytes, folder: Path) -> Prepared | None:
             n: Constant(dtype, tuple(shape), array(at)) for n, (dtype, shape, at) in header["constants"].items()
         },
         files=dict(files),
+        file_states=header["files"],
         **plain | {"rows": tuple(plain["rows"])},
     )
 
