@@ -317,7 +317,9 @@ class Attend final : public Op {
     for (int64_t i = each ? row / each : 0; i < sequences(run); ++i) {
       const Sequence s = sequence(run, i);
       if (s.k_row >= k_end) break;
-      const int64_t first = std::max(row, s.k_row), last = std::min(k_end, s.k_row + s.k_rows);
+      // Two tokens from an even position on share bytes of the cache: their rows stay together, with the first one's.
+      const auto whole = [&s](int64_t r) { return r <= s.k_row ? s.k_row : r + (s.past + r - s.k_row) % 2; };
+      const int64_t first = whole(row), last = std::min(whole(k_end), s.k_row + s.k_rows);
       if (first >= last) continue;
       const float* keys = in(run, kK).f32() + first * kv_heads_ * dim_;
       if (turns(k_)) {

@@ -75,6 +75,27 @@ def test_one_state_twice_in_a_batch_is_refused(engine):
     logits(engine, IDS, state)
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("pasts", [(0,), (1,), (7,), (1, 4, 7)], ids=str)
+def test_a_prompt_goes_on_at_any_position_with_any_number_of_threads(q8, pasts, threads):
+    """Two tokens share bytes of the int8 cache, and threads that divide the new ones must not divide such a pair."""
+    rng = np.random.default_rng(len(pasts))
+    starts = [rng.integers(0, 90, (1, past)) for past in pasts]
+    ids = [rng.integers(0, 90, (1, 90 + i)) for i in range(len(pasts))]  # 90, 91, 92: sequences begin at odd rows too
+
+    def run(engine):
+        states = [engine.new_state() for _ in pasts]
+        for state, start in zip(states, starts, strict=True):
+            if start.size:
+                logits(engine, start, state)
+        outputs = engine.forward([({"input_ids": i}, s) for i, s in zip(ids, states, strict=True)])
+        return np.concatenate([o["logits"][0] for o in outputs])
+
+    expected = run(NativeEngine.from_bundle(q8, threads=1))
+    engine = NativeEngine.from_bundle(q8, threads=threads)
+    assert [int((run(engine) != expected).any(-1).sum()) for _ in range(20)] == [0] * 20
+
+
 def test_threads_with_states_of_their_own_do_not_meet(engine):
     ids = np.random.default_rng(0).integers(0, 90, (1, 50))
     expected, wrong = logits(engine, ids), []
