@@ -8,6 +8,6 @@ from cross import build
 
 @pytest.fixture(scope="session")
 def runners(tmp_path_factory: pytest.TempPathFactory):
-    """`runner(architecture, name)`: the executable of tests/native_cross/<name>.cpp."""
+    """`runner(architecture, name, ...)`: the executable of tests/native_cross/<name>.cpp, see `cross.build`."""
     folder = tmp_path_factory.mktemp("runners")
-    return lambda architecture, name="runner": build(folder, architecture, name)
+    return lambda architecture, name="runner", *options: build(folder, architecture, name, *options)

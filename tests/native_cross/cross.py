@@ -40,21 +40,29 @@ def output(command: list[str | Path]) -> list[str]:
     return result.stdout.splitlines()
 
 
-def build(folder: Path, architecture: str, name: str) -> Path:
-    """tests/native_cross/<name>.cpp linked with the engine's sources; objects in `folder` are built once."""
-    out = folder / f"{architecture}-{name}"
+def build(folder: Path, architecture: str, name: str, watched: str = "", instead: Path | None = None) -> Path:
+    """tests/native_cross/<name>.cpp linked with the engine's sources; objects in `folder` are built once.
+
+    watched: a kernel table; ThreadSanitizer then watches it and all that is not a kernel. instead: a source in the
+    place of the one of its name.
+    """
+    out = folder / "-".join(filter(None, [architecture, name, watched, instead and instead.name]))
     if out.exists():
         return out
     native = architecture == platform.machine()
     compiler = tool("g++" if native else f"{architecture}-linux-gnu-g++")
 
     def compiled(source: Path) -> Path:
-        made = folder / f"{architecture}-{source.stem}.o"
+        watch = watched and (source.parent.name != "kernels" or source.stem == watched)
+        replaced = instead is not None and source.name == instead.name
+        made = folder / f"{architecture}{'-watched' * bool(watch)}{'-instead' * replaced}-{source.stem}.o"
         if not made.exists():
-            subprocess.run([compiler, *FLAGS, "-c", source, "-o", made], check=True)
+            flags = [*FLAGS, *["-g", "-fsanitize=thread", f"-I{source.parent}"] * bool(watch)]
+            subprocess.run([compiler, *flags, "-c", instead if replaced else source, "-o", made], check=True)
         return made
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, [*SOURCES, ROOT / "tests" / "native_cross" / f"{name}.cpp"]))
-    subprocess.run([compiler, "-pthread", "-static", *objects, "-o", out], check=True)
+    kind = "-fsanitize=thread" if watched else "-static"
+    subprocess.run([compiler, "-pthread", kind, *objects, "-o", out], check=True)
     return out

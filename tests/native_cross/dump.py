@@ -35,9 +35,9 @@ class Writer:
         self.bytes += raw
 
 
-def dump(bundle: Path, out: Path, kv: str, prompt: np.ndarray, steps: int) -> list[str]:
-    """Write the file; the hashes of the logits of the prompt (last position) and of `steps` greedy tokens, as the
-    extension of this machine computes them with its best table."""
+def dump(bundle: Path, out: Path, kv: str, prompts: list[np.ndarray], steps: int) -> list[str]:
+    """Write the file; the hashes of the logits of prompts one after another (last positions) and of `steps` greedy
+    tokens, as the extension of this machine computes them with its best table."""
     engine = NativeEngine.from_bundle(bundle, threads=2, kv=kv)
     prepared = prepare(bundle / "model.onnx")
     plain = prepared.program
@@ -96,9 +96,10 @@ def dump(bundle: Path, out: Path, kv: str, prompt: np.ndarray, steps: int) -> li
             w.blob(array)
         w.integers(rows, block)
         w.list(dest)
-    w.integers(1 + steps)
-    state, ids, hashes = engine.new_state(), prompt, []
-    for _ in range(1 + steps):
+    w.integers(len(prompts) + steps)
+    state, ids, hashes = engine.new_state(), np.empty((1, 0), np.int64), []
+    for given in [*prompts, *[None] * steps]:
+        ids = ids if given is None else given
         row, keep = engine._arrays({"input_ids": ids, "logits_to_keep": 1}, state)
         batch, sequence = prepared.rows
         values = {batch: 1, sequence: ids.shape[1], "kept": 1, prepared.past: state.length, "logits_to_keep": 1}

@@ -13,22 +13,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("edgeformer._native", reason="the native extension is not built")
+native = pytest.importorskip("edgeformer._native", reason="the native extension is not built")
 
-from cross import CPUS, output, tool
-from dump import dump
+from cross import CPUS, ROOT, output, tool  # noqa: E402
+from dump import dump  # noqa: E402
 
 STEPS = 4
+PROMPTS = (33, 102)
 FORMS = [("q8", "int8"), ("float", "float32")]  # the bundle, its cache
 
 
 @pytest.fixture(scope="module")
 def dumps(bundles, tmp_path_factory):
-    """form -> (the file, the hashes that this machine's extension gives). The prompt is longer than a cache chunk, so
-    a step's attention is split."""
+    """form -> (the file, the hashes that this machine's extension gives). The prompts are longer than a cache chunk, so
+    a step's attention is split; the second goes on at an odd position, where two tokens share bytes of the cache."""
     folder = tmp_path_factory.mktemp("dumps")
-    prompt = np.random.default_rng(0).integers(0, 90, (1, 135))
-    return {name: (folder / name, dump(bundles / name, folder / name, kv, prompt, STEPS)) for name, kv in FORMS}
+    prompts = [np.random.default_rng(0).integers(0, 90, (1, length)) for length in PROMPTS]
+    return {name: (folder / name, dump(bundles / name, folder / name, kv, prompts, STEPS)) for name, kv in FORMS}
 
 
 @pytest.mark.parametrize(("architecture", "cpu", "isas"), CPUS, ids=lambda v: v if isinstance(v, str) else "")
@@ -43,7 +44,7 @@ def test_every_cpu_generates_the_same_bits(runners, dumps, architecture: str, cp
 
 def test_the_runner_gives_this_machines_bits(runners, dumps) -> None:
     for path, expected in dumps.values():
-        assert len(set(expected)) == 1 + STEPS
+        assert len(set(expected)) == len(PROMPTS) + STEPS
         assert output([runners(platform.machine(), "engine_runner"), path, "scalar", "2"]) == expected
 
 
@@ -58,3 +59,28 @@ def test_another_weight_is_seen_and_a_cut_file_refused(runners, dumps, tmp_path:
     result = subprocess.run([runner, wrong, "scalar", "1"], capture_output=True, text=True)
     assert result.returncode == 1
     assert "cut short" in result.stderr
+
+
+def under_thread_sanitizer(runners, dumps, *instead: Path) -> subprocess.CompletedProcess[str]:
+    """Runs the q8 model with 3 threads on the second-best table, which compiles in a sixth of the best one's time."""
+    isa = next((isa for isa in ("avx2", "neon_dotprod") if isa in native.isas()), None)
+    if isa is None:
+        pytest.skip("needs AVX2 or NEON's dot products")
+    runner = runners(platform.machine(), "engine_runner", isa, *instead)
+    return subprocess.run([runner, dumps["q8"][0], isa, "3"], capture_output=True, text=True, timeout=300)
+
+
+def test_the_engine_is_clean_under_thread_sanitizer(runners, dumps) -> None:
+    result = under_thread_sanitizer(runners, dumps)
+    assert "WARNING: ThreadSanitizer" not in result.stderr, result.stderr
+    assert (result.returncode, result.stdout.split()) == (0, dumps["q8"][1])
+
+
+def test_tokens_that_share_bytes_and_not_a_thread_are_seen_by_thread_sanitizer(runners, dumps, tmp_path: Path) -> None:
+    right = (ROOT / "csrc" / "ops_attention.cpp").read_text()
+    wrong = right.replace("r <= s.k_row ? s.k_row : r + (s.past + r - s.k_row) % 2;", "std::max(r, s.k_row);")
+    assert wrong != right
+    (tmp_path / "ops_attention.cpp").write_text(wrong)
+    result = under_thread_sanitizer(runners, dumps, tmp_path / "ops_attention.cpp")
+    assert "WARNING: ThreadSanitizer: data race" in result.stderr
+    assert "put_every_second" in result.stderr
