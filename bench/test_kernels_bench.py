@@ -15,14 +15,15 @@ testing = native.testing
 ISAS = [isa for isa in native.isas() if isa != "scalar"]
 K, LAYER, HEAD = 576, 4608, 49152
 WIDE = {"q8x128": 640}  # columns of kinds that K does not fit
-KINDS = ["q4a", "q4", "q8", "q8x16", "q8x128"]
+SPANS = {"q4x64": 64, "q8x128": 128}  # columns that share an activation scale, where they are not 32
+KINDS = ["q4a", "q4", "q4x64", "q8", "q8x16", "q8x128"]
 
 
 def packed(kind: str, n: int, k: int):
     rng = np.random.default_rng(0)
-    block = {"q8x16": 16, "q8x128": 128}.get(kind, 32)
+    block = 16 if kind == "q8x16" else SPANS.get(kind, 32)
     scale = np.full((n, k // block), 0.0078125, np.float32)
-    nibbles = kind in ("q4a", "q4")
+    nibbles = kind in ("q4a", "q4", "q4x64")
     q = rng.integers(0, 256, n * k // 2, dtype=np.uint8) if nibbles else rng.integers(-127, 128, (n, k), dtype=np.int8)
     weights = testing.Packed(kind, n, k)
     weights.pack(q, scale, scale if kind == "q4a" else None, block)
@@ -66,7 +67,7 @@ def model():
 def activations(table, m: int, kind: str):
     k = WIDE.get(kind, K)
     x = np.random.default_rng(1).standard_normal((m, k)).astype(np.float32)
-    return table.quantize(x, k, wide=kind == "q8x128")
+    return table.quantize(x, k, SPANS.get(kind, 32))
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -122,7 +122,7 @@ Piece read_piece(const ProgramSpec& spec, const py::tuple& t) {
   const WeightSpec& w = spec.weights[p.weight];
   const auto q = t[2].cast<py::array>();
   const int64_t rows = t[5].cast<int64_t>(), block = t[6].cast<int64_t>();
-  const bool nibbles = w.type == WeightType::q4 || w.type == WeightType::q4a;
+  const bool nibbles = has_nibbles(w.type);
   const int64_t size = nibbles ? (rows * w.k + 1) / 2 : rows * w.k;
   const char kind = nibbles ? 'u' : w.type == WeightType::f32 ? 'f' : 'i';
   if (q.dtype().kind() != kind || q.itemsize() != (kind == 'f' ? 4 : 1) || q.size() != size ||
@@ -130,9 +130,9 @@ Piece read_piece(const ProgramSpec& spec, const py::tuple& t) {
     refuse(
         text(q.size(), " values of kind ", q.dtype().kind(), ", expected ", size, " contiguous ones of kind ", kind));
   }
-  const int64_t least = w.type == WeightType::q8x16 ? 16 : w.type == WeightType::q8x128 ? kWide : kBlock;
+  const int64_t span = span_of(w.type), least = w.type == WeightType::q8x16 ? 16 : span;
   if (block < least || block % least || (least == 16 && block != 16)) refuse(text("block of ", block));
-  if (w.type == WeightType::q8x128 && w.k % kWide) refuse(text(w.k, " columns, expected a multiple of ", kWide));
+  if (span > kBlock && w.k % span) refuse(text(w.k, " columns, expected a multiple of ", span));
   p.source = {q.data(), nullptr, nullptr, rows, w.k, block};
   const int64_t scales = w.type == WeightType::f32 ? 0 : rows * ((w.k + block - 1) / block);
   const auto floats = [&](const py::object& o) -> const float* {

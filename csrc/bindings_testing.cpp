@@ -38,7 +38,7 @@ Unary unary_named(const std::string& name) {
 }
 
 WeightType weight_type(const std::string& name) {
-  static const char* const names[] = {"q4a", "q4", "q8", "q8x16", "q8x128", "f32"};
+  static const char* const names[] = {"q4a", "q4", "q4x64", "q8", "q8x16", "q8x128", "f32"};
   static_assert(sizeof names / sizeof *names == kWeightTypes);
   for (int i = 0; i < kWeightTypes; i++)
     if (name == names[i]) return WeightType(i);
@@ -70,7 +70,7 @@ struct Packed {
     source.k = k;
     source.block = block;
     source.q = q.data();
-    const bool nibbles = type == WeightType::q4a || type == WeightType::q4;
+    const bool nibbles = has_nibbles(type);
     const int64_t elements = source.n * k, size = type == WeightType::f32 ? 4 * elements : elements;
     if (int64_t(q.nbytes()) != (nibbles ? (elements + 1) / 2 : size)) throw std::invalid_argument("q: wrong size");
     if (type != WeightType::f32) {
@@ -123,13 +123,14 @@ class Table {
   std::pair<int64_t, int64_t> prefetch() const { return {k_.prefetch[0], k_.prefetch[1]}; }
   void set_prefetch(std::pair<int64_t, int64_t> bytes) { k_.prefetch[0] = bytes.first, k_.prefetch[1] = bytes.second; }
 
-  Quantized quantize(const Floats& x, int64_t columns, bool wide) {
+  Quantized quantize(const Floats& x, int64_t columns, int64_t span) {
     const int64_t m = x.shape(0), ldx = x.shape(1);
     if (columns > ldx) throw std::invalid_argument("more columns than x has");
-    if (wide && columns % kWide) throw std::invalid_argument("wide blocks: columns is no multiple of 128");
+    if (span != kBlock && span != 64 && span != 128) throw std::invalid_argument("span is 32, 64 or 128");
+    if (span > kBlock && columns % span) throw std::invalid_argument("columns is no multiple of the span");
     Quantized out = {m, columns, Array<int8_t>(m * blocks_of(columns) * kBlock),
                      Bytes(m * blocks_of(columns) * int64_t(sizeof(XBlock)))};
-    k_.quantize(x.data(), ldx, m, columns, wide, 0, blocks_of(columns), out.q.mutable_data(), out.xb());
+    k_.quantize(x.data(), ldx, m, columns, span, 0, blocks_of(columns), out.q.mutable_data(), out.xb());
     return out;
   }
   // y: [m, ldy], written from its first column on.
@@ -313,7 +314,7 @@ void bind_testing(py::module_& parent) {
       .def(py::init<std::string>(), py::arg("isa") = "")
       .def_property_readonly("isa", &Table::isa)
       .def_property("prefetch", &Table::prefetch, &Table::set_prefetch)
-      .def("quantize", &Table::quantize, py::arg("x"), py::arg("columns"), py::arg("wide") = false)
+      .def("quantize", &Table::quantize, py::arg("x"), py::arg("columns"), py::arg("span") = kBlock)
       .def("linear", &Table::linear)
       .def("linear_f32", &Table::linear_f32)
       .def("time_linear", &Table::time_linear)

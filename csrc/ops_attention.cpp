@@ -96,7 +96,7 @@ class Attend final : public Op {
     }
     if (has_out(1) && !quantizes_by_head(run)) {
       const Tensor& q = out(run, 1);
-      run.k->quantize(attended(run), heads_ * v_dim_, q.rows(), q.columns(), q.wide(), 0, blocks_of(q.columns()),
+      run.k->quantize(attended(run), heads_ * v_dim_, q.rows(), q.columns(), q.span(), 0, blocks_of(q.columns()),
                       q.xq(), q.xb());
     }
     return 0;
@@ -131,7 +131,7 @@ class Attend final : public Op {
   };
 
   const Tensor& out_tensor(const Run& run) const { return has_out(0) ? out(run, 0) : out(run, 1); }
-  bool quantizes_by_head(const Run& run) const { return group_ * v_dim_ % (out(run, 1).wide() ? kWide : kBlock) == 0; }
+  bool quantizes_by_head(const Run& run) const { return group_ * v_dim_ % out(run, 1).span() == 0; }
   int64_t partial_row(const Run& run) const { return partial_floats(kv_layout(run)); }
   int64_t total_rows(const Run& run) const { return in(run, kQ).rows(); }
 
@@ -301,7 +301,7 @@ class Attend final : public Op {
     if (!has_out(1) || !quantizes_by_head(run)) return;
     const Tensor& q = out(run, 1);
     const int64_t n = q.columns(), blocks = blocks_of(n), row = s.row + first, per_head = group_ * v_dim_ / kBlock;
-    run.k->quantize(attended(run) + row * n, n, rows, n, q.wide(), kv_head * per_head, (kv_head + 1) * per_head,
+    run.k->quantize(attended(run) + row * n, n, rows, n, q.span(), kv_head * per_head, (kv_head + 1) * per_head,
                     q.xq() + row * blocks * kBlock, q.xb() + row * blocks);
   }
 

@@ -19,7 +19,7 @@ constexpr int64_t kPrefillUnits = 2;
 void quantize_rows(const Run& run, const float* x, int64_t ldx, const Tensor& q, int64_t row, int64_t rows,
                    int64_t block_begin, int64_t block_end) {
   const int64_t blocks = blocks_of(q.columns());
-  run.k->quantize(x, ldx, rows, q.columns(), q.wide(), block_begin, block_end, q.xq() + row * blocks * kBlock,
+  run.k->quantize(x, ldx, rows, q.columns(), q.span(), block_begin, block_end, q.xq() + row * blocks * kBlock,
                   q.xb() + row * blocks);
 }
 
@@ -137,12 +137,13 @@ class Linear final : public Op {
     return tiles;
   }
 
-  // A chunk ends where a wide block of its output does.
+  // A chunk ends where a wide block of its outputs does.
   int64_t units_multiple(const Run& run) const {
+    int64_t span = kUnit;
     for (const Part& p : parts_) {
-      if (p.q >= 0 && run.tensors[p.q].wide()) return kWide / kUnit;
+      if (p.q >= 0) span = std::max(span, run.tensors[p.q].span());
     }
-    return 1;
+    return span / kUnit;
   }
   int64_t prefill_units(const Run& run) const { return round_up(kPrefillUnits, units_multiple(run)); }
 

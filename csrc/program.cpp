@@ -50,7 +50,8 @@ size_t Tensor::bytes() const {
     case DType::boolean:
       return static_cast<size_t>(count);
     case DType::quant:
-    case DType::quant_wide: {
+    case DType::quant64:
+    case DType::quant128: {
       const int64_t blocks = rows() * blocks_of(columns());
       return static_cast<size_t>(round_up(blocks * kBlock, 64)) + static_cast<size_t>(blocks) * sizeof(XBlock);
     }

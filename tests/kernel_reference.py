@@ -54,7 +54,7 @@ class Weights:
             self.q = rng.standard_normal((n, k)).astype(np.float32)
             self.dense = self.q.astype(np.float64)
             return
-        if kind in ("q4", "q4a"):
+        if kind in ("q4", "q4a", "q4x64"):
             q = rng.integers(-8, 8, (n, k))
             if extreme:
                 q = rng.choice([-8, 7], (n, k))
@@ -104,7 +104,7 @@ def linear(weights: Weights, records: np.ndarray, xq: np.ndarray) -> tuple[np.nd
     x = xq[:, :k].astype(np.float64) * np.repeat(records["scale"].astype(np.float64), 32, axis=1)[:, :k]
     y = x @ weights.dense.T
     steps = groups * (2 if weights.kind in ("q4a", "q8x16") else 1)
-    block = 16 if weights.kind == "q8x16" else 32  # of q8x128, parts of a block: the bound is the larger for it
+    block = 16 if weights.kind == "q8x16" else 32  # of wide blocks, parts of a block: the bound is the larger for it
     abs_sum = np.zeros((m, weights.n))
     wide = np.repeat(weights.scale.astype(np.float64), weights.block, axis=1)[:, :k]
     for g in range(0, k, block):

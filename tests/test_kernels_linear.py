@@ -9,13 +9,17 @@ from kernel_reference import POISON, XBLOCK, U, Weights, assert_same_bits, asser
 native = pytest.importorskip("edgeformer._native")
 testing = native.testing
 ISAS = native.isas()
-BLOCKS = {"q4a": 32, "q4": 32, "q8": 32, "q8x16": 16, "q8x128": 128, "f32": 32}
-KINDS = ["q4a", "q4", "q8", "q8x16", "q8x128"]
+BLOCKS = {"q4a": 32, "q4": 32, "q4x64": 64, "q8": 32, "q8x16": 16, "q8x128": 128, "f32": 32}
+KINDS = ["q4a", "q4", "q4x64", "q8", "q8x16", "q8x128"]
+SPANS = {"q4x64": 64, "q8x128": 128}  # columns that share an activation scale, where they are not 32
 # Around every edge: one row, panels of 16 rows, tiles of 32; 32-column blocks, halves of 16, the 24 blocks of a tile.
 SIZES = [(1, 1), (2, 16), (3, 17), (15, 31), (16, 32), (17, 33), (31, 63), (32, 64), (33, 95), (49, 800), (70, 1570)]
 ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 35]
-# Wide blocks end at multiples of 128 columns; 6 of them are a tile.
-WIDE_SIZES = [(1, 128), (2, 256), (17, 128), (31, 384), (33, 768), (49, 896), (70, 1664)]
+# Wide blocks end at multiples of their span; 6 of 128 columns are a tile, 12 of 64.
+WIDE_SIZES = {
+    64: [(1, 64), (2, 128), (17, 64), (31, 192), (33, 768), (49, 832), (70, 1600)],
+    128: [(1, 128), (2, 256), (17, 128), (31, 384), (33, 768), (49, 896), (70, 1664)],
+}
 
 
 def activations(m: int, k: int, seed: int = 1) -> np.ndarray:
@@ -32,12 +36,12 @@ def activations(m: int, k: int, seed: int = 1) -> np.ndarray:
 
 
 def sizes(kind: str) -> list[tuple[int, int]]:
-    return WIDE_SIZES if kind == "q8x128" else SIZES
+    return WIDE_SIZES[SPANS[kind]] if kind in SPANS else SIZES
 
 
 def quantize(isa: str, kind: str, x: np.ndarray, k: int):
     """The activations as a linear of this kind wants them."""
-    return testing.Table(isa).quantize(x, k, wide=kind == "q8x128")
+    return testing.Table(isa).quantize(x, k, SPANS.get(kind, 32))
 
 
 def run(
@@ -82,31 +86,36 @@ def test_quantize_rounds_to_nearest_even_with_exact_sums(isa: str, m: int, k: in
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("m", "k"), [(1, 128), (3, 256), (2, 384), (7, 640)])
-def test_wide_quantization_has_one_scale_for_128_columns(isa: str, m: int, k: int) -> None:
+@pytest.mark.parametrize(
+    ("span", "m", "k"),
+    [(64, 1, 64), (64, 3, 192), (64, 2, 576), (64, 7, 640), (128, 1, 128), (128, 3, 256), (128, 2, 384), (128, 7, 640)],
+)
+def test_wide_quantization_has_one_scale_for_its_span(isa: str, span: int, m: int, k: int) -> None:
     x = activations(m, k)
     x[0, 5] = np.float32(3.0e38)  # where the others round to zero
-    result = testing.Table(isa).quantize(x, k, wide=True)
+    result = testing.Table(isa).quantize(x, k, span)
     records, q = quantized(result.blocks, result.q, m, k)
-    wides = x.reshape(m, -1, 128)
+    wides = x.reshape(m, -1, span)
     absmax = np.abs(wides).max(2)
     scale = absmax / np.float32(127)
-    assert_same_bits(records["scale"], np.repeat(scale, 4, axis=1))
+    assert_same_bits(records["scale"], np.repeat(scale, span // 32, axis=1))
     with np.errstate(divide="ignore"):
         inverse = np.where(absmax > 0, np.float32(127) / absmax, np.float32(0))
     expected = np.rint(wides * inverse[:, :, None]).astype(np.int8)
     assert_same_bits(q, expected.reshape(m, -1))
     sums = expected.reshape(m, -1, 32).sum(2, dtype=np.int32)
     assert_same_bits(records["offset"], -128 * sums)
-    assert_same_bits(
-        records["offset_part"], np.repeat(-128 * expected.sum(2, dtype=np.int32), 4, axis=1).astype(np.int32)
-    )
+    parts = np.repeat(-128 * expected.sum(2, dtype=np.int32), span // 32, axis=1).astype(np.int32)
+    assert_same_bits(records["offset_part"], parts)
     assert_same_bits(records["scaled_sum"], records["scale"] * sums.astype(np.float32))
 
 
 def test_wide_quantization_refuses_other_widths() -> None:
-    with pytest.raises(ValueError, match="no multiple of 128"):
-        testing.Table("scalar").quantize(np.ones((1, 160), np.float32), 160, wide=True)
+    for span in (64, 128):
+        with pytest.raises(ValueError, match="no multiple of the span"):
+            testing.Table("scalar").quantize(np.ones((1, 160), np.float32), 160, span)
+    with pytest.raises(ValueError, match="32, 64 or 128"):
+        testing.Table("scalar").quantize(np.ones((1, 160), np.float32), 160, 160)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -139,12 +148,13 @@ def test_linear_is_within_its_rounding_bound(isa: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_wrong_weight_is_outside_the_bound(kind: str) -> None:
-    k = 128 if kind == "q8x128" else 95
+    k = SPANS.get(kind, 95)
     weights, x = Weights(kind, 33, k, BLOCKS[kind]), activations(3, k)
     result = quantize("scalar", kind, x, k)
     y = run("scalar", weights, x)
-    weights.values[7, 90] += 1
-    weights.dense[7, 90] += weights.scale[7, 90 // weights.block]
+    at = k - 5
+    weights.values[7, at] += 1
+    weights.dense[7, at] += weights.scale[7, at // weights.block]
     exact, bound = linear(weights, *quantized(result.blocks, result.q, 3, k))
     with pytest.raises(AssertionError, match="outside"):
         assert_within(y, exact, bound)
@@ -187,7 +197,9 @@ def test_f32_linear_is_within_its_rounding_bound(isa: str) -> None:
             assert_within(run(isa, weights, x), x.astype(np.float64) @ weights.dense.T, bound * (1 + 1e-6), f"{n} {k}")
 
 
-@pytest.mark.parametrize(("kind", "block"), [("q4", 64), ("q4a", 128), ("q8", 64), ("q8", 128), ("q8x16", 16)])
+@pytest.mark.parametrize(
+    ("kind", "block"), [("q4", 64), ("q4a", 128), ("q8", 64), ("q8", 128), ("q8x16", 16), ("q4x64", 128)]
+)
 def test_wide_blocks_are_packed_as_blocks_of_32(kind: str, block: int) -> None:
     weights = Weights(kind, 20, 290, block)
     packed = weights.packed(testing)
@@ -197,7 +209,7 @@ def test_wide_blocks_are_packed_as_blocks_of_32(kind: str, block: int) -> None:
 
 @pytest.mark.parametrize("kind", [*KINDS, "f32"])
 def test_rows_of_several_sources_can_be_interleaved(kind: str) -> None:
-    block, k = BLOCKS[kind], 256 if kind == "q8x128" else 70
+    block, k = BLOCKS[kind], 256 if kind in SPANS else 70
     a, b = Weights(kind, 40, k, block, seed=1), Weights(kind, 24, k, block, seed=2)
     order = np.random.default_rng(3).permutation(64).astype(np.int64)
     packed = testing.Packed(kind, 64, k)

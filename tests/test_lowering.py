@@ -108,7 +108,7 @@ def test_a_file_that_is_no_graph_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("scheme", "block", "kind"),
-    [("q4", 32, "q4"), ("q4", 64, "q4"), ("q4a", 32, "q4a"), ("q4a", 64, "q4a"), ("q8", 32, "q8"), ("q8", 64, "q8"),
+    [("q4", 32, "q4"), ("q4", 64, "q4x64"), ("q4a", 32, "q4a"), ("q4a", 64, "q4a"), ("q8", 32, "q8"), ("q8", 64, "q8"),
      ("q8", 128, "q8x128"), ("q8", 16, "q8x16"), ("q4", 16, "f32")],
 )  # fmt: skip
 def test_each_scheme_is_one_linear(scheme, block, kind):

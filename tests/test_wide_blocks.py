@@ -1,4 +1,4 @@
-"""Weights with a scale for 128 columns: when they are taken as wide blocks, and that the numbers stay right."""
+"""Weights with a scale for 64 or 128 columns: when they are taken as wide blocks, and that the numbers stay right."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from edgeformer import _native as native
 from edgeformer.native.engine import NativeEngine
 
 INPUTS = {"x": (graphs.F, ["batch", "sequence", 256])}
+SPANS = {"q4": 64, "q8": 128}
+TYPES = {"q4": "q4x64", "q8": "q8x128"}
 
 
-def wide(g, x, n, k=256, block=128):
-    return graphs.quantized(g, g.rounded(x, k) if isinstance(g, Rounding) else x, "q8", n=n, k=k, block=block)
+def wide(g, x, n, k=256, block=None, scheme=None):
+    scheme = scheme or getattr(g, "scheme", "q8")
+    rounded = g.rounded(x, k, SPANS[scheme]) if isinstance(g, Rounding) else x
+    return graphs.quantized(g, rounded, scheme, n=n, k=k, block=block or SPANS[scheme])
 
 
 class Rounding(graphs.Builder):
-    """Says in ONNX what the engine does to a linear's input: integers up to 127 with a scale for 128 columns."""
+    """Says in ONNX what the engine does to a linear's input: integers up to 127 with a scale for so many columns."""
 
-    def rounded(self, x, k):
-        parts = self("Reshape", x, np.array([0, 0, k // 128, 128]))
+    def rounded(self, x, k, span):
+        parts = self("Reshape", x, np.array([0, 0, k // span, span]))
         top = self("ReduceMax", self("Abs", parts), np.array([-1]))
         whole = self("Round", self("Mul", parts, self("Div", 127.0, top)))
         return self("Reshape", self("Mul", whole, self("Div", top, 127.0)), np.array([0, 0, k]))
@@ -38,7 +42,7 @@ def feed_forward(g):
 
 
 def attends(heads):
-    """Attention whose output is quantized, by heads of 128 columns or after all of them."""
+    """Attention whose output is quantized, head by head where their columns are whole blocks, or after all of them."""
 
     def make(g):
         q, k, v = (
@@ -51,15 +55,19 @@ def attends(heads):
     return make
 
 
-def graph(make, builder=graphs.Builder):
+MAKERS = {"feed forward": feed_forward, "heads of 128": attends(2), "of 64": attends(4), "of 32": attends(8)}
+
+
+def graph(make, scheme, builder=graphs.Builder):
     graphs.RNG = np.random.default_rng(9)
     g = builder()
+    g.scheme = scheme
     outputs = make(g)
     return g.model(INPUTS, [outputs] if isinstance(outputs, str) else outputs)
 
 
-def engine(tmp_path, make, **options):
-    onnx.save(graph(make), tmp_path / "model.onnx")
+def engine(tmp_path, make, scheme="q8", **options):
+    onnx.save(graph(make, scheme), tmp_path / "model.onnx")
     return NativeEngine.from_bundle(tmp_path / "model.onnx", **{"threads": 2} | options)
 
 
@@ -84,12 +92,19 @@ def test_an_input_is_quantized_in_one_way_for_all_its_linears(tmp_path):
     alone = engine(tmp_path, lambda g: [wide(g, "x", 48), wide(g, "x", 64)])
     assert types(alone) == ["q8x128", "q8x128"]
     assert [s.dtype for s in alone.program.slots].count("quant128") == 1
+    other = engine(tmp_path, lambda g: [wide(g, "x", 48), wide(g, "x", 64)], "q4")
+    assert types(other) == ["q4x64", "q4x64"]
+    assert [s.dtype for s in other.program.slots].count("quant64") == 1
+    both = engine(tmp_path, lambda g: [wide(g, "x", 48, scheme="q4"), wide(g, "x", 64, scheme="q8")])
+    assert types(both) == ["q4", "q8"]
 
 
-def test_columns_that_are_no_multiple_of_128_stay_blocks_of_32(tmp_path):
+@pytest.mark.parametrize(("scheme", "k"), [("q8", 192), ("q4", 96)])
+def test_columns_that_are_no_whole_blocks_stay_blocks_of_32(tmp_path, scheme, k):
     g = graphs.Builder()
-    onnx.save(g.model({"x": (graphs.F, ["batch", "sequence", 192])}, [wide(g, "x", 48, k=192)]), tmp_path / "m.onnx")
-    assert types(NativeEngine.from_bundle(tmp_path / "m.onnx", threads=1)) == ["q8"]
+    g.scheme = scheme
+    onnx.save(g.model({"x": (graphs.F, ["batch", "sequence", k])}, [wide(g, "x", 48, k=k)]), tmp_path / "m.onnx")
+    assert types(NativeEngine.from_bundle(tmp_path / "m.onnx", threads=1)) == [scheme]
 
 
 def test_a_table_that_a_head_shares_is_packed_once(tmp_path):
@@ -114,11 +129,12 @@ def test_a_table_that_a_head_shares_is_packed_once(tmp_path):
     assert np.abs(found - expected).max() > 0
 
 
-@pytest.mark.parametrize("make", [feed_forward, attends(2), attends(8)], ids=["feed forward", "heads of 128", "of 32"])
+@pytest.mark.parametrize("scheme", ["q4", "q8"])
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 @pytest.mark.parametrize("isa", native.isas())
-def test_rows_have_the_same_bits_on_every_isa_and_in_every_company(tmp_path, make, isa):
-    e = engine(tmp_path, make, isa=isa)
-    assert set(types(e)) == {"q8x128"}
+def test_rows_have_the_same_bits_on_every_isa_and_in_every_company(tmp_path, make, scheme, isa):
+    e = engine(tmp_path, make, scheme, isa=isa)
+    assert set(types(e)) == {TYPES[scheme]}
     reference = NativeEngine.from_bundle(tmp_path / "model.onnx", threads=1, isa="scalar")
     for batch, length in ((1, 1), (2, 5), (3, 31)):
         x = sample(batch, length)
@@ -128,13 +144,14 @@ def test_rows_have_the_same_bits_on_every_isa_and_in_every_company(tmp_path, mak
             np.testing.assert_array_equal(run(e, x[i : i + 1])[0], found[i : i + 1])
 
 
-@pytest.mark.parametrize("make", [feed_forward, attends(2), attends(8)], ids=["feed forward", "heads of 128", "of 32"])
-def test_the_numbers_are_those_of_rounded_activations(tmp_path, make):
-    e = engine(tmp_path, make, kv="float32")
+@pytest.mark.parametrize("scheme", ["q4", "q8"])
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_the_numbers_are_those_of_rounded_activations(tmp_path, make, scheme):
+    e = engine(tmp_path, make, scheme, kv="float32")
     x = sample(3, 31)
     (found,) = run(e, x)
-    (rounded,) = ReferenceEvaluator(graph(make, Rounding)).run(None, {"x": x})
-    (plain,) = ReferenceEvaluator(graph(make)).run(None, {"x": x})
+    (rounded,) = ReferenceEvaluator(graph(make, scheme, Rounding)).run(None, {"x": x})
+    (plain,) = ReferenceEvaluator(graph(make, scheme)).run(None, {"x": x})
     spread = rounded.std()
     # Float sums in another order move a value by about 1e-6 of its size. One activation in some thousands lies so near
     # to a half that it is rounded the other way, which is seen in its row; so the median is judged, not the largest.

@@ -31,7 +31,7 @@ COMPILER = "aarch64-linux-gnu-g++"
 TOOLS = ("gcc", COMPILER, "aarch64-linux-gnu-objdump", "qemu-aarch64")
 TARGET = 1.5  # instructions over the floor
 
-TYPES = {"q4a": 0, "q4": 1, "q8": 2}
+TYPES = {"q4a": 0, "q4": 1, "q8": 3}
 # The linears of one layer of SmolLM2-135M as the engine merges them, [rows, columns]: q, k, v; out; gate, up; down.
 LAYER, LAYERS, HEAD = ((960, 576), (576, 576), (3072, 576), (576, 1536)), 30, (49152, 576)
 PREFILL = 64  # rows: every tile is unpacked once for all of them, so 512 rows only spread the unpacking thinner

@@ -1,6 +1,6 @@
 // Runs one linear kernel of one table REPEATS times on generated weights, for whoever counts its instructions.
 //
-//   linear ISA TYPE N K M REPEATS      TYPE: 0 q4a, 1 q4, 2 q8
+//   linear ISA TYPE N K M REPEATS      TYPE: a WeightType by its number
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -24,12 +24,12 @@ int main(int argc, char** argv) {
     for (size_t i = 0; i < x.size(); i++) x[i] = float(int(i * 37 % 255) - 127) / 64;
     PackSource source = {};
     source.q = q.data(), source.scale = scale.data(), source.min = scale.data(), source.n = n, source.k = k;
-    source.block = 32;
+    source.block = span_of(type);
     void* packed = pages_alloc(packed_bytes(type, n, k));
     if (pack_rows(type, source, 0, n, nullptr, packed).error != PackError::none) throw std::runtime_error("pack_rows");
     std::vector<int8_t> xq(static_cast<size_t>(m * blocks_of(k) * kBlock));
     std::vector<XBlock> xb(static_cast<size_t>(m * blocks_of(k)));
-    kernels.quantize(x.data(), k, m, k, false, 0, blocks_of(k), xq.data(), xb.data());
+    kernels.quantize(x.data(), k, m, k, span_of(type), 0, blocks_of(k), xq.data(), xb.data());
     const LinearArgs a = {packed, n, k, xq.data(), xb.data(), x.data(), k, m, y.data(), n};
     for (int i = std::atoi(argv[6]); i > 0; i--) kernels.linear[int(type)](a, 0, panels_of(n));
     std::printf("%g\n", double(y.back()));

@@ -73,11 +73,11 @@ ALL = (
     ),
     Contestant(
         "edgeformer",
-        "q4, q4 head",
+        "q4, blocks of 64, q4 head",
         "with_edgeformer",
         HERE,
-        lambda: models.bundle("q4", "q4"),
-        "native engine, int8 cache",
+        lambda: models.bundle("q4", "q4", 64),
+        "native engine, int8 cache; --block 64, as OpenVINO's groups",
     ),
     Contestant(
         "edgeformer",

@@ -51,15 +51,22 @@ def float_folder() -> Path:
     return write_whole(OUT / "float", make)
 
 
-def bundle(scheme: str, head: str | None = None) -> Path:
+def quantized(scheme: str, head: str | None, block: int | None) -> tuple[str, list[str]]:
+    """A name for edgeformer's files of a scheme, and the exporter's options."""
+    parts = {"": ("--quantize", scheme), f"-{head}-head": ("--head", head), f"-block-{block}": ("--block", block)}
+    chosen = {text: option for text, option in parts.items() if option[1] is not None}
+    return scheme + "".join(chosen), [str(part) for option in chosen.values() for part in option]
+
+
+def bundle(scheme: str, head: str | None = None, block: int | None = None) -> Path:
     """edgeformer's own export: of the GGUF itself for "keep", else of its dequantized weights."""
-    name = scheme + (f"-{head}-head" if head else "")
+    name, options = quantized(scheme, head, block)
     if (shared := ROOT / "out" / "smollm2" / name).is_dir():  # bench.smollm2 has made it
         return shared
 
     def make(folder: Path) -> None:
-        command = [sys.executable, "-m", "edgeformer.export", str(gguf_path()), "-o", str(folder), "--quantize", scheme]
-        run(command + (["--head", head] if head else []), LOGS / f"edgeformer-{name}.log", OFFLINE, f"export {name}")
+        command = [sys.executable, "-m", "edgeformer.export", str(gguf_path()), "-o", str(folder), *options]
+        run(command, LOGS / f"edgeformer-{name}.log", OFFLINE, f"export {name}")
 
     return write_whole(OUT / "edgeformer" / name, make)
 

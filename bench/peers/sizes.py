@@ -40,20 +40,20 @@ def available_gib() -> float:
     return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) / 2**20
 
 
-def bundle(shape: Shape, scheme: str, head: str | None = None) -> Path:
+def bundle(shape: Shape, scheme: str, head: str | None = None, block: int | None = None) -> Path:
     """edgeformer's export of the whole model: traced, quantized, and checked against PyTorch, like everybody's.
 
     Raises:
         SetupFailed: the export failed, or wants more memory than is free. Nothing else is then stopped for it.
     """
-    name = scheme + (f"-{head}-head" if head else "")
+    name, options = models.quantized(scheme, head, block)
 
     def make(folder: Path) -> None:
         need, there = GIB_A_BILLION * shape.parameters, available_gib()
         if need > there:
             raise SetupFailed(f"the export of {shape.name} takes about {need:.0f} GiB of memory, {there:.0f} are free")
         command = [sys.executable, "-m", "edgeformer.export", str(random_models.float_folder(shape)), "-o", str(folder)]
-        command += ["--quantize", scheme, "--tokens", "0", *(["--head", head] if head else [])]
+        command += [*options, "--tokens", "0"]
         if scheme in ("q4", "q4a"):
             command += ["--calibration", "none"]  # fitting noise takes its time and changes no speed
         log = models.LOGS / f"edgeformer-{shape.name}-{name}.log"
@@ -80,7 +80,14 @@ def contestants(shape: Shape) -> tuple[Contestant, ...]:
     """Who takes part at this size."""
     usual = "as in the main study"
     rows: tuple[tuple[str, str, str, Environment, Callable[[], Path], str], ...] = (
-        (pages.OURS, "q4, q4 head", "with_edgeformer", HERE, partial(bundle, shape, "q4", "q4"), usual),
+        (
+            pages.OURS,
+            "q4, blocks of 64, q4 head",
+            "with_edgeformer",
+            HERE,
+            partial(bundle, shape, "q4", "q4", 64),
+            usual,
+        ),
         (pages.OURS, "q4a, int8 head", "with_edgeformer", HERE, partial(bundle, shape, "q4a"), usual),
         ("llama.cpp", "Q4_0", "with_llama", LLAMA, partial(llama, shape, "Q4_0"), usual),
         ("llama.cpp", "Q4_0, Q4_0 head", "with_llama", LLAMA, partial(llama, shape, "Q4_0-head"), usual),

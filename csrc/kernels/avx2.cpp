@@ -19,7 +19,7 @@ namespace {
 #include "lanes_avx2.inl"
 
 struct S : Lanes {
-  static constexpr bool kBytesAsTheyAre = false;
+  static constexpr bool kBytesAsTheyAre = false, kLongNibbleSums = false;
   static constexpr int kGemvRows = 4, kFewRows = 8, kTileRows = 4, kTilePanels = 1, kF32Rows = 4;
   static constexpr int kKeyTiles = 1, kValueRows = 2, kValueColumns = 2, kValueSums = 4;
 

@@ -28,7 +28,7 @@ struct S {
   using X = const int8_t*;
   using NibbleSum = __m512i;
   using ByteSum = __m512i;
-  static constexpr bool kBytesAsTheyAre = true;
+  static constexpr bool kBytesAsTheyAre = true, kLongNibbleSums = true;
   static constexpr int kGemvRows = 8, kFewRows = 24, kTileRows = 8, kTilePanels = 2, kF32Rows = 8;
   static constexpr int kKeyTiles = 2, kValueRows = 8, kValueColumns = 4, kValueSums = 24;
 
@@ -91,9 +91,10 @@ struct S {
     const __m256i two = _mm256_max_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
     return _mm_castsi128_ps(_mm_max_epi32(_mm256_castsi256_si128(two), _mm256_extracti128_si256(two, 1)));
   }
+  template <int of>
   static Quad top_of(Quad q) {
-    const __m128i a = _mm_castps_si128(q), b = _mm_max_epi32(a, _mm_shuffle_epi32(a, 0x4e));
-    return _mm_castsi128_ps(_mm_max_epi32(b, _mm_shuffle_epi32(b, 0xb1)));
+    const __m128i a = _mm_castps_si128(q), b = _mm_max_epi32(a, _mm_shuffle_epi32(a, 0xb1));
+    return _mm_castsi128_ps(of == 2 ? b : _mm_max_epi32(b, _mm_shuffle_epi32(b, 0x4e)));
   }
   static F join(Quad a, Quad b, Quad c, Quad d) {
     const __m256 ab = _mm256_insertf128_ps(_mm256_castps128_ps256(a), b, 1);

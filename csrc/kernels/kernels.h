@@ -15,7 +15,6 @@ namespace edgeformer {
 
 static constexpr int64_t kLanes = 16;     // rows of a weight panel, tokens of a key tile
 static constexpr int64_t kBlock = 32;     // columns that share one activation scale
-static constexpr int64_t kWide = 128;     // columns that share one in wide blocks
 static constexpr int64_t kSmallRows = 8;  // up to so many rows of activations a linear costs nearly what one row costs
 static constexpr int64_t kChunkTokens =
     128;  // tokens of one KV chunk: the unit of growth and of the split of a sequence
@@ -31,26 +30,33 @@ static constexpr int64_t blocks_of(int64_t k) { return (k + kBlock - 1) / kBlock
 // Packed W[N, K]: panels of 16 rows, one after another; in a panel the 32-column blocks, one after another; in a block
 //   q4a   16 fp16 scales, 16 fp16 minima, 256 bytes of nibbles   w = s * q + m, q in 0..15                  320 bytes
 //   q4    16 fp16 scales, 256 bytes of nibbles (q + 8)           w = s * q,     q in -8..7                  288 bytes
+//   q4x64   16 fp16 scales, 2 x 256 bytes: a wide block of 64 columns, K is a multiple of it                 544 bytes
 //   q8    16 fp16 scales, 512 bytes (q + 128)                    w = s * q,     q in -127..127              544 bytes
 //   q8x16 2 x 16 fp16 scales (columns 0..15, 16..31), 512 bytes  the same with a scale for each 16 columns  576 bytes
-//   q8x128  16 fp16 scales, 32 bytes unused, 4 x 512 bytes: a block has 128 columns, K is a multiple of it   2112 bytes
+//   q8x128  16 fp16 scales, 32 bytes unused, 4 x 512 bytes: a wide block of 128 columns, K is a multiple of it
+//                                                                                                           2112 bytes
 //   f32   32 columns of 16 floats: simply column after column, K not padded
 // 64 bytes hold 4 consecutive columns of 16 rows (a dword a row). Nibbles: low = columns 0..15, high = columns 16..31.
-enum class WeightType : int32_t { q4a, q4, q8, q8x16, q8x128, f32 };
-static constexpr int kWeightTypes = 6;
+enum class WeightType : int32_t { q4a, q4, q4x64, q8, q8x16, q8x128, f32 };
+static constexpr int kWeightTypes = 7;
+static constexpr bool has_nibbles(WeightType type) { return type <= WeightType::q4x64; }
+// Columns that share an activation scale; K is a multiple of it if it is more than kBlock.
+static constexpr int64_t span_of(WeightType type) {
+  return type == WeightType::q4x64 ? 64 : type == WeightType::q8x128 ? 128 : kBlock;
+}
 
-// One 32-column block of one activation row; of the four of a wide block, each has the scale of all.
+// One 32-column block of one activation row; of those of a wide block, each has the scale of all.
 struct XBlock {
   float scale;          // absmax / 127
   float scaled_sum;     // scale * float(sum of q)
   int32_t offset;       // -128 * sum of q: undoes the + 128 of q8 (and, / 16, the + 8 of q4)
-  int32_t offset_part;  // -128 * sum of q over columns 0..15, for q8x16; in a wide block over its 128, for q8x128
+  int32_t offset_part;  // -128 * sum of q over columns 0..15, for q8x16; in a wide block over all its columns
 };
 
 struct LinearArgs {
   const void* w;     // packed W[n, k], 64-byte aligned
   int64_t n, k;      // rows and columns of W, not padded
-  const int8_t* xq;  // [m, blocks_of(k) * 32], from `quantize`, in wide blocks for q8x128; not for f32
+  const int8_t* xq;  // [m, blocks_of(k) * 32], from `quantize`, with the span of the weights; not for f32
   const XBlock* xb;  // [m, blocks_of(k)]
   const float* x;    // f32 weights only: [m, ldx]
   int64_t ldx;
@@ -60,8 +66,8 @@ struct LinearArgs {
   int64_t prefetch;  // x86: so many bytes ahead few rows ask for their weights; 0: the CPU sees by itself what comes
 };
 // y[i, r] = sum over blocks g ascending, acc starts at 0:
-//   acc = fma(float(sum_c xq[i,c] * q[r,c]), xs[i,g] * ws[r,g], acc)    q8x16: twice, low columns first; q8x128: g and
-//                                                                       c over wide blocks
+//   acc = fma(float(sum_c xq[i,c] * q[r,c]), xs[i,g] * ws[r,g], acc)    q8x16: twice, low columns first; q4x64 and
+//                                                                       q8x128: g and c over wide blocks
 //   q4a then: acc = fma(scaled_sum[i,g], m[r,g], acc)
 // f32: acc = fma(x[i,c], w[r,c], acc), c ascending.
 // Writes the rows [16 * panel_begin, min(n, 16 * panel_end)) of W, nothing beyond them.
@@ -192,10 +198,10 @@ struct Kernels {
 
   // q[i,c] = round_to_even(x[i,c] * (127 / absmax)), blocks of 32 columns; a block whose absmax < 2^-100 gives scale 0.
   // Blocks [block_begin, block_end) of m rows; x[m, ldx] with k columns (the last block is padded with zeros);
-  // xq[m, blocks_of(k) * 32], xb[m, blocks_of(k)]. Wide: absmax is that of 128 columns; k is a multiple of 128, and
-  // block_begin and block_end of 4.
-  void (*quantize)(const float* x, int64_t ldx, int64_t m, int64_t k, bool wide, int64_t block_begin, int64_t block_end,
-                   int8_t* xq, XBlock* xb);
+  // xq[m, blocks_of(k) * 32], xb[m, blocks_of(k)]. span 64 or 128 instead of 32: absmax is that of so many columns; k
+  // is a multiple of it, and block_begin and block_end of its blocks.
+  void (*quantize)(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t span, int64_t block_begin,
+                   int64_t block_end, int8_t* xq, XBlock* xb);
 
   LinearFn linear[kWeightTypes];
 

@@ -136,9 +136,10 @@ struct Lanes {
     const __m256i all = _mm256_max_epi32(_mm256_unpacklo_epi64(ef, gh), _mm256_unpackhi_epi64(ef, gh));
     return _mm_castsi128_ps(_mm_max_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
   }
+  template <int of>
   static Quad top_of(Quad q) {
-    const __m128i a = _mm_castps_si128(q), b = _mm_max_epi32(a, _mm_shuffle_epi32(a, 0x4e));
-    return _mm_castsi128_ps(_mm_max_epi32(b, _mm_shuffle_epi32(b, 0xb1)));
+    const __m128i a = _mm_castps_si128(q), b = _mm_max_epi32(a, _mm_shuffle_epi32(a, 0xb1));
+    return _mm_castsi128_ps(of == 2 ? b : _mm_max_epi32(b, _mm_shuffle_epi32(b, 0x4e)));
   }
   static F join(Quad a, Quad b, Quad c, Quad d) { return {_mm256_set_m128(b, a), _mm256_set_m128(d, c)}; }
 

@@ -125,7 +125,11 @@ struct Lanes {
     const auto four = [](I x) { return vmaxq_s32(vmaxq_s32(x.v[0], x.v[1]), vmaxq_s32(x.v[2], x.v[3])); };
     return vreinterpretq_f32_s32(vpmaxq_s32(vpmaxq_s32(four(a), four(b)), vpmaxq_s32(four(c), four(d))));
   }
-  static Quad top_of(Quad q) { return vreinterpretq_f32_s32(vdupq_n_s32(vmaxvq_s32(vreinterpretq_s32_f32(q)))); }
+  template <int of>
+  static Quad top_of(Quad q) {
+    const int32x4_t a = vreinterpretq_s32_f32(q);
+    return vreinterpretq_f32_s32(of == 2 ? vmaxq_s32(a, vrev64q_s32(a)) : vdupq_n_s32(vmaxvq_s32(a)));
+  }
   static F join(Quad a, Quad b, Quad c, Quad d) { return {a, b, c, d}; }
 
   static W load_w(const uint8_t* p) {

@@ -47,13 +47,15 @@ template <class Q>
 inline __attribute__((always_inline)) void unpack_block(const uint8_t* packed, uint8_t* tile) {
   const uint8_t* w = packed + Q::kHead;
   if constexpr (Q::kNibbles) {
-    uint8_t* high = tile + 256;
-    each<4>([&](auto) __attribute__((always_inline)) {
-      const S::W both = take(w);
-      put(tile, S::low_nibbles<Q::kCentred>(both));
-      put(high, S::high_nibbles<Q::kCentred>(both));
-    });
-    tile = high;
+    for (int part = 0; part < Q::kParts; part++) {
+      uint8_t* high = tile + 256;
+      each<4>([&](auto) __attribute__((always_inline)) {
+        const S::W both = take(w);
+        put(tile, S::low_nibbles<Q::kCentred>(both));
+        put(high, S::high_nibbles<Q::kCentred>(both));
+      });
+      tile = high;
+    }
   } else {
     for (int part = 0; part < Q::kParts; part++) {
       each<8>([&](auto s) __attribute__((always_inline)) {

@@ -72,13 +72,15 @@ template <class Q>
 inline __attribute__((always_inline)) void unpack_block(const uint8_t* packed, uint8_t* tile) {
   const uint8_t* w = packed + Q::kHead;
   if constexpr (Q::kNibbles) {
-    uint8_t* high = tile + 256;
-    each<2>([&](auto) __attribute__((always_inline)) {
-      const S::W a = take(w), b = take(w);
-      put_octet(tile, S::low_nibbles<Q::kCentred>(a), S::low_nibbles<Q::kCentred>(b));
-      put_octet(high, S::high_nibbles<Q::kCentred>(a), S::high_nibbles<Q::kCentred>(b));
-    });
-    tile = high;
+    for (int part = 0; part < Q::kParts; part++) {
+      uint8_t* high = tile + 256;
+      each<2>([&](auto) __attribute__((always_inline)) {
+        const S::W a = take(w), b = take(w);
+        put_octet(tile, S::low_nibbles<Q::kCentred>(a), S::low_nibbles<Q::kCentred>(b));
+        put_octet(high, S::high_nibbles<Q::kCentred>(a), S::high_nibbles<Q::kCentred>(b));
+      });
+      tile = high;
+    }
   } else {
     for (int part = 0; part < Q::kParts; part++) {
       each<4>([&](auto octet) __attribute__((always_inline)) {
@@ -180,6 +182,7 @@ Kernels kernels_neon_i8mm(Kernels base) {
   base.isa = "neon_i8mm";
   base.linear[int(WeightType::q4a)] = linear<Q4a>;
   base.linear[int(WeightType::q4)] = linear<Q4>;
+  base.linear[int(WeightType::q4x64)] = linear<Q4x64>;
   base.linear[int(WeightType::q8)] = linear<Q8>;
   base.linear[int(WeightType::q8x16)] = linear<Q8x16>;
   base.linear[int(WeightType::q8x128)] = linear<Q8x128>;

@@ -98,7 +98,7 @@ inline void direct_rows(const LinearArgs& a, const uint8_t* w, int64_t row, floa
     I sum[R];
     each<R>([&](auto r) __attribute__((always_inline)) {
       if constexpr (Q::kNibbles)
-        sum[r] = S::iset1(Q::kCentred ? xb[r]->offset >> 4 : 0);  // -8 * sum of x undoes the + 8 of q4
+        sum[r] = S::iset1(Q::kCentred ? (Q::kParts > 1 ? xb[r]->offset_part : xb[r]->offset) >> 4 : 0);  // undoes + 8
       else
         sum[r] = S::byte_start(Q::kHalves || Q::kParts > 1 ? xb[r]->offset_part : xb[r]->offset);
     });
@@ -116,16 +116,18 @@ inline void direct_rows(const LinearArgs& a, const uint8_t* w, int64_t row, floa
       });
     };
     if constexpr (Q::kNibbles && R <= 3) {  // nibbles are loaded once, for columns 0..15 and 16..31
-      S::X low[R], high[R];
-      load(low, 0);
-      load(high, 16);
-      each<4>([&](auto step) __attribute__((always_inline)) {
-        const S::W both = take(w);
-        each<4>([&](auto j) __attribute__((always_inline)) {
-          dots<true, step.value, j.value>(S::low_nibbles(both.v[j]), low, sum);
-          dots<true, step.value, j.value>(S::high_nibbles(both.v[j]), high, sum);
+      for (int part = 0; part < Q::kParts; part++) {
+        S::X low[R], high[R];
+        load(low, 32 * part);
+        load(high, 32 * part + 16);
+        each<4>([&](auto step) __attribute__((always_inline)) {
+          const S::W both = take(w);
+          each<4>([&](auto j) __attribute__((always_inline)) {
+            dots<true, step.value, j.value>(S::low_nibbles(both.v[j]), low, sum);
+            dots<true, step.value, j.value>(S::high_nibbles(both.v[j]), high, sum);
+          });
         });
-      });
+      }
     } else {
       S::X x[R];
       const auto columns16 = [&](auto half, int part) __attribute__((always_inline)) {

@@ -25,6 +25,8 @@ constexpr Shape shape_of(WeightType type) {
       return {64, 256};
     case WeightType::q4:
       return {32, 256};
+    case WeightType::q4x64:
+      return {32, 256, 2};
     case WeightType::q8:
       return {32, 512};
     case WeightType::q8x16:
@@ -185,10 +187,10 @@ PackError pack_row<WeightType::f32>(const PackSource& s, int64_t r, int64_t lane
 
 PackResult pack_rows(WeightType type, const PackSource& s, int64_t row_begin, int64_t row_end, const int64_t* dest,
                      void* packed) {
-  constexpr decltype(&pack_row<WeightType::q4>) by_type[] = {// in WeightType's order
-                                                             pack_row<WeightType::q4a>,    pack_row<WeightType::q4>,
-                                                             pack_row<WeightType::q8>,     pack_row<WeightType::q8x16>,
-                                                             pack_row<WeightType::q8x128>, pack_row<WeightType::f32>};
+  constexpr decltype(&pack_row<WeightType::q4>) by_type[] = {
+      // in WeightType's order
+      pack_row<WeightType::q4a>,   pack_row<WeightType::q4>,     pack_row<WeightType::q4x64>, pack_row<WeightType::q8>,
+      pack_row<WeightType::q8x16>, pack_row<WeightType::q8x128>, pack_row<WeightType::f32>};
   PackResult result;
   for (int64_t r = row_begin; r < row_end && result.error == PackError::none; r++) {
     const int64_t row = dest ? dest[r] : r;

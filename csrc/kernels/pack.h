@@ -8,21 +8,21 @@
 
 namespace edgeformer {
 
-// Bytes of packed W[n, k], n padded to 16 rows and k to 32 columns; for q8x128 k is a multiple of 128.
+// Bytes of packed W[n, k], n padded to 16 rows and k to 32 columns; of wide blocks k is a multiple.
 size_t packed_bytes(WeightType type, int64_t n, int64_t k);
 // Bytes of one panel (16 rows); panel p starts at p * panel_bytes.
 size_t panel_bytes(WeightType type, int64_t k);
 
 struct PackSource {
-  // q4, q4a: INT4 as ONNX stores it, element r * k + c in the low nibble of byte (r * k + c) / 2 if even, else the
-  // high;
+  // q4, q4x64, q4a: INT4 as ONNX stores it, element r * k + c in the low nibble of byte (r * k + c) / 2 if even, else
+  // the high;
   //          signed, -8..7 (q4a: the stored value is q - 8).
   // q8, q8x16, q8x128: int8 [n, k].  f32: float [n, k].
   const void* q;
   const float* scale;  // [n, ceil(k / block)]; packed as fp16, to nearest even
   const float* min;    // q4a only: [n, ceil(k / block)], the minimum m of w = s * q + m with q in 0..15; as the scales
   int64_t n, k;
-  int64_t block;  // 32, 64, 128, ...: a multiple of 32; q8x16: 16; q8x128: a multiple of 128
+  int64_t block;  // 32, 64, 128, ...: a multiple of 32; q8x16: 16; q4x64, q8x128: a multiple of 64, of 128
 };
 
 // The first two: not finite, or 65520 and more, which fp16 cannot hold.

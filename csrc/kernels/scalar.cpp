@@ -51,15 +51,15 @@ float quantize_values(const float* x, int64_t n, T* q) {
   return absmax / float(limit);
 }
 
-void quantize_wide(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t block_begin, int64_t block_end,
-                   int8_t* xq, XBlock* xb) {
+void quantize_wide(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t span, int64_t block_begin,
+                   int64_t block_end, int8_t* xq, XBlock* xb) {
   for (int64_t i = 0; i < m; i++) {
-    for (int64_t c = block_begin * kBlock; c < block_end * kBlock; c += kWide) {
+    for (int64_t c = block_begin * kBlock; c < block_end * kBlock; c += span) {
       int8_t* q = xq + i * k + c;
-      const float scale = quantize_values(x + i * ldx + c, kWide, q);
+      const float scale = quantize_values(x + i * ldx + c, span, q);
       int32_t all = 0;
-      for (int64_t j = 0; j < kWide; j++) all += q[j];
-      for (int64_t j = 0; j < kWide; j += kBlock) {
+      for (int64_t j = 0; j < span; j++) all += q[j];
+      for (int64_t j = 0; j < span; j += kBlock) {
         int32_t sum = 0;
         for (int64_t d = 0; d < kBlock; d++) sum += q[j + d];
         xb[(i * k + c + j) / kBlock] = {scale, scale * float(sum), -128 * sum, -128 * all};
@@ -68,9 +68,9 @@ void quantize_wide(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t bl
   }
 }
 
-void quantize(const float* x, int64_t ldx, int64_t m, int64_t k, bool wide, int64_t block_begin, int64_t block_end,
+void quantize(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t span, int64_t block_begin, int64_t block_end,
               int8_t* xq, XBlock* xb) {
-  if (wide) return quantize_wide(x, ldx, m, k, block_begin, block_end, xq, xb);
+  if (span > kBlock) return quantize_wide(x, ldx, m, k, span, block_begin, block_end, xq, xb);
   const int64_t blocks = blocks_of(k);
   for (int64_t i = 0; i < m; i++) {
     for (int64_t g = block_begin; g < block_end; g++) {
@@ -109,7 +109,7 @@ void for_each_output(const LinearArgs& a, int64_t panel_begin, int64_t panel_end
 template <WeightType type>
 void linear_blocks(const LinearArgs& a, int64_t panel_begin, int64_t panel_end) {
   constexpr int64_t head = type == WeightType::q4a || type == WeightType::q8x16 ? 64 : 32;
-  constexpr bool nibbles = type == WeightType::q4a || type == WeightType::q4;
+  constexpr bool nibbles = has_nibbles(type);
   constexpr int64_t bytes = head + (nibbles ? 256 : 512);
   const int64_t blocks = blocks_of(a.k);
   for_each_output(a, panel_begin, panel_end, [&](int64_t panel, int64_t row, int64_t i) {
@@ -138,17 +138,23 @@ void linear_blocks(const LinearArgs& a, int64_t panel_begin, int64_t panel_end) 
   });
 }
 
+template <WeightType type>
 void linear_wide(const LinearArgs& a, int64_t panel_begin, int64_t panel_end) {
-  constexpr int64_t head = 64, part = 512, bytes = head + kWide / kBlock * part;
-  const int64_t wides = a.k / kWide;
+  constexpr bool nibbles = has_nibbles(type);
+  constexpr int64_t span = span_of(type), head = nibbles ? 32 : 64, part = nibbles ? 256 : 512;
+  constexpr int64_t bytes = head + span / kBlock * part;
+  const int64_t wides = a.k / span;
   for_each_output(a, panel_begin, panel_end, [&](int64_t panel, int64_t row, int64_t i) {
     float acc = 0.0f;
     for (int64_t g = 0; g < wides; g++) {
       const uint8_t* block = static_cast<const uint8_t*>(a.w) + (panel * wides + g) * bytes;
       int32_t dot = 0;
-      for (int64_t c = 0; c < kWide; c++)
-        dot += int32_t(a.xq[i * a.k + g * kWide + c]) * byte_weight(block + head + c / kBlock * part, row, c % kBlock);
-      acc = fma1(float(dot), a.xb[(i * a.k + g * kWide) / kBlock].scale * half_to_float(block + 2 * row), acc);
+      for (int64_t c = 0; c < span; c++) {
+        const uint8_t* w = block + head + c / kBlock * part;
+        dot += int32_t(a.xq[i * a.k + g * span + c]) *
+               (nibbles ? nibble(w, row, c % kBlock) - 8 : byte_weight(w, row, c % kBlock));
+      }
+      acc = fma1(float(dot), a.xb[(i * a.k + g * span) / kBlock].scale * half_to_float(block + 2 * row), acc);
     }
     return acc;
   });
@@ -420,7 +426,8 @@ Kernels kernels_scalar() {
   k.linear[int(WeightType::q4)] = linear_blocks<WeightType::q4>;
   k.linear[int(WeightType::q8)] = linear_blocks<WeightType::q8>;
   k.linear[int(WeightType::q8x16)] = linear_blocks<WeightType::q8x16>;
-  k.linear[int(WeightType::q8x128)] = linear_wide;
+  k.linear[int(WeightType::q4x64)] = linear_wide<WeightType::q4x64>;
+  k.linear[int(WeightType::q8x128)] = linear_wide<WeightType::q8x128>;
   k.linear[int(WeightType::f32)] = linear_f32;
   k.epilogue = epilogue;
   k.gated = gated;

@@ -8,8 +8,9 @@
 //   abs neg with_sign, bits/from_bits, isub iadd ishl23 imax iset1, to_int (nearest even), to_float, s8 (16 int8 -> F)
 //   half (16 fp16 -> F), narrow (16 int32 in -128..127 -> 16 bytes), sum (the tree), isum, imaximum
 //   put_blocks(p, q, a, b, c, d, sums): a and b narrowed at p, c and d at q (values -127..127), and the isum of each
-//   tops4 (imaximum of 4 -> Quad, as floats), top_of (its largest, as integers, in all four), join (4 Quads -> F)
-//   kPowers: whether there are fraction(x) = x - round(x) and times_power<bounded>(p, x, fraction) = p * 2^round(x), 0
+//   tops4 (imaximum of 4 -> Quad, as floats), top_of<2 or 4> (of each two, or of all, in their places), join (4 Quads
+//   -> F) kPowers: whether there are fraction(x) = x - round(x) and times_power<bounded>(p, x, fraction) = p *
+//   2^round(x), 0
 //     below -126 unless bounded
 //   Weights: W holds 4 columns of 16 rows as bytes; byte_weight(p) -> W (from q + 128). X gives 16 columns of one
 //     activation row, as 4 steps.
@@ -78,7 +79,11 @@ struct Q8x16 {
   static constexpr int64_t kBytes = 576, kHead = 64, kParts = 1;
   static constexpr bool kNibbles = false, kMinimum = false, kHalves = true, kCentred = false;
 };
-struct Q8x128 {  // kParts: groups of 32 columns in a block
+struct Q4x64 {  // kParts: groups of 32 columns in a block
+  static constexpr int64_t kBytes = 544, kHead = 32, kParts = 2;
+  static constexpr bool kNibbles = true, kMinimum = false, kHalves = false, kCentred = true;
+};
+struct Q8x128 {
   static constexpr int64_t kBytes = 2112, kHead = 64, kParts = 4;
   static constexpr bool kNibbles = false, kMinimum = false, kHalves = false, kCentred = false;
 };
@@ -121,6 +126,7 @@ inline Kernels simd_table(Kernels k, const char* isa) {
   k.quantize = quantize;
   k.linear[int(WeightType::q4a)] = linear<Q4a>;
   k.linear[int(WeightType::q4)] = linear<Q4>;
+  k.linear[int(WeightType::q4x64)] = linear<Q4x64>;
   k.linear[int(WeightType::q8)] = linear<Q8>;
   k.linear[int(WeightType::q8x16)] = linear<Q8x16>;
   k.linear[int(WeightType::q8x128)] = linear<Q8x128>;

@@ -1,6 +1,7 @@
 // The linears of the x86 tables: one body for AVX2, AVX-VNNI and AVX-512. Beside what simd.inl asks for, S has:
 //   nibble_low/high(p) -> W; load_w/store_w for unpacked tiles
-//   NibbleSum: nzero(c), ndot<step>(sum, W, X), nsum(sum, c) -> I, c added by one of the two
+//   NibbleSum (an I): nzero(c), ndot<step>(sum, W, X), nsum(sum, c) -> I, c added by one of the two
+//   kLongNibbleSums: whether it takes more than 8 steps
 //   kGemvRows, kTileRows, kTilePanels: how many rows of activations (and panels) fit the registers
 //   kBytesAsTheyAre: byte_weight is a load and nothing else
 //   kFewRows: up to so many rows, passes of kGemvRows over the packed bytes are faster than tiles
@@ -21,7 +22,7 @@ struct PackedBlock {
   }
   F scale() const { return S::half(p); }
   F second() const { return S::half(p + 32); }  // q4a: minima, q8x16: scales of the upper half
-  PackedBlock part(int64_t i) const { return {p + 512 * i}; }
+  PackedBlock part(int64_t i) const { return {p + (Q::kNibbles ? 256 : 512) * i}; }
 };
 
 // The same block unpacked for many rows of activations: 8 slices of W for 32 columns, then 16 scales and 16 "second" as
@@ -64,11 +65,21 @@ inline int32_t centre(const XBlock& xb) {
 template <class Q, int R, int P, class Block>
 inline __attribute__((always_inline)) void add_wide(const Block (&block)[P], const int8_t* xq, const XBlock* xb,
                                                     int64_t ldq, int64_t ldb, F (&acc)[R][P]) {
-  typename S::ByteSum sum[R][P];
-  each<R>([&](auto r) __attribute__((always_inline)) {
-    each<P>([&](auto p) __attribute__((always_inline)) { sum[r][p] = S::bzero(xb[r * ldb].offset_part); });
-  });
-  for (int64_t i = 0; i < Q::kParts; i++) {
+  constexpr bool widens = Q::kNibbles && !S::kLongNibbleSums;  // after each part
+  I sum[R][P], whole[R][P];                                    // every table's NibbleSum and ByteSum are I
+  const auto start = [&](bool offset) __attribute__((always_inline)) {
+    each<R>([&](auto r) __attribute__((always_inline)) {
+      const int32_t c = offset ? xb[r * ldb].offset_part : 0;
+      each<P>([&](auto p) __attribute__((always_inline)) {
+        if constexpr (Q::kNibbles)
+          sum[r][p] = S::nzero(c >> 4);
+        else
+          sum[r][p] = S::bzero(c);
+      });
+    });
+  };
+  start(true);
+  each<Q::kParts>([&](auto i) __attribute__((always_inline)) {
     Block part[P];
     each<P>([&](auto p) __attribute__((always_inline)) { part[p] = block[p].part(i); });
     each<2>([&](auto half) __attribute__((always_inline)) {
@@ -77,11 +88,24 @@ inline __attribute__((always_inline)) void add_wide(const Block (&block)[P], con
       each<4>([&](auto s)
                   __attribute__((always_inline)) { dot_slice<Q, 4 * half.value + s.value, R, P>(part, x, sum); });
     });
-  }
+    if constexpr (widens) {
+      each<R>([&](auto r) __attribute__((always_inline)) {
+        const int32_t c = xb[r * ldb].offset_part >> 4;
+        each<P>([&](auto p) __attribute__((always_inline)) {
+          whole[r][p] = i ? S::iadd(whole[r][p], S::nsum(sum[r][p], 0)) : S::nsum(sum[r][p], c);
+        });
+      });
+      start(false);
+    }
+  });
   each<P>([&](auto p) __attribute__((always_inline)) {
     const F ws = block[p].scale();
     each<R>([&](auto r) __attribute__((always_inline)) {
-      acc[r][p] = S::fma(S::to_float(S::bsum(sum[r][p])), S::mul(f16(xb[r * ldb].scale), ws), acc[r][p]);
+      if constexpr (!Q::kNibbles)
+        whole[r][p] = S::bsum(sum[r][p]);
+      else if constexpr (!widens)
+        whole[r][p] = S::nsum(sum[r][p], 0);
+      acc[r][p] = S::fma(S::to_float(whole[r][p]), S::mul(f16(xb[r * ldb].scale), ws), acc[r][p]);
     });
   });
 }

@@ -1,8 +1,8 @@
 // Floats -> int8: activations by blocks, and the keys and values of the cache. Included by simd.inl.
 
 // 16 blocks at a time, of as many rows as that takes: scales are divided together, and no block waits for another.
-// whole: every block has all its columns. wide: four blocks in a row share a scale; they stand at a multiple of four.
-template <bool whole, bool wide>
+// whole: every block has all its columns. So many blocks in a row share a scale: 1, 2 or 4; they stand at a multiple.
+template <bool whole, int shared>
 inline void quantize_blocks(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t block_begin, int64_t block_end,
                             int8_t* xq, XBlock* xb) {
   const int64_t blocks = blocks_of(k), all = m * (block_end - block_begin);
@@ -38,7 +38,7 @@ inline void quantize_blocks(const float* x, int64_t ldx, int64_t m, int64_t k, i
         v[e] = S::imax(S::bits(S::abs(low(j + e))), S::bits(S::abs(high(j + e))));
       });
       tops[j / 4] = S::tops4(v[0], v[1], v[2], v[3]);
-      if (wide) tops[j / 4] = S::top_of(tops[j / 4]);
+      if constexpr (shared > 1) tops[j / 4] = S::template top_of<shared>(tops[j / 4]);
     }
     alignas(64) float scale[16], inverse[16];
     const F top = S::join(tops[0], tops[1], tops[2], tops[3]);
@@ -57,24 +57,26 @@ inline void quantize_blocks(const float* x, int64_t ldx, int64_t m, int64_t k, i
         xb[to[j + e]] = {scale[j + e], scale[j + e] * float(sum), -128 * sum, -128 * halves[2 * e]};
       });
     }
-    if (wide) {
-      for (int64_t j = 0; j < count; j += 4) {
+    if (shared > 1) {
+      for (int64_t j = 0; j < count; j += shared) {
         int32_t sum = 0;
-        for (int e = 0; e < 4; e++) sum += xb[to[j + e]].offset;
-        for (int e = 0; e < 4; e++) xb[to[j + e]].offset_part = sum;
+        for (int e = 0; e < shared; e++) sum += xb[to[j + e]].offset;
+        for (int e = 0; e < shared; e++) xb[to[j + e]].offset_part = sum;
       }
     }
   }
 }
 
-inline void quantize(const float* x, int64_t ldx, int64_t m, int64_t k, bool wide, int64_t block_begin,
+inline void quantize(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t span, int64_t block_begin,
                      int64_t block_end, int8_t* xq, XBlock* xb) {
-  if (wide)
-    quantize_blocks<true, true>(x, ldx, m, k, block_begin, block_end, xq, xb);
+  if (span == 4 * kBlock)
+    quantize_blocks<true, 4>(x, ldx, m, k, block_begin, block_end, xq, xb);
+  else if (span == 2 * kBlock)
+    quantize_blocks<true, 2>(x, ldx, m, k, block_begin, block_end, xq, xb);
   else if (block_end * kBlock <= k)
-    quantize_blocks<true, false>(x, ldx, m, k, block_begin, block_end, xq, xb);
+    quantize_blocks<true, 1>(x, ldx, m, k, block_begin, block_end, xq, xb);
   else
-    quantize_blocks<false, false>(x, ldx, m, k, block_begin, block_end, xq, xb);
+    quantize_blocks<false, 1>(x, ldx, m, k, block_begin, block_end, xq, xb);
 }
 
 // Scale and multiplier of values whose absolute maximum has these bits.

@@ -10,7 +10,7 @@ import numpy as np
 from edgeformer.native.emit import ACTIVATIONS, ELEMENTWISE, Emitter, round_up
 from edgeformer.native.graph import Array, Graph, Node, read_graph
 from edgeformer.native.passes import lower, unsupported_nodes
-from edgeformer.native.passes.wide import weights_of
+from edgeformer.native.passes.wide import SPANS, weights_of
 from edgeformer.native.program import LANES, Op, Program, Slot, Weight
 
 PAST = "past_key_values."  # the bundle format's name for what a state holds
@@ -77,13 +77,15 @@ class _Lowering(Emitter):
         return slots
 
     def quant_slot(self, name: str) -> int:
-        wide = any(
-            weight.type == "q8x128"
+        spans = {
+            SPANS.get(weight.type)
             for user in self.g.users.get(name, [])
             if user.op == "Linears" and user.inputs[0] == name
             for weight in weights_of(user)
-        )
-        self.p.slots.append(Slot(f"q({name})", "quant128" if wide else "quant", self.g.shape(name)))
+            if weight.type != "f32"
+        }
+        (span,) = spans  # wide.wide_blocks sees to it
+        self.p.slots.append(Slot(f"q({name})", f"quant{span or ''}", self.g.shape(name)))
         self.quant_of[name] = len(self.p.slots) - 1
         return self.quant_of[name]
 

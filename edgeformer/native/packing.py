@@ -22,8 +22,8 @@ from edgeformer.native.program import Program, Weight, postfix
 if TYPE_CHECKING:
     from edgeformer.native.prepared import Prepared
 
-WEIGHT_TYPES = ("q4a", "q4", "q8", "q8x16", "q8x128", "f32")  # csrc/kernels/kernels.h: enum class WeightType
-SLOT_TYPES = ("f32", "i64", "bool", "quant", "quant128")  # csrc/program.h: enum class DType
+WEIGHT_TYPES = ("q4a", "q4", "q4x64", "q8", "q8x16", "q8x128", "f32")  # csrc/kernels/kernels.h: enum class WeightType
+SLOT_TYPES = ("f32", "i64", "bool", "quant", "quant64", "quant128")  # csrc/program.h: enum class DType
 HALVES = ("all", "gate", "up")  # csrc/bindings_program.cpp: which panels of 16 packed rows a part fills
 PACK_ROWS = 8192  # rows packed from one read of the mapped file, so that peak memory stays near the packed size
 

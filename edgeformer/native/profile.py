@@ -9,7 +9,7 @@ from edgeformer.native.dims import evaluate, product
 from edgeformer.native.program import Op, PackedWeight, Program
 
 # Bytes of 16 rows x 32 columns, as csrc/kernels/kernels.h packs them.
-_TILE_BYTES = {"q4a": 320, "q4": 288, "q8": 544, "q8x16": 576, "q8x128": 528, "f32": 2048}
+_TILE_BYTES = {"q4a": 320, "q4": 288, "q4x64": 272, "q8": 544, "q8x16": 576, "q8x128": 528, "f32": 2048}
 _NAME = 60  # characters of an operation's name that are printed
 
 

@@ -45,15 +45,16 @@ void print(const std::string& name, const void* data, size_t bytes) {
 void print(const std::string& name, const std::vector<float>& y) { print(name, y.data(), y.size() * 4); }
 
 void linears(const Kernels& kernels) {
-  static const char* const names[] = {"q4a", "q4", "q8", "q8x16", "q8x128", "f32"};
+  static const char* const names[] = {"q4a", "q4", "q4x64", "q8", "q8x16", "q8x128", "f32"};
   static const int64_t sizes[][2] = {{1, 1}, {17, 33}, {33, 95}, {49, 800}, {35, 128}, {49, 1152}};
   static const int64_t rows[] = {1, 2, 3, 4, 5, 8, 9, 11, 18};
   for (int type = 0; type < kWeightTypes; type++) {
     for (const auto& [n, k] : sizes) {
       Random random = {uint64_t(type * 1000 + n * 7 + k)};
-      const bool wide = type == int(WeightType::q8x128);
-      if (wide && k % kWide) continue;
-      const int64_t block = wide ? 128 : type == int(WeightType::q8x16) ? 16 : 32, groups = (k + block - 1) / block;
+      const int64_t span = span_of(WeightType(type));
+      const bool wide = span > kBlock;
+      if (wide && k % span) continue;
+      const int64_t block = type == int(WeightType::q8x16) ? 16 : span, groups = (k + block - 1) / block;
       std::vector<uint8_t> nibbles(size_t(n * k + 1) / 2 + 1);
       std::vector<int8_t> bytes(static_cast<size_t>(n * k));
       for (auto& v : nibbles) v = uint8_t(random.below(256));
@@ -62,7 +63,7 @@ void linears(const Kernels& kernels) {
       std::vector<float> scale(static_cast<size_t>(n * groups)), min(scale.size());
       for (auto& v : scale) v = float(random.below(2047) - 1023) * 0x1p-14f;  // exact in fp16
       for (auto& v : min) v = float(random.below(2047) - 1023) * 0x1p-10f;
-      const bool is_nibbles = type <= int(WeightType::q4), is_f32 = type == int(WeightType::f32);
+      const bool is_nibbles = has_nibbles(WeightType(type)), is_f32 = type == int(WeightType::f32);
       PackSource source = {};
       source.q = is_f32       ? static_cast<const void*>(dense.data())
                  : is_nibbles ? static_cast<const void*>(nibbles.data())
@@ -78,7 +79,7 @@ void linears(const Kernels& kernels) {
         const std::vector<float> x = floats(random, m * k);
         std::vector<int8_t> xq(static_cast<size_t>(m * blocks_of(k) * kBlock));
         std::vector<XBlock> xb(static_cast<size_t>(m * blocks_of(k)));
-        kernels.quantize(x.data(), k, m, k, wide, 0, blocks_of(k), xq.data(), xb.data());
+        kernels.quantize(x.data(), k, m, k, span, 0, blocks_of(k), xq.data(), xb.data());
         if (type == 0 || wide) print("quantize " + name, xq.data(), xq.size());
         if (type == 0 || wide) print("quantize scales " + name, xb.data(), xb.size() * sizeof(XBlock));
         std::vector<float> y(static_cast<size_t>(m * n));
