@@ -1,4 +1,4 @@
-"""What the C++ engine is given: the program as plain data, and the weights, without ever holding them twice.
+"""The weights that the C++ engine is given, without ever holding them twice.
 
 Packing is most of a later load, and takes new memory for what the bundle's file holds in another order. So the packed
 bytes are kept (`cache`) beside the lowered program that they belong to, and mapped by the next load: they are read when
@@ -11,66 +11,21 @@ import json
 import mmap
 from collections.abc import Callable, Iterator, Mapping
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from edgeformer import cache
 from edgeformer.native.graph import Array, Constant
-from edgeformer.native.program import Program, Weight, postfix
+from edgeformer.native.prepared import Prepared
+from edgeformer.native.program import Weight
 
-if TYPE_CHECKING:
-    from edgeformer.native.prepared import Prepared
-
-WEIGHT_TYPES = ("q4a", "q4", "q4x64", "q8", "q8x16", "q8x128", "f32")  # csrc/kernels/kernels.h: enum class WeightType
-SLOT_TYPES = ("f32", "i64", "bool", "quant", "quant64", "quant128")  # csrc/program.h: enum class DType
 HALVES = ("all", "gate", "up")  # csrc/bindings_program.cpp: which panels of 16 packed rows a part fills
 PACK_ROWS = 8192  # rows packed from one read of the mapped file, so that peak memory stays near the packed size
 
 # What `native.pack` takes: number of the weight, a name for messages, q, scales, minima, rows, columns of a block,
 # first packed row, an index of HALVES, and the arrays whose mapped pages are given back.
 Piece = tuple[int, str, Array, Array | None, Array | None, int, int, int, int, list[Array]]
-
-
-def spec(p: Program) -> dict[str, Any]:
-    """The program as plain data; csrc/bindings_program.cpp reads it."""
-    sizes: dict[Any, int] = {}
-
-    def size(s: Any) -> int:
-        return sizes.setdefault(s, len(sizes))
-
-    slots = [
-        (s.name, SLOT_TYPES.index(s.dtype), [size(d) for d in s.shape], s.view_of, s.constant) for s in p.slots
-    ]  # fmt: skip
-    ops = [
-        (
-            o.kind,
-            o.inputs,
-            o.outputs,
-            o.weights,
-            o.ints,
-            o.floats,
-            {k: [size(d) for d in v] for k, v in o.sizes.items()},
-        )
-        for o in p.ops
-    ]
-    weights = [(WEIGHT_TYPES.index(w.type), w.n, w.k) for w in p.weights]
-    batch, sequence = p.row_symbols
-    return {
-        "symbols": p.symbols,
-        "slots": slots,
-        "ops": ops,
-        "weights": weights,
-        "caches": [(c.kv_heads, c.head_dim, c.value_dim, c.plain) for c in p.caches],
-        "inputs": list(p.inputs.values()),
-        "outputs": list(p.outputs.values()),
-        "row_local": p.row_local,
-        "batch": p.symbols.index(batch) if batch else -1,
-        "sequence": p.symbols.index(sequence) if sequence else -1,
-        "kept": p.symbols.index("kept"),
-        "past": p.symbols.index(p.past_symbol) if p.past_symbol else -1,
-        "sizes": [postfix(s, p.symbols) for s in sizes],
-    }
 
 
 def give_weights(native: Any, p: Prepared, meanwhile: Callable[[], object] = lambda: None) -> int:

@@ -19,8 +19,7 @@ import edgeformer
 from edgeformer import cache
 from edgeformer.manifest import MANIFEST
 from edgeformer.native.graph import Array, Constant
-from edgeformer.native.packing import spec
-from edgeformer.native.program import PackedWeight, Program, Weight
+from edgeformer.native.program import PackedWeight, Program, Weight, spec
 
 if TYPE_CHECKING:
     from edgeformer.native.graph import Graph
@@ -31,7 +30,7 @@ _ALIGNED = 64
 
 @dataclass(slots=True)
 class Prepared:
-    """All that `NativeEngine` needs of a graph. `program` is what `packing.spec` made for C++.
+    """All that `NativeEngine` needs of a graph. `program` is what `program.spec` made for C++.
 
     inputs: (name, dtype, shape), a size that is not known before a call as text; outputs, defaults and dtypes as the
     graph has them. files: the weights files, mapped, by name. constants: what the parts of `weights` name.

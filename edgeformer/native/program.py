@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from edgeformer.native.graph import Array
 if TYPE_CHECKING:
     from edgeformer.native.passes.attention import Cache
 
+WEIGHT_TYPES = ("q4a", "q4", "q4x64", "q8", "q8x16", "q8x128", "f32")  # csrc/kernels/kernels.h: enum class WeightType
+SLOT_TYPES = ("f32", "i64", "bool", "quant", "quant64", "quant128")  # csrc/program.h: enum class DType
 LANES = 16  # rows of a weight panel, as csrc/kernels/kernels.h packs them
 
 
@@ -51,7 +53,7 @@ class Op:
 class Weight:
     """A constant matrix W[n, k] as the file holds it; nothing is read until it is packed.
 
-    type: one of packing.WEIGHT_TYPES. q, scale, min: names of constants; q is stored [n, k], or [k, n] when
+    type: one of WEIGHT_TYPES. q, scale, min: names of constants; q is stored [n, k], or [k, n] when
     `transposed`. selected: the rows of q that are meant, in order; None for all.
     """
 
@@ -105,6 +107,47 @@ class Program:
     batch_local: bool = False  # no caches, and the items of a batch never meet
     row_symbols: tuple[str, str] = ("", "")
     past_symbol: str = ""  # the caches' length
+
+
+def spec(p: Program) -> dict[str, Any]:
+    """The program as plain data; csrc/bindings_program.cpp reads it."""
+    sizes: dict[Any, int] = {}
+
+    def size(s: Any) -> int:
+        return sizes.setdefault(s, len(sizes))
+
+    slots = [
+        (s.name, SLOT_TYPES.index(s.dtype), [size(d) for d in s.shape], s.view_of, s.constant) for s in p.slots
+    ]  # fmt: skip
+    ops = [
+        (
+            o.kind,
+            o.inputs,
+            o.outputs,
+            o.weights,
+            o.ints,
+            o.floats,
+            {k: [size(d) for d in v] for k, v in o.sizes.items()},
+        )
+        for o in p.ops
+    ]
+    weights = [(WEIGHT_TYPES.index(w.type), w.n, w.k) for w in p.weights]
+    batch, sequence = p.row_symbols
+    return {
+        "symbols": p.symbols,
+        "slots": slots,
+        "ops": ops,
+        "weights": weights,
+        "caches": [(c.kv_heads, c.head_dim, c.value_dim, c.plain) for c in p.caches],
+        "inputs": list(p.inputs.values()),
+        "outputs": list(p.outputs.values()),
+        "row_local": p.row_local,
+        "batch": p.symbols.index(batch) if batch else -1,
+        "sequence": p.symbols.index(sequence) if sequence else -1,
+        "kept": p.symbols.index("kept"),
+        "past": p.symbols.index(p.past_symbol) if p.past_symbol else -1,
+        "sizes": [postfix(s, p.symbols) for s in sizes],
+    }
 
 
 def postfix(size: Size, symbols: list[str]) -> list[int]:

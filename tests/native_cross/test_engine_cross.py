@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from dump import dump  # noqa: E402
 
 STEPS = 4
 PROMPTS = (33, 102)
+RUNS = 20  # under ThreadSanitizer
 FORMS = [("q8", "int8"), ("float", "float32")]  # the bundle, its cache
 
 
@@ -61,19 +63,23 @@ def test_another_weight_is_seen_and_a_cut_file_refused(runners, dumps, tmp_path:
     assert "cut short" in result.stderr
 
 
-def under_thread_sanitizer(runners, dumps, *instead: Path) -> subprocess.CompletedProcess[str]:
-    """Runs the q8 model with 3 threads on the second-best table, which compiles in a sixth of the best one's time."""
+def under_thread_sanitizer(runners, dumps, *instead: Path) -> Iterator[subprocess.CompletedProcess[str]]:
+    """Runs of the q8 model with 3 threads on the second-best table, which compiles in a sixth of the best one's time.
+
+    On a busy machine one thread may do all the work of a run, and nothing meets: so there are several.
+    """
     isa = next((isa for isa in ("avx2", "neon_dotprod") if isa in native.isas()), None)
     if isa is None:
         pytest.skip("needs AVX2 or NEON's dot products")
     runner = runners(platform.machine(), "engine_runner", isa, *instead)
-    return subprocess.run([runner, dumps["q8"][0], isa, "3"], capture_output=True, text=True, timeout=300)
+    for _ in range(RUNS):
+        yield subprocess.run([runner, dumps["q8"][0], isa, "3"], capture_output=True, text=True, timeout=300)
 
 
 def test_the_engine_is_clean_under_thread_sanitizer(runners, dumps) -> None:
-    result = under_thread_sanitizer(runners, dumps)
-    assert "WARNING: ThreadSanitizer" not in result.stderr, result.stderr
-    assert (result.returncode, result.stdout.split()) == (0, dumps["q8"][1])
+    for result in under_thread_sanitizer(runners, dumps):
+        assert "WARNING: ThreadSanitizer" not in result.stderr, result.stderr
+        assert (result.returncode, result.stdout.split()) == (0, dumps["q8"][1])
 
 
 def test_tokens_that_share_bytes_and_not_a_thread_are_seen_by_thread_sanitizer(runners, dumps, tmp_path: Path) -> None:
@@ -81,6 +87,6 @@ def test_tokens_that_share_bytes_and_not_a_thread_are_seen_by_thread_sanitizer(r
     wrong = right.replace("r <= s.k_row ? s.k_row : r + (s.past + r - s.k_row) % 2;", "std::max(r, s.k_row);")
     assert wrong != right
     (tmp_path / "ops_attention.cpp").write_text(wrong)
-    result = under_thread_sanitizer(runners, dumps, tmp_path / "ops_attention.cpp")
-    assert "WARNING: ThreadSanitizer: data race" in result.stderr
-    assert "put_every_second" in result.stderr
+    results = under_thread_sanitizer(runners, dumps, tmp_path / "ops_attention.cpp")
+    race = next((r.stderr for r in results if "WARNING: ThreadSanitizer: data race" in r.stderr), "no run saw a race")
+    assert "put_every_second" in race
