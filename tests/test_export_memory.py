@@ -39,7 +39,9 @@ def anonymous():
 
 def sample():
     while not done.wait(0.003):
-        peaks[stage[0]] = max(peaks.get(stage[0], 0), anonymous())
+        name, held = stage[0], anonymous()
+        if stage[0] == name:  # else it was measured between two stages
+            peaks[name] = max(peaks.get(name, 0), held)
 
 class Stages:
     def stage(self, text):
