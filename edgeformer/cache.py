@@ -166,7 +166,7 @@ def _replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if sum(map(len, parts)) > _room(path.parent):
             return
-        with partial.open("wb", buffering=0) as file:
+        with partial.open("wb") as file:
             for part in parts:
                 if _ending.is_set():
                     raise OSError("the process ends")
