@@ -23,6 +23,7 @@ Engine::Engine(ProgramSpec spec, const Kernels& kernels, int threads, int64_t co
       prefill_rows_(prefill_rows),
       process_(getpid()),
       pool_(threads),
+      shares_(threads),
       arena_(nullptr, std::free) {
   last_use_.assign(spec_.slots.size(), -1);
   for (size_t i = 0; i < spec_.ops.size(); ++i) {
@@ -231,12 +232,15 @@ void Engine::execute(std::vector<Output>& outputs) {
 }
 
 void Engine::run_phases() {
-  auto work = [this](int p, int64_t chunk, int thread) {
-    ops_[phases_[p].first]->work(run_, phases_[p].second, chunk, thread);
+  const auto start = [this](int p) { return shares_.divide(ops_[phases_[p].first]->begin(run_, phases_[p].second)); };
+  auto work = [this](int p, int64_t, int thread) {
+    for (int64_t chunk; (chunk = shares_.take(thread)) >= 0;) {
+      ops_[phases_[p].first]->work(run_, phases_[p].second, chunk, thread);
+    }
   };
   const int phases = static_cast<int>(phases_.size());
   if (!profiling_) {
-    auto begin = [this](int p) -> int64_t { return ops_[phases_[p].first]->begin(run_, phases_[p].second); };
+    auto begin = [&](int p) -> int64_t { return start(p); };
     pool_.run(phases, begin, work);
     return;
   }
@@ -253,7 +257,7 @@ void Engine::run_phases() {
   };
   auto begin = [&](int p) -> int64_t {
     lap(p - 1);
-    return ops_[phases_[p].first]->begin(run_, phases_[p].second);
+    return start(p);
   };
   pool_.run(phases, begin, work);
   lap(phases - 1);

@@ -103,9 +103,11 @@ class Linear final : public Op {
 
   void work(Run& run, int, int64_t chunk, int thread) const override {
     const std::vector<int64_t>& s = state(run);
-    // Rows run fastest: neighbouring chunks use the same weights.
-    const int64_t row = chunk % s[2] * s[0];
-    int64_t tile = chunk / s[2];
+    // A thread's share is some row tiles where these can be divided; in it, neighbouring chunks use the same weights.
+    const int64_t rows_each = s[2] % run.threads == 0 ? s[2] / run.threads : s[2],
+                  share = rows_each * column_tiles(s[1]);
+    const int64_t row = (chunk / share * rows_each + chunk % share % rows_each) * s[0];
+    int64_t tile = chunk % share / rows_each;
     for (const Part& p : parts_) {
       const int64_t tiles = (units_of(p) + s[1] - 1) / s[1];
       if (tile < tiles) {
@@ -147,13 +149,15 @@ class Linear final : public Op {
   }
   int64_t prefill_units(const Run& run) const { return round_up(kPrefillUnits, units_multiple(run)); }
 
-  // Prefill: as many rows as leave enough chunks, for weights are unpacked once a chunk.
+  // Prefill: as many rows as leave enough chunks, for weights are unpacked once a chunk, and as many tiles for each
+  // thread.
   int64_t row_tile(const Run& run) const {
     const int64_t m = rows(run), wanted = run.threads == 1 ? 1 : run.threads * kChunksPerThread;
     int64_t height = kRowTile;
     while (height > kLeastRowTile && column_tiles(prefill_units(run)) * ((m + height - 1) / height) < wanted)
       height /= 2;
-    return std::min(m, height);
+    const int64_t tiles = round_up((m + height - 1) / height, run.threads), even = round_up((m + tiles - 1) / tiles, 8);
+    return std::min(m, even >= kLeastRowTile ? even : height);
   }
 
   // Decoding: about kChunksPerThread chunks a thread.

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from platformdirs import user_cache_dir
 
 MOST = 256  # entries; the longest unused go first
-SHARE = 10  # and all together at most a tenth of what would be free on the disk without them
+SHARE = 5  # and all together at most a fifth of what would be free on the disk without them
+SMALL = 1 << 20  # bytes of an entry that makes no room worth having
 PATIENCE = 2.0
 _DIGEST = 32
 _STEP = 8 << 20  # bytes written at once, between two looks at whether the process ends
@@ -204,8 +205,7 @@ def _trim(place: Path) -> None:
     entries, room = _entries(place), _room(place)
     held, count = sum(length for _, length, _ in entries), len(entries)
     for _, length, path in entries[:-1]:
-        if count <= MOST and held <= room:
-            break
-        with suppress(OSError):
-            os.unlink(path)
-            held, count = held - length, count - 1
+        if count > MOST or (held > room and length > SMALL):
+            with suppress(OSError):
+                os.unlink(path)
+                held, count = held - length, count - 1

@@ -102,22 +102,24 @@ def test_a_damaged_large_entry_is_none(cache_folder, damage):
 
 
 def test_the_folder_takes_a_share_of_the_disk(cache_folder, monkeypatch):
-    free = 10 * 25_000  # of which a tenth may be used
+    """Large entries go, the longest unused first; small ones make no room."""
 
     class Usage:
         @property
         def free(self):
-            return free - cache.size()[1]
+            return cache.SHARE * 25_000 - cache.size()[1]
 
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda place: Usage())
+    monkeypatch.setattr(cache, "SMALL", 1000)
     keep("too large", LARGE[:25_000])
     assert cache.size() == (0, 0)
+    cache.write("small", b"oldest of all")
+    os.utime(cache_folder / "small", (1, 1))
     for age, name in enumerate(("a", "b", "c")):
         keep(name, LARGE[:10_000])
         os.utime(cache_folder / name, (1000 + age, 1000 + age))
         assert name != "b" or cache.read_mapped("a") is not None  # used again: now the newest
-    assert sorted(os.listdir(cache_folder)) == ["a", "c"]
-    assert cache.size() == (2, 2 * 10_044)
+    assert sorted(os.listdir(cache_folder)) == ["a", "c", "small"]
 
 
 def test_a_process_that_ends_leaves_nothing_half_written(cache_folder, monkeypatch):
