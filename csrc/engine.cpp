@@ -232,18 +232,14 @@ void Engine::execute(std::vector<Output>& outputs) {
 }
 
 void Engine::run_phases() {
-  const auto start = [this](int p) { return shares_.divide(ops_[phases_[p].first]->begin(run_, phases_[p].second)); };
+  auto start = [this](int p) { return shares_.divide(ops_[phases_[p].first]->begin(run_, phases_[p].second)); };
   auto work = [this](int p, int64_t, int thread) {
     for (int64_t chunk; (chunk = shares_.take(thread)) >= 0;) {
       ops_[phases_[p].first]->work(run_, phases_[p].second, chunk, thread);
     }
   };
   const int phases = static_cast<int>(phases_.size());
-  if (!profiling_) {
-    auto begin = [&](int p) -> int64_t { return start(p); };
-    pool_.run(phases, begin, work);
-    return;
-  }
+  if (!profiling_) return pool_.run(phases, start, work);
   // begin(p) is the one moment between two phases: what passed since the last one belongs to phase p - 1.
   using Clock = std::chrono::steady_clock;
   Clock::time_point last = Clock::now();

@@ -80,8 +80,7 @@ struct Tensor {
   uint8_t* boolean() const { return static_cast<uint8_t*>(data); }
   int64_t columns() const { return rank ? shape[rank - 1] : 1; }
   int64_t rows() const { return count == 0 ? 0 : count / columns(); }
-  // quant, quant64, quant128: int8 rows padded to whole blocks, then their XBlocks
-  // Columns that share a scale.
+  // quant, quant64, quant128: int8 rows padded to whole blocks, then their XBlocks; span: columns that share a scale
   int64_t span() const { return dtype == DType::quant128 ? 128 : dtype == DType::quant64 ? 64 : kBlock; }
   int8_t* xq() const { return static_cast<int8_t*>(data); }
   XBlock* xb() const { return reinterpret_cast<XBlock*>(xq() + round_up(rows() * blocks_of(columns()) * kBlock, 64)); }

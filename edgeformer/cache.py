@@ -165,7 +165,7 @@ def _replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     parts = list(parts)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if sum(map(len, parts)) > _room(path.parent):
+        if sum(map(len, parts)) > _room(path.parent, _entries(path.parent)):
             return
         with partial.open("wb") as file:
             for part in parts:
@@ -195,14 +195,15 @@ def _entries(place: Path) -> list[tuple[float, int, str]]:
     return sorted(found)
 
 
-def _room(place: Path) -> int:
-    """Bytes that the folder may hold."""
-    held = sum(length for _, length, _ in _entries(place))
+def _room(place: Path, entries: list[tuple[float, int, str]]) -> int:
+    """Bytes that the folder, which holds these, may hold."""
+    held = sum(length for _, length, _ in entries)
     return (shutil.disk_usage(place).free + held) // SHARE
 
 
 def _trim(place: Path) -> None:
-    entries, room = _entries(place), _room(place)
+    entries = _entries(place)
+    room = _room(place, entries)
     held, count = sum(length for _, length, _ in entries), len(entries)
     for _, length, path in entries[:-1]:
         if count > MOST or (held > room and length > SMALL):

@@ -23,6 +23,7 @@ from typing import Any
 
 from bench.peers.pages import PAGE
 from bench.report import RESULTS, ROOT, footnote, put, save, table
+from edgeformer.native.program import WEIGHT_TYPES
 
 HERE = Path(__file__).resolve().parent
 SOURCES = [*(ROOT / "csrc" / "kernels").glob("*.cpp"), ROOT / "csrc" / "dispatch.cpp", HERE / "linear.cpp"]
@@ -31,7 +32,7 @@ COMPILER = "aarch64-linux-gnu-g++"
 TOOLS = ("gcc", COMPILER, "aarch64-linux-gnu-objdump", "qemu-aarch64")
 TARGET = 1.5  # instructions over the floor
 
-TYPES = {"q4a": 0, "q4": 1, "q8": 3}
+TYPES = {name: WEIGHT_TYPES.index(name) for name in ("q4a", "q4", "q8")}
 # The linears of one layer of SmolLM2-135M as the engine merges them, [rows, columns]: q, k, v; out; gate, up; down.
 LAYER, LAYERS, HEAD = ((960, 576), (576, 576), (3072, 576), (576, 1536)), 30, (49152, 576)
 PREFILL = 64  # rows: every tile is unpacked once for all of them, so 512 rows only spread the unpacking thinner

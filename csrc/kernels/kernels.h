@@ -143,6 +143,7 @@ struct KvLayout {
   constexpr int64_t chunk_bytes() const { return kv_heads * head_bytes(); }
 };
 
+// Two calls may run at once if no token of the one shares a pair of values with a token of the other.
 struct KvAppendArgs {
   KvLayout layout;
   uint8_t* const* chunks;        // enough of them for position + tokens
