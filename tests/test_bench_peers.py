@@ -150,9 +150,40 @@ def test_the_float_model_loses_nothing_and_a_noisy_one_does(tmp_path: Path) -> N
 
 
 def test_a_generation_that_stopped_early_is_refused() -> None:
-    job = {"tests": [{"name": "decode", "kind": "decode", "prompts": [[1]], "new": 8}]}
+    job = {"tests": [{"name": "decode", "kind": "decode", "runs": [[[1]]], "new": 8}]}
     with pytest.raises(SystemExit, match="7 steps came back, 8"):
         measure.measure(Fake(np.zeros((1, 1))), job)
+
+
+class Timed:
+    """A model whose runs decode at the rates given, each of them in `seconds` of a clock of its own."""
+
+    def __init__(self, rates: list[float], seconds: float) -> None:
+        self.rates, self.seconds, self.now, self.prompts = iter(rates), seconds, 0.0, []
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def generate(self, prompts: list[list[int]], new: int) -> tuple[list[float], list[int]]:
+        self.prompts.append(prompts[0][0])
+        step, began = 1 / next(self.rates), self.now
+        self.now += self.seconds
+        return [began + step * i for i in range(new)], prompts[0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "value", "runs"),
+    [(0.1, 50.0, [90.0, 20.0, 50.0, 60.0, 30.0]), (0.6, 50.0, [90.0, 20.0, 50.0]), (2.0, 90.0, [90.0])],
+)
+def test_runs_repeat_until_they_took_long_enough_and_the_median_counts(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, value: float, runs: list[float]
+) -> None:
+    model = Timed([90.0, 20.0, 50.0, 60.0, 30.0], seconds)
+    monkeypatch.setattr(measure.time, "perf_counter", model.perf_counter)
+    job = {"tests": [{"name": "decode", "kind": "decode", "runs": [[[i]] for i in range(5)], "new": 8}]}
+    found = measure.measure(model, job)["decode"]
+    assert found["value"] == pytest.approx(value) and found["runs"] == pytest.approx(runs)
+    assert model.prompts == list(range(len(runs))) and found["tokens"] == [0]
 
 
 @pytest.mark.parametrize("study", studies.ALL.values(), ids=list(studies.ALL))
@@ -161,9 +192,9 @@ def test_no_two_prompts_of_a_process_begin_alike(study: studies.Study) -> None:
     ids = list(range(16384))
     for number in range(5):
         tests = study.of_round(ids, number, quick=False)
-        prompts = [prompt for test in tests for prompt in test["prompts"]]
-        assert len({prompt[0] for prompt in prompts}) == len(prompts)
-        assert all(len(prompt) + test["new"] <= study.context for test in tests for prompt in test["prompts"])
+        prompts = [(prompt, test["new"]) for test in tests for run in test["runs"] for prompt in run]
+        assert len({prompt[0] for prompt, _ in prompts}) == len(prompts)
+        assert all(len(prompt) + new <= study.context for prompt, new in prompts)
 
 
 def test_an_environment_that_pip_cannot_make_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,41 +50,47 @@ def _common(a: int, b: int) -> int:
     return a
 
 
-def _decode(name: str, prompts: list[list[int]], new: int) -> Test:
-    return {"name": name, "kind": "decode", "prompts": prompts, "new": new}
+RUNS = 5  # at most: a test stops when it has taken long enough (measure.py)
+
+
+def _test(name: str, kind: str, prompt: Prompt, length: int, new: int, runs: int = 1, count: int = 1) -> Test:
+    """Up to `runs` runs of `count` prompts of `length` tokens, each with `new` tokens after it."""
+    prompts = [[prompt(length) for _ in range(count)] for _ in range(runs)]
+    return {"name": name, "kind": kind, "runs": prompts, "new": new}
 
 
 def _main(prompt: Prompt, quick: bool) -> list[Test]:
-    new = 32 if quick else 128
+    new, runs = (32, 1) if quick else (128, RUNS)
     return [
-        {"name": "first", "kind": "first", "prompts": [prompt(32)], "new": 4},
-        _decode("decode", [prompt(32)], new),
-        {"name": "prefill512", "kind": "prefill", "prompts": [prompt(512)], "new": 1},
-        _decode("decode@1024", [prompt(1024)], new // 2),
-        _decode("batch8", [prompt(32) for _ in range(8)], new // 2),
+        _test("first", "first", prompt, 32, 4),
+        _test("decode", "decode", prompt, 32, new, runs),
+        _test("prefill512", "prefill", prompt, 512, 1, runs),
+        _test("decode@1024", "decode", prompt, 1024, new // 2, runs),
+        _test("batch8", "decode", prompt, 32, new // 2, runs, count=8),
     ]
 
 
 def _depth(prompt: Prompt, quick: bool) -> list[Test]:
     depths = (128, 1024) if quick else (128, 512, 1024, 2048, 4096, 7936)
-    return [_decode(f"depth {depth}", [prompt(depth)], 48) for depth in depths]
+    return [_test(f"depth {depth}", "decode", prompt, depth, 48, 1 if quick else RUNS) for depth in depths]
 
 
 def _states(prompt: Prompt, quick: bool) -> list[Test]:
     counts = (1, 4) if quick else (1, 2, 4, 8, 16)
-    return [_decode(f"states {count}", [prompt(32) for _ in range(count)], 64) for count in counts]
+    return [_test(f"states {count}", "decode", prompt, 32, 64, 1 if quick else RUNS, count) for count in counts]
 
 
 def _busy(prompt: Prompt, quick: bool) -> list[Test]:
-    return [_decode("decode", [prompt(32)], 32 if quick else 64)]
+    return [_test("decode", "decode", prompt, 32, *((32, 1) if quick else (64, RUNS)))]
 
 
 def _sizes(prompt: Prompt, quick: bool) -> list[Test]:
+    new, runs = (12, 1) if quick else (48, RUNS)
     return [
-        {"name": "first", "kind": "first", "prompts": [prompt(32)], "new": 4},
-        _decode("decode", [prompt(32)], 12 if quick else 48),
-        {"name": "prefill128", "kind": "prefill", "prompts": [prompt(128)], "new": 1},
-        {"name": "prefill512", "kind": "prefill", "prompts": [prompt(512)], "new": 1},
+        _test("first", "first", prompt, 32, 4),
+        _test("decode", "decode", prompt, 32, new, runs),
+        _test("prefill128", "prefill", prompt, 128, 1, runs),
+        _test("prefill512", "prefill", prompt, 512, 1, runs),
     ]
 
 
