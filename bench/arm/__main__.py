@@ -32,9 +32,15 @@ COMPILER = "aarch64-linux-gnu-g++"
 TOOLS = ("gcc", COMPILER, "aarch64-linux-gnu-objdump", "qemu-aarch64")
 TARGET = 1.5  # instructions over the floor
 
-TYPES = {name: WEIGHT_TYPES.index(name) for name in ("q4a", "q4", "q8")}
+# weight type -> columns of its measured matrix, about SmolLM2-135M's 576: a wide block divides them.
+COLUMNS = {"q4a": 576, "q4": 576, "q4x64": 576, "q8": 576, "q8x128": 640}
 # The linears of one layer of SmolLM2-135M as the engine merges them, [rows, columns]: q, k, v; out; gate, up; down.
 LAYER, LAYERS, HEAD = ((960, 576), (576, 576), (3072, 576), (576, 1536)), 30, (49152, 576)
+MODELS = (  # name, weight type of the layers, of the head
+    ("kept (q4a, q8 head)", "q4a", "q8"),
+    ("q4, q4 head", "q4", "q4"),
+    ("q4, blocks of 64, q4 head", "q4x64", "q4x64"),
+)
 PREFILL = 64  # rows: every tile is unpacked once for all of them, so 512 rows only spread the unpacking thinner
 
 # An instruction's kind by its mnemonic, where its operands do not say more: see `kind`.
@@ -124,7 +130,7 @@ def one_call(once: dict[int, int], twice: dict[int, int]) -> dict[int, int]:
 
 def measure(places: tuple[Path, Path], listing: dict[int, tuple[str, str]], isa: str, scheme: str, shape: Any) -> Any:
     """{kind: instructions} of one call over `shape`: [rows of weights, columns, rows of activations]."""
-    runs = [run(*places, [isa, str(TYPES[scheme]), *map(str, shape), str(repeats)]) for repeats in (1, 2)]
+    runs = [run(*places, [isa, str(WEIGHT_TYPES.index(scheme)), *map(str, shape), str(repeats)]) for repeats in (1, 2)]
     kinds: Counter[str] = Counter()
     for address, count in one_call(*runs).items():
         kinds[kind(*listing[address])] += count
@@ -146,11 +152,12 @@ def count_all(folder: Path) -> dict[str, Any]:
     listing = disassemble(places[0])
     kernels, tokens = [], []
     for isa in ("neon_dotprod", "neon_i8mm"):
-        for scheme in TYPES:
+        for scheme, columns in COLUMNS.items():
             for m in (1, 4, 8, PREFILL):
-                kinds, least = measure(places, listing, isa, scheme, (960, 576, m)), floor(isa, 960, 576, m)
+                shape = (960, columns, m)
+                kinds, least = measure(places, listing, isa, scheme, shape), floor(isa, *shape)
                 kernels.append({"isa": isa, "scheme": scheme, "rows": m, "floor": least, "kinds": kinds})
-    for name, scheme, head in (("kept (q4a, q8 head)", "q4a", "q8"), ("q4, q4 head", "q4", "q4")):
+    for name, scheme, head in MODELS:
         for isa, m in itertools.product(("neon_dotprod", "neon_i8mm"), (1, PREFILL)):
             total = least = 0.0
             for shape in LAYER:

@@ -84,9 +84,8 @@ inline __attribute__((always_inline)) void tile_rows(const LinearArgs& a, const 
     S::X x[R];
     I sum[R];
     each<R>([&](auto r) __attribute__((always_inline)) { sum[r] = S::iset1(0); });
-    // Columns 16 * half .. 16 * half + 15.
-    const auto dots = [&](int half) __attribute__((always_inline)) {
-      each<R>([&](auto r) __attribute__((always_inline)) { x[r] = S::load_x(xq[r] + 16 * half); });
+    const auto dots = [&](int column) __attribute__((always_inline)) {  // and the 15 after it
+      each<R>([&](auto r) __attribute__((always_inline)) { x[r] = S::load_x(xq[r] + column); });
       each<4>([&](auto s) __attribute__((always_inline)) {
         const S::W w = take(tile);
         each<R>([&](auto r) __attribute__((always_inline)) { sum[r] = S::bdot<s.value>(sum[r], w, x[r]); });
@@ -102,18 +101,13 @@ inline __attribute__((always_inline)) void tile_rows(const LinearArgs& a, const 
       add(take_floats(tile));
       each<R>([&](auto r) __attribute__((always_inline)) { sum[r] = S::iset1(0); });
     }
-    dots(1);
-    for (int part = 1; part < Q::kParts; part++) {
-      each<R>([&](auto r) __attribute__((always_inline)) { xq[r] += kBlock; });
-      dots(0);
-      dots(1);
-    }
+    each<2 * Q::kParts - 1>([&](auto i) __attribute__((always_inline)) { dots(16 * i + 16); });
     add(take_floats(tile));
     if constexpr (Q::kMinimum) {
       const F wm = take_floats(tile);
       each<R>([&](auto r) __attribute__((always_inline)) { acc[r] = S::fma(f16(xb[r]->scaled_sum), wm, acc[r]); });
     }
-    each<R>([&](auto r) __attribute__((always_inline)) { xq[r] += kBlock, xb[r] += Q::kParts; });
+    each<R>([&](auto r) __attribute__((always_inline)) { xq[r] += kBlock * Q::kParts, xb[r] += Q::kParts; });
   }
   each<R>([&](auto r) __attribute__((always_inline)) { store_tail(y + (row + r) * a.ldy, acc[r], lanes); });
 }

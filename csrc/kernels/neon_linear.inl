@@ -93,7 +93,11 @@ inline void direct_rows(const LinearArgs& a, const uint8_t* w, int64_t row, floa
     acc[r] = f16(0.0f);
   });
   for (const uint8_t* end = w + blocks / Q::kParts * Q::kBytes; w != end;) {
-    for (int64_t line = 0; line < Q::kBytes; line += 64) __builtin_prefetch(w + line + S::kPrefetch, 0, 2);
+    constexpr int64_t kPart = Q::kNibbles ? 256 : 512;  // bytes
+    const auto ask = [&](int64_t bytes) __attribute__((always_inline)) {
+      for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(w + line + S::kPrefetch, 0, 2);
+    };
+    ask(Q::kParts > 1 ? Q::kHead + kPart : Q::kBytes);  // a wide block's other parts: as they come
     const auto head = take_head<Q::kHead>(w);
     I sum[R];
     each<R>([&](auto r) __attribute__((always_inline)) {
@@ -116,7 +120,8 @@ inline void direct_rows(const LinearArgs& a, const uint8_t* w, int64_t row, floa
       });
     };
     if constexpr (Q::kNibbles && R <= 3) {  // nibbles are loaded once, for columns 0..15 and 16..31
-      for (int part = 0; part < Q::kParts; part++) {
+      each<Q::kParts>([&](auto part) __attribute__((always_inline)) {
+        if (part) ask(kPart);
         S::X low[R], high[R];
         load(low, 32 * part);
         load(high, 32 * part + 16);
@@ -127,7 +132,7 @@ inline void direct_rows(const LinearArgs& a, const uint8_t* w, int64_t row, floa
             dots<true, step.value, j.value>(S::high_nibbles(both.v[j]), high, sum);
           });
         });
-      }
+      });
     } else {
       S::X x[R];
       const auto columns16 = [&](auto half, int part) __attribute__((always_inline)) {
@@ -150,9 +155,10 @@ inline void direct_rows(const LinearArgs& a, const uint8_t* w, int64_t row, floa
                       __attribute__((always_inline)) { sum[r] = S::byte_start(xb[r]->offset - xb[r]->offset_part); });
         }
       };
-      for (int part = 0; part < Q::kParts; part++) {
+      each<Q::kParts>([&](auto part) __attribute__((always_inline)) {
+        if (part) ask(kPart);
         each<2>([&](auto half) __attribute__((always_inline)) { columns16(half, part); });
-      }
+      });
     }
     add(Q::kHalves ? 2 : 0, Q::kMinimum);
     each<R>([&](auto r) __attribute__((always_inline)) { xq[r] += kBlock * Q::kParts, xb[r] += Q::kParts; });
