@@ -1,4 +1,4 @@
-// edgeformer._native.testing: the thread pool, and how fast it reads memory.
+// edgeformer._native.testing: the thread pool, the shares of its threads, and how fast it reads memory.
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -8,6 +8,7 @@
 
 #include "bindings.h"
 #include "kernels/pack.h"
+#include "shares.h"
 #include "threads.h"
 
 namespace edgeformer {
@@ -101,6 +102,10 @@ void bind_pool(py::module_& m) {
       .def("counts", &pool_counts)
       .def("seconds", &pool_seconds)
       .def("throw", &pool_throw);
+  py::class_<Shares>(m, "Shares")
+      .def(py::init<int>())
+      .def("divide", &Shares::divide, py::arg("tasks"))
+      .def("take", &Shares::take, py::arg("thread"), py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace edgeformer

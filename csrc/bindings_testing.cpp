@@ -38,10 +38,8 @@ Unary unary_named(const std::string& name) {
 }
 
 WeightType weight_type(const std::string& name) {
-  static const char* const names[] = {"q4a", "q4", "q4x64", "q8", "q8x16", "q8x128", "f32"};
-  static_assert(sizeof names / sizeof *names == kWeightTypes);
   for (int i = 0; i < kWeightTypes; i++)
-    if (name == names[i]) return WeightType(i);
+    if (name == kWeightTypeNames[i]) return WeightType(i);
   throw std::invalid_argument("no weight type is named \"" + name + "\"");
 }
 
@@ -302,6 +300,9 @@ class Table {
 void bind_testing(py::module_& parent) {
   py::module_ m = parent.def_submodule("testing", "Kernels, pool and KV cache for tests.");
   m.attr("CHUNK_TOKENS") = kChunkTokens;
+  py::tuple types(kWeightTypes);
+  for (int i = 0; i < kWeightTypes; i++) types[size_t(i)] = kWeightTypeNames[i];
+  m.attr("WEIGHT_TYPES") = types;
   py::class_<Packed>(m, "Packed")
       .def(py::init<std::string, int64_t, int64_t>(), py::arg("type"), py::arg("n"), py::arg("k"))
       .def("pack", &Packed::pack, py::arg("q"), py::arg("scale") = py::none(), py::arg("min") = py::none(),

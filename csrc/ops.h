@@ -78,6 +78,7 @@ std::unique_ptr<Op> make_history_op(int index, const OpSpec& spec);
 std::unique_ptr<Op> make_elementwise_op(int index, const OpSpec& spec);
 std::unique_ptr<Op> make_pointwise_op(int index, const OpSpec& spec);
 std::unique_ptr<Op> make_shape_op(int index, const OpSpec& spec);
+std::unique_ptr<Op> make_axis_op(int index, const OpSpec& spec);
 std::unique_ptr<Op> make_math_op(int index, const OpSpec& spec);
 
 }  // namespace edgeformer

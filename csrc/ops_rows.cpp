@@ -334,7 +334,7 @@ std::unique_ptr<Op> make_row_op(int index, const OpSpec& spec) {
 
 std::unique_ptr<Op> make_op(int index, const OpSpec& spec) {
   for (auto make : {make_row_op, make_attention_op, make_history_op, make_elementwise_op, make_pointwise_op,
-                    make_shape_op, make_math_op}) {
+                    make_shape_op, make_axis_op, make_math_op}) {
     if (auto op = make(index, spec)) return op;
   }
   throw std::logic_error("the program has an operation '" + spec.kind + "' that this build does not know");

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from edgeformer.native import program
+
 native = pytest.importorskip("edgeformer._native")
 testing = native.testing
 KERNELS = Path(__file__).parents[1] / "csrc" / "kernels"
@@ -26,6 +28,10 @@ def test_a_named_isa_is_the_one_that_runs(isa: str, monkeypatch: pytest.MonkeyPa
     assert testing.Table(isa).isa == isa
     monkeypatch.setenv("EDGEFORMER_ISA", isa)
     assert testing.Table("").isa == isa
+
+
+def test_weight_types_have_the_same_numbers_in_python() -> None:
+    assert program.WEIGHT_TYPES == testing.WEIGHT_TYPES
 
 
 def test_an_unknown_isa_is_refused_with_the_usable_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ static constexpr int64_t blocks_of(int64_t k) { return (k + kBlock - 1) / kBlock
 // 64 bytes hold 4 consecutive columns of 16 rows (a dword a row). Nibbles: low = columns 0..15, high = columns 16..31.
 enum class WeightType : int32_t { q4a, q4, q4x64, q8, q8x16, q8x128, f32 };
 static constexpr int kWeightTypes = 7;
+static constexpr const char* kWeightTypeNames[kWeightTypes] = {"q4a", "q4", "q4x64", "q8", "q8x16", "q8x128", "f32"};
 static constexpr bool has_nibbles(WeightType type) { return type <= WeightType::q4x64; }
 // Columns that share an activation scale; K is a multiple of it if it is more than kBlock.
 static constexpr int64_t span_of(WeightType type) {

@@ -45,7 +45,6 @@ void print(const std::string& name, const void* data, size_t bytes) {
 void print(const std::string& name, const std::vector<float>& y) { print(name, y.data(), y.size() * 4); }
 
 void linears(const Kernels& kernels) {
-  static const char* const names[] = {"q4a", "q4", "q4x64", "q8", "q8x16", "q8x128", "f32"};
   static const int64_t sizes[][2] = {{1, 1}, {17, 33}, {33, 95}, {49, 800}, {35, 128}, {49, 1152}};
   static const int64_t rows[] = {1, 2, 3, 4, 5, 8, 9, 11, 18};
   for (int type = 0; type < kWeightTypes; type++) {
@@ -74,8 +73,8 @@ void linears(const Kernels& kernels) {
       if (pack_rows(WeightType(type), source, 0, n, nullptr, packed).error != PackError::none)
         throw std::runtime_error("pack_rows failed");
       for (const int64_t m : rows) {
-        const std::string name =
-            std::string(names[type]) + " " + std::to_string(n) + "x" + std::to_string(k) + " m" + std::to_string(m);
+        const std::string name = std::string(kWeightTypeNames[type]) + " " + std::to_string(n) + "x" +
+                                 std::to_string(k) + " m" + std::to_string(m);
         const std::vector<float> x = floats(random, m * k);
         std::vector<int8_t> xq(static_cast<size_t>(m * blocks_of(k) * kBlock));
         std::vector<XBlock> xb(static_cast<size_t>(m * blocks_of(k)));
