@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.peers import models, pages
+from bench.peers import models, pages, results
 from bench.peers.contestants import HERE, OPENVINO, OPENVINO_CONVERT, Contestant
 from bench.peers.environments import Environment, run
 from bench.peers.field import set_up, take_rounds
@@ -246,7 +246,7 @@ def ratios(saved: dict[str, Any], key: str, least: float = -1.0) -> dict[str, di
                 for k, by in saved["measured"].items()
                 if test in by.get(str(threads), {})
             }
-            fair = [k for k in speeds if not k.startswith(pages.OURS) and saved["measured"][k]["cosine"] >= least]
+            fair = [k for k in speeds if not k.startswith(results.OURS) and saved["measured"][k]["cosine"] >= least]
             peers = [speeds[k] for k in fair]
             if key in speeds and peers:
                 found.setdefault(test, {})[threads] = speeds[key] / max(peers)
@@ -261,12 +261,12 @@ def text(saved: dict[str, Any]) -> str:
     for key, by in saved["measured"].items():
         cells = []
         for test in saved["tests"]:
-            got = [pages.number(by.get(str(t), {}).get(test, {}).get("median"), 0) for t in order]
+            got = [results.number(by.get(str(t), {}).get(test, {}).get("median"), 0) for t in order]
             cells.append(got[0] + (f" ({got[1]})" if len(got) > 1 and got[1] else ""))
         cosine = by.get("cosine")
         loads = by.get(str(order[0]), {}).get("load_s", {}).get("median")
-        shown = f"**{key}**" if key.startswith(pages.OURS) else key
-        rows.append([shown, f"{cosine:.4f}" if cosine else "", *cells, pages.number(loads, 2)])
+        shown = f"**{key}**" if key.startswith(results.OURS) else key
+        rows.append([shown, f"{cosine:.4f}" if cosine else "", *cells, results.number(loads, 2)])
     ours = next((key for key in saved["measured"] if key.endswith("native")), "")
     times, faithful = [], ratios(saved, ours, FAITHFUL)
     for test, by_threads in ratios(saved, ours).items():
@@ -291,7 +291,7 @@ def text(saved: dict[str, Any]) -> str:
 def auto_line(saved: dict[str, Any]) -> str:
     """Where `cpu` is the faster engine of the two; says so where it never is."""
     slower = []
-    measured = {key.rsplit(", ", 1)[1]: by for key, by in saved["measured"].items() if key.startswith(pages.OURS)}
+    measured = {key.rsplit(", ", 1)[1]: by for key, by in saved["measured"].items() if key.startswith(results.OURS)}
     if {"native", "cpu"} - measured.keys():
         return ""
     for test in saved["tests"]:

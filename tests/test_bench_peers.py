@@ -13,7 +13,7 @@ import pytest
 from peer_results import LOSSY, OURS, PEER, saved
 
 from bench import report
-from bench.peers import field, models, pages, rounds, studies
+from bench.peers import field, models, pages, results, rounds, studies
 from bench.peers.contestants import ALL, ALTERNATIVES
 from bench.peers.environments import Environment, SetupFailed
 from bench.peers.rounds import LIMIT, Round, Turn, TurnFailed, parse, quiet, take_turn
@@ -56,9 +56,9 @@ def test_everybody_has_one_turn_a_round_and_no_place_of_his_own() -> None:
 
 
 def test_a_disturbed_turn_is_taken_again_and_the_quiet_one_kept() -> None:
-    results = iter([result(0.9, value=20.0), result(0.0, value=50.0)])
+    turns = iter([result(0.9, value=20.0), result(0.0, value=50.0)])
     waited = []
-    turn = take_turn(lambda: next(results), "a", 2, ready=lambda: waited.append(1))
+    turn = take_turn(lambda: next(turns), "a", 2, ready=lambda: waited.append(1))
     assert len(waited) == 2 and not turn.disturbed and turn.result["tests"]["decode"]["value"] == 50.0
 
 
@@ -229,10 +229,10 @@ def test_gguf_bytes_count_a_tied_table_once_and_an_untied_one_not(tmp_path: Path
 
 
 def test_classes_follow_the_measured_loss() -> None:
-    assert pages.classes(saved()) == {"no more than 1 % lost": [OURS, PEER], "more is lost": [LOSSY]}
+    assert results.classes(saved()) == {"no more than 1 % lost": [OURS, PEER], "more is lost": [LOSSY]}
     unmeasured = saved()
     del unmeasured["quality"][PEER]
-    assert PEER in pages.classes(unmeasured)["more is lost"]
+    assert PEER in results.classes(unmeasured)["more is lost"]
 
 
 def test_the_table_shows_both_thread_counts_and_the_share_of_the_limit() -> None:
@@ -338,7 +338,7 @@ def test_the_busy_process_of_a_study_is_no_disturbance_and_another_one_is() -> N
 def test_medians_are_over_the_rounds_used() -> None:
     contestant = next(c for c in ALL if c.project == "llama.cpp")
     taken = [Round([Turn(contestant.key, 2, result(0.0, value=v))]) for v in (40.0, 90.0, 50.0)]
-    found = pages.collect(taken, [contestant], [2])[contestant.key]["2"]
+    found = results.collect(taken, [contestant], [2])[contestant.key]["2"]
     assert found["decode"] == {"median": 50.0, "values": [40.0, 90.0, 50.0]}
     assert found["short_mib"]["median"] == 100.0 and found["load_s"]["median"] == 0.5
     assert rounds.median([]) is None

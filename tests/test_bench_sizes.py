@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from peer_results import saved
 
-from bench.peers import models, random_models, sizes
+from bench.peers import models, random_models, sizes, sizes_page
 from bench.peers.contestants import ALL
 from bench.peers.environments import SetupFailed
 
@@ -110,7 +110,7 @@ def grown() -> dict:
 
 def test_sizes_are_compared_with_the_fastest_peer_of_their_own_size(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    text = sizes.text(grown(), tmp_path)
+    text = sizes_page.text(grown(), tmp_path)
     assert "| edgeformer q (0.5B) | x 1.50 (x 1.50) |" in text  # 60 : 40, not 60 : 15
     assert "| edgeformer q (1B) | x 3.00 (x 3.00) |" in text
     assert "edgeformer q (1B) 90%." in text and "(0.5B) 120%" not in text  # the limit is asked for from 1B on
@@ -119,8 +119,8 @@ def test_sizes_are_compared_with_the_fastest_peer_of_their_own_size(tmp_path: Pa
 
 
 def test_a_first_token_is_faster_when_it_takes_less() -> None:
-    assert sizes.best_peer(grown(), "1B", 2, "first") == ("llama.cpp q (1B)", pytest.approx(1 / 15))
-    assert "x 3.00 (x 3.00) |" in sizes.ratio_table(grown(), ["1B"]).splitlines()[-1][-20:]
+    assert sizes_page.best_peer(grown(), "1B", 2, "first") == ("llama.cpp q (1B)", pytest.approx(1 / 15))
+    assert "x 3.00 (x 3.00) |" in sizes_page.ratio_table(grown(), ["1B"]).splitlines()[-1][-20:]
 
 
 def test_bytes_of_a_bundle_are_what_the_engine_packs(bundles) -> None:

@@ -6,5 +6,6 @@ models.py        the same model in each project's format, made by its own tools
 runners/         one process, one peer: loads a file, runs the tests, prints JSON
 rounds.py        interleaved rounds, and which of them are thrown away
 quality.py       perplexity and KL divergence of each file against the float model
-pages.py, plots.py   bench/results/peers.json -> docs/performance.md, README.md, docs/images
+results.py       what saved results say: medians, classes, the best peer
+pages.py, sizes_page.py, plots.py   bench/results/peers*.json -> docs/performance.md, README.md, docs/images
 """

@@ -13,12 +13,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.peers import models, pages, quality, sizes, studies
+from bench.peers import models, pages, quality, sizes, sizes_page, studies
 from bench.peers.contestants import ALL, ALTERNATIVES, Contestant
 from bench.peers.environments import SetupFailed
 from bench.peers.field import set_up, take_rounds
 from bench.peers.rounds import TurnFailed, say
-from bench.report import save
+from bench.report import RESULTS, put, save
 
 SCORED = 8192  # tokens of text; the second half of each window counts
 PROMPTS = 16384  # tokens of text that prompts are cut from
@@ -45,7 +45,7 @@ def main() -> None:
     study = studies.ALL[options.study]
     if options.write_only:
         for name in studies.ALL:
-            pages.write_study(studies.ALL[name])
+            write_study(studies.ALL[name])
         return
     words = [word.lower() for word in options.peers or [""]]
     rows = (*ALL, *ALTERNATIVES) if options.alternatives else ALL
@@ -87,7 +87,7 @@ def main() -> None:
             f"all {result['rounds']['taken']} rounds were disturbed; nothing is written. Try again on a quiet machine."
         )
     save(study.file, result)
-    pages.write_study(study)
+    write_study(study)
 
 
 def measure_quality(chosen: list[Contestant], absent: dict[str, str], work: Path) -> dict[str, Any]:
@@ -102,6 +102,20 @@ def measure_quality(chosen: list[Contestant], absent: dict[str, str], work: Path
             absent[f"{contestant.key}: quality"] = str(error)
             say(f"quality of {contestant.key}: {error}")
     return found
+
+
+def write_study(study: studies.Study) -> None:
+    """What is saved of a study, into the pages; nothing if it was never taken."""
+    path = RESULTS / f"{study.file}.json"
+    if not path.exists():
+        return
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if study is studies.MAIN:
+        pages.write(saved)
+    elif study is studies.SIZES:
+        put(pages.PAGE, study.file, sizes_page.text(saved, pages.IMAGES))
+    else:
+        put(pages.PAGE, study.file, pages.curve(saved, study))
 
 
 if __name__ == "__main__":

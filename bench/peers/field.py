@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.peers import models, pages
+from bench.peers import models, results
 from bench.peers.contestants import HERE, Contestant
 from bench.peers.environments import SetupFailed, run
 from bench.peers.rounds import LIMIT, TRIES, Round, TurnFailed, quiet, say, settle, take_turn, worker
@@ -96,7 +96,7 @@ def take_rounds(
         "contestants": {c.key: facts(c) for c in chosen},
         "absent": absent,
         "memory": {str(n): [one.memory[n] for one in used] for n in threads},
-        "measured": pages.collect(used, chosen, threads),
+        "measured": results.collect(used, chosen, threads),
     }
 
 

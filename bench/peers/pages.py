@@ -2,63 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from bench.peers.contestants import Contestant
-from bench.peers.rounds import Round, median, values
+from bench.peers import plots
+from bench.peers.results import COLUMNS, OURS, classes, compared, limit, number, ratio, tests_of, times_best
+from bench.peers.rounds import median
 from bench.peers.studies import Study
-from bench.report import RESULTS, ROOT, elsewhere, put, table
+from bench.report import ROOT, elsewhere, put, table
 
 PAGE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "images"
-OURS = "edgeformer"
-STRICT = 1.01  # perplexity ratio up to which a file counts as "no more than 1 % lost"
-PROCESS = ("load_s", "import_s", "peak_mib", "library_mib", "loaded_mib", "cores")
-COLUMNS = {  # test -> (heading, digits, whether more is better)
-    "decode": ("decode, 32-token prompt", 0, True),
-    "decode@1024": ("at depth 1024", 0, True),
-    "prefill512": ("prefill 512", 0, True),
-    "batch8": ("decode, batch 8", 0, True),
-    "first": ("first token, s", 3, False),
-    "load_s": ("load, s", 2, False),
-    "short_mib": ("peak MiB, short prompt", 0, False),
-    "long_mib": ("peak MiB, depth 1024", 0, False),
-}
-
-
-def collect(rounds: list[Round], chosen: list[Contestant], threads: list[int]) -> dict[str, Any]:
-    """contestant -> threads -> test -> {median, values}, over the rounds given."""
-    found: dict[str, Any] = {}
-    for contestant in chosen:
-        for count in threads:
-            turns = [
-                turn
-                for one in rounds
-                for turn in one.turns
-                if (turn.contestant, turn.threads) == (contestant.key, count)
-            ]
-            if not turns:
-                continue
-            names = [name for name, test in turns[0].result["tests"].items() if "value" in test]
-            numbers = {n: values(rounds, contestant.key, count, n) for n in (*names, *PROCESS)}
-            for name, test in (("short_mib", "decode"), ("long_mib", "decode@1024")):
-                numbers[name] = [t.result["tests"][test]["rss_mib"] for t in turns if test in t.result["tests"]]
-            found.setdefault(contestant.key, {})[str(count)] = {
-                name: {"median": median(got), "values": got} for name, got in numbers.items() if got
-            }
-            cosines = [
-                t["least_cosine"] for turn in turns for t in turn.result["tests"].values() if "least_cosine" in t
-            ]
-            if cosines:  # an encoder's; they depend on neither threads nor rounds but for the order of sums
-                found[contestant.key]["cosine"] = min(cosines)
-            found[contestant.key]["versions"] = turns[0].result["versions"]
-            found[contestant.key]["tokens"] = turns[0].result["tests"]["decode"]["tokens"] if "decode" in names else []
-    return found
-
-
-def number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:,.{digits}f}"
 
 
 def cell(saved: dict[str, Any], key: str, test: str) -> str:
@@ -71,37 +24,6 @@ def cell(saved: dict[str, Any], key: str, test: str) -> str:
     if test.endswith("_mib"):
         return number(got[0], digits)
     return number(got[0], digits) + (f" ({number(got[1], digits)})" if len(got) > 1 and got[1] is not None else "")
-
-
-def limit(saved: dict[str, Any], key: str, threads: int) -> float | None:
-    """Tokens a second if nothing but the weights were read, at the measured speed of a plain read."""
-    speeds = [one["gb_s"] for one in saved["memory"].get(str(threads), [])]
-    return max(speeds) * 1e9 / saved["contestants"][key]["token_bytes"] if speeds else None
-
-
-def ratio(saved: dict[str, Any], key: str) -> float | None:
-    """Perplexity over the float model's."""
-    quality = saved["quality"].get(key)
-    return quality["perplexity"] / quality["perplexity_float"] if quality else None
-
-
-def classes(saved: dict[str, Any]) -> dict[str, list[str]]:
-    """The contestants by what they lost, as measured. The public loop's row is its engine's and stands apart."""
-    keys = [key for key in saved["measured"] if "model.stream" not in key]
-    strict = [key for key in keys if (ratio(saved, key) or 9.0) <= STRICT]
-    return {"no more than 1 % lost": strict, "more is lost": [key for key in keys if key not in strict]}
-
-
-def best_peer(saved: dict[str, Any], keys: list[str], threads: int, test: str) -> tuple[str, float] | None:
-    """The best number of a test among the peers in `keys`."""
-    found = [
-        (key, saved["measured"][key][str(threads)][test]["median"])
-        for key in keys
-        if not key.startswith(OURS) and test in saved["measured"][key].get(str(threads), {})
-    ]
-    if not found:
-        return None
-    return (max if COLUMNS[test][2] else min)(found, key=lambda pair: pair[1])
 
 
 def main_table(saved: dict[str, Any]) -> str:
@@ -133,11 +55,11 @@ def main_table(saved: dict[str, Any]) -> str:
 def ratio_table(saved: dict[str, Any]) -> str:
     """edgeformer over the best peer of a class, test by test; above 1 is faster or smaller."""
     rows = []
-    for key, field in _compared(saved):
+    for key, field in compared(saved):
         for test, (heading, digits, _) in COLUMNS.items():
             cells = []
             for threads in sorted(saved["threads"], reverse=True):
-                found = _times(saved, key, field, threads, test)
+                found = times_best(saved, key, field, threads, test)
                 if found is None:
                     cells.append("")
                     continue
@@ -148,33 +70,17 @@ def ratio_table(saved: dict[str, Any]) -> str:
     return table(["file", "test", *heads], rows)
 
 
-def _compared(saved: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """(each of our files, whom it is compared with): its class, or everybody where it may lose more."""
-    groups = classes(saved)
-    strict, everybody = groups["no more than 1 % lost"], [key for keys in groups.values() for key in keys]
-    return [(key, strict if key in strict else everybody) for key in everybody if key.startswith(OURS)]
-
-
-def _times(
-    saved: dict[str, Any], key: str, field: list[str], threads: int, test: str
-) -> tuple[float, float, float, str] | None:
-    """(how many times the best of `field`, our number, the best, whose it is); above 1 is faster or smaller."""
-    best = best_peer(saved, field, threads, test)
-    own = saved["measured"][key].get(str(threads), {}).get(test, {}).get("median")
-    if best is None or own is None:
-        return None
-    return (own / best[1] if COLUMNS[test][2] else best[1] / own), own, best[1], best[0]
-
-
 def times_table(saved: dict[str, Any]) -> str:
     """How many times as fast as the best peer, on each machine that took the study; 2 threads (1 thread)."""
     tests = ("decode", "decode@1024", "prefill512", "batch8", "first")
     rows = []
     for machine in (saved, *elsewhere("peers")):
-        for key, field in _compared(machine):
+        for key, field in compared(machine):
             cells = []
             for test in tests:
-                by_threads = (_times(machine, key, field, n, test) for n in sorted(machine["threads"], reverse=True))
+                by_threads = (
+                    times_best(machine, key, field, n, test) for n in sorted(machine["threads"], reverse=True)
+                )
                 found = [f"{times[0]:.2f}" for times in by_threads if times is not None]
                 cells.append(f"x {found[0]}" + (f" ({found[1]})" if len(found) > 1 else "") if found else "")
             rows.append([f"{machine['machine']['cpu']}, {machine['machine']['date']}", key, *cells])
@@ -284,25 +190,9 @@ def readme_table(saved: dict[str, Any]) -> str:
     return table(header, rows)
 
 
-def write_study(study: Study) -> None:
-    """What is saved of a study, into the pages; nothing if it was never taken."""
-    path = RESULTS / f"{study.file}.json"
-    if not path.exists():
-        return
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    if study.name == "main":
-        write(saved)
-    elif study.name == "sizes":
-        from bench.peers import sizes
-
-        put(PAGE, study.file, sizes.text(saved, IMAGES))
-    else:
-        put(PAGE, study.file, curve(saved, study))
-
-
 def curve(saved: dict[str, Any], study: Study) -> str:
     """A study's block: conditions, one column a test, and the plot if the tests have an axis."""
-    names = list(dict.fromkeys(n for found in saved["measured"].values() for n in _tests(found)))
+    names = list(dict.fromkeys(n for found in saved["measured"].values() for n in tests_of(found)))
     rows = []
     for key, found in saved["measured"].items():
         cells = []
@@ -312,8 +202,6 @@ def curve(saved: dict[str, Any], study: Study) -> str:
         rows.append([f"**{key}**" if key.startswith(OURS) else key, *cells])
     parts = [conditions(saved), "Tokens a second; 2 threads (1 thread).", table(["", *names], rows)]
     if study.axis:
-        from bench.peers import plots
-
         IMAGES.mkdir(parents=True, exist_ok=True)
         path = plots.lines(saved, IMAGES / f"{study.file}.png", f"{study.name} ", study.axis, study.title)
         parts.append(f"![{study.title}](images/{path.name})")
@@ -321,16 +209,8 @@ def curve(saved: dict[str, Any], study: Study) -> str:
     return "\n\n".join(parts)
 
 
-def _tests(found: dict[str, Any]) -> list[str]:
-    """The names of a contestant's tests, without what is of the whole process."""
-    whole = (*PROCESS, "short_mib", "long_mib")
-    return [name for key, tests in found.items() if key.isdigit() for name in tests if name not in whole]
-
-
 def write(saved: dict[str, Any]) -> None:
     """The main study: both pages and the plots."""
-    from bench.peers import plots
-
     images = plots.draw(saved, IMAGES)
     shown = "\n\n".join(f"![{title}](images/{path.name})" for title, path in images)
     text = [

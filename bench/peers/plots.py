@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.peers import pages
+from bench.peers.results import OURS, limit, ratio
 
 COLORS = {
     "edgeformer": "#c0392b",
@@ -42,7 +42,7 @@ def lines(saved: dict[str, Any], path: Path, prefix: str, axis: str, title: str)
             (int(name.removeprefix(prefix)), test["median"]) for name, test in tests.items() if name.startswith(prefix)
         )
         if points:
-            ours = key.startswith(pages.OURS)
+            ours = key.startswith(OURS)
             style = {"color": _color(saved, key), "linewidth": 2.5 if ours else 1.2, "marker": "o", "markersize": 4}
             plot.plot(*zip(*points, strict=True), label=key, linestyle=_dash(saved, key), **style)
     plot.set_xscale("log", base=2)
@@ -78,7 +78,7 @@ def sizes(saved: dict[str, Any], path: Path, parameters: dict[str, float]) -> Pa
                 if (about["project"], about["name"]) == (project, name) and value:
                     points.append((parameters[about["size"]], value))
             same = [n for p, n in kinds if p == project]
-            style = {"color": COLORS.get(project, OTHER), "linewidth": 2.5 if project == pages.OURS else 1.2}
+            style = {"color": COLORS.get(project, OTHER), "linewidth": 2.5 if project == OURS else 1.2}
             dash = ("-", "--", ":", "-.")[same.index(name) % 4]
             if points:
                 pane.plot(
@@ -87,8 +87,8 @@ def sizes(saved: dict[str, Any], path: Path, parameters: dict[str, float]) -> Pa
         if test == "decode":
             bounds: dict[float, float] = {}
             for key, about in saved["contestants"].items():
-                bound = pages.limit(saved, key, threads)
-                if about["project"] == pages.OURS and bound:
+                bound = limit(saved, key, threads)
+                if about["project"] == OURS and bound:
                     size = parameters[about["size"]]
                     bounds[size] = max(bound, bounds.get(size, 0.0))
             if bounds:
@@ -120,7 +120,7 @@ def _bars(saved: dict[str, Any], path: Path, test: str, mark: str) -> Path:
         single = saved["measured"][key].get(str(rest[0]), {}).get(test, {}).get("median") if rest else None
         if single:
             plot.plot([single, single], [place - 0.35, place + 0.35], color="white", linewidth=2)
-        bound = pages.limit(saved, key, most)
+        bound = limit(saved, key, most)
         if test == "decode" and bound:
             plot.plot([bound, bound], [place - 0.35, place + 0.35], color="black", linewidth=1.5, linestyle=":")
         plot.text(value, place, f" {value:.0f}", va="center", fontsize=8)
@@ -137,7 +137,7 @@ def _share(saved: dict[str, Any], path: Path, mark: str) -> Path:
     figure, plot = _figure(8, 4.8)
     points = []
     for key, found in saved["measured"].items():
-        value, bound = found.get(str(most), {}).get("decode", {}).get("median"), pages.limit(saved, key, most)
+        value, bound = found.get(str(most), {}).get("decode", {}).get("median"), limit(saved, key, most)
         quality = saved["quality"].get(key)
         if value and bound and quality:
             points.append((value / bound, max(quality["mean_kl"], 1e-4), key))
@@ -159,7 +159,7 @@ def _share(saved: dict[str, Any], path: Path, mark: str) -> Path:
 
 
 def _label(saved: dict[str, Any], key: str) -> str:
-    lost = pages.ratio(saved, key)
+    lost = ratio(saved, key)
     return f"{key}\nperplexity x {lost:.3f}" if lost else key
 
 

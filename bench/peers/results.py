@@ -1,0 +1,111 @@
+"""What saved results say: medians, classes, the best peer of each, without a word of any page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.peers.contestants import Contestant
+from bench.peers.rounds import Round, median, values
+
+OURS = "edgeformer"
+STRICT = 1.01  # perplexity ratio up to which a file counts as "no more than 1 % lost"
+PROCESS = ("load_s", "import_s", "peak_mib", "library_mib", "loaded_mib", "cores")
+COLUMNS = {  # test -> (heading, digits, whether more is better)
+    "decode": ("decode, 32-token prompt", 0, True),
+    "decode@1024": ("at depth 1024", 0, True),
+    "prefill512": ("prefill 512", 0, True),
+    "batch8": ("decode, batch 8", 0, True),
+    "first": ("first token, s", 3, False),
+    "load_s": ("load, s", 2, False),
+    "short_mib": ("peak MiB, short prompt", 0, False),
+    "long_mib": ("peak MiB, depth 1024", 0, False),
+}
+
+
+def collect(rounds: list[Round], chosen: list[Contestant], threads: list[int]) -> dict[str, Any]:
+    """contestant -> threads -> test -> {median, values}, over the rounds given."""
+    found: dict[str, Any] = {}
+    for contestant in chosen:
+        for count in threads:
+            turns = [
+                turn
+                for one in rounds
+                for turn in one.turns
+                if (turn.contestant, turn.threads) == (contestant.key, count)
+            ]
+            if not turns:
+                continue
+            names = [name for name, test in turns[0].result["tests"].items() if "value" in test]
+            numbers = {n: values(rounds, contestant.key, count, n) for n in (*names, *PROCESS)}
+            for name, test in (("short_mib", "decode"), ("long_mib", "decode@1024")):
+                numbers[name] = [t.result["tests"][test]["rss_mib"] for t in turns if test in t.result["tests"]]
+            found.setdefault(contestant.key, {})[str(count)] = {
+                name: {"median": median(got), "values": got} for name, got in numbers.items() if got
+            }
+            cosines = [
+                t["least_cosine"] for turn in turns for t in turn.result["tests"].values() if "least_cosine" in t
+            ]
+            if cosines:  # an encoder's; they depend on neither threads nor rounds but for the order of sums
+                found[contestant.key]["cosine"] = min(cosines)
+            found[contestant.key]["versions"] = turns[0].result["versions"]
+            found[contestant.key]["tokens"] = turns[0].result["tests"]["decode"]["tokens"] if "decode" in names else []
+    return found
+
+
+def number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:,.{digits}f}"
+
+
+def limit(saved: dict[str, Any], key: str, threads: int) -> float | None:
+    """Tokens a second if nothing but the weights were read, at the measured speed of a plain read."""
+    speeds = [one["gb_s"] for one in saved["memory"].get(str(threads), [])]
+    return max(speeds) * 1e9 / saved["contestants"][key]["token_bytes"] if speeds else None
+
+
+def ratio(saved: dict[str, Any], key: str) -> float | None:
+    """Perplexity over the float model's."""
+    quality = saved["quality"].get(key)
+    return quality["perplexity"] / quality["perplexity_float"] if quality else None
+
+
+def classes(saved: dict[str, Any]) -> dict[str, list[str]]:
+    """The contestants by what they lost, as measured. The public loop's row is its engine's and stands apart."""
+    keys = [key for key in saved["measured"] if "model.stream" not in key]
+    strict = [key for key in keys if (ratio(saved, key) or 9.0) <= STRICT]
+    return {"no more than 1 % lost": strict, "more is lost": [key for key in keys if key not in strict]}
+
+
+def best_peer(saved: dict[str, Any], keys: list[str], threads: int, test: str) -> tuple[str, float] | None:
+    """The best number of a test among the peers in `keys`."""
+    found = [
+        (key, saved["measured"][key][str(threads)][test]["median"])
+        for key in keys
+        if not key.startswith(OURS) and test in saved["measured"][key].get(str(threads), {})
+    ]
+    if not found:
+        return None
+    return (max if COLUMNS[test][2] else min)(found, key=lambda pair: pair[1])
+
+
+def compared(saved: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """(each of our files, whom it is compared with): its class, or everybody where it may lose more."""
+    groups = classes(saved)
+    strict, everybody = groups["no more than 1 % lost"], [key for keys in groups.values() for key in keys]
+    return [(key, strict if key in strict else everybody) for key in everybody if key.startswith(OURS)]
+
+
+def times_best(
+    saved: dict[str, Any], key: str, field: list[str], threads: int, test: str
+) -> tuple[float, float, float, str] | None:
+    """(how many times the best of `field`, our number, the best, whose it is); above 1 is faster or smaller."""
+    best = best_peer(saved, field, threads, test)
+    own = saved["measured"][key].get(str(threads), {}).get(test, {}).get("median")
+    if best is None or own is None:
+        return None
+    return (own / best[1] if COLUMNS[test][2] else best[1] / own), own, best[1], best[0]
+
+
+def tests_of(found: dict[str, Any]) -> list[str]:
+    """The names of a contestant's tests, without what is of the whole process."""
+    whole = (*PROCESS, "short_mib", "long_mib")
+    return [name for key, tests in found.items() if key.isdigit() for name in tests if name not in whole]
