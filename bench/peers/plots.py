@@ -34,7 +34,7 @@ def draw(saved: dict[str, Any], folder: Path) -> list[tuple[str, Path]]:
 
 def lines(saved: dict[str, Any], path: Path, prefix: str, axis: str, title: str) -> Path:
     """A study: tokens a second of the tests PREFIX<number>, with the most threads, one line a contestant."""
-    figure, plot = _figure(7.5, 4.5)
+    figure, plot = _figure(9.5, 4.5)  # the legend stands beside the lines
     threads = str(max(saved["threads"]))
     for key, found in saved["measured"].items():
         tests = found.get(threads, {})
@@ -51,7 +51,7 @@ def lines(saved: dict[str, Any], path: Path, prefix: str, axis: str, title: str)
     plot.set_xlabel(axis)
     plot.set_ylabel("tokens a second")
     plot.set_title(title if saved["undisturbed"] else f"{title} (DISTURBED)")
-    plot.legend(fontsize=7)
+    plot.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
     return _save(figure, path)
 
 
@@ -144,13 +144,18 @@ def _share(saved: dict[str, Any], path: Path, mark: str) -> Path:
     named: list[tuple[float, float]] = []
     for share, lost, key in sorted(points):
         plot.scatter(lost, share, color=_color(saved, key), s=45)
+        beside = [other / lost for height, other, name in points if name != key and abs(height - share) < 0.055]
+        if any(1 < times < 5 for times in beside) and not any(0.2 < times <= 1 for times in beside):
+            plot.annotate(key, (lost, share), fontsize=7, xytext=(-6, -2), textcoords="offset points", ha="right")
+            continue
         near = [height + 0.045 for other, height in named if 0.2 < other / lost < 5 and share < height + 0.045]
         place = max([share, *near])  # names that would lie on one another go up
         named.append((lost, place))
         plot.annotate(key, (lost, place), fontsize=7, xytext=(6, -2), textcoords="offset points")
     plot.axhline(1.0, color="black", linestyle=":", linewidth=1)
     plot.set_xscale("log")
-    plot.set_xlim(right=max((lost for _, lost, _ in points), default=1.0) * 6)  # room for the names
+    losses = [lost for _, lost, _ in points] or [1.0]
+    plot.set_xlim(min(losses) / 4, max(losses) * 6)  # room for the names
     plot.set_ylim(0, max(1.0, *(share for share, _, _ in points)) * 1.08 if points else 1.0)
     plot.set_xlabel("mean KL divergence from the float model, nats")
     plot.set_ylabel("decoding, share of the memory limit")
