@@ -261,10 +261,9 @@ def text(saved: dict[str, Any]) -> str:
     for key, by in saved["measured"].items():
         cells = []
         for test in saved["tests"]:
-            got = [results.number(by.get(str(t), {}).get(test, {}).get("median"), 0) for t in order]
-            cells.append(got[0] + (f" ({got[1]})" if len(got) > 1 and got[1] else ""))
+            cells.append(results.both([results.measured(saved, key, threads, test) for threads in order], 0))
         cosine = by.get("cosine")
-        loads = by.get(str(order[0]), {}).get("load_s", {}).get("median")
+        loads = results.measured(saved, key, order[0], "load_s")
         shown = f"**{key}**" if key.startswith(results.OURS) else key
         rows.append([shown, f"{cosine:.4f}" if cosine else "", *cells, results.number(loads, 2)])
     ours = next((key for key in saved["measured"] if key.endswith("native")), "")

@@ -14,6 +14,21 @@ struct Lines {
   Lines(const Tensor& t, int64_t axis) {
     for (int i = 0; i < t.rank; ++i) (i < axis ? outer : i == axis ? size : inner) *= t.shape[i];
   }
+  // Where line `i` begins in a tensor with `elements` along the axis; its elements stand `inner` apart.
+  int64_t start(int64_t i, int64_t elements) const { return i / inner * elements * inner + i % inner; }
+};
+
+// An operation over lines: each along spec's `axis` of the first input.
+class LineOp : public ParallelOp {
+ public:
+  using ParallelOp::ParallelOp;
+
+ protected:
+  Lines lines(const Run& run) const { return {in(run, 0), spec_.integer("axis")}; }
+  int64_t units(const Run& run) const override {
+    const Lines l = lines(run);
+    return l.outer * l.inner;
+  }
 };
 
 class Reduce final : public ParallelOp {
@@ -129,20 +144,19 @@ class Reduce final : public ParallelOp {
 };
 
 // Index of the largest (or smallest) along an axis, the first of equals.
-class ArgExtreme final : public ParallelOp {
+class ArgExtreme final : public LineOp {
  public:
-  using ParallelOp::ParallelOp;
+  using LineOp::LineOp;
 
  protected:
-  int64_t units(const Run& run) const override { return out(run, 0).count; }
   int64_t unit_cost(const Run& run) const override { return in(run, 0).shape[spec_.integer("axis")]; }
   void run_units(Run& run, int64_t begin, int64_t end, int) const override {
     const Tensor& x = in(run, 0);
-    const Lines l(x, spec_.integer("axis"));
+    const Lines l = lines(run);
     const bool smallest = spec_.integer("smallest") != 0;
     const auto search = [&](const auto* from) {
       for (int64_t i = begin; i < end; ++i) {
-        const auto* line = from + i / l.inner * l.size * l.inner + i % l.inner;
+        const auto* line = from + l.start(i, l.size);
         int64_t best = 0;
         for (int64_t j = 1; j < l.size; ++j) {
           const auto v = line[j * l.inner], most = line[best * l.inner];
@@ -160,26 +174,22 @@ class ArgExtreme final : public ParallelOp {
 };
 
 // The largest (or smallest) k along an axis, in order; equal values in order of their index.
-class TopK final : public ParallelOp {
+class TopK final : public LineOp {
  public:
-  using ParallelOp::ParallelOp;
+  using LineOp::LineOp;
 
  protected:
-  int64_t units(const Run& run) const override {
-    const Lines l(in(run, 0), spec_.integer("axis"));
-    return l.outer * l.inner;
-  }
   int64_t unit_cost(const Run& run) const override { return 8 * in(run, 0).shape[spec_.integer("axis")]; }
   void run_units(Run& run, int64_t begin, int64_t end, int) const override {
     const Tensor& x = in(run, 0);
-    const Lines l(x, spec_.integer("axis"));
+    const Lines l = lines(run);
     const int64_t k = out(run, 1).shape[spec_.integer("axis")];
     if (k > l.size) throw InputProblem("TopK of more elements than there are");
     const bool largest = spec_.integer("largest") != 0;
     std::vector<int64_t> order(l.size);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t base = i / l.inner * l.size * l.inner + i % l.inner;
-      const int64_t to = i / l.inner * k * l.inner + i % l.inner;
+      const int64_t base = l.start(i, l.size);
+      const int64_t to = l.start(i, k);
       for (int64_t j = 0; j < l.size; ++j) order[j] = j;
       const auto pick = [&](auto* from, auto* values) {
         std::partial_sort(order.begin(), order.begin() + k, order.end(), [&](int64_t a, int64_t b) {
@@ -200,26 +210,22 @@ class TopK final : public ParallelOp {
   }
 };
 
-class Softmax final : public ParallelOp {
+class Softmax final : public LineOp {
  public:
-  using ParallelOp::ParallelOp;
+  using LineOp::LineOp;
 
  protected:
-  int64_t units(const Run& run) const override {
-    const Lines l(in(run, 0), spec_.integer("axis"));
-    return l.outer * l.inner;
-  }
   int64_t unit_cost(const Run& run) const override { return 8 * in(run, 0).shape[spec_.integer("axis")]; }
   void run_units(Run& run, int64_t begin, int64_t end, int) const override {
     const Tensor &x = in(run, 0), &y = out(run, 0);
-    const Lines l(x, spec_.integer("axis"));
+    const Lines l = lines(run);
     const bool log = spec_.integer("log") != 0;
     if (l.inner == 1 && !log) {
       run.k->softmax(x.f32() + begin * l.size, l.size, end - begin, l.size, y.f32() + begin * l.size, l.size);
       return;
     }
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t base = i / l.inner * l.size * l.inner + i % l.inner;
+      const int64_t base = l.start(i, l.size);
       float most = -INFINITY;
       for (int64_t j = 0; j < l.size; ++j) most = std::max(most, x.f32()[base + j * l.inner]);
       double sum = 0;
@@ -232,23 +238,19 @@ class Softmax final : public ParallelOp {
   }
 };
 
-class CumSum final : public ParallelOp {
+class CumSum final : public LineOp {
  public:
-  using ParallelOp::ParallelOp;
+  using LineOp::LineOp;
 
  protected:
-  int64_t units(const Run& run) const override {
-    const Lines l(in(run, 0), spec_.integer("axis"));
-    return l.outer * l.inner;
-  }
   int64_t unit_cost(const Run& run) const override { return in(run, 0).shape[spec_.integer("axis")]; }
   void run_units(Run& run, int64_t begin, int64_t end, int) const override {
     const Tensor &x = in(run, 0), &y = out(run, 0);
-    const Lines l(x, spec_.integer("axis"));
+    const Lines l = lines(run);
     const bool exclusive = spec_.integer("exclusive") != 0, reverse = spec_.integer("reverse") != 0;
     const auto scan = [&](auto* from, auto* to, auto zero) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t base = i / l.inner * l.size * l.inner + i % l.inner;
+        const int64_t base = l.start(i, l.size);
         auto acc = zero;
         for (int64_t j = 0; j < l.size; ++j) {
           const int64_t at = base + (reverse ? l.size - 1 - j : j) * l.inner;

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from peer_results import saved
 
-from bench.peers import models, random_models, sizes, sizes_page
+from bench.peers import models, random_models, results, sizes, sizes_page
 from bench.peers.contestants import ALL
 from bench.peers.environments import SetupFailed
 
@@ -119,7 +119,8 @@ def test_sizes_are_compared_with_the_fastest_peer_of_their_own_size(tmp_path: Pa
 
 
 def test_a_first_token_is_faster_when_it_takes_less() -> None:
-    assert sizes_page.best_peer(grown(), "1B", 2, "first") == ("llama.cpp q (1B)", pytest.approx(1 / 15))
+    peers = sizes_page.peers_of(grown(), "1B")
+    assert results.best_peer(grown(), peers, 2, "first") == ("llama.cpp q (1B)", pytest.approx(1 / 15))
     assert "x 3.00 (x 3.00) |" in sizes_page.ratio_table(grown(), ["1B"]).splitlines()[-1][-20:]
 
 

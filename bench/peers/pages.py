@@ -5,7 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from bench.peers import plots
-from bench.peers.results import COLUMNS, OURS, classes, compared, limit, number, ratio, tests_of, times_best
+from bench.peers.results import (
+    COLUMNS,
+    OURS,
+    both,
+    classes,
+    compared,
+    measured,
+    number,
+    ratio,
+    share,
+    tests_of,
+    times_best,
+)
 from bench.peers.rounds import median
 from bench.peers.studies import Study
 from bench.report import ROOT, elsewhere, put, table
@@ -16,19 +28,15 @@ IMAGES = ROOT / "docs" / "images"
 
 def cell(saved: dict[str, Any], key: str, test: str) -> str:
     """Medians of both thread counts, "2 threads (1 thread)"."""
-    digits = COLUMNS[test][1]
-    most, *others = [str(count) for count in sorted(saved["threads"], reverse=True)]
-    got = [saved["measured"].get(key, {}).get(count, {}).get(test, {}).get("median") for count in (most, *others)]
-    if got[0] is None:
-        return ""
+    order = sorted(saved["threads"], reverse=True)
     if test.endswith("_mib"):
-        return number(got[0], digits)
-    return number(got[0], digits) + (f" ({number(got[1], digits)})" if len(got) > 1 and got[1] is not None else "")
+        order = order[:1]
+    return both([measured(saved, key, threads, test) for threads in order], COLUMNS[test][1])
 
 
 def main_table(saved: dict[str, Any]) -> str:
     most = max(saved["threads"])
-    header = ["", "perplexity", "KL", "MB a token", *(heading for heading, _, _ in COLUMNS.values())]
+    header = ["", "perplexity", "KL", "MB a token", *(heading for heading, _ in COLUMNS.values())]
     header.insert(5, "of the memory limit")
     rows = []
     for name, keys in classes(saved).items():
@@ -36,10 +44,9 @@ def main_table(saved: dict[str, Any]) -> str:
             rows.append([f"**{name}**", *[""] * (len(header) - 1)])
         for key in sorted(keys, key=lambda k: (not k.startswith(OURS), k)):
             lost, quality = ratio(saved, key), saved["quality"].get(key, {})
-            reached = saved["measured"][key].get(str(most), {}).get("decode", {}).get("median")
-            bound = limit(saved, key, most)
+            reached = share(saved, key, most)
             cells = [cell(saved, key, test) for test in COLUMNS]
-            cells.insert(1, f"{reached / bound:.0%}" if reached and bound else "")
+            cells.insert(1, f"{reached:.0%}" if reached else "")
             rows.append(
                 [
                     f"**{key}**" if key.startswith(OURS) else key,
@@ -56,7 +63,7 @@ def ratio_table(saved: dict[str, Any]) -> str:
     """edgeformer over the best peer of a class, test by test; above 1 is faster or smaller."""
     rows = []
     for key, field in compared(saved):
-        for test, (heading, digits, _) in COLUMNS.items():
+        for test, (heading, digits) in COLUMNS.items():
             cells = []
             for threads in sorted(saved["threads"], reverse=True):
                 found = times_best(saved, key, field, threads, test)
@@ -121,10 +128,10 @@ def settings(saved: dict[str, Any]) -> str:
 def greedy_line(saved: dict[str, Any]) -> str:
     """Who used more cores than the threads it was given; empty where nobody did."""
     found = []
-    for key, measured in saved["measured"].items():
+    for key in saved["measured"]:
         for threads in saved["threads"]:
-            cores = measured.get(str(threads), {}).get("cores", {}).get("median", 0.0)
-            if cores > threads + 0.1:
+            cores = measured(saved, key, threads, "cores")
+            if cores is not None and cores > threads + 0.1:
                 found.append(f"{key} used {cores:.2f} cores with {threads} thread{'s' if threads > 1 else ''}")
     return f"Not what was asked for: {'; '.join(found)}." if found else ""
 
@@ -193,12 +200,11 @@ def readme_table(saved: dict[str, Any]) -> str:
 def curve(saved: dict[str, Any], study: Study) -> str:
     """A study's block: conditions, one column a test, and the plot if the tests have an axis."""
     names = list(dict.fromkeys(n for found in saved["measured"].values() for n in tests_of(found)))
-    rows = []
-    for key, found in saved["measured"].items():
+    order, rows = sorted(saved["threads"], reverse=True), []
+    for key in saved["measured"]:
         cells = []
         for name in names:
-            got = [found.get(str(t), {}).get(name, {}).get("median") for t in sorted(saved["threads"], reverse=True)]
-            cells.append(number(got[0], 0) + (f" ({number(got[1], 0)})" if len(got) > 1 and got[1] else ""))
+            cells.append(both([measured(saved, key, threads, name) for threads in order], 0))
         rows.append([f"**{key}**" if key.startswith(OURS) else key, *cells])
     parts = [conditions(saved), "Tokens a second; 2 threads (1 thread).", table(["", *names], rows)]
     if study.axis:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.peers.results import OURS, limit, ratio
+from bench.peers.results import OURS, limit, measured, ratio, share
 
 COLORS = {
     "edgeformer": "#c0392b",
@@ -74,7 +74,7 @@ def sizes(saved: dict[str, Any], path: Path, parameters: dict[str, float]) -> Pa
         for project, name in kinds:
             points = []
             for key, about in saved["contestants"].items():
-                value = saved["measured"].get(key, {}).get(str(threads), {}).get(test, {}).get("median")
+                value = measured(saved, key, threads, test)
                 if (about["project"], about["name"]) == (project, name) and value:
                     points.append((parameters[about["size"]], value))
             same = [n for p, n in kinds if p == project]
@@ -112,12 +112,12 @@ def sizes(saved: dict[str, Any], path: Path, parameters: dict[str, float]) -> Pa
 
 def _bars(saved: dict[str, Any], path: Path, test: str, mark: str) -> Path:
     most, *rest = sorted(saved["threads"], reverse=True)
-    got = [(key, found.get(str(most), {}).get(test, {}).get("median")) for key, found in saved["measured"].items()]
-    rows = sorted(((key, value) for key, value in got if value and "model.stream" not in key), key=lambda row: row[1])
+    got = [(key, measured(saved, key, most, test)) for key in saved["measured"] if "model.stream" not in key]
+    rows = sorted(((key, value) for key, value in got if value), key=lambda row: row[1])
     figure, plot = _figure(8, 0.42 * len(rows) + 1.2)
     for place, (key, value) in enumerate(rows):
         plot.barh(place, value, color=_color(saved, key), height=0.7)
-        single = saved["measured"][key].get(str(rest[0]), {}).get(test, {}).get("median") if rest else None
+        single = measured(saved, key, rest[0], test) if rest else None
         if single:
             plot.plot([single, single], [place - 0.35, place + 0.35], color="white", linewidth=2)
         bound = limit(saved, key, most)
@@ -136,27 +136,26 @@ def _share(saved: dict[str, Any], path: Path, mark: str) -> Path:
     most = max(saved["threads"])
     figure, plot = _figure(8, 4.8)
     points = []
-    for key, found in saved["measured"].items():
-        value, bound = found.get(str(most), {}).get("decode", {}).get("median"), limit(saved, key, most)
-        quality = saved["quality"].get(key)
-        if value and bound and quality:
-            points.append((value / bound, max(quality["mean_kl"], 1e-4), key))
+    for key in saved["measured"]:
+        reached, quality = share(saved, key, most), saved["quality"].get(key)
+        if reached and quality:
+            points.append((reached, max(quality["mean_kl"], 1e-4), key))
     named: list[tuple[float, float]] = []
-    for share, lost, key in sorted(points):
-        plot.scatter(lost, share, color=_color(saved, key), s=45)
-        beside = [other / lost for height, other, name in points if name != key and abs(height - share) < 0.055]
+    for height, lost, key in sorted(points):
+        plot.scatter(lost, height, color=_color(saved, key), s=45)
+        beside = [other / lost for level, other, name in points if name != key and abs(level - height) < 0.055]
         if any(1 < times < 5 for times in beside) and not any(0.2 < times <= 1 for times in beside):
-            plot.annotate(key, (lost, share), fontsize=7, xytext=(-6, -2), textcoords="offset points", ha="right")
+            plot.annotate(key, (lost, height), fontsize=7, xytext=(-6, -2), textcoords="offset points", ha="right")
             continue
-        near = [height + 0.045 for other, height in named if 0.2 < other / lost < 5 and share < height + 0.045]
-        place = max([share, *near])  # names that would lie on one another go up
+        near = [taken + 0.045 for other, taken in named if 0.2 < other / lost < 5 and height < taken + 0.045]
+        place = max([height, *near])  # names that would lie on one another go up
         named.append((lost, place))
         plot.annotate(key, (lost, place), fontsize=7, xytext=(6, -2), textcoords="offset points")
     plot.axhline(1.0, color="black", linestyle=":", linewidth=1)
     plot.set_xscale("log")
     losses = [lost for _, lost, _ in points] or [1.0]
     plot.set_xlim(min(losses) / 4, max(losses) * 6)  # room for the names
-    plot.set_ylim(0, max(1.0, *(share for share, _, _ in points)) * 1.08 if points else 1.0)
+    plot.set_ylim(0, max(1.0, *(height for height, _, _ in points)) * 1.08 if points else 1.0)
     plot.set_xlabel("mean KL divergence from the float model, nats")
     plot.set_ylabel("decoding, share of the memory limit")
     plot.set_title(f"What is read, and what is lost{mark}", fontsize=10)

@@ -10,16 +10,17 @@ from bench.peers.rounds import Round, median, values
 OURS = "edgeformer"
 STRICT = 1.01  # perplexity ratio up to which a file counts as "no more than 1 % lost"
 PROCESS = ("load_s", "import_s", "peak_mib", "library_mib", "loaded_mib", "cores")
-COLUMNS = {  # test -> (heading, digits, whether more is better)
-    "decode": ("decode, 32-token prompt", 0, True),
-    "decode@1024": ("at depth 1024", 0, True),
-    "prefill512": ("prefill 512", 0, True),
-    "batch8": ("decode, batch 8", 0, True),
-    "first": ("first token, s", 3, False),
-    "load_s": ("load, s", 2, False),
-    "short_mib": ("peak MiB, short prompt", 0, False),
-    "long_mib": ("peak MiB, depth 1024", 0, False),
+COLUMNS = {  # test -> (heading, digits)
+    "decode": ("decode, 32-token prompt", 0),
+    "decode@1024": ("at depth 1024", 0),
+    "prefill512": ("prefill 512", 0),
+    "batch8": ("decode, batch 8", 0),
+    "first": ("first token, s", 3),
+    "load_s": ("load, s", 2),
+    "short_mib": ("peak MiB, short prompt", 0),
+    "long_mib": ("peak MiB, depth 1024", 0),
 }
+LESS = ("first", "load_s", "short_mib", "long_mib")  # the tests in which less is better
 
 
 def collect(rounds: list[Round], chosen: list[Contestant], threads: list[int]) -> dict[str, Any]:
@@ -56,10 +57,28 @@ def number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:,.{digits}f}"
 
 
+def both(values: list[float | None], digits: int) -> str:
+    """The numbers of most threads and of fewer, "2 threads (1 thread)"; empty where the first was not measured."""
+    most, *rest = [number(value, digits) for value in values]
+    return most + (f" ({rest[0]})" if most and rest and rest[0] else "")
+
+
+def measured(saved: dict[str, Any], key: str, threads: int, test: str) -> float | None:
+    """The median of a contestant's test, or None."""
+    found: float | None = saved["measured"].get(key, {}).get(str(threads), {}).get(test, {}).get("median")
+    return found
+
+
 def limit(saved: dict[str, Any], key: str, threads: int) -> float | None:
     """Tokens a second if nothing but the weights were read, at the measured speed of a plain read."""
     speeds = [one["gb_s"] for one in saved["memory"].get(str(threads), [])]
     return max(speeds) * 1e9 / saved["contestants"][key]["token_bytes"] if speeds else None
+
+
+def share(saved: dict[str, Any], key: str, threads: int) -> float | None:
+    """Decoding's share of what reading the weights alone would allow."""
+    reached, bound = measured(saved, key, threads, "decode"), limit(saved, key, threads)
+    return reached / bound if reached and bound else None
 
 
 def ratio(saved: dict[str, Any], key: str) -> float | None:
@@ -78,13 +97,13 @@ def classes(saved: dict[str, Any]) -> dict[str, list[str]]:
 def best_peer(saved: dict[str, Any], keys: list[str], threads: int, test: str) -> tuple[str, float] | None:
     """The best number of a test among the peers in `keys`."""
     found = [
-        (key, saved["measured"][key][str(threads)][test]["median"])
+        (key, value)
         for key in keys
-        if not key.startswith(OURS) and test in saved["measured"][key].get(str(threads), {})
+        if not key.startswith(OURS) and (value := measured(saved, key, threads, test)) is not None
     ]
     if not found:
         return None
-    return (max if COLUMNS[test][2] else min)(found, key=lambda pair: pair[1])
+    return (min if test in LESS else max)(found, key=lambda pair: pair[1])
 
 
 def compared(saved: dict[str, Any]) -> list[tuple[str, list[str]]]:
@@ -99,10 +118,10 @@ def times_best(
 ) -> tuple[float, float, float, str] | None:
     """(how many times the best of `field`, our number, the best, whose it is); above 1 is faster or smaller."""
     best = best_peer(saved, field, threads, test)
-    own = saved["measured"][key].get(str(threads), {}).get(test, {}).get("median")
+    own = measured(saved, key, threads, test)
     if best is None or own is None:
         return None
-    return (own / best[1] if COLUMNS[test][2] else best[1] / own), own, best[1], best[0]
+    return (best[1] / own if test in LESS else own / best[1]), own, best[1], best[0]
 
 
 def tests_of(found: dict[str, Any]) -> list[str]:

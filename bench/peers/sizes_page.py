@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.peers import plots
 from bench.peers.pages import conditions
-from bench.peers.results import OURS, limit, number
+from bench.peers.results import OURS, both, measured, number, share, times_best
 from bench.peers.sizes import SIZES
 from bench.report import table
 
@@ -15,24 +15,8 @@ TESTS = {"decode": "decode", "prefill128": "prefill 128", "prefill512": "prefill
 TARGET = 0.85  # share of the memory limit that decoding should reach from 1B on
 
 
-def share(saved: dict[str, Any], key: str, threads: int) -> float | None:
-    """Decoding's share of what reading the weights alone would allow."""
-    reached, bound = median(saved, key, threads, "decode"), limit(saved, key, threads)
-    return reached / bound if reached and bound else None
-
-
-def median(saved: dict[str, Any], key: str, threads: int, test: str) -> float | None:
-    found: float | None = saved["measured"].get(key, {}).get(str(threads), {}).get(test, {}).get("median")
-    return found
-
-
-def best_peer(saved: dict[str, Any], size: str, threads: int, test: str) -> tuple[str, float] | None:
-    """(the fastest peer of a size, its number)."""
-    keys = [k for k, c in saved["contestants"].items() if c["size"] == size and c["project"] != OURS]
-    found = [(key, value) for key in keys if (value := median(saved, key, threads, test))]
-    if not found:
-        return None
-    return (min if test == "first" else max)(found, key=lambda pair: pair[1])
+def peers_of(saved: dict[str, Any], size: str) -> list[str]:
+    return [key for key, c in saved["contestants"].items() if c["size"] == size and c["project"] != OURS]
 
 
 def size_table(saved: dict[str, Any], size: str) -> str:
@@ -41,10 +25,10 @@ def size_table(saved: dict[str, Any], size: str) -> str:
     for key, about in saved["contestants"].items():
         if about["size"] != size or key not in saved["measured"]:
             continue
-        cells = [_both([median(saved, key, t, test) for t in order], 2 if test == "first" else 0) for test in TESTS]
+        cells = [both([measured(saved, key, t, test) for t in order], 2 if test == "first" else 0) for test in TESTS]
         shares = [f"{found:.0%}" for t in order if (found := share(saved, key, t)) is not None]
         cells.insert(1, shares[0] + (f" ({shares[1]})" if len(shares) > 1 else "") if shares else "")
-        cells += [number(median(saved, key, order[0], name), digits) for name, digits in _PROCESS]
+        cells += [number(measured(saved, key, order[0], name), digits) for name, digits in _PROCESS]
         shown = f"{about['project']} {about['name']}"
         shown = f"**{shown}**" if about["project"] == OURS else shown
         rows.append([shown, number(about["token_bytes"] / 1e6, 0), *cells])
@@ -53,11 +37,6 @@ def size_table(saved: dict[str, Any], size: str) -> str:
 
 
 _PROCESS = (("load_s", 1), ("peak_mib", 0))
-
-
-def _both(values: list[float | None], digits: int) -> str:
-    most, *rest = [number(value, digits) for value in values]
-    return most + (f" ({rest[0]})" if rest and rest[0] else "")
 
 
 def ratio_table(saved: dict[str, Any], sizes: list[str]) -> str:
@@ -70,9 +49,9 @@ def ratio_table(saved: dict[str, Any], sizes: list[str]) -> str:
         for test in TESTS:
             parts = []
             for threads in order:
-                own, best = median(saved, key, threads, test), best_peer(saved, about["size"], threads, test)
-                if own and best:
-                    parts.append(f"x {best[1] / own if test == 'first' else own / best[1]:.2f}")
+                found = times_best(saved, key, peers_of(saved, about["size"]), threads, test)
+                if found is not None:
+                    parts.append(f"x {found[0]:.2f}")
             cells.append(parts[0] + (f" ({parts[1]})" if len(parts) > 1 else "") if parts else "")
         rows.append([key, *cells])
     return table(["over the fastest peer", *TESTS.values()], rows)
