@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from edgeformer.bundle import Bundle
 from edgeformer.engine import Engine
-from edgeformer.errors import EngineUnavailable
+from edgeformer.errors import EdgeformerWarning, EngineUnavailable, InputError
 from edgeformer.native.engine import NativeEngine
+from edgeformer.self_check import recorded_problem, self_check
 
 EngineName = Literal["auto", "cuda", "native", "cpu"]
 ORDER = ("cuda", "native", "cpu")
@@ -28,6 +30,7 @@ class NativeOptions:
     kv: str = "int8"
     context: int | None = None
     memory_limit: int | None = None
+    kept: bool = True  # use the cache folder
 
 
 @dataclass(frozen=True)
@@ -44,25 +47,51 @@ class Choice:
         return "\n".join(lines)
 
 
+def check_arguments(engine: str, threads: int | None, isa: str | None) -> None:
+    """Nothing, where `load` can use these.
+
+    Raises:
+        InputError: one is out of its range, or they contradict each other.
+    """
+    if engine not in ("auto", *ORDER):
+        raise InputError(f"engine is {engine!r}, expected auto, {', '.join(ORDER)}.")
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024):
+        raise InputError(f"threads is {threads!r}, expected a whole number from 1 to 1024.")
+    if isa is not None and engine in ("cuda", "cpu"):
+        raise InputError(f"isa={isa!r} is an option of the native engine, but engine={engine!r} was asked for.")
+
+
 def choose(
-    bundle: Bundle, engine: str, threads: int, native: NativeOptions, meanwhile: Meanwhile = lambda: None
+    bundle: Bundle,
+    engine: str,
+    threads: int,
+    native: NativeOptions,
+    meanwhile: Meanwhile = lambda: None,
+    *,
+    judged: bool = True,
 ) -> tuple[dict[str, Engine], Choice]:
-    """(an engine for each graph of the bundle, all of one kind; why that kind). An engine whose making leaves Python
-    free calls `meanwhile`.
+    """(an engine for each graph of the bundle, all of one kind; why that kind).
+
+    The native engine calls `meanwhile` once, while weights are packed and the GIL is released. With `judged` an engine
+    whose numbers are wrong, here or when the bundle was exported, counts as one that cannot run; see `self_check`.
 
     Raises:
         EngineUnavailable: the engine asked for, or with "auto" every engine, cannot run here.
     """
     asked = "native" if engine == "auto" and native.isa is not None else engine
     if asked != "auto":
-        made = create(asked, bundle, threads, native, meanwhile)
+        made = _usable(asked, bundle, threads, native, meanwhile, judged)
         why = f"an isa ({native.isa}) was asked for" if engine == "auto" else "it was asked for by name"
         return made, Choice(asked, {asked: _chosen(made, threads, why)})
     reasons: dict[str, str] = {}
     order = _order(bundle)
     for position, name in enumerate(order):
         try:
-            made = create(name, bundle, threads, native, meanwhile)
+            made = _usable(name, bundle, threads, native, meanwhile, judged)
+        except WrongNumbers as error:
+            reasons[name] = str(error)
+            warnings.warn(f"{bundle.path.name}: {error}", EdgeformerWarning, stacklevel=3)
+            continue
         except EngineUnavailable as error:
             reasons[name] = str(error)
             continue
@@ -73,6 +102,21 @@ def choose(
         return made, Choice(name, reasons)
     lines = "".join(f"\n  - {name}: {reason}" for name, reason in reasons.items())
     raise EngineUnavailable(f"No engine can run {bundle.path} here:{lines}")
+
+
+class WrongNumbers(EngineUnavailable):
+    """An engine runs this bundle and gives other numbers than its reference."""
+
+
+def _usable(
+    name: str, bundle: Bundle, threads: int, native: NativeOptions, meanwhile: Meanwhile, judged: bool
+) -> dict[str, Engine]:
+    if judged and (recorded := recorded_problem(bundle, name)):
+        raise EngineUnavailable(recorded)
+    made = create(name, bundle, threads, native, meanwhile)
+    if judged and (problem := self_check(bundle, name, made)):
+        raise WrongNumbers(problem)
+    return made
 
 
 def _order(bundle: Bundle) -> tuple[str, ...]:
@@ -118,6 +162,7 @@ def _native(
                 context=options.context,
                 memory_limit=left,
                 meanwhile=meanwhile,
+                kept=options.kept,
             )
         except EngineUnavailable as error:
             if len(graphs) == 1:

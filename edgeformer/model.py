@@ -13,7 +13,7 @@ import numpy as np
 
 from edgeformer.beam import BeamOptions, beam_search
 from edgeformer.bundle import Bundle
-from edgeformer.choose import ORDER, Choice, EngineName, NativeOptions, choose
+from edgeformer.choose import Choice, EngineName, NativeOptions, check_arguments, choose
 from edgeformer.encode import Encoder, Entity, Label
 from edgeformer.engine import Engine
 from edgeformer.errors import BundleError, EngineUnavailable, InputError
@@ -61,18 +61,18 @@ def load(
     for) and `memory_limit` (bytes) are the native engine's; an `isa` asks for that engine. `check="hashes"` also reads
     and checks every byte of the bundle.
 
+    The first time that an engine loads a bundle on this machine, it runs the bundle's reference values (tens of
+    milliseconds; the result is remembered in the cache folder). One whose numbers differ by more than the bundle
+    allows is not used: with "auto" the next engine is tried, with a warning.
+
     Raises:
         BundleError: the bundle is damaged, or none.
-        EngineUnavailable: the engine asked for, or with "auto" every engine, cannot run here.
+        EngineUnavailable: the engine asked for, or with "auto" every engine, cannot run here or gives other numbers
+            than the bundle's reference.
         InputError: an argument is out of its range.
     """
-    if engine not in ("auto", *ORDER):
-        raise InputError(f"engine is {engine!r}, expected auto, {', '.join(ORDER)}.")
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024):
-        raise InputError(f"threads is {threads!r}, expected a whole number from 1 to 1024.")
+    check_arguments(engine, threads, isa)
     native = NativeOptions(isa, kv, context, memory_limit)
-    if isa is not None and engine in ("cuda", "cpu"):
-        raise InputError(f"isa={isa!r} is an option of the native engine, but engine={engine!r} was asked for.")
     bundle = Bundle.open(path, check=check)
     tokenizer = cache(lambda: Tokenizer.of(bundle))  # parsed while the weights are packed, which takes about as long
     engines, choice = choose(bundle, engine, threads or default_threads(), native, tokenizer)

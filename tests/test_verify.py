@@ -11,7 +11,8 @@ import tiny
 from edgeformer.bundle import Bundle
 from edgeformer.errors import BundleError
 from edgeformer.ort import OrtEngine
-from edgeformer.verify import compare, stepwise, verify
+from edgeformer.reference import compare, stepwise
+from edgeformer.verify import verify
 
 
 @pytest.mark.parametrize("name", ["float", "q8", "float16", "plain", "forecast"])

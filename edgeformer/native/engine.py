@@ -70,6 +70,7 @@ class NativeEngine:
         self._outputs = prepared.outputs
         self._symbols = list(prepared.program["symbols"])
         self._rows, self._past, self._batch_local = prepared.rows, prepared.past, prepared.batch_local
+        self.kv = "float32"  # how the cache holds keys and values
         self.rounded = 0  # weights with scales that float16 does not hold exactly, packed as the nearest
 
     name = "native"
@@ -86,6 +87,7 @@ class NativeEngine:
         context: int | None = None,
         memory_limit: int | None = None,
         meanwhile: Callable[[], object] = lambda: None,
+        kept: bool = True,
     ) -> NativeEngine:
         """The engine for the graph `graph` of `bundle` (a Bundle, or the path of a bundle or of an .onnx file).
 
@@ -96,6 +98,7 @@ class NativeEngine:
             context: most tokens of a state; default: the bundle's `max_position_embeddings`, at most 4096.
             memory_limit: bytes that weights, one state at full context and working memory may take together.
             meanwhile: called once; while the weights are packed, which leaves Python free.
+            kept: read and write the entries of the cache folder; without, the bundle leaves no trace there.
 
         Raises:
             EngineUnavailable: the extension is missing, the graph has nodes that cannot be lowered (all are named),
@@ -104,11 +107,12 @@ class NativeEngine:
         """
         native = _extension()
         path, limit = _graph_path(bundle, graph)
-        prepared = prepare(path)
+        prepared = prepare(path, kept=kept)
         tokens = context if context is not None else limit
         worker_count = threads if threads is not None else len(os.sched_getaffinity(0))
         built = native.Engine(prepared.program, worker_count, isa or "", kv, int(tokens), PREFILL_ROWS)
         engine = cls(built, prepared, path)
+        engine.kv = kv
         if memory_limit is not None:
             need = engine.memory()
             if need.total > memory_limit:

@@ -52,16 +52,16 @@ class Prepared:
     file_states: dict[str, list[int]] = field(default_factory=dict)  # size and time of the weights files, by name
 
 
-def prepare(path: Path) -> Prepared:
-    """The graph file `path` lowered, or as it was kept.
+def prepare(path: Path, *, kept: bool = True) -> Prepared:
+    """The graph file `path` lowered, or as the cache folder has it; without `kept` that folder is left alone.
 
     Raises:
         BundleError: the file cannot be read.
         EngineUnavailable: some nodes cannot be lowered; the message names all of them.
     """
-    entry = _entry(path)
-    kept = cache.read(f"{entry}.program") if entry else None
-    found = _restored(kept, path.parent) if kept is not None else None
+    entry = _entry(path) if kept else ""
+    data = cache.read(f"{entry}.program") if entry else None
+    found = _restored(data, path.parent) if data is not None else None
     if found is None:
         found = _lowered(path)
         found.file_states = {name: _file_state(path.parent / name) for name in found.files}
@@ -117,10 +117,10 @@ def _entry(path: Path) -> str:
         named = manifest.read_bytes() if manifest.is_file() else b""
     except OSError:
         return ""  # lowering says what is wrong
-    return cache.key(b"prepared", edgeformer.__version__.encode(), _code(), graph, named)
+    return cache.key(b"prepared", edgeformer.__version__.encode(), code_identity(), graph, named)
 
 
-def _code() -> bytes:
+def code_identity() -> bytes:
     """Identifies what lowers graphs and packs weights: an editable installation changes without its version."""
     here = Path(__file__).parent
     files = [*sorted(here.glob("**/*.py")), *sorted(here.parent.glob("_native.*"))]
