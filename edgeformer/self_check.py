@@ -1,8 +1,8 @@
 """Whether an engine gives a bundle's own numbers on this machine: looked at when it is loaded first, then remembered.
 
-The exporter checked the engines that it had, on its own machine. A device has another CPU, another kernel table, another
-ONNX Runtime. So the first load of a bundle by an engine runs `reference.npz`, some 24 tokens, and what came out is
-kept in the cache folder under all that it depends on.
+The exporter checked the engines that it had, on its own machine. A device has another CPU, another kernel table and
+another ONNX Runtime. So the first load of a bundle by an engine runs `reference.npz`, some 24 tokens, and what came
+out is kept in the cache folder under all that it depends on.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _entry(bundle: Bundle, name: str, engines: Mapping[str, Engine]) -> str:
         for graph, engine in sorted(engines.items())
     ]
     facts = (bundle.fingerprint, name, repr(options), edgeformer.__version__, repr(_code(name)), cpu_name())
-    return cache.key(b"self-check", *(fact.encode() for fact in facts)) + ".checked"
+    return cache.key(b"self-check", *(fact.encode() for fact in facts)) + ".parity"
 
 
 def _code(name: str) -> list[object]:

@@ -106,6 +106,13 @@ def _parity(parity: Mapping[str, Any] | None) -> dict[str, str]:
         if isinstance(found, dict) and "worst" in found:
             where = f", {found['where']}" if found.get("where") else ""
             facts[name] = f"worst {found['worst']:.2g} of the range, allowed {found.get('tolerance', 0):.2g}{where}"
+    for name, found in (parity.get("engines") or {}).items():
+        if found.get("passed"):
+            facts[f"engine {name}"] = f"worst {found['worst']:.2g} of the range, allowed {found['tolerance']:.2g}"
+        elif found.get("problem"):
+            facts[f"engine {name}"] = f"FAILED: {found['problem']}"
+        else:
+            facts[f"engine {name}"] = f"not checked: {found.get('unavailable')}"
     return facts
 
 

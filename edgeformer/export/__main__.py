@@ -168,10 +168,14 @@ def _summary(path: Path, manifest: dict[str, object]) -> None:
             f"{fitted['method']}, {fitted['tensors']} weights on {fitted['tokens']} tokens of {fitted['source']}",
         )
     for name, found in parity.items():
-        if found:
+        if found and name != "engines":
             table.add_row(
                 f"parity, {name}", f"{found['worst']:.1e} of the outputs' range (allowed {found['tolerance']:.0e})"
             )
+    for name, found in parity["engines"].items():
+        if found["passed"]:
+            told = f"{found['worst']:.1e} of the outputs' range (allowed {found['tolerance']:.0e})"
+            table.add_row(f"engine {name}", told)
     if isinstance(accuracy, dict):
         table.add_row(
             "accuracy",
@@ -180,6 +184,11 @@ def _summary(path: Path, manifest: dict[str, object]) -> None:
             f"same next token {accuracy['top1_agreement']:.1%} ({accuracy['tokens']} tokens of {accuracy['text']})",
         )
     console.print(table)
+    for name, found in parity["engines"].items():
+        if found["passed"] is False:
+            told = f"the engine {name} will not be used for this bundle: {found['problem']}"
+            console.print("[bold red]failed:[/] ", end="")
+            console.print(told, markup=False, highlight=False)
     for note in manifest.get("notes", ()):  # type: ignore[attr-defined]
         console.print(f"[yellow]note:[/] {note}", highlight=False)
     run = command_for(Bundle.open(path), str(path)).replace("[", "\\[")

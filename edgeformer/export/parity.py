@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgeformer.errors import ParityError
-from edgeformer.export.run import Graph, steps
+from edgeformer.errors import EdgeformerError, ExportError, ParityError
 from edgeformer.export.source import Source, run
 from edgeformer.export.trace import axes
 
@@ -23,7 +21,13 @@ F32 = NDArray[np.float32]
 TOLERANCE = 1e-4
 IN_CACHE = "in the cache"
 STEPS = (5, 1, 1, 1, 2)  # a prefill, single tokens, and a pair
-_SHAPES = ((1, 9), (2, 5), (2, 12), (3, 1), (1, 17))  # (first axis, all other axes)
+LONG, LONGEST = 523, 1100  # tokens: beyond one pass of the native engine; beyond a window, if it is no larger
+_SHORTER = (267, 139, 67, 37)  # where the model takes no more
+_BORDERS = (129, 257, 513)  # the native cache grows by chunks of 128 tokens, a pass has 512 rows
+_COMPARED = 1 << 24  # logits of a long text: with a large vocabulary those of the last positions alone
+_SHAPES = ((1, 9), (2, 5), (2, 12))  # (first axis, the next one); each further axis is _APART longer
+_LARGE = ((4, 139), (14, 37))  # more rows together than a pass of 512; the first longer than a chunk of attention
+_APART = 2  # so that a swapped height and width show
 
 
 @dataclass(frozen=True)
@@ -90,22 +94,70 @@ def gate(checks: Iterator[Check], tolerance: float = TOLERANCE) -> dict[str, Any
     }
 
 
-def whole(source: Source, graph: Graph, count: int = 3) -> Iterator[Check]:
-    """Every output at `count` shapes, all in one call.
+class Runs(Protocol):
+    """A graph that can be run: the file on plain onnxruntime (`Graph`), or one of our engines (`engines.Running`)."""
 
-    PyTorch's are made first, all of them: the two hold their weights in different files, and where memory has room for
-    one, reading now this and now that one would fetch both anew at every turn.
+    def __call__(self, feeds: Mapping[str, Any], past: Any = None) -> tuple[dict[str, Any], Any]:
+        """(outputs, what to pass as `past` with the tokens that follow)."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs of one run with PyTorch's outputs for them."""
+
+    name: str  # its sizes, for messages
+    feeds: Mapping[str, torch.Tensor]
+    reference: Mapping[str, F32]
+
+    def against(self, graph: Runs) -> Check:
+        """What `graph` gives for the same inputs, compared."""
+        outputs, _ = graph({name: value.numpy() for name, value in self.feeds.items()})
+        return compare(self.name, *(without_padding(values, self.feeds) for values in (self.reference, outputs)))
+
+
+def samples(source: Source, count: int = len(_SHAPES)) -> list[Sample]:
+    """PyTorch's outputs at `count` shapes, each axis of its own size.
+
+    All are made before any is compared: PyTorch and the graph hold their weights in different files, and where memory
+    has room for one, reading now this and now that one would fetch both anew at every turn.
+
+    Raises:
+        ExportError: the module does not run at one of the shapes.
     """
-    done = []
-    for seed, (first, other) in enumerate(_SHAPES[:count]):
-        names = axes(source.inputs)
-        sizes = {axis: first if index == 0 else other for index, axis in enumerate(names)}
-        feeds = {value.name: value.sample(sizes, seed + index) for index, value in enumerate(source.inputs)}
-        shown = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
-        done.append((shown, feeds, run(source, feeds)))
-    for shown, feeds, reference in done:
-        outputs, _ = graph({name: value.numpy() for name, value in feeds.items()})
-        yield compare(shown, *(without_padding(values, feeds) for values in (reference, outputs)))
+    done = [_sample(source, first, other, seed) for seed, (first, other) in enumerate(_SHAPES[:count])]
+    return done + ([] if source.is_language_model or count < len(_SHAPES) else _large(source))
+
+
+def _large(source: Source) -> list[Sample]:
+    """A batch of more rows than one pass of the native engine has, of a model that reads sequences."""
+    named = [value for value in source.inputs if len({dim for dim in value.shape if isinstance(dim, str)}) == 2]
+    if len(axes(source.inputs)) != 2 or not named or any(value.unit > 1 for value in named):
+        return []
+    for first, other in _LARGE:
+        if source.context is None or other <= source.context:
+            try:
+                return [_sample(source, first, other, len(_SHAPES))]
+            except ExportError:  # a table of positions that is shorter, in a module that does not say so
+                continue
+    return []
+
+
+def _sample(source: Source, first: int, other: int, seed: int) -> Sample:
+    names = axes(source.inputs)
+    sizes = {axis: first if index == 0 else other + _APART * (index - 1) for index, axis in enumerate(names)}
+    feeds = {value.name: value.sample(sizes, seed + index) for index, value in enumerate(source.inputs)}
+    if "position_ids" in feeds and source.context is not None:  # the first ones begin at 0, later ones elsewhere
+        feeds["position_ids"] = feeds["position_ids"] + min(7 * seed, max(0, source.context - other))
+    shown = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
+    try:
+        return Sample(shown, feeds, run(source, feeds))
+    except EdgeformerError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"PyTorch's own forward fails at {shown}: {type(error).__name__}: {error}. Give axes that must be equal "
+            "one name, and write a size that cannot change as a number in the input's shape."
+        ) from error
 
 
 def without_padding(outputs: Mapping[str, Any], feeds: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -122,26 +174,92 @@ def without_padding(outputs: Mapping[str, Any], feeds: Mapping[str, torch.Tensor
     return {name: shown(value) for name, value in outputs.items()}
 
 
-def stepwise(source: Source, graph: Graph, batches: tuple[int, ...] = (1, 2)) -> Iterator[Check]:
-    """Logits of tokens fed through the cache in `STEPS`, against PyTorch's single forward without one."""
+@dataclass(frozen=True)
+class Text:
+    """Token ids with PyTorch's logits of one forward without a cache, and the pieces in which a graph is fed them."""
+
+    name: str
+    ids: NDArray[np.int64]  # [batch, length]
+    logits: F32  # [batch, length or fewer, vocab]: those of the last positions
+    pieces: tuple[int, ...]
+
+    def against(self, graph: Runs) -> Iterator[Check]:
+        """The logits that `graph` gives from piece to piece, with a KV cache between them."""
+        past, start, length = None, 0, self.ids.shape[1]
+        skipped = length - self.logits.shape[1]
+        for piece in self.pieces:
+            end = start + piece
+            keep = max(0, end - max(start, skipped))
+            feeds = {"input_ids": self.ids[:, start:end], "position_ids": _positions(self.ids, start, end)}
+            if keep < piece:
+                feeds["logits_to_keep"] = np.array(max(1, keep))
+            outputs, past = graph(feeds, past)
+            if keep:
+                name = f"{self.name}, tokens {end - keep} to {end - 1} after {start} {IN_CACHE}"
+                expected = self.logits[:, end - keep - skipped : end - skipped]
+                yield compare(name, {"logits": expected}, outputs)
+            start = end
+
+
+def _positions(ids: NDArray[np.int64], start: int, end: int) -> NDArray[np.int64]:
+    return np.broadcast_to(np.arange(start, end), (ids.shape[0], end - start))
+
+
+def texts(source: Source, batches: Sequence[int] = (1, 2)) -> list[Text]:
+    """Short texts fed in `STEPS`, one for each size of batch, then `long_texts`."""
     done = []
     for batch in batches:
         sizes = {"batch": batch, "sequence": sum(STEPS)}
         feeds = {value.name: value.sample(sizes, 7 * batch) for value in source.inputs}
-        done.append((batch, feeds["input_ids"].numpy(), run(source, feeds)))
-    for batch, ids, reference in done:
-        found = steps(graph, ids, STEPS)
-        start = 0
-        for length in STEPS:
-            part = slice(start, start + length)
-            name = f"batch {batch}, tokens {start} to {start + length - 1} after {start} {IN_CACHE}"
-            yield compare(name, {"logits": reference["logits"][:, part]}, {"logits": found[:, part]})
-            start += length
+        done.append(Text(f"batch {batch}", feeds["input_ids"].numpy(), run(source, feeds)["logits"], STEPS))
+    return done + long_texts(source)
 
 
-def float_checks(source: Source, path: Path, has_cache: bool) -> Iterator[Check]:
-    """All checks of a float graph."""
-    graph = Graph(path, mapped=True)
-    yield from whole(source, graph)
-    if has_cache:
-        yield from stepwise(source, graph)
+def long_texts(source: Source) -> list[Text]:
+    """One long text of as many tokens as the model takes, in one run and in pieces around every border.
+
+    Longer than a chunk of the native cache (128), two of them, one pass of the native engine (512), and the sliding
+    window; empty where the model takes no more than the short texts have.
+    """
+    wanted = max(LONG, min(_window(source) + 11, LONGEST))
+    for length in (wanted, *(n for n in _SHORTER if n < wanted)):
+        if source.context is not None and length > source.context:
+            continue
+        feeds = {value.name: value.sample({"batch": 1, "sequence": length}, 3) for value in source.inputs}
+        try:
+            logits = run(source, feeds)["logits"]
+        except (IndexError, RuntimeError):  # a table of positions that is shorter, in a module that does not say so
+            continue
+        kept = np.ascontiguousarray(logits[:, -max(1, _COMPARED // logits.shape[2]) :])
+        ids = feeds["input_ids"].numpy()
+        name = f"{length} tokens"
+        return [
+            Text(f"{name} at once", ids, kept, (length,)),
+            Text(f"{name} at once, logits_to_keep 3", ids, kept[:, -3:], (length,)),
+            Text(name, ids, kept, pieces(length)),
+        ]
+    return []
+
+
+def _window(source: Source) -> int:
+    """The sliding window that the configuration names, 0 without one."""
+    named = (source.config.get(name) for name in ("sliding_window", "attention_window_size", "window_size"))
+    return max((value for value in named if isinstance(value, int)), default=0)
+
+
+def pieces(length: int) -> tuple[int, ...]:
+    """Sizes that add up to `length`: prefills, and single tokens across each border of `_BORDERS`."""
+    found: list[int] = []
+    at = 0
+    for border in (*(b for b in _BORDERS if b + 7 < length), length - 2):
+        found += [border - 2 - at, 1, 1, 1, 1]
+        at = border + 2
+    return tuple(found)
+
+
+def against(graph: Runs, expected: Sequence[Sample], written: Sequence[Text] = ()) -> Iterator[Check]:
+    """Every comparison of PyTorch's outputs with a graph's."""
+    for sample in expected:
+        yield sample.against(graph)
+    for text in written:
+        yield from text.against(graph)

@@ -13,6 +13,7 @@ from edgeformer.bundle import check_target, seal, write_bundle
 from edgeformer.errors import ExportError, ParityError
 from edgeformer.export import accuracy, parity
 from edgeformer.export.calibrate import Calibration, calibration
+from edgeformer.export.engines import bound, engine_gate
 from edgeformer.export.graph import standard_graph
 from edgeformer.export.options import SAMPLES, ExportOptions
 from edgeformer.export.pair import export_pair
@@ -25,6 +26,7 @@ from edgeformer.export.passes.float16 import to_float16
 from edgeformer.export.passes.logits import keep_logits
 from edgeformer.export.passes.masks import spread_rows
 from edgeformer.export.passes.past import count_past
+from edgeformer.export.passes.rounding import round_activations
 from edgeformer.export.plan import Quantized, holding, quantize_graph
 from edgeformer.export.progress import Progress, Silent
 from edgeformer.export.run import Graph
@@ -89,11 +91,15 @@ def export(
         progress.stage("check the float graph against PyTorch")
         float_path = (Path(scratch) if half or quantized else folder) / GRAPH
         save_graph(model, float_path)
-        report: dict[str, Any] = {"float": _gate(source, float_path, traced.layers > 0)}
+        cached = traced.layers > 0 and source.is_language_model
+        expected = _expected(source, cached)
+        report: dict[str, Any] = {"float": _gate(source, Graph(float_path, mapped=True), expected)}
+        allowed = parity.TOLERANCE
 
         weights: list[Quantized] = []
         fitted: Calibration | None = None
         if quantized:
+            del expected
             if calibrated:
                 progress.stage("calibrate")
                 fitted = calibration(source, options, model, float_path, progress)
@@ -103,13 +109,16 @@ def export(
             save_graph(model, path)
             progress.stage("check the quantized graph against PyTorch with the same weights")
             with holding(source.module, weights):
-                report["dequantized"] = parity.gate(parity.whole(source, Graph(path, optimized=False), count=1))
+                expected = _expected(source, cached)
+            report["dequantized"] = parity.gate(parity.against(Graph(path, optimized=False), expected[0][:1]))
+            progress.stage("measure what int8 activations move")
+            allowed = bound(parity.against(_rounding(model, options.block, Path(scratch)), *expected))
         if half:
             to_float16(model)
             save_graph(model, folder / GRAPH)
             progress.stage("check the float16 graph")
-            with holding(source.module, weights):
-                report["float16"] = parity.gate(parity.whole(source, Graph(folder / GRAPH), count=1), FLOAT16_TOLERANCE)
+            allowed += FLOAT16_TOLERANCE
+            report["float16"] = parity.gate(parity.against(Graph(folder / GRAPH), expected[0][:1]), allowed)
 
         measured = None
         if source.is_language_model and options.tokens and (half or quantized):
@@ -126,7 +135,11 @@ def export(
             parts["notes"] = notes
         if source.processing:
             parts["processing"] = dict(source.processing)
-        return seal(folder, manifest(model, source, options, scheme, weights, fitted, **parts))
+        content = manifest(model, source, options, scheme, weights, fitted, **parts)
+        report["engines"] = engine_gate(
+            folder, content, lambda engines: parity.against(engines["model"], *expected), allowed, progress
+        )
+        return seal(folder, content)
 
 
 def float_graph(source: Source) -> Traced:
@@ -150,9 +163,26 @@ def float_graph(source: Source) -> Traced:
     return Traced(source, model, layers, frozenset(transposed))
 
 
-def _gate(source: Source, path: Path, has_cache: bool) -> dict[str, Any]:
+Expected = tuple[list[parity.Sample], list[parity.Text]]
+
+
+def _expected(source: Source, cached: bool) -> Expected:
+    """PyTorch's own outputs, for all that is compared with them."""
+    return parity.samples(source), parity.texts(source) if cached else []
+
+
+def _rounding(model: ir.Model, block: int, scratch: Path) -> Graph:
+    """The quantized graph with its activations rounded as engines round them."""
+    copy = model.clone()
+    round_activations(copy, max(32, block))
+    path = scratch / "rounded" / GRAPH
+    save_graph(copy, path)
+    return Graph(path, optimized=False)
+
+
+def _gate(source: Source, graph: Graph, expected: Expected) -> dict[str, Any]:
     try:
-        return parity.gate(parity.float_checks(source, path, has_cache))
+        return parity.gate(parity.against(graph, *expected))
     except ParityError as error:
         positioned = any(value.name == "position_ids" for value in source.inputs)
         if positioned or not source.is_language_model or parity.IN_CACHE not in str(error):

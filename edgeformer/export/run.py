@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +73,3 @@ class Graph:
 
 def _wide(value: Array) -> Array:
     return value.astype(np.float32) if value.dtype == np.float16 else value
-
-
-def steps(graph: Graph, ids: Array, lengths: Sequence[int]) -> Array:
-    """float32 [batch, sum(lengths), vocab]: the logits of `ids` fed in pieces of `lengths`, a cache between them."""
-    past: dict[str, Array] | None = None
-    logits, start = [], 0
-    for length in lengths:
-        piece = ids[:, start : start + length]
-        feeds = {"input_ids": piece, "position_ids": np.broadcast_to(np.arange(start, start + length), piece.shape)}
-        outputs, past = graph(feeds, past)
-        logits.append(outputs["logits"])
-        start += length
-    return np.concatenate(logits, axis=1)

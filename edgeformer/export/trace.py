@@ -39,7 +39,11 @@ class Input:
     unit: int = 1  # the named axes after the first have this many times the size that a check asks for
 
     def sample(self, sizes: Mapping[str, int], seed: int) -> torch.Tensor:
-        """A random array of this input: [*shape] with the named axes as `sizes` gives them."""
+        """A random array of this input: [*shape] with the named axes as `sizes` gives them.
+
+        Integers hold both ends of their range, booleans both values, wherever there is room for two. Of a mask's rows
+        the first is whole and the others are padded: on the right, for an odd `seed` on the left.
+        """
         generator = torch.Generator().manual_seed(seed)
         shape = [
             dim if isinstance(dim, int) else sizes[dim] * (self.unit if axis else 1)
@@ -48,15 +52,22 @@ class Input:
         if self.name == "position_ids":
             return torch.arange(shape[-1]).expand(shape).contiguous()
         if self.name.endswith("attention_mask"):
-            # The first row whole, the others padded on the right.
             lengths = torch.randint(1, shape[-1] + 1, (shape[0], 1), generator=generator)
             lengths[0] = shape[-1]
-            return (torch.arange(shape[-1]) < lengths).to(self.dtype)
+            places = torch.arange(shape[-1])
+            seen = places >= shape[-1] - lengths if seed % 2 else places < lengths
+            return seen.to(self.dtype)
         if self.dtype == torch.bool:
-            return torch.ones(shape, dtype=torch.bool)
+            chosen = torch.rand(shape, generator=generator) < 0.5
+            chosen.view(-1)[:2] = torch.tensor([True, False])[: chosen.numel()]
+            return chosen
         if self.dtype.is_floating_point:
             return torch.randn(shape, generator=generator, dtype=self.dtype)
-        return torch.randint(0, self.high, shape, generator=generator, dtype=self.dtype)
+        numbers = torch.randint(0, self.high, shape, generator=generator, dtype=self.dtype)
+        if numbers.numel() > 2:
+            ends = torch.randperm(numbers.numel(), generator=generator)[:2]
+            numbers.view(-1)[ends] = torch.tensor([0, self.high - 1], dtype=self.dtype)
+        return numbers
 
 
 def axes(inputs: tuple[Input, ...]) -> list[str]:

@@ -1,0 +1,65 @@
+"""What int8 activations cost, in standard operators: the measure that bounds how far an engine may be off.
+
+Engines multiply quantized weights with activations that they round to int8 with one scale a block (llama.cpp's Q8_0,
+onnxruntime's accuracy level 4, our native kernels). This pass writes that rounding into a float copy of the graph:
+
+    x -> round(x / s) * s,   s = max |x| over the block / 127
+
+Run without optimizations, such a graph is off from the exact one by what this rounding alone moves the outputs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+from edgeformer.export.passes.edit import constant, nodes
+
+LEVELS = 127
+
+
+def round_activations(model: ir.Model, block: int) -> int:
+    """Rounds what every product with quantized weights reads, in blocks of `block` columns; returns how many values.
+
+    Where no cache is, also what Attention reads, a row at a time: the native engine attends in int8 there.
+    """
+    rounded: dict[ir.Value, ir.Value] = {}
+    cached = any(str(value.name).startswith("past_key_values.") for value in model.graph.inputs)
+    for node in nodes(model, "MatMul"):
+        weight = node.inputs[1].producer() if node.inputs[1] is not None else None
+        x = node.inputs[0]
+        if weight is not None and weight.op_type == "DequantizeLinear" and x is not None:
+            assert node.inputs[1] is not None
+            columns = node.inputs[1].shape[0] if node.inputs[1].shape is not None else None
+            width = block if isinstance(columns, int) and columns % block == 0 else None
+            node.replace_input_with(0, _rounded(model, node, x, width, rounded))
+    for node in () if cached else nodes(model, "Attention"):
+        for index, x in enumerate(node.inputs[:3]):
+            if x is not None:
+                node.replace_input_with(index, _rounded(model, node, x, None, rounded))
+    return len(rounded)
+
+
+def _rounded(
+    model: ir.Model, before: ir.Node, x: ir.Value, block: int | None, done: dict[ir.Value, ir.Value]
+) -> ir.Value:
+    """`x` rounded, once for all its readers; the nodes that do it stand before the first of them."""
+    if x in done:
+        return done[x]
+    tape = Tape()
+    last = constant(model, "rounding_axis", np.array([-1], np.int64))
+    blocks = x
+    if block is not None:
+        blocks = tape.op("Reshape", [x, constant(model, f"rounding_{block}", np.array([-1, block], np.int64))])
+    largest = tape.op("ReduceMax", [tape.op("Abs", [blocks]), last], {"keepdims": 1})
+    smallest = constant(model, "rounding_least", np.array(1e-30, np.float32))  # a block of zeros has the scale 0
+    levels = constant(model, "rounding_levels", np.array(LEVELS, np.float32))
+    scale = tape.op("Max", [tape.op("Div", [largest, levels]), smallest])
+    y = tape.op("Mul", [tape.op("Round", [tape.op("Div", [blocks, scale])]), scale])
+    if block is not None:
+        y = tape.op("Reshape", [y, tape.op("Shape", [x])])
+    y.type, y.shape = x.type, x.shape
+    model.graph.insert_before(before, tape.nodes)
+    done[x] = y
+    return y
