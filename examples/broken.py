@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -91,12 +92,59 @@ class OwnPositions(nn.Module):
         return self.head(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).squeeze(1))
 
 
+class Complex(Loop):
+    """ONNX has no complex numbers. Write a rotary embedding with cos and sin."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = torch.arange(x.shape[1]).unsqueeze(-1)
+        return (self.linear(x) * torch.exp(1j * angles)).real
+
+
+class GraphBreak(Loop):
+    """NumPy on values leaves the graph. Use the torch operation of the same name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(torch.from_numpy(np.tanh(x.detach().numpy())))
+
+
+class Wrapper(nn.Module):
+    """A forward that names no argument hides what it takes. Export the module inside, or write the arguments out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Loop()
+
+    def forward(self, *args: Tensor, **more: Tensor) -> Tensor:
+        return self.inner(*args, **more)
+
+
+def scripted() -> nn.Module:
+    """TorchScript holds no Python to trace. Return the module as it was before torch.jit.script."""
+    return torch.jit.script(nn.Linear(8, 8))
+
+
+class UnknownInput(Loop):
+    """An input that forward has no argument for."""
+
+    input_spec = SPEC | {"mask": "bool[batch,sequence]"}
+
+
+class Random(Loop):
+    """Other numbers at each call cannot be compared. Take dropout and noise out of the forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(self.linear(x), 0.1, training=True)
+
+
 def no_such_layer() -> nn.Module:
     """torch.nn has no TransformerLayer."""
     return nn.TransformerLayer(8, 2)  # type: ignore[attr-defined]
 
 
-BROKEN = ("Loop", "Table", "SizeBranch", "ValueBranch", "GuessedMask", "NoShapes", "OwnPositions", "no_such_layer")
+BROKEN = (
+    "Loop", "Table", "SizeBranch", "ValueBranch", "GuessedMask", "NoShapes", "OwnPositions", "Complex", "GraphBreak",
+    "Wrapper", "scripted", "UnknownInput", "Random", "no_such_layer",
+)  # fmt: skip
 
 
 def message(name: str) -> str:

@@ -205,6 +205,12 @@ TOLD = {
     "GuessedMask": r"compare a mask's values.*is_causal=True to nn\.TransformerEncoder",
     "NoShapes": r"inputs of unknown shape: x.*--input x=float32",
     "OwnPositions": r"do not go on where the cache ends.*forward\(input_ids, position_ids\)",
+    "Complex": r"broken\.py:\d+.*complex numbers, which ONNX does not have.*cos and sin",
+    "GraphBreak": r"broken\.py:\d+.*leaves PyTorch \(\.numpy\(\).*use torch operations",
+    "Wrapper": r"Wrapper\.forward\(\*args.*names no argument.*export the module inside",
+    "scripted": r"TorchScript.*return the nn\.Module itself",
+    "UnknownInput": r"forward has no argument mask; it has x",
+    "Random": r"other numbers.*the same inputs.*dropout with training=True",
     "no_such_layer": r"torch\.nn has no TransformerLayer: write nn\.TransformerEncoderLayer",
 }
 
@@ -214,6 +220,16 @@ def test_a_broken_contract_is_named_with_its_fix(name):
     import re
 
     assert re.search(TOLD[name], broken.message(name), re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "wrap", [torch.compile, torch.nn.DataParallel, lambda m: torch.nn.DataParallel(torch.compile(m))]
+)
+def test_the_module_inside_a_known_wrapper_is_exported(wrap, tmp_path):
+    module = torch.nn.Linear(8, 8)
+    module.input_spec = {"input": "float32[batch,8]"}
+    source = module_source(wrap(module), ExportOptions("x", tmp_path / "b"), "wrapped")
+    assert source.module is module
 
 
 def test_the_gpt_example_writes_text(tmp_path, capsys):

@@ -19,6 +19,7 @@ from edgeformer.export.options import ExportOptions
 from edgeformer.export.own_pair import is_pair, own_pair
 from edgeformer.export.source import TOKENIZER_FILES, Pair, Source
 from edgeformer.export.trace import Input
+from edgeformer.export.wrappers import unwrapped
 
 _SPEC = re.compile(r"^(?P<name>\w+)=(?P<dtype>\w+)\[(?P<shape>[\w, ]*)\](?:<(?P<high>\d+))?$")
 _TOKENS = {"input_ids": "int64[batch,sequence]", "position_ids": "int64[batch,sequence]"}
@@ -82,6 +83,7 @@ def module_source(
     Raises:
         ExportError: an argument of forward has no declared shape, or encode and decode are not the contract's.
     """
+    module = unwrapped(module)
     paired = is_pair(module)
     config = dict(config or {})
     declared = dict(getattr(module, "input_spec", None) or {})
@@ -153,7 +155,7 @@ def _call(source: str) -> torch.nn.Module:
         raise ExportError(
             f"{source} returned a {type(module).__name__}; a factory takes no arguments and returns an nn.Module."
         )
-    return module
+    return unwrapped(module)
 
 
 def _load_weights(module: torch.nn.Module, path: Path) -> None:
@@ -179,11 +181,14 @@ def _load_weights(module: torch.nn.Module, path: Path) -> None:
 def _inputs(
     module: torch.nn.Module, method: str, declared: Mapping[str, str], known: Mapping[str, str], vocabulary: int
 ) -> tuple[Input, ...]:
-    parameters = [
-        p
-        for p in inspect.signature(getattr(module, method)).parameters.values()
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
+    every = inspect.signature(getattr(module, method)).parameters.values()
+    parameters = [p for p in every if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if not parameters:
+        raise ExportError(
+            f"{type(module).__name__}.{method}({', '.join(map(str, every))}) names no argument, so its inputs are "
+            f"unknown; write them out: def {method}(self, x), with input_spec = "
+            '{"x": "float32[batch,sequence,3]"}. A wrapper of your own is best left off: export the module inside.'
+        )
     wanted = set(known) - {"input_ids"}  # taken where there is an argument for them, with a default or without
     names = [p.name for p in parameters if p.default is p.empty or p.name in declared or p.name in wanted]
     missing = [name for name in names if name not in declared and name not in known]

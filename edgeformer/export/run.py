@@ -1,4 +1,4 @@
-"""The written graph on plain onnxruntime, without edgeformer's runtime: the checks have a witness of their own."""
+"""The written graph on plain onnxruntime, without edgeformer's runtime: an independent reference for the checks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
+
+from edgeformer.errors import ExportError
 
 Array = NDArray[Any]
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
@@ -32,12 +34,18 @@ class Graph:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if mapped:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        self.session = ort.InferenceSession(
-            str(path),
-            options,
-            providers=["CPUExecutionProvider"],
-            disabled_optimizers=["ConstantFolding"] if mapped else None,
-        )
+        try:
+            self.session = ort.InferenceSession(
+                str(path),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=["ConstantFolding"] if mapped else None,
+            )
+        except Exception as error:  # onnxruntime's own classes share no base but this one
+            raise ExportError(
+                f"onnxruntime {ort.__version__} cannot load the exported graph: {str(error).splitlines()[0]} "
+                "Use another operation for it in the forward."
+            ) from error
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
         # Of an encoder-decoder's cache, what the encoder made is an input like any other: it does not grow.

@@ -86,6 +86,7 @@ def trace(module: torch.nn.Module, inputs: tuple[Input, ...], outputs: tuple[str
     # A past may be empty; of the others the tracer takes for granted that they are not 0 or 1, and should know it.
     dims = {name: torch.export.Dim.DYNAMIC(min=0 if name.startswith("past") else 2) for name in sizes}
     dynamic = tuple({i: dims[dim] for i, dim in enumerate(value.shape) if isinstance(dim, str)} for value in inputs)
+    exported = None
     with _quiet():
         try:
             dynamic_shapes = (dynamic,) if _takes_star_args(module) else dynamic
@@ -105,7 +106,7 @@ def trace(module: torch.nn.Module, inputs: tuple[Input, ...], outputs: tuple[str
                 verbose=False,
             )
         except Exception as error:
-            raise ExportError(_explain(error, inputs)) from error
+            raise ExportError(_explain(error, inputs, exported)) from error
     assert program is not None
     model = program.model
     _name_axes(model, inputs)
@@ -198,7 +199,28 @@ _FROZEN = (
 _STATIC = re.compile(r"inferred a static shape of (\d+) for dimension inputs(?:\['\w+'\])?\[(\d+)\]\.shape\[(\d+)\]")
 _NAMED = re.compile(r"inferred a static shape of (\d+) for dimension inputs\['(\w+)'\]\.shape\[(\d+)\]")
 
+_LIBRARY = re.compile(r"/torch/|/edgeformer/export/|<|/contextlib\.py|/onnxscript/")
+
 _CAUSES = (  # words of the tracer, or the function where it stopped -> what to tell
+    (
+        (".numpy() is not supported", "Cannot access data pointer", "convert a SymFloat", "fake tensor to numpy"),
+        "the forward leaves PyTorch (.numpy(), a NumPy or Python function on values), and a graph cannot follow; use "
+        "torch operations for it",
+    ),
+    (
+        ("complex-valued", "ComplexFloat", "complex64", "view_as_complex", "aten.complex", "aten.polar"),
+        "the forward computes with complex numbers, which ONNX does not have; write a rotary embedding with cos and "
+        "sin, x * cos + rotate_half(x) * sin, and other products by their real and imaginary parts",
+    ),
+    (
+        ("SparseMeta", "Sparse", "sparse_coo"),
+        "the forward uses sparse tensors, which ONNX does not have; use dense ones (.to_dense())",
+    ),
+    (
+        ("torch._dynamo.exc.Unsupported", "graph break", "skip_frame", "torch.compiler.disable"),
+        "the forward calls something that breaks the graph (a generator, a C function, torch.compiler.disable); take "
+        "it out of the forward",
+    ),
     (
         ("_detect_is_causal_mask",),
         "PyTorch's layers compare a mask's values to see whether it is causal; say it: is_causal=True to "
@@ -219,7 +241,7 @@ _CAUSES = (  # words of the tracer, or the function where it stopped -> what to 
 )
 
 
-def _explain(error: Exception, inputs: tuple[Input, ...]) -> str:
+def _explain(error: Exception, inputs: tuple[Input, ...], exported: torch.export.ExportedProgram | None = None) -> str:
     """One readable message: the likely cause with its fix, and the last line of user code that the tracer names."""
     chain: list[BaseException] = []
     cursor: BaseException | None = error
@@ -235,7 +257,7 @@ def _explain(error: Exception, inputs: tuple[Input, ...]) -> str:
         return f"{frozen}. {_FROZEN}"
     cause = next((told for words, told in _CAUSES if any(w in text or w in stopped for w in words)), None)
     first = next((line.strip() for line in str(root).splitlines() if line.strip()), type(root).__name__)
-    where = _user_line(chain)
+    where = _user_line(chain) or (_line_of(exported, text) if exported is not None else None)
     told = f"the module cannot be traced{f' ({where})' if where else ''}: {type(root).__name__}: {first[:300]}."
     return f"{told} Likely: {cause}." if cause else told
 
@@ -252,6 +274,20 @@ def _frozen(text: str, inputs: tuple[Input, ...]) -> str:
     return "; ".join(dict.fromkeys(told))
 
 
+def _line_of(exported: torch.export.ExportedProgram, text: str) -> str | None:
+    """file:line of the user's code that calls the operator which `text` says has no ONNX form."""
+    named = re.search(r"op='(\w+\.\w+)', overload", text)
+    for node in exported.graph.nodes if named else ():
+        value = node.meta.get("val")
+        fits = "complex" not in text or (isinstance(value, torch.Tensor) and value.is_complex())
+        if named and fits and str(node.target).startswith(f"{named[1]}."):  # another overload after decomposition
+            frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+            own = [f"{file}:{line}" for file, line in frames if not _LIBRARY.search(file)]
+            if own:
+                return own[-1]
+    return None
+
+
 def _user_line(chain: list[BaseException]) -> str | None:
     """file:line of the deepest frame outside torch in any traceback of the chain."""
     found = None
@@ -259,9 +295,7 @@ def _user_line(chain: list[BaseException]) -> str | None:
         step = error.__traceback__
         while step is not None:
             name = step.tb_frame.f_code.co_filename
-            if not any(
-                part in name for part in ("/torch/", "/edgeformer/export/", "<", "/contextlib.py", "/onnxscript/")
-            ):
+            if not _LIBRARY.search(name):
                 found = f"{name}:{step.tb_lineno}"
             step = step.tb_next
     return found
