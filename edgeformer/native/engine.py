@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgeformer.context import context_length
 from edgeformer.errors import EngineUnavailable, InputError, StateError
 from edgeformer.native.graph import Array
 from edgeformer.native.packing import give_weights
@@ -93,7 +94,7 @@ class NativeEngine:
             threads: default: the CPUs this process may use.
             isa: a kernel table by name; default: EDGEFORMER_ISA, else the best that this CPU runs.
             kv: "int8" (one scale a token and head) or "float32".
-            context: most tokens of a state; default: the bundle's `max_position_embeddings`, at most 4096.
+            context: most tokens of a state; default: the bundle's context length, at most 4096.
             memory_limit: bytes that weights, one state at full context and working memory may take together.
             meanwhile: called once; while the weights are packed, which leaves Python free.
 
@@ -317,9 +318,7 @@ def _graph_path(bundle: Any, graph: str) -> tuple[Path, int]:
         from edgeformer.bundle import Bundle
 
         bundle = Bundle.open(path)
-    config = bundle.config or {}
-    positions = config.get("max_position_embeddings") or config.get("n_positions") or DEFAULT_CONTEXT
-    return Path(bundle.graph_path(graph)), min(int(positions), DEFAULT_CONTEXT)
+    return Path(bundle.graph_path(graph)), min(context_length(bundle.config) or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
 
 
 def _fingerprint(path: Path) -> str:
