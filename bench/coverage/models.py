@@ -1,4 +1,4 @@
-"""Tiny random models of transformers' own causal architectures, each from its own config class, by the names of fields."""
+"""Tiny random models of transformers' causal architectures, each from its own config class, by names of fields."""
 
 from __future__ import annotations
 

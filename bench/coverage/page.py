@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections import Counter
 from typing import Any
 
@@ -40,22 +41,23 @@ def page(rows: dict[str, Any]) -> str:
     works = [name for name, row in rows.items() if row["status"] == "works"]
     native = [n for n in works if all(rows[n]["engines"].get(f"native {kind}") == "ok" for kind in (FLOAT, DEFAULT))]
     lengths = [str(len(prompt)) for prompt in PROMPTS]
+    about = (
+        "Written by `python -m bench.coverage`; do not edit. Each architecture is built tiny and random from its own "
+        f"config class, exported in float and with the default options (calibrated `{DEFAULT}`), and run from the "
+        f"bundles with prompts of {', '.join(lengths[:-1])} and {lengths[-1]} tokens and a float cache. **Works** "
+        f"means: on the CPU engine the float logits equal PyTorch's to {FLOAT_TOLERANCE:.0e} of their range, ten greedy "
+        f"tokens are the same ones, and the default export's logits differ by at most {QUANTIZED_TOLERANCE:.0%} of "
+        "their deviation (root mean square; in nine positions of ten, for rounding now and then tips the choice of an "
+        "expert) from those of the same bundle with its weights dequantized and every operator in float. That is what "
+        "int8 activations cost; what four bits cost the model is not in it. **native** asks the same of the native "
+        "engine. No line of the exporter names an architecture."
+    )
     lines = [
         "# Coverage of transformers' causal language models",
         "",
-        "Written by `python -m bench.coverage`; do not edit. Each architecture is built tiny and random from its own",
-        "config class, exported in float and with the default options (calibrated `q4a`), and run from the bundles with",
-        f"prompts of {', '.join(lengths[:-1])} and {lengths[-1]} tokens and a float cache. **Works** means: on the CPU "
-        "engine the",
-        f"float logits equal PyTorch's to {FLOAT_TOLERANCE:.0e} of their range, ten greedy tokens are the same ones, "
-        "and the default",
-        f"export's logits differ by at most {QUANTIZED_TOLERANCE:.0%} of their deviation (root mean square) from those "
-        "of the same bundle",
-        "with its weights dequantized and every operator in float: that is what int8 activations cost, and what four",
-        "bits cost the model is not in it. **native** asks the same of the native engine, float and default export.",
-        "No line of the exporter names an architecture.",
+        *textwrap.wrap(about, 110, break_on_hyphens=False),
         "",
-        f"{_made(rows)}",
+        *textwrap.wrap(_made(rows), 110, break_on_hyphens=False),
         "",
         f"**{len(works)} of {len(rows)} work on `cpu`, {len(native)} of them on `native` too.**",
         "",
