@@ -7,7 +7,7 @@ import textwrap
 from collections import Counter
 from typing import Any
 
-from bench.coverage.examine import DEFAULT, FLOAT, FLOAT_TOLERANCE, PROMPTS, QUANTIZED_TOLERANCE
+from bench.coverage.examine import DEFAULT, FLOAT, FLOAT_TOLERANCE, PROMPTS, QUANTIZED_TOLERANCE, Depth
 
 CAUSES = (  # words of a row's cause -> what stands in the way; the first that fits
     (r"recurrent or convolution|LinearAttention layers|MiniMax uses cache of its own|matC_old",
@@ -45,12 +45,12 @@ def page(rows: dict[str, Any]) -> str:
         "Written by `python -m bench.coverage`; do not edit. Each architecture is built tiny and random from its own "
         f"config class, exported in float and with the default options (calibrated `{DEFAULT}`), and run from the "
         f"bundles with prompts of {', '.join(lengths[:-1])} and {lengths[-1]} tokens and a float cache. **Works** "
-        f"means: on the CPU engine the float logits equal PyTorch's to {FLOAT_TOLERANCE:.0e} of their range, ten greedy "
-        f"tokens are the same ones, and the default export's logits differ by at most {QUANTIZED_TOLERANCE:.0%} of "
-        "their deviation (root mean square; in nine positions of ten, for rounding now and then tips the choice of an "
-        "expert) from those of the same bundle with its weights dequantized and every operator in float. That is what "
-        "int8 activations cost; what four bits cost the model is not in it. **native** asks the same of the native "
-        "engine. No line of the exporter names an architecture."
+        f"means: on the CPU engine the float logits equal PyTorch's to {FLOAT_TOLERANCE:.0e} of their range, "
+        f"{Depth().tokens} greedy tokens are the same ones, and the default export's logits differ by at most "
+        f"{QUANTIZED_TOLERANCE:.0%} of their deviation (root mean square; in nine positions of ten, for rounding now "
+        "and then tips the choice of an expert) from those of the same bundle with its weights dequantized and every "
+        "operator in float. That is what int8 activations cost; what four bits cost the model is not in it. "
+        "**native** asks the same of the native engine. No line of the exporter names an architecture."
     )
     lines = [
         "# Coverage of transformers' causal language models",
@@ -88,5 +88,6 @@ def _made(rows: dict[str, Any]) -> str:
     for key in others:
         names = [n for n, row in sorted(rows.items()) if (row.get("commit", "unknown"), row.get("transformers")) == key]
         listed = f": {', '.join(names)}" if len(names) <= 20 else f", from {names[0]} to {names[-1]}"
-        told += f" {len(names)} rows are from commit {key[0]}, with transformers {key[1]}{listed}."
+        verb = "row is" if len(names) == 1 else "rows are"
+        told += f" {len(names)} {verb} from commit {key[0]}, with transformers {key[1]}{listed}."
     return told
