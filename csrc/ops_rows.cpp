@@ -266,17 +266,19 @@ class Embed final : public ParallelOp {
   const float scale_;
 };
 
-// The last `kept` rows of every segment.
+// The last `kept` rows of every segment of x [batch, sequence, ...]: a row is all that one token has, of any rank.
 class Keep final : public Op {
  public:
   using Op::Op;
   int64_t begin(Run& run, int) const override {
     const Tensor& x = in(run, 0);
-    const int64_t n = x.rows() ? x.columns() : 0;
-    float* y = out(run, 0).f32();
+    const int64_t rows = x.shape[0] * x.shape[1];
+    const size_t row_bytes = rows ? x.bytes() / rows : 0;
+    const uint8_t* from = static_cast<const uint8_t*>(x.data);
+    uint8_t* to = static_cast<uint8_t*>(out(run, 0).data);
     for (const Segment& s : run.segments) {
-      if (s.kept) std::memcpy(y, x.f32() + (s.row + s.rows - s.kept) * n, s.kept * n * sizeof(float));
-      y += s.kept * n;
+      if (s.kept) std::memcpy(to, from + (s.row + s.rows - s.kept) * row_bytes, s.kept * row_bytes);
+      to += s.kept * row_bytes;
     }
     return 0;
   }

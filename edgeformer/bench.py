@@ -110,7 +110,7 @@ def bench(
     depths: Sequence[int] = (0,),
     repetitions: int = 5,
     isa: str | None = None,
-    kv: str = "int8",
+    kv: str = "auto",
     context: int | None = None,
     progress: Callable[[str, int, int], None] = lambda test, done, total: None,
 ) -> Benchmark:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from edgeformer.context import config_number, context_length
 from edgeformer.errors import BundleError
 from edgeformer.manifest import FORMAT, FORMAT_VERSION, MANIFEST, Json, manifest_problems, read_json
 
@@ -98,22 +99,12 @@ class Bundle:
             decodes = self.task == "text-generation" or any(name.startswith("past_key") for name in graph["inputs"])
             if decodes and "input_ids" in graph["inputs"] and len(shape) == 3 and isinstance(shape[2], int):
                 return int(shape[2])
-        return self._config_number("vocab_size")
+        return config_number(self.config, "vocab_size")
 
     @property
     def context(self) -> int | None:
         """Positions that the model was made for, from config.json; None where it sets no limit."""
-        return self._config_number(
-            "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions"
-        )
-
-    def _config_number(self, *names: str) -> int | None:
-        for config in (self.config, self.config.get("text_config")):
-            for name in names:
-                value = config.get(name) if isinstance(config, dict) else None
-                if type(value) is int and value > 0:
-                    return value
-        return None
+        return context_length(self.config)
 
     @property
     def size(self) -> int:

@@ -27,7 +27,7 @@ class NativeOptions:
     """What only the native engine has."""
 
     isa: str | None = None
-    kv: str = "int8"
+    kv: str = "auto"
     context: int | None = None
     memory_limit: int | None = None
     kept: bool = True  # use the cache folder
@@ -175,7 +175,9 @@ def _native(
 
 def _chosen(engines: Mapping[str, Engine], threads: int, why: str) -> str:
     isa = getattr(next(iter(engines.values())), "isa", None)
-    what = f"{threads} thread{'s' if threads > 1 else ''}" + (f", {isa} kernels" if isa else "")
+    caches = {cache for engine in engines.values() if (cache := getattr(engine, "cache", ""))}
+    parts = [f"{threads} thread{'s' if threads > 1 else ''}", *([f"{isa} kernels"] if isa else []), *sorted(caches)]
+    what = ", ".join(parts)
     rounded = sum(getattr(engine, "rounded", 0) for engine in engines.values())
     note = f"; {rounded} weights have scales of more bits than float16, rounded by at most 0.025 %" if rounded else ""
     return f"chosen, {why} ({what}){note}"

@@ -47,7 +47,7 @@ def load(
     threads: int | None = None,
     *,
     isa: str | None = None,
-    kv: str = "int8",
+    kv: str = "auto",
     context: int | None = None,
     memory_limit: int | None = None,
     check: Literal["sizes", "hashes"] = "sizes",
@@ -57,9 +57,9 @@ def load(
     `engine="auto"` takes CUDA where a session really runs on it, else the native engine where it can run this graph,
     else ONNX Runtime on the CPU (float models without a cache try these two the other way round); `Model.explain` says
     which, and why not the others. An engine asked for by name runs or raises. `threads` defaults to the physical cores
-    that this process may use. `isa` ("avx2", ...), `kv` ("int8" or "float32" cache), `context` (tokens to plan memory
-    for) and `memory_limit` (bytes) are the native engine's; an `isa` asks for that engine. `check="hashes"` also reads
-    and checks every byte of the bundle.
+    that this process may use. `isa` ("avx2", ...), `kv` (the cache: "int8", "float32", or "auto": int8 where weights
+    are quantized, else float32), `context` (tokens to plan memory for) and `memory_limit` (bytes) are the native
+    engine's; an `isa` asks for that engine. `check="hashes"` also reads and checks every byte of the bundle.
 
     The first time that an engine loads a bundle on this machine, it runs the bundle's reference values (tens of
     milliseconds; the result is remembered in the cache folder). One whose numbers differ by more than the bundle

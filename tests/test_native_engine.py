@@ -193,10 +193,32 @@ def test_another_batch_size_in_a_state_is_refused(engine):
 
 
 @pytest.mark.parametrize(
+    ("name", "kv", "why"),
+    [("float", "float32", "float"), ("float16", "float32", "float"), ("q8", "int8", "quantized")],
+)
+def test_the_cache_is_as_exact_as_the_weights_unless_it_is_asked_for(name, kv, why, bundles):
+    import edgeformer
+
+    other = "int8" if kv == "float32" else "float32"
+    found = {asked: edgeformer.load(bundles / name, "native", 1, kv=asked) for asked in ("auto", kv, other)}
+    default = edgeformer.load(bundles / name, "native", 1)
+    got = {asked: logits(model.engine, IDS).tobytes() for asked, model in found.items()}
+    assert logits(default.engine, IDS).tobytes() == got["auto"] == got[kv] != got[other]
+    assert f"{kv} cache: its weights are {why}" in str(default.explain())
+    assert f"{other} cache: asked for" in str(found[other].explain())
+
+
+def test_a_model_without_a_cache_says_nothing_of_one(bundles):
+    import edgeformer
+
+    assert "cache" not in str(edgeformer.load(bundles / "forecast", "native").explain())
+
+
+@pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"isa": "avx1024"}, EngineUnavailable, "scalar"),
-        ({"kv": "int4"}, InputError, "int8"),
+        ({"kv": "int4"}, InputError, "auto, int8, float32"),
         ({"threads": 0}, InputError, "threads"),
         ({"context": 0}, InputError, "context"),
         ({"memory_limit": 1000}, EngineUnavailable, "the limit is 1,000"),

@@ -52,7 +52,9 @@ ThreadsOpt = Annotated[
     typer.Option("--threads", "-t", min=1, max=1024, help="Default: physical cores.", rich_help_panel=MACHINE),
 ]
 IsaOpt = Annotated[str | None, typer.Option("--isa", help="Native kernels to use: avx2, ...", rich_help_panel=MACHINE)]
-KvOpt = Annotated[str, typer.Option("--kv", help="Native cache: int8 or float32.", rich_help_panel=MACHINE)]
+KvOpt = Annotated[
+    str, typer.Option("--kv", help="Native cache: auto (as the weights), int8 or float32.", rich_help_panel=MACHINE)
+]
 ContextOpt = Annotated[
     int | None,
     typer.Option("--context", min=1, help="Native: tokens that the cache may hold.", rich_help_panel=MACHINE),
@@ -137,7 +139,7 @@ def run(
     engine: EngineOpt = "auto",
     threads: ThreadsOpt = None,
     isa: IsaOpt = None,
-    kv: KvOpt = "int8",
+    kv: KvOpt = "auto",
     context: ContextOpt = None,
 ) -> None:
     """Run a bundle once: text streams to stdout, timings go to stderr."""
@@ -184,7 +186,7 @@ def chat(
     engine: EngineOpt = "auto",
     threads: ThreadsOpt = None,
     isa: IsaOpt = None,
-    kv: KvOpt = "int8",
+    kv: KvOpt = "auto",
     context: ContextOpt = None,
 ) -> None:
     """Talk with a model; the conversation is kept, and only what is new of it is run."""
@@ -275,7 +277,7 @@ def transcribe(
     engine: EngineOpt = "auto",
     threads: ThreadsOpt = None,
     isa: IsaOpt = None,
-    kv: KvOpt = "int8",
+    kv: KvOpt = "auto",
 ) -> None:
     """Write down what is said in recordings."""
     from edgeformer.cli import tasks
@@ -349,7 +351,7 @@ def bench(
     ] = None,
     engine: EngineOpt = "auto",
     isa: IsaOpt = None,
-    kv: KvOpt = "int8",
+    kv: KvOpt = "auto",
     context: ContextOpt = None,
     profile: Annotated[bool, typer.Option("--profile", help="Time by operation instead (native).")] = False,
     json: JsonOpt = False,

@@ -7,6 +7,7 @@ the float graph that was just checked against PyTorch, on plain onnxruntime; no 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import onnx_ir.passes.common as common
 import torch
 from numpy.typing import NDArray
 
+from edgeformer.context import NAMES
+from edgeformer.errors import ExportError
 from edgeformer.export.accuracy import read_tokens
 from edgeformer.export.options import ExportOptions
 from edgeformer.export.passes.edit import ancestors
@@ -74,7 +77,8 @@ def own_samples(path: Path, vocabulary: int, sequences: int, length: int, progre
     drawn = [ids]
     for position in progress.track(range(length - 1), "draw samples"):
         feeds = {"input_ids": ids, "position_ids": np.full_like(ids, position), "logits_to_keep": np.array(1)}
-        outputs, past = graph(feeds, past)
+        with _can_run(position + 1):
+            outputs, past = graph(feeds, past)
         logits = outputs["logits"][:, -1]  # [sequences, vocabulary]
         # The largest of logits with Gumbel noise, -log(exponential), is a draw from their softmax. One in 2**23 is 0.
         drops = generator.standard_exponential(logits.shape, np.float32)
@@ -82,6 +86,20 @@ def own_samples(path: Path, vocabulary: int, sequences: int, length: int, progre
         ids = (logits + noise).argmax(-1, keepdims=True)
         drawn.append(ids)
     return np.concatenate(drawn, axis=1)
+
+
+@contextmanager
+def _can_run(length: int) -> Iterator[None]:
+    """An ExportError for what onnxruntime raises, which has no class of its own: mostly a table of positions ends."""
+    try:
+        yield
+    except Exception as error:
+        told = str(error).strip().splitlines()[-1][:300]
+        raise ExportError(
+            f"the float graph, right so far, does not run on calibration text of {length} tokens ({told}). Is the "
+            f"model's context shorter than its config says (expected one of {', '.join(NAMES)})? Give fewer "
+            "--calibration-tokens than the context has, or --calibration none to round to the nearest."
+        ) from error
 
 
 def hessians(
@@ -104,7 +122,8 @@ def hessians(
         for first in progress.track(range(0, count, rows), "calibrate"):
             ids = calibration.ids[first : first + rows]
             feeds = {"input_ids": ids, "position_ids": np.broadcast_to(positions, ids.shape)}
-            outputs, _ = graph(feeds | graph.empty_past(len(ids)))
+            with _can_run(length):
+                outputs = graph.values(feeds)  # a latent cache is a layer's input itself
             for inputs in group:
                 for name in inputs:
                     x = torch.from_numpy(outputs[name]).flatten(0, -2)  # [tokens, K]

@@ -69,6 +69,13 @@ class Graph:
         outputs = {name: _wide(value) for name, value in results.items()}
         return outputs, present
 
+    def values(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Every output under its own name, what goes into a cache too, for `feeds` after an empty past."""
+        batch = next(iter(feeds.values())).shape[0]
+        given = {name: value for name, value in feeds.items() if name in self.inputs}
+        values = self.session.run(None, {**given, **self.empty_past(batch)})
+        return dict(zip(self.outputs, values, strict=True))
+
     def empty_past(self, batch: int) -> dict[str, Array]:
         """Empty arrays for all inputs that are a cache, also of a graph that was cut off before it gives one."""
         return {name: self._empty(name, batch) for name in self.inputs if name.startswith("past_key_values.")}

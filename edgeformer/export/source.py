@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from edgeformer.context import context_length
 from edgeformer.errors import ExportError
 from edgeformer.export.blocks import Blocks
 from edgeformer.export.trace import Input
@@ -48,8 +49,7 @@ class Source:
     @property
     def context(self) -> int | None:
         """Positions that the model was made for; None where its config sets no limit."""
-        found = (self.config.get(name) for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"))
-        return next((value for value in found if isinstance(value, int) and value > 0), None)
+        return context_length(self.config)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from edgeformer.native.infer import conv_geometry
 from edgeformer.native.passes import unsupported_nodes
 from edgeformer.native.passes.attention import Cache
 from edgeformer.native.program import LANES, Op, PackedWeight, Program, Slot, Weight
-from edgeformer.native.rows import is_batch_local, is_row_local
+from edgeformer.native.rows import is_batch_local, is_row_local, row_symbols
 
 ELEMENTWISE = {
     "Add": "add", "Sub": "sub", "Mul": "mul", "Div": "div", "Pow": "pow", "Min": "min", "Max": "max", "Mod": "mod",
@@ -336,12 +336,3 @@ class Emitter:
 def round_up(x: int, to: int) -> int:
     """`x` or the next multiple of `to`."""
     return -(-x // to) * to
-
-
-def row_symbols(g: Graph) -> tuple[str, str]:
-    """Names of the axes [batch, sequence] that token ids, else any input, begin with; ("", "") without one."""
-    for info in sorted(g.inputs.values(), key=lambda i: (i.dtype != "int64", len(i.shape))):
-        lead, rest = info.shape[:2], info.shape[2:]
-        if len(lead) == 2 and all(isinstance(d, Dim) for d in lead) and all(isinstance(d, int) for d in rest):
-            return str(lead[0]), str(lead[1])
-    return "", ""

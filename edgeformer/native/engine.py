@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgeformer.context import context_length
 from edgeformer.errors import EngineUnavailable, InputError, StateError
 from edgeformer.native.graph import Array
 from edgeformer.native.packing import give_weights
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 NUMPY = {"f32": np.float32, "i64": np.int64, "bool": np.bool_}
 PREFILL_ROWS = 512  # rows of one pass: bounds the working memory of long prompts and of large batches
 DEFAULT_CONTEXT = 4096
+KV = ("auto", "int8", "float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class NativeEngine:
         self._symbols = list(prepared.program["symbols"])
         self._rows, self._past, self._batch_local = prepared.rows, prepared.past, prepared.batch_local
         self.kv = "float32"  # how the cache holds keys and values
+        self.cache = ""  # the type of the cache and why, for people; "" without one
         self.rounded = 0  # weights with scales that float16 does not hold exactly, packed as the nearest
 
     name = "native"
@@ -83,7 +86,7 @@ class NativeEngine:
         graph: str = "model",
         threads: int | None = None,
         isa: str | None = None,
-        kv: str = "int8",
+        kv: str = "auto",
         context: int | None = None,
         memory_limit: int | None = None,
         meanwhile: Callable[[], object] = lambda: None,
@@ -94,8 +97,9 @@ class NativeEngine:
         Args:
             threads: default: the CPUs this process may use.
             isa: a kernel table by name; default: EDGEFORMER_ISA, else the best that this CPU runs.
-            kv: "int8" (one scale a token and head) or "float32".
-            context: most tokens of a state; default: the bundle's `max_position_embeddings`, at most 4096.
+            kv: the cache's type: "int8" (one scale a token and head), "float32", or "auto": int8 where weights are
+                quantized, else float32, for int8 moves logits by about 0.5 % of their range.
+            context: most tokens of a state; default: the bundle's context length, at most 4096.
             memory_limit: bytes that weights, one state at full context and working memory may take together.
             meanwhile: called once; while the weights are packed, which leaves Python free.
             kept: read and write the entries of the cache folder; without, the bundle leaves no trace there.
@@ -108,11 +112,15 @@ class NativeEngine:
         native = _extension()
         path, limit = _graph_path(bundle, graph)
         prepared = prepare(path, kept=kept)
+        kind, why = _cache_type(kv, prepared)
         tokens = context if context is not None else limit
         worker_count = threads if threads is not None else len(os.sched_getaffinity(0))
-        built = native.Engine(prepared.program, worker_count, isa or "", kv, int(tokens), PREFILL_ROWS)
+        built = native.Engine(prepared.program, worker_count, isa or "", kind, int(tokens), PREFILL_ROWS)
         engine = cls(built, prepared, path)
-        engine.kv = kv
+        engine.kv = kind
+        plain = [reads for *_, reads in prepared.program["caches"]]
+        if plain:
+            engine.cache = "float32 cache: the graph reads it itself" if all(plain) else f"{kind} cache: {why}"
         if memory_limit is not None:
             need = engine.memory()
             if need.total > memory_limit:
@@ -300,6 +308,20 @@ def _fitting(name: str, given: Any, dtype: Any, shape: Sequence[Any]) -> Array:
     return np.ascontiguousarray(array, dtype) if array.ndim else np.asarray(array, dtype)
 
 
+def _cache_type(kv: str, prepared: Prepared) -> tuple[str, str]:
+    """("int8" or "float32", why)
+
+    Raises:
+        InputError: `kv` is none of KV.
+    """
+    if kv not in KV:
+        raise InputError(f"kv is {kv!r}, expected {', '.join(KV)}.")
+    if kv != "auto":
+        return kv, "asked for"
+    quantized = any(weight.type != "f32" for weight in prepared.weights)
+    return ("int8", "its weights are quantized") if quantized else ("float32", "its weights are float")
+
+
 def _extension() -> Any:
     try:
         return import_module("edgeformer._native")
@@ -321,9 +343,7 @@ def _graph_path(bundle: Any, graph: str) -> tuple[Path, int]:
         from edgeformer.bundle import Bundle
 
         bundle = Bundle.open(path)
-    config = bundle.config or {}
-    positions = config.get("max_position_embeddings") or config.get("n_positions") or DEFAULT_CONTEXT
-    return Path(bundle.graph_path(graph)), min(int(positions), DEFAULT_CONTEXT)
+    return Path(bundle.graph_path(graph)), min(context_length(bundle.config) or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
 
 
 def _fingerprint(path: Path) -> str:

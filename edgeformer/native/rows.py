@@ -7,6 +7,15 @@ from edgeformer.native.dims import Dim, Shape, Size, mentions, symbol
 from edgeformer.native.graph import Graph, Node
 
 
+def row_symbols(g: Graph) -> tuple[str, str]:
+    """Names of the axes [batch, sequence] that token ids, else any input, begin with; ("", "") without one."""
+    for info in sorted(g.inputs.values(), key=lambda i: (i.dtype != "int64", len(i.shape))):
+        lead, rest = info.shape[:2], info.shape[2:]
+        if len(lead) == 2 and all(isinstance(d, Dim) for d in lead) and all(isinstance(d, int) for d in rest):
+            return str(lead[0]), str(lead[1])
+    return "", ""
+
+
 def is_row_local(g: Graph, batch: str, sequence: str) -> bool:
     """True when every value is free of sizes, or has rows [batch, sequence or kept, ...] (or batch * sequence first),
     and every node computes a row from the same row. Attention is the exception: it knows the sequences.

@@ -9,14 +9,21 @@ from __future__ import annotations
 
 from edgeformer.native.dims import product, symbol
 from edgeformer.native.graph import Graph, Info, Node
+from edgeformer.native.rows import row_symbols
 
 LINEAR_DEFAULTS = {"bias": "", "gate": None, "gate_bias": "", "fn": "", "factor": 1.0}
 
 
 def keep_rows(g: Graph) -> None:
-    """Slice of the rows from -logits_to_keep on becomes Keep: the engine keeps the last rows of every sequence."""
+    """Slice of the rows from -logits_to_keep on becomes Keep: the engine keeps the last rows of every sequence.
+
+    Only values [batch, sequence, ...] have a row for each token; another axis 1 stays a Slice.
+    """
+    rows = tuple(symbol(name) for name in row_symbols(g))
     for node in list(g.nodes):
         if node.op != "Slice" or node.attrs["axes"] != (1,) or node.attrs["steps"] != (1,):
+            continue
+        if g.shape(node.inputs[0])[:2] != rows:
             continue
         (start,), (end,) = node.attrs["starts"], node.attrs["ends"]
         for name in g.inputs:
@@ -24,7 +31,8 @@ def keep_rows(g: Graph) -> None:
                 node.op, node.attrs = "Keep", {"count": name}
                 shape = g.shape(node.outputs[0])
                 _set_size(g, shape[1], symbol("kept"))
-                g.info[node.outputs[0]] = Info("float32", (shape[0], symbol("kept"), *shape[2:]))
+                dtype = g.info[node.inputs[0]].dtype
+                g.info[node.outputs[0]] = Info(dtype, (shape[0], symbol("kept"), *shape[2:]))
                 break
     g.finish()
 
@@ -51,6 +59,8 @@ def _move_up(g: Graph, keep: Node) -> bool:
     if node is None or node.op not in ROW_BY_ROW or len(node.outputs) != 1 or g.only_user(name) is not keep:
         return False
     rows = g.shape(name)[:2]
+    if node.op == "Norm" and len(g.shape(name)) < 3:
+        return False  # it runs along the rows
     read = [i for i in dict.fromkeys(node.inputs) if i and i not in g.constants]
     ranks = {len(g.shape(i)) for i in read} if node.op != "View" else set()  # an operand of a lower rank is no row
     if any(g.shape(i)[:2] != rows for i in read) or ranks - {len(g.shape(name))}:

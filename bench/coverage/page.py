@@ -1,0 +1,93 @@
+"""docs/coverage.md, from the results."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections import Counter
+from typing import Any
+
+from bench.coverage.examine import DEFAULT, FLOAT, FLOAT_TOLERANCE, PROMPTS, QUANTIZED_TOLERANCE, Depth
+
+CAUSES = (  # words of a row's cause -> what stands in the way; the first that fits
+    (r"recurrent or convolution|LinearAttention layers|MiniMax uses cache of its own|matC_old",
+     "keeps a recurrent or convolution state (state-space, linear attention): no key-value cache can hold it"),
+    (r"index or compressed blocks", "selects its keys by a cached index or compresses them: no standard operator"),
+    (r"does not run with a plain key-value cache", "keeps more than keys and values from step to step"),
+    (r"s_aux", "attention sinks without a mask"),
+    (r"No decompositions registered for the complex", "computes its rotary embedding with complex numbers"),
+    (r"data-dependent|branches on the values", "chooses its experts or layers by a Python branch on values"),
+    (r"was frozen at", "uses the length as a Python number: a scan over the text, or a table of one length"),
+    (r"requires the timm library", "not examined: its picture tower needs the package timm"),
+    (r"shared_kv_states|hidden_size_per_layer_input must be 0",
+     "drafts for another model, whose keys and values it reads: it has no input of its own"),
+    (r"shape '\[-1, 4, 5\]' is invalid", "reads the codes of several codebooks at once, not one sequence of token ids"),
+)  # fmt: skip
+
+
+def why(row: dict[str, Any]) -> str:
+    """The cause in plain words, with the message it comes from where none fits."""
+    cause = row.get("cause") or next((v for k, v in row["engines"].items() if k.startswith("cpu") and v != "ok"), "")
+    for words, told in CAUSES:
+        if re.search(words, cause):
+            return told
+    if row.get("stage") in ("build", "run in transformers"):
+        return f"not examined: its config alone gives no tiny model that transformers itself can run ({cause[:80]})"
+    return cause
+
+
+def page(rows: dict[str, Any]) -> str:
+    """docs/coverage.md"""
+    works = [name for name, row in rows.items() if row["status"] == "works"]
+    native = [n for n in works if all(rows[n]["engines"].get(f"native {kind}") == "ok" for kind in (FLOAT, DEFAULT))]
+    lengths = [str(len(prompt)) for prompt in PROMPTS]
+    about = (
+        "Written by `python -m bench.coverage`; do not edit. Each architecture is built tiny and random from its own "
+        f"config class, exported in float and with the default options (calibrated `{DEFAULT}`), and run from the "
+        f"bundles with prompts of {', '.join(lengths[:-1])} and {lengths[-1]} tokens and a float cache. **Works** "
+        f"means: on the CPU engine the float logits equal PyTorch's to {FLOAT_TOLERANCE:.0e} of their range, "
+        f"{Depth().tokens} greedy tokens are the same ones, and the default export's logits differ by at most "
+        f"{QUANTIZED_TOLERANCE:.0%} of their deviation (root mean square; in nine positions of ten, for rounding now "
+        "and then tips the choice of an expert) from those of the same bundle with its weights dequantized and every "
+        "operator in float. That is what int8 activations cost; what four bits cost the model is not in it. "
+        "**native** asks the same of the native engine. No line of the exporter names an architecture."
+    )
+    lines = [
+        "# Coverage of transformers' causal language models",
+        "",
+        *textwrap.wrap(about, 110, break_on_hyphens=False),
+        "",
+        *textwrap.wrap(_made(rows), 110, break_on_hyphens=False),
+        "",
+        f"**{len(works)} of {len(rows)} work on `cpu`, {len(native)} of them on `native` too.**",
+        "",
+        "| model type | class | cpu | native | remark |",
+        "|---|---|---|---|---|",
+    ]
+    for name in sorted(rows):
+        row = rows[name]
+        fits = "yes" if name in works else "no"
+        fast = "yes" if name in native else "no"
+        remark = why(row) if name not in works else ""
+        if name in works and name not in native:
+            remark = next((v for k, v in row["engines"].items() if k.startswith("native") and v != "ok"), "not reached")
+            remark = remark.removeprefix("no: ").split(". Run this")[0]
+        if row.get("generate_differs"):
+            remark = f"{remark}; transformers' generate() feeds other positions than its forward".strip("; ")
+        if name in works and not row.get("layers"):
+            remark = f"without a cache; {remark}".strip("; ")
+        lines.append(f"| {name} | {row.get('class', '')} | {fits} | {fast} | {remark.replace('|', '/')[:220]} |")
+    return "\n".join(lines) + "\n"
+
+
+def _made(rows: dict[str, Any]) -> str:
+    """From which commits, with which transformers; the rows that are not of the commit with the most, by name."""
+    made = Counter((row.get("commit", "unknown"), row.get("transformers", "?")) for row in rows.values())
+    (most, version), *others = [key for key, _ in made.most_common()]
+    told = f"Made from commit {most}, with transformers {version}."
+    for key in others:
+        names = [n for n, row in sorted(rows.items()) if (row.get("commit", "unknown"), row.get("transformers")) == key]
+        listed = f": {', '.join(names)}" if len(names) <= 20 else f", from {names[0]} to {names[-1]}"
+        verb = "row is" if len(names) == 1 else "rows are"
+        told += f" {len(names)} {verb} from commit {key[0]}, with transformers {key[1]}{listed}."
+    return told

@@ -1,0 +1,103 @@
+"""All architectures, each in a subprocess with a time limit, results kept in one file as they come."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.coverage.examine import examine
+from bench.report import ROOT
+
+RESULTS = ROOT / "docs" / "coverage.json"
+PAGE = ROOT / "docs" / "coverage.md"
+CODE = ("edgeformer", "csrc", "bench/coverage", "setup.py")  # what a result depends on, beside installed packages
+
+
+def commit() -> str:
+    """The commit that the code is of, "<hash> of <date>"; "+" behind the hash where files differ from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    changed = "+" if git("status", "--porcelain", "--", *CODE) else ""
+    return git("log", "-1", f"--format=%h{changed} of %cs", "--", *CODE)
+
+
+def draw(names: list[str], day: str, count: int = 10) -> list[str]:
+    """The `count` names whose turn it is on `day` (an ISO date): every date draws others, each date always the same."""
+    return random.Random(day).sample(sorted(names), count)
+
+
+def what_differs(found: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    """What the row of the table says of an architecture that an examination today does not find.
+
+    Of what an engine finds wrong only that something is: the words hold numbers.
+    """
+    told = []
+    for what in ("status", "class", "layers"):
+        if found.get(what) != row.get(what):
+            told.append(f"{what} is {found.get(what)!r}, the table says {row.get(what)!r}")
+    for key in sorted(found["engines"].keys() | row["engines"].keys()):
+        now, then = found["engines"].get(key, "not reached"), row["engines"].get(key, "not reached")
+        if (now == "ok") != (then == "ok"):
+            told.append(f"{key}: {now}; the table says {then}")
+    return told
+
+
+def _worker(name: str, pipe: Any) -> None:
+    sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    pipe.send(examine(name))
+
+
+def sweep(chosen: list[str], results: Path, limit: float, redo: str) -> dict[str, Any]:
+    """Examines each name that has no result yet; writes the results after each one."""
+    import torch
+    import transformers
+    from tqdm import tqdm
+
+    import edgeformer.export.pipeline  # noqa: F401  loaded once: the subprocesses are forks of this one
+
+    torch.set_num_threads(1)
+    made = {"commit": commit(), "transformers": transformers.__version__}
+    rows: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
+    todo = [n for n in chosen if n not in rows or redo == "all" or (redo == "failed" and not fine(rows[n]))]
+    if redo == "old":
+        todo = [n for n in chosen if {k: rows.get(n, {}).get(k) for k in made} != made]
+    for name in (bar := tqdm(todo, unit="model")):
+        bar.set_postfix_str(f"{name}, {sum(fine(row) for row in rows.values())} fine")
+        rows[name] = _apart(name, limit) | made
+        results.parent.mkdir(exist_ok=True)
+        kept = {n: {k: v for k, v in r.items() if k != "trace" or results != RESULTS} for n, r in rows.items()}
+        results.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    return rows
+
+
+def fine(row: dict[str, Any]) -> bool:
+    """Whether the model works, and every engine that takes it is right."""
+    return row["status"] == "works" and all(v == "ok" for v in row["engines"].values())
+
+
+def _apart(name: str, limit: float) -> dict[str, Any]:
+    """The row of `name`, examined by a subprocess that is given `limit` seconds."""
+    context = multiprocessing.get_context("fork")
+    start = time.monotonic()
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_worker, args=(name, there))
+    process.start()
+    there.close()
+    row: dict[str, Any]
+    try:
+        late = {"status": "no", "cause": f"not done in {limit:.0f} s", "engines": {}}
+        row = here.recv() if here.poll(limit) else late
+    except EOFError:
+        row = {"status": "no", "cause": "the process died", "engines": {}}
+    process.kill()
+    process.join()
+    return row | {"seconds": round(time.monotonic() - start, 1)}
