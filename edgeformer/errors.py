@@ -39,3 +39,7 @@ class ParityError(ExportError):
 
 class TrainingError(EdgeformerError, RuntimeError):
     """A training run cannot start, resume or continue."""
+
+
+class EdgeformerWarning(UserWarning):
+    """What a caller should know although the call goes on."""

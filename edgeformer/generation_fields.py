@@ -119,7 +119,7 @@ CHECKS: dict[str, Check] = {
     "max_time": _number(0),
     "eos_token_id": _ONE_OR_MORE,
     "stop_strings": (
-        lambda value: bool(value) and all(isinstance(text, str) and text for text in listed(value)),
+        lambda value: all(isinstance(text, str) and text for text in listed(value)),
         "a text or a list of texts, none of them empty",
     ),
     "do_sample": _FLAG,

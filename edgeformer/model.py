@@ -16,7 +16,7 @@ from edgeformer.bundle import Bundle
 from edgeformer.choose import ORDER, Choice, EngineName, NativeOptions, choose
 from edgeformer.encode import Encoder, Entity, Label
 from edgeformer.engine import Engine
-from edgeformer.errors import BundleError, EngineUnavailable, InputError
+from edgeformer.errors import BundleError, EdgeformerWarning, EngineUnavailable, InputError
 from edgeformer.generate import CHUNK, Limits, Result, Session, Stream
 from edgeformer.generation_config import Arguments, GenerationConfig, file_settings
 from edgeformer.generation_fields import notes
@@ -71,7 +71,7 @@ def load(
     engines, choice = choose(bundle, engine, threads or default_threads(), native, tokenizer)
     choice = replace(choice, notes=notes(settings, bundle.vocab_size))
     for note in choice.notes:
-        warnings.warn(f"{bundle.path.name}: {note}", stacklevel=2)
+        warnings.warn(f"{bundle.path.name}: {note}", EdgeformerWarning, stacklevel=2)
     return Model(bundle, engines, choice, tokenizer())
 
 
@@ -232,14 +232,15 @@ class Model:
         audio: str | os.PathLike[str] | np.ndarray[Any, Any],
         *,
         language: str | None = None,
-        task: str = "transcribe",
+        task: str | None = None,
         num_beams: int | None = None,
         max_new_tokens: int | None = None,
     ) -> Transcript:
         """What is said in a WAV file, or in samples [count] at the model's rate.
 
-        Longer recordings are cut into the windows that the model was made for. Without a `language` the model says
-        which it hears, if it knows several; `task="translate"` gives English.
+        Longer recordings are cut into the windows that the model was made for. Without a `language` (the bundle's, if
+        it names one) the model says which it hears, if it knows several; `task="translate"` gives English, "transcribe"
+        is what a bundle without a task of its own does.
 
         Raises:
             InputError: this is no speech model, or the recording cannot be read.
@@ -320,7 +321,7 @@ class Model:
         decoder_prompt: Sequence[int] | None,
     ) -> Stream:
         if stop is not None:
-            rules = {**rules, "stop_strings": [stop] if isinstance(stop, str) else list(stop)}
+            rules = {**rules, "stop_strings": stop}
         if self._encoder is not None:
             inputs = self.pair.source(prompt)  # type: ignore[arg-type]
             source, held = inputs[IDS][0] if IDS in inputs else None, self.pair.encode(inputs)

@@ -142,9 +142,11 @@ class Transcript:
         return self.text
 
 
-def speech_prompt(pair: EncoderDecoder, held: Arrays, language: str | None, task: str) -> tuple[list[int], str | None]:
+def speech_prompt(
+    pair: EncoderDecoder, held: Arrays, language: str | None, task: str | None
+) -> tuple[list[int], str | None]:
     """(the tokens an answer begins with, language code): start, language, task, no timestamps; as far as the model
-    has tokens for them. Without a `language` the likeliest is taken.
+    has tokens for them. What is None is as generation_config.json says; without a language the likeliest is taken.
 
     Raises:
         InputError: the model does not know the language or task.
@@ -155,12 +157,18 @@ def speech_prompt(pair: EncoderDecoder, held: Arrays, language: str | None, task
         name.strip("<|>"): id for name, id in (settings.get("lang_to_id") or {}).items() if type(id) is int
     }
     if languages:
+        tasks: dict[str, int] = settings.get("task_to_id") or {}
+        language, task = language or settings.get("language"), task or settings.get("task")
+        if language is None and task is None:  # an older file says both by their tokens
+            forced = dict(settings.get("forced_decoder_ids") or pair.bundle.config.get("forced_decoder_ids") or ())
+            language = next((name for name, id in languages.items() if id == forced.get(1)), None)
+            task = next((name for name, id in tasks.items() if id in forced.values()), None)
+        language, task = language and language.strip("<|>").lower(), task or "transcribe"
         if language is None:
             heard = pair.likeliest(held, prompt, list(languages.values()))
             language = next(name for name, id in languages.items() if id == heard)
         elif language not in languages:
             raise InputError(f"language is {language!r}; the model knows {', '.join(sorted(languages))}.")
-        tasks: dict[str, int] = settings.get("task_to_id") or {}
         if task not in tasks:
             raise InputError(f"task is {task!r}; the model knows {', '.join(sorted(tasks)) or 'none'}.")
         prompt += [languages[language], tasks[task]]
@@ -176,7 +184,7 @@ def transcribe(
     pair: EncoderDecoder,
     audio: str | os.PathLike[str] | Array,
     language: str | None,
-    task: str,
+    task: str | None,
     arguments: Mapping[str, Any],
 ) -> Transcript:
     """What is said; see `Model.transcribe`."""

@@ -13,6 +13,7 @@ from edgeformer.bundle import check_target, seal, write_bundle
 from edgeformer.errors import ExportError, ParityError
 from edgeformer.export import accuracy, parity
 from edgeformer.export.calibrate import Calibration, calibration
+from edgeformer.export.generation import generation_notes
 from edgeformer.export.graph import standard_graph
 from edgeformer.export.options import SAMPLES, ExportOptions
 from edgeformer.export.pair import export_pair
@@ -72,11 +73,12 @@ def export(
     if traced is None:
         progress.stage(f"load {options.source}")
         traced = load_source(options)
+    rules = generation_notes(traced if isinstance(traced, Source | Pair) else _untraced(traced))
     if isinstance(traced, Pair | TracedPair):
         decoder = (traced if isinstance(traced, Pair) else traced.pair).decoder
         scheme = _scheme(options, decoder)
         _calibrates(options, decoder, scheme, layers=0)
-        return export_pair(options, progress, traced, scheme)
+        return export_pair(options, progress, traced, scheme, rules)
     with write_bundle(options.output, overwrite=options.overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
         if isinstance(traced, Source):
             _calibrates(options, traced, _scheme(options, traced))
@@ -121,12 +123,16 @@ def export(
         reference = {"file": "reference.npz", "tolerance": tolerance}
         report = {"dequantized": None, **report}
         parts: dict[str, Any] = {"parity": report, "accuracy": measured, "reference": reference}
-        notes = [*source.notes, *([NO_CACHE] if source.is_language_model and not traced.layers else [])]
+        notes = [*source.notes, *rules, *([NO_CACHE] if source.is_language_model and not traced.layers else [])]
         if notes:
             parts["notes"] = notes
         if source.processing:
             parts["processing"] = dict(source.processing)
         return seal(folder, manifest(model, source, options, scheme, weights, fitted, **parts))
+
+
+def _untraced(traced: Traced | TracedPair) -> Source | Pair:
+    return traced.pair if isinstance(traced, TracedPair) else traced.source
 
 
 def float_graph(source: Source) -> Traced:
