@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from edgeformer.bundle import Bundle
     from edgeformer.generate import Piece, Result
     from edgeformer.model import Model, load
-    from edgeformer.sampling import SamplingOptions
 
 __version__ = "0.1.0"
 
@@ -39,7 +38,6 @@ __all__ = [
     "ParityError",
     "Piece",
     "Result",
-    "SamplingOptions",
     "StateError",
     "TemplateError",
     "TrainingError",
@@ -53,7 +51,6 @@ _LAZY = {
     "load": "edgeformer.model",
     "Piece": "edgeformer.generate",
     "Result": "edgeformer.generate",
-    "SamplingOptions": "edgeformer.sampling",
 }
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from edgeformer.engine import Engine, State
-from edgeformer.errors import EdgeformerError, InputError
-from edgeformer.generate import CHUNK, Limits
+from edgeformer.errors import EdgeformerError
+from edgeformer.generate import CHUNK, GenerationOptions, Limits
+from edgeformer.generation_config import GenerationConfig
+from edgeformer.logits_processors import Processor, log_softmax, process
 from edgeformer.signature import IDS, KEEP
 
 Array = np.ndarray[Any, Any]
@@ -24,54 +27,25 @@ class BeamOptions:
     A finished text's score is the sum of its tokens' log probabilities divided by `length ** length_penalty`.
     `early_stopping=True` ends with the first `num_beams` finished texts; False as soon as no running one looks able to
     beat them; "never" only when none can.
-
-    Raises:
-        InputError: a value is out of its range.
     """
 
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
 
-    def __post_init__(self) -> None:
-        if type(self.num_beams) is not int or not 1 <= self.num_beams <= 256:
-            raise InputError(f"num_beams is {self.num_beams!r}, expected a whole number from 1 to 256.")
-        if self.early_stopping not in (True, False, "never"):
-            raise InputError(f"early_stopping is {self.early_stopping!r}, expected True, False or 'never'.")
-
     @classmethod
-    def of(
-        cls,
-        settings: Mapping[str, Any],
-        num_beams: int | None,
-        length_penalty: float | None,
-        early_stopping: bool | Literal["never"] | None,
-        *,
-        plain: bool,
-    ) -> BeamOptions:
-        """What was asked for; what is None is as a generation_config's `settings` say. `plain`: something else was
-        asked for that only a single text can have, so a number of beams in the settings does not count.
-
-        Raises:
-            InputError: `plain`, and several beams were asked for; or a value is out of its range.
-        """
-        found = cls(
-            num_beams or (1 if plain else int(settings.get("num_beams") or 1)),
-            float(settings.get("length_penalty") or 1.0) if length_penalty is None else length_penalty,
-            settings.get("early_stopping") or False if early_stopping is None else early_stopping,
-        )
-        if plain and found.num_beams > 1:
-            raise InputError("A beam search neither samples nor knows stop strings and sessions; leave out num_beams.")
-        return found
+    def of(cls, config: GenerationConfig) -> BeamOptions:
+        """What a generation's rules say of its search."""
+        return cls(config.num_beams, config.length_penalty, config.early_stopping)
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The best text: its new tokens, its score, and whether it ended by itself."""
+    """A text that ended: its score, its new tokens, and why."""
 
-    ids: list[int]
     score: float
-    ended: bool
+    ids: list[int]
+    reason: str
 
 
 def beam_search(
@@ -79,67 +53,101 @@ def beam_search(
     state: State,
     prompt: Sequence[int],
     limits: Limits,
-    max_new_tokens: int,
-    options: BeamOptions,
-    rules: Callable[[Array, Sequence[int]], Array],
+    options: GenerationOptions,
+    search: BeamOptions,
+    processors: Sequence[Processor] = (),
+    stopped: Callable[[Sequence[int]], bool] | None = None,
 ) -> Finished:
     """The best continuation of `prompt`. `state` is empty, and takes `num_beams` sequences.
+
+    With `options.do_sample` the continuations of a step are drawn, without replacement, instead of the likeliest.
+    `stopped` says whether new tokens hold a stop string.
 
     Raises:
         EdgeformerError: the logits hold NaN.
     """
-    beams, start = options.num_beams, len(prompt)
+    began, rng = time.perf_counter(), options.rng()
+    beams, start, longest = search.num_beams, len(prompt), options.max_new_tokens
     keep = max(2, 1 + len(limits.eos)) * beams
-    limit = start + max_new_tokens
     running = [list(prompt) for _ in range(beams)]
     scores = np.array([0.0] + [_NEVER] * (beams - 1))  # all begin alike: only one may count
-    done: list[tuple[float, list[int], bool]] = []  # (score, ids, ended), at most `beams`, best first
-    pending, improving = list(prompt), True
-    logits = _prefill(engine, state, pending, beams, limits)
+    done: list[Finished] = []  # at most `beams`, best first
+    improving = True
+    logits = _prefill(engine, state, prompt, beams, limits)
     while True:
-        if np.isnan(logits).any():
+        if not options.remove_invalid_values and np.isnan(logits).any():
             raise EdgeformerError(f"The logits hold NaN after {len(running[0])} tokens.")
-        table = np.stack([rules(row, ids) for row, ids in zip(_log_softmax(logits), running, strict=True)])
+        table = log_softmax(logits)
+        if processors:
+            seen = np.array(running, np.int64)
+            table = np.stack([process(processors, ids, row) for ids, row in zip(seen, table, strict=True)])
         vocab = table.shape[1]
         sums = (table + scores[:, None]).reshape(-1)
-        top = np.argsort(-sums, kind="stable")[:keep]
+        top = _best(sums if rng is None else sums + rng.gumbel(size=len(sums)), keep)
+        top = top[np.argsort(-sums[top], kind="stable")]
         candidates = [running[int(i) // vocab] + [int(i) % vocab] for i in top]
         length = len(candidates[0])
-        ends = np.array([ids[-1] in limits.eos or length >= limit for ids in candidates])
-        if improving and not (options.early_stopping is True and len(done) == beams):
-            divisor = float(length - start) ** options.length_penalty
+        late = options.max_time is not None and time.perf_counter() - began > options.max_time
+        reasons = [_reason(ids, start, limits, longest, late, stopped) for ids in candidates]
+        ends = np.array([reason is not None for reason in reasons])
+        if improving and not (search.early_stopping is True and len(done) == beams):
+            divisor = float(length - start) ** search.length_penalty
             for place in range(min(beams, len(candidates))):
-                if ends[place] and np.isfinite(sums[top[place]]):
-                    ended = candidates[place][-1] in limits.eos
-                    done.append((float(sums[top[place]]) / divisor, candidates[place], ended))
-            done = sorted(done, key=lambda text: -text[0])[:beams]
+                reason, score = reasons[place], float(sums[top[place]]) / divisor
+                if reason is not None and score > _NEVER:
+                    done.append(Finished(score, candidates[place][start:], reason))
+            done = sorted(done, key=lambda text: -text.score)[:beams]
         order = np.argsort(-(sums[top] + ends * _NEVER), kind="stable")[:beams]
         scores = (sums[top] + ends * _NEVER)[order]
         rows = [int(top[i]) // vocab for i in order]
         running = [candidates[int(i)] for i in order]
-        improving = improving and _may_improve(scores, done, length - start, max_new_tokens, options)
-        full = options.early_stopping is True and len(done) == beams
+        improving = improving and _may_improve(scores, done, length - start, longest, search)
+        full = search.early_stopping is True and len(done) == beams
         if not improving or full or ends.all() or (limits.context is not None and length >= limits.context):
             break
-        state.select(rows)
-        logits = _step(engine, state, [[ids[-1]] for ids in running], limits)
-    score, ids, ended = done[0] if done else (float(scores[0]), running[0], False)
-    return Finished(ids[start:], score, ended)
+        if limits.cached:
+            state.select(rows)
+        logits = _step(engine, state, [ids[-1:] if limits.cached else ids for ids in running], limits)
+    return done[0] if done else Finished(float(scores[0]), running[0][start:], "length")
 
 
-def _may_improve(
-    scores: Array, done: list[tuple[float, list[int], bool]], length: int, longest: int, options: BeamOptions
-) -> bool:
-    if len(done) < options.num_beams:
+def _best(values: Array, count: int) -> Array:
+    """The places of the largest `count` values, the largest first and equal ones in their order."""
+    if count >= len(values):
+        return np.argsort(-values, kind="stable")
+    least = np.partition(values, -count)[-count]
+    places = np.flatnonzero(values >= least)
+    order: Array = places[np.argsort(-values[places], kind="stable")][:count]
+    return order
+
+
+def _reason(
+    ids: Sequence[int],
+    start: int,
+    limits: Limits,
+    longest: int,
+    late: bool,
+    stopped: Callable[[Sequence[int]], bool] | None,
+) -> str | None:
+    """Why a text ends with its last token, if it does."""
+    if ids[-1] in limits.eos:
+        return "eos"
+    if stopped is not None and stopped(ids[start:]):
+        return "stop"
+    return "length" if len(ids) - start >= longest else "time" if late else None
+
+
+def _may_improve(scores: Array, done: Sequence[Finished], length: int, longest: int, search: BeamOptions) -> bool:
+    if len(done) < search.num_beams:
         return True
-    hoped = longest if options.early_stopping == "never" and options.length_penalty > 0 else length
-    return bool(float(scores[0]) / float(hoped) ** options.length_penalty > done[-1][0])
+    hoped = longest if search.early_stopping == "never" and search.length_penalty > 0 else length
+    return bool(float(scores[0]) / float(hoped) ** search.length_penalty > done[-1].score)
 
 
 def _prefill(engine: Engine, state: State, prompt: Sequence[int], beams: int, limits: Limits) -> Array:
-    logits: Array = np.empty(0)
-    for start in range(0, len(prompt), CHUNK):
-        logits = _step(engine, state, [list(prompt[start : start + CHUNK])] * beams, limits)
+    logits, step = np.empty(0), CHUNK if limits.cached else len(prompt)
+    for start in range(0, len(prompt), step):
+        logits = _step(engine, state, [list(prompt[start : start + step])] * beams, limits)
     return logits
 
 
@@ -150,9 +158,3 @@ def _step(engine: Engine, state: State, ids: list[list[int]], limits: Limits) ->
         inputs[KEEP] = np.array(1, np.int64)
     logits: Array = engine.forward([(inputs, state)])[0]["logits"][:, -1]
     return logits.astype(np.float64)
-
-
-def _log_softmax(logits: Array) -> Array:
-    shifted = logits - logits.max(-1, keepdims=True)
-    table: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return table

@@ -35,16 +35,20 @@ class NativeOptions:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which engine runs, and for each one in the order tried, why or why not. `print` it."""
+    """Which engine runs, and for each one in the order tried, why or why not. `print` it.
+
+    `notes` name what the bundle asks for and does not get from any engine.
+    """
 
     engine: str
     reasons: dict[str, str]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         width = max(map(len, self.reasons))
         marks = {True: "*", False: " "}
         lines = [f"{marks[name == self.engine]} {name:{width}}  {reason}" for name, reason in self.reasons.items()]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"! {note}" for note in self.notes)])
 
 
 def check_arguments(engine: str, threads: int | None, isa: str | None) -> None:

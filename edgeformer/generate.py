@@ -1,14 +1,15 @@
 """The only token loop: prompt, then one token at a time, as a generator.
 
 `finish_reason` is why it ended: "eos" (the model ended its answer), "stop" (a stop string appeared), "length"
-(`max_new_tokens` reached) or "context" (the model has no more positions). OpenAI's API calls the first two "stop".
+(`max_new_tokens` reached), "time" (`max_time` passed) or "context" (the model has no more positions). OpenAI's API
+calls the first two "stop".
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,13 +17,15 @@ import numpy as np
 from edgeformer.bundle import Bundle
 from edgeformer.engine import Engine, State
 from edgeformer.errors import EdgeformerError, InputError
-from edgeformer.sampling import SamplingOptions, sample
+from edgeformer.generation_config import GenerationConfig, file_settings
+from edgeformer.generation_fields import listed
+from edgeformer.logits_processors import Processor, process
+from edgeformer.sampling import check, choose
 from edgeformer.signature import IDS, KEEP, PAST
 
 CHUNK = 512  # prompt tokens a step: bounds the activations' memory, and how long Ctrl-C waits
 
 Array = np.ndarray[Any, Any]
-Rules = Callable[[Array, Sequence[int]], Array]
 
 
 class TextStream(Protocol):
@@ -34,23 +37,45 @@ class TextStream(Protocol):
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How long to go on, and how each token is chosen.
+    """How long to go on, and whether each token is drawn.
+
+    The same `seed` gives the same tokens; None takes a fresh one.
 
     Raises:
-        InputError: a value is out of its range.
+        InputError: the seed is no whole number of at least 0.
     """
 
-    max_new_tokens: int = 128
+    max_new_tokens: int
     stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    do_sample: bool = False
+    seed: int | None = None
+    max_time: float | None = None  # seconds
+    remove_invalid_values: bool = False  # of the logits, instead of an error
 
     def __post_init__(self) -> None:
-        count = self.max_new_tokens
-        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
-            raise InputError(f"max_new_tokens is {count!r}, expected a whole number of at least 1.")
-        if not isinstance(self.stop, tuple) or any(not isinstance(text, str) or not text for text in self.stop):
-            raise InputError(f"stop is {self.stop!r}, expected texts that are not empty.")
+        seed = self.seed
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0):
+            raise InputError(f"seed is {seed!r}, expected a whole number of at least 0.")
+
+    @classmethod
+    def of(cls, config: GenerationConfig, prompt_length: int, seed: int | None) -> GenerationOptions:
+        """What `config` says of an answer to `prompt_length` tokens.
+
+        Raises:
+            InputError: the prompt leaves no room, or the seed is no whole number.
+        """
+        return cls(
+            config.new_tokens(prompt_length),
+            config.stop_strings,
+            config.do_sample,
+            seed,
+            config.max_time,
+            config.remove_invalid_values,
+        )
+
+    def rng(self) -> np.random.Generator | None:
+        """What draws; None where the likeliest is taken."""
+        return np.random.default_rng(self.seed) if self.do_sample else None
 
 
 @dataclass(frozen=True)
@@ -192,11 +217,9 @@ def tokens(
     limits: Limits,
     options: GenerationOptions,
     text: TextStream | None = None,
-    rules: Rules | None = None,
+    processors: Sequence[Processor] = (),
 ) -> Generator[Piece, None, Result]:
     """Pieces as they come; the generator's value is the Result.
-
-    `rules` change the logits before a token is chosen, given all tokens so far.
 
     Raises:
         InputError: the prompt is empty, holds an unknown id, or is longer than the model's context.
@@ -208,14 +231,20 @@ def tokens(
     reused = session.reuse(ids)
     logits = next_logits(engine, session, ids, limits)
     prompt_end = first = last = time.perf_counter()
-    rng = np.random.default_rng(options.sampling.seed)
+    rng = options.rng()
     filter = StopFilter(options.stop)
+    seen = np.array(ids, np.int64) if processors else np.empty(0, np.int64)
     new: list[int] = []
     shown: list[str] = []
     reason: str | None = None
     while reason is None:
         try:
-            id = sample(rules(logits, ids) if rules else logits, ids, options.sampling, rng)
+            scores = np.asarray(logits, np.float32)
+            if not options.remove_invalid_values:
+                check(scores)
+            if processors:
+                scores = process(processors, seen, scores)
+            id = choose(scores, rng)
         except EdgeformerError as error:
             raise EdgeformerError(f"Step {len(new)} of the generation, after {len(ids)} tokens: {error}") from error
         last = time.perf_counter()
@@ -223,7 +252,9 @@ def tokens(
             first = last
         new.append(id)
         ids.append(id)
-        ended = id in limits.eos and not options.ignore_eos
+        if processors:
+            seen = np.append(seen, id)
+        ended = id in limits.eos
         piece = "" if ended or text is None else filter.push(text.push(id))
         if ended:
             reason = "eos"
@@ -231,6 +262,8 @@ def tokens(
             reason = "stop"
         elif len(new) >= options.max_new_tokens:
             reason = "length"
+        elif options.max_time is not None and last - began > options.max_time:
+            reason = "time"
         elif limits.context is not None and len(ids) > limits.context:
             reason = "context"
         if reason is None:
@@ -344,12 +377,7 @@ def checked_prompt(prompt: Sequence[int], limits: Limits) -> list[int]:
 
 
 def _ids(bundle: Bundle, name: str) -> list[int]:
-    for config in (bundle.generation_config, bundle.config, bundle.config.get("text_config")):
-        value = config.get(name) if isinstance(config, dict) else None
-        found = [id for id in (value if isinstance(value, list) else [value]) if type(id) is int]
-        if found:
-            return found
-    return []
+    return [id for id in listed(file_settings(bundle).get(name)) if type(id) is int]
 
 
 def _rate(count: int, seconds: float) -> float:

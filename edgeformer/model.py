@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import os
-import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import numpy as np
 
-from edgeformer.beam import BeamOptions, beam_search
+from edgeformer.answer import Answering, Call
 from edgeformer.bundle import Bundle
 from edgeformer.choose import Choice, EngineName, NativeOptions, check_arguments, choose
 from edgeformer.encode import Encoder, Entity, Label
 from edgeformer.engine import Engine
-from edgeformer.errors import BundleError, EngineUnavailable, InputError
-from edgeformer.generate import (
-    CHUNK,
-    GenerationOptions,
-    Limits,
-    Result,
-    Session,
-    Stream,
-    Timings,
-    checked_prompt,
-    tokens,
-)
+from edgeformer.errors import BundleError, EdgeformerWarning, EngineUnavailable, InputError
+from edgeformer.generate import CHUNK, Limits, Result, Session, Stream
+from edgeformer.generation_config import Arguments, GenerationConfig, file_settings
+from edgeformer.generation_fields import notes
 from edgeformer.machine import default_threads
-from edgeformer.rules import Rules
-from edgeformer.sampling import SamplingOptions
 from edgeformer.seq2seq import EncoderDecoder, Transcript, transcribe
 from edgeformer.signature import IDS
 from edgeformer.tokenizer import Tokenizer
@@ -75,7 +65,13 @@ def load(
     native = NativeOptions(isa, kv, context, memory_limit)
     bundle = Bundle.open(path, check=check)
     tokenizer = cache(lambda: Tokenizer.of(bundle))  # parsed while the weights are packed, which takes about as long
+    settings = file_settings(bundle)
+    if settings:
+        GenerationConfig.of(settings, None, bundle.vocab_size)
     engines, choice = choose(bundle, engine, threads or default_threads(), native, tokenizer)
+    choice = replace(choice, notes=notes(settings, bundle.vocab_size))
+    for note in choice.notes:
+        warnings.warn(f"{bundle.path.name}: {note}", EdgeformerWarning, stacklevel=2)
     return Model(bundle, engines, choice, tokenizer())
 
 
@@ -127,7 +123,7 @@ class Model:
         }
 
     def explain(self) -> Choice:
-        """Which engine runs, and why not the others."""
+        """Which engine runs, and why not the others; and which rules of generation are not followed."""
         return self._choice
 
     def memory(self, context: int | None = None) -> Memory:
@@ -152,47 +148,29 @@ class Model:
         self,
         prompt: Prompt,
         *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         ignore_eos: bool = False,
         session: Session | None = None,
-        num_beams: int | None = None,
-        length_penalty: float | None = None,
-        early_stopping: bool | Literal["never"] | None = None,
         decoder_prompt: Sequence[int] | None = None,
-        forced_bos_token_id: int | None = None,
+        **rules: Unpack[Arguments],
     ) -> Result:
         """The whole answer to `prompt`: text, token ids, or a list of chat messages.
 
-        For an encoder-decoder `prompt` is the source: a text, token ids, or features [without a batch axis]. What is
-        None comes from its generation_config: `decoder_prompt`, the tokens its answer begins with, and
-        `forced_bos_token_id`, the language to translate into. With `num_beams` above 1 the best text of a beam search
-        (`edgeformer.beam`), which neither samples nor knows `stop` and `session`.
+        `rules` have the names and the meaning of transformers' GenerationConfig: `max_new_tokens`, `temperature`,
+        `top_p`, `num_beams`, `no_repeat_ngram_size`, ... One that is left out, or None, is as the bundle's
+        generation_config.json says, else transformers' default; but where nothing limits an answer it has 128 tokens.
+        So text is greedy unless the file samples or a `temperature` above 0 is given; `temperature=0` is greedy.
+        Sampling without a `seed` is random. `stop` means `stop_strings`; `ignore_eos` goes on after the model's end.
+
+        For an encoder-decoder `prompt` is the source: a text, token ids, or features [without a batch axis], and
+        `decoder_prompt` the tokens that its answer begins with.
 
         Raises:
-            InputError: an argument is out of its range, or the prompt is longer than the model's context.
+            InputError: an argument is unknown or out of its range, or the prompt is longer than the model's context.
             TemplateError: chat messages for a bundle without a chat template, or refused by it.
         """
-        sampling = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        options = GenerationOptions(max_new_tokens, _stops(stop), ignore_eos, sampling)
-        beams = self._beams(num_beams, length_penalty, early_stopping, options, session)
-        forced = {} if forced_bos_token_id is None else {"forced_bos_token_id": forced_bos_token_id}
-        if self._encoder is not None:
-            pair = self.pair
-            held, start = pair.encode(pair.source(prompt)), decoder_prompt or pair.start()  # type: ignore[arg-type]
-            if beams.num_beams > 1:
-                return pair.best(held, start, options, beams, **forced)
-            stream = pair.stream(held, start, options, **forced)
-        elif beams.num_beams > 1:
-            return self._best(prompt, options, beams)
-        else:
-            stream = self._stream(prompt, options, session)
+        stream = self._stream(prompt, rules, stop, Call(seed, ignore_eos, session), decoder_prompt)
         for _ in stream:
             pass
         return stream.result
@@ -201,24 +179,19 @@ class Model:
         self,
         prompt: Prompt,
         *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         ignore_eos: bool = False,
         session: Session | None = None,
+        decoder_prompt: Sequence[int] | None = None,
+        **rules: Unpack[Arguments],
     ) -> Stream:
-        """The answer piece by piece, as it comes; `.result` of the stream has the whole once it ended.
+        """The answer piece by piece, as it comes (that of a beam search at its end); `.result` of the stream has the
+        whole once it ended.
 
         Arguments and errors are those of `generate`.
         """
-        sampling = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        options = GenerationOptions(max_new_tokens, _stops(stop), ignore_eos, sampling)
-        return self._stream(prompt, options, session)
+        return self._stream(prompt, rules, stop, Call(seed, ignore_eos, session), decoder_prompt)
 
     def embed(
         self,
@@ -259,22 +232,23 @@ class Model:
         audio: str | os.PathLike[str] | np.ndarray[Any, Any],
         *,
         language: str | None = None,
-        task: str = "transcribe",
+        task: str | None = None,
         num_beams: int | None = None,
         max_new_tokens: int | None = None,
     ) -> Transcript:
         """What is said in a WAV file, or in samples [count] at the model's rate.
 
-        Longer recordings are cut into the windows that the model was made for. Without a `language` the model says
-        which it hears, if it knows several; `task="translate"` gives English.
+        Longer recordings are cut into the windows that the model was made for. Without a `language` (the bundle's, if
+        it names one) the model says which it hears, if it knows several; `task="translate"` gives English, "transcribe"
+        is what a bundle without a task of its own does.
 
         Raises:
             InputError: this is no speech model, or the recording cannot be read.
         """
         if self._encoder is None:
             raise InputError(f"{self.bundle.path} is a {self.bundle.task} model and has no transcribe().")
-        beams = self._beams(num_beams, None, None, GenerationOptions(), None)
-        return transcribe(self.pair, audio, language, task, beams, max_new_tokens)
+        rules = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
+        return transcribe(self.pair, audio, language, task, rules)
 
     def logits(self, ids: Sequence[int] | np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The logits at every position, float32 [len(ids), vocab]: row i scores what follows ids[:i + 1].
@@ -320,31 +294,6 @@ class Model:
             raise InputError(f"{self.bundle.path} is a {self.bundle.task} model: it generates, and has no such method.")
         return Encoder(self.bundle, self.engine, self.tokenizer)
 
-    def _beams(
-        self,
-        num_beams: int | None,
-        length_penalty: float | None,
-        early_stopping: bool | Literal["never"] | None,
-        options: GenerationOptions,
-        session: Session | None,
-    ) -> BeamOptions:
-        plain = options.sampling.temperature > 0 or bool(options.stop) or session is not None
-        settings = self.bundle.generation_config if self._encoder is not None else {}
-        return BeamOptions.of(settings, num_beams, length_penalty, early_stopping, plain=plain)
-
-    def _best(self, prompt: Prompt, options: GenerationOptions, beams: BeamOptions) -> Result:
-        self._require_language_model("generate")
-        began = time.perf_counter()
-        ids, limits = checked_prompt(self.encode_prompt(prompt), self._limits), self._limits
-        rules = Rules(len(ids), options.max_new_tokens)
-        if options.ignore_eos:
-            limits = replace(limits, eos=frozenset())
-        found = beam_search(self.engine, self.engine.new_state(), ids, limits, options.max_new_tokens, beams, rules)
-        seconds = time.perf_counter() - began
-        text = self.tokenizer.decode(found.ids) if self.tokenizer else ""
-        timings = Timings(len(ids), 0, 0.0, seconds, len(found.ids), seconds)
-        return Result(text, found.ids, "eos" if found.ended else "length", timings)
-
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text, token ids, or a list of chat messages.
 
@@ -363,15 +312,27 @@ class Model:
             return [int(part) for part in prompt]  # type: ignore[arg-type]
         return _no_prompt(prompt)
 
-    def _stream(self, prompt: Prompt, options: GenerationOptions, session: Session | None) -> Stream:
+    def _stream(
+        self,
+        prompt: Prompt,
+        rules: Mapping[str, Any],
+        stop: str | Sequence[str] | None,
+        call: Call,
+        decoder_prompt: Sequence[int] | None,
+    ) -> Stream:
+        if stop is not None:
+            rules = {**rules, "stop_strings": stop}
         if self._encoder is not None:
-            return self.pair.stream(self.pair.encode(self.pair.source(prompt)), self.pair.start(), options)  # type: ignore[arg-type]
+            inputs = self.pair.source(prompt)  # type: ignore[arg-type]
+            source, held = inputs[IDS][0] if IDS in inputs else None, self.pair.encode(inputs)
+            return self.pair.stream(held, decoder_prompt or self.pair.start(), source, rules, call)
         self._require_language_model("generate")
-        if options.stop:
-            self._require_tokenizer()
+        if decoder_prompt is not None:
+            raise InputError("decoder_prompt is for encoder-decoders; this model's answer begins with its prompt.")
+        config = GenerationConfig.for_call(file_settings(self.bundle), rules, self.bundle.vocab_size)
         ids = self.encode_prompt(prompt)
-        text = self.tokenizer.detokenizer() if self.tokenizer else None
-        return Stream(tokens(self.engine, session or self.session(), ids, self._limits, options, text))
+        answering = Answering(self.engine, self._limits, self.tokenizer)
+        return answering.stream(ids, config, call, lambda rows: self.engine.new_state(), ids)
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -384,10 +345,6 @@ class Model:
             raise InputError(
                 f"{self.bundle.path} is a {self.bundle.task} model and has no {what}(); call it: model({inputs})."
             )
-
-
-def _stops(stop: str | Sequence[str]) -> tuple[str, ...]:
-    return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
 def _no_prompt(prompt: object) -> list[int]:

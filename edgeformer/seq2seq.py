@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from edgeformer.answer import Answering, Call
 from edgeformer.audio import LogMel, read_wav
-from edgeformer.beam import BeamOptions, beam_search
 from edgeformer.bundle import Bundle
 from edgeformer.engine import Arrays, Engine, State
 from edgeformer.errors import InputError
-from edgeformer.generate import GenerationOptions, Limits, Result, Session, Stream, Timings, tokens
+from edgeformer.generate import Limits, Stream
+from edgeformer.generation_config import GenerationConfig, file_settings
 from edgeformer.manifest import read_json
-from edgeformer.rules import Rules
 from edgeformer.signature import ENCODER, IDS, PAST, PRESENT
 from edgeformer.tokenizer import Tokenizer
 
@@ -85,35 +84,35 @@ class EncoderDecoder:
                     return [value]
         raise InputError(f"{self.bundle.path} names no decoder_start_token_id; give decoder_prompt=[...].")
 
-    def stream(self, held: Arrays, prompt: Sequence[int], options: GenerationOptions, **more: Any) -> Stream:
-        """The answer piece by piece, greedily or sampled, as `options` say."""
-        rules = self._rules(prompt, options, more)
-        session = Session(self._state(held))
-        text = self.tokenizer.detokenizer() if self.tokenizer else None
-        return Stream(tokens(self.decoder, session, list(prompt), self.limits, options, text, rules))
+    def stream(
+        self,
+        held: Arrays,
+        prompt: Sequence[int],
+        source: Array | None,
+        arguments: Mapping[str, Any],
+        call: Call,
+    ) -> Stream:
+        """The answer piece by piece, by the bundle's rules and the `arguments` that override them. `source` holds the
+        token ids [length] that were encoded, if they were tokens.
 
-    def best(
-        self, held: Arrays, prompt: Sequence[int], options: GenerationOptions, beams: BeamOptions, **more: Any
-    ) -> Result:
-        """The best answer of a beam search; its text has no stop strings."""
-        began = time.perf_counter()
-        rules = self._rules(prompt, options, more)
-        copies = {name: np.repeat(value, beams.num_beams, axis=0) for name, value in held.items()}
-        found = beam_search(
-            self.decoder, self._state(copies), prompt, self.limits, options.max_new_tokens, beams, rules
-        )
-        seconds = time.perf_counter() - began
-        ids = found.ids[:-1] if found.ended else found.ids
-        text = self.tokenizer.decode(ids) if self.tokenizer else ""
-        timings = Timings(len(prompt), 0, 0.0, seconds, len(found.ids), seconds)
-        return Result(text, found.ids, "eos" if found.ended else "length", timings)
+        Raises:
+            InputError: an argument is wrong, or the prompt leaves no room.
+        """
+        config = GenerationConfig.for_call(file_settings(self.bundle), arguments, self.limits.vocab_size)
+
+        def new_state(rows: int) -> State:
+            copies = {name: np.repeat(value, rows, axis=0) for name, value in held.items()} if rows > 1 else held
+            return self.decoder.new_state(copies)
+
+        answering = Answering(self.decoder, self.limits, self.tokenizer)
+        return answering.stream(prompt, config, call, new_state, source)
 
     def logits(self, held: Arrays, ids: Array, steps: Sequence[int] = ()) -> Array:
         """float32 [batch, length, vocab]: the scores of what follows each of `ids` [batch, length].
 
         They are fed `steps[0]`, `steps[1]`, ... at a time, and what is left at once.
         """
-        state, parts, start = self._state(held), [], 0
+        state, parts, start = self.decoder.new_state(held), [], 0
         for step in (*steps, ids.shape[1]):
             piece = ids[:, start : start + step]
             if piece.shape[1]:
@@ -124,16 +123,8 @@ class EncoderDecoder:
     def likeliest(self, held: Arrays, prompt: Sequence[int], among: Sequence[int]) -> int:
         """Which of the tokens `among` the model would put after `prompt`."""
         inputs = {IDS: np.array([list(prompt)], np.int64)}
-        logits = self.decoder.forward([(inputs, self._state(held))])[0]["logits"][0, -1]
+        logits = self.decoder.forward([(inputs, self.decoder.new_state(held))])[0]["logits"][0, -1]
         return max(among, key=lambda id: float(logits[id]))
-
-    def _state(self, held: Arrays) -> State:
-        return self.decoder.new_state(held)
-
-    def _rules(self, prompt: Sequence[int], options: GenerationOptions, more: Mapping[str, Any]) -> Rules:
-        settings = {**self.bundle.generation_config, **more}
-        eos = frozenset() if options.ignore_eos else self.limits.eos
-        return Rules.of(settings, len(prompt), options.max_new_tokens, eos)
 
 
 # -------------------------------------------------------------------------------------------------------------- speech
@@ -151,9 +142,11 @@ class Transcript:
         return self.text
 
 
-def speech_prompt(pair: EncoderDecoder, held: Arrays, language: str | None, task: str) -> tuple[list[int], str | None]:
+def speech_prompt(
+    pair: EncoderDecoder, held: Arrays, language: str | None, task: str | None
+) -> tuple[list[int], str | None]:
     """(the tokens an answer begins with, language code): start, language, task, no timestamps; as far as the model
-    has tokens for them. Without a `language` the likeliest is taken.
+    has tokens for them. What is None is as generation_config.json says; without a language the likeliest is taken.
 
     Raises:
         InputError: the model does not know the language or task.
@@ -164,12 +157,18 @@ def speech_prompt(pair: EncoderDecoder, held: Arrays, language: str | None, task
         name.strip("<|>"): id for name, id in (settings.get("lang_to_id") or {}).items() if type(id) is int
     }
     if languages:
+        tasks: dict[str, int] = settings.get("task_to_id") or {}
+        language, task = language or settings.get("language"), task or settings.get("task")
+        if language is None and task is None:  # an older file says both by their tokens
+            forced = dict(settings.get("forced_decoder_ids") or pair.bundle.config.get("forced_decoder_ids") or ())
+            language = next((name for name, id in languages.items() if id == forced.get(1)), None)
+            task = next((name for name, id in tasks.items() if id in forced.values()), None)
+        language, task = language and language.strip("<|>").lower(), task or "transcribe"
         if language is None:
             heard = pair.likeliest(held, prompt, list(languages.values()))
             language = next(name for name, id in languages.items() if id == heard)
         elif language not in languages:
             raise InputError(f"language is {language!r}; the model knows {', '.join(sorted(languages))}.")
-        tasks: dict[str, int] = settings.get("task_to_id") or {}
         if task not in tasks:
             raise InputError(f"task is {task!r}; the model knows {', '.join(sorted(tasks)) or 'none'}.")
         prompt += [languages[language], tasks[task]]
@@ -185,9 +184,8 @@ def transcribe(
     pair: EncoderDecoder,
     audio: str | os.PathLike[str] | Array,
     language: str | None,
-    task: str,
-    beams: BeamOptions,
-    max_new_tokens: int | None,
+    task: str | None,
+    arguments: Mapping[str, Any],
 ) -> Transcript:
     """What is said; see `Model.transcribe`."""
     settings = pair.bundle.file("preprocessor_config.json")
@@ -203,15 +201,11 @@ def transcribe(
     for start in range(0, len(samples), front.samples):
         held = pair.encode(pair.source(front.features(samples[start : start + front.samples])))
         prompt, language = speech_prompt(pair, held, language, task)
-        room = (pair.limits.context or 448) - len(prompt)
-        options = GenerationOptions(max_new_tokens=max(1, min(max_new_tokens or room, room)))
-        if beams.num_beams > 1:
-            result = pair.best(held, prompt, options, beams)
-        else:
-            stream = pair.stream(held, prompt, options)
-            for _ in stream:
-                pass
-            result = stream.result
-        ids += [id for id in result.ids if id not in pair.limits.eos]
+        room = max(1, (pair.limits.context or 448) - len(prompt))
+        asked = arguments.get("max_new_tokens") or pair.bundle.generation_config.get("max_new_tokens") or room
+        stream = pair.stream(held, prompt, None, {**arguments, "max_new_tokens": min(asked, room)}, Call())
+        for _ in stream:
+            pass
+        ids += [id for id in stream.result.ids if id not in pair.limits.eos]
     text = pair.tokenizer.decode(ids).strip() if pair.tokenizer else ""
     return Transcript(text, ids, language)

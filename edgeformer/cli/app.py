@@ -59,14 +59,24 @@ ContextOpt = Annotated[
     int | None,
     typer.Option("--context", min=1, help="Native: tokens that the cache may hold.", rich_help_panel=MACHINE),
 ]
-CountOpt = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="The longest answer, in tokens.")]
-TemperatureOpt = Annotated[
-    float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.", rich_help_panel=SAMPLING)
+# Each of these overrides the bundle's generation_config.json, which says what is left out.
+CountOpt = Annotated[
+    int | None,
+    typer.Option("--max-new-tokens", "-n", min=1, help="The longest answer, in tokens. Default: as the bundle says."),
 ]
-TopKOpt = Annotated[int, typer.Option("--top-k", min=0, help="0 is off.", rich_help_panel=SAMPLING)]
-TopPOpt = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="1 is off.", rich_help_panel=SAMPLING)]
-MinPOpt = Annotated[float, typer.Option("--min-p", min=0.0, max=1.0, help="0 is off.", rich_help_panel=SAMPLING)]
-PenaltyOpt = Annotated[float, typer.Option("--repetition-penalty", help="1 is off.", rich_help_panel=SAMPLING)]
+TemperatureOpt = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature",
+        min=0.0,
+        help="0 takes the likeliest token. Default: as the bundle says, else 0.",
+        rich_help_panel=SAMPLING,
+    ),
+]
+TopKOpt = Annotated[int | None, typer.Option("--top-k", min=0, help="0 is off.", rich_help_panel=SAMPLING)]
+TopPOpt = Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0, help="1 is off.", rich_help_panel=SAMPLING)]
+MinPOpt = Annotated[float | None, typer.Option("--min-p", min=0.0, max=1.0, help="0 is off.", rich_help_panel=SAMPLING)]
+PenaltyOpt = Annotated[float | None, typer.Option("--repetition-penalty", help="1 is off.", rich_help_panel=SAMPLING)]
 BeamsOpt = Annotated[
     int | None,
     typer.Option("--beams", min=1, max=256, help="Beam search. Default: as the bundle says.", rich_help_panel=SAMPLING),
@@ -124,16 +134,16 @@ def run(
     ids: Annotated[str | None, typer.Option("--ids", help="Token ids instead of text: 1,2,3.")] = None,
     inputs: Annotated[Path | None, typer.Option("--inputs", help="Arrays for a model without tokens (.npz).")] = None,
     outputs: Annotated[Path | None, typer.Option("--outputs", help="Where the arrays go (.npz).")] = None,
-    max_new_tokens: CountOpt = 128,
+    max_new_tokens: CountOpt = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end token.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No timings on stderr.")] = False,
     json: JsonOpt = False,
-    temperature: TemperatureOpt = 0.0,
-    top_k: TopKOpt = 0,
-    top_p: TopPOpt = 1.0,
-    min_p: MinPOpt = 0.0,
-    repetition_penalty: PenaltyOpt = 1.0,
+    temperature: TemperatureOpt = None,
+    top_k: TopKOpt = None,
+    top_p: TopPOpt = None,
+    min_p: MinPOpt = None,
+    repetition_penalty: PenaltyOpt = None,
     seed: SeedOpt = None,
     beams: BeamsOpt = None,
     engine: EngineOpt = "auto",
@@ -147,7 +157,7 @@ def run(
 
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
-        "stop": stop or [],
+        "stop": stop or None,
         "ignore_eos": ignore_eos,
         "temperature": temperature,
         "top_k": top_k,
@@ -174,14 +184,14 @@ def run(
 def chat(
     bundle: BundleArg,
     system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
-    max_new_tokens: CountOpt = 512,
+    max_new_tokens: CountOpt = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No timings on stderr.")] = False,
-    temperature: TemperatureOpt = 0.0,
-    top_k: TopKOpt = 0,
-    top_p: TopPOpt = 1.0,
-    min_p: MinPOpt = 0.0,
-    repetition_penalty: PenaltyOpt = 1.0,
+    temperature: TemperatureOpt = None,
+    top_k: TopKOpt = None,
+    top_p: TopPOpt = None,
+    min_p: MinPOpt = None,
+    repetition_penalty: PenaltyOpt = None,
     seed: SeedOpt = None,
     engine: EngineOpt = "auto",
     threads: ThreadsOpt = None,
@@ -194,7 +204,7 @@ def chat(
 
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
-        "stop": stop or [],
+        "stop": stop or None,
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
@@ -270,7 +280,9 @@ def classify(
 def transcribe(
     bundle: BundleArg,
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="PCM WAV files.", show_default=False)],
-    language: Annotated[str | None, typer.Option(help="A code such as de. Default: the model listens.")] = None,
+    language: Annotated[
+        str | None, typer.Option(help="A code such as de. Default: the bundle's, else the model listens.")
+    ] = None,
     translate: Annotated[bool, typer.Option("--translate", help="Into English.")] = False,
     beams: BeamsOpt = None,
     json: JsonOpt = False,
@@ -282,7 +294,7 @@ def transcribe(
     """Write down what is said in recordings."""
     from edgeformer.cli import tasks
 
-    settings = {"language": language, "task": "translate" if translate else "transcribe", "num_beams": beams}
+    settings = {"language": language, "task": "translate" if translate else None, "num_beams": beams}
     where = {"engine": engine, "threads": threads, "isa": isa, "kv": kv}
     tasks.transcribe(bundle, where, files, settings, as_json=json)
 

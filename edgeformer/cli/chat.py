@@ -14,6 +14,7 @@ from edgeformer.errors import InputError, TemplateError
 from edgeformer.generate import Session
 from edgeformer.model import Model
 
+LONGEST = 512  # tokens of an answer where nothing limits it
 HELP = "/reset begins again, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
 
@@ -30,6 +31,9 @@ def talk(
     model = load_model(bundle, where)
     if model.tokenizer is None or not model.tokenizer.has_chat_template:
         raise TemplateError(f"{bundle} has no chat template, so it is no chat model; use `edgeformer run` with text.")
+    said = model.bundle.generation_config
+    if all(limits.get(name) is None for limits in (settings, said) for name in ("max_new_tokens", "max_length")):
+        settings = {**settings, "max_new_tokens": LONGEST}
     opening = [] if system is None else [{"role": "system", "content": system}]
     messages, session = list(opening), model.session()
     interactive = sys.stdin.isatty()

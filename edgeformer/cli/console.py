@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
+from edgeformer.errors import EdgeformerWarning
 from edgeformer.model import Model, load
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -27,9 +30,13 @@ def waiting(text: str) -> Iterator[None]:
 
 
 def load_model(bundle: Path, where: Mapping[str, Any]) -> Model:
-    """The model, with a spinner while it loads."""
-    with waiting(f"loading {bundle.name} ..."):
-        return load(bundle, **where)
+    """The model, with a spinner while it loads; warnings stand below it, one line each."""
+    with waiting(f"loading {bundle.name} ..."), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", EdgeformerWarning)
+        model = load(bundle, **where)
+    for warning in said:
+        stderr.print(f"[yellow]{escape(str(warning.message))}[/yellow]", soft_wrap=True)
+    return model
 
 
 def size(count: int) -> str:

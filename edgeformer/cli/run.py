@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ import numpy as np
 from edgeformer.cli.console import load_model, stderr
 from edgeformer.cli.purpose import require
 from edgeformer.errors import InputError
-from edgeformer.generate import Piece, Stream
-from edgeformer.model import Model, Prompt
+from edgeformer.model import Prompt
 
 
 @dataclass(frozen=True)
@@ -61,19 +60,17 @@ def text(
 ) -> None:
     """Stream the answer to stdout (ids where the bundle has no tokenizer), then the timings to stderr.
 
-    Of an encoder-decoder the prompt is the source. A beam search (`beams`, or as an encoder-decoder's
-    generation_config says) has its text at the end alone.
+    Of an encoder-decoder the prompt is the source. A beam search (`beams`, or as the generation_config says) has its
+    text at the end alone.
     """
     prompt = asked.read()
     require(bundle, "run")
     model = load_model(bundle, where)
-    pieces: Iterable[Piece]
-    if as_json or _searches(model, beams, settings):
-        result = model.generate(prompt, num_beams=beams, **settings)
-        pieces = [Piece(id, "") for id in result.ids] if model.tokenizer is None else [Piece(None, result.text)]
-    else:
-        pieces = model.stream(prompt, **settings)
+    pieces = model.stream(prompt, num_beams=beams, **settings)
     if as_json:
+        for _ in pieces:
+            pass
+        result = pieces.result
         rates = {
             "prompt_tokens_per_second": result.timings.prompt_tokens_per_second,
             "decode_tokens_per_second": result.timings.decode_tokens_per_second,
@@ -87,22 +84,13 @@ def text(
         elif piece.text:
             print(piece.text, end="", flush=True)
     print(flush=True)
-    if isinstance(pieces, Stream):
-        result = pieces.result
     if not quiet:
+        result = pieces.result
         stderr.print(
             f"[dim]{result.timings} ({model.engine.name}), ended by {result.finish_reason}[/dim]", soft_wrap=True
         )
         if not result.text and not asked.chat and model.tokenizer is not None and model.tokenizer.has_chat_template:
             stderr.print("The model had nothing to add to this text. It was made for conversations: try --chat.")
-
-
-def _searches(model: Model, beams: int | None, settings: Mapping[str, Any]) -> bool:
-    """Whether `model.generate` would search: there is no stream of that."""
-    if beams is not None:
-        return beams > 1
-    own = (model.bundle.generation_config.get("num_beams") or 1) if "encoder" in model.bundle.manifest["graphs"] else 1
-    return own > 1 and settings["temperature"] == 0 and not settings["stop"]
 
 
 def arrays(bundle: Path, where: Mapping[str, Any], inputs: Path, outputs: Path | None, *, as_json: bool) -> None:

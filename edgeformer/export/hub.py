@@ -16,6 +16,7 @@ import torch
 
 from edgeformer.errors import ExportError
 from edgeformer.export import attention, experts, tasks
+from edgeformer.export.generation import generation_settings
 from edgeformer.export.seq2seq import pair_source
 from edgeformer.export.source import TOKENIZER_FILES, Pair, Source
 from edgeformer.export.trace import Input
@@ -133,7 +134,6 @@ def language_model(model: Any, origin: str, files: Mapping[str, bytes] | None = 
     takes_positions = "position_ids" in arguments and _counts_from_zero(model, vocabulary)
     said = json.loads(model.config.to_json_string(use_diff=False))  # as transformers writes it: infinity is no JSON
     config = {key: value for key, value in said.items() if key not in tasks.NOT_CONFIG}
-    generation = getattr(model, "generation_config", None)
     # Rotary frequencies that are computed anew beyond the trained length are a branch on values, which no graph has.
     growing = [module for module in model.modules() if "dynamic" in str(getattr(module, "rope_type", ""))]
 
@@ -163,7 +163,7 @@ def language_model(model: Any, origin: str, files: Mapping[str, bytes] | None = 
         task="text-generation",
         origin=origin,
         config=config,
-        generation_config=generation.to_diff_dict() if generation is not None else {},
+        generation_config=generation_settings(model),
         files=files or {},
         fixed={"use_cache": False},
         tracing=tracing,

@@ -35,8 +35,10 @@ _REFERENCE = (1, 24, 12)  # batch, tokens of the source, decoded tokens
 FLOAT16_TOLERANCE = 2e-2  # see pipeline.FLOAT16_TOLERANCE
 
 
-def export_pair(options: ExportOptions, progress: Progress, traced: Pair | TracedPair, scheme: str) -> dict[str, Any]:
-    """Writes the bundle and returns its manifest.
+def export_pair(
+    options: ExportOptions, progress: Progress, traced: Pair | TracedPair, scheme: str, notes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Writes the bundle and returns its manifest, which holds the `notes` too.
 
     Raises:
         ExportError: the pair cannot be traced or quantized.
@@ -87,6 +89,8 @@ def export_pair(options: ExportOptions, progress: Progress, traced: Pair | Trace
             "accuracy": None,
             "reference": {"file": "reference.npz", "tolerance": tolerance},
         }
+        if notes:
+            parts["notes"] = list(notes)
         if pair.encoder.processing:
             parts["processing"] = dict(pair.encoder.processing)
         content = manifest(models[1], pair.encoder, options, scheme, weights, **parts)

@@ -14,6 +14,7 @@ from edgeformer.errors import ExportError, ParityError
 from edgeformer.export import accuracy, parity
 from edgeformer.export.calibrate import Calibration, calibration
 from edgeformer.export.engines import bound, engine_gate
+from edgeformer.export.generation import generation_notes
 from edgeformer.export.graph import standard_graph
 from edgeformer.export.options import SAMPLES, ExportOptions
 from edgeformer.export.pair import export_pair
@@ -74,11 +75,12 @@ def export(
     if traced is None:
         progress.stage(f"load {options.source}")
         traced = load_source(options)
+    rules = generation_notes(traced if isinstance(traced, Source | Pair) else _untraced(traced))
     if isinstance(traced, Pair | TracedPair):
         decoder = (traced if isinstance(traced, Pair) else traced.pair).decoder
         scheme = _scheme(options, decoder)
         _calibrates(options, decoder, scheme, layers=0)
-        return export_pair(options, progress, traced, scheme)
+        return export_pair(options, progress, traced, scheme, rules)
     with write_bundle(options.output, overwrite=options.overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
         if isinstance(traced, Source):
             _calibrates(options, traced, _scheme(options, traced))
@@ -130,7 +132,7 @@ def export(
         reference = {"file": "reference.npz", "tolerance": tolerance}
         report = {"dequantized": None, **report}
         parts: dict[str, Any] = {"parity": report, "accuracy": measured, "reference": reference}
-        notes = [*source.notes, *([NO_CACHE] if source.is_language_model and not traced.layers else [])]
+        notes = [*source.notes, *rules, *([NO_CACHE] if source.is_language_model and not traced.layers else [])]
         if notes:
             parts["notes"] = notes
         if source.processing:
@@ -140,6 +142,10 @@ def export(
             folder, content, lambda engines: parity.against(engines["model"], *expected), allowed, progress
         )
         return seal(folder, content)
+
+
+def _untraced(traced: Traced | TracedPair) -> Source | Pair:
+    return traced.pair if isinstance(traced, TracedPair) else traced.source
 
 
 def float_graph(source: Source) -> Traced:

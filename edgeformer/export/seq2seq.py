@@ -14,6 +14,7 @@ import torch
 
 from edgeformer.errors import ExportError
 from edgeformer.export import attention, tasks
+from edgeformer.export.generation import generation_settings
 from edgeformer.export.graph import standard_graph
 from edgeformer.export.passes.attention import window_masks
 from edgeformer.export.passes.cache import insert_cache
@@ -81,7 +82,6 @@ def pair_source(model: Any, origin: str, task: str, files: Mapping[str, bytes] |
         raise ExportError(f"{type(model).__name__} has no head that gives logits; export the class with one.")
     files = files or {}
     inputs = _encoder_inputs(model, files)
-    generation = getattr(model, "generation_config", None)
     config = {key: value for key, value in model.config.to_dict().items() if key not in tasks.NOT_CONFIG}
     encoder = Source(
         module=Encoding(model),
@@ -90,7 +90,7 @@ def pair_source(model: Any, origin: str, task: str, files: Mapping[str, bytes] |
         task=task,
         origin=origin,
         config=config,
-        generation_config=generation.to_diff_dict() if generation is not None else {},
+        generation_config=generation_settings(model),
         files=files,
         tracing=lambda: tasks.masks_as_arrays(model),
     )
