@@ -44,7 +44,10 @@ def with_adapter(source: Source | Pair, folder: Path) -> Source | Pair:
         "origin": f"{parts[0].origin} + adapter {folder.resolve().name} ({words})",
         "adapter": _record(adapter),
         "kept": None,
-        "config": {**parts[0].config, **{k: v for k, v in after.items() if k in parts[0].config and v != before.get(k)}},
+        "config": {
+            **parts[0].config,
+            **{k: v for k, v in after.items() if k in parts[0].config and v != before.get(k)},
+        },
         "files": {**parts[0].files, **_tokenizer(folder)},
         "generation_config": _generation(folder) or parts[0].generation_config,
         "notes": (*parts[0].notes, *notes),
@@ -65,9 +68,8 @@ def _outputs(parts: tuple[Source, ...]) -> dict[str, F32]:
 
 def _config(module: Any) -> dict[str, Any]:
     """What the merge may change: the vocabulary, the number of layers, whether the head is tied."""
-    config = getattr(module, "config", None)
-    found: dict[str, Any] = json.loads(config.to_json_string(use_diff=False)) if hasattr(config, "to_diff_dict") else {}
-    return found
+    config: Any = getattr(module, "config", None)
+    return dict(json.loads(config.to_json_string(use_diff=False))) if hasattr(config, "to_diff_dict") else {}
 
 
 def _inputs(part: Source, module: Any) -> tuple[Any, ...]:
@@ -160,4 +162,3 @@ def _record(adapter: Adapter) -> dict[str, Any]:
         "file": {"name": adapter.weights.name, "sha256": digest},
         "peft": peft_version(),
     }
-

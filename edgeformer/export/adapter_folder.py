@@ -22,10 +22,10 @@ PREFIX = "base_model.model."
 INSTALL = "pip install 'edgeformer[export]'"
 
 # Fields of every PEFT config that say where an adapter comes from, or how it was trained; no weight depends on them.
-_BOOKKEEPING = frozenset(
-    ("auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_type", "peft_version")
-    + ("revision", "runtime_config", "task_type")
-)
+_BOOKKEEPING = (
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_type", "peft_version",
+    "revision", "runtime_config", "task_type",
+)  # fmt: skip
 _CONVERT = (
     "Convert it where it was trained: model.save_pretrained(FOLDER, path_initial_model_for_weight_conversion=INITIAL) "
     "gives a plain LoRA adapter for the original base, model.merge_and_unload().save_pretrained(FOLDER) a merged "
@@ -38,6 +38,13 @@ _LOST_BASES = {
     "corda": "the change depends on the calibration data",
     "lora_ga": "the change depends on gradients, and PEFT leaves it out when it loads the adapter",
     "loftq": "the base became its own 4- or 8-bit quantization, which needs bitsandbytes and a GPU to repeat",
+}
+_METHODS = {  # that change no weights of the base -> what they do instead
+    "ADAPTION_PROMPT": "it adds trained keys and values to the attention",
+    "LILY": "its layers share experts that are mixed anew for every token",
+    "POLY": "it mixes its modules by a task id, which is an input",
+    "SHADOW": "it adds a second network beside the model",
+    "XLORA": "it mixes other adapters anew for every token",
 }
 _INPUT_DEPENDENT = {  # settings of LoRA that make the change depend on the input, so that no weights equal it
     "alora_invocation_tokens": "it acts only on the tokens behind its invocation tokens",
@@ -70,8 +77,9 @@ def read_adapter(folder: Path) -> Adapter:
         ExportError: the folder is no adapter, is damaged, or one whose change cannot be said in weights of the base;
             or PEFT is not installed, or too old for it.
     """
-    settings, weights = _settings(folder), _weights(folder)
+    settings, weights = read_settings(folder), _weights(folder)
     config_class = _config_class(folder, settings)
+    _refuse_unmergeable(folder, settings, config_class)
     known = {field.name for field in dataclasses.fields(config_class)}
     # A setting that is off (null, false, empty) may be unknown: leaving it out changes nothing.
     if unknown := sorted(name for name, value in settings.items() if name not in known and value):
@@ -80,7 +88,6 @@ def read_adapter(folder: Path) -> Adapter:
             f"{peft_version()} does not know (the adapter was saved by {settings.get('peft_version') or 'another'}); "
             "update peft, or take the setting out if it was not used."
         )
-    _refuse_unmergeable(folder, settings, config_class)
     defaults = {field.name: _default(field) for field in dataclasses.fields(config_class)}
     changed = {
         name: value
@@ -103,7 +110,12 @@ def peft_version() -> str:
     return str(peft.__version__)
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The folder's adapter_config.json.
+
+    Raises:
+        ExportError: there is none, or it is no adapter's.
+    """
     path = folder / SETTINGS
     if not folder.is_dir():
         raise ExportError(f"there is no adapter folder {folder}; download the adapter, and give its folder.")
@@ -153,8 +165,8 @@ def _refuse_unmergeable(folder: Path, settings: Mapping[str, Any], config_class:
             f"{folder} is a {kind} adapter: it adds trained tokens or keys and values to the input, and changes no "
             "weight that it could be merged into. Train a LoRA adapter to export one."
         )
-    if kind == "XLORA":
-        raise ExportError(f"{folder} is an XLORA adapter: it mixes other adapters anew for every token; merge one.")
+    if kind in _METHODS:
+        raise ExportError(f"{folder} is a {kind} adapter: {_METHODS[kind]}, so it cannot be merged.")
     if kind != "LORA":
         return
     init = settings.get("init_lora_weights")

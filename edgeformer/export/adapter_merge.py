@@ -52,11 +52,13 @@ def merge(module: torch.nn.Module, adapter: Adapter, probe: Probe) -> tuple[str,
     try:
         check = parity.compare("merged adapter", unmerged, merged := probe())
     except ParityError as error:
-        raise ExportError(f"the adapter {adapter.folder} gives a model whose outputs are not finite: {error}") from error
+        raise ExportError(
+            f"the adapter {adapter.folder} gives a model whose outputs are not finite: {error}"
+        ) from error
     if not check.worst <= parity.TOLERANCE:
         raise ExportError(
-            f"{adapter.method} of {adapter.folder} cannot be merged: PEFT's merged model gives {check.where} for the "
-            f"unmerged one's, off by {check.worst:.1e} of the range; allowed {parity.TOLERANCE:.0e}."
+            f"{adapter.method} of {adapter.folder} cannot be merged: PEFT's merged model differs from its unmerged one "
+            f"by {check.worst:.1e} of the outputs' range, allowed {parity.TOLERANCE:.0e} ({_told(adapter)})."
         )
     if parity.compare("adapter", plain, merged).worst == 0 and not base_changed:
         notes.append(f"The adapter {adapter.folder.name} changes no output: it was saved before it was trained.")
@@ -108,8 +110,8 @@ def _inject(module: torch.nn.Module, adapter: Adapter) -> tuple[Any, list[str]]:
 
 
 def _checksum(parameter: torch.Tensor) -> int:
-    values = parameter.detach()
-    return zlib.crc32(values.contiguous().reshape(-1).view(torch.uint8).numpy()) if values.numel() else 0
+    values = parameter.detach().contiguous().reshape(-1)
+    return zlib.crc32(memoryview(values.view(torch.uint8).numpy())) if values.numel() else 0  # type: ignore[arg-type]
 
 
 def _require_repeatable(adapter: Adapter, changed: Sequence[str]) -> None:
@@ -125,9 +127,9 @@ def _require_repeatable(adapter: Adapter, changed: Sequence[str]) -> None:
 def _changed_note(adapter: Adapter, changed: Sequence[str]) -> str:
     setting = next((n for n in ("kasa_config", "init_lora_weights") if adapter.settings.get(n)), "peft_type")
     return (
-        f"The adapter's {setting} = {adapter.settings[setting]!r} changes {len(changed)} weights of the base before the "
-        "adapter is added, as PEFT does it when it loads the adapter. That is right for the original base model, and "
-        "wrong for one that was saved after that change."
+        f"The adapter's {setting} = {adapter.settings[setting]!r} changes {len(changed)} weights of the base before "
+        "the adapter is added, as PEFT does it when it loads the adapter. That is right for the original base model, "
+        "and wrong for one that was saved after that change."
     )
 
 
