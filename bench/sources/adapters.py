@@ -101,6 +101,8 @@ METHODS: dict[str, dict[str, Any]] = {  # what a method needs to be tried here; 
 def settings() -> list[str]:
     """`field` and `init_lora_weights="value"` of LoraConfig, and `peft_type="METHOD"`."""
     values = [v for hint in get_args(get_type_hints(peft.LoraConfig)["init_lora_weights"]) for v in get_args(hint)]
+    if "lora_ga" not in values:
+        values.append("lora_ga")  # PEFT has it, though not in the field's type
     return [
         *(field.name for field in dataclasses.fields(peft.LoraConfig)),
         *(f'init_lora_weights="{value}"' for value in values),

@@ -86,6 +86,7 @@ def _inject(module: torch.nn.Module, adapter: Adapter) -> tuple[Any, list[str]]:
     from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
     folder = str(adapter.folder)
+    configs = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
     before = {name: (parameter, _checksum(parameter)) for name, parameter in module.named_parameters()}
     try:
         with torch.random.fork_rng(devices=[]):
@@ -104,9 +105,28 @@ def _inject(module: torch.nn.Module, adapter: Adapter) -> tuple[Any, list[str]]:
     state = wrapped.state_dict()
     taken = {value.data_ptr() for name, value in state.items() if name not in result.missing_keys}
     missing = [name for name in result.missing_keys if state[name].data_ptr() not in taken]  # shared ones are one
-    if result.unexpected_keys or missing:
-        raise ExportError(_left_over(module, adapter, list(result.unexpected_keys), missing))
+    unexpected = [name for name in result.unexpected_keys if not _is_copy(name.replace(f".{_NAME}", ""), adapter)]
+    if unexpected or missing:
+        raise ExportError(_left_over(module, adapter, unexpected, missing))
+    if adapter.settings.get("layer_replication"):
+        _share_config(module, list(configs.values()))
     return wrapped, changed
+
+
+def _is_copy(name: str, adapter: Adapter) -> bool:
+    """Whether the file has the same tensor under another name: PEFT saves resized or tied embeddings twice."""
+    value = adapter.tensors.get(name)
+    if value is None or not any(f"{wrap}." in name for wrap in _WRAPS):
+        return False
+    return any(n != name and v.shape == value.shape and torch.equal(v, value) for n, v in adapter.tensors.items())
+
+
+def _share_config(module: torch.nn.Module, configs: Sequence[Any]) -> None:
+    """Replicated layers are copies with a config of their own; which attention runs is said in the model's."""
+    for part in module.modules():
+        same = [config for config in configs if type(config) is type(getattr(part, "config", None))]
+        if len(same) == 1:
+            part.config = same[0]
 
 
 def _checksum(parameter: torch.Tensor) -> int:
@@ -202,30 +222,35 @@ def _merge(wrapped: Any, adapter: Adapter) -> None:
 
 
 def _misfit(module: torch.nn.Module, adapter: Adapter, error: Exception) -> str:
-    base = adapter.settings.get("base_model_name_or_path") or "a model that it does not name"
-    reason = f"it has no {error.args[0]!r}" if isinstance(error, KeyError) and error.args else _first(error)
+    reason = f"it has no {error.args[0]!r}." if isinstance(error, KeyError) and error.args else _first(error)
     return (
-        f"the adapter {adapter.folder} does not fit {type(module).__name__}: {reason} It was trained on {base}; "
-        f"export that model.{_head_hint(module, adapter)}"
+        f"the adapter {adapter.folder} does not fit {type(module).__name__}: {reason} {_trained_on(adapter)}"
+        f"{_head_hint(adapter)}"
     )
 
 
 def _left_over(module: torch.nn.Module, adapter: Adapter, unexpected: list[str], missing: list[str]) -> str:
-    base = adapter.settings.get("base_model_name_or_path") or "its name is not told"
     problems = []
     if unexpected:
-        problems.append(
-            f"has {len(unexpected)} tensors that {type(module).__name__} has no place for, {unexpected[0]} for one"
-        )
+        problems.append(f"{_tensors(unexpected)} that {type(module).__name__} has no place for")
     if missing:
-        problems.append(f"lacks {len(missing)} tensors that its {SETTINGS} asks for, {missing[0]} for one")
+        problems.append(f"not {_tensors(missing)} that its {SETTINGS} asks for")
     return (
-        f"the adapter {adapter.folder} {' and '.join(problems)}: it was trained on another model ({base}), or is not "
-        f"saved whole.{_head_hint(module, adapter)}"
+        f"the adapter {adapter.folder} has {', and '.join(problems)}. {_trained_on(adapter)} Or it was not saved whole."
+        f"{_head_hint(adapter)}"
     )
 
 
-def _head_hint(module: torch.nn.Module, adapter: Adapter) -> str:
+def _tensors(names: Sequence[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({names[0]}{', ...' if len(names) > 1 else ''})"
+
+
+def _trained_on(adapter: Adapter) -> str:
+    base = adapter.settings.get("base_model_name_or_path")
+    return f"It was trained on {base}: export that model." if base else "It was trained on another model."
+
+
+def _head_hint(adapter: Adapter) -> str:
     task = adapter.settings.get("task_type")
     if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
         return (
