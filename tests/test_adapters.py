@@ -208,7 +208,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 DAMAGE = {  # tensors to change (None: to remove) -> what the message says
     "not a number": ({f"{Q}.lora_A.weight": torch.full((4, 32), torch.nan)}, "NaN or infinity in 1 of 8"),
     "half a pair": ({f"{Q}.lora_B.weight": None}, r"has not 1 tensor \(.*lora_B.*\) that its adapter_config.json asks"),
-    "another layer": ({f"{Q}x.lora_A.weight": torch.ones(4, 32)}, r"1 tensor \(.*q_projx.*\) that Llama.* has no place"),
+    "another layer": ({f"{Q}x.lora_A.weight": torch.ones(4, 32)}, r"1 tensor \(.*q_projx.*\) that Llama.* has no p"),
     "another rank": ({f"{Q}.lora_A.weight": torch.ones(3, 32)}, r"size mismatch.*\[3, 32\].*\[4, 32\]"),
 }  # fmt: skip
 
@@ -352,19 +352,31 @@ def test_texts_in_the_adapters_folder_win(work, tmp_path):
     (trained.folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
     source = source_of(trained)
     texts = source.files["tokenizer_config.json"] + source.files.get("chat_template.jinja", b"")
-    assert b"adapter" in texts and source.generation_config == {"eos_token_id": 7}
+    assert b"adapter" in texts and source.generation_config["eos_token_id"] == 7
     assert any("generation_config.json is the one in the adapter's folder" in note for note in source.notes)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (base_folder("tied", work) / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["modules.json", "preprocessor_config.json"])
+def test_processing_that_is_not_the_bases_is_refused(name, lora):
+    """A folder of sentence-transformers, say, with another pooling than the base's."""
+    (lora.folder / name).write_text('{"a": 1}')
+    with pytest.raises(ExportError, match=f"has a {name} of its own, which is not the base's"):
+        source_of(lora)
+    (lora.base / name).write_text('{ "a": 1 }')
+    source_of(lora)
 
 
 def test_what_is_odd_about_the_folder_is_told(lora, work):
     train(Try(), work, "beside")
     edit(lora.folder, {"base_model_name_or_path": "someone/larger-model"})
     (work / "beside").rename(lora.folder / "second")
+    (lora.folder / "config.json").write_text("{}")
     source = source_of(lora)
     assert any("trained on someone/larger-model; it was merged into folder base-llama" in n for n in source.notes)
     assert any("more adapters in second; they are not merged" in note for note in source.notes)
+    assert any("config.json in the adapter's folder is not read" in note for note in source.notes)
 
 
 def test_an_untrained_adapter_is_told(lora):
@@ -374,7 +386,9 @@ def test_an_untrained_adapter_is_told(lora):
 
 def test_blocks_of_a_gguf_file_are_not_kept(lora):
     with quiet():
-        source = with_adapter(language_model(load(lora.base), "GGUF m.gguf", kept=lambda _: None), lora.folder)
+        source = with_adapter(
+            language_model(load(lora.base), "GGUF m.gguf", kept=lambda _: None), lora.folder, lora.base
+        )
     assert source.kept is None and any("not kept" in note for note in source.notes)
     assert off(logits(source.module), lora.logits) <= BOUND
 

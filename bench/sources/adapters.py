@@ -139,7 +139,7 @@ def _row(name: str, tried: Try, work: Path, place: str) -> Row:
     try:
         found = exported(trained)
     except ExportError as error:
-        return Row(name, "refused", f"{value}: {_first(error)}".replace(str(work), ""), _REFERENCE)
+        return Row(name, "refused", f"{value}: {_first(error).replace(str(trained.folder), 'it')}", _REFERENCE)
     span = float(trained.logits.max() - trained.logits.min())
     off = float(np.abs(found - trained.logits).max()) / span
     outcome: Outcome = "honoured" if off <= _BOUND else "ignored"

@@ -15,18 +15,22 @@ from typing import Any
 
 from edgeformer.errors import ExportError
 from edgeformer.export.adapter_folder import SETTINGS, Adapter, peft_version, read_adapter
-from edgeformer.export.adapter_merge import merge
+from edgeformer.export.adapter_merge import Merged, merge
 from edgeformer.export.parity import F32
 from edgeformer.export.source import TOKENIZER_FILES, Pair, Source, run
 from edgeformer.export.trace import axes
 
 _GENERATION = "generation_config.json"
+_PROCESSING = (  # what an app does before and after the graph
+    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json",
+    "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
 _SIZES = (2, 7)  # of the first named axis and the others, in what the merged and unmerged model are compared on
 _KEPT = "The blocks of the GGUF file are not kept: the adapter changes its weights, so they are quantized anew."
 
 
-def with_adapter(source: Source | Pair, folder: Path) -> Source | Pair:
-    """The source with the adapter in `folder` merged into its module, and said in its origin.
+def with_adapter(source: Source | Pair, folder: Path, base: Path) -> Source | Pair:
+    """The source of the folder `base` with the adapter in `folder` merged into its module, and said in its origin.
 
     A tokenizer, chat template or generation_config.json in the adapter's folder replaces the base's.
 
@@ -34,15 +38,15 @@ def with_adapter(source: Source | Pair, folder: Path) -> Source | Pair:
         ExportError: the folder is no adapter, one that cannot be merged, or one for another model; or PEFT is missing.
     """
     adapter = read_adapter(folder)
+    _require_same_processing(folder, base)
     parts = (source.encoder, source.decoder) if isinstance(source, Pair) else (source,)
     module: Any = source.encoder.module.model if isinstance(source, Pair) else source.module
     before = _config(module)
-    words, notes = merge(module, adapter, lambda: _outputs(parts))
+    merged = merge(module, adapter, lambda: _outputs(parts))
     after = _config(module)
-    notes += _read_notes(adapter, parts[0])
     changes: dict[str, Any] = {
-        "origin": f"{parts[0].origin} + adapter {folder.resolve().name} ({words})",
-        "adapter": _record(adapter),
+        "origin": f"{parts[0].origin} + adapter {folder.resolve().name} ({adapter.method}, {merged.words})",
+        "adapter": _record(adapter, merged),
         "kept": None,
         "config": {
             **parts[0].config,
@@ -50,7 +54,7 @@ def with_adapter(source: Source | Pair, folder: Path) -> Source | Pair:
         },
         "files": {**parts[0].files, **_tokenizer(folder)},
         "generation_config": _generation(folder) or parts[0].generation_config,
-        "notes": (*parts[0].notes, *notes),
+        "notes": (*parts[0].notes, *merged.notes, *_read_notes(adapter, parts[0])),
     }
     _require_rows(changes["files"], module, folder)
     made = [dataclasses.replace(part, **changes, inputs=_inputs(part, module)) for part in parts]
@@ -61,7 +65,7 @@ def _outputs(parts: tuple[Source, ...]) -> dict[str, F32]:
     found: dict[str, F32] = {}
     for part in parts:
         sizes = {axis: _SIZES[bool(index)] for index, axis in enumerate(axes(part.inputs))}
-        feeds = {value.name: value.sample(sizes, index) for index, value in enumerate(part.inputs)}
+        feeds = {value.name: value.sample(sizes, 2 * index) for index, value in enumerate(part.inputs)}
         found |= run(part, feeds)
     return found
 
@@ -104,13 +108,33 @@ def _tokenizer(folder: Path) -> dict[str, bytes]:
 
 
 def _generation(folder: Path) -> dict[str, Any]:
-    path = folder / _GENERATION
-    if not path.is_file():
+    """generation_config.json of the adapter's folder, as transformers reads it; empty where there is none."""
+    from transformers import GenerationConfig
+
+    if not (folder / _GENERATION).is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise ExportError(f"{path} is no JSON object: {error}") from error
+        return dict(GenerationConfig.from_pretrained(str(folder)).to_diff_dict())
+    except Exception as error:
+        raise ExportError(f"transformers cannot read {folder / _GENERATION}: {str(error)[:300]}") from error
+
+
+def _require_same_processing(folder: Path, base: Path) -> None:
+    """Refuses texts and pictures that are prepared otherwise than the base says: those settings are the base's."""
+    for name in _PROCESSING:
+        if (folder / name).is_file() and _json(folder / name) != _json(base / name):
+            raise ExportError(
+                f"the adapter {folder} has a {name} of its own, which is not the base's; only a tokenizer, a chat "
+                f"template and {_GENERATION} are taken from an adapter. Copy it to the base's folder if the model was "
+                "trained with it, or take it out of the adapter's."
+            )
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise ExportError(f"{path} is no JSON: {error}") from error
 
 
 def _require_rows(files: Mapping[str, bytes], module: Any, folder: Path) -> None:
@@ -141,6 +165,8 @@ def _read_notes(adapter: Adapter, source: Source) -> list[str]:
         notes.append(f"The adapter was trained on {base}; it was merged into {source.origin}, whose shapes fit.")
     if (folder / _GENERATION).is_file():
         notes.append(f"{_GENERATION} is the one in the adapter's folder.")
+    if (folder / "config.json").is_file():
+        notes.append("config.json in the adapter's folder is not read: the base's says what the model is.")
     if others := sorted(path.parent.name for path in folder.glob(f"*/{SETTINGS}")):
         notes.append(f"The adapter's folder has more adapters in {', '.join(others)}; they are not merged.")
     if source.kept is not None:
@@ -148,7 +174,7 @@ def _read_notes(adapter: Adapter, source: Source) -> list[str]:
     return notes
 
 
-def _record(adapter: Adapter) -> dict[str, Any]:
+def _record(adapter: Adapter, merged: Merged) -> dict[str, Any]:
     """What edgeformer.json says of the adapter."""
     with adapter.weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -157,6 +183,8 @@ def _record(adapter: Adapter) -> dict[str, Any]:
         "method": adapter.method,
         "settings": dict(adapter.changed),
         "base": adapter.settings.get("base_model_name_or_path"),
+        "layers": merged.layers,
+        "whole_parameters": merged.whole,
         "tensors": len(adapter.tensors),
         "parameters": sum(value.numel() for value in adapter.tensors.values()),
         "file": {"name": adapter.weights.name, "sha256": digest},

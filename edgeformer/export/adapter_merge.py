@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,13 +24,29 @@ from edgeformer.export.adapter_folder import PREFIX, SETTINGS, Adapter
 
 Probe = Callable[[], Mapping[str, parity.F32]]  # the model's outputs for fixed inputs
 _NAME = "default"  # PEFT's own name for the only adapter
+_SHAPES = re.compile(r"size mismatch for (\S+): \D+(\[[\d, ]*\])\)\D+(\[[\d, ]*\])")  # of load_state_dict
 _WRAPS = (".base_layer", ".original_module", ".modules_to_save", ".token_adapter")
 # Initializations that change the base by a decomposition of its own weights: loading repeats it to rounding.
 _REPEATABLE = ("pissa", "olora")
 
 
-def merge(module: torch.nn.Module, adapter: Adapter, probe: Probe) -> tuple[str, list[str]]:
-    """Merges the adapter into the module in place; (what was merged, in words; what a user should know).
+@dataclass(frozen=True)
+class Merged:
+    """What a merge did."""
+
+    layers: int  # that PEFT adapted
+    whole: int  # parameters of the base that the adapter replaced
+    notes: list[str]  # what a user should know
+
+    @property
+    def words(self) -> str:
+        """6 layers, 2 whole parameters."""
+        counted = f"{self.layers} layer{'s' if self.layers != 1 else ''}"
+        return counted + (f", {self.whole} whole parameters" if self.whole else "")
+
+
+def merge(module: torch.nn.Module, adapter: Adapter, probe: Probe) -> Merged:
+    """Merges the adapter into the module in place. `probe` runs the model that the module is part of.
 
     Raises:
         ExportError: it does not fit the module, or cannot be merged into its weights.
@@ -62,8 +80,7 @@ def merge(module: torch.nn.Module, adapter: Adapter, probe: Probe) -> tuple[str,
         )
     if parity.compare("adapter", plain, merged).worst == 0 and not base_changed:
         notes.append(f"The adapter {adapter.folder.name} changes no output: it was saved before it was trained.")
-    count = f"{layers} layer{'s' if layers != 1 else ''}"
-    return f"{adapter.method}, {count}" + (f", {whole} whole parameters" if whole else ""), notes
+    return Merged(layers, whole, notes)
 
 
 def plain_name(name: str) -> str:
@@ -126,7 +143,7 @@ def _share_config(module: torch.nn.Module, configs: Sequence[Any]) -> None:
     for part in module.modules():
         same = [config for config in configs if type(config) is type(getattr(part, "config", None))]
         if len(same) == 1:
-            part.config = same[0]
+            setattr(part, "config", same[0])  # noqa: B010 (torch types attributes of a module as tensors)
 
 
 def _checksum(parameter: torch.Tensor) -> int:
@@ -223,6 +240,12 @@ def _merge(wrapped: Any, adapter: Adapter) -> None:
 
 def _misfit(module: torch.nn.Module, adapter: Adapter, error: Exception) -> str:
     reason = f"it has no {error.args[0]!r}." if isinstance(error, KeyError) and error.args else _first(error)
+    if shapes := _SHAPES.findall(str(error)):
+        name, found, expected = shapes[0]
+        more = f", and so {len(shapes) - 1} more" if len(shapes) > 1 else ""
+        reason = (
+            f"size mismatch: {name.removeprefix(PREFIX)} is {found}, the base and {SETTINGS} need {expected}{more}."
+        )
     return (
         f"the adapter {adapter.folder} does not fit {type(module).__name__}: {reason} {_trained_on(adapter)}"
         f"{_head_hint(adapter)}"

@@ -27,7 +27,7 @@ def load_source(options: ExportOptions) -> Source | Pair:
             f"{options.source} is a PEFT adapter: name its base model as the source, and it by --adapter."
         )
     if options.adapter is not None:
-        source = with_adapter(source, options.adapter)
+        source = with_adapter(source, options.adapter, Path(options.source))
     to_disk((source.encoder if isinstance(source, Pair) else source).module)
     return source
 
