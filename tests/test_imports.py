@@ -14,7 +14,7 @@ import edgeformer
 
 PACKAGE = Path(edgeformer.__file__).parent
 HEAVY = ("torch", "onnxruntime", "onnx", "jinja2", "tokenizers", "transformers", "typer", "rich")
-WORKSHOP = ("torch", "transformers", "onnxscript", "onnx_ir", "accelerate", "safetensors", "gguf", "matplotlib")
+WORKSHOP = ("torch", "transformers", "onnxscript", "onnx_ir", "accelerate", "safetensors", "gguf", "matplotlib", "peft")
 
 
 def _python(code, *arguments):

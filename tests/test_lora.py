@@ -1,22 +1,20 @@
-"""Adapters are merged as PEFT merges them: the bundle's logits are those of base and adapter together."""
+"""LoRA adapters: the bundle's logits are those of base and adapter together, as PEFT computes them unmerged."""
 
 from __future__ import annotations
-
-import json
 
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the workshop half needs torch")
-pytest.importorskip("transformers", reason="the workshop half needs transformers")
-peft = pytest.importorskip("peft", reason="PEFT is the witness")
+torch = pytest.importorskip("torch", reason="the toolchain needs torch")
+transformers = pytest.importorskip("transformers", reason="the toolchain needs transformers")
+peft = pytest.importorskip("peft", reason="PEFT is the reference")
 pytest.importorskip("onnxruntime", reason="the exporter's checks need onnxruntime")
 
 import architectures  # noqa: E402
 
 import edgeformer  # noqa: E402
 from edgeformer.errors import ExportError  # noqa: E402
-from edgeformer.export import ExportOptions, adapter, export  # noqa: E402
+from edgeformer.export import ExportOptions, export  # noqa: E402
 from edgeformer.export.sources import load_source  # noqa: E402
 
 PROMPT = [1, 17, 33, 90, 5]
@@ -36,6 +34,9 @@ CASES = {
         "opt", {"target_modules": ["q_proj"], "bias": "lora_only", "modules_to_save": ["final_layer_norm"]},
     ),
     "a head that was tied": ("gemma2", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "an embedding that the head shares": ("gemma2", {"target_modules": ["embed_tokens"]}),
+    "both ends of it": ("gemma2", {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}),
+    "tokens of it": ("gemma2", {"target_modules": ["q_proj"], "trainable_token_indices": [17, 33]}),
 }  # fmt: skip
 
 
@@ -81,16 +82,14 @@ def test_the_bundle_has_the_adapter_in_it(tmp_path):
 def test_an_adapter_of_another_model_is_refused(tmp_path):
     adapted("gpt2", CASES["[in, out] layers"][1], tmp_path / "other", tmp_path / "adapter")
     architectures.make("qwen3").save_pretrained(tmp_path / "base")
-    with pytest.raises(ExportError, match=r"no place for.*another model"):
+    with pytest.raises(ExportError, match=r"does not fit Qwen3ForCausalLM: Target modules .*trained on another"):
         export(ExportOptions(str(tmp_path / "base"), tmp_path / "b", adapter=tmp_path / "adapter"))
     assert not (tmp_path / "b").exists()
 
 
-def test_folders_that_are_no_lora_adapter_are_refused(tmp_path):
-    with pytest.raises(ExportError, match=r"no PEFT adapter: it has no adapter_config\.json"):
-        adapter._read(tmp_path)
+def test_one_of_another_size_is_refused_with_both_shapes(tmp_path):
     adapted("qwen3", CASES["plain"][1], tmp_path / "base", tmp_path / "adapter")
-    settings = tmp_path / "adapter" / "adapter_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"peft_type": "IA3"}))
-    with pytest.raises(ExportError, match="IA3 adapter; only LORA"):
-        adapter._read(tmp_path / "adapter")
+    config = architectures.CONFIGS["qwen3"] | {"hidden_size": 32}
+    transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**config)).save_pretrained(tmp_path / "small")
+    with pytest.raises(ExportError, match=r"size mismatch.*\[4, 64\].*\[4, 32\].*It was trained on another"):
+        export(ExportOptions(str(tmp_path / "small"), tmp_path / "b", adapter=tmp_path / "adapter"))

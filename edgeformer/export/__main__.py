@@ -94,7 +94,9 @@ def main(
     tokenizer: Annotated[
         Path | None, typer.Option(help="For a factory: its tokenizer.json, or a folder with it and a chat template.")
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="Merge this PEFT adapter folder (LoRA) into the model.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Merge the PEFT adapter in this folder (LoRA, DoRA, IA3, ...) into the model.")
+    ] = None,
     inputs: Annotated[
         list[str] | None, typer.Option("--input", help="For a factory: name=dtype\\[axis,...]; named axes are dynamic.")
     ] = None,
@@ -159,6 +161,8 @@ def _summary(path: Path, manifest: dict[str, object]) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     size = sum(entry["size"] for entry in files.values())
     table.add_row("bundle", f"{path} ({size / 1e6:.1f} MB)")
+    if adapter := manifest["provenance"].get("adapter"):  # type: ignore[attr-defined]
+        table.add_row("adapter", f"{adapter['name']} ({adapter['method']}, {adapter['layers']} layers), merged")
     table.add_row(
         "weights", f"{quantization['scheme']}, {quantization['bits_per_weight']} bits each, head {quantization['head']}"
     )

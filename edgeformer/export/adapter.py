@@ -1,150 +1,192 @@
-"""A PEFT adapter (LoRA, DoRA) is added to the weights of its base model before anything else happens.
+"""A PEFT adapter is merged into the weights of its base model before anything else happens.
 
-The format is a folder: `adapter_config.json`, and `adapter_model.safetensors` with
-`base_model.model.NAME.lora_A.weight` [r, in], `...lora_B.weight` [out, r], and whole parameters that were trained
-beside them. Merged, W + scale * B A (https://arxiv.org/abs/2106.09685) is one matrix, which quantizes and runs as any
-other.
+Merged, a LoRA's W + scale * B A (https://arxiv.org/abs/2106.09685) is one matrix, which quantizes and runs as any
+other. So it is with every method of PEFT that can be merged; the others are refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import math
-import re
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from edgeformer.errors import ExportError
-from edgeformer.export.source import Pair, Source
+from edgeformer.export.adapter_folder import SETTINGS, Adapter, peft_version, read_adapter
+from edgeformer.export.adapter_merge import Merged, merge
+from edgeformer.export.parity import F32
+from edgeformer.export.source import TOKENIZER_FILES, Pair, Source, run
+from edgeformer.export.trace import axes
 
-_PREFIX = "base_model.model."
-_PART = re.compile(r"^(?P<owner>.+)\.(?P<part>lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))(?:\.weight)?$")
-
-
-def with_adapter(source: Source | Pair, folder: Path) -> Source | Pair:
-    """The source with the adapter in `folder` merged into its module, and said in its origin.
-
-    Blocks that a GGUF file holds are no longer the model's, so they are not kept.
-
-    Raises:
-        ExportError: the folder is no adapter, one of a kind that cannot be merged, or one for another model.
-    """
-    config, tensors = _read(folder)
-    if isinstance(source, Pair):
-        note = merge(source.encoder.module.model, config, tensors)  # type: ignore[arg-type]
-        encoder, decoder = (
-            dataclasses.replace(part, origin=f"{part.origin} + adapter {folder.name} ({note})")
-            for part in (source.encoder, source.decoder)
-        )
-        return Pair(encoder, decoder)
-    note = merge(source.module, config, tensors)
-    return dataclasses.replace(source, origin=f"{source.origin} + adapter {folder.name} ({note})", kept=None)
+_GENERATION = "generation_config.json"
+_PROCESSING = (  # what an app does before and after the graph
+    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json",
+    "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+_SIZES = (2, 7)  # of the first named axis and the others, in what the merged and unmerged model are compared on
+_KEPT = "The blocks of the GGUF file are not kept: the adapter changes its weights, so they are quantized anew."
 
 
-def merge(module: torch.nn.Module, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
-    """Adds the adapter to the module's parameters in place; returns what was done, in words.
+def with_adapter(source: Source | Pair, folder: Path, base: Path) -> Source | Pair:
+    """The source of the folder `base` with the adapter in `folder` merged into its module, and said in its origin.
+
+    A tokenizer, chat template or generation_config.json in the adapter's folder replaces the base's.
 
     Raises:
-        ExportError: a tensor belongs to no parameter of the module, or has another shape.
+        ExportError: the folder is no adapter, one that cannot be merged, or one for another model; or PEFT is missing.
     """
-    pairs: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    whole: dict[str, torch.Tensor] = {}
-    for key, value in tensors.items():
-        name = key.removeprefix(_PREFIX)
-        match = _PART.match(name)
-        if match is not None:
-            pairs[match["owner"]][match["part"].removeprefix("lora_")] = value.float()
-        else:
-            whole[name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")] = value.float()
-    modules = dict(module.named_modules())
-    missing = sorted([n for n in pairs if n not in modules] + [n for n in whole if _parameter(modules, n) is None])
-    if missing:
-        raise ExportError(
-            f"the adapter has {len(missing)} parts that {type(module).__name__} has no place for, {missing[0]!r} for "
-            f"one: it was trained on another model ({config.get('base_model_name_or_path') or 'its name is not told'})."
-        )
-    with torch.no_grad():
-        for name, value in whole.items():
-            _set(modules, name, value)
-        for name, parts in pairs.items():
-            _add(modules[name], name, parts, config)
-    kind = "DoRA" if config.get("use_dora") else "LoRA"
-    return f"{kind}, {len(pairs)} layers" + (f", {len(whole)} whole parameters" if whole else "")
+    adapter = read_adapter(folder)
+    _require_same_processing(folder, base)
+    parts = (source.encoder, source.decoder) if isinstance(source, Pair) else (source,)
+    module: Any = source.encoder.module.model if isinstance(source, Pair) else source.module
+    before = _config(module)
+    merged = merge(module, adapter, lambda: _outputs(parts))
+    after = _config(module)
+    changes: dict[str, Any] = {
+        "origin": f"{parts[0].origin} + adapter {folder.resolve().name} ({adapter.method}, {merged.words})",
+        "adapter": _record(adapter, merged),
+        "kept": None,
+        "config": {
+            **parts[0].config,
+            **{k: v for k, v in after.items() if k in parts[0].config and v != before.get(k)},
+        },
+        "files": {**parts[0].files, **_tokenizer(folder)},
+        "generation_config": _generation(folder) or parts[0].generation_config,
+        "notes": (*parts[0].notes, *merged.notes, *_read_notes(adapter, parts[0])),
+    }
+    _require_rows(changes["files"], module, folder)
+    made = [dataclasses.replace(part, **changes, inputs=_inputs(part, module)) for part in parts]
+    return Pair(*made) if isinstance(source, Pair) else made[0]
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    from safetensors.torch import load_file
+def _outputs(parts: tuple[Source, ...]) -> dict[str, F32]:
+    found: dict[str, F32] = {}
+    for part in parts:
+        sizes = {axis: _SIZES[bool(index)] for index, axis in enumerate(axes(part.inputs))}
+        feeds = {value.name: value.sample(sizes, 2 * index) for index, value in enumerate(part.inputs)}
+        found |= run(part, feeds)
+    return found
 
-    settings, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    for path in (settings, weights):
-        if not path.is_file():
-            raise ExportError(
-                f"{folder} is no PEFT adapter: it has no {path.name}. Save one with model.save_pretrained(folder)."
-            )
+
+def _config(module: Any) -> dict[str, Any]:
+    """What the merge may change: the vocabulary, the number of layers, whether the head is tied."""
+    config: Any = getattr(module, "config", None)
+    return dict(json.loads(config.to_json_string(use_diff=False))) if hasattr(config, "to_diff_dict") else {}
+
+
+def _inputs(part: Source, module: Any) -> tuple[Any, ...]:
+    """The inputs; ids below the number of rows that the embedding has now."""
+    if part.inputs[0].name != "input_ids" or (rows := _rows(module)) is None:
+        return part.inputs
+    return (dataclasses.replace(part.inputs[0], high=rows), *part.inputs[1:])
+
+
+def _rows(module: Any) -> int | None:
     try:
-        config, tensors = json.loads(settings.read_text(encoding="utf-8")), load_file(weights)
+        return int(module.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _tokenizer(folder: Path) -> dict[str, bytes]:
+    """The files of the tokenizer in the adapter's folder; a lone chat template is one too."""
+    from edgeformer.export.hub import _tokenizer_files
+
+    found = {name for name in (*TOKENIZER_FILES, "tokenizer.model", "vocab.json") if (folder / name).is_file()}
+    template = {name: (folder / name).read_bytes() for name in found & {"chat_template.jinja"}}
+    if not found - {"chat_template.jinja"}:
+        return template
+    files = _tokenizer_files(str(folder), {})
+    if not files:
+        raise ExportError(
+            f"the adapter {folder} brings a tokenizer ({', '.join(sorted(found))}) that transformers cannot load as a "
+            "fast one. Save it with AutoTokenizer's save_pretrained(folder), or take its files away to use the base's."
+        )
+    return files
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    """generation_config.json of the adapter's folder, as transformers reads it; empty where there is none."""
+    from transformers import GenerationConfig
+
+    if not (folder / _GENERATION).is_file():
+        return {}
+    try:
+        return dict(GenerationConfig.from_pretrained(str(folder)).to_diff_dict())
     except Exception as error:
-        raise ExportError(f"the adapter {folder} cannot be read: {error}") from error
-    if config.get("peft_type") != "LORA":
-        raise ExportError(f"{folder} is a {config.get('peft_type')} adapter; only LORA (with DoRA) can be merged.")
-    strange = [name for name in ("trainable_token_indices", "target_parameters", "megatron_config") if config.get(name)]
-    if strange:
+        raise ExportError(f"transformers cannot read {folder / _GENERATION}: {str(error)[:300]}") from error
+
+
+def _require_same_processing(folder: Path, base: Path) -> None:
+    """Refuses texts and pictures that are prepared otherwise than the base says: those settings are the base's."""
+    for name in _PROCESSING:
+        if (folder / name).is_file() and _json(folder / name) != _json(base / name):
+            raise ExportError(
+                f"the adapter {folder} has a {name} of its own, which is not the base's; only a tokenizer, a chat "
+                f"template and {_GENERATION} are taken from an adapter. Copy it to the base's folder if the model was "
+                "trained with it, or take it out of the adapter's."
+            )
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise ExportError(f"{path} is no JSON: {error}") from error
+
+
+def _require_rows(files: Mapping[str, bytes], module: Any, folder: Path) -> None:
+    """Refuses a tokenizer of the adapter's that has ids without an embedding."""
+    rows = _rows(module)
+    if rows is None or "tokenizer.json" not in files or not _tokenizer_here(folder):
+        return
+    from tokenizers import Tokenizer
+
+    tokens = Tokenizer.from_buffer(files["tokenizer.json"]).get_vocab(with_added_tokens=True)
+    if tokens and (top := max(tokens, key=lambda token: tokens[token])) and tokens[top] >= rows:
         raise ExportError(
-            f"{folder}: {', '.join(strange)} cannot be merged here; merge it with peft's merge_and_unload."
+            f"the tokenizer in the adapter {folder} has the token {top!r} with id {tokens[top]}, and the model has "
+            f"{rows} embeddings. Save the adapter with save_embedding_layers=True, so that it has the new rows."
         )
-    return config, tensors
 
 
-def _add(layer: torch.nn.Module, name: str, parts: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
-    embedding = "embedding_A" in parts
-    a, b = (parts.get(f"embedding_{x}" if embedding else x) for x in "AB")
-    weight = getattr(layer, "weight", None)
-    if a is None or b is None or not isinstance(weight, torch.Tensor) or weight.ndim != 2:
-        raise ExportError(f"{name}: the adapter changes a {type(layer).__name__}; linear layers and embeddings can be.")
-    rank = a.shape[0]
-    alpha = next(
-        (
-            value
-            for pattern, value in (config.get("alpha_pattern") or {}).items()
-            if re.match(rf"(.*\.)?({pattern})$", name)
-        ),
-        config.get("lora_alpha", rank),
-    )
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    # [in, out] layers: transformers' Conv1D, and the rows of an embedding.
-    turned = embedding or bool(config.get("fan_in_fan_out")) or type(layer).__name__ == "Conv1D"
-    change = (b @ a) * scale
-    change = change.T if turned else change
-    if change.shape != weight.shape:
-        raise ExportError(
-            f"{name}: the adapter changes a matrix {tuple(change.shape)}, the model's is {tuple(weight.shape)}."
-        )
-    merged = weight + change
-    if (magnitude := parts.get("magnitude_vector")) is not None:  # DoRA, https://arxiv.org/abs/2402.09353
-        rows = merged.T if turned else merged  # [out, in]
-        rows = magnitude.reshape(-1, 1) * rows / rows.norm(dim=1, keepdim=True)
-        merged = rows.T if turned else rows
-    weight.copy_(merged)
+def _tokenizer_here(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
-def _parameter(modules: Mapping[str, torch.nn.Module], name: str) -> torch.nn.Parameter | None:
-    owner, _, last = name.rpartition(".")
-    found = getattr(modules[owner], last, None) if owner in modules else None
-    return found if isinstance(found, torch.nn.Parameter) else None
+def _read_notes(adapter: Adapter, source: Source) -> list[str]:
+    """What the user should know of this folder and base, though nothing is wrong with them."""
+    notes, folder = [], adapter.folder
+    base = str(adapter.settings.get("base_model_name_or_path") or "")
+    named = Path(base).name
+    if named and named not in source.origin and named != str(source.config.get("_name_or_path") or ""):
+        notes.append(f"The adapter was trained on {base}; it was merged into {source.origin}, whose shapes fit.")
+    if (folder / _GENERATION).is_file():
+        notes.append(f"{_GENERATION} is the one in the adapter's folder.")
+    if (folder / "config.json").is_file():
+        notes.append("config.json in the adapter's folder is not read: the base's says what the model is.")
+    if others := sorted(path.parent.name for path in folder.glob(f"*/{SETTINGS}")):
+        notes.append(f"The adapter's folder has more adapters in {', '.join(others)}; they are not merged.")
+    if source.kept is not None:
+        notes.append(_KEPT)
+    return notes
 
 
-def _set(modules: Mapping[str, torch.nn.Module], name: str, value: torch.Tensor) -> None:
-    """A parameter of its own: one that was tied to another is not any more, as in PEFT."""
-    owner, _, last = name.rpartition(".")
-    before = getattr(modules[owner], last)
-    if before.shape != value.shape:
-        raise ExportError(
-            f"{name}: the adapter holds {tuple(value.shape)}, the model {tuple(before.shape)}; resize the base model's "
-            "embeddings as they were resized for training."
-        )
-    setattr(modules[owner], last, torch.nn.Parameter(value.clone(), requires_grad=False))
+def _record(adapter: Adapter, merged: Merged) -> dict[str, Any]:
+    """What edgeformer.json says of the adapter."""
+    with adapter.weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "name": adapter.folder.resolve().name,
+        "method": adapter.method,
+        "settings": dict(adapter.changed),
+        "base": adapter.settings.get("base_model_name_or_path"),
+        "layers": merged.layers,
+        "whole_parameters": merged.whole,
+        "tensors": len(adapter.tensors),
+        "parameters": sum(value.numel() for value in adapter.tensors.values()),
+        "file": {"name": adapter.weights.name, "sha256": digest},
+        "peft": peft_version(),
+    }

@@ -32,7 +32,7 @@ class ExportOptions:
     calibration: str | None = None  # for q4a and q4: samples (the model's own) | none | a text file
     calibration_tokens: int | None = None  # by default as many as the widest layer needs; see calibrate.enough
     dtype: str = "float32"  # float32 | float16 (for CUDA)
-    adapter: Path | None = None  # a PEFT adapter folder (LoRA) to merge into the model
+    adapter: Path | None = None  # the folder of a PEFT adapter (LoRA, DoRA, IA3, ...) to merge into the model
     weights: Path | None = None  # for module:factory: a .safetensors file, or a .pt file of plain tensors
     tokenizer: Path | None = None  # for module:factory: a tokenizer.json, or a folder with one (and a chat template)
     input: tuple[str, ...] = ()  # for module:factory: name=dtype[axis,...], for example x=float32[batch,sequence,3]

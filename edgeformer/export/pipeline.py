@@ -73,7 +73,7 @@ def export(
     progress = progress or Silent()
     check_target(options.output, options.overwrite)
     if traced is None:
-        progress.stage(f"load {options.source}")
+        progress.stage(f"load {options.source}" + (f" and merge {options.adapter}" if options.adapter else ""))
         traced = load_source(options)
     rules = generation_notes(traced if isinstance(traced, Source | Pair) else _untraced(traced))
     if isinstance(traced, Pair | TracedPair):

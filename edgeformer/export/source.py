@@ -39,6 +39,7 @@ class Source:
     license: str | None = None
     processing: Mapping[str, Any] = field(default_factory=dict)  # what an app does before and after the graph
     notes: tuple[str, ...] = ()  # what a user of the bundle must know, for the manifest
+    adapter: Mapping[str, Any] | None = None  # the adapter that was merged into the module, for the manifest
 
     @property
     def is_language_model(self) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from edgeformer.errors import ExportError
 from edgeformer.export.adapter import with_adapter
+from edgeformer.export.adapter_folder import SETTINGS, read_settings
 from edgeformer.export.factory import checkpoint_source, factory_source
 from edgeformer.export.hub import folder_source, gguf_source, hub_source
 from edgeformer.export.options import ExportOptions
@@ -21,8 +22,12 @@ def load_source(options: ExportOptions) -> Source | Pair:
         ExportError: it is none of the known kinds, or cannot be loaded; the message says which and why.
     """
     source = _base_source(options)
+    if getattr(source.encoder.module if isinstance(source, Pair) else source.module, "_hf_peft_config_loaded", False):
+        raise ExportError(
+            f"{options.source} is a PEFT adapter: name its base model as the source, and it by --adapter."
+        )
     if options.adapter is not None:
-        source = with_adapter(source, options.adapter)
+        source = with_adapter(source, options.adapter, Path(options.source))
     to_disk((source.encoder if isinstance(source, Pair) else source).module)
     return source
 
@@ -31,6 +36,8 @@ def _base_source(options: ExportOptions) -> Source | Pair:
     name, path = options.source, Path(options.source)
     if options.tokenizer is not None and (":" not in name or path.exists()):
         raise ExportError(f"--tokenizer is for module:factory; {name} brings its own.")
+    if (path / SETTINGS).is_file():
+        raise ExportError(_adapter_as_source(path))
     if path.is_file() and path.suffix.lower() == ".gguf":
         return gguf_source(path)
     if (path / "config.json").is_file():
@@ -46,6 +53,17 @@ def _base_source(options: ExportOptions) -> Source | Pair:
     if path.suffix or path.is_absolute() or name.count("/") > 1:
         raise ExportError(f"{name} does not exist.")
     return hub_source(name, options.architecture)
+
+
+def _adapter_as_source(path: Path) -> str:
+    base = read_settings(path).get("base_model_name_or_path") or "BASE"
+    if (path / "config.json").is_file():
+        return (
+            f"{path} holds a model and a PEFT adapter ({SETTINGS}), and transformers would load {base} instead of that "
+            "model. Move the adapter's files to a folder of their own: name it by --adapter to merge it, or leave it "
+            "away if the model is merged already."
+        )
+    return f"{path} is a PEFT adapter: name its base model as the source: {base} --adapter {path}"
 
 
 def _folder_source(path: Path, architecture: str | None) -> Source | Pair:

@@ -102,6 +102,7 @@ def manifest(
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
             "recipe": {key: str(value) for key, value in vars(options).items() if value not in (None, (), False)},
             "license": source.license,
+            **({"adapter": dict(source.adapter)} if source.adapter else {}),
         },
     }
 
