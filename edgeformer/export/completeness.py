@@ -16,13 +16,15 @@ import torch
 
 from edgeformer.errors import ExportError
 
-WRAPPERS = {  # prefix of tensor names -> what puts it there; the longest that fits comes first
+WRAPPERS = {  # prefix of tensor names -> what puts it there
     "_fsdp_wrapped_module.": "FullyShardedDataParallel",
     "base_model.model.": "PEFT",
     "_orig_mod.": "torch.compile",
     "module.": "DataParallel or DistributedDataParallel",
     "model.": "Lightning, or an attribute named model",
 }
+# These words wrappers put inside of names too, where a part of the model was wrapped; no other module has them.
+INSIDE = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _SHOWN = 4  # names in a message
 _LAYER = re.compile(r"\.\d+\.")
 _QUANTIZED = re.compile(
@@ -65,10 +67,11 @@ class Loaded:
 
 
 def require_complete(loaded: Loaded, source: str, model: str, allow: Sequence[str] = ()) -> dict[str, Any]:
-    """What edgeformer.json says of the load: {tensors, tied, ignored, derived, notes, allowed}, empty ones left out.
+    """What edgeformer.json says of the load: {tensors: how many, missing: [], unused: []}, and where there are any
+    {tied, derived, ignored, notes, allowed}.
 
-    `allow` has patterns as the shell's (`classifier.*`) of tensors that may be missing, or may be left unused. A shape
-    that does not fit is never allowed.
+    `allow` has patterns as the shell's (`classifier.*`) of tensors that may be missing, or may be left unused; only
+    they stand in `missing` and `unused`. A shape that does not fit is never allowed.
 
     Raises:
         ExportError: a tensor is missing, unused or of another shape; or a pattern of `allow` matches none of them.
@@ -97,15 +100,14 @@ def require_complete(loaded: Loaded, source: str, model: str, allow: Sequence[st
             f"--allow-missing {useless[0]!r} matches no tensor that is missing or unused in {source}; leave it out."
         )
     found: dict[str, Any] = {
-        "tensors": loaded.tensors,
+        "allowed": list(allow),
         "tied": dict(sorted(loaded.tied.items())),
         "derived": sorted(loaded.derived, key=_natural),
         "ignored": sorted(loaded.ignorable, key=_natural),
         "notes": list(loaded.notes),
     }
-    if allow:
-        found["allowed"] = {"patterns": list(allow), "missing": allowed_missing, "unused": allowed_unused}
-    return {key: value for key, value in found.items() if value or key == "tensors"}
+    told = {"tensors": loaded.tensors, "missing": allowed_missing, "unused": allowed_unused}
+    return told | {key: value for key, value in found.items() if value}
 
 
 def require_finite(module: torch.nn.Module, source: str) -> None:
@@ -139,25 +141,31 @@ def _sum(values: torch.Tensor) -> torch.Tensor:
     return values.detach().sum(dtype=torch.float32)
 
 
-def strip_wrappers(names: Iterable[str], expected: Iterable[str]) -> str | None:
-    """The prefix of known wrappers ("module._orig_mod.") that all `names` have, and without which they are exactly
-    the `expected` ones; None where there is none.
+def unwrap(names: Iterable[str], expected: Iterable[str]) -> tuple[dict[str, str], str] | None:
+    """({name in the source: the model's}, what was stripped, in words) where the prefixes of wrappers are all that
+    keeps `names` from being exactly the `expected` ones; None where that is not so.
     """
     found, wanted = list(names), set(expected)
-    prefix = ""
-    while found and (step := next((w for w in WRAPPERS if all(n.startswith(w) for n in found)), None)):
-        prefix, found = prefix + step, [name.removeprefix(step) for name in found]
-        if set(found) == wanted:
-            return prefix
+    if len(found) != len(wanted):
+        return None
+    for inner in (found, [INSIDE.sub("", name) for name in found]):
+        for prefix in common_prefixes(inner):
+            stripped = [name.removeprefix(prefix) for name in inner]
+            if set(stripped) == wanted:
+                inside = {part for name in found for part in INSIDE.findall(name)} if inner is not found else set()
+                said = " and ".join(repr(part) for part in (prefix, *sorted(inside)) if part)
+                return dict(zip(found, stripped, strict=True)), f"{said} stripped from the names of the checkpoint"
     return None
 
 
-def wrapper_of(names: Iterable[str]) -> str:
-    """The known wrappers' prefix that all `names` share, as long as it goes; "" where they share none."""
-    found, prefix = list(names), ""
-    while found and (step := next((w for w in WRAPPERS if all(n.startswith(w) for n in found)), None)):
-        prefix, found = prefix + step, [name.removeprefix(step) for name in found]
-    return prefix
+def common_prefixes(names: Sequence[str]) -> list[str]:
+    """ "" and the dotted prefixes that all names share, shortest first: "", "module.", "module.model."."""
+    found, rest = [""], list(names)
+    while rest and all(name.partition(".")[0] == rest[0].partition(".")[0] and "." in name for name in rest):
+        step = rest[0].partition(".")[0] + "."
+        found.append(found[-1] + step)
+        rest = [name.removeprefix(step) for name in rest]
+    return found
 
 
 # ------------------------------------------------------------------------------------------------- words of a message
@@ -176,11 +184,11 @@ def _reason(loaded: Loaded, missing: Sequence[str], unexpected: Sequence[str]) -
             "The names are those of quantized weights (GPTQ, AWQ, bitsandbytes, FP8): export the original model, or "
             "save a dequantized one."
         )
-    if missing and unexpected and (prefix := wrapper_of(unexpected)):
-        first = next(wrapper for wrapper in WRAPPERS if prefix.startswith(wrapper))
+    wrapper = next((w for w in WRAPPERS if all(name.startswith(w) for name in unexpected)), None)
+    if missing and unexpected and wrapper is not None and not all(name.startswith(wrapper) for name in missing):
         return (
-            f"The names have the prefix {prefix!r} ({WRAPPERS[first]}), and do not fit without it either: save "
-            "the inner module's state_dict()."
+            f"The names have a trainer's prefix, {wrapper!r} ({WRAPPERS[wrapper]}), and do not fit without it either: "
+            "save the state_dict() of the module inside."
         )
     tops = {name.partition(".")[0] for name in stored}
     if missing and all(name.partition(".")[0] not in tops for name in missing) and stored:

@@ -71,7 +71,7 @@ def export(
     check_target(options.output, options.overwrite)
     if traced is None:
         progress.stage(f"load {options.source}")
-        traced = load_source(options)
+        traced = load_source(options, progress)
     if isinstance(traced, Pair | TracedPair):
         decoder = (traced if isinstance(traced, Pair) else traced.pair).decoder
         scheme = _scheme(options, decoder)
