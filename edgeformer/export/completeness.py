@@ -93,7 +93,8 @@ def require_complete(loaded: Loaded, source: str, model: str, allow: Sequence[st
     if problems:
         reason = _reason(loaded, missing, unexpected)
         flags = " ".join(f"--allow-missing '{p}'" for p in _patterns([*missing, *unexpected]))
-        fix = f" To export it all the same: {flags}." if flags and not loaded.mismatched else ""
+        fits = _mostly_fits(loaded) and not loaded.mismatched
+        fix = f" To export it all the same: {flags}." if flags and fits else ""
         raise ExportError(f"{source} does not fit {model}: {'; '.join(problems)}. {reason}{fix}")
     if useless:
         raise ExportError(
@@ -191,7 +192,7 @@ def _reason(loaded: Loaded, missing: Sequence[str], unexpected: Sequence[str]) -
             "save the state_dict() of the module inside."
         )
     tops = {name.partition(".")[0] for name in stored}
-    if missing and all(name.partition(".")[0] not in tops for name in missing) and stored:
+    if missing and all(name.partition(".")[0] not in tops for name in missing) and _mostly_fits(loaded):
         if all(name.startswith("lm_head.") for name in missing):
             return (
                 "The output layer is not stored: if the model ties it to its embedding, config.json must say "
@@ -201,13 +202,18 @@ def _reason(loaded: Loaded, missing: Sequence[str], unexpected: Sequence[str]) -
             "The checkpoint has no such head: it is a base model, or one for another task. Take the checkpoint that "
             "was trained for this task, or name the class that it holds with --architecture."
         )
-    if missing and any(_LAYER.search(name) for name in missing) and not unexpected:
+    if missing and not unexpected and any(_LAYER.search(name) for name in missing):
         return "A shard is missing, the file is cut short, or config.json describes a larger model."
     if unexpected and not missing and not loaded.mismatched:
         if any(_LAYER.search(name) for name in unexpected):
             return "config.json describes a smaller model than the checkpoint holds, or another class of it."
         return "The checkpoint holds a part that this class does not have: name its own class with --architecture."
     return "The checkpoint is of another model, or of another version of it."
+
+
+def _mostly_fits(loaded: Loaded) -> bool:
+    """Whether more of the source is used than the model misses: then it is the right one, but for a part."""
+    return len(loaded.missing) < loaded.tensors - len(loaded.unexpected)
 
 
 def _matches(name: str, pattern: str) -> bool:

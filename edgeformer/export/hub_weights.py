@@ -177,7 +177,7 @@ def _class_of(loader: Any, name: str) -> tuple[Any, Any]:
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if type(config) not in loader._model_mapping:
         return None, None
-    cls = _get_model_class(config, loader._model_mapping)
+    cls = _get_model_class(config, loader._model_mapping)  # type: ignore[no-untyped-call]
     text = config.sub_configs.get("text_config")
     return cls, config.get_text_config() if text is not None and cls.config_class == text else config
 
@@ -295,6 +295,6 @@ def _snapshot(name: str) -> Path:
         found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
         if found is not None:
             if file.endswith(INDEX):
-                get_checkpoint_shard_files(name, found)
+                get_checkpoint_shard_files(name, found)  # type: ignore[no-untyped-call]
             break
     return Path(str(config)).parent
