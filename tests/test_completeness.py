@@ -8,17 +8,27 @@ torch = pytest.importorskip("torch", reason="the workshop half needs torch")
 transformers = pytest.importorskip("transformers", reason="the workshop half needs transformers")
 
 from bench.sources import _hub_checkpoints as hub  # noqa: E402
+from bench.sources import _own_checkpoints as own  # noqa: E402
 from edgeformer.errors import ExportError  # noqa: E402
 from edgeformer.export import ExportOptions  # noqa: E402
 from edgeformer.export.sources import load_source  # noqa: E402
 
-HUB = list(hub.situations())
+HUB, OWN = list(hub.situations()), list(own.situations())
 
 
 @pytest.mark.parametrize("situation", HUB, ids=[s.name for s in HUB])
 def test_a_model_folder_loads_whole_or_is_refused_by_name(situation, tmp_path):
-    name = situation.make(tmp_path)
-    options = ExportOptions(name, tmp_path / "b", **situation.options)
+    check(situation, tmp_path)
+
+
+@pytest.mark.parametrize("situation", OWN, ids=[s.name for s in OWN])
+def test_a_checkpoint_of_a_training_loop_loads_whole_or_is_refused_by_name(situation, tmp_path):
+    check(situation, tmp_path)
+
+
+def check(situation, folder):
+    name, options = hub.prepared(situation, folder)
+    options = ExportOptions(name, folder / "b", **options)
     if situation.model is None:
         with pytest.raises(ExportError) as refused:
             load_source(options)

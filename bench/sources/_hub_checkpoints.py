@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -299,7 +298,7 @@ def situations() -> Iterator[Situation]:
     for key, count in (("num_hidden_layers", 10**9), ("vocab_size", 10**12), ("hidden_size", 10**9)):
         yield Situation(f"{key} of {count:.0e}", saved(llama, **{key: count}), None, (f"{key} is {count:,}",))
     yield Situation(
-        "num_hidden_layers of 50,000", saved(llama, num_hidden_layers=50_000), None, ("describes a model of",)
+        "num_hidden_layers of 5e+04", saved(llama, num_hidden_layers=50_000), None, ("describes a model of",)
     )
     labels = {"num_labels": 10**9}
     yield Situation("num_labels of 1e+09", saved(lambda: bert(), **labels), None, ("num_labels is",))
@@ -313,5 +312,9 @@ def _second(folder: Path) -> Path:
     return sorted(folder.glob("model-*.safetensors"))[1]
 
 
-def clean(work: Path) -> None:
-    shutil.rmtree(work / "model", ignore_errors=True)
+def prepared(situation: Situation, work: Path) -> tuple[str, dict[str, Any]]:
+    """(the source's name, the options of its export), its files written below `work`."""
+    name, options = situation.make(work), dict(situation.options)
+    if "weights" in options:
+        options["weights"] = options["weights"](work)
+    return name, options

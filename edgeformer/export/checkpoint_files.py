@@ -201,9 +201,6 @@ def _torch_object(file: Path) -> Any:
         code = first.partition("Unsupported global: ")[2].partition(" was not")[0].partition(" is not")[0]
         held = f"it holds code ({code.strip()})" if code else first[:200]
         hint = f"{_CONVERT.format(name=str(file))}, and pass weights.pt"
-        if "TorchScript" in first:
-            hint = f"torch.save(torch.jit.load({str(file)!r}).state_dict(), 'weights.pt'), and pass weights.pt"
-            held = "it is a TorchScript archive"
         raise ExportError(
             f"the weights {file} cannot be read as plain tensors: {held}. Nothing is unpickled here. {hint}; or save "
             "them with safetensors.torch.save_file(module.state_dict(), ...)."
@@ -214,7 +211,7 @@ def _require_plain_zip(file: Path) -> None:
     """torch stores its records as they are; a packed one could grow a thousandfold."""
     try:
         with zipfile.ZipFile(file) as archive:
-            packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+            entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         raise ExportError(
             f"the weights {file} cannot be read: the file is cut short, or not what torch.save has written since "
@@ -222,5 +219,10 @@ def _require_plain_zip(file: Path) -> None:
             f"torch.save(torch.load({str(file)!r}, weights_only=True), 'weights.pt'); or save them with "
             "safetensors.torch.save_file(module.state_dict(), ...)."
         ) from error
-    if packed:
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+        raise ExportError(
+            f"the weights {file} are a TorchScript archive, which is code. Write its tensors once, if you trust it: "
+            f"torch.save(torch.jit.load({str(file)!r}).state_dict(), 'weights.pt'), and pass weights.pt."
+        )
+    if packed := [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]:
         raise ExportError(f"the weights {file} hold a compressed record ({packed[0]}), as torch.save writes none.")
