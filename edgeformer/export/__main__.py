@@ -90,7 +90,9 @@ def main(
         int | None, typer.Option(help="How many tokens of it. [default: by the model's width, 512 to 16384]")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, or float16 for CUDA. [default: float32]")] = None,
-    weights: Annotated[Path | None, typer.Option(help="For a factory: a .safetensors file.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="For a factory: its checkpoint: .safetensors, .pt, .ckpt, or a folder.")
+    ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="For a factory: its tokenizer.json, or a folder with it and a chat template.")
     ] = None,
@@ -111,6 +113,15 @@ def main(
         Path | None, typer.Option(help="Measure accuracy on this text. [default: Python's language reference]")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="How many tokens of it; 0 to skip. [default: 1024]")] = None,
+    allow_missing: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-missing", help="Tensors that may be missing or unused, as a pattern: 'pooler.*'. May be repeated."
+        ),
+    ] = None,
+    memory_limit: Annotated[
+        str | None, typer.Option(help="Refuse an export that needs more memory: 6G. [default: the machine's]")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")] = False,
 ) -> None:
     """Export SOURCE to a bundle: an ordinary ONNX folder, checked against PyTorch before it gets its name."""
@@ -121,6 +132,7 @@ def main(
         "input": tuple(inputs or ()), "output_names": tuple(output_names or ()), "architecture": architecture,
         "task": task, "text": text,
         "tokens": tokens, "overwrite": overwrite or None,
+        "allow_missing": tuple(allow_missing or ()), "memory_limit": memory_limit,
     }  # fmt: skip
     try:
         _run(source, {name: value for name, value in given.items() if value not in (None, ())})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -13,14 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from edgeformer.errors import BundleError, ExportError
+from edgeformer.export.hub_weights import LoadRules
 from edgeformer.export.options import ExportOptions
 from edgeformer.export.own_pair import is_pair, own_pair
+from edgeformer.export.own_weights import load_weights, unwrap_module
 from edgeformer.export.source import TOKENIZER_FILES, Pair, Source
 from edgeformer.export.trace import Input
 from edgeformer.export.wrappers import unwrapped
 
+_RULES = LoadRules()
 _SPEC = re.compile(r"^(?P<name>\w+)=(?P<dtype>\w+)\[(?P<shape>[\w, ]*)\](?:<(?P<high>\d+))?$")
 _TOKENS = {"input_ids": "int64[batch,sequence]", "position_ids": "int64[batch,sequence]"}
 _SOURCE = {"input_ids": "int64[batch,source]", "attention_mask": "int64[batch,source]"}  # of an `encode`
@@ -32,7 +37,7 @@ _NO_SUCH = {  # names that people expect in torch.nn -> what to write
 }
 
 
-def factory_source(options: ExportOptions) -> Source | Pair:
+def factory_source(options: ExportOptions, rules: LoadRules = _RULES) -> Source | Pair:
     """The module that `package.module:factory` or `path/to/file.py:factory` returns, with `options.weights` loaded.
 
     Raises:
@@ -40,11 +45,21 @@ def factory_source(options: ExportOptions) -> Source | Pair:
             do not fit.
     """
     module = _call(options.source)
+    rules.room(sum(parameter.numel() for parameter in module.parameters() if not is_lazy(parameter)))
+    module, unwrapped = unwrap_module(module)
+    record: dict[str, Any] = {}
     if options.weights is not None:
-        _load_weights(module, options.weights)
+        record = load_weights(module, options.weights, rules.allow)
+    elif rules.allow:
+        raise ExportError("--allow-missing is for weights that are loaded; name a checkpoint with --weights.")
+    if unwrapped:
+        record["notes"] = [*record.get("notes", ()), unwrapped]
     config = getattr(module, "config", {})
     config = config.to_dict() if hasattr(config, "to_dict") else config if isinstance(config, Mapping) else {}
-    return module_source(module, options, f"factory {Path(options.source).name}", config)
+    source = module_source(module, options, f"factory {Path(options.source).name}", config)
+    if isinstance(source, Pair):
+        return dataclasses.replace(source, encoder=dataclasses.replace(source.encoder, completeness=record))
+    return dataclasses.replace(source, completeness=record)
 
 
 def checkpoint_source(folder: Path) -> Source | Pair:
@@ -156,26 +171,6 @@ def _call(source: str) -> torch.nn.Module:
             f"{source} returned a {type(module).__name__}; a factory takes no arguments and returns an nn.Module."
         )
     return unwrapped(module)
-
-
-def _load_weights(module: torch.nn.Module, path: Path) -> None:
-    """Safetensors, or a file of plain tensors read with weights_only; nothing is ever unpickled."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ExportError(
-            f"the weights {path} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__} "
-            "Save them with safetensors.torch.save_file(module.state_dict(), ...)."
-        ) from error
-    try:
-        module.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise ExportError(f"the weights {path} do not fit the module: {error}") from error
 
 
 def _inputs(

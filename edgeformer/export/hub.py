@@ -17,6 +17,7 @@ import torch
 from edgeformer.errors import ExportError
 from edgeformer.export import attention, experts, tasks
 from edgeformer.export.generation import generation_settings
+from edgeformer.export.hub_weights import LoadRules, checked_headers, load_complete, load_gguf
 from edgeformer.export.seq2seq import pair_source
 from edgeformer.export.source import TOKENIZER_FILES, Pair, Source
 from edgeformer.export.trace import Input
@@ -25,52 +26,53 @@ _FROZEN_ROPE = (
     "The rotary embedding grows with texts longer than {} tokens in PyTorch; in the bundle it is frozen as it is up to "
     "that length, which is the bundle's limit."
 )
+_RULES = LoadRules()
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # of transformers' forward: since 5.24, and before
 
 
-def folder_source(path: Path, architecture: str | None = None) -> Source | Pair:
+def folder_source(path: Path, architecture: str | None = None, rules: LoadRules = _RULES) -> Source | Pair:
     """The model in a Hugging Face folder, with its tokenizer and preprocessing if it has them.
 
     `architecture` names a class of transformers to load instead of the one in config.json: one of two towers, say.
 
     Raises:
-        ExportError: transformers cannot load it, or it is of a kind that cannot be exported.
+        ExportError: transformers cannot load it, a weight is missing or unused, or it is of a kind that cannot be
+            exported.
     """
-    return _any_model(str(path), f"folder {path.name}", architecture)
+    return _any_model(str(path), f"folder {path.name}", architecture, rules)
 
 
-def hub_source(name: str, architecture: str | None = None) -> Source | Pair:
+def hub_source(name: str, architecture: str | None = None, rules: LoadRules = _RULES) -> Source | Pair:
     """A model by its hub name.
 
     Raises:
         ExportError: the hub cannot be reached, or has no such model.
     """
-    return _any_model(name, f"hub {name}", architecture)
+    return _any_model(name, f"hub {name}", architecture, rules)
 
 
-def _any_model(name: str, origin: str, architecture: str | None) -> Source | Pair:
-    from transformers import AutoConfig
+def _any_model(name: str, origin: str, architecture: str | None, rules: LoadRules) -> Source | Pair:
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
+    with _loading(name):
+        headers = checked_headers(name)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:
-        raise ExportError(_load_failure(name, error)) from error
     named = architecture or next(iter(config.architectures or ()), None)
-    if named is None:
-        return _causal_lm(name, origin)
-    task, loader = tasks.loader(named)
-    if task == "text-generation":
-        return _causal_lm(name, origin)
-    model = _load(loader, name, {})
+    task, loader = ("text-generation", AutoModelForCausalLM) if named is None else tasks.loader(named)
+    with _loading(name):
+        model, record = load_complete(loader, name, headers, rules, part=architecture is not None)
     files = _tokenizer_files(name, {})
+    if task == "text-generation":
+        return dataclasses.replace(language_model(model, origin, files=files), completeness=record)
     for extra in (tasks.PREPROCESSOR,):
         if (content := _read(name, extra)) is not None:
             files[extra] = content
     if model.config.is_encoder_decoder and hasattr(model, "get_encoder"):
-        return pair_source(model, origin, task, files)
+        pair = pair_source(model, origin, task, files)
+        return dataclasses.replace(pair, encoder=dataclasses.replace(pair.encoder, completeness=record))
     source = tasks.encoder_source(model, origin, task, files)
     processing = tasks.processing_of(lambda file: _read(name, file), source.config, source.outputs)
-    return dataclasses.replace(source, processing=processing)
+    return dataclasses.replace(source, processing=processing, completeness=record)
 
 
 def _read(name: str, file: str) -> bytes | None:
@@ -83,38 +85,34 @@ def _read(name: str, file: str) -> bytes | None:
     return Path(found).read_bytes() if found else None
 
 
-def gguf_source(path: Path) -> Source:
+def gguf_source(path: Path, rules: LoadRules = _RULES) -> Source:
     """A GGUF file: structure, tokenizer and chat template by transformers, the blocks of the weights kept.
 
     Raises:
-        ExportError: transformers does not know the file's structure, or a tensor's blocks cannot be kept.
+        ExportError: transformers does not know the file's structure, a tensor's blocks cannot be kept, or a weight is
+            missing or unused.
     """
+    from transformers import AutoModelForCausalLM
+
     from edgeformer.export.gguf import KeptRows
 
     rows = KeptRows(path)
     types = ", ".join(f"{count} {name}" for name, count in rows.types.items())
-    return _causal_lm(str(path.parent), f"GGUF {path.name} ({types})", gguf_file=path.name, kept=rows.find)
+    with _loading(str(path)):
+        model, record = load_gguf(AutoModelForCausalLM, path, rules)
+    files = _tokenizer_files(str(path.parent), {"gguf_file": path.name})
+    source = language_model(model, f"GGUF {path.name} ({types})", files=files, kept=rows.find)
+    return dataclasses.replace(source, completeness=record)
 
 
-def _causal_lm(name: str, origin: str, gguf_file: str | None = None, kept: Any = None) -> Source:
-    from transformers import AutoModelForCausalLM
-
-    more = {"gguf_file": gguf_file} if gguf_file else {}
-    model = _load(AutoModelForCausalLM, name, more)
-    return language_model(model, origin, files=_tokenizer_files(name, more), kept=kept)
-
-
-def _load(loader: Any, name: str, more: Mapping[str, str]) -> Any:
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Whatever transformers raises becomes an ExportError."""
     with _quiet():
         try:
-            return loader.from_pretrained(
-                name,
-                dtype=torch.float32,
-                attn_implementation="eager",
-                trust_remote_code=False,
-                use_safetensors=True,
-                **more,
-            )
+            yield
+        except ExportError:
+            raise
         except Exception as error:
             raise ExportError(_load_failure(name, error)) from error
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeformer.errors import ExportError
+from edgeformer.export.sizes import parse_size
 
 SCHEMES = ("q4a", "q4", "q8", "keep", "none")
 HEADS = ("tied", "q4a", "q4", "q8", "none")
@@ -33,7 +34,7 @@ class ExportOptions:
     calibration_tokens: int | None = None  # by default as many as the widest layer needs; see calibrate.enough
     dtype: str = "float32"  # float32 | float16 (for CUDA)
     adapter: Path | None = None  # the folder of a PEFT adapter (LoRA, DoRA, IA3, ...) to merge into the model
-    weights: Path | None = None  # for module:factory: a .safetensors file, or a .pt file of plain tensors
+    weights: Path | None = None  # for module:factory: .safetensors, or plain tensors in .pt, .ckpt; a folder of shards
     tokenizer: Path | None = None  # for module:factory: a tokenizer.json, or a folder with one (and a chat template)
     input: tuple[str, ...] = ()  # for module:factory: name=dtype[axis,...], for example x=float32[batch,sequence,3]
     output_names: tuple[str, ...] = ()  # for module:factory: names of what forward returns
@@ -42,6 +43,8 @@ class ExportOptions:
     text: Path | None = None  # accuracy is measured on this text; by default on the Python language reference
     tokens: int = 1024  # how many tokens of it; 0 leaves accuracy unmeasured
     overwrite: bool = False
+    allow_missing: tuple[str, ...] = ()  # patterns of tensors that may be missing or unused: classifier.*
+    memory_limit: str | int | None = None  # refuse above it: 6G, or bytes; by default what the machine has
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -52,6 +55,7 @@ class ExportOptions:
         ):
             if value not in allowed:
                 raise ExportError(f"{name} is {value!r}; choose one of {', '.join(str(a) for a in allowed if a)}.")
+        parse_size(self.memory_limit)
         if self.tokens < 0:
             raise ExportError(f"tokens is {self.tokens}; expected 0 or more.")
         if self.calibration_tokens is not None and (self.calibration_tokens < 1 or self.calibration == "none"):
@@ -119,7 +123,7 @@ def make_options(**values: Any) -> ExportOptions:
     for name in ("output", "weights", "tokenizer", "text", "adapter"):
         if values.get(name) is not None:
             values[name] = Path(values[name])
-    for name in ("input", "output_names"):
+    for name in ("input", "output_names", "allow_missing"):
         if name in values:
             values[name] = tuple(values[name] or ())
     return ExportOptions(**values)

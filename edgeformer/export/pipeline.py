@@ -74,7 +74,7 @@ def export(
     check_target(options.output, options.overwrite)
     if traced is None:
         progress.stage(f"load {options.source}" + (f" and merge {options.adapter}" if options.adapter else ""))
-        traced = load_source(options)
+        traced = load_source(options, progress)
     rules = generation_notes(traced if isinstance(traced, Source | Pair) else _untraced(traced))
     if isinstance(traced, Pair | TracedPair):
         decoder = (traced if isinstance(traced, Pair) else traced.pair).decoder

@@ -40,6 +40,7 @@ class Source:
     processing: Mapping[str, Any] = field(default_factory=dict)  # what an app does before and after the graph
     notes: tuple[str, ...] = ()  # what a user of the bundle must know, for the manifest
     adapter: Mapping[str, Any] | None = None  # the adapter that was merged into the module, for the manifest
+    completeness: Mapping[str, Any] = field(default_factory=dict)  # what loading the weights left out, and why
 
     @property
     def is_language_model(self) -> bool:

@@ -7,43 +7,55 @@ from pathlib import Path
 from edgeformer.errors import ExportError
 from edgeformer.export.adapter import with_adapter
 from edgeformer.export.adapter_folder import SETTINGS, read_settings
+from edgeformer.export.bounds import require_room
+from edgeformer.export.completeness import require_finite
 from edgeformer.export.factory import checkpoint_source, factory_source
 from edgeformer.export.hub import folder_source, gguf_source, hub_source
+from edgeformer.export.hub_weights import LoadRules
 from edgeformer.export.options import ExportOptions
+from edgeformer.export.progress import Progress, Silent
 from edgeformer.export.scratch import to_disk
+from edgeformer.export.sizes import parse_size
 from edgeformer.export.source import Pair, Source
 from edgeformer.models.checkpoint import read_config
 
 
-def load_source(options: ExportOptions) -> Source | Pair:
+def load_source(options: ExportOptions, progress: Progress | None = None) -> Source | Pair:
     """The source that `options.source` names, with `options.adapter` merged into it; its weights are mapped files.
 
     Raises:
-        ExportError: it is none of the known kinds, or cannot be loaded; the message says which and why.
+        ExportError: it is none of the known kinds, or cannot be loaded; its weights are not complete, not finite, or
+            more than there is room for. The message says which and why.
     """
-    source = _base_source(options)
+
+    def room(parameters: int) -> None:
+        require_room(parameters, options.output, parse_size(options.memory_limit), progress or Silent())
+
+    source = _base_source(options, LoadRules(options.allow_missing, room))
     if getattr(source.encoder.module if isinstance(source, Pair) else source.module, "_hf_peft_config_loaded", False):
         raise ExportError(
             f"{options.source} is a PEFT adapter: name its base model as the source, and it by --adapter."
         )
     if options.adapter is not None:
         source = with_adapter(source, options.adapter, Path(options.source))
-    to_disk((source.encoder if isinstance(source, Pair) else source).module)
+    module = (source.encoder if isinstance(source, Pair) else source).module
+    require_finite(module, options.source)
+    to_disk(module)
     return source
 
 
-def _base_source(options: ExportOptions) -> Source | Pair:
+def _base_source(options: ExportOptions, rules: LoadRules) -> Source | Pair:
     name, path = options.source, Path(options.source)
     if options.tokenizer is not None and (":" not in name or path.exists()):
         raise ExportError(f"--tokenizer is for module:factory; {name} brings its own.")
     if (path / SETTINGS).is_file():
         raise ExportError(_adapter_as_source(path))
     if path.is_file() and path.suffix.lower() == ".gguf":
-        return gguf_source(path)
+        return gguf_source(path, rules)
     if (path / "config.json").is_file():
-        return _folder_source(path, options.architecture)
+        return _folder_source(path, options.architecture, rules)
     if ":" in name and not path.exists():
-        return factory_source(options)
+        return factory_source(options, rules)
     if path.exists():
         kind = "folder without a config.json" if path.is_dir() else f"{path.suffix or 'nameless'} file"
         raise ExportError(
@@ -52,7 +64,7 @@ def _base_source(options: ExportOptions) -> Source | Pair:
         )
     if path.suffix or path.is_absolute() or name.count("/") > 1:
         raise ExportError(f"{name} does not exist.")
-    return hub_source(name, options.architecture)
+    return hub_source(name, options.architecture, rules)
 
 
 def _adapter_as_source(path: Path) -> str:
@@ -66,7 +78,7 @@ def _adapter_as_source(path: Path) -> str:
     return f"{path} is a PEFT adapter: name its base model as the source: {base} --adapter {path}"
 
 
-def _folder_source(path: Path, architecture: str | None) -> Source | Pair:
+def _folder_source(path: Path, architecture: str | None, rules: LoadRules) -> Source | Pair:
     if "edgeformer_factory" in read_config(path):
-        return checkpoint_source(path)
-    return folder_source(path, architecture)
+        return checkpoint_source(path)  # its reader knows no exceptions to allow
+    return folder_source(path, architecture, rules)

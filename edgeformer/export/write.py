@@ -96,6 +96,7 @@ def manifest(
         "graphs": {"model": graph_shapes(model, GRAPH)},
         "quantization": _quantization(model, options, scheme, weights) | {"calibration": _fitted(weights, calibration)},
         **reports,
+        **({"completeness": dict(source.completeness)} if source.completeness else {}),
         "provenance": {
             "source": source.origin,
             "revision": str(source.config.get("_commit_hash") or ""),
