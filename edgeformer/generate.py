@@ -154,6 +154,8 @@ class Limits:
     def of(cls, bundle: Bundle, engine: Engine, graph: str = "model") -> Limits:
         inputs = bundle.manifest["graphs"][graph]["inputs"]
         context, reason = bundle.context, "max_position_embeddings in config.json"
+        if bundle.positions(graph) is not None:
+            reason = "what the model's table of positions holds"
         loaded = getattr(engine, "context", None)
         if loaded is not None and (context is None or loaded < context):
             context, reason = loaded, f"what the {engine.name} engine was loaded for; load with a larger context"

@@ -14,7 +14,7 @@ import numpy as np
 from edgeformer.beam import BeamOptions, beam_search
 from edgeformer.bundle import Bundle
 from edgeformer.choose import ORDER, Choice, EngineName, NativeOptions, choose
-from edgeformer.encode import Encoder, Entity, Label
+from edgeformer.encoder_methods import EncoderMethods
 from edgeformer.engine import Engine
 from edgeformer.errors import BundleError, EngineUnavailable, InputError
 from edgeformer.generate import (
@@ -79,7 +79,7 @@ def load(
     return Model(bundle, engines, choice, tokenizer())
 
 
-class Model:
+class Model(EncoderMethods):
     """A loaded bundle. Threads may share it; each generation has a state of its own."""
 
     def __init__(
@@ -220,40 +220,6 @@ class Model:
         options = GenerationOptions(max_new_tokens, _stops(stop), ignore_eos, sampling)
         return self._stream(prompt, options, session)
 
-    def embed(
-        self,
-        items: Sequence[Any],
-        *,
-        pooling: Literal["mean", "cls", "max", "last"] | None = None,
-        normalize: bool | None = None,
-        batch_size: int = 32,
-    ) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """One vector for each text or picture, float32 [len(items), size].
-
-        Texts may be pairs of them; pictures are paths, Pillow images, or uint8 [height, width, 3]. `pooling` and
-        `normalize` (to length 1) are the bundle's own unless given; a model that gives one vector is not pooled.
-
-        Raises:
-            InputError: the model has no such vectors, or an item is of another kind.
-        """
-        return self._encoding.embed(items, pooling, normalize, batch_size)
-
-    def classify(self, items: Sequence[Any], *, batch_size: int = 32) -> list[list[Label]]:
-        """For each text or picture its labels, the likeliest first, with probabilities.
-
-        Raises:
-            InputError: the model gives no labels for an item, or an item is of another kind.
-        """
-        return self._encoding.classify(items, batch_size)
-
-    def classify_tokens(self, texts: Sequence[str], *, batch_size: int = 32) -> list[list[Entity]]:
-        """For each text the words with a label (other than O), and where they stand.
-
-        Raises:
-            InputError: the model gives no labels for tokens, or has no tokenizer.
-        """
-        return self._encoding.classify_tokens(texts, batch_size)
-
     def transcribe(
         self,
         audio: str | os.PathLike[str] | np.ndarray[Any, Any],
@@ -313,12 +279,6 @@ class Model:
         if self._encoder is None:
             raise InputError(f"{self.bundle.path} is a {self.bundle.task} model of one graph.")
         return EncoderDecoder(self.bundle, self._encoder, self.engine, self.tokenizer, self._limits)
-
-    @cached_property
-    def _encoding(self) -> Encoder:
-        if self._encoder is not None or self.is_language_model:
-            raise InputError(f"{self.bundle.path} is a {self.bundle.task} model: it generates, and has no such method.")
-        return Encoder(self.bundle, self.engine, self.tokenizer)
 
     def _beams(
         self,

@@ -59,7 +59,7 @@ class Signature:
             cache_ports={name: ports[name] for name in caches},
             keeps_logits=KEEP in ports,
             vocab_size=bundle.vocab_size,
-            context=bundle.context if IDS in ports and caches else None,
+            context=(bundle.context if caches else bundle.positions(graph)) if IDS in ports else None,
         )
 
     def check_some(self, given: Mapping[str, Any]) -> dict[str, Array]:
@@ -163,6 +163,6 @@ class Signature:
     def _within(self, last: int, problems: list[str]) -> None:
         if self.context is not None and last >= self.context:
             problems.append(
-                f"position {last} lies past the end: the model was made for {self.context} positions "
-                f"(max_position_embeddings in config.json); shorten the text or start a new state"
+                f"position {last} lies past the end: the model has {self.context} positions; shorten the text or start "
+                "a new state"
             )

@@ -16,6 +16,7 @@ import torch
 
 from edgeformer.errors import ExportError
 from edgeformer.export import attention, experts, tasks
+from edgeformer.export.sentence import sentence_folder, sentence_source
 from edgeformer.export.seq2seq import pair_source
 from edgeformer.export.source import TOKENIZER_FILES, Pair, Source
 from edgeformer.export.trace import Input
@@ -50,26 +51,36 @@ def hub_source(name: str, architecture: str | None = None) -> Source | Pair:
 def _any_model(name: str, origin: str, architecture: str | None) -> Source | Pair:
     from transformers import AutoConfig
 
+    def read(file: str) -> bytes | None:
+        return _read(name, file)
+
+    # A class that the user names is exported alone, without what the folder adds to it.
+    folder = sentence_folder(read) if architecture is None else None
+    more = {"subfolder": folder.subfolder} if folder is not None and folder.subfolder else {}
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **more)
     except Exception as error:
         raise ExportError(_load_failure(name, error)) from error
     named = architecture or next(iter(config.architectures or ()), None)
-    if named is None:
+    if folder is not None:
+        task, loader = folder.task, folder.loader(config)
+    elif named is None:
         return _causal_lm(name, origin)
-    task, loader = tasks.loader(named)
+    else:
+        task, loader = tasks.loader(named)
     if task == "text-generation":
         return _causal_lm(name, origin)
-    model = _load(loader, name, {})
-    files = _tokenizer_files(name, {})
+    model = _load(loader, name, more)
+    files = _tokenizer_files(name, more)
     for extra in (tasks.PREPROCESSOR,):
         if (content := _read(name, extra)) is not None:
             files[extra] = content
-    if model.config.is_encoder_decoder and hasattr(model, "get_encoder"):
+    if folder is None and model.config.is_encoder_decoder and hasattr(model, "get_encoder"):
         return pair_source(model, origin, task, files)
     source = tasks.encoder_source(model, origin, task, files)
-    processing = tasks.processing_of(lambda file: _read(name, file), source.config, source.outputs)
-    return dataclasses.replace(source, processing=processing)
+    if folder is not None:
+        return sentence_source(source, folder, read)
+    return dataclasses.replace(source, **tasks.processing_of(source, read, modules=architecture is None))
 
 
 def _read(name: str, file: str) -> bytes | None:

@@ -33,7 +33,7 @@ def _base_source(options: ExportOptions) -> Source | Pair:
         raise ExportError(f"--tokenizer is for module:factory; {name} brings its own.")
     if path.is_file() and path.suffix.lower() == ".gguf":
         return gguf_source(path)
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or (path / "modules.json").is_file():
         return _folder_source(path, options.architecture)
     if ":" in name and not path.exists():
         return factory_source(options)

@@ -318,7 +318,8 @@ def _graph_path(bundle: Any, graph: str) -> tuple[Path, int]:
 
         bundle = Bundle.open(path)
     config = bundle.config or {}
-    positions = config.get("max_position_embeddings") or config.get("n_positions") or DEFAULT_CONTEXT
+    said = config.get("max_position_embeddings") or config.get("n_positions")
+    positions = bundle.positions(graph) or said or DEFAULT_CONTEXT
     return Path(bundle.graph_path(graph)), min(int(positions), DEFAULT_CONTEXT)
 
 
