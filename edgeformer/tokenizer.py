@@ -36,6 +36,8 @@ class Tokenizer:
         self._template: Any = None
         self._cutting: dict[int, Any] = {}  # copies of the backend that cut to a length
         self._more_special = _more_special(settings)
+        # A tokenizer whose class gives no types leaves them to the model: all 0, those of a second text too.
+        self.gives_types = "token_type_ids" in settings.get("model_input_names", ("token_type_ids",))
         self._cut_side = str(settings.get("truncation_side") or "right")
         self.special_tokens = _special_tokens(settings)
 
@@ -91,7 +93,8 @@ class Tokenizer:
                 self._cutting[max_length] = copy
             backend = self._cutting[max_length]
         found = backend.encode(*([text] if isinstance(text, str) else text))
-        return Encoded(found.ids, found.type_ids, found.offsets, found.special_tokens_mask, found.word_ids)
+        types = found.type_ids if self.gives_types else [0] * len(found.ids)
+        return Encoded(found.ids, types, found.offsets, found.special_tokens_mask, found.word_ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""

@@ -71,11 +71,13 @@ def _any_model(name: str, origin: str, architecture: str | None) -> Source | Pai
     if task == "text-generation":
         return _causal_lm(name, origin)
     model = _load(loader, name, more)
+    if folder is not None and model.config.is_encoder_decoder:
+        model = model.get_encoder()
     files = _tokenizer_files(name, more)
     for extra in (tasks.PREPROCESSOR,):
         if (content := _read(name, extra)) is not None:
             files[extra] = content
-    if folder is None and model.config.is_encoder_decoder and hasattr(model, "get_encoder"):
+    if model.config.is_encoder_decoder and folder is None and hasattr(model, "get_encoder"):
         return pair_source(model, origin, task, files)
     source = tasks.encoder_source(model, origin, task, files)
     if folder is not None:
@@ -215,6 +217,9 @@ def _tokenizer_files(name: str, more: Mapping[str, str]) -> dict[str, bytes]:
         tokenizer.save_pretrained(folder)
         present = [Path(folder) / file for file in TOKENIZER_FILES if (Path(folder) / file).exists()]
         files = {file.name: file.read_bytes() for file in present}
+        # What the tokenizer's class gives to a model, which its file need not say: token types above all.
+        settings = json.loads(files["tokenizer_config.json"]) | {"model_input_names": tokenizer.model_input_names}
+        files["tokenizer_config.json"] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
         return files | {"tokenizer.json": compact_tokenizer(files["tokenizer.json"])}
 
 

@@ -60,7 +60,8 @@ class SentenceFolder:
 
         if self.transformer.task != EMBEDS:
             return transformers.AutoModelForSequenceClassification
-        return transformers.AutoModelForTextEncoding if config.is_encoder_decoder else transformers.AutoModel
+        encoders = transformers.MODEL_FOR_TEXT_ENCODING_MAPPING  # of encoder-decoders, the encoder
+        return transformers.AutoModelForTextEncoding if type(config) in encoders else transformers.AutoModel
 
 
 def sentence_folder(read: Read) -> SentenceFolder | None:
