@@ -264,9 +264,13 @@ class Model(EncoderMethods):
         """The graph's outputs for its own inputs, each with its batch axis first.
 
         Raises:
-            InputError: an input is missing, unknown, or of another type or shape.
+            InputError: an input is missing, unknown, of another type or shape, or longer than the model's positions.
         """
         engine = self._encoder or self.engine  # of an encoder-decoder, the encoder's outputs
+        limit = self.bundle.positions("model" if self._encoder is None else "encoder")
+        shape = np.shape(inputs.get(IDS, ()))
+        if limit is not None and len(shape) == 2 and shape[1] > limit:
+            raise InputError(f"{IDS} holds {shape[1]} tokens, the model has {limit} positions; shorten the text.")
         return engine.forward([(inputs, engine.new_state())])[0]
 
     @cached_property

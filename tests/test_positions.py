@@ -97,5 +97,5 @@ def test_a_longer_text_is_refused_with_the_numbers(tmp_path):
         assert model.info["context"] == 38
         ids = np.full((1, 39), 90)
         assert model(input_ids=ids[:, :38], attention_mask=ids[:, :38] * 0 + 1)["last_hidden_state"].shape[1] == 38
-        with pytest.raises(InputError, match="position 38 lies past the end: the model has 38 positions"):
+        with pytest.raises(InputError, match="input_ids holds 39 tokens, the model has 38 positions"):
             model(input_ids=ids, attention_mask=ids * 0 + 1)

@@ -81,7 +81,7 @@ def rows(work: Path) -> Iterator[Row]:
 
 def _row(setting: str, before: Path, folder: Path, edit: Edit) -> Row:
     pairs = setting.startswith("CrossEncoder")
-    value = edit(folder)
+    value = str(edit(folder)).replace("\n", " ")
     expected: Any = None
     try:
         expected = _reference(folder, pairs)
@@ -92,7 +92,7 @@ def _row(setting: str, before: Path, folder: Path, edit: Edit) -> Row:
         model = tiny.read(folder)
         found = model.score(tiny.PAIRS) if pairs else model.embed(tiny.TEXTS)
     except EdgeformerError as error:
-        return Row(setting, "refused", f"{value}: {str(error).replace(str(folder), 'folder')[:160]}", reference)
+        return Row(setting, "refused", f"{value}: {' '.join(str(error).split())[:160]}", reference)
     if expected is None:
         return Row(setting, "ignored", f"{value}: the library cannot load it, and it is read", reference)
     if found.shape != expected.shape or np.abs(found - expected).max() > CLOSE * max(1, np.abs(expected).max()):
@@ -178,8 +178,12 @@ def _listed(kind: str, config: dict[str, Any] | None = None) -> Edit:
     return edit
 
 
+def _adds(make: Callable[[], Any]) -> Edit:
+    """One module more at the end of the folder, its weights included."""
+    return lambda folder: _add(folder, make())
+
+
 def _add(folder: Path, module: Any) -> str:
-    """The folder with one module more at its end, its weights included."""
     kind = type(module)
     listed = json.loads((folder / "modules.json").read_text())
     place = f"{len(listed)}_{kind.__name__}"
@@ -189,7 +193,7 @@ def _add(folder: Path, module: Any) -> str:
     (folder / "modules.json").write_text(json.dumps(listed))
     (folder / place).mkdir()
     module.save(str(folder / place))
-    return f"after the pooling: {module.get_config_dict()}"
+    return f"added {kind.__name__} {json.dumps(module.get_config_dict())[:60]}"
 
 
 def _without_pooling(folder: Path) -> None:
@@ -227,10 +231,10 @@ def _trials() -> dict[str, Any]:
     found |= {
         "module Transformer": _as_it_is,
         "module Pooling": _set(pooling, pooling_mode="max"),
-        "module Dense": ([mean], lambda folder: _add(folder, dense()())),
-        "module LayerNorm": ([mean], lambda folder: _add(folder, modules.LayerNorm(32))),
-        "module Normalize": ([mean], lambda folder: _add(folder, modules.Normalize())),
-        "module Dropout": ([mean], lambda folder: _add(folder, modules.Dropout(0.9))),
+        "module Dense": ([mean], _adds(dense())),
+        "module LayerNorm": ([mean], _adds(lambda: modules.LayerNorm(32))),
+        "module Normalize": ([mean], _adds(modules.Normalize)),
+        "module Dropout": ([mean], _adds(lambda: modules.Dropout(0.9))),
     }
     found |= {f"Pooling: {mode}": _set(pooling, pooling_mode=mode) for mode in modules.Pooling.POOLING_MODES}
     found["Pooling: mean"] = _set(pooling, pooling_mode=["mean", "max"])
@@ -261,9 +265,9 @@ def _trials() -> dict[str, Any]:
     }
     linear = second.format("Dense")
     found |= {
-        "Dense: in_features": ([mean, dense()], _set(linear, in_features=16)),
-        "Dense: out_features": ([mean, dense()], _set(linear, out_features=4)),
-        "Dense: bias": ([mean, dense(bias=False)], _set(linear, bias=True)),
+        "Dense: in_features": ([lambda: modules.Pooling(32, ["max", "cls"])], _adds(lambda: modules.Dense(64, 8))),
+        "Dense: out_features": ([mean, dense()], _adds(lambda: modules.Dense(8, 4))),
+        "Dense: bias": ([mean], _adds(dense(bias=False))),
         "Dense: activation_function": (
             [mean, dense()],
             _set(linear, activation_function="torch.nn.modules.activation.GELU"),
@@ -274,7 +278,7 @@ def _trials() -> dict[str, Any]:
         ),
         "Dense: module_output_name": ([mean, dense()], _set(linear, module_output_name="projected")),
         "Dense: use_residual": ([mean, lambda: modules.Dense(32, 32)], _set(linear, use_residual=True)),
-        "LayerNorm: dimension": ([mean, lambda: modules.LayerNorm(32)], _set(second.format("LayerNorm"), dimension=16)),
+        "LayerNorm: dimension": ([mean, dense()], _adds(lambda: modules.LayerNorm(8))),
         "Normalize: module_input_name": (
             [lambda: modules.Normalize("token_embeddings"), mean],
             _set(
@@ -289,7 +293,8 @@ def _trials() -> dict[str, Any]:
         ),
         "Dropout: dropout": ([mean, lambda: modules.Dropout(0.1)], _set(second.format("Dropout"), dropout=0.9)),
     }
-    for name, extra in (("SentenceTransformer", {}), ("CrossEncoder", {"model_type": "CrossEncoder"})):
+    pair = {"model_type": "CrossEncoder"}
+    for name, extra in (("SentenceTransformer", {}), ("CrossEncoder", pair)):
         found |= {
             f"{name}: prompts": _set(model, prompts={"query": "blue : "}, default_prompt_name="query", **extra),
             f"{name}: default_prompt_name": _set(model, default_prompt_name="passage", **extra),
@@ -301,7 +306,7 @@ def _trials() -> dict[str, Any]:
         "SentenceTransformer: similarity_fn_name": _set(model, similarity_fn_name="maxsim"),
         "SentenceTransformer: truncate_dim": _set(model, truncate_dim=8),
         "CrossEncoder: activation_fn": _set(model, activation_fn="torch.nn.modules.linear.Identity"),
-        "CrossEncoder: keep_in_fp32_modules": _set(model, keep_in_fp32_modules=["classifier"]),
+        "CrossEncoder: keep_in_fp32_modules": _set(model, keep_in_fp32_modules=["0.model.classifier"], **pair),
         "CrossEncoder: num_labels": _labels,
         "CrossEncoder: max_length": _set("tokenizer_config.json", model_max_length=7),
         "CrossEncoder: token types": _set(
