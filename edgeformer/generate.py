@@ -17,7 +17,7 @@ from edgeformer.bundle import Bundle
 from edgeformer.engine import Engine, State
 from edgeformer.errors import EdgeformerError, InputError
 from edgeformer.sampling import SamplingOptions, sample
-from edgeformer.signature import IDS, KEEP, PAST
+from edgeformer.signature import CONFIG, IDS, KEEP, PAST, TABLE
 
 CHUNK = 512  # prompt tokens a step: bounds the activations' memory, and how long Ctrl-C waits
 
@@ -153,9 +153,7 @@ class Limits:
     @classmethod
     def of(cls, bundle: Bundle, engine: Engine, graph: str = "model") -> Limits:
         inputs = bundle.manifest["graphs"][graph]["inputs"]
-        context, reason = bundle.context, "max_position_embeddings in config.json"
-        if bundle.positions(graph) is not None:
-            reason = "what the model's table of positions holds"
+        context, reason = bundle.context, CONFIG if bundle.positions(graph) is None else TABLE
         loaded = getattr(engine, "context", None)
         if loaded is not None and (context is None or loaded < context):
             context, reason = loaded, f"what the {engine.name} engine was loaded for; load with a larger context"

@@ -450,3 +450,11 @@ def test_a_key_that_the_library_does_not_read_is_named_in_the_manifest(with_dens
     folder = shutil.copytree(with_dense, tmp_path / "folder")
     tiny.change(folder, "config_sentence_transformers.json", colour="blue")
     assert any('{"colour": "blue"}' in note for note in tiny.read(folder).bundle.manifest["notes"])
+
+
+def test_the_sweep_tries_every_setting_of_the_library():
+    from bench.sources import sentence_transformers as sweep
+
+    tried = {*sweep._trials(), *(name for name in sweep.settings() if name.startswith("similarity"))}
+    assert set(sweep.settings()) <= tried
+    assert len(sweep.settings()) > 70

@@ -258,7 +258,7 @@ def _trials() -> dict[str, Any]:
         "Transformer: query_expansion": _set(transformer, query_expansion={"length": 32, "strategy": "fixed"}),
         "Transformer: max_seq_length": _set(transformer, max_seq_length=5),
         "Transformer: do_lower_case": _set(transformer, do_lower_case=True),
-        "Transformer: tokenizer_name_or_path": _set(transformer, tokenizer_name_or_path="bert-base-uncased"),
+        "Transformer: tokenizer_name_or_path": _set(transformer, tokenizer_name_or_path="."),
         "Transformer: model_kwargs": _set(transformer, model_kwargs={"dtype": "float32"}),
         "Transformer: processor_kwargs": _set(transformer, processor_kwargs={"model_max_length": 6}),
         "Transformer: config_kwargs": _set(transformer, config_kwargs={"hidden_act": "relu"}),
