@@ -101,10 +101,15 @@ class Bundle:
                 return int(shape[2])
         return config_number(self.config, "vocab_size")
 
+    def positions(self, graph: str = "model") -> int | None:
+        """Tokens that fit the graph's tables of learned positions; None where it has none, or nobody looked."""
+        value = self.manifest["graphs"].get(graph, {}).get("positions")
+        return value if type(value) is int and value > 0 else None
+
     @property
     def context(self) -> int | None:
-        """Positions that the model was made for, from config.json; None where it sets no limit."""
-        return context_length(self.config)
+        """Positions that the model was made for: what its tables hold, else what config.json says; None: no limit."""
+        return self.positions("decoder") or self.positions() or context_length(self.config)
 
     @property
     def size(self) -> int:

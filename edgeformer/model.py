@@ -14,7 +14,7 @@ import numpy as np
 from edgeformer.answer import Answering, Call
 from edgeformer.bundle import Bundle
 from edgeformer.choose import Choice, EngineName, NativeOptions, check_arguments, choose
-from edgeformer.encode import Encoder, Entity, Label
+from edgeformer.encoder_methods import EncoderMethods
 from edgeformer.engine import Engine
 from edgeformer.errors import BundleError, EdgeformerWarning, EngineUnavailable, InputError
 from edgeformer.generate import CHUNK, Limits, Result, Session, Stream
@@ -75,7 +75,7 @@ def load(
     return Model(bundle, engines, choice, tokenizer())
 
 
-class Model:
+class Model(EncoderMethods):
     """A loaded bundle. Threads may share it; each generation has a state of its own."""
 
     def __init__(
@@ -193,40 +193,6 @@ class Model:
         """
         return self._stream(prompt, rules, stop, Call(seed, ignore_eos, session), decoder_prompt)
 
-    def embed(
-        self,
-        items: Sequence[Any],
-        *,
-        pooling: Literal["mean", "cls", "max", "last"] | None = None,
-        normalize: bool | None = None,
-        batch_size: int = 32,
-    ) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """One vector for each text or picture, float32 [len(items), size].
-
-        Texts may be pairs of them; pictures are paths, Pillow images, or uint8 [height, width, 3]. `pooling` and
-        `normalize` (to length 1) are the bundle's own unless given; a model that gives one vector is not pooled.
-
-        Raises:
-            InputError: the model has no such vectors, or an item is of another kind.
-        """
-        return self._encoding.embed(items, pooling, normalize, batch_size)
-
-    def classify(self, items: Sequence[Any], *, batch_size: int = 32) -> list[list[Label]]:
-        """For each text or picture its labels, the likeliest first, with probabilities.
-
-        Raises:
-            InputError: the model gives no labels for an item, or an item is of another kind.
-        """
-        return self._encoding.classify(items, batch_size)
-
-    def classify_tokens(self, texts: Sequence[str], *, batch_size: int = 32) -> list[list[Entity]]:
-        """For each text the words with a label (other than O), and where they stand.
-
-        Raises:
-            InputError: the model gives no labels for tokens, or has no tokenizer.
-        """
-        return self._encoding.classify_tokens(texts, batch_size)
-
     def transcribe(
         self,
         audio: str | os.PathLike[str] | np.ndarray[Any, Any],
@@ -272,9 +238,13 @@ class Model:
         """The graph's outputs for its own inputs, each with its batch axis first.
 
         Raises:
-            InputError: an input is missing, unknown, or of another type or shape.
+            InputError: an input is missing, unknown, of another type or shape, or longer than the model's positions.
         """
         engine = self._encoder or self.engine  # of an encoder-decoder, the encoder's outputs
+        limit = self.bundle.positions("model" if self._encoder is None else "encoder")
+        shape = np.shape(inputs.get(IDS, ()))
+        if limit is not None and len(shape) == 2 and shape[1] > limit:
+            raise InputError(f"{IDS} holds {shape[1]} tokens, the model has {limit} positions; shorten the text.")
         return engine.forward([(inputs, engine.new_state())])[0]
 
     @cached_property
@@ -287,12 +257,6 @@ class Model:
         if self._encoder is None:
             raise InputError(f"{self.bundle.path} is a {self.bundle.task} model of one graph.")
         return EncoderDecoder(self.bundle, self._encoder, self.engine, self.tokenizer, self._limits)
-
-    @cached_property
-    def _encoding(self) -> Encoder:
-        if self._encoder is not None or self.is_language_model:
-            raise InputError(f"{self.bundle.path} is a {self.bundle.task} model: it generates, and has no such method.")
-        return Encoder(self.bundle, self.engine, self.tokenizer)
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text, token ids, or a list of chat messages.

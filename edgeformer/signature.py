@@ -17,6 +17,8 @@ ENCODER = ".encoder."
 KEEP = "logits_to_keep"
 POSITIONS = "position_ids"
 IDS = "input_ids"
+CONFIG = "max_position_embeddings in config.json"  # where a limit comes from, for messages
+TABLE = "what its table of positions holds"
 
 Array = np.ndarray[Any, Any]
 
@@ -44,6 +46,7 @@ class Signature:
     keeps_logits: bool
     vocab_size: int | None
     context: int | None
+    context_source: str = CONFIG
 
     @classmethod
     def of(cls, bundle: Bundle, graph: str = "model") -> Signature:
@@ -59,7 +62,8 @@ class Signature:
             cache_ports={name: ports[name] for name in caches},
             keeps_logits=KEEP in ports,
             vocab_size=bundle.vocab_size,
-            context=bundle.context if IDS in ports and caches else None,
+            context=(bundle.context if caches else bundle.positions(graph)) if IDS in ports else None,
+            context_source=CONFIG if bundle.positions(graph) is None else TABLE,
         )
 
     def check_some(self, given: Mapping[str, Any]) -> dict[str, Array]:
@@ -164,5 +168,5 @@ class Signature:
         if self.context is not None and last >= self.context:
             problems.append(
                 f"position {last} lies past the end: the model was made for {self.context} positions "
-                f"(max_position_embeddings in config.json); shorten the text or start a new state"
+                f"({self.context_source}); shorten the text or start a new state"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ class Tokenizer:
         self._template_source = template
         self._template: Any = None
         self._cutting: dict[int, Any] = {}  # copies of the backend that cut to a length
+        self._more_special = _more_special(settings)
+        # A tokenizer whose class gives no types leaves them to the model: all 0, those of a second text too.
+        self.gives_types = "token_type_ids" in settings.get("model_input_names", ("token_type_ids",))
+        self._cut_side = str(settings.get("truncation_side") or "right")
         self.special_tokens = _special_tokens(settings)
 
     @classmethod
@@ -84,11 +89,12 @@ class Tokenizer:
         if max_length is not None:
             if max_length not in self._cutting:
                 copy = type(backend).from_str(backend.to_str())
-                copy.enable_truncation(max_length)
+                copy.enable_truncation(max_length, direction=self._cut_side)
                 self._cutting[max_length] = copy
             backend = self._cutting[max_length]
         found = backend.encode(*([text] if isinstance(text, str) else text))
-        return Encoded(found.ids, found.type_ids, found.offsets, found.special_tokens_mask, found.word_ids)
+        types = found.type_ids if self.gives_types else [0] * len(found.ids)
+        return Encoded(found.ids, types, found.offsets, found.special_tokens_mask, found.word_ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
@@ -102,6 +108,12 @@ class Tokenizer:
         """The entry of the vocabulary as it is stored; None where there is none."""
         text: str | None = self._backend.id_to_token(id)
         return text
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the tokens that tokenizer_config.json calls special."""
+        more = [*self._more_special, *self.special_tokens.values()]
+        return frozenset(id for token in more if (id := self._backend.token_to_id(token)) is not None)
 
     @property
     def size(self) -> int:
@@ -211,6 +223,14 @@ def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
             if isinstance(text, str):
                 found[name] = text
     return found
+
+
+def _more_special(settings: Mapping[str, Any]) -> list[str]:
+    """Special tokens that have no name, or a name of the model's own."""
+    found = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    listed = found.values() if isinstance(found, Mapping) else found
+    texts = (token.get("content") if isinstance(token, Mapping) else token for token in listed)
+    return [text for text in texts if isinstance(text, str)]
 
 
 def _template_in(settings: Mapping[str, Any]) -> str | None:

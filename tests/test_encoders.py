@@ -206,7 +206,7 @@ def test_minilm_in_eight_bits_points_the_same_way(engine, minilm, vectors):
     assert (found * vectors).sum(-1).min() > 0.995
 
 
-def test_pooling_comes_from_the_folder_and_can_be_chosen(minilm, minilm_folder, tmp_path):
+def test_pooling_comes_from_the_folder_and_can_be_chosen(minilm):
     model = edgeformer.load(minilm["none"], engine="cpu")
     assert model.bundle.manifest["processing"] == {"max_length": 256, "pooling": "mean", "normalize": True}
     plain = model.embed(["some words"], normalize=False)
@@ -216,18 +216,6 @@ def test_pooling_comes_from_the_folder_and_can_be_chosen(minilm, minilm_folder, 
         model.embed(["some words"], pooling="median")
     with pytest.raises(InputError, match="a list of at least one text"):
         model.embed("some words")
-    copy = shutil.copytree(minilm_folder, tmp_path / "copy")
-    (copy / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
-    from edgeformer.export.tasks import processing_of
-
-    def read(name):
-        return (copy / name).read_bytes() if (copy / name).is_file() else None
-
-    assert processing_of(read, {}, ["last_hidden_state"])["pooling"] == "cls"
-    modules = [{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]
-    (copy / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(ExportError, match="asks for Dense after the model"):
-        processing_of(read, {}, ["last_hidden_state"])
 
 
 # -------------------------------------------------------------------------------------------------------------- labels

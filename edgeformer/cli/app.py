@@ -234,9 +234,21 @@ def embed(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="An array instead of JSON lines (.npy).")
     ] = None,
-    pooling: Annotated[str | None, typer.Option(help="mean, cls, max or last. Default: as the bundle says.")] = None,
+    prompt_name: Annotated[
+        str | None, typer.Option("--prompt-name", help="The bundle's prompt that stands before each text.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="What stands before each text; '' leaves the bundle's own out.")
+    ] = None,
+    pooling: Annotated[
+        str | None,
+        typer.Option(help="mean, cls, max, last, mean_sqrt_len or weightedmean. Default: as the bundle says."),
+    ] = None,
     normalize: Annotated[
         bool | None, typer.Option("--normalize/--no-normalize", help="To length 1. Default: as the bundle says.")
+    ] = None,
+    dimensions: Annotated[
+        int | None, typer.Option("--dimensions", min=1, help="Only the first of them, as Matryoshka models allow.")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Items that run together.")] = 32,
     engine: EngineOpt = "auto",
@@ -246,7 +258,8 @@ def embed(
     """Turn texts or pictures into vectors: JSON lines on stdout, or one .npy file."""
     from edgeformer.cli import tasks
 
-    settings = {"pooling": pooling, "normalize": normalize, "batch_size": batch_size}
+    settings = {"pooling": pooling, "normalize": normalize, "dimensions": dimensions, "batch_size": batch_size}
+    settings |= {"prompt_name": prompt_name, "prompt": prompt}
     tasks.embed(bundle, {"engine": engine, "threads": threads, "isa": isa}, items or [], output, settings)
 
 

@@ -30,6 +30,7 @@ def show(path: Path, *, hashes: bool, as_json: bool) -> None:
         ("made with", manifest["producer"]),
         ("quantization", manifest["quantization"]),
         ("model", _model_facts(bundle)),
+        *([("processing", manifest["processing"])] if manifest.get("processing") else []),
         ("accuracy", manifest["accuracy"] or {"": "not measured"}),
     ):
         _facts(title, facts)

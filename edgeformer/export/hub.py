@@ -17,7 +17,8 @@ import torch
 from edgeformer.errors import ExportError
 from edgeformer.export import attention, experts, tasks
 from edgeformer.export.generation import generation_settings
-from edgeformer.export.hub_weights import LoadRules, checked_headers, load_complete, load_gguf
+from edgeformer.export.hub_weights import LoadRules, checked_headers, load_complete, load_gguf, model_folder
+from edgeformer.export.sentence import sentence_folder, sentence_source
 from edgeformer.export.seq2seq import pair_source
 from edgeformer.export.source import TOKENIZER_FILES, Pair, Source
 from edgeformer.export.trace import Input
@@ -54,25 +55,43 @@ def hub_source(name: str, architecture: str | None = None, rules: LoadRules = _R
 def _any_model(name: str, origin: str, architecture: str | None, rules: LoadRules) -> Source | Pair:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    def read(file: str) -> bytes | None:
+        return _read(name, file)
+
+    # A class that the user names is exported alone, without what the folder adds to it.
+    folder = sentence_folder(read) if architecture is None else None
+    place = _subfolder(name, folder.subfolder) if folder is not None else name
     with _loading(name):
-        headers = checked_headers(name)
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        headers = checked_headers(place)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
     named = architecture or next(iter(config.architectures or ()), None)
-    task, loader = ("text-generation", AutoModelForCausalLM) if named is None else tasks.loader(named)
+    if folder is not None:
+        task, loader = folder.task, folder.loader(config)
+    else:
+        task, loader = ("text-generation", AutoModelForCausalLM) if named is None else tasks.loader(named)
     with _loading(name):
-        model, record = load_complete(loader, name, headers, rules, part=architecture is not None)
-    files = _tokenizer_files(name, {})
+        part = architecture is not None or folder is not None
+        model, record = load_complete(loader, place, headers, rules, part=part)
+    if folder is not None and model.config.is_encoder_decoder:
+        model = model.get_encoder()
+    files = _tokenizer_files(place, {})
     if task == "text-generation":
         return dataclasses.replace(language_model(model, origin, files=files), completeness=record)
     for extra in (tasks.PREPROCESSOR,):
-        if (content := _read(name, extra)) is not None:
+        if (content := read(extra)) is not None:
             files[extra] = content
-    if model.config.is_encoder_decoder and hasattr(model, "get_encoder"):
+    if model.config.is_encoder_decoder and folder is None and hasattr(model, "get_encoder"):
         pair = pair_source(model, origin, task, files)
         return dataclasses.replace(pair, encoder=dataclasses.replace(pair.encoder, completeness=record))
-    source = tasks.encoder_source(model, origin, task, files)
-    processing = tasks.processing_of(lambda file: _read(name, file), source.config, source.outputs)
-    return dataclasses.replace(source, processing=processing, completeness=record)
+    source = dataclasses.replace(tasks.encoder_source(model, origin, task, files), completeness=record)
+    if folder is not None:
+        return sentence_source(source, folder, read)
+    return dataclasses.replace(source, **tasks.processing_of(source, read, modules=architecture is None))
+
+
+def _subfolder(name: str, subfolder: str) -> str:
+    """Where the model lies inside the folder or hub model `name`."""
+    return str(model_folder(name, subfolder)) if subfolder else name
 
 
 def _read(name: str, file: str) -> bytes | None:
@@ -202,6 +221,9 @@ def _tokenizer_files(name: str, more: Mapping[str, str]) -> dict[str, bytes]:
         tokenizer.save_pretrained(folder)
         present = [Path(folder) / file for file in TOKENIZER_FILES if (Path(folder) / file).exists()]
         files = {file.name: file.read_bytes() for file in present}
+        # What the tokenizer's class gives to a model, which its file need not say: token types above all.
+        settings = json.loads(files["tokenizer_config.json"]) | {"model_input_names": tokenizer.model_input_names}
+        files["tokenizer_config.json"] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
         return files | {"tokenizer.json": compact_tokenizer(files["tokenizer.json"])}
 
 

@@ -43,7 +43,7 @@ def checked_headers(name: str) -> dict[str, Stored]:
     Raises:
         ExportError: a file is missing or damaged, the weights are quantized, or the config claims more than they hold.
     """
-    folder = Path(name) if Path(name).is_dir() else _snapshot(name)
+    folder = model_folder(name)
     config = _raw_config(folder)
     if isinstance(quantized := config.get("quantization_config"), Mapping):
         method = quantized.get("quant_method") or "an unnamed method"
@@ -286,15 +286,17 @@ def _raw_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _snapshot(name: str) -> Path:
-    """The folder of the hub's cache with a model's config and weights, fetched where they are not there yet."""
+def model_folder(name: str, subfolder: str = "") -> Path:
+    """The local folder of a model: `name` itself, or that in the hub's cache, fetched where files are missing."""
+    if Path(name).is_dir():
+        return Path(name) / subfolder
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-    config = cached_file(name, "config.json")
+    config = cached_file(name, "config.json", subfolder=subfolder)
     for file in NAMES:
-        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        found = cached_file(name, file, subfolder=subfolder, _raise_exceptions_for_missing_entries=False)
         if found is not None:
             if file.endswith(INDEX):
-                get_checkpoint_shard_files(name, found)  # type: ignore[no-untyped-call]
+                get_checkpoint_shard_files(name, found, subfolder=subfolder)  # type: ignore[no-untyped-call]
             break
     return Path(str(config)).parent

@@ -94,7 +94,11 @@ def export_pair(
         if pair.encoder.processing:
             parts["processing"] = dict(pair.encoder.processing)
         content = manifest(models[1], pair.encoder, options, scheme, weights, **parts)
-        content["graphs"] = {name: graph_shapes(model, FILES[name]) for name, model in zip(FILES, models, strict=True)}
+        sources = (pair.encoder, pair.decoder)
+        content["graphs"] = {
+            name: graph_shapes(model, FILES[name], source.positions)
+            for name, model, source in zip(FILES, models, sources, strict=True)
+        }
         report["engines"] = engine_gate(
             folder,
             content,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -48,10 +49,17 @@ class Source:
         tokens = self.inputs[0].name == "input_ids" and self.outputs == ("logits",)
         return tokens and self.task == "text-generation"
 
+    @cached_property
+    def positions(self) -> int | None:
+        """Tokens that fit the module's tables of learned positions; None where it has none."""
+        from edgeformer.export.positions import learned_positions
+
+        return learned_positions(self)
+
     @property
     def context(self) -> int | None:
-        """Positions that the model was made for; None where its config sets no limit."""
-        return context_length(self.config)
+        """Positions that the model was made for; None where neither its tables nor its config set a limit."""
+        return self.positions or context_length(self.config)
 
 
 @dataclass(frozen=True)

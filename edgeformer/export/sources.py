@@ -52,7 +52,7 @@ def _base_source(options: ExportOptions, rules: LoadRules) -> Source | Pair:
         raise ExportError(_adapter_as_source(path))
     if path.is_file() and path.suffix.lower() == ".gguf":
         return gguf_source(path, rules)
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or (path / "modules.json").is_file():
         return _folder_source(path, options.architecture, rules)
     if ":" in name and not path.exists():
         return factory_source(options, rules)

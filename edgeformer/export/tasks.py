@@ -17,6 +17,8 @@ import torch
 
 from edgeformer.errors import ExportError
 from edgeformer.export import attention
+from edgeformer.export.sentence import MODULES, text_length
+from edgeformer.export.sentence_settings import MODEL_FILE, pair_activation
 from edgeformer.export.source import Source
 from edgeformer.export.trace import Input
 
@@ -207,47 +209,25 @@ def _outputs(model: Any, inputs: tuple[Input, ...]) -> tuple[str, ...]:
     return found
 
 
-def processing_of(read: Read, config: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
-    """What an app does before and after the graph: {max_length, pooling, normalize}, as the folder's files say it.
+def processing_of(source: Source, read: Read, *, modules: bool = True) -> dict[str, Any]:
+    """{processing, notes} of a folder without a list of modules: what an app does before and after the graph.
+
+    `modules=False` says that the user left them out; the notes then say so too.
 
     Raises:
-        ExportError: the folder asks for steps after the model that are not known here.
+        ExportError: the folder names an activation that is not known here.
     """
     found: dict[str, Any] = {}
-    lengths = [
-        _object(read("sentence_bert_config.json")).get("max_seq_length"),
-        _object(read("tokenizer_config.json")).get("model_max_length"),
-        config.get("max_position_embeddings"),
-    ]
-    # A tokenizer without a limit says 10^30.
-    length = next((int(n) for n in lengths if isinstance(n, (int, float)) and 0 < n < 1 << 24), None)
+    length = text_length(None, source)
     if length is not None:
         found["max_length"] = length
-    if "last_hidden_state" in outputs and not set(EMBEDDINGS) & set(outputs):
-        found |= _pooling(read)
-    return found
-
-
-def _pooling(read: Read) -> dict[str, Any]:
-    """{pooling: "mean" | "cls" | "max" | "last", normalize} as sentence-transformers' files say it."""
-    listed = read("modules.json")
-    if listed is None:
-        return {"pooling": "mean", "normalize": True}
-    modules = [(str(m["type"]).rpartition(".")[2], str(m["path"])) for m in json.loads(listed)]
-    strange = [kind for kind, _ in modules if kind not in ("Transformer", "Pooling", "Normalize")]
-    if strange:
-        raise ExportError(f"modules.json asks for {', '.join(strange)} after the model; known: Pooling, Normalize.")
-    pooling = next((_object(read(f"{place}/config.json")) for kind, place in modules if kind == "Pooling"), {})
-    chosen = pooling.get("pooling_mode") or [
-        key.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token").removesuffix("token")
-        for key, value in pooling.items()
-        if key.startswith("pooling_mode_") and value
-    ]
-    chosen = [chosen] if isinstance(chosen, str) else chosen
-    names = {"mean": "mean", "cls": "cls", "max": "max", "last": "last"}
-    if len(chosen) != 1 or chosen[0] not in names:
-        raise ExportError(f"1_Pooling asks for {', '.join(chosen) or 'nothing'}; expected one of {', '.join(names)}.")
-    return {"pooling": chosen[0], "normalize": any(kind == "Normalize" for kind, _ in modules)}
+    if "last_hidden_state" in source.outputs and not set(EMBEDDINGS) & set(source.outputs):
+        found |= {"pooling": "mean", "normalize": True}
+    if source.task == "text-classification":
+        found |= pair_activation(source.config)
+    left = [name for name in (MODULES, MODEL_FILE) if read(name) is not None]
+    notes = [f"{', '.join(left)} is not in this bundle: the transformer was exported alone."] if left else []
+    return {"processing": found, "notes": (*source.notes, *notes)}
 
 
 def _object(text: bytes | None) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Input:
         ]
         if self.name == "position_ids":
             return torch.arange(shape[-1]).expand(shape).contiguous()
-        if self.name.endswith("attention_mask"):
+        if self.name.endswith(("attention_mask", "pooling_mask")):
             lengths = torch.randint(1, shape[-1] + 1, (shape[0], 1), generator=generator)
             lengths[0] = shape[-1]
             places = torch.arange(shape[-1])

@@ -93,7 +93,7 @@ def manifest(
     return {
         "task": source.task,
         "producer": _versions(),
-        "graphs": {"model": graph_shapes(model, GRAPH)},
+        "graphs": {"model": graph_shapes(model, GRAPH, source.positions)},
         "quantization": _quantization(model, options, scheme, weights) | {"calibration": _fitted(weights, calibration)},
         **reports,
         **({"completeness": dict(source.completeness)} if source.completeness else {}),
@@ -135,9 +135,10 @@ def _fitted(weights: Sequence[Quantized], calibration: Calibration | None) -> di
     return {"method": "GPTQ", "tensors": count, "tokens": calibration.ids.size, "source": calibration.source}
 
 
-def graph_shapes(model: ir.Model, file: str) -> dict[str, Any]:
-    """One graph of a bundle as the manifest describes it."""
-    return {"file": file, "inputs": _shapes(model.graph.inputs), "outputs": _shapes(model.graph.outputs)}
+def graph_shapes(model: ir.Model, file: str, positions: int | None = None) -> dict[str, Any]:
+    """One graph of a bundle as the manifest describes it; `positions` are those that it has learned, if it has."""
+    shapes = {"file": file, "inputs": _shapes(model.graph.inputs), "outputs": _shapes(model.graph.outputs)}
+    return shapes if positions is None else shapes | {"positions": positions}
 
 
 def _shapes(values: Iterable[ir.Value]) -> dict[str, Any]:

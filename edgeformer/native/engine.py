@@ -343,7 +343,8 @@ def _graph_path(bundle: Any, graph: str) -> tuple[Path, int]:
         from edgeformer.bundle import Bundle
 
         bundle = Bundle.open(path)
-    return Path(bundle.graph_path(graph)), min(context_length(bundle.config) or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    limit = bundle.positions(graph) or context_length(bundle.config) or DEFAULT_CONTEXT
+    return Path(bundle.graph_path(graph)), min(limit, DEFAULT_CONTEXT)
 
 
 def _fingerprint(path: Path) -> str:

@@ -1,0 +1,144 @@
+"""Tiny models of sentence-transformers, for its sweep and its tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers as tf
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from edgeformer.encoder_methods import EncoderMethods
+
+_KNOWN = "query : passage red blue boats float on water and ships sink in the deep sea Red"
+WORDS = _KNOWN.split()
+_LONG = "the deep sea and the blue water and red ships sink in the deep sea"
+TEXTS = ["red boats float on water", "Red ships", "", _LONG]
+PAIRS = [("red boats", "float on water"), ("ships sink in the deep sea", "red"), ("water", "blue blue blue")]
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+VOCABULARY = 32
+
+
+def tokenizer(folder: Path, *, length: int | None = 64, normalizer: Any = None, **more: Any) -> Any:
+    """A word tokenizer with [CLS] and [SEP], saved in `folder`."""
+    listed = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(listed)}, "[UNK]"))
+    made.normalizer = normalizer or normalizers.Sequence([])
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    limit = {} if length is None else {"model_max_length": length}
+    fast = tf.PreTrainedTokenizerFast(tokenizer_object=made, **names, **limit, **more)
+    fast.save_pretrained(folder)
+    return fast
+
+
+def bert(**changes: Any) -> Any:
+    """A BERT with learned positions 0 to 63."""
+    return tf.BertModel(tf.BertConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **SIZES | changes))
+
+
+def roberta(**changes: Any) -> Any:
+    """Positions begin behind the padding token: 34 rows for 32 tokens."""
+    sizes = SIZES | {"max_position_embeddings": 34, "type_vocab_size": 1, "pad_token_id": 1}
+    return tf.RobertaModel(tf.RobertaConfig(vocab_size=VOCABULARY, **sizes | changes))
+
+
+def decoder(**changes: Any) -> Any:
+    """A causal decoder with rotary positions."""
+    sizes = SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
+    return tf.Qwen3Model(tf.Qwen3Config(vocab_size=VOCABULARY, head_dim=8, **sizes | changes))
+
+
+def t5(**changes: Any) -> Any:
+    """An encoder with relative positions."""
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    return tf.T5EncoderModel(tf.T5Config(vocab_size=VOCABULARY, pad_token_id=0, **sizes | changes))
+
+
+def base(folder: Path, make: Callable[[], Any] = bert, seed: int = 0, **more: Any) -> Path:
+    """A Hugging Face folder of a tiny model and its tokenizer, whose settings are in `more`."""
+    torch.manual_seed(seed)
+    model = make().eval()
+    for weights in model.parameters():
+        if weights.ndim == 2:  # as they are made, nothing that a text says moves a score by more than a rounding
+            torch.nn.init.normal_(weights, std=0.3)
+    model.save_pretrained(folder)
+    tokenizer(folder, **more)
+    return folder
+
+
+def saved(folder: Path, made: Path, following: Sequence[Any] | None = None, **settings: Any) -> Any:
+    """A SentenceTransformer over the model in `made`, saved in `folder`; mean pooling unless `following` says other."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    torch.manual_seed(1)
+    first = Transformer(str(made))
+    modules = [first, *([Pooling(32)] if following is None else following)]
+    model = SentenceTransformer(modules=modules, device="cpu", **settings)
+    model.save_pretrained(str(folder), create_model_card=False)
+    return model
+
+
+def change(folder: Path, file: str, **values: Any) -> None:
+    """Sets keys of a JSON file; those that are None are removed."""
+    path = folder / file
+    content = (json.loads(path.read_text()) if path.exists() else {}) | values
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+class Traceless:
+    """The engine of a Source that was read but not exported: PyTorch itself. What the graph adds, the gate checks."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def new_state(self) -> None:
+        """Encoders have none."""
+
+    def forward(self, calls: Sequence[Any]) -> list[dict[str, Any]]:
+        from edgeformer.export.source import run
+
+        return [
+            run(self.source, {name: torch.from_numpy(value) for name, value in feeds.items()}) for feeds, _ in calls
+        ]
+
+
+class Read(EncoderMethods):
+    """What `read` gives: a Model without a bundle."""
+
+    is_language_model = False
+
+
+def read(folder: Path, architecture: str | None = None) -> Any:
+    """The folder as the export reads it, with the runtime's own processing, and without the seconds of a trace."""
+    from edgeformer.export.hub import folder_source
+    from edgeformer.tokenizer import Tokenizer
+
+    source: Any = folder_source(folder, architecture)
+    for name, data in source.files.items():
+        (place := folder / "read").mkdir(exist_ok=True)
+        (place / name).write_bytes(data)
+    files = {name: folder / "read" / name for name in source.files}
+    ports = {
+        "inputs": {value.name: {"dtype": "int64", "shape": list(value.shape)} for value in source.inputs},
+        "outputs": {name: {"dtype": "float32", "shape": ["batch", "size"]} for name in source.outputs},
+    }
+    model = Read()
+    model.bundle = SimpleNamespace(  # type: ignore[assignment]
+        manifest={"graphs": {"model": ports}, "processing": dict(source.processing), "notes": list(source.notes)},
+        config=json.loads(json.dumps(dict(source.config), default=str)),
+        task=source.task,
+        path=folder,
+        file=files.get,
+    )
+    model.engine, model._encoder = Traceless(source), None  # type: ignore[assignment]
+    model.tokenizer = Tokenizer.of(model.bundle)
+    return model
