@@ -199,6 +199,8 @@ def transcribe(
     samples = np.asarray(audio) if isinstance(audio, np.ndarray) else read_wav(audio, front.sampling_rate)
     if samples.ndim != 1 or samples.dtype.kind != "f" or not samples.size:
         raise InputError(f"The recording is {samples.dtype}{list(samples.shape)}, expected float samples [count].")
+    if not np.isfinite(samples).all():
+        raise InputError("The recording holds samples that are no numbers (NaN or infinity).")
     ids: list[int] = []
     for start in range(0, len(samples), front.samples):
         held = pair.encode(pair.source(front.features(samples[start : start + front.samples])))

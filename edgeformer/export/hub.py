@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from edgeformer.errors import ExportError
-from edgeformer.export import attention, experts, tasks
+from edgeformer.export import attention, experts, processors, tasks
 from edgeformer.export.seq2seq import pair_source
 from edgeformer.export.source import TOKENIZER_FILES, Pair, Source
 from edgeformer.export.trace import Input
@@ -62,14 +62,25 @@ def _any_model(name: str, origin: str, architecture: str | None) -> Source | Pai
         return _causal_lm(name, origin)
     model = _load(loader, name, {})
     files = _tokenizer_files(name, {})
-    for extra in (tasks.PREPROCESSOR,):
-        if (content := _read(name, extra)) is not None:
-            files[extra] = content
-    if model.config.is_encoder_decoder and hasattr(model, "get_encoder"):
+    paired = model.config.is_encoder_decoder and hasattr(model, "get_encoder")
+    files |= _processor_files(model, lambda file: _read(name, file), paired=paired)
+    if paired:
         return pair_source(model, origin, task, files)
     source = tasks.encoder_source(model, origin, task, files)
     processing = tasks.processing_of(lambda file: _read(name, file), source.config, source.outputs)
     return dataclasses.replace(source, processing=processing)
+
+
+def _processor_files(model: Any, read: processors.Read, *, paired: bool) -> dict[str, bytes]:
+    """preprocessor_config.json for what the model takes; a model of text needs none."""
+    main = model.main_input_name
+    if main == "pixel_values" and not paired:
+        return processors.image_settings(read, int(model.config.num_channels))
+    if main not in ("input_values", "input_features"):
+        return {}
+    if paired and main == "input_features":  # the only sound that the runtime itself makes features of
+        return processors.log_mel_settings(read, tasks.sound_inputs(model, main, {})[0].shape[1:])
+    return processors.sound_settings(read)
 
 
 def _read(name: str, file: str) -> bytes | None:
