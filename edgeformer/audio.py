@@ -75,12 +75,13 @@ def _by_wave(path: str | os.PathLike[str]) -> tuple[F32, int]:
     data = data[: len(data) // (width * channels) * width * channels]  # a pipe's header may promise more than there is
     samples: F32
     if width == 1:  # the only one without a sign
-        samples = np.frombuffer(data, np.uint8).astype(np.float32) / 128 - 1
+        samples = np.frombuffer(data, np.uint8).astype(np.float32) / np.float32(128) - np.float32(1)
     elif width == 3:
         parts = np.frombuffer(data, np.uint8).reshape(-1, 3).astype(np.int32)
         samples = ((parts[:, 0] << 8 | parts[:, 1] << 16 | parts[:, 2] << 24) / 2**31).astype(np.float32)
     else:
-        samples = np.frombuffer(data, {2: "<i2", 4: "<i4"}[width]).astype(np.float32) / 2 ** (8 * width - 1)
+        samples = np.frombuffer(data, {2: "<i2", 4: "<i4"}[width]).astype(np.float32)
+        samples /= np.float32(2 ** (8 * width - 1))
     return samples.reshape(-1, channels), rate
 
 

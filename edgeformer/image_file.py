@@ -30,7 +30,7 @@ def read(item: Any, channels: int = 3, *, over_white: bool = False) -> Array:
         InputError: it is none of these, cannot be read, or has more than 8 bits a channel.
     """
     if isinstance(item, (str, os.PathLike)):
-        return _open(item, channels)
+        return _open(item, channels, over_white)
     if hasattr(item, "convert") and hasattr(item, "getbands"):  # a Pillow image
         return _bytes(item, "The Pillow image", channels, over_white)
     array = np.asarray(item)
@@ -64,7 +64,7 @@ def _blended(array: Array, over_white: bool) -> Array:
     return blended
 
 
-def _open(path: str | os.PathLike[str], channels: int) -> Array:
+def _open(path: str | os.PathLike[str], channels: int, over_white: bool) -> Array:
     try:
         from PIL import Image, ImageOps
     except ImportError:
@@ -74,7 +74,9 @@ def _open(path: str | os.PathLike[str], channels: int) -> Array:
     try:
         with Image.open(path) as image:
             _shallow(image, str(path))
-            return _bytes(ImageOps.exif_transpose(image), str(path), channels, over_white=False)
+            upright = ImageOps.exif_transpose(image)
+            # This drops alpha, but keeps the one transparent colour that a palette or a PNG file may name.
+            return _bytes(upright.convert("RGB") if channels == 3 else upright, str(path), channels, over_white)
     except InputError:
         raise
     except Image.DecompressionBombError as error:
