@@ -74,7 +74,7 @@ def processors() -> list[Any]:
 
     names = {mapping["pil"] for mapping in auto.IMAGE_PROCESSOR_MAPPING_NAMES.values() if "pil" in mapping}
     found = [auto.get_image_processor_class_from_name(name) for name in sorted(names)]
-    return [kind for kind in found if hasattr(kind, "valid_kwargs")]
+    return [kind for kind in found if not getattr(kind, "is_dummy", False) and hasattr(kind, "valid_kwargs")]
 
 
 def settings() -> list[str]:

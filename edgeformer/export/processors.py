@@ -8,9 +8,9 @@ and sounds. So nobody keeps a list of processor classes.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import logging
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -107,14 +107,24 @@ def _loaded(loader: str, folder: Path, **more: Any) -> Any:
             return getattr(transformers, loader).from_pretrained(folder, trust_remote_code=False, **more)
     except Exception as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        kinds = sorted(
+            set(re.findall(r'"(?:image_processor|feature_extractor)_type":\s*"([^"]*)"', _texts(folder))) or {"none"}
+        )
         raise ExportError(
-            f"transformers cannot load the processor that {FILE} or {NESTED} names: {type(error).__name__}: "
+            f"transformers cannot load the processor of {FILE} or {NESTED} (named: {', '.join(kinds)}): "
+            f"{type(error).__name__}: "
             f"{first[:300].replace(str(folder), 'the folder')} {_AS_IT_IS}"
         ) from error
 
 
+def _texts(folder: Path) -> str:
+    return " ".join(path.read_text(encoding="utf-8") for path in folder.glob("*.json") if path.name != "config.json")
+
+
 def _image_settings(processor: Any) -> dict[str, Any]:
-    """What the processor goes by. Settings that its class does not know it carries along and never reads."""
+    """What the processor goes by. Settings that its class does not know it carries along and never reads; should one
+    do it all the same, the comparison shows it.
+    """
     known = getattr(processor, "_valid_kwargs_names", None)
     found = json.loads(_json(processor.to_dict()))
     settings = {name: value for name, value in found.items() if known is None or name in known}
@@ -124,10 +134,11 @@ def _image_settings(processor: Any) -> dict[str, Any]:
 
 
 def _sound_settings(extractor: Any) -> dict[str, Any]:
-    makers = [vars(kind)["__init__"] for kind in type(extractor).__mro__[:-1] if "__init__" in vars(kind)]
-    known = {name for maker in makers for name in inspect.signature(maker).parameters}
     found = json.loads(_json(extractor.to_dict()))
-    return {name: value for name, value in found.items() if name in known or name == "feature_extractor_type"}
+    with contextlib.suppress(Exception), _quiet():  # one that cannot be made without arguments keeps all it was given
+        known = set(type(extractor)().to_dict())
+        return {name: value for name, value in found.items() if name in known}
+    return dict(found)
 
 
 def _json(settings: Mapping[str, Any]) -> bytes:
