@@ -170,7 +170,10 @@ class LogMel:
             raise InputError(f"preprocessor_config.json asks for {listed[:400]}, which edgeformer does not compute.")
         missing = [name for name in list(cls.__dataclass_fields__)[:5] if name not in given]
         if missing:
-            raise InputError(f"preprocessor_config.json does not say {', '.join(missing)}; export the model again.")
+            raise InputError(
+                f"preprocessor_config.json does not say {', '.join(missing)}, which log-mel features need; an old bundle "
+                "is to be exported again."
+            )
         if given.get("padding_side", "right") not in ("left", "right"):
             raise InputError(f"preprocessor_config.json gives padding_side as {given['padding_side']!r}.")
         return cls(**given)

@@ -212,7 +212,7 @@ def _size(size: Any) -> Mapping[str, int]:
         return {"height": size[0], "width": size[1]}
     raise InputError(
         f"{FILE} gives the size {size!r}, expected {{height, width}}, {{shortest_edge}}, {{shortest_edge, "
-        "longest_edge}} or {max_height, max_width}, in pixels."
+        "longest_edge} or {max_height, max_width}, in pixels."
     )
 
 

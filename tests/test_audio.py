@@ -104,7 +104,9 @@ def test_plain_pcm_needs_no_extra(width, tmp_path, without):
         read_wav(tmp_path / "sound.wav", 8000)
 
 
-@pytest.mark.parametrize(("name", "subtype"), [("a.wav", "FLOAT"), ("a.wav", "ULAW"), ("a.flac", None), ("a.ogg", None)])
+@pytest.mark.parametrize(
+    ("name", "subtype"), [("a.wav", "FLOAT"), ("a.wav", "ULAW"), ("a.flac", None), ("a.ogg", None)]
+)
 def test_other_forms_without_the_extra_are_refused_with_what_to_install(name, subtype, tmp_path, without):
     soundfile.write(tmp_path / name, TONE, RATE, subtype=subtype)
     without("soundfile")
@@ -115,8 +117,15 @@ def test_other_forms_without_the_extra_are_refused_with_what_to_install(name, su
 @pytest.mark.parametrize(
     ("name", "subtype", "bound"),
     # Lossy coders are asked for 26 dB at least: the error's root mean square is a twentieth of the tone's.
-    [("a.flac", "PCM_16", 2**-15), ("a.flac", "PCM_24", 2**-23), ("a.ogg", "VORBIS", None), ("a.ogg", "OPUS", None)]
-    + [("a.mp3", "MPEG_LAYER_III", None), ("a.aiff", "PCM_16", 2**-15), ("a.au", "PCM_16", 2**-15)],
+    [
+        *(
+            ("a.flac", "PCM_16", 2**-15),
+            ("a.flac", "PCM_24", 2**-23),
+            ("a.ogg", "VORBIS", None),
+            ("a.ogg", "OPUS", None),
+        ),
+        *(("a.mp3", "MPEG_LAYER_III", None), ("a.aiff", "PCM_16", 2**-15), ("a.au", "PCM_16", 2**-15)),
+    ],
 )
 def test_compressed_recordings_are_read(name, subtype, bound, tmp_path):
     tone = np.tile(TONE, 4)
@@ -158,12 +167,12 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path):
     path = tmp_path / "cut.wav"
     for cut in (0, 3, 11, 20, 40, 44, 1001, len(whole) - 2):
         path.write_bytes(whole[:cut])
-        with pytest.raises(InputError, match="cut.wav"):
+        with pytest.raises(InputError, match=r"cut\.wav"):
             read_wav(path, RATE)
     soundfile.write(tmp_path / "cut.flac", np.random.default_rng(0).uniform(-1, 1, 40000), RATE)
     content = (tmp_path / "cut.flac").read_bytes()
     (tmp_path / "cut.flac").write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match="cut.flac"):
+    with pytest.raises(InputError, match=r"cut\.flac"):
         read_wav(tmp_path / "cut.flac", RATE)
 
 
@@ -178,7 +187,7 @@ def test_what_is_no_recording_is_refused(tmp_path):
     with pytest.raises(InputError, match="no samples"):
         read_wav(path, RATE)
     path.write_text("this is a text, and no recording at all")
-    with pytest.raises(InputError, match="bad.wav cannot be read"):
+    with pytest.raises(InputError, match=r"bad\.wav cannot be read"):
         read_wav(path, RATE)
     for nothing in (tmp_path / "nothing.wav", tmp_path):
         with pytest.raises(InputError, match="cannot be read"):
@@ -258,7 +267,10 @@ def test_settings_give_the_features_of_transformers(changed):
     [
         ("dither=0.1", BASE | {"dither": 0.1}),
         ("num_mel_bins=80", {"feature_extractor_type": "Speech2TextFeatureExtractor"}),
-        ("does not say hop_length", {"feature_extractor_type": "Wav2Vec2FeatureExtractor"}),
+        (
+            "does not say hop_length, n_fft, chunk_length, which log-mel",
+            {"feature_extractor_type": "Wav2Vec2FeatureExtractor"},
+        ),
         ("NoSuchExtractor", {"feature_extractor_type": "NoSuchExtractor"}),
         ("top_db|frequency_max", {"feature_extractor_type": "ClapFeatureExtractor"}),
     ],
@@ -287,7 +299,9 @@ def test_an_extractor_that_does_more_than_its_settings_say_is_refused(monkeypatc
 
 
 def test_a_feature_extractor_in_a_nested_config_is_found():
-    nested = {"feature_extractor": {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "return_attention_mask": True}}
+    nested = {
+        "feature_extractor": {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "return_attention_mask": True}
+    }
     read = lambda file: json.dumps(nested).encode() if file == "processor_config.json" else None  # noqa: E731
     assert json.loads(sound_settings(read)["preprocessor_config.json"])["return_attention_mask"] is True
     assert sound_settings(lambda file: None) == {}

@@ -95,7 +95,9 @@ def rows(work: Path) -> Iterator[Row]:
         key, _, value = setting.partition(" ")
         names = [name for name, kind in kinds.items() if key in kind.valid_kwargs.__annotations__]
         # A class that can be exported otherwise; else one whose refusal names the setting.
-        names.sort(key=lambda name: (not isinstance(plain[name], dict), f"{key}=" not in str(plain[name]), name != PLAIN))
+        names.sort(
+            key=lambda name: (not isinstance(plain[name], dict), f"{key}=" not in str(plain[name]), name != PLAIN)
+        )
         yield _row(setting, key, json.loads(value) if value else None, names[0], plain[names[0]], work)
 
 
@@ -108,20 +110,27 @@ def _settings(given: dict[str, Any]) -> dict[str, Any] | str:
         return str(error)
 
 
+def _short(message: str) -> str:
+    """A refusal without its advice."""
+    reason = message.partition(" Without ")[0]
+    return reason if len(reason) <= 160 else f"{reason[:157]}..."
+
+
 def _row(setting: str, key: str, value: Any, name: str, plain: dict[str, Any] | str, work: Path) -> Row:
     if isinstance(plain, str):
-        return Row(setting, "refused", f"{plain[:160]}...", REFERENCE)
+        return Row(setting, "refused", _short(plain), REFERENCE)
     base = {"image_processor_type": name, **WITH.get(key, {})}
     tried = base | {key: _other(plain.get(key)) if value is None else value}
     shown = f"{name}, {key}={tried[key]!r}"
     written = _settings(tried)
     if isinstance(written, str):
-        return Row(setting, "refused", f"{shown}: {written[:160]}...", REFERENCE)
+        return Row(setting, "refused", f"{shown}: {_short(written)}", REFERENCE)
     differs, moved = _differences(written, base, tried, work)
     if differs > 1e-5:
         return Row(setting, "ignored", f"{shown}: off by {differs:.2g}", REFERENCE)
     if moved:
-        return Row(setting, "honoured", f"{shown}: moves values by {moved:.2g}, off by {differs:.1g}", REFERENCE)
+        seen = "another size" if moved == float("inf") else f"moves values by {moved:.2g}"
+        return Row(setting, "honoured", f"{shown}: {seen}, off by {differs:.1g}", REFERENCE)
     why = "no array depends on it" if key in IRRELEVANT else "transformers' arrays stay the same"
     return Row(setting, "irrelevant", f"{shown}: {why}", REFERENCE)
 

@@ -65,7 +65,8 @@ def settings() -> list[str]:
     """Names of settings, then `extractor NAME`, then forms and troubles of files."""
     import transformers
 
-    own = {*transformers.WhisperFeatureExtractor().to_dict(), *_arguments(transformers.WhisperFeatureExtractor)}
+    kind = transformers.WhisperFeatureExtractor
+    own = {*kind().to_dict(), *_arguments(kind), "do_normalize"}  # the last is one of its call, not of its making
     forms = [f"a file of {name}" for name in FORMS] + [f"a file {name}" for name in OTHERS]
     return [*sorted(own - {"feature_extractor_type"}), *(f"extractor {name}" for name in extractors()), *forms]
 
@@ -104,6 +105,12 @@ def _settings(given: Any, shape: Any) -> Any:
     return json.loads(log_mel_settings(lambda file: content if file == FILE else None, shape)[FILE])
 
 
+def _short(message: str) -> str:
+    """A refusal without its advice."""
+    reason = message.partition(" Without ")[0]
+    return reason if len(reason) <= 160 else f"{reason[:157]}..."
+
+
 def _row(setting: str) -> Row:
     import transformers
 
@@ -113,7 +120,7 @@ def _row(setting: str) -> Row:
     try:
         front = LogMel.of(_settings(given, (after.feature_size, after.nb_max_frames)))
     except ExportError as error:
-        return Row(setting, "refused", f"{shown}: {str(error)[:160]}...", reference)
+        return Row(setting, "refused", f"{shown}: {_short(str(error))}", reference)
     samples = (np.random.default_rng(0).standard_normal(9000) * 0.1).astype(np.float32)
     expected, plain = (
         kind(samples, sampling_rate=kind.sampling_rate, return_tensors="np")["input_features"][0]
@@ -134,7 +141,9 @@ def _extractor_row(setting: str) -> Row:
     try:
         _settings({"feature_extractor_type": setting.removeprefix("extractor ")}, (80, 3000))
     except ExportError as error:
-        return Row(setting, "refused", f"where sound is to be transcribed: {str(error)[:140]}...", "AutoFeatureExtractor")
+        return Row(
+            setting, "refused", f"where sound is to be transcribed: {_short(str(error))}", "AutoFeatureExtractor"
+        )
     return Row(setting, "honoured", "its features are those of its settings", "AutoFeatureExtractor")
 
 
