@@ -95,23 +95,29 @@ def _complete(path: str | os.PathLike[str]) -> None:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             head = file.read(12)
-            if head[:4] not in (b"RIFF", b"RIFX") or head[8:12] != b"WAVE":  # RF64 says its size elsewhere
+            if head[:4] not in (b"RIFF", b"RIFX", b"RF64") or head[8:12] != b"WAVE":
                 return
-            order: Literal["little", "big"] = "little" if head[:4] == b"RIFF" else "big"
+            order: Literal["little", "big"] = "big" if head[:4] == b"RIFX" else "little"
+            long = 0  # bytes of data that an RF64 file names
             while len(chunk := file.read(8)) == 8:
                 length = int.from_bytes(chunk[4:], order)
+                if chunk[:4] == b"ds64":  # https://tech.ebu.ch/docs/tech/tech3306.pdf: bytes of the file, of the data
+                    sizes = file.read(length)
+                    long = int.from_bytes(sizes[8:16], order)
+                    continue
                 if chunk[:4] == b"data":
                     present = size - file.tell()
+                    length = long or length
                     # A program that writes to a pipe does not know the length and says about 2 or 4 GiB.
-                    if length > present and length < _PIPED:
+                    if length > present and (long or length < _PIPED):
                         raise InputError(
                             f"{path} is cut short: it holds {present:,} bytes of samples, its header says {length:,}; "
                             "copy it again."
                         )
                     return
                 file.seek(length + length % 2, os.SEEK_CUR)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error}.") from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        raise InputError(f"{path!r} cannot be read: {error}.") from error
     raise InputError(f"{path} is cut short: it is a WAV file of {size:,} bytes without samples; copy it again.")
 
 
@@ -171,8 +177,8 @@ class LogMel:
         missing = [name for name in list(cls.__dataclass_fields__)[:5] if name not in given]
         if missing:
             raise InputError(
-                f"preprocessor_config.json does not say {', '.join(missing)}, which log-mel features need; an old bundle "
-                "is to be exported again."
+                f"preprocessor_config.json does not say {', '.join(missing)}, which log-mel features need; export an "
+                "old bundle again."
             )
         if given.get("padding_side", "right") not in ("left", "right"):
             raise InputError(f"preprocessor_config.json gives padding_side as {given['padding_side']!r}.")

@@ -79,7 +79,7 @@ def _open(path: str | os.PathLike[str], channels: int, over_white: bool) -> Arra
             return _bytes(upright.convert("RGB") if channels == 3 else upright, str(path), channels, over_white)
     except InputError:
         raise
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(
             f"{path} has more pixels than Pillow opens: {error} Make it smaller, or raise "
             "PIL.Image.MAX_IMAGE_PIXELS if you trust it."

@@ -169,6 +169,10 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path):
         path.write_bytes(whole[:cut])
         with pytest.raises(InputError, match=r"cut\.wav"):
             read_wav(path, RATE)
+    soundfile.write(path, TONE, RATE, format="RF64")
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(InputError, match=r"cut\.wav is cut short: it holds .* its header says 8,000"):
+        read_wav(path, RATE)
     soundfile.write(tmp_path / "cut.flac", np.random.default_rng(0).uniform(-1, 1, 40000), RATE)
     content = (tmp_path / "cut.flac").read_bytes()
     (tmp_path / "cut.flac").write_bytes(content[: len(content) // 2])

@@ -144,6 +144,20 @@ def test_what_the_runtime_does_not_compute_is_refused_by_name(named, settings):
         image_settings(reading(settings), 3)
 
 
+def test_settings_that_fit_no_picture_of_the_model_are_refused():
+    with pytest.raises(ExportError, match=r"takes no picture at all: .* 3 means or deviations for 1 channels"):
+        image_settings(reading(VIT | {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}), 1)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [{"image_processor_type": "ViTImageProcessorFast"}, {"feature_extractor_type": "ViTFeatureExtractor"}],
+    ids=str,
+)
+def test_older_names_of_a_class_are_known(named):
+    assert steps_of(SMALL | named) == steps_of(SMALL | {"image_processor_type": "ViTImageProcessor"})
+
+
 @pytest.mark.parametrize("name", ["do_resize", "do_rescale", "do_normalize"])
 def test_a_setting_that_a_bundle_leaves_out_is_no_default(name):
     settings = json.loads(image_settings(reading(VIT), 3)["preprocessor_config.json"])

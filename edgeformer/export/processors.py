@@ -162,15 +162,18 @@ def _quiet() -> Iterator[None]:
 
 
 def _prove_images(processor: Any, steps: Steps, settings: Mapping[str, Any], channels: int, folder: Path) -> None:
-    name = settings["image_processor_type"]
+    name, compared = settings["image_processor_type"], 0
+    last: InputError | None = None
     for what, item in _odd_pictures(steps, channels, folder):
         expected, failure = _expected(processor, item)
         try:
             found = steps(read_image(item, channels, over_white=steps.over_white))
         except InputError as error:
-            if expected is None:
+            if expected is None:  # too large for its padding, say
+                last = error
                 continue
             raise ExportError(f"{name} takes {what}, edgeformer does not: {error} {_AS_IT_IS}") from error
+        compared += 1
         problem = failure or _difference(found, expected, steps)
         if problem:
             asked = {key: value for key, value in settings.items() if value not in (None, False)}
@@ -178,6 +181,8 @@ def _prove_images(processor: Any, steps: Steps, settings: Mapping[str, Any], cha
                 f"{name} does not do what its settings say, so edgeformer cannot follow it: for {what} {problem}. "
                 f"Settings: {', '.join(f'{key}={value!r}' for key, value in sorted(asked.items()))}. {_AS_IT_IS}"
             )
+    if not compared:
+        raise ExportError(f"{name} takes no picture at all: {last} {_AS_IT_IS}")
 
 
 def _odd_pictures(steps: Steps, channels: int, folder: Path) -> Iterator[tuple[str, Any]]:
