@@ -267,7 +267,9 @@ def classify(
 )
 def transcribe(
     bundle: BundleArg,
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Recordings: WAV, FLAC, MP3, OGG.", show_default=False)],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Recordings: WAV, FLAC, MP3, OGG.", show_default=False)
+    ],
     language: Annotated[str | None, typer.Option(help="A code such as de. Default: the model listens.")] = None,
     translate: Annotated[bool, typer.Option("--translate", help="Into English.")] = False,
     beams: BeamsOpt = None,
