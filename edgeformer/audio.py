@@ -1,4 +1,4 @@
-"""Sound as arrays: reading WAV files, changing the rate, and the log-mel features of speech models, in numpy."""
+"""Sound as arrays: reading recordings, changing their rate, and the log-mel features of speech models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import wave
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,68 +16,173 @@ from edgeformer.errors import InputError
 Array = np.ndarray[Any, Any]
 F32 = np.ndarray[Any, np.dtype[np.float32]]
 
+INSTALL = "pip install 'edgeformer[audio]'"
+_PIPED = 0x7FFF_0000  # bytes
+
 
 def read_wav(path: str | os.PathLike[str], rate: int) -> F32:
-    """The samples of a PCM WAV file, mixed to one channel, in [-1, 1], at `rate` samples a second.
+    """The samples of a recording, mixed to one channel, in [-1, 1], at `rate` samples a second.
+
+    With soundfile installed these are all of libsndfile's formats: WAV (PCM, float, mu-law, extensible), FLAC, MP3,
+    OGG and more; without it, plain PCM WAV.
 
     Raises:
-        InputError: it is no WAV file, or is compressed.
+        InputError: the file is missing, of an unknown format, cut short, empty or holds what is no number.
     """
+    _complete(path)
+    samples, found = _by_soundfile(path) or _by_wave(path)
+    if not len(samples):
+        raise InputError(f"{path} holds no samples.")
+    mono: F32 = samples.mean(1, dtype=np.float32)
+    if not np.isfinite(mono).all():
+        raise InputError(f"{path} holds samples that are no numbers (NaN or infinity).")
+    try:
+        return resample(mono, found, rate)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _by_soundfile(path: str | os.PathLike[str]) -> tuple[F32, int] | None:
+    """(samples [count, channels], their rate); None where soundfile is not installed."""
+    try:
+        import soundfile
+    except (ImportError, OSError):  # OSError: there is no libsndfile for it
+        return None
+    try:
+        with soundfile.SoundFile(os.fspath(path)) as file:
+            samples = file.read(dtype="float32", always_2d=True)
+            promised, rate, streamed = file.frames, file.samplerate, file.format in ("WAV", "WAVEX", "AU")
+    except (OSError, RuntimeError, TypeError) as error:  # libsndfile's errors are RuntimeErrors
+        raise InputError(f"{path} cannot be read as a recording: {error}") from error
+    if len(samples) < promised and not streamed:
+        raise InputError(f"{path} is cut short: it has {len(samples):,} of {promised:,} samples; copy it again.")
+    return samples, rate
+
+
+def _by_wave(path: str | os.PathLike[str]) -> tuple[F32, int]:
+    """(samples [count, channels], their rate) of PCM WAV by Python's own reader."""
     try:
         with wave.open(os.fspath(path), "rb") as file:
-            width, channels, found = file.getsampwidth(), file.getnchannels(), file.getframerate()
+            width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
             data = file.readframes(file.getnframes())
     except (OSError, EOFError, wave.Error) as error:
-        raise InputError(f"{path} cannot be read as a PCM WAV file: {error}.") from error
+        raise InputError(
+            f"{path} cannot be read as a PCM WAV file: {error or 'it ends too early'}. FLAC, MP3, OGG and other forms "
+            f"of WAV (float, extensible, mu-law) need soundfile: {INSTALL}"
+        ) from error
+    if width not in (1, 2, 3, 4):
+        raise InputError(f"{path} has samples of {width} bytes, expected 1 to 4; for others: {INSTALL}")
     data = data[: len(data) // (width * channels) * width * channels]  # a pipe's header may promise more than there is
-    if width == 1:
-        samples = np.frombuffer(data, np.uint8).astype(np.float32) / 128 - 1
+    samples: F32
+    if width == 1:  # the only one without a sign
+        samples = np.frombuffer(data, np.uint8).astype(np.float32) / np.float32(128) - np.float32(1)
     elif width == 3:
         parts = np.frombuffer(data, np.uint8).reshape(-1, 3).astype(np.int32)
         samples = ((parts[:, 0] << 8 | parts[:, 1] << 16 | parts[:, 2] << 24) / 2**31).astype(np.float32)
     else:
-        samples = np.frombuffer(data, {2: "<i2", 4: "<i4"}[width]).astype(np.float32) / 2 ** (8 * width - 1)
-    mono = samples.reshape(-1, channels).mean(1, dtype=np.float32)
-    return resample(mono, found, rate)
+        samples = np.frombuffer(data, {2: "<i2", 4: "<i4"}[width]).astype(np.float32)
+        samples /= np.float32(2 ** (8 * width - 1))
+    return samples.reshape(-1, channels), rate
 
 
-def resample(samples: F32, rate: int, wanted: int, taps: int = 32) -> F32:
-    """`samples` of `rate` a second at `wanted` a second: a windowed sinc, with nothing above half the lower rate.
+def _complete(path: str | os.PathLike[str]) -> None:
+    """Readers take a WAV file that was cut short for a shorter one, so its chunks are counted here.
 
-    https://ccrma.stanford.edu/~jos/resample/
+    Raises:
+        InputError: the data chunk ends behind the end of the file, or there is none.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(12)
+            if head[:4] not in (b"RIFF", b"RIFX", b"RF64") or head[8:12] != b"WAVE":
+                return
+            order: Literal["little", "big"] = "big" if head[:4] == b"RIFX" else "little"
+            long = 0  # bytes of data that an RF64 file names
+            while len(chunk := file.read(8)) == 8:
+                length = int.from_bytes(chunk[4:], order)
+                if chunk[:4] == b"ds64":  # https://tech.ebu.ch/docs/tech/tech3306.pdf: bytes of the file, of the data
+                    sizes = file.read(length)
+                    long = int.from_bytes(sizes[8:16], order)
+                    continue
+                if chunk[:4] == b"data":
+                    present = size - file.tell()
+                    length = long or length
+                    # A program that writes to a pipe does not know the length and says about 2 or 4 GiB.
+                    if length > present and (long or length < _PIPED):
+                        raise InputError(
+                            f"{path} is cut short: it holds {present:,} bytes of samples, its header says {length:,}; "
+                            "copy it again."
+                        )
+                    return
+                file.seek(length + length % 2, os.SEEK_CUR)
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        raise InputError(f"{path!r} cannot be read: {error}.") from error
+    raise InputError(f"{path} is cut short: it is a WAV file of {size:,} bytes without samples; copy it again.")
+
+
+def resample(samples: F32, rate: int, wanted: int) -> F32:
+    """`samples` of `rate` a second at `wanted` a second, by soxr.
+
+    Raises:
+        InputError: the rates differ and soxr is not installed.
     """
     if rate == wanted or not len(samples):
         return samples
-    count = int(np.ceil(len(samples) * wanted / rate))
-    cutoff = min(1.0, wanted / rate)
-    half = int(np.ceil(taps / cutoff))
-    padded = np.pad(samples.astype(np.float64), (half, half + 1))
-    out = np.empty(count, np.float32)
-    offsets = np.arange(-half + 1, half + 1)
-    for start in range(0, count, 1 << 14):  # bounds the memory
-        places = np.arange(start, min(start + (1 << 14), count)) * (rate / wanted)
-        whole = places.astype(np.int64)
-        distance = offsets[None] - (places - whole)[:, None]  # (outputs, taps)
-        window = np.where(np.abs(distance) < half, np.cos(distance * (np.pi / 2 / half)) ** 2, 0.0)
-        weights = cutoff * np.sinc(cutoff * distance) * window
-        out[start : start + len(places)] = (padded[whole[:, None] + offsets[None] + half] * weights).sum(1)
-    return out
+    try:
+        import soxr
+    except ImportError:
+        raise InputError(
+            f"the recording has {rate:,} samples a second, the model takes {wanted:,}, and changing the rate needs "
+            f"soxr: {INSTALL}"
+        ) from None
+    changed: F32 = soxr.resample(samples, rate, wanted, quality="HQ").astype(np.float32, copy=False)
+    return changed
+
+
+# Settings of a feature extractor that no feature depends on: names, a mask that no graph takes, a normalization that is
+# an argument of its call alone; and what its class computes from the other settings.
+IRRELEVANT = ("feature_extractor_type", "processor_class", "auto_map", "return_attention_mask", "do_normalize")
+DERIVED = ("n_samples", "nb_max_frames", "mel_filters")
 
 
 @dataclass(frozen=True)
 class LogMel:
     """Settings of a log-mel front end, named as in preprocessor_config.json."""
 
-    feature_size: int = 80  # mel bins
-    sampling_rate: int = 16000
-    hop_length: int = 160
-    n_fft: int = 400
-    chunk_length: float = 30  # seconds that a window is padded or cut to
+    feature_size: int  # mel bins
+    sampling_rate: int
+    hop_length: int
+    n_fft: int
+    chunk_length: float  # seconds that a window is padded or cut to
+    padding_value: float = 0.0
+    padding_side: str = "right"
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> LogMel:
-        known = {name: settings[name] for name in cls.__dataclass_fields__ if settings.get(name) is not None}
-        return cls(**known)
+        """The front end that a preprocessor_config.json describes.
+
+        Raises:
+            InputError: a setting is missing, unknown, or has an unknown value.
+        """
+        given = {
+            name: value for name, value in settings.items() if value is not None and name not in IRRELEVANT + DERIVED
+        }
+        if given.pop("dither", 0.0) != 0.0:
+            raise InputError(f"preprocessor_config.json asks for dither={settings['dither']}: random noise.")
+        strange = sorted(set(given) - set(cls.__dataclass_fields__))
+        if strange:
+            listed = ", ".join(f"{name}={given[name]!r}" for name in strange)
+            raise InputError(f"preprocessor_config.json asks for {listed[:400]}, which edgeformer does not compute.")
+        missing = [name for name in list(cls.__dataclass_fields__)[:5] if name not in given]
+        if missing:
+            raise InputError(
+                f"preprocessor_config.json does not say {', '.join(missing)}, which log-mel features need; export an "
+                "old bundle again."
+            )
+        if given.get("padding_side", "right") not in ("left", "right"):
+            raise InputError(f"preprocessor_config.json gives padding_side as {given['padding_side']!r}.")
+        return cls(**given)
 
     @property
     def samples(self) -> int:
@@ -85,14 +190,15 @@ class LogMel:
         return int(self.chunk_length * self.sampling_rate)
 
     def features(self, samples: Array) -> F32:
-        """float32 [feature_size, samples / hop_length] of one window, padded with silence or cut.
+        """float32 [feature_size, samples / hop_length] of one window, padded or cut.
 
         Power spectrum over a Hann window, mel filters, log10 with a floor 8 below the loudest, scaled to about
         [-1, 1]: Radford et al. 2022, https://arxiv.org/abs/2212.04356, section 2.2.
         """
-        wave = np.zeros(self.samples)
         cut = np.asarray(samples, np.float64)[: self.samples]
-        wave[: len(cut)] = cut
+        room = self.samples - len(cut)
+        sides = (0, room) if self.padding_side == "right" else (room, 0)
+        wave = np.pad(cut, sides, constant_values=self.padding_value)
         half = self.n_fft // 2
         padded = np.pad(wave, half, mode="reflect")
         window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(self.n_fft) / self.n_fft)  # periodic
@@ -106,8 +212,8 @@ class LogMel:
 
 @lru_cache(maxsize=4)
 def _filters(bins: int, count: int, rate: int) -> Array:
-    """[count, bins]: triangles of equal area, equally spaced on the Slaney mel scale from 0 to half the rate."""
-    edges = _hertz(np.linspace(0.0, _mel(min(rate / 2, 8000.0)), count + 2))
+    """[count, bins]: triangles of equal area, equally spaced on the Slaney mel scale from 0 to 8 kHz."""
+    edges = _hertz(np.linspace(0.0, _mel(8000.0), count + 2))
     places = np.linspace(0, rate / 2, bins)
     rise = (places[None] - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     fall = (edges[2:, None] - places[None]) / (edges[2:] - edges[1:-1])[:, None]

@@ -229,13 +229,13 @@ class Encoder:
         if prompt:
             raise InputError(f"{self.bundle.path} takes no text, so there is no place for the prompt {prompt!r}.")
         if "pixel_values" in self.inputs:
-            from edgeformer.image import pixels
+            from edgeformer.image import Steps, pixels
 
             shape = self.inputs["pixel_values"]["shape"]
-            settings = self._preprocessor()
+            steps = Steps.of(self._preprocessor())
             for start in range(0, len(items), batch_size):
                 part = items[start : start + batch_size]
-                arrays = np.stack([pixels(item, settings, tuple(shape[1:])) for item in part])
+                arrays = np.stack([pixels(item, steps, tuple(shape[1:])) for item in part])
                 yield list(range(start, start + len(part))), {"pixel_values": arrays}, []
             return
         raise InputError(

@@ -202,7 +202,7 @@ class Model(EncoderMethods):
         num_beams: int | None = None,
         max_new_tokens: int | None = None,
     ) -> Transcript:
-        """What is said in a WAV file, or in samples [count] at the model's rate.
+        """What is said in a recording's file, or in samples [count] at the model's rate.
 
         Longer recordings are cut into the windows that the model was made for. Without a `language` (the bundle's, if
         it names one) the model says which it hears, if it knows several; `task="translate"` gives English, "transcribe"

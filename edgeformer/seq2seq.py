@@ -194,9 +194,12 @@ def transcribe(
             f"{pair.bundle.path} is a {pair.bundle.task} model that takes no sound, or has no preprocessor_config.json."
         )
     front = LogMel.of(read_json(settings))
-    samples = np.asarray(audio) if isinstance(audio, np.ndarray) else read_wav(audio, front.sampling_rate)
+    is_file = isinstance(audio, (str, os.PathLike))
+    samples = read_wav(audio, front.sampling_rate) if is_file else np.asarray(audio)  # type: ignore[arg-type]
     if samples.ndim != 1 or samples.dtype.kind != "f" or not samples.size:
         raise InputError(f"The recording is {samples.dtype}{list(samples.shape)}, expected float samples [count].")
+    if not np.isfinite(samples).all():
+        raise InputError("The recording holds samples that are no numbers (NaN or infinity).")
     ids: list[int] = []
     for start in range(0, len(samples), front.samples):
         held = pair.encode(pair.source(front.features(samples[start : start + front.samples])))

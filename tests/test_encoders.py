@@ -341,6 +341,8 @@ def test_a_shortest_edge_and_a_crop_are_transformers(tmp_path):
         "do_center_crop": True,
         "do_resize": True,
         "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],

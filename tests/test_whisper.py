@@ -64,7 +64,7 @@ def test_wav_files_of_every_width_are_read(width, step, tmp_path):
     found = read_wav(tmp_path / "sound.wav", RATE)
     assert np.abs(found - left * 0.75).max() < 2 * step + 1e-6
     (tmp_path / "no.wav").write_bytes(b"RIFF")
-    with pytest.raises(InputError, match="cannot be read as a PCM WAV file"):
+    with pytest.raises(InputError, match="cannot be read"):
         read_wav(tmp_path / "no.wav", RATE)
 
 

@@ -292,7 +292,9 @@ def classify(
 )
 def transcribe(
     bundle: BundleArg,
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="PCM WAV files.", show_default=False)],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Recordings: WAV, FLAC, MP3, OGG.", show_default=False)
+    ],
     language: Annotated[
         str | None, typer.Option(help="A code such as de. Default: the bundle's, else the model listens.")
     ] = None,

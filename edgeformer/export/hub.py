@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from edgeformer.errors import ExportError
-from edgeformer.export import attention, experts, tasks
+from edgeformer.export import attention, experts, processors, tasks
 from edgeformer.export.generation import generation_settings
 from edgeformer.export.hub_weights import LoadRules, checked_headers, load_complete, load_gguf, model_folder
 from edgeformer.export.sentence import sentence_folder, sentence_source
@@ -77,10 +77,9 @@ def _any_model(name: str, origin: str, architecture: str | None, rules: LoadRule
     files = _tokenizer_files(place, {})
     if task == "text-generation":
         return dataclasses.replace(language_model(model, origin, files=files), completeness=record)
-    for extra in (tasks.PREPROCESSOR,):
-        if (content := read(extra)) is not None:
-            files[extra] = content
-    if model.config.is_encoder_decoder and folder is None and hasattr(model, "get_encoder"):
+    paired = model.config.is_encoder_decoder and folder is None and hasattr(model, "get_encoder")
+    files |= _processor_files(model, read, paired=paired)
+    if paired:
         pair = pair_source(model, origin, task, files)
         return dataclasses.replace(pair, encoder=dataclasses.replace(pair.encoder, completeness=record))
     source = dataclasses.replace(tasks.encoder_source(model, origin, task, files), completeness=record)
@@ -92,6 +91,18 @@ def _any_model(name: str, origin: str, architecture: str | None, rules: LoadRule
 def _subfolder(name: str, subfolder: str) -> str:
     """Where the model lies inside the folder or hub model `name`."""
     return str(model_folder(name, subfolder)) if subfolder else name
+
+
+def _processor_files(model: Any, read: processors.Read, *, paired: bool) -> dict[str, bytes]:
+    """preprocessor_config.json for what the model takes; a model of text needs none."""
+    main = model.main_input_name
+    if main == "pixel_values" and not paired:
+        return processors.image_settings(read, int(model.config.num_channels))
+    if main not in ("input_values", "input_features"):
+        return {}
+    if paired and main == "input_features":  # the only sound that the runtime itself makes features of
+        return processors.log_mel_settings(read, tasks.sound_inputs(model, main, {})[0].shape[1:])
+    return processors.sound_settings(read)
 
 
 def _read(name: str, file: str) -> bytes | None:

@@ -15,16 +15,17 @@ from typing import Any
 
 import torch
 
-from edgeformer.errors import ExportError
+from edgeformer.errors import ExportError, InputError
 from edgeformer.export import attention
 from edgeformer.export.sentence import MODULES, text_length
 from edgeformer.export.sentence_settings import MODEL_FILE, pair_activation
 from edgeformer.export.source import Source
 from edgeformer.export.trace import Input
+from edgeformer.image import FILE as PREPROCESSOR
+from edgeformer.image import Steps
 
 NOT_CONFIG = ("quantization_config", "_name_or_path", "_attn_implementation", "_attn_implementation_autoset")
 EMBEDDINGS = ("text_embeds", "image_embeds")  # of two-tower models: one vector a text or picture
-PREPROCESSOR = "preprocessor_config.json"
 Read = Callable[[str], bytes | None]  # a file of the model's folder; None where there is none
 _WAVE_UNIT = 400  # samples: convolutions over raw sound eat up less than this for one frame
 
@@ -179,14 +180,22 @@ def sound_inputs(model: Any, main: str, files: Mapping[str, bytes]) -> tuple[Inp
 
 
 def image_size(config: Any, files: Mapping[str, bytes]) -> tuple[int, int]:
-    """(height, width) that the preprocessing ends with; without one what the config names."""
-    settings = _object(files.get(PREPROCESSOR))
-    cropped = settings.get("do_center_crop") and settings.get("crop_size")
-    size = cropped or (settings.get("size") if settings.get("do_resize", True) else None) or config.image_size
-    if isinstance(size, Mapping) and "height" in size:
-        return int(size["height"]), int(size["width"])
-    if isinstance(size, Mapping):  # the shorter edge alone: nothing fixes the other
-        size = config.image_size
+    """(height, width) that the preprocessing ends with; where it leaves that to the picture, what the config names.
+
+    Raises:
+        ExportError: neither says it.
+    """
+    content = files.get(PREPROCESSOR)
+    try:
+        fixed = None if content is None else Steps.of(_object(content)).fixed
+    except InputError as error:
+        raise ExportError(str(error)) from error
+    size = fixed or getattr(config, "image_size", None)
+    if size is None:
+        raise ExportError(
+            f"neither {PREPROCESSOR} nor config.json fixes the size of pictures; give {PREPROCESSOR} a size of height "
+            "and width, or a crop_size."
+        )
     return (int(size), int(size)) if not isinstance(size, Sequence) else (int(size[0]), int(size[1]))
 
 
