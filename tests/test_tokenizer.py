@@ -11,9 +11,10 @@ import pytest
 
 from edgeformer import template
 from edgeformer.bundle import Bundle
+from edgeformer.detokenizer import REPLACEMENT, Detokenizer
 from edgeformer.errors import BundleError, InputError, TemplateError
 from edgeformer.template import ChatTemplate
-from edgeformer.tokenizer import REPLACEMENT, Detokenizer, Tokenizer
+from edgeformer.tokenizer import Tokenizer
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
