@@ -124,7 +124,8 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self.chat.names)
+        """Whether there is one for messages alone; others may have names."""
+        return DEFAULT in self.chat.names
 
     def render_chat(
         self,
@@ -280,13 +281,11 @@ def _decoder(backend: Any) -> str:
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     """name -> text of the special tokens that a template may read, those of this model alone too."""
-    found = {}
-    more = (settings.get(name) for name in ("model_specific_special_tokens", "extra_special_tokens"))
     named = {name: value for name, value in settings.items() if name.endswith("_token")}
-    for name, value in {
-        **named,
-        **{k: v for part in more if isinstance(part, Mapping) for k, v in part.items()},
-    }.items():
+    for group in ("model_specific_special_tokens", "extra_special_tokens"):
+        named |= settings[group] if isinstance(settings.get(group), dict) else {}
+    found = {}
+    for name, value in named.items():
         text = value.get("content") if isinstance(value, Mapping) else value
         if isinstance(text, str):
             found[name] = text
