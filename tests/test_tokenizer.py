@@ -115,7 +115,7 @@ def test_templates_by_name_and_none(lm, copy_of, reseal, value, expected):
     assert tokenizer.special_tokens == {"eos_token": "<|im_end|>"}
     if expected is None:
         assert not tokenizer.has_chat_template
-        with pytest.raises(TemplateError, match="has no (default )?chat template"):
+        with pytest.raises(TemplateError, match=r"has no (default )?chat template"):
             tokenizer.render_chat(MESSAGES)
     else:
         assert tokenizer.render_chat(MESSAGES) == expected

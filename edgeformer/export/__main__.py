@@ -92,7 +92,8 @@ def main(
     dtype: Annotated[str | None, typer.Option(help="float32, or float16 for CUDA. [default: float32]")] = None,
     weights: Annotated[Path | None, typer.Option(help="For a factory: a .safetensors file.")] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="For a factory: its tokenizer.json, or a folder with it and a chat template.")
+        Path | None,
+        typer.Option(help="A tokenizer's folder, to take instead; for a factory, a tokenizer.json too; or none."),
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Merge this PEFT adapter folder (LoRA) into the model.")] = None,
     inputs: Annotated[

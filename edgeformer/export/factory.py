@@ -18,6 +18,7 @@ from edgeformer.errors import BundleError, ExportError
 from edgeformer.export.options import ExportOptions
 from edgeformer.export.own_pair import is_pair, own_pair
 from edgeformer.export.source import TOKENIZER_FILES, Pair, Source
+from edgeformer.export.texts import NONE, folder_files
 from edgeformer.export.trace import Input
 
 _SPEC = re.compile(r"^(?P<name>\w+)=(?P<dtype>\w+)\[(?P<shape>[\w, ]*)\](?:<(?P<high>\d+))?$")
@@ -111,10 +112,11 @@ def _task(paired: bool, tokens: bool) -> str:
 
 def _tokenizer(path: Path | None) -> dict[str, bytes]:
     """The files of a tokenizer, from a folder or its tokenizer.json alone."""
-    if path is None:
+    if path is None or path == NONE:
         return {}
-    files = {"tokenizer.json": path} if path.is_file() else {name: path / name for name in TOKENIZER_FILES}
-    found = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+    if not path.is_file():
+        return folder_files(path)
+    found = {"tokenizer.json": path.read_bytes()}
     try:
         json.loads(found["tokenizer.json"])["model"]
     except (KeyError, TypeError, ValueError) as error:

@@ -7,7 +7,6 @@ import dataclasses
 import inspect
 import json
 import logging
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from edgeformer.errors import ExportError
 from edgeformer.export import attention, experts, tasks
 from edgeformer.export.seq2seq import pair_source
-from edgeformer.export.source import TOKENIZER_FILES, Pair, Source
+from edgeformer.export.source import Pair, Source
 from edgeformer.export.trace import Input
 
 _FROZEN_ROPE = (
@@ -61,7 +60,7 @@ def _any_model(name: str, origin: str, architecture: str | None) -> Source | Pai
     if task == "text-generation":
         return _causal_lm(name, origin)
     model = _load(loader, name, {})
-    files = _tokenizer_files(name, {})
+    files: dict[str, bytes] = {}
     for extra in (tasks.PREPROCESSOR,):
         if (content := _read(name, extra)) is not None:
             files[extra] = content
@@ -100,7 +99,7 @@ def _causal_lm(name: str, origin: str, gguf_file: str | None = None, kept: Any =
 
     more = {"gguf_file": gguf_file} if gguf_file else {}
     model = _load(AutoModelForCausalLM, name, more)
-    return language_model(model, origin, files=_tokenizer_files(name, more), kept=kept)
+    return language_model(model, origin, kept=kept)
 
 
 def _load(loader: Any, name: str, more: Mapping[str, str]) -> Any:
@@ -186,36 +185,6 @@ def _counts_from_zero(model: Any, vocabulary: int) -> bool:
     with torch.no_grad(), _quiet():
         own, given = (model(ids, **more).logits for more in ({}, {"position_ids": torch.arange(5)[None]}))
     return torch.allclose(own, given, rtol=1e-4, atol=1e-5)
-
-
-def _tokenizer_files(name: str, more: Mapping[str, str]) -> dict[str, bytes]:
-    """The files of the model's fast tokenizer; empty when it has none, and then the bundle runs on token ids."""
-    from transformers import AutoTokenizer
-
-    with _quiet(), tempfile.TemporaryDirectory() as folder:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **more)
-        except Exception:
-            if (Path(name) / "tokenizer.json").exists():
-                raise
-            return {}
-        if not tokenizer.is_fast:
-            return {}
-        tokenizer.save_pretrained(folder)
-        present = [Path(folder) / file for file in TOKENIZER_FILES if (Path(folder) / file).exists()]
-        files = {file.name: file.read_bytes() for file in present}
-        return files | {"tokenizer.json": compact_tokenizer(files["tokenizer.json"])}
-
-
-def compact_tokenizer(data: bytes) -> bytes:
-    """The same tokenizer.json without spaces, and its merges as text ("a b", as all files had them until tokenizers
-    0.20, and all readers know them) where no token holds a space: SmolLM2's is read in 46 instead of 63 ms.
-    """
-    tokenizer = json.loads(data)
-    merges = tokenizer["model"].get("merges", [])
-    if all(isinstance(pair, list) and not any(" " in token for token in pair) for pair in merges):
-        merges[:] = [" ".join(pair) for pair in merges]
-    return json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _load_failure(name: str, error: Exception) -> str:

@@ -7,10 +7,11 @@ from pathlib import Path
 from edgeformer.errors import ExportError
 from edgeformer.export.adapter import with_adapter
 from edgeformer.export.factory import checkpoint_source, factory_source
-from edgeformer.export.hub import folder_source, gguf_source, hub_source
+from edgeformer.export.hub import _read, folder_source, gguf_source, hub_source
 from edgeformer.export.options import ExportOptions
 from edgeformer.export.scratch import to_disk
 from edgeformer.export.source import Pair, Source
+from edgeformer.export.texts import with_tokenizer
 from edgeformer.models.checkpoint import read_config
 
 
@@ -29,12 +30,14 @@ def load_source(options: ExportOptions) -> Source | Pair:
 
 def _base_source(options: ExportOptions) -> Source | Pair:
     name, path = options.source, Path(options.source)
-    if options.tokenizer is not None and (":" not in name or path.exists()):
-        raise ExportError(f"--tokenizer is for module:factory; {name} brings its own.")
     if path.is_file() and path.suffix.lower() == ".gguf":
-        return gguf_source(path)
+        return with_tokenizer(gguf_source(path), str(path.parent), lambda file: None, options.tokenizer, path.name)
     if (path / "config.json").is_file():
-        return _folder_source(path, options.architecture)
+        if "edgeformer_factory" in read_config(path):
+            if options.tokenizer is not None:
+                raise ExportError(f"--tokenizer is not for a checkpoint folder; {name} brings its own.")
+            return checkpoint_source(path)
+        return _tokenized(folder_source(path, options.architecture), options)
     if ":" in name and not path.exists():
         return factory_source(options)
     if path.exists():
@@ -45,10 +48,8 @@ def _base_source(options: ExportOptions) -> Source | Pair:
         )
     if path.suffix or path.is_absolute() or name.count("/") > 1:
         raise ExportError(f"{name} does not exist.")
-    return hub_source(name, options.architecture)
+    return _tokenized(hub_source(name, options.architecture), options)
 
 
-def _folder_source(path: Path, architecture: str | None) -> Source | Pair:
-    if "edgeformer_factory" in read_config(path):
-        return checkpoint_source(path)
-    return folder_source(path, architecture)
+def _tokenized(source: Source | Pair, options: ExportOptions) -> Source | Pair:
+    return with_tokenizer(source, options.source, lambda file: _read(options.source, file), options.tokenizer)
