@@ -54,6 +54,7 @@ class Tokenizer:
         self.special_tokens = _special_tokens(settings)
         pad = self.special_tokens.get("pad_token")
         self.pad_id: int | None = None if pad is None else backend.token_to_id(pad)
+        self._fill = self.special_tokens.get("fill_token")  # Code Llama's class makes an infilling prompt of it
         self._control = settings.get("chat_control_tokens")
         self.chat = ChatFormat(_templates(settings, template), self.special_tokens)
 
@@ -90,6 +91,8 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise InputError(f"The text is {type(text).__name__}, expected str.")
+        if self._fill is not None and self._fill in text:
+            raise InputError(f"{self._fill} asks for infilling, which is not done here; write the model's own prompt.")
         backend = self._variant(None, self._splits if split_special_tokens is None else split_special_tokens)
         ids: list[int] = _encoded(lambda: backend.encode(text, add_special_tokens=add_special_tokens)).ids
         return ids

@@ -198,6 +198,7 @@ def _texts(tokenizer: Any, runtime: Tokenizer, texts: Sequence[str]) -> Iterator
         return lambda: tokenizer(*text, **more)[name]
 
     added = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items())][:_ADDED]
+    added = [token for token in added if token != runtime.special_tokens.get("fill_token")]  # the runtime refuses it
     length = _CUT + tokenizer.num_special_tokens_to_add(pair=False)
     for text in (*texts, *(f"a{token}b {token} {token}c" for token in added)):
         for special in (True, False):
