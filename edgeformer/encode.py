@@ -169,6 +169,8 @@ class Encoder:
         limit = self.processing.get("max_length")
         encoded = [self.tokenizer.encode_for_encoder(item, limit) for item in items]
         padding = self.bundle.config.get("pad_token_id")
+        if padding is None:
+            padding = self.tokenizer.pad_id
         order = sorted(range(len(items)), key=lambda place: -len(encoded[place].ids))
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]

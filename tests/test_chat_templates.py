@@ -316,6 +316,16 @@ def test_a_template_sees_plain_values_only(pairs):
             pair.ours.render_chat(chat, template=attack)
 
 
+def test_the_sweep_tries_every_argument_and_every_global_of_templates():
+    """A new one of transformers fails here before it can be ignored."""
+    from bench.sources import tokenizers as sweep
+
+    names = [name.partition("(")[2][:-1] for name in sweep.settings() if name.startswith("apply_chat_template(")]
+    assert set(names) == set(sweep._ARGUMENTS) | set(sweep._NO_ARGUMENT)
+    uses = {name.removeprefix("template: ") for name in sweep.settings() if name.startswith("template: ")}
+    assert uses == set(sweep._USES)
+
+
 @pytest.mark.parametrize(("more", "told"), [
     ({"tools": [len]}, r"tools is .*JSON schemas"), ({"tools": "find"}, r"tools is 'find'"),
     ({"documents": ["text"]}, r"documents is .*list of mappings"),

@@ -206,6 +206,39 @@ def test_added_tokens_keep_their_flags(tmp_path, flag, special):
         )
 
 
+@pytest.mark.parametrize(("bos", "eos"), [(True, False), (False, True), (True, True), (False, False)])
+def test_a_folder_without_tokenizer_json_is_converted_with_its_settings(tmp_path, bos, eos):
+    """There, `add_bos_token` and `add_eos_token` count; with a tokenizer.json, that file says it."""
+    backend = families.byte_bpe(["<|endoftext|>"])
+    backend.model.save(str(tmp_path))  # vocab.json and merges.txt
+    settings = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": bos, "add_eos_token": eos}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    runtime, theirs = bundled(tmp_path, tmp_path / "bundle")
+    for text in odd_texts.TEXTS:
+        assert runtime.encode(text) == theirs(text)["input_ids"]
+    assert len(runtime.encode("a")) == 1 + bos + eos
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_sentencepiece_model_is_converted(tmp_path, kind):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    name = "LlamaTokenizer" if kind == "bpe" else "T5Tokenizer"
+    (tmp_path / "text.txt").write_text("\n".join(line for text in families.TRAINED for line in text.split("\n")))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "m"), model_type=kind, vocab_size=420,
+        byte_fallback=kind == "bpe", hard_vocab_limit=False, minloglevel=2, character_coverage=0.98,
+    )  # fmt: skip
+    (tmp_path / "m.model").rename(tmp_path / ("tokenizer.model" if kind == "bpe" else "spiece.model"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name, "legacy": False}))
+    runtime, theirs = bundled(tmp_path, tmp_path / "bundle")
+    assert type(theirs).__name__ == name
+    for text in odd_texts.TEXTS:
+        ids = theirs(text)["input_ids"]
+        assert runtime.encode(text) == ids
+        assert runtime.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 

@@ -74,7 +74,7 @@ def make(kind: Any, folder: Path) -> Path:
         except (TypeError, ValueError):  # a few classes name a model of another kind than their __init__ makes
             made = _of_vocabulary(kind, "Unigram")
     made.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{{ eos_token }}"
-    made.save_pretrained(folder)
+    made.save_pretrained(folder, save_jinja_files=False)  # the template in the file that the settings are in
     return folder
 
 
@@ -85,12 +85,13 @@ def _of_vocabulary(kind: Any, model: str) -> Any:
 
 
 def changed(folder: Path, to: Path, **settings: Any) -> Path:
-    """A copy of the folder, with `settings` in its tokenizer_config.json."""
+    """A copy of the folder, with `settings` in its tokenizer_config.json; those that are `...` are taken out."""
     to.mkdir(parents=True)
     for file in folder.iterdir():
         (to / file.name).write_bytes(file.read_bytes())
     path = to / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    written = json.loads(path.read_text()) | settings
+    path.write_text(json.dumps({key: value for key, value in written.items() if value is not ...}))
     return to
 
 
