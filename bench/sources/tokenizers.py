@@ -224,7 +224,6 @@ def _argument(setting: str, bases: _Bases) -> Row:
     if name in _NO_ARGUMENT:
         return Row(setting, "irrelevant", _NO_ARGUMENT[name], "")
     folder = bases.changed("LlamaTokenizer", chat_template=_TEMPLATE)
-    (folder / "chat_template.jinja").unlink()
     theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), tiny.runtime(folder)
     chat = [*tiny.STRANGE_CHAT, {"role": "assistant", "content": "go on"}]
     for more in _ARGUMENTS.get(name, []):
