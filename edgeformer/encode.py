@@ -253,6 +253,8 @@ class Encoder:
         leaves_out = bool(prompt) and not self.processing.get("include_prompt", True)
         first = self._prompt_length(prompt, limit) if leaves_out else 0
         padding = self.bundle.config.get("pad_token_id")
+        if padding is None:
+            padding = self.tokenizer.pad_id
         order = sorted(range(len(items)), key=lambda place: -len(encoded[place].ids))
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]

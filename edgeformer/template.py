@@ -21,10 +21,12 @@ from typing import Any, TypeVar
 from jinja2 import TemplateError as JinjaError
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import make_attrgetter
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from edgeformer.errors import TemplateError
 
@@ -64,6 +66,22 @@ class ChatTemplate:
             ) from error
         except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             raise TemplateError(f"The chat template fails on these messages: {error}.") from error
+
+
+@functools.lru_cache(16)
+def literals(source: str) -> str:
+    """All that a template writes by itself: its text and the strings in its code, each ended by a NUL.
+
+    Raises:
+        TemplateError: the template's syntax is wrong.
+    """
+    try:
+        tree = _with_deadline(lambda: _environment().parse(source))
+    except (JinjaError, RecursionError) as error:
+        raise TemplateError(f"The chat template is not valid: {error}.") from error
+    texts = [node.data for node in tree.find_all(nodes.TemplateData)]
+    texts += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+    return "\0".join(texts)
 
 
 def _with_deadline(work: Callable[[], T]) -> T:
@@ -223,13 +241,47 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}` marks words for training; here it is just its content."""
+    """`{% generation %}...{% endgeneration %}` marks words for training; here it is its content, in a scope of its own
+    as in transformers.
+    """
 
     tags = {"generation"}  # noqa: RUF012  (jinja2's own way)
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
+
+    def _content(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class _Names(Namespace):
+    """jinja2's namespace, for names that do not begin with an underscore, as in transformers."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # as jinja2's: `self` may be one of the names
+        for name in dict(*args[1:], **kwargs):
+            _check_name(name)
+        Namespace.__init__(*args, **kwargs)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: Any) -> None:
+    if str(name).startswith("_"):
+        raise SecurityError(f"a namespace may not hold the name {name!r}: it begins with an underscore")
+
+
+class _Dict:
+    """`dict(...)` and `dict.fromkeys(...)`, and nothing else of the class."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
 
 
 @functools.cache
@@ -266,8 +318,8 @@ def _environment() -> _Sandbox:
     environment.filters = {name: _bounded_filter(function) for name, function in environment.filters.items()}
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = strftime_now
-    for name in ("lipsum", "cycler", "joiner"):
-        environment.globals.pop(name, None)
+    environment.globals |= {"dict": _Dict(), "namespace": _Names}
+    environment.globals.pop("lipsum", None)  # makes texts without end
     return environment
 
 

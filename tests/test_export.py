@@ -22,8 +22,8 @@ import edgeformer  # noqa: E402
 from edgeformer.bundle import Bundle  # noqa: E402
 from edgeformer.errors import BundleError, ExportError, ParityError  # noqa: E402
 from edgeformer.export import ExportOptions, export, parity, read_recipe  # noqa: E402
-from edgeformer.export.hub import compact_tokenizer  # noqa: E402
 from edgeformer.export.sources import load_source  # noqa: E402
+from edgeformer.export.texts import compact_tokenizer  # noqa: E402
 
 PROMPTS = ([1, 17, 33, 90, 5], [1, 4], [1, 110, 3, 3, 3, 64, 12])
 

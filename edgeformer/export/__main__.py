@@ -94,7 +94,8 @@ def main(
         Path | None, typer.Option(help="For a factory: its checkpoint: .safetensors, .pt, .ckpt, or a folder.")
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="For a factory: its tokenizer.json, or a folder with it and a chat template.")
+        Path | None,
+        typer.Option(help="A tokenizer's folder, to take instead; for a factory, a tokenizer.json too; or none."),
     ] = None,
     adapter: Annotated[
         Path | None, typer.Option(help="Merge the PEFT adapter in this folder (LoRA, DoRA, IA3, ...) into the model.")

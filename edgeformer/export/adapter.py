@@ -92,19 +92,19 @@ def _rows(module: Any) -> int | None:
 
 def _tokenizer(folder: Path) -> dict[str, bytes]:
     """The files of the tokenizer in the adapter's folder; a lone chat template is one too."""
-    from edgeformer.export.hub import _tokenizer_files
+    from edgeformer.export.texts import folder_files
 
     found = {name for name in (*TOKENIZER_FILES, "tokenizer.model", "vocab.json") if (folder / name).is_file()}
     template = {name: (folder / name).read_bytes() for name in found & {"chat_template.jinja"}}
     if not found - {"chat_template.jinja"}:
         return template
-    files = _tokenizer_files(str(folder), {})
-    if not files:
+    try:
+        return folder_files(folder)
+    except ExportError as error:
         raise ExportError(
-            f"the adapter {folder} brings a tokenizer ({', '.join(sorted(found))}) that transformers cannot load as a "
-            "fast one. Save it with AutoTokenizer's save_pretrained(folder), or take its files away to use the base's."
-        )
-    return files
+            f"the adapter {folder} brings a tokenizer ({', '.join(sorted(found))}): {error} Or take its files away to "
+            "use the base's."
+        ) from error
 
 
 def _generation(folder: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from edgeformer.export.options import ExportOptions
 from edgeformer.export.own_pair import is_pair, own_pair
 from edgeformer.export.own_weights import load_weights, unwrap_module
 from edgeformer.export.source import TOKENIZER_FILES, Pair, Source
+from edgeformer.export.texts import NONE, folder_files
 from edgeformer.export.trace import Input
 from edgeformer.export.wrappers import unwrapped
 
@@ -128,10 +129,11 @@ def _task(paired: bool, tokens: bool) -> str:
 
 def _tokenizer(path: Path | None) -> dict[str, bytes]:
     """The files of a tokenizer, from a folder or its tokenizer.json alone."""
-    if path is None:
+    if path is None or path == NONE:
         return {}
-    files = {"tokenizer.json": path} if path.is_file() else {name: path / name for name in TOKENIZER_FILES}
-    found = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+    if not path.is_file():
+        return folder_files(path)
+    found = {"tokenizer.json": path.read_bytes()}
     try:
         json.loads(found["tokenizer.json"])["model"]
     except (KeyError, TypeError, ValueError) as error:

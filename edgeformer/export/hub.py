@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import inspect
 import json
-import logging
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,11 @@ from edgeformer.errors import ExportError
 from edgeformer.export import attention, experts, processors, tasks
 from edgeformer.export.generation import generation_settings
 from edgeformer.export.hub_weights import LoadRules, checked_headers, load_complete, load_gguf, model_folder
+from edgeformer.export.quiet import quiet
 from edgeformer.export.sentence import sentence_folder, sentence_source
 from edgeformer.export.seq2seq import pair_source
-from edgeformer.export.source import TOKENIZER_FILES, Pair, Source
+from edgeformer.export.source import Pair, Source
+from edgeformer.export.texts import with_tokenizer
 from edgeformer.export.trace import Input
 
 _FROZEN_ROPE = (
@@ -31,32 +31,42 @@ _RULES = LoadRules()
 CACHE_ARGUMENTS = ("cache", "past_key_values")  # of transformers' forward: since 5.24, and before
 
 
-def folder_source(path: Path, architecture: str | None = None, rules: LoadRules = _RULES) -> Source | Pair:
+def folder_source(
+    path: Path, architecture: str | None = None, rules: LoadRules = _RULES, tokenizer: Path | None = None
+) -> Source | Pair:
     """The model in a Hugging Face folder, with its tokenizer and preprocessing if it has them.
 
     `architecture` names a class of transformers to load instead of the one in config.json: one of two towers, say.
+    `tokenizer` is the folder of another tokenizer, or `texts.NONE`.
 
     Raises:
         ExportError: transformers cannot load it, a weight is missing or unused, or it is of a kind that cannot be
             exported.
     """
-    return _any_model(str(path), f"folder {path.name}", architecture, rules)
+    return _any_model(str(path), f"folder {path.name}", architecture, rules, tokenizer)
 
 
-def hub_source(name: str, architecture: str | None = None, rules: LoadRules = _RULES) -> Source | Pair:
+def hub_source(
+    name: str, architecture: str | None = None, rules: LoadRules = _RULES, tokenizer: Path | None = None
+) -> Source | Pair:
     """A model by its hub name.
 
     Raises:
         ExportError: the hub cannot be reached, or has no such model.
     """
-    return _any_model(name, f"hub {name}", architecture, rules)
+    return _any_model(name, f"hub {name}", architecture, rules, tokenizer)
 
 
-def _any_model(name: str, origin: str, architecture: str | None, rules: LoadRules) -> Source | Pair:
+def _any_model(
+    name: str, origin: str, architecture: str | None, rules: LoadRules, tokenizer: Path | None
+) -> Source | Pair:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     def read(file: str) -> bytes | None:
         return _read(name, file)
+
+    def read_here(file: str) -> bytes | None:
+        return _read(place, file)
 
     # A class that the user names is exported alone, without what the folder adds to it.
     folder = sentence_folder(read) if architecture is None else None
@@ -74,15 +84,17 @@ def _any_model(name: str, origin: str, architecture: str | None, rules: LoadRule
         model, record = load_complete(loader, place, headers, rules, part=part)
     if folder is not None and model.config.is_encoder_decoder:
         model = model.get_encoder()
-    files = _tokenizer_files(place, {})
     if task == "text-generation":
-        return dataclasses.replace(language_model(model, origin, files=files), completeness=record)
+        source = dataclasses.replace(language_model(model, origin), completeness=record)
+        return with_tokenizer(source, place, read_here, tokenizer)
     paired = model.config.is_encoder_decoder and folder is None and hasattr(model, "get_encoder")
-    files |= _processor_files(model, read, paired=paired)
+    files = _processor_files(model, read, paired=paired)
     if paired:
         pair = pair_source(model, origin, task, files)
-        return dataclasses.replace(pair, encoder=dataclasses.replace(pair.encoder, completeness=record))
+        pair = dataclasses.replace(pair, encoder=dataclasses.replace(pair.encoder, completeness=record))
+        return with_tokenizer(pair, place, read_here, tokenizer)
     source = dataclasses.replace(tasks.encoder_source(model, origin, task, files), completeness=record)
+    source = with_tokenizer(source, place, read_here, tokenizer)
     if folder is not None:
         return sentence_source(source, folder, read)
     return dataclasses.replace(source, **tasks.processing_of(source, read, modules=architecture is None))
@@ -115,7 +127,7 @@ def _read(name: str, file: str) -> bytes | None:
     return Path(found).read_bytes() if found else None
 
 
-def gguf_source(path: Path, rules: LoadRules = _RULES) -> Source:
+def gguf_source(path: Path, rules: LoadRules = _RULES, tokenizer: Path | None = None) -> Source:
     """A GGUF file: structure, tokenizer and chat template by transformers, the blocks of the weights kept.
 
     Raises:
@@ -130,15 +142,15 @@ def gguf_source(path: Path, rules: LoadRules = _RULES) -> Source:
     types = ", ".join(f"{count} {name}" for name, count in rows.types.items())
     with _loading(str(path)):
         model, record = load_gguf(AutoModelForCausalLM, path, rules)
-    files = _tokenizer_files(str(path.parent), {"gguf_file": path.name})
-    source = language_model(model, f"GGUF {path.name} ({types})", files=files, kept=rows.find)
-    return dataclasses.replace(source, completeness=record)
+    source = language_model(model, f"GGUF {path.name} ({types})", kept=rows.find)
+    source = dataclasses.replace(source, completeness=record)
+    return with_tokenizer(source, str(path.parent), lambda file: None, tokenizer, path.name)
 
 
 @contextlib.contextmanager
 def _loading(name: str) -> Iterator[None]:
     """Whatever transformers raises becomes an ExportError."""
-    with _quiet():
+    with quiet():
         try:
             yield
         except ExportError:
@@ -168,7 +180,7 @@ def language_model(model: Any, origin: str, files: Mapping[str, bytes] | None = 
     @contextlib.contextmanager
     def tracing() -> Iterator[None]:
         before = model.config._attn_implementation, model.config._experts_implementation
-        with _quiet(), contextlib.suppress(ValueError, ImportError):
+        with quiet(), contextlib.suppress(ValueError, ImportError):
             # Where the model lets it, attention becomes one node; where not, it is traced as it is written.
             model.set_attn_implementation(attention.PAST if past else attention.NAME)
         model.set_experts_implementation(experts.NAME)
@@ -180,7 +192,7 @@ def language_model(model: Any, origin: str, files: Mapping[str, bytes] | None = 
         finally:
             for module, kind in kinds.items():
                 module.rope_type = kind
-            with _quiet():
+            with quiet():
                 model.set_attn_implementation(before[0])
             model.set_experts_implementation(before[1])
 
@@ -211,42 +223,9 @@ def _frozen(kind: Any) -> Any:
 def _counts_from_zero(model: Any, vocabulary: int) -> bool:
     """Whether positions 0, 1, 2, ... are what the model counts itself; some start behind their padding token."""
     ids = torch.arange(vocabulary - 5, vocabulary)[None]
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         own, given = (model(ids, **more).logits for more in ({}, {"position_ids": torch.arange(5)[None]}))
     return torch.allclose(own, given, rtol=1e-4, atol=1e-5)
-
-
-def _tokenizer_files(name: str, more: Mapping[str, str]) -> dict[str, bytes]:
-    """The files of the model's fast tokenizer; empty when it has none, and then the bundle runs on token ids."""
-    from transformers import AutoTokenizer
-
-    with _quiet(), tempfile.TemporaryDirectory() as folder:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **more)
-        except Exception:
-            if (Path(name) / "tokenizer.json").exists():
-                raise
-            return {}
-        if not tokenizer.is_fast:
-            return {}
-        tokenizer.save_pretrained(folder)
-        present = [Path(folder) / file for file in TOKENIZER_FILES if (Path(folder) / file).exists()]
-        files = {file.name: file.read_bytes() for file in present}
-        # What the tokenizer's class gives to a model, which its file need not say: token types above all.
-        settings = json.loads(files["tokenizer_config.json"]) | {"model_input_names": tokenizer.model_input_names}
-        files["tokenizer_config.json"] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
-        return files | {"tokenizer.json": compact_tokenizer(files["tokenizer.json"])}
-
-
-def compact_tokenizer(data: bytes) -> bytes:
-    """The same tokenizer.json without spaces, and its merges as text ("a b", as all files had them until tokenizers
-    0.20, and all readers know them) where no token holds a space: SmolLM2's is read in 46 instead of 63 ms.
-    """
-    tokenizer = json.loads(data)
-    merges = tokenizer["model"].get("merges", [])
-    if all(isinstance(pair, list) and not any(" " in token for token in pair) for pair in merges):
-        merges[:] = [" ".join(pair) for pair in merges]
-    return json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _load_failure(name: str, error: Exception) -> str:
@@ -257,17 +236,3 @@ def _load_failure(name: str, error: Exception) -> str:
             "folder by other means and pass its path."
         )
     return f"transformers cannot load {name}: {type(error).__name__}: {first[:400]}"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    from transformers.utils import logging as transformers_logging
-
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-        logging.disable(level)

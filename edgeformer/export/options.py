@@ -35,7 +35,7 @@ class ExportOptions:
     dtype: str = "float32"  # float32 | float16 (for CUDA)
     adapter: Path | None = None  # the folder of a PEFT adapter (LoRA, DoRA, IA3, ...) to merge into the model
     weights: Path | None = None  # for module:factory: .safetensors, or plain tensors in .pt, .ckpt; a folder of shards
-    tokenizer: Path | None = None  # for module:factory: a tokenizer.json, or a folder with one (and a chat template)
+    tokenizer: Path | None = None  # instead of the source's own: a folder; for a factory, a tokenizer.json too; or none
     input: tuple[str, ...] = ()  # for module:factory: name=dtype[axis,...], for example x=float32[batch,sequence,3]
     output_names: tuple[str, ...] = ()  # for module:factory: names of what forward returns
     architecture: str | None = None  # for a Hugging Face source: load this class, not the one that config.json names
@@ -109,7 +109,7 @@ def read_recipe(path: Path, **flags: Any) -> ExportOptions:
     if beside.exists():
         recipe["source"] = str(beside)
     for name in ("weights", "tokenizer", "text", "adapter"):
-        if name in recipe:
+        if name in recipe and (name, recipe[name]) != ("tokenizer", "none"):
             recipe[name] = path.parent / recipe[name]
     if recipe.get("calibration") not in (None, "none", SAMPLES):
         recipe["calibration"] = str(path.parent / recipe["calibration"])

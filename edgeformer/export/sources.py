@@ -46,14 +46,12 @@ def load_source(options: ExportOptions, progress: Progress | None = None) -> Sou
 
 def _base_source(options: ExportOptions, rules: LoadRules) -> Source | Pair:
     name, path = options.source, Path(options.source)
-    if options.tokenizer is not None and (":" not in name or path.exists()):
-        raise ExportError(f"--tokenizer is for module:factory; {name} brings its own.")
     if (path / SETTINGS).is_file():
         raise ExportError(_adapter_as_source(path))
     if path.is_file() and path.suffix.lower() == ".gguf":
-        return gguf_source(path, rules)
+        return gguf_source(path, rules, options.tokenizer)
     if (path / "config.json").is_file() or (path / "modules.json").is_file():
-        return _folder_source(path, options.architecture, rules)
+        return _folder_source(path, options, rules)
     if ":" in name and not path.exists():
         return factory_source(options, rules)
     if path.exists():
@@ -64,7 +62,7 @@ def _base_source(options: ExportOptions, rules: LoadRules) -> Source | Pair:
         )
     if path.suffix or path.is_absolute() or name.count("/") > 1:
         raise ExportError(f"{name} does not exist.")
-    return hub_source(name, options.architecture, rules)
+    return hub_source(name, options.architecture, rules, options.tokenizer)
 
 
 def _adapter_as_source(path: Path) -> str:
@@ -78,7 +76,9 @@ def _adapter_as_source(path: Path) -> str:
     return f"{path} is a PEFT adapter: name its base model as the source: {base} --adapter {path}"
 
 
-def _folder_source(path: Path, architecture: str | None, rules: LoadRules) -> Source | Pair:
+def _folder_source(path: Path, options: ExportOptions, rules: LoadRules) -> Source | Pair:
     if "edgeformer_factory" in read_config(path):
+        if options.tokenizer is not None:
+            raise ExportError(f"--tokenizer is not for a checkpoint folder; {path} brings its own.")
         return checkpoint_source(path)  # its reader knows no exceptions to allow
-    return folder_source(path, architecture, rules)
+    return folder_source(path, options.architecture, rules, options.tokenizer)

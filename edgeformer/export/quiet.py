@@ -1,0 +1,22 @@
+"""transformers without its warnings and progress bars."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No warning of any logger and no bar of transformers while the block runs."""
+    from transformers.utils import logging as transformers_logging
+
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        logging.disable(level)
