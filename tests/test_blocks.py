@@ -12,7 +12,7 @@ from gguf import quants  # noqa: E402
 
 from edgeformer.errors import ExportError  # noqa: E402
 from edgeformer.export.blocks import Blocks, quantize  # noqa: E402
-from edgeformer.export.gguf import _READERS, KeptRows, read_matrices  # noqa: E402
+from edgeformer.export.gguf.kept import _READERS, KeptRows, read_matrices  # noqa: E402
 
 SCHEMES = ("q8", "q4", "q4a")
 

@@ -82,19 +82,6 @@ def _read(name: str, file: str) -> bytes | None:
     return Path(found).read_bytes() if found else None
 
 
-def gguf_source(path: Path) -> Source:
-    """A GGUF file: structure, tokenizer and chat template by transformers, the blocks of the weights kept.
-
-    Raises:
-        ExportError: transformers does not know the file's structure, or a tensor's blocks cannot be kept.
-    """
-    from edgeformer.export.gguf import KeptRows
-
-    rows = KeptRows(path)
-    types = ", ".join(f"{count} {name}" for name, count in rows.types.items())
-    return _causal_lm(str(path.parent), f"GGUF {path.name} ({types})", gguf_file=path.name, kept=rows.find)
-
-
 def _causal_lm(name: str, origin: str, gguf_file: str | None = None, kept: Any = None) -> Source:
     from transformers import AutoModelForCausalLM
 

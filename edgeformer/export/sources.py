@@ -7,7 +7,8 @@ from pathlib import Path
 from edgeformer.errors import ExportError
 from edgeformer.export.adapter import with_adapter
 from edgeformer.export.factory import checkpoint_source, factory_source
-from edgeformer.export.hub import folder_source, gguf_source, hub_source
+from edgeformer.export.gguf.load import gguf_source
+from edgeformer.export.hub import folder_source, hub_source
 from edgeformer.export.options import ExportOptions
 from edgeformer.export.scratch import to_disk
 from edgeformer.export.source import Pair, Source
