@@ -54,7 +54,7 @@ def keys(arch="llama", **more):
         found[f"{arch}.rope.dimension_count"] = 4
     for name, value in more.items():
         found[name.replace("__", ".").replace("ARCH", arch)] = value
-    return found | BYTE_LEVEL | {name: value for name, value in found.items() if name.startswith("tokenizer.")}
+    return BYTE_LEVEL | found
 
 
 def tensors(arch="llama", seed=0, layers=LAYERS, size=None):
@@ -113,15 +113,20 @@ def tensors(arch="llama", seed=0, layers=LAYERS, size=None):
     return {name: value.astype(np.float32) for name, value in found.items()}
 
 
-def write(path, metadata, values, arch="llama", kind=None, kinds=None):
-    """A file with `metadata` (None leaves a key out) and `values`; matrices as `kind`, or as `kinds` has it by name."""
-    writer = gguf.GGUFWriter(path, arch)
+def write(path, metadata, values, arch="llama", kind=None, kinds=None, raw=()):
+    """A file with `metadata` (None leaves a key out) and `values`; matrices as `kind`, or as `kinds` has it by name.
+
+    `raw` gives the types of those values that are bytes already.
+    """
+    writer = gguf.GGUFWriter(path, metadata.get("general.architecture", arch))
     for key, value in metadata.items():
-        if value is not None:
-            add(writer, key, value)
+        if value is not None and key != "general.architecture":  # the writer's own
+            writer.add_custom_alignment(value) if key == "general.alignment" else add(writer, key, value)
     for name, value in values.items():
         wanted = (kinds or {}).get(name, kind)
-        if wanted is None or value.ndim < 2:
+        if name in raw:
+            writer.add_tensor(name, value, raw_dtype=raw[name])
+        elif wanted is None or value.ndim < 2:
             writer.add_tensor(name, value)
         else:
             wanted = gguf.GGMLQuantizationType[wanted]

@@ -32,7 +32,7 @@ class Reference:
                 self.tensors[t.name] = values.reshape([int(n) for n in t.shape[::-1]])
         self.arch = self.keys["general.architecture"]
         self.hidden, self.heads = self("embedding_length"), self("attention.head_count")
-        self.groups = self("attention.head_count_kv", self.heads)
+        self.groups = int(np.max(self("attention.head_count_kv", self.heads)))
         self.size = self("attention.key_length", self.hidden // self.heads)
         self.rotated = self("rope.dimension_count", self.size)
 

@@ -6,6 +6,7 @@ what passes here is safe to give to the package and to transformers. Format: the
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import struct
@@ -82,7 +83,9 @@ class _Reader:
                 "read. Convert it with gguf-convert-endian."
             )
         if version not in VERSIONS:
-            raise ExportError(f"{self.path.name} is GGUF version {version}; known are 2 and 3. Convert the model again.")
+            raise ExportError(
+                f"{self.path.name} is GGUF version {version}; known are 2 and 3. Convert the model again."
+            )
         self.at = 24
         # The least that one pair or one tensor takes: a name's length, a type, a value.
         for what, count, least in (("metadata keys", pairs, 13), ("tensors", tensors, 32)):
@@ -181,6 +184,6 @@ class _Reader:
         if twice := sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []:
             raise ExportError(f"{self.path.name} has the tensor {twice[0]} twice.")
         ordered = sorted(tensors, key=lambda tensor: tensor.start)
-        for before, after in zip(ordered, ordered[1:], strict=False):
+        for before, after in itertools.pairwise(ordered):
             if before.start + before.size > after.start:
                 raise ExportError(f"{self.path.name}: the tensors {before.name} and {after.name} overlap.")

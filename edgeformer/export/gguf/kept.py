@@ -85,7 +85,8 @@ class KeptRows:
         if not self._floats:
             return []
         listed = ", ".join(
-            f"{len(names)} {kind} ({names[0]}{', ...' if len(names) > 1 else ''})" for kind, names in self._floats.items()
+            f"{len(names)} {kind} ({names[0]}{', ...' if len(names) > 1 else ''})"
+            for kind, names in self._floats.items()
         )
         if not self.types:
             return [

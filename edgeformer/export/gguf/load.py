@@ -73,7 +73,7 @@ def _structure(model: GgufFile, special: Mapping[str, Any]) -> tuple[Settings, A
         fields = {name: value for name, value in settings.fields.items() if name != "model_type"}
         config = AutoConfig.for_model(started["model_type"], **fields)
         with torch.device("meta"):
-            meta = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+            meta = AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # type: ignore[no-untyped-call]
     except EdgeformerError:
         raise
     except Exception as error:
@@ -83,7 +83,8 @@ def _structure(model: GgufFile, special: Mapping[str, Any]) -> tuple[Settings, A
 
 def _started(model: GgufFile) -> dict[str, Any]:
     """What transformers' reader takes from the metadata; the type of the model among it."""
-    from transformers.integrations.gguf import GGUF_CONFIG_ARCHS, get_gguf_config, read_gguf_metadata
+    from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS, get_gguf_config
+    from transformers.integrations.gguf.reader import read_gguf_metadata
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     path = str(model.shards[0].path)
@@ -92,11 +93,19 @@ def _started(model: GgufFile) -> dict[str, Any]:
             return dict(get_gguf_config(read_gguf_metadata(path)[0], tuple(model.tensors)))
         except KeyError as error:
             raise ExportError(f"{model.name} does not say {error.args[0]}: no default stands for it.") from error
-    return dict(load_gguf_checkpoint(path, return_tensors=False)["config"])
+    try:
+        return dict(load_gguf_checkpoint(path, return_tensors=False)["config"])  # type: ignore[no-untyped-call]
+    except ValueError as error:
+        if "not supported yet" not in str(error):
+            raise
+        raise ExportError(
+            f"{model.name}: general.architecture is {model.architecture!r}, which the installed transformers does not "
+            "read from GGUF. Export the original model's folder, or use a newer transformers."
+        ) from error
 
 
 def _weights(meta: Any, settings: Settings) -> Any:
-    from transformers.integrations.gguf import is_gguf_arch_supported
+    from transformers.integrations.gguf.utils import is_gguf_arch_supported
 
     model = settings.model
     try:

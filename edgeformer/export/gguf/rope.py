@@ -45,7 +45,11 @@ def read(settings: Settings) -> None:
     if not isinstance(plain, dict):
         for key in (key for key in settings.model.metadata if ".rope." in key):
             short = key.partition(".")[2]
-            if short not in ("rope.dimension_count", "rope.scaling.finetuned") and settings.get(short) not in (0, 1.0, "none"):
+            if short not in ("rope.dimension_count", "rope.scaling.finetuned") and settings.get(short) not in (
+                0,
+                1.0,
+                "none",
+            ):
                 raise settings.refuse(short, "this structure has no rotary positions.")
         if names:
             raise ExportError(f"{settings.model.name} has {names[0]}, but its structure has no rotary positions.")
@@ -70,7 +74,9 @@ def read(settings: Settings) -> None:
     for name in ("rope_theta", "rope_scaling"):
         settings.fields.pop(name, None)
     _width(settings, plain, nested)
-    if settings.get("rope.dimension_sections") is not None and "mrope_section" not in str(settings.fields["rope_parameters"]):
+    if settings.get("rope.dimension_sections") is not None and "mrope_section" not in str(
+        settings.fields["rope_parameters"]
+    ):
         raise settings.refuse("rope.dimension_sections", "positions of several axes cannot be expressed here.")
     settings.rotary = _rotary(settings, names, nested)
 
@@ -222,7 +228,7 @@ def apply(module: torch.nn.Module, rotary: Rotary, name: str) -> None:
         if rotary.scale != 1.0:
             if not hasattr(part, "attention_scaling"):
                 raise ExportError(f"{name}: rope.scaling.attn_factor {rotary.scale} cannot be expressed.")
-            part.attention_scaling = part.attention_scaling * rotary.scale
+            part.attention_scaling = float(part.attention_scaling) * rotary.scale  # type: ignore[arg-type, assignment]
         done += 1
     if not done:
         raise ExportError(f"{name}: the model has no rotary frequencies that the file's factors could divide.")

@@ -103,6 +103,8 @@ def _required(settings: Settings) -> None:
             f"for a size. {EDIT}"
         )
     extra = settings.size("nextn_predict_layers") if settings.get("nextn_predict_layers") else 0
+    if extra and settings.fields.get("num_hidden_layers") != settings.size("block_count") - extra:  # type: ignore[operator]
+        raise settings.refuse("nextn_predict_layers", "transformers does not know which layers these are here.")
     for key, setting in keys.REQUIRED.items():
         value = settings.checked(key, setting) - (extra if key == "block_count" and extra else 0)
         name = settings.field(setting.fields)
@@ -111,7 +113,9 @@ def _required(settings: Settings) -> None:
         elif key != "context_length":  # a model without positions of its own has no limit to set
             raise settings.refuse(key, "the model's config has no field for it.")
     if extra:
-        settings.notes.append(f"{extra} layers for predicting several tokens are not exported: no logit depends on them.")
+        settings.notes.append(
+            f"{extra} layers for predicting several tokens are not exported: no logit depends on them."
+        )
     for key in keys.EPSILONS:
         if settings.get(key) is not None:
             name = settings.field(keys.EPSILON_FIELDS)
@@ -134,7 +138,7 @@ def _vocabulary(settings: Settings) -> None:
     table = settings.model.tensors.get("token_embd.weight")
     rows = table.shape[0] if table is not None else None
     found = {"vocab_size": count, "tokens": len(tokens) if isinstance(tokens, list) else None, "token_embd": rows}
-    if rows is not None and (count or rows) != rows or (found["tokens"] or 0) > (rows or count or 0):
+    if (rows is not None and (count or rows) != rows) or (found["tokens"] or 0) > (rows or count or 0):
         raise ExportError(
             f"{settings.model.name} does not agree with itself about the vocabulary: vocab_size {count}, "
             f"{found['tokens']} tokens, {rows} rows of token_embd.weight. {EDIT}"
@@ -195,7 +199,7 @@ def _optional(settings: Settings) -> None:
             mixture = key.startswith(("expert_", "leading", "moe_"))
             if name is None or name in settings.fields or default in (None, False, *setting.neutral):
                 continue
-            if mixture and not _is_mixture(settings) or key in ("moe_every_n_layers", "expert_weights_norm"):
+            if (mixture and not _is_mixture(settings)) or key in ("moe_every_n_layers", "expert_weights_norm"):
                 continue
             raise ExportError(
                 f"{settings.model.name} does not say {settings.model.architecture}.{key}; the config class would take "
@@ -228,7 +232,9 @@ def _experts(settings: Settings) -> None:
         if sigmoid and gating in (1, 2):
             settings.fields["scoring_func"] = {1: "softmax", 2: "sigmoid"}[gating]
         elif not (gating == 1 and "norm_topk_prob" in settings.defaults) and (gating != 0 or count):
-            raise settings.refuse("expert_gating_func", "known are 1 (softmax) and, where a config names it, 2 (sigmoid).")
+            raise settings.refuse(
+                "expert_gating_func", "known are 1 (softmax) and, where a config names it, 2 (sigmoid)."
+            )
     inner = settings.get("ssm.inner_size")
     if inner is not None:
         heads, each = settings.fields.get("linear_num_value_heads"), settings.fields.get("linear_value_head_dim")
@@ -248,8 +254,7 @@ def _attention_scale(settings: Settings) -> None:
     """Scores are scaled by `attention.scale`, and where a file does not say it, by 1 / sqrt(key_length)."""
     scale = settings.number("attention.scale")
     size = settings.size("attention.key_length") or (
-        settings.fields.get("head_dim")
-        or settings.size("embedding_length") // settings.size("attention.head_count")  # type: ignore[operator]
+        settings.fields.get("head_dim") or settings.size("embedding_length") // settings.size("attention.head_count")  # type: ignore[operator]
     )
     if scale is not None and scale < 0:
         raise settings.refuse("attention.scale", "expected a number above 0.")
@@ -263,7 +268,9 @@ def _attention_scale(settings: Settings) -> None:
         scalar = scale**-2 if scale else default
         whole = round(scalar)
         if not math.isclose(whole, scalar, rel_tol=1e-5):  # the field is a whole number
-            raise settings.refuse("attention.scale", f"it is 1 / sqrt({scalar:.6g}), and the config takes whole numbers.")
+            raise settings.refuse(
+                "attention.scale", f"it is 1 / sqrt({scalar:.6g}), and the config takes whole numbers."
+            )
         settings.fields["query_pre_attn_scalar"] = whole
     elif "attention_multiplier" in settings.defaults:
         settings.fields["attention_multiplier"] = scale or size**-0.5
@@ -332,7 +339,9 @@ def _nothing_unread(settings: Settings) -> None:
         ExportError: there is one.
     """
     prefix = f"{settings.model.architecture}."
-    known = keys.REQUIRED.keys() | keys.OPTIONAL.keys() | keys.ONLY_NEUTRAL.keys() | keys.SPECIAL | keys.IRRELEVANT.keys()
+    known = (
+        keys.REQUIRED.keys() | keys.OPTIONAL.keys() | keys.ONLY_NEUTRAL.keys() | keys.SPECIAL | keys.IRRELEVANT.keys()
+    )
     unknown = [key for key in settings.model.metadata if key.startswith(prefix) and key[len(prefix) :] not in known]
     if unknown:
         key = unknown[0]

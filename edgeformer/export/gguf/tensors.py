@@ -54,8 +54,8 @@ def check_layers(model: GgufFile, count: int) -> None:
     if found != set(range(count)):
         raise ExportError(
             f"{model.name}: block_count says {count} layers, the tensors are of {len(found)}"
-            f"{f' (numbers {min(found)} to {max(found)})' if found else ''}. The file is not whole: copy or download it "
-            "again."
+            f"{f' (numbers {min(found)} to {max(found)})' if found else ''}. The file is not whole: copy or download "
+            "it again."
         )
 
 
@@ -70,8 +70,8 @@ def parameters_of(meta: Any, settings: Settings) -> dict[str, str]:
     places: dict[str, str] = {}
     unused = []
     for name, tensor in model.tensors.items():
-        place = mapping.get(name) or mapping.get(name.removesuffix(".weight"))
-        if place is not None and place.startswith("mtp."):
+        place = mapping.get(name) or mapping.get(name.removesuffix(".weight")) or ""
+        if place.startswith("mtp."):
             continue  # layers for several tokens at once: settings.py reports them
         if place in state:
             places[name] = place
@@ -83,7 +83,7 @@ def parameters_of(meta: Any, settings: Settings) -> dict[str, str]:
             f"{model.name}: {', '.join(unused[:3])}{more}: no part of {type(meta).__name__} in transformers reads "
             "this, so the numbers would be another model's. Export the original model."
         )
-    shared = {key for key in getattr(meta, "all_tied_weights_keys", None) or {}}
+    shared = set(getattr(meta, "all_tied_weights_keys", None) or {})
     absent = sorted(set(state) - set(places.values()) - shared)
     if absent:
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
@@ -121,7 +121,8 @@ def _mapping(meta: Any, settings: Settings) -> dict[str, str]:
 def _processor(settings: Settings) -> Any:
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
-    return TENSOR_PROCESSORS.get(settings.model.architecture, TensorProcessor)(config=settings.fields)
+    processor: Any = TENSOR_PROCESSORS.get(settings.model.architecture, TensorProcessor)
+    return processor(config=settings.fields)
 
 
 def values(model: GgufFile) -> Iterator[tuple[TensorInfo, NDArray[np.float32]]]:

@@ -108,7 +108,7 @@ def _check_names(model: GgufFile, texts: Texts) -> None:
                 "become tokens. Remove it with gguf-new-metadata --remove-metadata if it does not."
             )
     if reported:
-        texts.notes.append(f"Keys of the file that belong to no model and were not read: {', '.join(sorted(reported))}.")
+        texts.notes.append(f"Keys of the file that belong to no model, not read: {', '.join(sorted(reported))}.")
 
 
 def _whole(model: GgufFile, vocabulary: Vocabulary) -> Tokenizer | None:
@@ -129,6 +129,11 @@ def _whole(model: GgufFile, vocabulary: Vocabulary) -> Tokenizer | None:
         raise ExportError(
             f"{model.name}: {keys.HUGGING_FACE} and tokenizer.ggml.tokens do not agree about {other[0]!r}; remove one."
         )
+    ids = tokenizer.encode("a").ids
+    for name, at in (("bos", 0), ("eos", -1)):
+        flag = vocabulary.get(f"add_{name}_token")
+        if flag is not None and bool(flag) != (bool(ids) and ids[at] == vocabulary.id(name)):
+            raise vocabulary.refuse(f"add_{name}_token", f"{keys.HUGGING_FACE} does otherwise; remove one of them.")
     return tokenizer
 
 

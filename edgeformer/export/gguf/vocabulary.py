@@ -187,8 +187,8 @@ def _merges_by_score(vocabulary: Vocabulary, notes: list[str]) -> list[tuple[str
     scores = {left + right: score for score, _, _, left, right in pairs}
     if len(set(scores.values())) < len(scores):
         notes.append(
-            f"{len(scores) - len(set(scores.values()))} tokens of the vocabulary share their score with another; of two "
-            "such merges the one with the lower token ids is made first."
+            f"{len(scores) - len(set(scores.values()))} tokens of the vocabulary share their score with another; of "
+            "two such merges the one with the lower token ids is made first."
         )
     return [(left, right) for *_, left, right in pairs]
 
@@ -213,7 +213,7 @@ def _add_ends(tokenizer: Tokenizer, vocabulary: Vocabulary, begins: bool) -> Non
     for name, wanted in (("bos", begins), ("eos", vocabulary.flag("add_eos_token", False))):
         id = vocabulary.id(name)
         if wanted and id is None:
-            raise vocabulary.refuse(f"{name}_token_id", f"texts are to have it (add_{name}_token), so it must be named.")
+            raise vocabulary.refuse(f"{name}_token_id", f"texts begin or end with it (add_{name}_token).")
         template[name] = [vocabulary.tokens[id]] if wanted and id is not None else []
     tokens = dict.fromkeys(template["bos"] + template["eos"])
     if not tokens:
