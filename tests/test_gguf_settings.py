@@ -21,7 +21,7 @@ from edgeformer.export.gguf.load import gguf_source  # noqa: E402
 STRUCTURES = (
     "llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "qwen2moe", "qwen3moe", "stablelm", "starcoder2", "gpt2",
 )  # fmt: skip
-# float32 rounds at u = 2**-24 = 6e-8. A dot product of up to 64 terms errs by about sqrt(64) u of its terms' size, 5e-7.
+# float32 rounds at u = 2**-24 = 6e-8. A dot product of up to 64 terms errs by about sqrt(64) u of its terms, 5e-7.
 # About 20 of them come one after the other in two layers, some of them cancelling: 1e-5 of the largest logit.
 TOLERANCE = 2e-5
 
