@@ -31,7 +31,8 @@ def check_types(model: GgufFile) -> None:
     Raises:
         ExportError: there is one; the message names the tensor and the type.
     """
-    for tensor in model.tensors.values():
+    first = {tensor.type: tensor for tensor in reversed(model.tensors.values())}
+    for tensor in first.values():
         if tensor.type.name in FLOATS:
             continue
         block, size = gguf.GGML_QUANT_SIZES[tensor.type]

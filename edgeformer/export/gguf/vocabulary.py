@@ -32,8 +32,6 @@ class Vocabulary:
             raise self.refuse("tokens", f"it holds {twice!r} twice, so a text has two readings.")
         if unknown := sorted(set(self.types) - set(range(1, 7))):
             raise self.refuse("token_type", f"the types {unknown} are not known; expected 1 to 6.")
-        if self.given("merges") and self.kind != "gpt2":
-            raise self.refuse("merges", f"a tokenizer of the model {self.kind!r} merges by scores.")
 
     @property
     def kind(self) -> str:
@@ -174,7 +172,10 @@ def _sentencepiece(vocabulary: Vocabulary, notes: list[str]) -> Tokenizer:
 
 
 def _merges_by_score(vocabulary: Vocabulary, notes: list[str]) -> list[tuple[str, str]]:
-    """All pairs of tokens that make a token, the highest score first, as SentencePiece merges them."""
+    """All pairs of tokens that make a token, the highest score first, as SentencePiece merges them.
+
+    A list of merges that some converters wrote beside the scores is not read, by llama.cpp neither.
+    """
     assert vocabulary.scores is not None
     parts = {token: id for token, id in vocabulary.ids.items() if vocabulary.types[id] in (NORMAL, UNUSED)}
     pairs = [
