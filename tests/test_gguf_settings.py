@@ -155,3 +155,10 @@ def test_another_models_window_or_cap_never_stands_for_an_absent_one(key, tmp_pa
     path = gguf_files.write(tmp_path / "m.gguf", metadata, gguf_files.tensors("gemma2"), "gemma2")
     with pytest.raises(ExportError, match=rf"does not say gemma2\.{key}"):
         gguf_source(path)
+
+
+def test_a_cap_of_zero_is_no_cap(tmp_path):
+    metadata = gguf_files.keys("gemma2") | {"gemma2.attn_logit_softcapping": 0.0, "gemma2.final_logit_softcapping": 0.0}
+    assert (
+        difference(gguf_files.write(tmp_path / "m.gguf", metadata, gguf_files.tensors("gemma2"), "gemma2")) < TOLERANCE
+    )

@@ -206,14 +206,15 @@ def _optional(settings: Settings) -> None:
                 f"{default!r}, another model's value. {EDIT}"
             )
         value = settings.checked(key, setting)
-        if name is not None:
-            optional = settings.defaults[name] is None or isinstance(settings.defaults[name], float)
-            nothing = value in setting.neutral and "softcapping" in key
-            settings.fields[name] = None if nothing and optional else value
-            if value in setting.neutral and value == 0 and not nothing:
-                settings.fields[name] = settings.defaults[name] if name != "routed_scaling_factor" else 1.0
-        elif value not in setting.neutral:
-            raise settings.refuse(key, f"{settings.fields['model_type']} in transformers has no field for it.")
+        if name is None:
+            if value not in setting.neutral:
+                raise settings.refuse(key, f"{settings.fields['model_type']} in transformers has no field for it.")
+        elif value or setting.kind is bool:
+            settings.fields[name] = value
+        elif setting.kind is float:  # 0 is llama.cpp's word for a cap or a factor that there is not
+            settings.fields[name] = None if "softcapping" in key else 1.0
+        elif not key.startswith("expert_"):
+            settings.fields[name] = value
 
 
 def _is_mixture(settings: Settings) -> bool:
