@@ -15,7 +15,7 @@ regex = pytest.importorskip("regex", reason="pip install regex: patterns with Un
 from tokenizers import Tokenizer, pre_tokenizers  # noqa: E402
 
 from bench.sources import gguf as sweep  # noqa: E402
-from bench.sources._gguf_trials import SCORES, TEXTS  # noqa: E402
+from bench.sources._gguf_trials import REPORTED, SCORES, TEXTS  # noqa: E402
 from edgeformer.errors import ExportError  # noqa: E402
 from edgeformer.export.gguf.pretokenizers import CUTS  # noqa: E402
 from edgeformer.export.gguf.shards import open_gguf  # noqa: E402
@@ -145,7 +145,7 @@ def test_sentencepiece_gives_the_ids_of_a_plain_reading(prefix, tmp_path):
 @pytest.mark.parametrize("key", TEXTS)
 def test_a_key_of_texts_has_its_meaning_or_is_refused(key, tmp_path):
     row = sweep._text(key, tmp_path)
-    assert row.outcome in ("honoured", "refused"), row.detail
+    assert row.outcome in (("irrelevant",) if key in REPORTED else ("honoured", "refused")), row.detail
 
 
 def test_all_three_ends_end_an_answer(tmp_path):

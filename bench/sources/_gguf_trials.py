@@ -104,6 +104,14 @@ def _special(name: str, field: str) -> list[tuple[dict[str, Any], Any]]:
     return [({key: EOM}, lambda t: config(t)[field] == "<|eom|>"), ({key: 10**6}, "refused")]
 
 
+# Sampling that generation_config.json has no words for.
+REPORTED = frozenset(
+    f"general.sampling.{name}"
+    for name in (
+        "sequence", "xtc_probability", "xtc_threshold", "penalty_last_n", "mirostat", "mirostat_tau", "mirostat_eta",
+    )
+)  # fmt: skip
+
 # Texts: files with these keys, and a check of what was read, or "refused".
 TEXTS: dict[str, list[tuple[dict[str, Any], Callable[[Any], bool] | str]]] = {
     GGML + "model": [
@@ -177,12 +185,6 @@ TEXTS: dict[str, list[tuple[dict[str, Any], Callable[[Any], bool] | str]]] = {
         )
     },
     **{
-        f"general.sampling.{name}": [
-            ({f"general.sampling.{name}": 1.0}, lambda t, n=name: any(n in note for note in t.notes))
-        ]
-        for name in (
-            "sequence", "xtc_probability", "xtc_threshold", "penalty_last_n", "mirostat", "mirostat_tau",
-            "mirostat_eta",
-        )
+        key: [({key: 1.0}, lambda t, k=key: any(f"{k} = 1.0" in note for note in t.notes))] for key in REPORTED
     },
 }  # fmt: skip

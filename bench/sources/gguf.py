@@ -11,7 +11,7 @@ import numpy as np
 
 from bench.report import ROOT
 from bench.sources._gguf_forms import FORMS
-from bench.sources._gguf_trials import NUMBERS, SIZES, TEXTS
+from bench.sources._gguf_trials import NUMBERS, REPORTED, SIZES, TEXTS
 from bench.sources.row import Row
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -50,7 +50,7 @@ def settings() -> list[str]:
     import gguf
 
     types = [f"type {kind.name}" for kind in gguf.GGMLQuantizationType]
-    return [*all_keys(), "rope.scale_linear", *(f"tensor {name}" for name in TENSORS), *types, *FORMS]
+    return [*all_keys(), "{arch}.rope.scale_linear", *(f"tensor {name}" for name in TENSORS), *types, *FORMS]
 
 
 def rows(work: Path) -> Iterator[Row]:
@@ -101,8 +101,9 @@ def _key(key: str, setting: str, work: Path) -> Row:
     name = setting.replace("{arch}", arch)
     name = name.replace("{dense}", "dense_2").replace("{id}", "0")
     metadata = gguf_files.keys(arch) | {k.replace("ARCH", arch): v for k, v in more.items()}
-    plain = gguf_files.write(work / "plain.gguf", metadata, gguf_files.tensors(arch), arch)
-    path = gguf_files.write(work / "key.gguf", metadata | {name: value}, gguf_files.tensors(arch), arch)
+    kind = "Q8_0" if key == "general.quantization_version" else None  # it is of the blocks
+    plain = gguf_files.write(work / "plain.gguf", metadata, gguf_files.tensors(arch), arch, kind)
+    path = gguf_files.write(work / "key.gguf", metadata | {name: value}, gguf_files.tensors(arch), arch, kind)
     what, seen = outcome_of(path)
     said = f"{name} = {value!r}"
     if what == "refused":
@@ -242,6 +243,8 @@ def _text(setting: str, work: Path) -> Row:
             continue
         if isinstance(expected, str) or not expected(texts):
             return Row(setting, "ignored", f"{more}: not as expected")
+        if setting in REPORTED:
+            return Row(setting, "irrelevant", "no logit depends on it; the bundle's notes name it and its value")
         outcome, detail = "honoured", detail + f" {_said(more)}: as expected."
     return Row(setting, outcome, detail.strip(), "llama.cpp's meaning")
 
