@@ -12,7 +12,7 @@ from gguf import quants  # noqa: E402
 
 from edgeformer.errors import ExportError  # noqa: E402
 from edgeformer.export.blocks import Blocks, quantize  # noqa: E402
-from edgeformer.export.gguf import _READERS, KeptRows, read_matrices  # noqa: E402
+from edgeformer.export.gguf.kept import _READERS, KeptRows, read_matrices  # noqa: E402
 
 SCHEMES = ("q8", "q4", "q4a")
 
@@ -149,9 +149,10 @@ def test_a_weight_that_is_not_in_the_file_is_not_kept(tmp_path):
     assert KeptRows(tmp_path / "m.gguf").find(values) is None
 
 
-def test_types_without_scales_are_refused_by_name(tmp_path):
+def test_types_without_scales_are_not_kept_and_named(tmp_path):
     kind = gguf.GGMLQuantizationType.IQ4_NL
     size = gguf.GGML_QUANT_SIZES[kind][1]
     write_gguf(tmp_path / "m.gguf", {"odd": ("IQ4_NL", np.zeros((4, 2 * size), np.uint8))})
-    with pytest.raises(ExportError, match=r"odd has type IQ4_NL.*--quantize q4a"):
-        KeptRows(tmp_path / "m.gguf")
+    rows = KeptRows(tmp_path / "m.gguf")
+    assert rows.types == {}
+    assert "1 IQ4_NL (odd)" in rows.notes()[0] and "--quantize" in rows.notes()[0]

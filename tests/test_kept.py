@@ -16,7 +16,7 @@ from gguf import quants  # noqa: E402
 import edgeformer  # noqa: E402
 from edgeformer import cache  # noqa: E402
 from edgeformer.export import ExportOptions, export, language_model  # noqa: E402
-from edgeformer.export.gguf import KeptRows  # noqa: E402
+from edgeformer.export.gguf.kept import KeptRows  # noqa: E402
 from edgeformer.verify import verify  # noqa: E402
 
 native = pytest.importorskip("edgeformer._native", reason="the native extension is not built")

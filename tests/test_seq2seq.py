@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from edgeformer.rules import Rules
 
 import edgeformer
 from edgeformer.errors import EngineUnavailable, ExportError, InputError, ParityError
@@ -18,7 +19,6 @@ from edgeformer.export.hub import language_model
 from edgeformer.export.options import ExportOptions
 from edgeformer.export.pipeline import export
 from edgeformer.export.seq2seq import pair_source
-from edgeformer.rules import Rules
 from edgeformer.verify import verify
 
 SIZES = {

@@ -8,9 +8,7 @@ methods whose merged weights are not the same function.
 from __future__ import annotations
 
 import contextlib
-import logging
 import re
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ import torch
 from edgeformer.errors import ExportError, ParityError
 from edgeformer.export import parity
 from edgeformer.export.adapter_folder import PREFIX, SETTINGS, Adapter
+from edgeformer.export.quiet import quiet
 
 Probe = Callable[[], Mapping[str, parity.F32]]  # the model's outputs for fixed inputs
 _NAME = "default"  # PEFT's own name for the only adapter
@@ -55,7 +54,7 @@ def merge(module: torch.nn.Module, adapter: Adapter, probe: Probe) -> Merged:
 
     notes = _resize(module, adapter)
     plain = probe()
-    with _quiet():
+    with quiet():
         wrapped, base_changed = _inject(module, adapter)
     module.eval()
     if base_changed:
@@ -64,7 +63,7 @@ def merge(module: torch.nn.Module, adapter: Adapter, probe: Probe) -> Merged:
     whole = len(_whole(module, adapter))
     unmerged = probe()
     _untie(module)
-    with _quiet():
+    with quiet():
         _merge(wrapped, adapter)
     module.eval()
     try:
@@ -184,7 +183,7 @@ def _resize(module: torch.nn.Module, adapter: Adapter) -> list[str]:
     if old == new:
         return []
     shapes = {name: parameter.shape for name, parameter in module.named_parameters(remove_duplicate=False)}
-    with _quiet():
+    with quiet():
         module.resize_token_embeddings(new, mean_resizing=False)  # type: ignore[operator]
     parameters = dict(module.named_parameters(remove_duplicate=False))
     grown = {name: value for name, value in parameters.items() if value.shape != shapes.get(name)}
@@ -290,16 +289,3 @@ def _told(adapter: Adapter) -> str:
 def _first(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text[:400] + ("" if text.endswith(".") else ".")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """PEFT warns of what is checked here, or of training."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

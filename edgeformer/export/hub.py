@@ -15,7 +15,7 @@ import torch
 from edgeformer.errors import ExportError
 from edgeformer.export import attention, experts, processors, tasks
 from edgeformer.export.generation import generation_settings
-from edgeformer.export.hub_weights import LoadRules, checked_headers, load_complete, load_gguf, model_folder
+from edgeformer.export.hub_weights import LoadRules, checked_headers, load_complete, model_folder
 from edgeformer.export.quiet import quiet
 from edgeformer.export.sentence import sentence_folder, sentence_source
 from edgeformer.export.seq2seq import pair_source
@@ -125,26 +125,6 @@ def _read(name: str, file: str) -> bytes | None:
 
     found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     return Path(found).read_bytes() if found else None
-
-
-def gguf_source(path: Path, rules: LoadRules = _RULES, tokenizer: Path | None = None) -> Source:
-    """A GGUF file: structure, tokenizer and chat template by transformers, the blocks of the weights kept.
-
-    Raises:
-        ExportError: transformers does not know the file's structure, a tensor's blocks cannot be kept, or a weight is
-            missing or unused.
-    """
-    from transformers import AutoModelForCausalLM
-
-    from edgeformer.export.gguf import KeptRows
-
-    rows = KeptRows(path)
-    types = ", ".join(f"{count} {name}" for name, count in rows.types.items())
-    with _loading(str(path)):
-        model, record = load_gguf(AutoModelForCausalLM, path, rules)
-    source = language_model(model, f"GGUF {path.name} ({types})", kept=rows.find)
-    source = dataclasses.replace(source, completeness=record)
-    return with_tokenizer(source, str(path.parent), lambda file: None, tokenizer, path.name)
 
 
 @contextlib.contextmanager

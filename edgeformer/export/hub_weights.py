@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import json
 import math
 import re
@@ -102,31 +101,6 @@ def load_complete(
             config.tie_word_embeddings = False
     loaded, other = _report(model, info, headers, notes, part)
     return model, require_complete(loaded, name, type(model).__name__, rules.allow) | other
-
-
-def load_gguf(loader: Any, path: Path, rules: LoadRules) -> tuple[Any, dict[str, Any]]:
-    """As `load_complete`, of a GGUF file.
-
-    Raises:
-        ExportError: a weight of the model is not in the file, or a tensor of the file is not used.
-    """
-    import gguf
-
-    shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in gguf.GGUFReader(path).tensors}
-    elements = sum(math.prod(shape) for shape in shapes.values())
-    rules.room(elements)
-    with construction(elements, len(shapes), path.name):
-        model, info = loader.from_pretrained(
-            str(path.parent),
-            gguf_file=path.name,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    loaded, _ = _report(model, info, {}, (), part=False)
-    loaded = dataclasses.replace(loaded, tensors=len(shapes), stored=list(shapes))
-    return model, require_complete(loaded, path.name, type(model).__name__, rules.allow)
 
 
 def _dry_run(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 
 from edgeformer.audio import LogMel
 from edgeformer.errors import ExportError, InputError
+from edgeformer.export.quiet import quiet
 from edgeformer.image import FILE, SWITCHES, Steps
 from edgeformer.image_file import read as read_image
 
@@ -103,7 +103,7 @@ def _loaded(loader: str, folder: Path, **more: Any) -> Any:
     import transformers
 
     try:
-        with _quiet():
+        with quiet():
             return getattr(transformers, loader).from_pretrained(folder, trust_remote_code=False, **more)
     except Exception as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
@@ -135,7 +135,7 @@ def _image_settings(processor: Any) -> dict[str, Any]:
 
 def _sound_settings(extractor: Any) -> dict[str, Any]:
     found = json.loads(_json(extractor.to_dict()))
-    with contextlib.suppress(Exception), _quiet():  # one that cannot be made without arguments keeps all it was given
+    with contextlib.suppress(Exception), quiet():  # one that cannot be made without arguments keeps all it was given
         known = set(type(extractor)().to_dict())
         return {name: value for name, value in found.items() if name in known}
     return dict(found)
@@ -146,16 +146,6 @@ def _json(settings: Mapping[str, Any]) -> bytes:
         return value.tolist() if isinstance(value, np.ndarray) else getattr(value, "value", None) or dict(value)
 
     return (json.dumps(settings, indent=2, sort_keys=True, default=plain) + "\n").encode()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(level)
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -212,7 +202,7 @@ def _odd_pictures(steps: Steps, channels: int, folder: Path) -> Iterator[tuple[s
 def _expected(processor: Any, item: Any) -> tuple[Array | None, str]:
     """(transformers' array [channels, height, width], "") or (None, why there is none)."""
     try:
-        with _quiet():
+        with quiet():
             outputs = processor(images=item, return_tensors="np")
     except Exception as error:
         return None, f"it raises {type(error).__name__}: {str(error)[:200]}"
@@ -246,7 +236,7 @@ def _prove_sound(extractor: Any, front: LogMel, settings: Mapping[str, Any], sha
         found = front.features(samples)
         outputs, problem = {}, ""
         try:
-            with _quiet():
+            with quiet():
                 outputs = extractor(samples, sampling_rate=front.sampling_rate, return_tensors="np")
             expected = np.asarray(next(iter(outputs.values())))[0]
         except Exception as error:

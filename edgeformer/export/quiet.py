@@ -1,9 +1,10 @@
-"""transformers without its warnings and progress bars."""
+"""Libraries without their warnings and progress bars."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator
 
 
@@ -16,7 +17,9 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.WARNING)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
         logging.disable(level)

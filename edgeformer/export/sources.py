@@ -10,7 +10,8 @@ from edgeformer.export.adapter_folder import SETTINGS, read_settings
 from edgeformer.export.bounds import require_room
 from edgeformer.export.completeness import require_finite
 from edgeformer.export.factory import checkpoint_source, factory_source
-from edgeformer.export.hub import folder_source, gguf_source, hub_source
+from edgeformer.export.gguf.load import gguf_source
+from edgeformer.export.hub import folder_source, hub_source
 from edgeformer.export.hub_weights import LoadRules
 from edgeformer.export.options import ExportOptions
 from edgeformer.export.progress import Progress, Silent

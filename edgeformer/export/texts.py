@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, overload
 
 from edgeformer.errors import ExportError, ParityError
 from edgeformer.export.quiet import quiet
@@ -49,10 +49,15 @@ _CHATS: tuple[list[dict[str, str]], ...] = (
 )
 
 
-AnySource = TypeVar("AnySource", Source, Pair)
+@overload
+def with_tokenizer(source: Source, name: str, read: Read, given: Path | None) -> Source: ...
 
 
-def with_tokenizer(source: AnySource, name: str, read: Read, given: Path | None, gguf: str | None = None) -> AnySource:
+@overload
+def with_tokenizer(source: Pair, name: str, read: Read, given: Path | None) -> Pair: ...
+
+
+def with_tokenizer(source: Source | Pair, name: str, read: Read, given: Path | None) -> Source | Pair:
     """`source` with the files of its tokenizer, or of the one in the folder `given`.
 
     A model that takes no token ids goes without a tokenizer that cannot travel; a note says so.
@@ -61,11 +66,11 @@ def with_tokenizer(source: AnySource, name: str, read: Read, given: Path | None,
         ExportError: the model takes token ids, and its tokenizer cannot travel; the message says why.
         ParityError: the tokenizer that was written gives other ids than transformers' own.
     """
-    first = source.encoder if isinstance(source, Pair) else source
     if given == NONE:
         return source
+    first = source.encoder if isinstance(source, Pair) else source
     try:
-        files = tokenizer_files(name, read, gguf) if given is None else folder_files(given)
+        files = tokenizer_files(name, read) if given is None else folder_files(given)
     except ExportError as error:
         parts = (source.encoder, source.decoder) if isinstance(source, Pair) else (source,)
         if given is not None or any(value.name == "input_ids" for part in parts for value in part.inputs):
@@ -95,7 +100,7 @@ def folder_files(folder: Path) -> dict[str, bytes]:
     return files
 
 
-def tokenizer_files(name: str, read: Read, gguf: str | None = None) -> dict[str, bytes]:
+def tokenizer_files(name: str, read: Read) -> dict[str, bytes]:
     """The files of a model's tokenizer, each proven; empty where the model has none.
 
     Raises:
@@ -103,17 +108,15 @@ def tokenizer_files(name: str, read: Read, gguf: str | None = None) -> dict[str,
         ParityError: the runtime's ids differ from transformers'.
     """
     present = [file for file in VOCABULARIES if read(file) is not None]
-    if not present and gguf is None:
+    if not present:
         return {}
     with quiet():
         try:
-            tokenizer = _load(name, read, gguf)
+            tokenizer = _load(name, read)
         except Exception as error:
-            if gguf is not None and not _gguf_has_tokenizer(Path(name) / gguf):
-                return {}
             first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
             raise ExportError(
-                f"transformers cannot load the tokenizer of {name} ({', '.join(present) or gguf}): "
+                f"transformers cannot load the tokenizer of {name} ({', '.join(present)}): "
                 f"{type(error).__name__}: {first[:300]} {_INSTEAD}"
             ) from error
         kind = type(tokenizer).__name__
@@ -127,21 +130,13 @@ def tokenizer_files(name: str, read: Read, gguf: str | None = None) -> dict[str,
     return files
 
 
-def _load(name: str, read: Read, gguf: str | None) -> Any:
+def _load(name: str, read: Read) -> Any:
     import transformers
 
-    more = {"gguf_file": gguf} if gguf else {}
     settings = json.loads(read("tokenizer_config.json") or b"{}")
-    if gguf is None and read("config.json") is None and "tokenizer_class" not in settings:
+    if read("config.json") is None and "tokenizer_class" not in settings:
         return transformers.PreTrainedTokenizerFast.from_pretrained(name)  # a tokenizer.json of no class
-    return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **more)
-
-
-def _gguf_has_tokenizer(path: Path) -> bool:
-    from transformers.integrations.gguf.reader import read_gguf_metadata
-
-    metadata, _ = read_gguf_metadata(str(path))
-    return any(key.startswith("tokenizer.") for key in metadata)
+    return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def _saved(tokenizer: Any, read: Read) -> dict[str, bytes]:

@@ -23,12 +23,12 @@ from edgeformer.export.blocks import Blocks
 
 Raw = NDArray[Any]  # of uint8
 F32 = NDArray[np.float32]
-FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One matrix of the file: its type, its blocks, and its values float32 [N, K]."""
+    """The rows of one tensor: its type, its blocks, and its values float32 [N, K]. A stack of matrices is one after
+    the other."""
 
     name: str
     type: str
@@ -37,23 +37,21 @@ class Tensor:
 
 
 def read_matrices(path: Path) -> Iterator[Tensor]:
-    """The quantized matrices of a GGUF file, in order.
+    """The tensors of a GGUF file whose blocks a bundle can hold, in order.
 
     Raises:
-        ExportError: a tensor has a type whose values no scale (and minimum) per block can hold.
+        ExportError: the blocks do not give the values of the gguf package.
     """
     for tensor in gguf.GGUFReader(path).tensors:
         kind = tensor.tensor_type.name
-        if kind in FLOAT_TYPES or len(tensor.shape) != 2:
+        if kind not in _READERS or len(tensor.shape) < 2:
             continue
-        if kind not in _READERS:
-            raise ExportError(
-                f"{path.name}: tensor {tensor.name} has type {kind}, whose values are not a scale times integers; "
-                f"known are {', '.join(_READERS)}. Use --quantize q4a to quantize it again."
-            )
         columns = int(tensor.shape[0])  # GGUF names the innermost axis first
-        blocks = _READERS[kind](np.asarray(tensor.data, np.uint8).reshape(int(tensor.shape[1]), -1), columns)
-        values = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        raw = np.asarray(tensor.data, np.uint8)
+        blocks = _READERS[kind](raw.reshape(-1, raw.shape[-1]), columns)
+        if blocks.scheme == "q8" and blocks.minimum is None and (blocks.q == -128).any():
+            continue  # legal, though no quantizer writes it; kernels negate weights, and 128 does not fit
+        values = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(-1, columns)
         if not np.array_equal(blocks.dequantize(), values):
             raise ExportError(
                 f"{path.name}: the blocks of {tensor.name} ({kind}) do not give the values of the gguf package."
@@ -62,17 +60,40 @@ def read_matrices(path: Path) -> Iterator[Tensor]:
 
 
 class KeptRows:
-    """Rows of a GGUF file by content."""
+    """Rows of a GGUF file, or of its shards, by content. `types` counts the tensors whose blocks are kept."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, *paths: Path) -> None:
         self.types: dict[str, int] = {}
         self._blocks: list[Blocks] = []
         self._rows: dict[bytes, tuple[int, int]] = {}
-        for index, tensor in enumerate(read_matrices(path)):
-            self.types[tensor.type] = self.types.get(tensor.type, 0) + 1
-            self._blocks.append(tensor.blocks)
-            for row, values in enumerate(tensor.values):
-                self._rows.setdefault(_digest(values), (index, row))
+        self._floats: dict[str, list[str]] = {}  # names by type, of what is not kept
+        for path in paths:
+            kept = set()
+            for tensor in read_matrices(path):
+                kept.add(tensor.name)
+                self.types[tensor.type] = self.types.get(tensor.type, 0) + 1
+                index = len(self._blocks)
+                self._blocks.append(tensor.blocks)
+                for row, values in enumerate(tensor.values):
+                    self._rows.setdefault(_digest(values), (index, row))
+            for other in gguf.GGUFReader(path).tensors:
+                if len(other.shape) > 1 and other.name not in kept:
+                    self._floats.setdefault(other.tensor_type.name, []).append(other.name)
+
+    def notes(self) -> list[str]:
+        """What a user must know of the matrices whose blocks are not kept."""
+        if not self._floats:
+            return []
+        listed = ", ".join(
+            f"{len(names)} {kind} ({names[0]}{', ...' if len(names) > 1 else ''})"
+            for kind, names in self._floats.items()
+        )
+        if not self.types:
+            return [
+                f"No matrix of the file has blocks that a bundle can keep: {listed}. They are quantized as a float "
+                "model's are (--quantize, by default q4a)."
+            ]
+        return [f"Matrices whose values are exact but whose blocks are not kept (with keep they are float): {listed}."]
 
     def find(self, weight: F32) -> Blocks | None:
         """The blocks whose values are exactly `weight` [N, K]; None when any row is not in the file."""
