@@ -79,6 +79,7 @@ def test_the_drawn_sample_depends_on_the_date_alone():
         ({"status": "no"}, ["status is 'no', the table says 'works'"]),
         ({"layers": 0}, ["layers is 0, the table says 2"]),
         ({"engines": {"cpu f32": "ok"}}, ["native f32: not reached; the table says ok"]),
+        ({"engines": {"cpu f32": "ok", "native f32": "ok", "cpu q4a": "no"}}, []),  # the row is of an older form
         ({"engines": {"cpu f32": "ok", "native f32": "logits off"}}, ["native f32: logits off; the table says ok"]),
     ],
 )
@@ -168,10 +169,11 @@ def test_the_page_names_every_model_its_cause_and_its_commit():
     text = page(rows)
     assert "**1 of 3 work on `cpu`, 0 of them on `native` too.**" in text
     assert "| one | One | yes | no | TopK |" in text
-    assert "| two |  | no | no | keeps a recurrent or convolution state (state-space, linear attention)" in text
+    assert "| two |  | no | no | keeps a recurrent or convolution state (state-space, linear attention): no" in text
     flat = " ".join(text.split())
-    assert "Made from commit aaaa of 2026-11-29, with transformers 5.24.0." in flat
-    assert "1 row is from commit bbbb of 2026-11-28, with transformers 5.24.0: two." in flat
+    assert "Made from commit aaaa of 2026-11-29, with transformers 5.24.0: 2 rows." in flat
+    assert "1 row is from commit bbbb of 2026-11-28, with transformers 5.24.0. The remarks say which." in flat
+    assert text.rstrip().endswith("no key-value cache can hold it; from commit bbbb of 2026-11-28 |")
 
 
 def test_the_parts_of_a_composite_config_are_shrunk_too():

@@ -104,3 +104,13 @@ def test_the_comparison_sees_the_rows_of_another_head(tmp_path):
     expected = ReferenceEvaluator(model).run(None, given)[0]
     wrong = np.roll(expected, 16, axis=-1)
     assert np.abs(wrong - expected).max() > 1000 * 64 * 2**-24
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "dtype"),
+    [("one_row_a_token", "keep", "f32"), ("token_ids", "keep", "i64"), ("a_table_of_positions", "slice", "f32")],
+)
+def test_only_values_with_a_row_for_each_token_are_kept_by_rows_and_keep_their_type(case, kind, dtype, tmp_path):
+    program = built(case, tmp_path, threads=1)[1].program
+    (op,) = [op for op in program.ops if op.kind in ("keep", "slice")]
+    assert (op.kind, program.slots[op.outputs[0]].dtype) == (kind, dtype)

@@ -258,7 +258,7 @@ def test_a_small_t5_learns_to_rewrite_dates_and_its_bundle_does_the_same(scheme,
     tokenizer, tests = letters_tokenizer(), dates(random.Random(99), 40)
     sources = [torch.tensor([tokenizer(text).input_ids]) for text, _ in tests]
     expected = [model.generate(input_ids=ids, max_new_tokens=16, do_sample=False)[0, 1:].tolist() for ids in sources]
-    for engine in ("cpu", "native"):  # the latter with its int8 cache
+    for engine in ("cpu", "native"):  # the latter with an int8 cache where weights are quantized
         loaded = edgeformer.load(exported(scheme), engine)
         found = [loaded.generate(text, max_new_tokens=16) for text, _ in tests]
         right = sum(result.text == answer for result, (_, answer) in zip(found, tests, strict=True))

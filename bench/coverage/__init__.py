@@ -1,1 +1,1 @@
-"""Which of transformers' causal language models make the road: `python -m bench.coverage`."""
+"""Which of transformers' causal language models can be exported and run: `python -m bench.coverage`."""

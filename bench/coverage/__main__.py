@@ -1,4 +1,4 @@
-"""Which of transformers' causal language models make the road: `python -m bench.coverage`.
+"""Which of transformers' causal language models can be exported and run: `python -m bench.coverage`.
 
 Each architecture is built tiny and random from its own config class, exported in float and with the default options,
 run from the bundles on every engine, and compared with transformers' own logits and greedy tokens. One subprocess a

@@ -9,14 +9,16 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.coverage.examine import examine
+from bench.coverage.examine import DEFAULT, ENGINES, FLOAT, examine
 from bench.report import ROOT
 
 RESULTS = ROOT / "docs" / "coverage.json"
 PAGE = ROOT / "docs" / "coverage.md"
+KEYS = tuple(f"{engine} {kind}" for engine in ENGINES for kind in (FLOAT, DEFAULT))
 CODE = ("edgeformer", "csrc", "bench/coverage", "setup.py")  # what a result depends on, beside installed packages
 
 
@@ -44,9 +46,9 @@ def what_differs(found: dict[str, Any], row: dict[str, Any]) -> list[str]:
     for what in ("status", "class", "layers"):
         if found.get(what) != row.get(what):
             told.append(f"{what} is {found.get(what)!r}, the table says {row.get(what)!r}")
-    for key in sorted(found["engines"].keys() | row["engines"].keys()):
-        now, then = found["engines"].get(key, "not reached"), row["engines"].get(key, "not reached")
-        if (now == "ok") != (then == "ok"):
+    for key, then in sorted(row["engines"].items()):
+        now = found["engines"].get(key, "not reached")
+        if (now == "ok") != (then == "ok") and key in KEYS:
             told.append(f"{key}: {now}; the table says {then}")
     return told
 
@@ -57,7 +59,7 @@ def _worker(name: str, pipe: Any) -> None:
 
 
 def sweep(chosen: list[str], results: Path, limit: float, redo: str) -> dict[str, Any]:
-    """Examines each name that has no result yet; writes the results after each one."""
+    """Examines each name without a result that names its commit; writes the results after each one."""
     import torch
     import transformers
     from tqdm import tqdm
@@ -67,9 +69,13 @@ def sweep(chosen: list[str], results: Path, limit: float, redo: str) -> dict[str
     torch.set_num_threads(1)
     made = {"commit": commit(), "transformers": transformers.__version__}
     rows: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
-    todo = [n for n in chosen if n not in rows or redo == "all" or (redo == "failed" and not fine(rows[n]))]
-    if redo == "old":
-        todo = [n for n in chosen if {k: rows.get(n, {}).get(k) for k in made} != made]
+    again: dict[str, Callable[[dict[str, Any]], bool]] = {
+        "none": lambda row: False,
+        "failed": lambda row: not fine(row),
+        "old": lambda row: {key: row.get(key) for key in made} != made,
+        "all": lambda row: True,
+    }
+    todo = [n for n in chosen if "commit" not in rows.get(n, {}) or again[redo](rows[n])]
     for name in (bar := tqdm(todo, unit="model")):
         bar.set_postfix_str(f"{name}, {sum(fine(row) for row in rows.values())} fine")
         rows[name] = _apart(name, limit) | made
