@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from bench.sources._generators import EOS, VOCABULARY, Generator, prompts
 
 import edgeformer
+from bench.sources._generators import EOS, VOCABULARY, Generator, prompts
 from edgeformer.errors import BundleError, EdgeformerWarning, ExportError, InputError
 from edgeformer.export import ExportOptions, export
 from edgeformer.export.hub import language_model
@@ -82,7 +82,11 @@ SEARCHES = [
 # Every model is compared greedily and once with beams; the searches differ in nothing that a model has a part in.
 @pytest.mark.parametrize(
     ("kind", "search"),
-    [(kind, search) for kind in ("llama", "t5", "whisper") for search in (SEARCHES if kind == "llama" else SEARCHES[:2])],
+    [
+        (kind, search)
+        for kind in ("llama", "t5", "whisper")
+        for search in (SEARCHES if kind == "llama" else SEARCHES[:2])
+    ],
     ids=str,
 )
 def test_every_rule_gives_transformers_tokens(generators, kind, search):
@@ -291,8 +295,8 @@ def test_an_export_notes_what_a_bundle_does_not_follow_and_refuses_wrong_values(
 
 def test_every_field_of_transformers_is_followed_named_or_irrelevant():
     import transformers as tf
-    from bench.sources import generation
 
+    from bench.sources import generation
     from edgeformer.generation_fields import CHECKS, IRRELEVANT, STARTS, UNSUPPORTED
 
     known = CHECKS.keys() | IRRELEVANT | STARTS | UNSUPPORTED.keys()

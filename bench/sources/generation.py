@@ -195,5 +195,3 @@ def _named(name: str, generator: Generator, prompt: list[int]) -> Row:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) < 40 else text[:37] + "..."
-
-
