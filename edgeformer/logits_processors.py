@@ -193,7 +193,8 @@ def exponential_decay(eos: Sequence[int], start: int, factor: float, ids: Array,
         return scores
     changed, old = scores.copy(), scores[eos]
     finite = np.isfinite(old)
-    changed[eos] = np.where(finite, old + np.abs(np.where(finite, old, 0)) * (factor**beyond - 1), old)
+    with np.errstate(over="ignore"):
+        changed[eos] = old + np.abs(np.where(finite, old, 0)) * (factor**beyond - 1)
     return changed
 
 

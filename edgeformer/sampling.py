@@ -65,7 +65,8 @@ def check(logits: Scores) -> None:
 
 
 def _divided(temperature: float, scores: Scores) -> Scores:
-    divided: Scores = scores / temperature
+    with np.errstate(over="ignore"):  # the smallest float32 becomes -inf
+        divided: Scores = scores / temperature
     return divided
 
 

@@ -1,4 +1,4 @@
-"""Sampling: transformers' own logits processors are the witness."""
+"""Sampling: filters on a large vocabulary against transformers' own, and the draw."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import pytest
 
 from edgeformer import sampling
 from edgeformer.errors import EdgeformerError, InputError
-from edgeformer.sampling import SamplingOptions, sample
+from edgeformer.generate import GenerationOptions
+from edgeformer.generation_config import GenerationConfig
+from edgeformer.logits_processors import repetition_penalty
+from edgeformer.sampling import choose
 
 RNG = np.random.default_rng
 
@@ -27,8 +30,8 @@ def _logits(seed, size=997):
         (lambda s, a: sampling.top_p(s, a), "TopPLogitsWarper", 1e-6),
         (lambda s, a: sampling.min_p(s, a), "MinPLogitsWarper", 0.05),
         (lambda s, a: sampling.min_p(s, a), "MinPLogitsWarper", 1.0),
-        (lambda s, a: sampling.penalize(s, [3, 3, 7, 500], a), "RepetitionPenaltyLogitsProcessor", 1.3),
-        (lambda s, a: sampling.penalize(s, [3, 3, 7, 500], a), "RepetitionPenaltyLogitsProcessor", 0.5),
+        (lambda s, a: repetition_penalty(a, np.array([3, 3, 7, 500]), s), "RepetitionPenaltyLogitsProcessor", 1.3),
+        (lambda s, a: repetition_penalty(a, np.array([3, 3, 7, 500]), s), "RepetitionPenaltyLogitsProcessor", 0.5),
     ],
 )
 def test_each_step_is_that_of_transformers(seed, ours, name, argument):
@@ -39,32 +42,10 @@ def test_each_step_is_that_of_transformers(seed, ours, name, argument):
     np.testing.assert_allclose(ours(scores, argument), theirs[0].numpy(), rtol=1e-6)
 
 
-def test_the_whole_chain_is_that_of_transformers_in_its_order():
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    process = pytest.importorskip("transformers.generation.logits_process")
-    config = transformers.GenerationConfig(
-        do_sample=True, temperature=0.7, top_k=50, top_p=0.8, min_p=0.02, repetition_penalty=1.2
-    )
-    settings = transformers.LlamaConfig(
-        vocab_size=997, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-    )
-    model = transformers.LlamaForCausalLM(settings)
-    chain = model._get_logits_processor(config, input_ids_seq_length=3)
-    assert isinstance(chain, process.LogitsProcessorList)
-    for seed in range(5):
-        scores, seen = _logits(seed), [1, 5, 9]
-        theirs = chain(torch.tensor([seen]), torch.tensor(scores[None]))[0].numpy()
-        ours = sampling.penalize(scores, seen, 1.2) / np.float32(0.7)
-        ours = sampling.min_p(sampling.top_p(sampling.top_k(ours, 50), 0.8), 0.02)
-        assert np.array_equal(ours > -np.inf, theirs > -np.inf)
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
-
-
 def test_tokens_are_drawn_with_their_probabilities():
     scores = np.log(np.array([0.5, 0.25, 0.125, 0.125], np.float32))
-    options, rng, draws = SamplingOptions(temperature=1.0), RNG(0), 20_000
-    counts = np.bincount([sample(scores, [], options, rng) for _ in range(draws)], minlength=4)
+    rng, draws = RNG(0), 20_000
+    counts = np.bincount([choose(scores, rng) for _ in range(draws)], minlength=4)
     expected = np.array([0.5, 0.25, 0.125, 0.125]) * draws
     chi_square = float(((counts - expected) ** 2 / expected).sum())
     assert chi_square < 16.3  # 3 degrees of freedom: a right sampler is above this once in a thousand seeds
@@ -73,9 +54,8 @@ def test_tokens_are_drawn_with_their_probabilities():
 
 def test_removed_tokens_are_never_drawn():
     scores = _logits(1, 50)
-    options, rng = SamplingOptions(temperature=5.0, top_k=3), RNG(0)
-    best = set(np.argsort(scores)[-3:].tolist())
-    assert {sample(scores, [], options, rng) for _ in range(500)} == best
+    rng, best = RNG(0), set(np.argsort(scores)[-3:].tolist())
+    assert {choose(sampling.top_k(scores / 5, 3), rng) for _ in range(500)} == best
 
 
 def test_a_draw_at_either_end_is_a_kept_token():
@@ -91,50 +71,47 @@ def test_a_draw_at_either_end_is_a_kept_token():
     assert sampling.draw(scores, Fixed(1.0)) == 2  # rng.random() never gives 1, rounding of the product may
 
 
-def test_temperature_zero_is_greedy_after_the_penalty():
-    scores = np.array([1.0, 5.0, 4.9], np.float32)
-    assert sample(scores, [], SamplingOptions(), RNG(0)) == 1
-    assert sample(scores, [1], SamplingOptions(repetition_penalty=1.1), RNG(0)) == 2
-
-
 def test_a_seed_decides_the_draws():
-    scores, options = _logits(0), SamplingOptions(temperature=1.0)
+    scores = _logits(0)
 
     def draws(seed):
-        rng = RNG(seed)
-        return [sample(scores, [], options, rng) for _ in range(20)]
+        rng = GenerationOptions(1, do_sample=True, seed=seed).rng()
+        return [choose(scores, rng) for _ in range(20)]
 
     assert draws(1) == draws(1)
     assert draws(1) != draws(2)
+    assert draws(None) != draws(None)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_no_numbers_raise(bad, temperature):
+def test_logits_that_are_no_numbers_raise(bad):
     scores = _logits(0)
     scores[500] = bad
     with pytest.raises(EdgeformerError, match="NaN or infinity"):
-        sample(scores, [], SamplingOptions(temperature=temperature), RNG(0))
+        sampling.check(scores)
 
 
 def test_logits_that_are_all_removed_raise_and_one_left_is_taken():
     scores = np.full(10, -np.inf, np.float32)
     with pytest.raises(EdgeformerError, match="NaN or infinity"):
-        sample(scores, [], SamplingOptions(temperature=1.0), RNG(0))
+        sampling.check(scores)
     scores[7] = -3.0
-    for options in (SamplingOptions(), SamplingOptions(temperature=1.0, top_p=0.5, top_k=3, min_p=0.5)):
-        assert sample(scores, [], options, RNG(0)) == 7
+    config = GenerationConfig(do_sample=True, top_p=0.5, top_k=3, min_p=0.5, typical_p=0.5, top_h=0.5, eta_cutoff=0.5)
+    left = scores
+    for filter in sampling.filters(config):
+        left = filter(left)
+    assert choose(left, RNG(0)) == choose(scores, None) == 7
 
 
 @pytest.mark.parametrize(
-    ("field", "bad"),
+    ("name", "bad"),
     [
         ("temperature", -0.1),
         ("temperature", float("nan")),
         ("temperature", float("inf")),
         ("temperature", True),
         ("temperature", "1"),
-        ("top_p", 0.0),
+        ("top_p", -0.1),
         ("top_p", 1.01),
         ("top_k", -1),
         ("top_k", 1.5),
@@ -143,18 +120,22 @@ def test_logits_that_are_all_removed_raise_and_one_left_is_taken():
         ("min_p", 1.1),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", -1.0),
-        ("seed", -1),
-        ("seed", 1.0),
     ],
 )
-def test_options_out_of_range_are_refused(field, bad):
-    with pytest.raises(InputError, match=f"{field} is"):
-        SamplingOptions(**{field: bad})
+def test_arguments_out_of_range_are_refused(name, bad):
+    with pytest.raises(InputError, match=f"{name} is"):
+        GenerationConfig.of({}, {name: bad})
 
 
-def test_all_wrong_options_are_in_one_message():
-    with pytest.raises(InputError, match=r"temperature.*top_p.*top_k"):
-        SamplingOptions(temperature=-1, top_p=2, top_k=-1)
+@pytest.mark.parametrize("seed", [-1, 1.0, True])
+def test_a_wrong_seed_is_refused(seed):
+    with pytest.raises(InputError, match="seed is"):
+        GenerationOptions(1, seed=seed)
+
+
+def test_all_wrong_arguments_are_in_one_message():
+    with pytest.raises(InputError, match=r"temperature.*top_k.*top_p"):
+        GenerationConfig.of({}, {"temperature": -1, "top_p": 2, "top_k": -1})
 
 
 def test_a_top_k_beyond_the_vocabulary_keeps_all():
