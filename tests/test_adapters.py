@@ -131,7 +131,9 @@ def test_such_a_refusal_is_right(work):
 def test_an_initialization_nobody_knows_may_not_change_the_base(lora, monkeypatch, tmp_path):
     trained = train(Try({"init_lora_weights": "olora"}), tmp_path, "olora")
     monkeypatch.setattr(adapter_merge, "_REPEATABLE", ())
-    with pytest.raises(ExportError, match=r"changes 4 weights of the base.*not known to repeat"):
+    with pytest.raises(
+        ExportError, match=r"changes 4 weights of the base.*not known to repeat \(init_lora_weights = .olora"
+    ):
         source_of(trained)
     assert off(adapters.exported(lora), lora.logits) <= BOUND
 
@@ -283,6 +285,13 @@ def test_without_peft_the_error_says_how_to_get_it(lora, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ExportError, match=r"merged by PEFT.*pip install 'edgeformer\[export\]'"):
         source_of(lora)
+
+
+def test_an_adapter_for_a_model_that_is_loaded_already_is_refused(lora):
+    """Only a source that the exporter loads gets its adapter."""
+    options = ExportOptions("mine", lora.folder / "none", adapter=lora.folder)
+    with quiet(), pytest.raises(ExportError, match=r"merges it into a model that it loads.*merge_and_unload"):
+        export(options, traced=language_model(load(lora.base), "mine"))
 
 
 def test_an_adapter_as_the_source_is_refused(lora):

@@ -26,7 +26,8 @@ Probe = Callable[[], Mapping[str, parity.F32]]  # the model's outputs for fixed 
 _NAME = "default"  # PEFT's own name for the only adapter
 _SHAPES = re.compile(r"size mismatch for (\S+): \D+(\[[\d, ]*\])\)\D+(\[[\d, ]*\])")  # of load_state_dict
 _WRAPS = (".base_layer", ".original_module", ".modules_to_save", ".token_adapter")
-# Initializations that change the base by a decomposition of its own weights: loading repeats it to rounding.
+# Values of init_lora_weights that change the base by a decomposition of its own weights: loading repeats it to
+# rounding. So does KaSA. No other method of PEFT 0.21 changes the base when it is loaded.
 _REPEATABLE = ("pissa", "olora")
 
 
@@ -152,17 +153,17 @@ def _checksum(parameter: torch.Tensor) -> int:
 
 
 def _require_repeatable(adapter: Adapter, changed: Sequence[str]) -> None:
-    init, kind = adapter.settings.get("init_lora_weights"), adapter.settings["peft_type"]
-    if kind == "LORA" and init not in _REPEATABLE and not adapter.settings.get("kasa_config"):
-        raise ExportError(
-            f"init_lora_weights = {init!r} of {adapter.folder} changes {len(changed)} weights of the base when the "
-            f"adapter is loaded, {changed[0]} for one, in a way that is not known to repeat. Merge it where it was "
-            "trained: model.merge_and_unload().save_pretrained(FOLDER), and export that."
-        )
+    if adapter.settings.get("init_lora_weights") in _REPEATABLE or adapter.settings.get("kasa_config"):
+        return
+    raise ExportError(
+        f"loading the adapter {adapter.folder} changes {len(changed)} weights of the base, {changed[0]} for one, in a "
+        f"way that is not known to repeat ({_told(adapter)}). Merge it where it was trained: "
+        "model.merge_and_unload().save_pretrained(FOLDER), and export that."
+    )
 
 
 def _changed_note(adapter: Adapter, changed: Sequence[str]) -> str:
-    setting = next((n for n in ("kasa_config", "init_lora_weights") if adapter.settings.get(n)), "peft_type")
+    setting = "kasa_config" if adapter.settings.get("kasa_config") else "init_lora_weights"
     return (
         f"The adapter's {setting} = {adapter.settings[setting]!r} changes {len(changed)} weights of the base before "
         "the adapter is added, as PEFT does it when it loads the adapter. That is right for the original base model, "
