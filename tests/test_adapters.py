@@ -362,6 +362,7 @@ def test_texts_in_the_adapters_folder_win(work, tmp_path):
     source = source_of(trained)
     texts = source.files["tokenizer_config.json"] + source.files.get("chat_template.jinja", b"")
     assert b"adapter" in texts and source.generation_config["eos_token_id"] == 7
+    assert source.adapter["texts"][-2:] == ["tokenizer.json", "tokenizer_config.json"]
     assert any("generation_config.json is the one in the adapter's folder" in note for note in source.notes)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (base_folder("tied", work) / name).unlink()
@@ -437,7 +438,7 @@ def test_a_trained_classifier_head_comes_along(tmp_path):
         assert off(source.module(**feeds).logits.numpy(), expected) <= BOUND
     with quiet():
         tf.BertForSequenceClassification(tf.BertConfig(**BERT | {"num_labels": 2})).save_pretrained(tmp_path / "two")
-    with pytest.raises(ExportError, match=r"\[5, 32\].*\[2, 32\].*trained for SEQ_CLS.*as many labels"):
+    with pytest.raises(ExportError, match=r"\[5, 32\].*\[2, 32\].*for SEQ_CLS.*--architecture.*as many labels"):
         load_source(ExportOptions(str(tmp_path / "two"), tmp_path / "b", adapter=tmp_path / "adapter"))
 
 

@@ -247,10 +247,7 @@ def _misfit(module: torch.nn.Module, adapter: Adapter, error: Exception) -> str:
         reason = (
             f"size mismatch: {name.removeprefix(PREFIX)} is {found}, the base and {SETTINGS} need {expected}{more}."
         )
-    return (
-        f"the adapter {adapter.folder} does not fit {type(module).__name__}: {reason} {_trained_on(adapter)}"
-        f"{_head_hint(adapter)}"
-    )
+    return f"the adapter {adapter.folder} does not fit {type(module).__name__}: {reason} {_advice(adapter)}"
 
 
 def _left_over(module: torch.nn.Module, adapter: Adapter, unexpected: list[str], missing: list[str]) -> str:
@@ -259,29 +256,22 @@ def _left_over(module: torch.nn.Module, adapter: Adapter, unexpected: list[str],
         problems.append(f"{_tensors(unexpected)} that {type(module).__name__} has no place for")
     if missing:
         problems.append(f"not {_tensors(missing)} that its {SETTINGS} asks for")
-    return (
-        f"the adapter {adapter.folder} has {', and '.join(problems)}. {_trained_on(adapter)} Or it was not saved whole."
-        f"{_head_hint(adapter)}"
-    )
+    return f"the adapter {adapter.folder} has {', and '.join(problems)}. {_advice(adapter)} Or it was not saved whole."
 
 
 def _tensors(names: Sequence[str]) -> str:
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({names[0]}{', ...' if len(names) > 1 else ''})"
 
 
-def _trained_on(adapter: Adapter) -> str:
-    base = adapter.settings.get("base_model_name_or_path")
-    return f"It was trained on {base}: export that model." if base else "It was trained on another model."
-
-
-def _head_hint(adapter: Adapter) -> str:
-    task = adapter.settings.get("task_type")
+def _advice(adapter: Adapter) -> str:
+    base, task = adapter.settings.get("base_model_name_or_path"), adapter.settings.get("task_type")
+    trained = f"It was trained on {base}" if base else "It was trained on another model"
     if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
         return (
-            f" It was trained for {task}: name the class with that head by --architecture, and give the base's "
-            "config.json as many labels (id2label) as the adapter's head has."
+            f"{trained} for {task}: name the class with that head by --architecture, and give the base's config.json "
+            "as many labels (id2label) as the adapter's head has."
         )
-    return ""
+    return f"{trained}: export that one."
 
 
 def _told(adapter: Adapter) -> str:
