@@ -43,20 +43,22 @@ def with_adapter(source: Source | Pair, folder: Path, base: Path) -> Source | Pa
     module: Any = source.encoder.module.model if isinstance(source, Pair) else source.module
     before = _config(module)
     merged = merge(module, adapter, lambda: _outputs(parts))
-    after = _config(module)
+    after, texts, generation = _config(module), _tokenizer(folder), _generation(folder)
+    # A tokenizer is taken whole: the base's chat template does not fit another vocabulary.
+    replaced = TOKENIZER_FILES if "tokenizer.json" in texts else ()
     changes: dict[str, Any] = {
         "origin": f"{parts[0].origin} + adapter {folder.resolve().name} ({adapter.method}, {merged.words})",
-        "adapter": _record(adapter, merged),
+        "adapter": _record(adapter, merged) | {"texts": sorted([*texts, *([_GENERATION] if generation else [])])},
         "kept": None,
         "config": {
             **parts[0].config,
             **{k: v for k, v in after.items() if k in parts[0].config and v != before.get(k)},
         },
-        "files": {**parts[0].files, **_tokenizer(folder)},
-        "generation_config": _generation(folder) or parts[0].generation_config,
+        "files": {name: data for name, data in parts[0].files.items() if name not in replaced} | texts,
+        "generation_config": generation or parts[0].generation_config,
         "notes": (*parts[0].notes, *merged.notes, *_read_notes(adapter, parts[0])),
     }
-    _require_rows(changes["files"], module, folder)
+    _require_rows(texts, module, folder)
     made = [dataclasses.replace(part, **changes, inputs=_inputs(part, module)) for part in parts]
     return Pair(*made) if isinstance(source, Pair) else made[0]
 
@@ -137,23 +139,20 @@ def _json(path: Path) -> Any:
         raise ExportError(f"{path} is no JSON: {error}") from error
 
 
-def _require_rows(files: Mapping[str, bytes], module: Any, folder: Path) -> None:
+def _require_rows(texts: Mapping[str, bytes], module: Any, folder: Path) -> None:
     """Refuses a tokenizer of the adapter's that has ids without an embedding."""
     rows = _rows(module)
-    if rows is None or "tokenizer.json" not in files or not _tokenizer_here(folder):
+    if rows is None or "tokenizer.json" not in texts:
         return
     from tokenizers import Tokenizer
 
-    tokens = Tokenizer.from_buffer(files["tokenizer.json"]).get_vocab(with_added_tokens=True)
-    if tokens and (top := max(tokens, key=lambda token: tokens[token])) and tokens[top] >= rows:
+    tokens = Tokenizer.from_buffer(texts["tokenizer.json"]).get_vocab(with_added_tokens=True)
+    last = max(tokens, key=lambda token: tokens[token], default=None)
+    if last is not None and tokens[last] >= rows:
         raise ExportError(
-            f"the tokenizer in the adapter {folder} has the token {top!r} with id {tokens[top]}, and the model has "
+            f"the tokenizer in the adapter {folder} has the token {last!r} with id {tokens[last]}, and the model has "
             f"{rows} embeddings. Save the adapter with save_embedding_layers=True, so that it has the new rows."
         )
-
-
-def _tokenizer_here(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _read_notes(adapter: Adapter, source: Source) -> list[str]:

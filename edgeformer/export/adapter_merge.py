@@ -25,7 +25,8 @@ Probe = Callable[[], Mapping[str, parity.F32]]  # the model's outputs for fixed 
 _NAME = "default"  # PEFT's own name for the only adapter
 _SHAPES = re.compile(r"size mismatch for (\S+): \D+(\[[\d, ]*\])\)\D+(\[[\d, ]*\])")  # of load_state_dict
 _WRAPS = (".base_layer", ".original_module", ".modules_to_save", ".token_adapter")
-# Initializations that change the base by a decomposition of its own weights: loading repeats it to rounding.
+# Values of init_lora_weights that change the base by a decomposition of its own weights: loading repeats it to
+# rounding. So does KaSA. No other method of PEFT 0.21 changes the base when it is loaded.
 _REPEATABLE = ("pissa", "olora")
 
 
@@ -151,17 +152,17 @@ def _checksum(parameter: torch.Tensor) -> int:
 
 
 def _require_repeatable(adapter: Adapter, changed: Sequence[str]) -> None:
-    init, kind = adapter.settings.get("init_lora_weights"), adapter.settings["peft_type"]
-    if kind == "LORA" and init not in _REPEATABLE and not adapter.settings.get("kasa_config"):
-        raise ExportError(
-            f"init_lora_weights = {init!r} of {adapter.folder} changes {len(changed)} weights of the base when the "
-            f"adapter is loaded, {changed[0]} for one, in a way that is not known to repeat. Merge it where it was "
-            "trained: model.merge_and_unload().save_pretrained(FOLDER), and export that."
-        )
+    if adapter.settings.get("init_lora_weights") in _REPEATABLE or adapter.settings.get("kasa_config"):
+        return
+    raise ExportError(
+        f"loading the adapter {adapter.folder} changes {len(changed)} weights of the base, {changed[0]} for one, in a "
+        f"way that is not known to repeat ({_told(adapter)}). Merge it where it was trained: "
+        "model.merge_and_unload().save_pretrained(FOLDER), and export that."
+    )
 
 
 def _changed_note(adapter: Adapter, changed: Sequence[str]) -> str:
-    setting = next((n for n in ("kasa_config", "init_lora_weights") if adapter.settings.get(n)), "peft_type")
+    setting = "kasa_config" if adapter.settings.get("kasa_config") else "init_lora_weights"
     return (
         f"The adapter's {setting} = {adapter.settings[setting]!r} changes {len(changed)} weights of the base before "
         "the adapter is added, as PEFT does it when it loads the adapter. That is right for the original base model, "
@@ -245,10 +246,7 @@ def _misfit(module: torch.nn.Module, adapter: Adapter, error: Exception) -> str:
         reason = (
             f"size mismatch: {name.removeprefix(PREFIX)} is {found}, the base and {SETTINGS} need {expected}{more}."
         )
-    return (
-        f"the adapter {adapter.folder} does not fit {type(module).__name__}: {reason} {_trained_on(adapter)}"
-        f"{_head_hint(adapter)}"
-    )
+    return f"the adapter {adapter.folder} does not fit {type(module).__name__}: {reason} {_advice(adapter)}"
 
 
 def _left_over(module: torch.nn.Module, adapter: Adapter, unexpected: list[str], missing: list[str]) -> str:
@@ -257,29 +255,22 @@ def _left_over(module: torch.nn.Module, adapter: Adapter, unexpected: list[str],
         problems.append(f"{_tensors(unexpected)} that {type(module).__name__} has no place for")
     if missing:
         problems.append(f"not {_tensors(missing)} that its {SETTINGS} asks for")
-    return (
-        f"the adapter {adapter.folder} has {', and '.join(problems)}. {_trained_on(adapter)} Or it was not saved whole."
-        f"{_head_hint(adapter)}"
-    )
+    return f"the adapter {adapter.folder} has {', and '.join(problems)}. {_advice(adapter)} Or it was not saved whole."
 
 
 def _tensors(names: Sequence[str]) -> str:
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({names[0]}{', ...' if len(names) > 1 else ''})"
 
 
-def _trained_on(adapter: Adapter) -> str:
-    base = adapter.settings.get("base_model_name_or_path")
-    return f"It was trained on {base}: export that model." if base else "It was trained on another model."
-
-
-def _head_hint(adapter: Adapter) -> str:
-    task = adapter.settings.get("task_type")
+def _advice(adapter: Adapter) -> str:
+    base, task = adapter.settings.get("base_model_name_or_path"), adapter.settings.get("task_type")
+    trained = f"It was trained on {base}" if base else "It was trained on another model"
     if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
         return (
-            f" It was trained for {task}: name the class with that head by --architecture, and give the base's "
-            "config.json as many labels (id2label) as the adapter's head has."
+            f"{trained} for {task}: name the class with that head by --architecture, and give the base's config.json "
+            "as many labels (id2label) as the adapter's head has."
         )
-    return ""
+    return f"{trained}: export that one."
 
 
 def _told(adapter: Adapter) -> str:

@@ -75,6 +75,11 @@ def export(
     if traced is None:
         progress.stage(f"load {options.source}" + (f" and merge {options.adapter}" if options.adapter else ""))
         traced = load_source(options, progress)
+    elif options.adapter is not None:
+        raise ExportError(
+            f"adapter is {options.adapter}, and the export merges it into a model that it loads; merge it into yours: "
+            "PeftModel.from_pretrained(model, folder).merge_and_unload()."
+        )
     rules = generation_notes(traced if isinstance(traced, Source | Pair) else _untraced(traced))
     if isinstance(traced, Pair | TracedPair):
         decoder = (traced if isinstance(traced, Pair) else traced.pair).decoder
