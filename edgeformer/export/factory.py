@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
 import inspect
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -17,6 +19,8 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from edgeformer.errors import BundleError, ExportError
+from edgeformer.export.bounds import construction
+from edgeformer.export.checkpoint_files import read_headers
 from edgeformer.export.hub_weights import LoadRules
 from edgeformer.export.options import ExportOptions
 from edgeformer.export.own_pair import is_pair, own_pair
@@ -61,14 +65,23 @@ def factory_source(options: ExportOptions, rules: LoadRules = _RULES) -> Source 
     return dataclasses.replace(source, completeness=record)
 
 
-def checkpoint_source(folder: Path) -> Source | Pair:
+def checkpoint_source(folder: Path, rules: LoadRules = _RULES) -> Source | Pair:
     """A checkpoint folder of `python -m edgeformer.train`.
 
     Raises:
-        BundleError: the folder is damaged.
+        BundleError: the folder is damaged, or a weight is missing or unused.
+        ExportError: config.json claims more than the weights hold, or there is no room for them.
     """
-    from edgeformer.models.checkpoint import load_checkpoint
+    from edgeformer.models.checkpoint import find_factory, load_checkpoint, read_config
 
+    if (folder / "model.safetensors").is_file():
+        elements = [math.prod(stored.shape) for stored in read_headers(folder / "model.safetensors").values()]
+        rules.room(sum(elements))
+        make, settings = find_factory(read_config(folder), folder), read_config(folder)
+        guard = construction(sum(elements), len(elements), f"config.json of {folder}")
+        # What else is wrong with the settings, `load_checkpoint` says.
+        with guard, torch.device("meta"), contextlib.suppress(TypeError, ValueError, KeyError):
+            make(settings)
     module, config = load_checkpoint(folder)
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     generation: dict[str, Any] = {}

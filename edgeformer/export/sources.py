@@ -43,6 +43,9 @@ def _base_source(options: ExportOptions, rules: LoadRules) -> Source | Pair:
     name, path = options.source, Path(options.source)
     if options.tokenizer is not None and (":" not in name or path.exists()):
         raise ExportError(f"--tokenizer is for module:factory; {name} brings its own.")
+    given = [flag for flag, value in (("--weights", options.weights), ("--input", options.input)) if value]
+    if given and (":" not in name or path.exists()):
+        raise ExportError(f"{given[0]} is for module:factory; {name} brings its own.")
     if path.is_file() and path.suffix.lower() == ".gguf":
         return gguf_source(path, rules)
     if (path / "config.json").is_file():
@@ -62,5 +65,7 @@ def _base_source(options: ExportOptions, rules: LoadRules) -> Source | Pair:
 
 def _folder_source(path: Path, architecture: str | None, rules: LoadRules) -> Source | Pair:
     if "edgeformer_factory" in read_config(path):
-        return checkpoint_source(path)  # its reader knows no exceptions to allow
+        if rules.allow:
+            raise ExportError(f"--allow-missing is for other sources; {path} is of edgeformer.train, which writes all.")
+        return checkpoint_source(path, rules)
     return folder_source(path, architecture, rules)
