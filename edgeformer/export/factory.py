@@ -59,7 +59,11 @@ def factory_source(options: ExportOptions, rules: LoadRules = _RULES) -> Source 
         record["notes"] = [*record.get("notes", ()), unwrapped]
     config = getattr(module, "config", {})
     config = config.to_dict() if hasattr(config, "to_dict") else config if isinstance(config, Mapping) else {}
-    source = module_source(module, options, f"factory {Path(options.source).name}", config)
+    return _recorded(module_source(module, options, f"factory {Path(options.source).name}", config), record)
+
+
+def _recorded(source: Source | Pair, record: Mapping[str, Any]) -> Source | Pair:
+    """The source with what its load left out, for the manifest; of a pair the encoder has it."""
     if isinstance(source, Pair):
         return dataclasses.replace(source, encoder=dataclasses.replace(source.encoder, completeness=record))
     return dataclasses.replace(source, completeness=record)
@@ -74,6 +78,7 @@ def checkpoint_source(folder: Path, rules: LoadRules = _RULES) -> Source | Pair:
     """
     from edgeformer.models.checkpoint import find_factory, load_checkpoint, read_config
 
+    record: dict[str, Any] = {}
     if (folder / "model.safetensors").is_file():
         elements = [math.prod(stored.shape) for stored in read_headers(folder / "model.safetensors").values()]
         rules.room(sum(elements))
@@ -82,6 +87,7 @@ def checkpoint_source(folder: Path, rules: LoadRules = _RULES) -> Source | Pair:
         # What else is wrong with the settings, `load_checkpoint` says.
         with guard, torch.device("meta"), contextlib.suppress(TypeError, ValueError, KeyError):
             make(settings)
+        record = {"tensors": len(elements), "missing": [], "unused": []}  # else `load_checkpoint` raises
     module, config = load_checkpoint(folder)
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     generation: dict[str, Any] = {}
@@ -91,7 +97,8 @@ def checkpoint_source(folder: Path, rules: LoadRules = _RULES) -> Source | Pair:
         except ValueError as error:
             raise BundleError(f"{folder / 'generation_config.json'} is no JSON: {error}") from error
     options = ExportOptions(source=str(folder), output=folder)
-    return module_source(module, options, f"checkpoint {folder.name}", config, generation, files)
+    source = module_source(module, options, f"checkpoint {folder.name}", config, generation, files)
+    return _recorded(source, record)
 
 
 def module_source(
