@@ -85,6 +85,27 @@ def test_a_model_of_the_hub_is_checked_as_a_folder_is(tmp_path):
     assert "the hub could not give it" in nothing
 
 
+class Versioned(torch.nn.Linear):
+    """Its first version stored weights with the other sign."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *rest):
+        if metadata.get("version") != 2:
+            state[prefix + "weight"] = -state[prefix + "weight"]
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def test_the_versions_of_modules_are_kept(tmp_path):
+    """torch.save keeps them beside a state_dict, and modules read older layouts by them."""
+    from edgeformer.export.own_weights import load_weights
+
+    right, module = Versioned(3, 4), Versioned(3, 4)
+    torch.save(right.state_dict(), tmp_path / "w.pt")
+    load_weights(module, tmp_path / "w.pt")
+    same_tensors(module, right)
+
+
 @pytest.mark.parametrize("option", ["weights", "input", "allow_missing"])
 def test_an_option_that_a_source_has_no_use_for_is_refused(option, tmp_path):
     if option == "allow_missing":
