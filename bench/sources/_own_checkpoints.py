@@ -235,6 +235,9 @@ def situations() -> Iterator[Situation]:
     more = lambda: {**state(), "loss.weight": torch.ones(3)}  # noqa: E731
     yield _case("weights with one too many", safetensors(more), ("loss.weight", "not used"), right=None)
     teacher = lambda: {**prefixed("model.", state()), "loss.weight": torch.ones(3)}  # noqa: E731
+    yield _case("weights with a prefix and one too many", safetensors(teacher), ("loss.weight", "1 tensor"), right=None)
+    average = lambda: prefixed("model.", state()) | prefixed("ema.", state(seed=3))  # noqa: E731
+    yield _case("weights of two prefixes", safetensors(average), ("'model.'", "'ema.'"), right=None)
     yield _case(
         "weights with a prefix and one too many, allowed", safetensors(teacher), ("loss.weight", "stripped"),
         allow_missing=("loss.*",),

@@ -87,7 +87,7 @@ def require_room(parameters: int, output: Path, limit: int | None, progress: Pro
             f"exporting {parameters:,} parameters needs about {shown(need.memory)} of memory; {whose} {shown(memory)}. "
             "Export it on a larger machine; the bundle itself needs less."
         )
-    scratch, place = Path(tempfile.gettempdir()), _existing(output)
+    scratch, place = Path(tempfile.gettempdir()), _existing(Path(output))
     together = scratch.stat().st_dev == place.stat().st_dev
     for folder, wanted, what in (
         (scratch, need.scratch + (need.bundle if together else 0), "name a folder with more room by TMPDIR"),

@@ -160,10 +160,13 @@ def unwrap(names: Iterable[str], expected: Iterable[str]) -> tuple[dict[str, str
 
 
 def common_prefixes(names: Sequence[str]) -> list[str]:
-    """ "" and the dotted prefixes that all names share, shortest first: "", "module.", "module.model."."""
+    """What can be stripped of all names: nothing, then wrapper after wrapper ("module.", "module.model.")."""
     found, rest = [""], list(names)
-    while rest and all(name.partition(".")[0] == rest[0].partition(".")[0] and "." in name for name in rest):
-        step = rest[0].partition(".")[0] + "."
+    while rest:
+        steps = [*WRAPPERS, rest[0].partition(".")[0] + "."]
+        step = next((step for step in steps if all(name.startswith(step) for name in rest)), None)
+        if step is None:
+            break
         found.append(found[-1] + step)
         rest = [name.removeprefix(step) for name in rest]
     return found

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
 import inspect
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -17,6 +19,8 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from edgeformer.errors import BundleError, ExportError
+from edgeformer.export.bounds import construction
+from edgeformer.export.checkpoint_files import read_headers
 from edgeformer.export.hub_weights import LoadRules
 from edgeformer.export.options import ExportOptions
 from edgeformer.export.own_pair import is_pair, own_pair
@@ -57,20 +61,35 @@ def factory_source(options: ExportOptions, rules: LoadRules = _RULES) -> Source 
         record["notes"] = [*record.get("notes", ()), unwrapped]
     config = getattr(module, "config", {})
     config = config.to_dict() if hasattr(config, "to_dict") else config if isinstance(config, Mapping) else {}
-    source = module_source(module, options, f"factory {Path(options.source).name}", config)
+    return _recorded(module_source(module, options, f"factory {Path(options.source).name}", config), record)
+
+
+def _recorded(source: Source | Pair, record: Mapping[str, Any]) -> Source | Pair:
+    """The source with what its load left out, for the manifest; of a pair the encoder has it."""
     if isinstance(source, Pair):
         return dataclasses.replace(source, encoder=dataclasses.replace(source.encoder, completeness=record))
     return dataclasses.replace(source, completeness=record)
 
 
-def checkpoint_source(folder: Path) -> Source | Pair:
+def checkpoint_source(folder: Path, rules: LoadRules = _RULES) -> Source | Pair:
     """A checkpoint folder of `python -m edgeformer.train`.
 
     Raises:
-        BundleError: the folder is damaged.
+        BundleError: the folder is damaged, or a weight is missing or unused.
+        ExportError: config.json claims more than the weights hold, or there is no room for them.
     """
-    from edgeformer.models.checkpoint import load_checkpoint
+    from edgeformer.models.checkpoint import find_factory, load_checkpoint, read_config
 
+    record: dict[str, Any] = {}
+    if (folder / "model.safetensors").is_file():
+        elements = [math.prod(stored.shape) for stored in read_headers(folder / "model.safetensors").values()]
+        rules.room(sum(elements))
+        make, settings = find_factory(read_config(folder), folder), read_config(folder)
+        guard = construction(sum(elements), len(elements), f"config.json of {folder}")
+        # What else is wrong with the settings, `load_checkpoint` says.
+        with guard, torch.device("meta"), contextlib.suppress(TypeError, ValueError, KeyError):
+            make(settings)
+        record = {"tensors": len(elements), "missing": [], "unused": []}  # else `load_checkpoint` raises
     module, config = load_checkpoint(folder)
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     generation: dict[str, Any] = {}
@@ -80,7 +99,8 @@ def checkpoint_source(folder: Path) -> Source | Pair:
         except ValueError as error:
             raise BundleError(f"{folder / 'generation_config.json'} is no JSON: {error}") from error
     options = ExportOptions(source=str(folder), output=folder)
-    return module_source(module, options, f"checkpoint {folder.name}", config, generation, files)
+    source = module_source(module, options, f"checkpoint {folder.name}", config, generation, files)
+    return _recorded(source, record)
 
 
 def module_source(

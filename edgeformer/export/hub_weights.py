@@ -114,6 +114,7 @@ def _dry_run(
     if cls is None:
         return None, {}, [getattr(loader, "__name__", "the model")]
     words, first = [cls.__name__], None
+    headers = {**headers, **_extra(config, name)}
     elements = sum(math.prod(stored.shape) for stored in headers.values())
     for mapping, note in _renamings(headers):
         empty = {key: torch.empty(s.shape, dtype=s.dtype or torch.uint8, device="meta") for key, s in headers.items()}
@@ -154,6 +155,17 @@ def _class_of(loader: Any, name: str) -> tuple[Any, Any]:
     cls = _get_model_class(config, loader._model_mapping)  # type: ignore[no-untyped-call]
     text = config.sub_configs.get("text_config")
     return cls, config.get_text_config() if text is not None and cls.config_class == text else config
+
+
+def _extra(config: Any, name: str) -> dict[str, Stored]:
+    """The tensors of the files beside the checkpoint that the config's class names, a head of its own say."""
+    from transformers.utils.hub import cached_file
+
+    found: dict[str, Stored] = {}
+    for file in getattr(type(config), "extra_files", ()):
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        found |= read_headers(Path(path)) if path else {}
+    return found
 
 
 def _renamings(headers: Mapping[str, Stored]) -> Iterator[tuple[dict[str, str], str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,10 @@ def load_weights(module: torch.nn.Module, path: Path, allow: Sequence[str] = ())
     module.float()  # before loading: a module in half precision would round the checkpoint's values
     expected = module.state_dict()
     place, state, names, notes = _choose(states_in(read_object(path)), expected, path, allow)
-    state = {names[name]: value for name, value in state.items()}
+    renamed: Any = OrderedDict((names[name], value) for name, value in state.items())
+    if all(name == other for name, other in names.items()) and hasattr(state, "_metadata"):
+        renamed._metadata = state._metadata  # versions of modules, by which they read older layouts
+    state = renamed
     source = f"the checkpoint {path}" + (f" (its {place})" if place else "")
     shared = _shared(expected)
     _require_same_kind(state, expected, source)
@@ -94,11 +98,13 @@ def _walk(found: Any, place: str, depth: int) -> Iterator[tuple[str, State]]:
         for state in _walk(value, f"{place}[{name!r}]", depth + 1)
     ]
     # An optimizer's state has tensors too, by number; a state_dict may have what `get_extra_state` gave beside them.
-    state = {
-        name: value
+    state: Any = OrderedDict(
+        (name, value)
         for name, value in found.items()
         if isinstance(name, str) and (isinstance(value, torch.Tensor) or name.endswith("_extra_state"))
-    }
+    )
+    if hasattr(found, "_metadata"):
+        state._metadata = found._metadata
     # Beside a state_dict, single tensors are a random generator's state or the like.
     if any(isinstance(value, torch.Tensor) for value in state.values()) and (len(state) == len(found) or not inside):
         yield place, state
@@ -125,9 +131,24 @@ def _choose(
             f"{line}, and pass that file."
         )
     place = chosen[0]
-    names, words = fits.get(place) or ({name: name for name in states[place]}, "")
+    names, words = fits.get(place) or _part(states[place], expected, path)
     notes = [f"taken from {place} of the checkpoint"] if place else []
     return place, states[place], names, notes + ([words] if words else [])
+
+
+def _part(state: State, expected: State, path: Path) -> tuple[dict[str, str], str]:
+    """As `_fit`, where more than the module lies beside it: a loss's weights, a teacher. The rest keeps its names."""
+    identity = {name: name for name in state}
+    groups: dict[str, list[str]] = {}
+    for name in state:
+        groups.setdefault(name.partition(".")[0], []).append(name)
+    fits = {top: fit for top, names in groups.items() if (fit := unwrap(names, expected)) is not None}
+    if len(fits) > 1:
+        raise ExportError(
+            f"{path} holds {len(fits)} sets of weights that fit the module, with the prefixes "
+            f"{', '.join(repr(f'{top}.') for top in fits)}. Save the one that you mean, without its prefix."
+        )
+    return next(((identity | names, words) for names, words in fits.values()), (identity, ""))
 
 
 def _fit(state: State, expected: State, allow: Sequence[str]) -> tuple[dict[str, str], str] | None:

@@ -49,6 +49,9 @@ def _base_source(options: ExportOptions, rules: LoadRules) -> Source | Pair:
     name, path = options.source, Path(options.source)
     if (path / SETTINGS).is_file():
         raise ExportError(_adapter_as_source(path))
+    given = [flag for flag, value in (("--weights", options.weights), ("--input", options.input)) if value]
+    if given and (":" not in name or path.exists()):
+        raise ExportError(f"{given[0]} is for module:factory; {name} brings its own.")
     if path.is_file() and path.suffix.lower() == ".gguf":
         return gguf_source(path, rules, options.tokenizer)
     if (path / "config.json").is_file() or (path / "modules.json").is_file():
@@ -79,7 +82,9 @@ def _adapter_as_source(path: Path) -> str:
 
 def _folder_source(path: Path, options: ExportOptions, rules: LoadRules) -> Source | Pair:
     if "edgeformer_factory" in read_config(path):
+        if rules.allow:
+            raise ExportError(f"--allow-missing is for other sources; {path} is of edgeformer.train, which writes all.")
         if options.tokenizer is not None:
             raise ExportError(f"--tokenizer is not for a checkpoint folder; {path} brings its own.")
-        return checkpoint_source(path)  # its reader knows no exceptions to allow
+        return checkpoint_source(path, rules)
     return folder_source(path, options.architecture, rules, options.tokenizer)
