@@ -99,3 +99,20 @@ def test_a_longer_text_is_refused_with_the_numbers(tmp_path):
         assert model(input_ids=ids[:, :38], attention_mask=ids[:, :38] * 0 + 1)["last_hidden_state"].shape[1] == 38
         with pytest.raises(InputError, match="input_ids holds 39 tokens, the model has 38 positions"):
             model(input_ids=ids, attention_mask=ids * 0 + 1)
+
+
+def test_long_texts_are_cut_to_what_the_table_holds(tmp_path):
+    """Nothing in the folder says 32: the config and the library say 34, which are the table's rows, and it fails."""
+    library = pytest.importorskip("sentence_transformers", reason="pip install 'edgeformer[witness]'")
+    from bench.sources import _sentences as tiny
+
+    tiny.saved(tmp_path / "folder", tiny.base(tmp_path / "base", tiny.roberta, length=512))
+    reference = library.SentenceTransformer(str(tmp_path / "folder"), device="cpu")
+    texts = [*tiny.TEXTS, "blue boats float " * 20]
+    with pytest.raises((IndexError, RuntimeError)):
+        reference.encode(texts)
+    reference.max_seq_length = 32
+    model = tiny.read(tmp_path / "folder")
+    assert model.bundle.manifest["processing"]["max_length"] == 32
+    # Elements of size 1; two float32 programs that sum in other orders differ by about 20 roundings of 6e-8.
+    assert np.abs(model.embed(texts) - reference.encode(texts)).max() < 2e-5
