@@ -51,8 +51,9 @@ def _by_soundfile(path: str | os.PathLike[str]) -> tuple[F32, int] | None:
     try:
         with soundfile.SoundFile(os.fspath(path)) as file:
             samples = file.read(dtype="float32", always_2d=True)
-            promised, rate, streamed = file.frames, file.samplerate, file.format in ("WAV", "WAVEX", "AU")
-    except (OSError, RuntimeError, TypeError) as error:  # libsndfile's errors are RuntimeErrors
+            promised, rate = file.frames, file.samplerate
+            streamed = file.format in ("WAV", "WAVEX", "AU")  # these may come from a pipe, without a length
+    except (OSError, RuntimeError, TypeError, ValueError) as error:  # libsndfile's errors are RuntimeErrors
         raise InputError(f"{path} cannot be read as a recording: {error}") from error
     if len(samples) < promised and not streamed:
         raise InputError(f"{path} is cut short: it has {len(samples):,} of {promised:,} samples; copy it again.")
@@ -65,7 +66,7 @@ def _by_wave(path: str | os.PathLike[str]) -> tuple[F32, int]:
         with wave.open(os.fspath(path), "rb") as file:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
             data = file.readframes(file.getnframes())
-    except (OSError, EOFError, wave.Error) as error:
+    except (OSError, EOFError, ValueError, wave.Error) as error:
         raise InputError(
             f"{path} cannot be read as a PCM WAV file: {error or 'it ends too early'}. FLAC, MP3, OGG and other forms "
             f"of WAV (float, extensible, mu-law) need soundfile: {INSTALL}"
@@ -91,6 +92,8 @@ def _complete(path: str | os.PathLike[str]) -> None:
     Raises:
         InputError: the data chunk ends behind the end of the file, or there is none.
     """
+    if not os.path.isfile(path):  # a pipe is read once; what is not there the readers say
+        return
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -116,8 +119,8 @@ def _complete(path: str | os.PathLike[str]) -> None:
                         )
                     return
                 file.seek(length + length % 2, os.SEEK_CUR)
-    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
-        raise InputError(f"{path!r} cannot be read: {error}.") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}.") from error
     raise InputError(f"{path} is cut short: it is a WAV file of {size:,} bytes without samples; copy it again.")
 
 

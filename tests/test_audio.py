@@ -167,7 +167,7 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path):
     path = tmp_path / "cut.wav"
     for cut in (0, 3, 11, 20, 40, 44, 1001, len(whole) - 2):
         path.write_bytes(whole[:cut])
-        with pytest.raises(InputError, match=r"cut\.wav"):
+        with pytest.raises(InputError, match=r"^[^ ]*cut\.wav (is cut short|cannot be read as|holds no samples)"):
             read_wav(path, RATE)
     soundfile.write(path, TONE, RATE, format="RF64")
     path.write_bytes(path.read_bytes()[:3000])
@@ -193,7 +193,7 @@ def test_what_is_no_recording_is_refused(tmp_path):
     path.write_text("this is a text, and no recording at all")
     with pytest.raises(InputError, match=r"bad\.wav cannot be read"):
         read_wav(path, RATE)
-    for nothing in (tmp_path / "nothing.wav", tmp_path):
+    for nothing in (tmp_path / "nothing.wav", tmp_path, "zero\0byte.wav"):
         with pytest.raises(InputError, match="cannot be read"):
             read_wav(nothing, RATE)
 
