@@ -216,7 +216,7 @@ def processing_of(read: Read, config: Mapping[str, Any], outputs: Sequence[str])
     found: dict[str, Any] = {}
     lengths = [
         _object(read("sentence_bert_config.json")).get("max_seq_length"),
-        _object(read("tokenizer_config.json")).get("model_max_length"),
+        *(_object(read("tokenizer_config.json")).get(name) for name in ("model_max_length", "max_len")),  # two names
         config.get("max_position_embeddings"),
     ]
     # A tokenizer without a limit says 10^30.
