@@ -304,3 +304,22 @@ def test_every_field_of_transformers_is_followed_named_or_irrelevant():
     tried = (generation.VALUES, generation.SAMPLING, generation.NAMED, generation.WHY, generation.TIMED)
     words = {"bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens"}
     assert set(generation.settings()) <= words.union(*tried), "a field without a row"
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"language": "<|de|>"}, [3, 21, 31]),
+        ({"language": "de", "task": "translate"}, [3, 21, 32]),
+        ({"forced_decoder_ids": [[1, 20], [2, 32]]}, [3, 20, 32]),
+        ({"forced_decoder_ids": [[1, 20], [2, 32]], "language": "de"}, [3, 21, 31]),
+    ],
+    ids=str,
+)
+def test_the_file_says_what_language_is_spoken_and_what_to_do(generators, said, expected):
+    from edgeformer.seq2seq import speech_prompt
+
+    tokens = {"lang_to_id": {"<|en|>": 20, "<|de|>": 21}, "task_to_id": {"transcribe": 31, "translate": 32}}
+    pair = generators("whisper").with_settings(tokens | said).pair
+    assert speech_prompt(pair, {}, None, None)[0] == expected
+    assert speech_prompt(pair, {}, "en", "transcribe")[0] == [3, 20, 31]
