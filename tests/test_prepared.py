@@ -130,7 +130,7 @@ def test_a_damaged_entry_is_none(q8, cache_folder, lowered, damage):
 
 def test_changed_code_lowers_again(q8, cache_folder, lowered, monkeypatch):
     NativeEngine.from_bundle(q8, threads=1)
-    monkeypatch.setattr(prepared, "_code", lambda: b"other")
+    monkeypatch.setattr(prepared, "code_identity", lambda: b"other")
     NativeEngine.from_bundle(q8, threads=1)
     assert len(lowered) == 2 and len(programs(cache_folder)) == 2
 

@@ -181,7 +181,7 @@ def text_length(folder: SentenceFolder | None, source: Source) -> int | None:
     length = None if folder is None else folder.transformer.max_length
     if length is None:
         tokenizer = json.loads(source.files.get("tokenizer_config.json") or b"{}")
-        said = (tokenizer.get("model_max_length"), source.context)
+        said = (tokenizer.get("model_max_length", tokenizer.get("max_len")), source.context)  # max_len: its old name
         # A tokenizer without a limit says 10^30.
         length = min((int(n) for n in said if isinstance(n, (int, float)) and 0 < n < 1 << 24), default=None)
     limits = [n for n in (length, source.positions) if n is not None]
