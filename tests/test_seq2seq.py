@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from edgeformer.rules import Rules
 
 import edgeformer
 from edgeformer.errors import EngineUnavailable, ExportError, InputError, ParityError
