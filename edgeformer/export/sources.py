@@ -11,6 +11,7 @@ from edgeformer.export.bounds import require_room
 from edgeformer.export.completeness import require_finite
 from edgeformer.export.factory import checkpoint_source, factory_source
 from edgeformer.export.gguf.load import gguf_source
+from edgeformer.export.gguf.shards import open_gguf
 from edgeformer.export.hub import folder_source, hub_source
 from edgeformer.export.hub_weights import LoadRules
 from edgeformer.export.options import ExportOptions
@@ -52,8 +53,8 @@ def _base_source(options: ExportOptions, rules: LoadRules) -> Source | Pair:
     given = [flag for flag, value in (("--weights", options.weights), ("--input", options.input)) if value]
     if given and (":" not in name or path.exists()):
         raise ExportError(f"{given[0]} is for module:factory; {name} brings its own.")
-    if path.is_file() and path.suffix.lower() == ".gguf":
-        return gguf_source(path, rules, options.tokenizer)
+    if path.suffix.lower() == ".gguf" and (path.is_file() or _is_pattern(path)):
+        return gguf_source(_whole_gguf(path), rules, options.tokenizer)
     if (path / "config.json").is_file() or (path / "modules.json").is_file():
         return _folder_source(path, options, rules)
     if ":" in name and not path.exists():
@@ -67,6 +68,36 @@ def _base_source(options: ExportOptions, rules: LoadRules) -> Source | Pair:
     if path.suffix or path.is_absolute() or name.count("/") > 1:
         raise ExportError(f"{name} does not exist.")
     return hub_source(name, options.architecture, rules, options.tokenizer)
+
+
+def _is_pattern(path: Path) -> bool:
+    return not path.exists() and any(sign in path.name for sign in "*?[")
+
+
+def _whole_gguf(path: Path) -> Path:
+    """The file, or the first of the shards that a pattern (`NAME-*-of-00003.gguf`) names.
+
+    One shard alone does not name a model, though the others are found by it: who passes it may not know of them.
+
+    Raises:
+        ExportError: the path is a single shard, or the pattern is not that of all shards of one model.
+    """
+    found = sorted(path.parent.glob(path.name)) if _is_pattern(path) else [path]
+    if not found:
+        raise ExportError(f"{path} matches no file.")
+    shards = [shard.path for shard in open_gguf(found[0]).shards]
+    if found == shards:
+        return found[0]
+    pattern = f"{shards[0].name.rpartition('-of-')[0][:-5]}*-of-{len(shards):05d}.gguf"
+    if _is_pattern(path):
+        raise ExportError(
+            f"{path} matches {', '.join(one.name for one in found[:4])}; expected all shards of one model, such as "
+            f"'{found[0].with_name(pattern)}'."
+        )
+    raise ExportError(
+        f"{path.name} is one of {len(shards)} shards of a model, not a model; all are there. Name the whole in quotes: "
+        f"'{path.with_name(pattern)}'."
+    )
 
 
 def _adapter_as_source(path: Path) -> str:
