@@ -54,7 +54,12 @@ def test_shards_give_the_bundle_of_the_whole_file(tmp_path):
     whole = gguf_files.write(tmp_path / "whole.gguf", gguf_files.keys(), values, kind="Q8_0")
     parts = gguf_files.split(tmp_path, gguf_files.keys(), values, kind="Q8_0")
     expected, first = bundle_of(whole, tmp_path / "a")
-    manifest, second = bundle_of(parts[1], tmp_path / "b")
+    for part in parts:
+        with pytest.raises(
+            edgeformer.ExportError, match=r"one of 2 shards .* Name the whole in quotes: '.*-\*-of-00002"
+        ):
+            bundle_of(part, tmp_path / "b")
+    manifest, second = bundle_of(parts[1].with_name(parts[1].name.replace("00002-of", "*-of")), tmp_path / "b")
     assert manifest["quantization"] == expected["quantization"]
     assert manifest["quantization"]["scheme"] == "keep" and "2 shards" in manifest["provenance"]["source"]
     assert np.array_equal(first.logits(gguf_files.IDS), second.logits(gguf_files.IDS))
