@@ -15,7 +15,7 @@ from typing import Any
 
 from edgeformer.errors import ExportError
 from edgeformer.export.adapter_folder import SETTINGS, Adapter, peft_version, read_adapter
-from edgeformer.export.adapter_merge import Merged, merge
+from edgeformer.export.adapter_merge import Merged, merge, plain_name
 from edgeformer.export.parity import F32
 from edgeformer.export.source import TOKENIZER_FILES, Pair, Source, run
 from edgeformer.export.trace import axes
@@ -90,6 +90,15 @@ def _rows(module: Any) -> int | None:
         return int(module.get_input_embeddings().weight.shape[0])
     except (AttributeError, NotImplementedError):
         return None
+
+
+def supplied_names(folder: Path) -> frozenset[str]:
+    """Parameters of the base that the adapter brings whole (a trained head), by the base's names for them.
+
+    Raises:
+        ExportError: the folder is no adapter that can be merged.
+    """
+    return frozenset(plain_name(name) for name in read_adapter(folder).tensors)
 
 
 def _tokenizer(folder: Path) -> dict[str, bytes]:

@@ -80,8 +80,10 @@ def _any_model(
     else:
         task, loader = ("text-generation", AutoModelForCausalLM) if named is None else tasks.loader(named)
     with _loading(name):
-        part = architecture is not None or folder is not None
-        model, record = load_complete(loader, place, headers, rules, part=part)
+        # A folder of modules takes of the Transformer what its chain reads: often no pooler, and never a head.
+        unread = ("pooler.",) if folder is not None and folder.transformer.taken == "last_hidden_state" else ()
+        rules = dataclasses.replace(rules, part=architecture is not None or folder is not None, unread=unread)
+        model, record = load_complete(loader, place, headers, rules)
     if folder is not None and model.config.is_encoder_decoder:
         model = model.get_encoder()
     if task == "text-generation":

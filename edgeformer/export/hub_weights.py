@@ -30,10 +30,18 @@ Room = Callable[[int], object]
 
 @dataclass(frozen=True)
 class LoadRules:
-    """What a load may leave out, and who is asked whether there is room for so many parameters."""
+    """What a load may leave out, and who is asked whether there is room for so many parameters.
+
+    `part`: the class was named by the user, and may leave out modules that it does not have: the other tower, a head.
+    `unread` are prefixes of modules whose outputs the export does not take, `supplied` names of parameters that an
+    adapter brings: both may be missing.
+    """
 
     allow: tuple[str, ...] = ()
     room: Room = lambda parameters: None
+    part: bool = False
+    unread: tuple[str, ...] = ()
+    supplied: frozenset[str] = frozenset()
 
 
 def checked_headers(name: str) -> dict[str, Stored]:
@@ -68,16 +76,14 @@ def checked_headers(name: str) -> dict[str, Stored]:
 
 
 def load_complete(
-    loader: Any, name: str, headers: Mapping[str, Stored], rules: LoadRules, *, part: bool = False
+    loader: Any, name: str, headers: Mapping[str, Stored], rules: LoadRules
 ) -> tuple[Any, dict[str, Any]]:
     """(model in float32 with all its weights, what edgeformer.json says of the load).
-
-    `part`: the class was named by the user, and may leave out modules that it does not have: the other tower, a head.
 
     Raises:
         ExportError: a weight of the model is not in the checkpoint, or one of the checkpoint is not used.
     """
-    said, mapping, words = _dry_run(loader, name, headers, rules, part)
+    said, mapping, words = _dry_run(loader, name, headers, rules)
     if said is not None:
         require_complete(said, name, words[0], rules.allow)
     safe = all(stored.file.suffix == ".safetensors" for stored in headers.values())
@@ -99,12 +105,12 @@ def load_complete(
         )
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False
-    loaded, other = _report(model, info, headers, notes, part)
+    loaded, other = _report(model, info, headers, notes, rules)
     return model, require_complete(loaded, name, type(model).__name__, rules.allow) | other
 
 
 def _dry_run(
-    loader: Any, name: str, headers: Mapping[str, Stored], rules: LoadRules, part: bool
+    loader: Any, name: str, headers: Mapping[str, Stored], rules: LoadRules
 ) -> tuple[Loaded | None, dict[str, str], list[str]]:
     """(report, key mapping that makes names fit, [class, notes]) of a load without values.
 
@@ -130,7 +136,7 @@ def _dry_run(
                 output_loading_info=True,
                 **({"key_mapping": mapping} if mapping else {}),
             )
-        report, _ = _report(model, info, headers, [note] if note else [], part)
+        report, _ = _report(model, info, headers, [note] if note else [], rules)
         if first is None:
             rules.room(sum(parameter.numel() for parameter in model.parameters()))
             _require_float(headers, model, name)
@@ -183,14 +189,14 @@ def _renamings(headers: Mapping[str, Stored]) -> Iterator[tuple[dict[str, str], 
 
 
 def _report(
-    model: Any, info: Mapping[str, Any], headers: Mapping[str, Stored], notes: Sequence[str], part: bool
+    model: Any, info: Mapping[str, Any], headers: Mapping[str, Stored], notes: Sequence[str], rules: LoadRules
 ) -> tuple[Loaded, dict[str, Any]]:
-    """(the library's loading report, {part: names} of modules that the class does not have, if it may lack some)."""
+    """(the library's loading report, names that it may leave out by `rules`, for edgeformer.json)."""
     state = model.state_dict()
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     unexpected = sorted(info["unexpected_keys"])
     outside: list[str] = []
-    if part:
+    if rules.part:
         own = {name for name, _ in model.named_children()} | {name for name, _ in model.named_parameters(recurse=False)}
         base = f"{model.base_model_prefix}."
         own |= {name for name, _ in getattr(model, model.base_model_prefix or "-", model).named_children()}
@@ -200,8 +206,9 @@ def _report(
     patterns += [r"(^|\.)position_ids$"]
     known = {*state, *(name.removeprefix(f"{model.base_model_prefix}.") for name in state)}
     ignorable = [n for n in headers if n not in known and any(re.search(p, n) for p in patterns)]
+    spared = {n for n in info["missing_keys"] if n.startswith(rules.unread) or n in rules.supplied}
     loaded = Loaded(
-        missing=sorted(info["missing_keys"]),
+        missing=[name for name in sorted(info["missing_keys"]) if name not in spared],
         unexpected=[name for name in unexpected if name not in set(outside)],
         mismatched=[
             Mismatch(name, tuple(found), tuple(expected))
@@ -214,7 +221,9 @@ def _report(
         stored=list(headers),
         notes=notes,
     )
-    return loaded, {"other_parts": outside} if outside else {}
+    unread = sorted(name for name in spared if name not in rules.supplied)
+    told = {"other_parts": outside, "unread": unread, "from_adapter": sorted(spared & rules.supplied)}
+    return loaded, {key: names for key, names in told.items() if names}
 
 
 def _allowed(report: Loaded, allow: Sequence[str]) -> bool:

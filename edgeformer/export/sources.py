@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgeformer.errors import ExportError
-from edgeformer.export.adapter import with_adapter
+from edgeformer.export.adapter import supplied_names, with_adapter
 from edgeformer.export.adapter_folder import SETTINGS, read_settings
 from edgeformer.export.bounds import require_room
 from edgeformer.export.completeness import require_finite
@@ -33,7 +33,8 @@ def load_source(options: ExportOptions, progress: Progress | None = None) -> Sou
     def room(parameters: int) -> None:
         require_room(parameters, options.output, parse_size(options.memory_limit), progress or Silent())
 
-    source = _base_source(options, LoadRules(options.allow_missing, room))
+    supplied = supplied_names(options.adapter) if options.adapter is not None else frozenset()
+    source = _base_source(options, LoadRules(options.allow_missing, room, supplied=supplied))
     if getattr(source.encoder.module if isinstance(source, Pair) else source.module, "_hf_peft_config_loaded", False):
         raise ExportError(
             f"{options.source} is a PEFT adapter: name its base model as the source, and it by --adapter."
