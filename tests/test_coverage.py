@@ -149,9 +149,8 @@ def test_quantized_bundles_with_wrong_logits_are_told():
     assert told(0.8 * QUANTIZED_TOLERANCE) == "ok"
     assert told(0.5, rows=slice(3, 4)) == "ok", "the choice of an expert tipped"
     assert told(2 * QUANTIZED_TOLERANCE).startswith("half of the logits off by")
-    assert told(0.5, rows=slice(7, 14)) == "ok", "fewer than a tenth of 201 rows, and no prompt's half"
-    assert told(0.5, rows=slice(7, 25)).startswith("a tenth of the logits off by more than")
-    assert told(0.5, rows=slice(0, 4)).startswith("half of the logits off by")
+    assert told(0.5, rows=slice(7, 40)) == "ok", "fewer than half of 201 rows"
+    assert told(0.5, rows=slice(0, 100)).startswith("half of the logits off by")
     assert told(np.nan, rows=slice(150, 0, -1)) == "logits are not finite at 5 tokens"
 
 

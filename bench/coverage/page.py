@@ -49,7 +49,7 @@ def page(rows: dict[str, Any]) -> str:
         f"bundles with prompts of {', '.join(lengths[:-1])} and {lengths[-1]} tokens and a float cache. **Works** "
         f"means: on the CPU engine the float logits equal PyTorch's to {FLOAT_TOLERANCE:.0e} of their range, "
         f"{Depth().tokens} greedy tokens are the same ones, and the default export's logits differ by at most "
-        f"{QUANTIZED_TOLERANCE:.0%} of their deviation (root mean square; in nine positions of ten, for rounding now "
+        f"{QUANTIZED_TOLERANCE:.0%} of their deviation (root mean square; the median over positions, for rounding now "
         "and then tips the choice of an expert) from those of the same bundle with its weights dequantized and every "
         "operator in float. That is what int8 activations cost; what four bits cost the model is not in it. "
         "**native** asks the same of the native engine. No line of the exporter names an architecture."
