@@ -123,9 +123,10 @@ def _block_sums(model: ir.Model, linear: Linear, block_size: int) -> ir.Value:
         pads = np.zeros(2 * (lead + 1), np.int64)
         pads[-1] = missing
         source = tape.op("Pad", [x, constant(model, f"pad_{lead}_{missing}", pads)])
-    shape = constant(model, f"split_{lead}_{block_size}", np.array([0] * lead + [-1, block_size], np.int64))
+    count = (k + missing) // block_size  # said, not -1: x may have no rows, those of an expert that no token chose
+    shape = constant(model, f"split_{lead}_{count}_{block_size}", np.array([0] * lead + [count, block_size], np.int64))
     split = tape.op("Reshape", [source, shape])
     total = tape.op("ReduceSum", [split, constant(model, "axis_last", np.array([-1], np.int64))], {"keepdims": 0})
     model.graph.insert_before(linear.node, tape.nodes)
-    total.shape, total.type = ir.Shape([*x.shape[:-1], (k + missing) // block_size]), x.type
+    total.shape, total.type = ir.Shape([*x.shape[:-1], count]), x.type
     return total
