@@ -102,8 +102,9 @@ def test_processing_that_is_not_the_bases_is_refused(name, lora):
     (lora.folder / name).write_text('{"a": 1}')
     with pytest.raises(ExportError, match=f"has a {name} of its own, which is not the base's"):
         source_of(lora)
-    (lora.base / name).write_text('{ "a": 1 }')
-    source_of(lora)
+    if name != "modules.json":  # the base would be another model with it
+        (lora.base / name).write_text('{ "a": 1 }')
+        source_of(lora)
 
 
 def test_what_is_odd_about_the_folder_is_told(lora, work):

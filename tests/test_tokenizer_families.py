@@ -89,7 +89,9 @@ def test_pairs_and_truncated_texts_are_those_of_transformers(made, name):
     cut = theirs(firsts, seconds, truncation=True, max_length=12)["input_ids"]
     for place, pair in enumerate(pairs):
         found = runtime.encode_for_encoder(pair)
-        assert (found.ids, found.type_ids) == (batch["input_ids"][place], batch["token_type_ids"][place]), pair
+        # Where a class gives no types to its model, transformers' models count all as 0.
+        types = batch["token_type_ids"][place] if "token_type_ids" in theirs.model_input_names else [0] * len(found.ids)
+        assert (found.ids, found.type_ids) == (batch["input_ids"][place], types), pair
         assert runtime.encode_for_encoder(pair, 12).ids == cut[place], pair
 
 

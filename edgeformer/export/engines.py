@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,15 @@ from edgeformer.engine import Engine
 from edgeformer.errors import EngineUnavailable, ParityError
 from edgeformer.export import parity
 from edgeformer.export.parity import Check
+from edgeformer.export.plan import Quantized
 from edgeformer.export.progress import Progress
 from edgeformer.machine import default_threads
 
-# Engines round the same activations by the same rule; float sums in another order let single values fall to the other
-# side of a half. So their errors are draws of one size from PyTorch, at worst on opposite sides of what this rounding
-# gives: |engine - PyTorch| <= |engine - rounded| + |rounded - PyTorch|, and the first is no larger than the second.
-SPREAD = 2.0
+# Engines round the same activations by the same rule, but float sums in another order let single values fall to the
+# other side of a half, and layers amplify that. So an engine's errors are other draws of the same size. On tiny models
+# the largest of thousands is the same to 5 %; on SmolLM2 in q4, with ids from both ends of its vocabulary, those of
+# onnxruntime and of the native engine are 2.1 and 2.2 times those of the rounded graph. Three times is allowed.
+SPREAD = 3.0
 
 Checks = Callable[[Mapping[str, "Running"]], Iterator[Check]]
 
@@ -79,6 +81,11 @@ def engine_gate(
         problems = "; ".join(f"{name}: {one.get('problem') or one.get('unavailable')}" for name, one in found.items())
         raise ParityError(f"no engine gives PyTorch's numbers for this bundle. {problems}")
     return found
+
+
+def sum_roundings(weights: Sequence[Quantized]) -> tuple[bool, ...]:
+    """The values of `sums` to try with `round_activations`: both only where weights have minima."""
+    return (False, True) if any(w.blocks is not None and w.blocks.minimum is not None for w in weights) else (False,)
 
 
 def bound(rounded: Iterator[Check], exact: float = parity.TOLERANCE) -> float:

@@ -24,11 +24,11 @@ from edgeformer.export.checkpoint_files import read_headers
 from edgeformer.export.hub_weights import LoadRules
 from edgeformer.export.options import ExportOptions
 from edgeformer.export.own_pair import is_pair, own_pair
-from edgeformer.export.own_weights import load_weights, unwrap_module
+from edgeformer.export.own_weights import load_weights
 from edgeformer.export.source import TOKENIZER_FILES, Pair, Source
 from edgeformer.export.texts import NONE, folder_files
 from edgeformer.export.trace import Input
-from edgeformer.export.wrappers import unwrapped
+from edgeformer.export.wrappers import unwrap_module
 
 _RULES = LoadRules()
 _SPEC = re.compile(r"^(?P<name>\w+)=(?P<dtype>\w+)\[(?P<shape>[\w, ]*)\](?:<(?P<high>\d+))?$")
@@ -51,14 +51,14 @@ def factory_source(options: ExportOptions, rules: LoadRules = _RULES) -> Source 
     """
     module = _call(options.source)
     rules.room(sum(parameter.numel() for parameter in module.parameters() if not is_lazy(parameter)))
-    module, unwrapped = unwrap_module(module)
+    module, removed = unwrap_module(module)
     record: dict[str, Any] = {}
     if options.weights is not None:
         record = load_weights(module, options.weights, rules.allow)
     elif rules.allow:
         raise ExportError("--allow-missing is for weights that are loaded; name a checkpoint with --weights.")
-    if unwrapped:
-        record["notes"] = [*record.get("notes", ()), unwrapped]
+    if removed:
+        record["notes"] = [*record.get("notes", ()), removed]
     config = getattr(module, "config", {})
     config = config.to_dict() if hasattr(config, "to_dict") else config if isinstance(config, Mapping) else {}
     return _recorded(module_source(module, options, f"factory {Path(options.source).name}", config), record)
@@ -119,7 +119,7 @@ def module_source(
     Raises:
         ExportError: an argument of forward has no declared shape, or encode and decode are not the contract's.
     """
-    module = unwrapped(module)
+    module, _ = unwrap_module(module)
     paired = is_pair(module)
     config = dict(config or {})
     declared = dict(getattr(module, "input_spec", None) or {})
@@ -192,7 +192,7 @@ def _call(source: str) -> torch.nn.Module:
         raise ExportError(
             f"{source} returned a {type(module).__name__}; a factory takes no arguments and returns an nn.Module."
         )
-    return unwrapped(module)
+    return module
 
 
 def _inputs(

@@ -150,7 +150,9 @@ def language_model(model: Any, origin: str, files: Mapping[str, bytes] | None = 
         model = model.float()
     arguments = inspect.signature(model.forward).parameters
     past = next((name for name in CACHE_ARGUMENTS if name in arguments), None)
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    head = model.get_output_embeddings()
+    tables = [model.get_input_embeddings(), *([head] if hasattr(head, "weight") else [])]
+    vocabulary = min(int(table.weight.shape[0]) for table in tables)  # ids that can be both read and written
     ids = Input("input_ids", torch.int64, ("batch", "sequence"), high=vocabulary)
     positions = Input("position_ids", torch.int64, ("batch", "sequence"))
     takes_positions = "position_ids" in arguments and _counts_from_zero(model, vocabulary)

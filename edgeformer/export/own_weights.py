@@ -58,36 +58,6 @@ def states_in(found: Any) -> dict[str, State]:
     return dict(_walk(found, "", 0))
 
 
-def unwrap_module(module: torch.nn.Module) -> tuple[torch.nn.Module, str]:
-    """(the module inside of torch.compile's and the parallel wrappers, which compute the same; what was done).
-
-    Compiled parts of the module become plain again too: tracing reads their code, not what the compiler made of it.
-    """
-    removed = []
-    while (inner := _inner(module)) is not None:
-        removed.append(type(module).__name__)
-        module = inner
-    for parent in list(module.modules()):
-        parent._compiled_call_impl = None  # of module.compile()
-        for name, child in list(parent.named_children()):
-            if _is_compiled(child):
-                setattr(parent, name, child._orig_mod)
-                removed.append(type(child).__name__)
-    words = ", ".join(dict.fromkeys(removed))
-    return module, f"taken out of {words}, which changes no numbers" if words else ""
-
-
-def _is_compiled(module: torch.nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules
-
-
-def _inner(module: torch.nn.Module) -> torch.nn.Module | None:
-    parallel = torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel
-    if _is_compiled(module):
-        return module._modules["_orig_mod"]
-    return module.module if isinstance(module, parallel) else None
-
-
 def _walk(found: Any, place: str, depth: int) -> Iterator[tuple[str, State]]:
     if not isinstance(found, Mapping) or depth > _DEPTH:
         return

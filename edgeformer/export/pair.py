@@ -14,7 +14,7 @@ import torch
 
 from edgeformer.bundle import seal, write_bundle
 from edgeformer.export import parity
-from edgeformer.export.engines import bound, engine_gate
+from edgeformer.export.engines import bound, engine_gate, sum_roundings
 from edgeformer.export.options import ExportOptions
 from edgeformer.export.parity import Check
 from edgeformer.export.passes.finish import finish
@@ -72,7 +72,11 @@ def export_pair(
                 expected = pair_samples(pair)
             report["dequantized"] = parity.gate(pair_checks(expected[1:2], PairGraphs.of(place, optimized=False)))
             progress.stage("measure what int8 activations move")
-            allowed = bound(pair_checks(expected, _rounding(models, options.block, Path(scratch) / "rounded")))
+            allowed = bound(
+                check
+                for sums in sum_roundings(weights)
+                for check in pair_checks(expected, _rounding(models, options.block, Path(scratch), sums))
+            )
         if half:
             for model in models:
                 to_float16(model)
@@ -110,11 +114,11 @@ def export_pair(
         return seal(folder, content)
 
 
-def _rounding(models: Sequence[ir.Model], block: int, folder: Path) -> PairGraphs:
-    """Both quantized graphs with their activations rounded as engines round them."""
-    copies = [model.clone() for model in models]
+def _rounding(models: Sequence[ir.Model], block: int, scratch: Path, sums: bool) -> PairGraphs:
+    """Both quantized graphs with their activations rounded as engines round them; see `round_activations`."""
+    copies, folder = [model.clone() for model in models], scratch / f"rounded-{sums:d}"
     for model in copies:
-        round_activations(model, max(32, block))
+        round_activations(model, max(32, block), sums=sums)
     _save(copies, folder)
     return PairGraphs.of(folder, optimized=False)
 
@@ -206,7 +210,7 @@ def pair_samples(pair: Pair) -> list[PairSample]:
             feeds, ids = sample_pair(pair, 1, 37, length, 3)
             try:
                 done.append(_pair_sample(pair, feeds, ids, parity.pieces(length), f"{length} tokens"))
-            except (IndexError, RuntimeError):  # a table of positions that is shorter
+            except (IndexError, RuntimeError, ValueError):  # a table of positions that is shorter
                 continue
             break
     return done

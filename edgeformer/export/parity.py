@@ -152,7 +152,7 @@ def _large(source: Source) -> list[Sample]:
         if source.context is None or other <= source.context:
             try:
                 return [_sample(source, first, other, len(_SHAPES))]
-            except ExportError:  # a table of positions that is shorter, in a module that does not say so
+            except EdgeformerError:  # a table of positions that is shorter, in a module that does not say so
                 continue
     return []
 
@@ -246,7 +246,7 @@ def long_texts(source: Source) -> list[Text]:
         feeds = {value.name: value.sample({"batch": 1, "sequence": length}, 3) for value in source.inputs}
         try:
             logits = run(source, feeds)["logits"]
-        except (IndexError, RuntimeError):  # a table of positions that is shorter, in a module that does not say so
+        except (IndexError, RuntimeError, ValueError):  # a table of positions that is shorter, and nobody says so
             continue
         kept = np.ascontiguousarray(logits[:, -max(1, _COMPARED // logits.shape[2]) :])
         ids = feeds["input_ids"].numpy()

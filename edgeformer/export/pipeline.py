@@ -13,7 +13,7 @@ from edgeformer.bundle import check_target, seal, write_bundle
 from edgeformer.errors import ExportError, ParityError
 from edgeformer.export import accuracy, parity
 from edgeformer.export.calibrate import Calibration, calibration
-from edgeformer.export.engines import bound, engine_gate
+from edgeformer.export.engines import bound, engine_gate, sum_roundings
 from edgeformer.export.generation import generation_notes
 from edgeformer.export.graph import standard_graph
 from edgeformer.export.options import SAMPLES, ExportOptions
@@ -119,7 +119,11 @@ def export(
                 expected = _expected(source, cached)
             report["dequantized"] = parity.gate(parity.against(Graph(path, optimized=False), expected[0][:1]))
             progress.stage("measure what int8 activations move")
-            allowed = bound(parity.against(_rounding(model, options.block, Path(scratch)), *expected))
+            allowed = bound(
+                check
+                for sums in sum_roundings(weights)
+                for check in parity.against(_rounding(model, options.block, Path(scratch), sums), *expected)
+            )
         if half:
             to_float16(model)
             save_graph(model, folder / GRAPH)
@@ -182,11 +186,11 @@ def _expected(source: Source, cached: bool) -> Expected:
     return parity.samples(source), parity.texts(source) if cached else []
 
 
-def _rounding(model: ir.Model, block: int, scratch: Path) -> Graph:
-    """The quantized graph with its activations rounded as engines round them."""
+def _rounding(model: ir.Model, block: int, scratch: Path, sums: bool) -> Graph:
+    """The quantized graph with its activations rounded as engines round them; see `round_activations`."""
     copy = model.clone()
-    round_activations(copy, max(32, block))
-    path = scratch / "rounded" / GRAPH
+    round_activations(copy, max(32, block), sums=sums)
+    path = scratch / f"rounded-{sums:d}" / GRAPH
     save_graph(copy, path)
     return Graph(path, optimized=False)
 

@@ -39,6 +39,8 @@ class _Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def learned_positions(source: Source) -> int | None:
     """Tokens that fit the model's tables of positions; None where it has none, or takes no token ids."""
+    if not source.inputs:
+        return None
     ids = source.inputs[0]
     if ids.name != "input_ids" or ids.shape != ("batch", "sequence"):
         return None

@@ -73,7 +73,13 @@ def sentence_folder(read: Read) -> SentenceFolder | None:
     listed = read(MODULES)
     if listed is None:
         return None
-    modules = [(str(m["type"]), str(m["path"]).rstrip("/")) for m in json.loads(listed)]
+    try:
+        modules = [(str(m["type"]), str(m["path"]).rstrip("/")) for m in json.loads(listed)]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ExportError(
+            f"{MODULES} is no list of modules with a type and a path each, as sentence-transformers writes it: "
+            f"{type(error).__name__}: {error}. Save the model again, or name the class to export by --architecture."
+        ) from error
     foreign = [kind for kind, _ in modules if not kind.startswith(_LIBRARY)]
     if foreign:
         raise ExportError(

@@ -15,17 +15,34 @@ _INNER = {  # kind -> the attribute that holds the wrapped module; each runs its
 }
 
 
-def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
-    """The module that was given to torch.compile, DataParallel and the like; any other as it is.
+def unwrap_module(module: torch.nn.Module) -> tuple[torch.nn.Module, str]:
+    """(the module that was given to torch.compile, DataParallel and the like; what was done, in words).
+
+    Compiled parts of the module become plain again too: tracing reads their code, not what the compiler made of it.
 
     Raises:
         ExportError: a TorchScript module, which holds no Python that could be traced.
     """
-    while (inner := _INNER.get(f"{type(module).__module__}.{type(module).__qualname__}")) is not None:
-        module = getattr(module, inner)
+    removed = []
+    while (inner := _inner(module)) is not None:
+        removed.append(type(module).__name__)
+        module = inner
     if isinstance(module, torch.jit.ScriptModule):
         raise ExportError(
             f"a TorchScript module ({type(module).__name__}) cannot be traced again: return the nn.Module itself, "
             "before torch.jit.script or torch.jit.trace."
         )
-    return module
+    for parent in list(module.modules()):
+        parent._compiled_call_impl = None  # of module.compile()
+        for name, child in list(parent.named_children()):
+            if (inner := _inner(child)) is not None:
+                setattr(parent, name, inner)
+                removed.append(type(child).__name__)
+    words = ", ".join(dict.fromkeys(removed))
+    return module, f"taken out of {words}, which changes no numbers" if words else ""
+
+
+def _inner(module: torch.nn.Module) -> torch.nn.Module | None:
+    attribute = _INNER.get(f"{type(module).__module__}.{type(module).__qualname__}")
+    found = getattr(module, attribute) if attribute is not None else None
+    return found if isinstance(found, torch.nn.Module) else None

@@ -19,10 +19,11 @@ from edgeformer.export.passes.edit import constant, nodes
 LEVELS = 127
 
 
-def round_activations(model: ir.Model, block: int) -> int:
+def round_activations(model: ir.Model, block: int, *, sums: bool = False) -> int:
     """Rounds what every product with quantized weights reads, in blocks of `block` columns; returns how many values.
 
-    Where no cache is, also what Attention reads, a row at a time: the native engine attends in int8 there.
+    The minima of q4a multiply sums of activations: those as they are, or with `sums` the rounded ones; engines do
+    either. Where no cache is, also what Attention reads is rounded, a row at a time: the native engine attends in int8.
     """
     rounded: dict[ir.Value, ir.Value] = {}
     cached = any(str(value.name).startswith("past_key_values.") for value in model.graph.inputs)
@@ -33,18 +34,21 @@ def round_activations(model: ir.Model, block: int) -> int:
             assert node.inputs[1] is not None
             columns = node.inputs[1].shape[0] if node.inputs[1].shape is not None else None
             width = block if isinstance(columns, int) and columns % block == 0 else None
-            node.replace_input_with(0, _rounded(model, node, x, width, rounded))
+            node.replace_input_with(0, _rounded(model, x, width, rounded))
     for node in () if cached else nodes(model, "Attention"):
         for index, x in enumerate(node.inputs[:3]):
             if x is not None:
-                node.replace_input_with(index, _rounded(model, node, x, None, rounded))
+                node.replace_input_with(index, _rounded(model, x, None, rounded))
+    for x, y in rounded.items() if sums else ():
+        for use in tuple(x.uses()):
+            readers = {reader.node.op_type for reader in use.node.outputs[0].uses()}
+            if use.node.op_type in ("Reshape", "Pad") and readers & {"ReduceSum", "Reshape"} and use.idx == 0:
+                use.node.replace_input_with(0, y)
     return len(rounded)
 
 
-def _rounded(
-    model: ir.Model, before: ir.Node, x: ir.Value, block: int | None, done: dict[ir.Value, ir.Value]
-) -> ir.Value:
-    """`x` rounded, once for all its readers; the nodes that do it stand before the first of them."""
+def _rounded(model: ir.Model, x: ir.Value, block: int | None, done: dict[ir.Value, ir.Value]) -> ir.Value:
+    """`x` rounded, once for all its readers; the nodes that do it stand behind its own."""
     if x in done:
         return done[x]
     tape = Tape()
@@ -60,6 +64,10 @@ def _rounded(
     if block is not None:
         y = tape.op("Reshape", [y, tape.op("Shape", [x])])
     y.type, y.shape = x.type, x.shape
-    model.graph.insert_before(before, tape.nodes)
+    maker = x.producer()
+    if maker is None:
+        model.graph.insert_before(model.graph[0], tape.nodes)
+    else:
+        model.graph.insert_after(maker, tape.nodes)
     done[x] = y
     return y
