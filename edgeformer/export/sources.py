@@ -105,8 +105,8 @@ def _adapter_as_source(path: Path) -> str:
     if (path / "config.json").is_file():
         return (
             f"{path} holds a model and a PEFT adapter ({SETTINGS}), and transformers would load the adapter's base "
-            "instead of that model. Move the adapter's files to a folder of their own: name it by --adapter to merge it, or leave it "
-            "away if the model is merged already."
+            "instead of that model. Move the adapter's files to a folder of their own: name it by --adapter to merge "
+            "it, or leave it away if the model is merged already."
         )
     base = read_settings(path).get("base_model_name_or_path") or "BASE"
     return f"{path} is a PEFT adapter: name its base model as the source: {base} --adapter {path}"
