@@ -228,12 +228,12 @@ def texts(source: Source, batches: Sequence[int] = (1, 2)) -> list[Text]:
     done = []
     for batch in batches:
         sizes = {"batch": batch, "sequence": sum(STEPS)}
-        feeds = _text_feeds(source, sizes, 7 * batch)
+        feeds = text_feeds(source, sizes, 7 * batch)
         done.append(Text(f"batch {batch}", feeds["input_ids"].numpy(), run(source, feeds)["logits"], STEPS))
     return done + long_texts(source)
 
 
-def _text_feeds(source: Source, sizes: Mapping[str, int], seed: int) -> dict[str, torch.Tensor]:
+def text_feeds(source: Source, sizes: Mapping[str, int], seed: int) -> dict[str, torch.Tensor]:
     """Inputs for one text; no token of it is padding, as in any real one: some models do not count its position."""
     feeds = {value.name: value.sample(sizes, seed) for value in source.inputs}
     ids, padding = feeds["input_ids"], source.config.get("pad_token_id")
@@ -253,7 +253,7 @@ def long_texts(source: Source) -> list[Text]:
     for length in (wanted, *(n for n in _SHORTER if n < wanted)):
         if source.context is not None and length > source.context:
             continue
-        feeds = _text_feeds(source, {"batch": 1, "sequence": length}, 3)
+        feeds = text_feeds(source, {"batch": 1, "sequence": length}, 3)
         try:
             logits = run(source, feeds)["logits"]
         except (IndexError, RuntimeError, ValueError):  # a table of positions that is shorter, and nobody says so

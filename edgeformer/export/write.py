@@ -54,7 +54,10 @@ def write_reference(source: Source, folder: Path, weights: Sequence[Quantized], 
     ten times the float gate.
     """
     sizes = {axis: 1 if index == 0 else _REFERENCE_LENGTH for index, axis in enumerate(axes(source.inputs))}
-    feeds = {value.name: value.sample(sizes, 99 + index) for index, value in enumerate(source.inputs)}
+    if source.is_language_model:
+        feeds = parity.text_feeds(source, sizes, 99)
+    else:
+        feeds = {value.name: value.sample(sizes, 99 + index) for index, value in enumerate(source.inputs)}
     arrays = {name: value.numpy() for name, value in feeds.items()}
     found, _ = Graph(folder / GRAPH)(arrays)
     original = run(source, feeds)
