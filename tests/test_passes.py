@@ -206,6 +206,16 @@ def test_a_quantized_linear_is_its_dequantized_weight(scheme, k, block_size):
         assert (np.abs(y - exact) <= bound).all()
 
 
+@pytest.mark.parametrize("k", [128, 100])
+@pytest.mark.parametrize("scheme", ["q4", "q4a", "q8"])
+def test_a_quantized_linear_takes_no_rows(scheme, k):
+    """The rows of an expert that no token chose."""
+    model = parse(TWO.replace("K", str(k)), w=floats(8, k), v=floats(4, k))
+    quantize_linears(model, lambda name, weight: quantize(weight.const_value.numpy(), scheme, 32))
+    finish(model, "")
+    assert [y.shape for y in run(model, x=floats(2, 0, k))] == [(2, 0, 8), (2, 0, 4)]
+
+
 @pytest.mark.parametrize("scheme", ["q8", "q4a"])
 def test_a_quantized_embedding_looks_up_dequantized_rows(scheme):
     table = floats(20, 96)

@@ -46,6 +46,7 @@ INDEXER = {
 # Where the fields of one config depend on each other in a way that their names do not say.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "xglm": {"attention_heads": 4},
+    "gemma3n_text": {"intermediate_size": 96},  # a list by default, one 16,384 a layer
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "mpt": {"expansion_ratio": 2},
     "reformer": {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [32, 32]},
