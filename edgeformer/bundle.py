@@ -111,6 +111,11 @@ class Bundle:
         """Positions that the model was made for: what its tables hold, else what config.json says; None: no limit."""
         return self.positions("decoder") or self.positions() or context_length(self.config)
 
+    def context_source(self, graph: str = "model") -> str:
+        """Where `context` comes from, for messages."""
+        learned = self.positions(graph) is not None
+        return "what its table of positions holds" if learned else "max_position_embeddings in config.json"
+
     @property
     def size(self) -> int:
         """Bytes of all files that the manifest names."""

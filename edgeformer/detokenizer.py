@@ -107,7 +107,7 @@ class Detokenizer:
         if len(whole) < len(text):
             if len(self._pending) < self.PATIENCE:
                 return ""
-            # Give out the ruins, but for what may still be the beginning of a character: at most 3 bytes.
+            # Flush invalid UTF-8 as U+FFFD, except what may be the beginning of a character: at most 3 bytes.
             end = max(len(whole), len(text) - 3)
             new, self._sent = text[self._sent : end], max(self._sent, end)
             return new

@@ -41,5 +41,10 @@ class TrainingError(EdgeformerError, RuntimeError):
     """A training run cannot start, resume or continue."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of the error's text that is not blank; empty where there is none. Libraries write pages."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+
+
 class EdgeformerWarning(UserWarning):
     """What a caller should know although the call goes on."""

@@ -21,7 +21,7 @@ from edgeformer.generation_config import GenerationConfig, file_settings
 from edgeformer.generation_fields import listed
 from edgeformer.logits_processors import Processor, process
 from edgeformer.sampling import check, choose
-from edgeformer.signature import CONFIG, IDS, KEEP, PAST, TABLE
+from edgeformer.signature import IDS, KEEP, PAST
 
 CHUNK = 512  # prompt tokens a step: bounds the activations' memory, and how long Ctrl-C waits
 
@@ -178,7 +178,7 @@ class Limits:
     @classmethod
     def of(cls, bundle: Bundle, engine: Engine, graph: str = "model") -> Limits:
         inputs = bundle.manifest["graphs"][graph]["inputs"]
-        context, reason = bundle.context, CONFIG if bundle.positions(graph) is None else TABLE
+        context, reason = bundle.context, bundle.context_source(graph)
         loaded = getattr(engine, "context", None)
         if loaded is not None and (context is None or loaded < context):
             context, reason = loaded, f"what the {engine.name} engine was loaded for; load with a larger context"

@@ -17,8 +17,6 @@ ENCODER = ".encoder."
 KEEP = "logits_to_keep"
 POSITIONS = "position_ids"
 IDS = "input_ids"
-CONFIG = "max_position_embeddings in config.json"  # where a limit comes from, for messages
-TABLE = "what its table of positions holds"
 
 Array = np.ndarray[Any, Any]
 
@@ -46,7 +44,7 @@ class Signature:
     keeps_logits: bool
     vocab_size: int | None
     context: int | None
-    context_source: str = CONFIG
+    context_source: str
 
     @classmethod
     def of(cls, bundle: Bundle, graph: str = "model") -> Signature:
@@ -63,7 +61,7 @@ class Signature:
             keeps_logits=KEEP in ports,
             vocab_size=bundle.vocab_size,
             context=(bundle.context if caches else bundle.positions(graph)) if IDS in ports else None,
-            context_source=CONFIG if bundle.positions(graph) is None else TABLE,
+            context_source=bundle.context_source(graph),
         )
 
     def check_some(self, given: Mapping[str, Any]) -> dict[str, Array]:

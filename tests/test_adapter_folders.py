@@ -22,6 +22,7 @@ from bench.sources._adapters import IDS, Try, base_folder, edit, load, logits, q
 from edgeformer.errors import ExportError  # noqa: E402
 from edgeformer.export import ExportOptions  # noqa: E402
 from edgeformer.export.adapter import with_adapter  # noqa: E402
+from edgeformer.export.adapter_folder import read_adapter  # noqa: E402
 from edgeformer.export.hub import language_model  # noqa: E402
 from edgeformer.export.sources import load_source  # noqa: E402
 
@@ -125,11 +126,28 @@ def test_an_untrained_adapter_is_told(lora):
 
 def test_blocks_of_a_gguf_file_are_not_kept(lora):
     with quiet():
-        source = with_adapter(
-            language_model(load(lora.base), "GGUF m.gguf", kept=lambda _: None), lora.folder, lora.base
-        )
+        base = language_model(load(lora.base), "GGUF m.gguf", kept=lambda _: None)
+        source = with_adapter(base, read_adapter(lora.folder), lora.base)
     assert source.kept is None and any("not kept" in note for note in source.notes)
     assert off(logits(source.module), lora.logits) <= BOUND
+
+
+def test_ids_stay_below_what_the_head_scores(lora):
+    """An embedding may have more rows than the head, and an adapter changes nothing about it."""
+    with quiet():
+        model = load(lora.base)
+        rows, width = model.lm_head.weight.shape
+        model.lm_head = torch.nn.Linear(width, rows - 4, bias=False)
+        source = with_adapter(language_model(model, "base"), read_adapter(lora.folder), lora.base)
+    assert source.inputs[0].high == rows - 4
+
+
+def test_an_adapters_rules_of_generation_are_read_as_the_bases_are(lora):
+    """transformers asks no other file for an end that generation_config.json does not name."""
+    tf.GenerationConfig(do_sample=True, top_k=7).save_pretrained(lora.folder)
+    given = source_of(lora).generation_config
+    assert given["top_k"] == 7
+    assert given["eos_token_id"] is None
 
 
 def trained_head(kind, config, options, place, **feeds):

@@ -134,7 +134,7 @@ def write_gguf(path, tensors):
 
 def test_rows_are_found_by_content_in_any_order(tmp_path):
     write_gguf(tmp_path / "m.gguf", {n: ("Q4_1", raw_blocks("Q4_1", 8, 64)) for n in ("a", "b")})
-    matrix = next(read_matrices(tmp_path / "m.gguf"))
+    _, _, matrix = next(read_matrices(tmp_path / "m.gguf"))
     order = np.array([5, 0, 3, 7])
     found = KeptRows(tmp_path / "m.gguf").find(matrix.values[order])
     assert found is not None
@@ -144,7 +144,8 @@ def test_rows_are_found_by_content_in_any_order(tmp_path):
 
 def test_a_weight_that_is_not_in_the_file_is_not_kept(tmp_path):
     write_gguf(tmp_path / "m.gguf", {"a": ("Q8_0", raw_blocks("Q8_0", 8, 64))})
-    values = next(read_matrices(tmp_path / "m.gguf")).values.copy()
+    _, _, matrix = next(read_matrices(tmp_path / "m.gguf"))
+    values = matrix.values.copy()
     values[2, 9] = np.nextafter(values[2, 9], np.float32(9))
     assert KeptRows(tmp_path / "m.gguf").find(values) is None
 

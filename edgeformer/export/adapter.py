@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from edgeformer.errors import ExportError
-from edgeformer.export.adapter_folder import SETTINGS, Adapter, peft_version, read_adapter
+from edgeformer.export.adapter_folder import SETTINGS, Adapter, peft_version
 from edgeformer.export.adapter_merge import Merged, merge, plain_name
+from edgeformer.export.generation import generation_settings
 from edgeformer.export.parity import F32
-from edgeformer.export.source import TOKENIZER_FILES, Pair, Source, run
+from edgeformer.export.source import TOKENIZER_FILES, Pair, Source, run, vocabulary
 from edgeformer.export.trace import axes
 
 _GENERATION = "generation_config.json"
@@ -29,15 +30,15 @@ _SIZES = (2, 7)  # of the first named axis and the others, in what the merged an
 _KEPT = "The blocks of the GGUF file are not kept: the adapter changes its weights, so they are quantized anew."
 
 
-def with_adapter(source: Source | Pair, folder: Path, base: Path) -> Source | Pair:
-    """The source of the folder `base` with the adapter in `folder` merged into its module, and said in its origin.
+def with_adapter(source: Source | Pair, adapter: Adapter, base: Path) -> Source | Pair:
+    """The source of the folder `base` with the adapter merged into its module, and said in its origin.
 
     A tokenizer, chat template or generation_config.json in the adapter's folder replaces the base's.
 
     Raises:
-        ExportError: the folder is no adapter, one that cannot be merged, or one for another model; or PEFT is missing.
+        ExportError: it cannot be merged, or is one for another model.
     """
-    adapter = read_adapter(folder)
+    folder = adapter.folder
     _require_same_processing(folder, base)
     parts = (source.encoder, source.decoder) if isinstance(source, Pair) else (source,)
     module: Any = source.encoder.module.model if isinstance(source, Pair) else source.module
@@ -79,10 +80,10 @@ def _config(module: Any) -> dict[str, Any]:
 
 
 def _inputs(part: Source, module: Any) -> tuple[Any, ...]:
-    """The inputs; ids below the number of rows that the embedding has now."""
-    if part.inputs[0].name != "input_ids" or (rows := _rows(module)) is None:
+    """The inputs; ids below the number that the module knows now."""
+    if part.inputs[0].name != "input_ids" or (known := vocabulary(module)) is None:
         return part.inputs
-    return (dataclasses.replace(part.inputs[0], high=rows), *part.inputs[1:])
+    return (dataclasses.replace(part.inputs[0], high=known), *part.inputs[1:])
 
 
 def _rows(module: Any) -> int | None:
@@ -92,13 +93,9 @@ def _rows(module: Any) -> int | None:
         return None
 
 
-def supplied_names(folder: Path) -> frozenset[str]:
-    """Parameters of the base that the adapter brings whole (a trained head), by the base's names for them.
-
-    Raises:
-        ExportError: the folder is no adapter that can be merged.
-    """
-    return frozenset(plain_name(name) for name in read_adapter(folder).tensors)
+def supplied_names(adapter: Adapter) -> frozenset[str]:
+    """Parameters of the base that the adapter brings whole (a trained head), by the base's names for them."""
+    return frozenset(map(plain_name, adapter.tensors))
 
 
 def _tokenizer(folder: Path) -> dict[str, bytes]:
@@ -125,7 +122,7 @@ def _generation(folder: Path) -> dict[str, Any]:
     if not (folder / _GENERATION).is_file():
         return {}
     try:
-        return dict(GenerationConfig.from_pretrained(str(folder)).to_diff_dict())
+        return generation_settings(GenerationConfig.from_pretrained(str(folder)))
     except Exception as error:
         raise ExportError(f"transformers cannot read {folder / _GENERATION}: {str(error)[:300]}") from error
 

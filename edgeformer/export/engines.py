@@ -11,7 +11,7 @@ import numpy as np
 from edgeformer.bundle import Bundle
 from edgeformer.choose import ORDER, NativeOptions, create
 from edgeformer.engine import Engine
-from edgeformer.errors import EngineUnavailable, ParityError
+from edgeformer.errors import EngineUnavailable, ParityError, first_line
 from edgeformer.export import parity
 from edgeformer.export.parity import Check
 from edgeformer.export.plan import Quantized
@@ -68,10 +68,7 @@ def engine_gate(
         running = {g: Running(engine, content["graphs"][g]["inputs"]) for g, engine in engines.items()}
         progress.stage(f"check the engine {name} against PyTorch")
         try:
-            found[name] = {
-                "passed": True,
-                **parity.gate(checks(running), tolerance),
-            }
+            found[name] = {"passed": True} | parity.gate(checks(running), tolerance)
         except ParityError as error:
             found[name] = _failed(str(error))
         except Exception as error:
@@ -109,5 +106,4 @@ def _failed(problem: str) -> dict[str, Any]:
 
 
 def _told(error: Exception) -> str:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first[:400]}"
+    return f"{type(error).__name__}: {first_line(error)[:400]}"

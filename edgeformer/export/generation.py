@@ -11,9 +11,8 @@ from edgeformer.generation_config import GenerationConfig
 from edgeformer.generation_fields import notes
 
 
-def generation_settings(model: Any) -> dict[str, Any]:
-    """What a transformers model's generation_config sets, as JSON can say it."""
-    config = getattr(model, "generation_config", None)
+def generation_settings(config: Any) -> dict[str, Any]:
+    """What a transformers GenerationConfig sets, as JSON can say it; nothing of None."""
     if config is None:
         return {}
     said = config.to_diff_dict()

@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
-from edgeformer.errors import ExportError
+from edgeformer.errors import ExportError, first_line
 from edgeformer.export import attention, experts, processors, tasks
+from edgeformer.export.files import Read, reader
 from edgeformer.export.generation import generation_settings
 from edgeformer.export.hub_weights import LoadRules, checked_headers, load_complete, model_folder
 from edgeformer.export.quiet import quiet
 from edgeformer.export.sentence import sentence_folder, sentence_source
 from edgeformer.export.seq2seq import pair_source
-from edgeformer.export.source import Pair, Source
+from edgeformer.export.source import Pair, Source, vocabulary
 from edgeformer.export.texts import with_tokenizer
 from edgeformer.export.trace import Input
 
@@ -62,12 +63,7 @@ def _any_model(
 ) -> Source | Pair:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    def read(file: str) -> bytes | None:
-        return _read(name, file)
-
-    def read_here(file: str) -> bytes | None:
-        return _read(place, file)
-
+    read = reader(name)
     # A class that the user names is exported alone, without what the folder adds to it.
     folder = sentence_folder(read) if architecture is None else None
     place = _subfolder(name, folder.subfolder) if folder is not None else name
@@ -88,15 +84,15 @@ def _any_model(
         model = model.get_encoder()
     if task == "text-generation":
         source = dataclasses.replace(language_model(model, origin), completeness=record)
-        return with_tokenizer(source, place, read_here, tokenizer)
+        return with_tokenizer(source, place, reader(place), tokenizer)
     paired = model.config.is_encoder_decoder and folder is None and hasattr(model, "get_encoder")
     files = _processor_files(model, read, paired=paired)
     if paired:
         pair = pair_source(model, origin, task, files)
         pair = dataclasses.replace(pair, encoder=dataclasses.replace(pair.encoder, completeness=record))
-        return with_tokenizer(pair, place, read_here, tokenizer)
+        return with_tokenizer(pair, place, reader(place), tokenizer)
     source = dataclasses.replace(tasks.encoder_source(model, origin, task, files), completeness=record)
-    source = with_tokenizer(source, place, read_here, tokenizer)
+    source = with_tokenizer(source, place, reader(place), tokenizer)
     if folder is not None:
         return sentence_source(source, folder, read)
     return dataclasses.replace(source, **tasks.processing_of(source, read, modules=architecture is None))
@@ -107,7 +103,7 @@ def _subfolder(name: str, subfolder: str) -> str:
     return str(model_folder(name, subfolder)) if subfolder else name
 
 
-def _processor_files(model: Any, read: processors.Read, *, paired: bool) -> dict[str, bytes]:
+def _processor_files(model: Any, read: Read, *, paired: bool) -> dict[str, bytes]:
     """preprocessor_config.json for what the model takes; a model of text needs none."""
     main = model.main_input_name
     if main == "pixel_values" and not paired:
@@ -117,16 +113,6 @@ def _processor_files(model: Any, read: processors.Read, *, paired: bool) -> dict
     if paired and main == "input_features":  # the only sound that the runtime itself makes features of
         return processors.log_mel_settings(read, tasks.sound_inputs(model, main, {})[0].shape[1:])
     return processors.sound_settings(read)
-
-
-def _read(name: str, file: str) -> bytes | None:
-    """A file of the model's folder, or of its place on the hub."""
-    if Path(name).is_dir():
-        return (Path(name) / file).read_bytes() if (Path(name) / file).is_file() else None
-    from transformers.utils.hub import cached_file
-
-    found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-    return Path(found).read_bytes() if found else None
 
 
 @contextlib.contextmanager
@@ -150,12 +136,11 @@ def language_model(model: Any, origin: str, files: Mapping[str, bytes] | None = 
         model = model.float()
     arguments = inspect.signature(model.forward).parameters
     past = next((name for name in CACHE_ARGUMENTS if name in arguments), None)
-    head = model.get_output_embeddings()
-    tables = [model.get_input_embeddings(), *([head] if hasattr(head, "weight") else [])]
-    vocabulary = min(int(table.weight.shape[0]) for table in tables)  # ids that can be both read and written
-    ids = Input("input_ids", torch.int64, ("batch", "sequence"), high=vocabulary)
+    known = vocabulary(model)
+    assert known is not None
+    ids = Input("input_ids", torch.int64, ("batch", "sequence"), high=known)
     positions = Input("position_ids", torch.int64, ("batch", "sequence"))
-    takes_positions = "position_ids" in arguments and _counts_from_zero(model, vocabulary)
+    takes_positions = "position_ids" in arguments and _counts_from_zero(model, known)
     said = json.loads(model.config.to_json_string(use_diff=False))  # as transformers writes it: infinity is no JSON
     config = {key: value for key, value in said.items() if key not in tasks.NOT_CONFIG}
     # Rotary frequencies that are computed anew beyond the trained length are a branch on values, which no graph has.
@@ -187,7 +172,7 @@ def language_model(model: Any, origin: str, files: Mapping[str, bytes] | None = 
         task="text-generation",
         origin=origin,
         config=config,
-        generation_config=generation_settings(model),
+        generation_config=generation_settings(getattr(model, "generation_config", None)),
         files=files or {},
         fixed={"use_cache": False},
         tracing=tracing,
@@ -213,7 +198,7 @@ def _counts_from_zero(model: Any, vocabulary: int) -> bool:
 
 
 def _load_failure(name: str, error: Exception) -> str:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    first = first_line(error) or type(error).__name__
     if not Path(name).exists():
         return (
             f"{name} is no file or folder here, and the hub could not give it: {first[:300]} Download the model's "

@@ -30,9 +30,7 @@ from edgeformer.export.trace import axes
 from edgeformer.export.write import graph_shapes, manifest, save_graph, write_texts
 
 _STEPS = ((5, 1, 1, 1, 2), (3, 1, 2), (7,))
-_LONG = (267, 139, 67, 37)  # see parity.LONG: decoders of translation and speech take a few hundred tokens
 _REFERENCE = (1, 24, 12)  # batch, tokens of the source, decoded tokens
-FLOAT16_TOLERANCE = 2e-2  # see pipeline.FLOAT16_TOLERANCE
 
 
 def export_pair(
@@ -82,14 +80,15 @@ def export_pair(
                 to_float16(model)
             _save(models, folder)
             progress.stage("check the float16 graphs")
-            allowed += FLOAT16_TOLERANCE
+            allowed += parity.FLOAT16_TOLERANCE
             report["float16"] = parity.gate(pair_checks(expected[1:2], PairGraphs.of(folder)), allowed)
 
         progress.stage("write")
         tolerance = _write_reference(pair, folder, weights, exact=not (half or quantized))
         write_texts(pair.encoder, folder)
+        report = {"dequantized": None, **report}
         parts: dict[str, Any] = {
-            "parity": {"dequantized": None, **report},
+            "parity": report,
             "accuracy": None,
             "reference": {"file": "reference.npz", "tolerance": tolerance},
         }
@@ -110,7 +109,6 @@ def export_pair(
             allowed,
             progress,
         )
-        content["parity"] = {"dequantized": None, **report}
         return seal(folder, content)
 
 
@@ -205,15 +203,14 @@ def pair_samples(pair: Pair) -> list[PairSample]:
     for seed, (batch, other, steps) in enumerate(zip((1, 2, 3), (9, 12, 5), _STEPS, strict=True)):
         feeds, ids = sample_pair(pair, batch, other, sum(steps), seed)
         done.append(_pair_sample(pair, feeds, ids, steps, f"batch {batch}"))
-    for length in _LONG:
-        if pair.decoder.context is None or length <= pair.decoder.context:
-            feeds, ids = sample_pair(pair, 1, 37, length, 3)
-            try:
-                done.append(_pair_sample(pair, feeds, ids, parity.pieces(length), f"{length} tokens"))
-            except (IndexError, RuntimeError, ValueError):  # a table of positions that is shorter
-                continue
-            break
-    return done
+
+    def made(length: int) -> PairSample:
+        feeds, ids = sample_pair(pair, 1, 37, length, 3)
+        return _pair_sample(pair, feeds, ids, parity.pieces(length), f"{length} tokens")
+
+    # Decoders of translation and speech take a few hundred tokens: those of `parity.LONG` are not tried.
+    long = parity.at_longest(parity.SHORTER, pair.decoder, made)
+    return done if long is None else [*done, long]
 
 
 def _pair_sample(
@@ -242,7 +239,4 @@ def sample_pair(
     sizes = {axis: batch if index == 0 else source for index, axis in enumerate(axes(pair.encoder.inputs))}
     feeds = {value.name: value.sample(sizes, seed + index) for index, value in enumerate(pair.encoder.inputs)}
     ids = pair.decoder.inputs[0].sample({"batch": batch, "sequence": target}, seed + 50)
-    padding = pair.decoder.config.get("pad_token_id")
-    if padding is not None:
-        ids = torch.where(ids == padding, (padding + 1) % pair.decoder.inputs[0].high, ids)
-    return feeds, ids
+    return feeds, parity.unpadded(ids, pair.decoder)

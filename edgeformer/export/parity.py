@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -15,18 +15,22 @@ from edgeformer.export.source import Source, run
 from edgeformer.export.trace import axes
 
 F32 = NDArray[np.float32]
+T = TypeVar("T")
 
 # Of the reference's range. Two float32 programs that order their sums differently drift apart by about 1e-6 of it in a
 # few dozen layers; a wrong mask, position or weight moves it by 1e-2 and more.
 TOLERANCE = 1e-4
+# Half precision rounds at 2**-11 = 5e-4 of a value. A few hundred such roundings on the way to a logit add up as their
+# square root, to about 1e-2 of the range; a wrong graph was already refused in float32.
+FLOAT16_TOLERANCE = 2e-2
 IN_CACHE = "in the cache"
 STEPS = (5, 1, 1, 1, 2)  # a prefill, single tokens, and a pair
 LONG, LONGEST = 523, 1100  # tokens: beyond one pass of the native engine; beyond a window, if it is no larger
-_SHORTER = (267, 139, 67, 37)  # where the model takes no more
+SHORTER = (267, 139, 67, 37)  # where the model takes no more
 _BORDERS = (129, 257, 513)  # the native cache grows by chunks of 128 tokens, a pass has 512 rows
 _COMPARED = 1 << 24  # logits of a long text: with a large vocabulary those of the last positions alone
 _SHAPES = ((1, 9), (2, 5), (2, 12))  # (first axis, the next one); each further axis is _APART longer
-_LARGE = ((4, 139), (14, 37))  # more rows together than a pass of 512; the first longer than a chunk of attention
+_LARGE = {139: 4, 37: 14}  # length -> batch: more rows than a pass of 512; the first longer than a chunk of attention
 _APART = 2  # so that a swapped height and width show
 
 
@@ -130,8 +134,8 @@ def _require_the_same_again(source: Source, first: Sample) -> None:
             )
 
 
-def samples(source: Source, count: int = len(_SHAPES)) -> list[Sample]:
-    """PyTorch's outputs at `count` shapes, each axis of its own size.
+def samples(source: Source) -> list[Sample]:
+    """PyTorch's outputs at several shapes, each axis of its own size.
 
     All are made before any is compared: PyTorch and the graph hold their weights in different files, and where memory
     has room for one, reading now this and now that one would fetch both anew at every turn.
@@ -139,8 +143,8 @@ def samples(source: Source, count: int = len(_SHAPES)) -> list[Sample]:
     Raises:
         ExportError: the module does not run at one of the shapes.
     """
-    done = [_sample(source, first, other, seed) for seed, (first, other) in enumerate(_SHAPES[:count])]
-    return done + ([] if source.is_language_model or count < len(_SHAPES) else _large(source))
+    done = [_sample(source, first, other, seed) for seed, (first, other) in enumerate(_SHAPES)]
+    return done + ([] if source.is_language_model else _large(source))
 
 
 def _large(source: Source) -> list[Sample]:
@@ -148,13 +152,19 @@ def _large(source: Source) -> list[Sample]:
     named = [value for value in source.inputs if len({dim for dim in value.shape if isinstance(dim, str)}) == 2]
     if len(axes(source.inputs)) != 2 or not named or any(value.unit > 1 for value in named):
         return []
-    for first, other in _LARGE:
-        if source.context is None or other <= source.context:
+    found = at_longest(tuple(_LARGE), source, lambda length: _sample(source, _LARGE[length], length, len(_SHAPES)))
+    return [] if found is None else [found]
+
+
+def at_longest(lengths: Sequence[int], source: Source, make: Callable[[int], T]) -> T | None:
+    """What `make` gives for the first of `lengths` that the model takes; None where it takes none of them."""
+    for length in lengths:
+        if source.context is None or length <= source.context:
             try:
-                return [_sample(source, first, other, len(_SHAPES))]
-            except EdgeformerError:  # a table of positions that is shorter, in a module that does not say so
+                return make(length)
+            except (IndexError, RuntimeError, ValueError):  # a table of positions that is shorter, and nobody says so
                 continue
-    return []
+    return None
 
 
 def _sample(source: Source, first: int, other: int, seed: int) -> Sample:
@@ -223,10 +233,10 @@ def _positions(ids: NDArray[np.int64], start: int, end: int) -> NDArray[np.int64
     return np.broadcast_to(np.arange(start, end), (ids.shape[0], end - start))
 
 
-def texts(source: Source, batches: Sequence[int] = (1, 2)) -> list[Text]:
-    """Short texts fed in `STEPS`, one for each size of batch, then `long_texts`."""
+def texts(source: Source) -> list[Text]:
+    """Short texts fed in `STEPS`, of one and of two sequences, then `long_texts`."""
     done = []
-    for batch in batches:
+    for batch in (1, 2):
         sizes = {"batch": batch, "sequence": sum(STEPS)}
         feeds = text_feeds(source, sizes, 7 * batch)
         done.append(Text(f"batch {batch}", feeds["input_ids"].numpy(), run(source, feeds)["logits"], STEPS))
@@ -236,11 +246,15 @@ def texts(source: Source, batches: Sequence[int] = (1, 2)) -> list[Text]:
 def text_feeds(source: Source, sizes: Mapping[str, int], seed: int) -> dict[str, torch.Tensor]:
     """Inputs for one text; no token of it is padding, as in any real one: some models do not count its position."""
     feeds = {value.name: value.sample(sizes, seed) for value in source.inputs}
-    ids, padding = feeds["input_ids"], source.config.get("pad_token_id")
-    if isinstance(padding, int):
-        high = next(value.high for value in source.inputs if value.name == "input_ids")
-        feeds["input_ids"] = torch.where(ids == padding, (padding + 1) % high, ids)
-    return feeds
+    return feeds | {"input_ids": unpadded(feeds["input_ids"], source)}
+
+
+def unpadded(ids: torch.Tensor, source: Source) -> torch.Tensor:
+    """The token ids of `source`'s first input with another one wherever padding stands."""
+    padding = source.config.get("pad_token_id")
+    if not isinstance(padding, int):
+        return ids
+    return torch.where(ids == padding, (padding + 1) % source.inputs[0].high, ids)
 
 
 def long_texts(source: Source) -> list[Text]:
@@ -249,24 +263,20 @@ def long_texts(source: Source) -> list[Text]:
     Longer than a chunk of the native cache (128), two of them, one pass of the native engine (512), and the sliding
     window; empty where the model takes no more than the short texts have.
     """
-    wanted = max(LONG, min(_window(source) + 11, LONGEST))
-    for length in (wanted, *(n for n in _SHORTER if n < wanted)):
-        if source.context is not None and length > source.context:
-            continue
+
+    def made(length: int) -> list[Text]:
         feeds = text_feeds(source, {"batch": 1, "sequence": length}, 3)
-        try:
-            logits = run(source, feeds)["logits"]
-        except (IndexError, RuntimeError, ValueError):  # a table of positions that is shorter, and nobody says so
-            continue
+        logits = run(source, feeds)["logits"]
         kept = np.ascontiguousarray(logits[:, -max(1, _COMPARED // logits.shape[2]) :])
-        ids = feeds["input_ids"].numpy()
-        name = f"{length} tokens"
+        ids, name = feeds["input_ids"].numpy(), f"{length} tokens"
         return [
             Text(f"{name} at once", ids, kept, (length,)),
             Text(f"{name} at once, logits_to_keep 3", ids, kept[:, -3:], (length,)),
             Text(name, ids, kept, pieces(length)),
         ]
-    return []
+
+    wanted = max(LONG, min(_window(source) + 11, LONGEST))
+    return at_longest((wanted, *SHORTER), source, made) or []
 
 
 def _window(source: Source) -> int:

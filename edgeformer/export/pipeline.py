@@ -36,10 +36,6 @@ from edgeformer.export.source import Pair, Source
 from edgeformer.export.sources import load_source
 from edgeformer.export.write import GRAPH, manifest, save_graph, write_reference, write_texts
 
-# Half precision rounds at 2**-11 = 5e-4 of a value. A few hundred such roundings on the way to a logit add up as their
-# square root, to about 1e-2 of the range; a wrong graph was already refused in float32.
-FLOAT16_TOLERANCE = 2e-2
-
 NO_CACHE = (
     "No causal attention was recognized, so the graph has no KV cache: every step reads the whole text again. Use "
     "F.scaled_dot_product_attention(q, k, v, is_causal=True), or softmax(scale * q @ k^T + causal mask) @ v."
@@ -128,7 +124,7 @@ def export(
             to_float16(model)
             save_graph(model, folder / GRAPH)
             progress.stage("check the float16 graph")
-            allowed += FLOAT16_TOLERANCE
+            allowed += parity.FLOAT16_TOLERANCE
             report["float16"] = parity.gate(parity.against(Graph(folder / GRAPH), expected[0][:1]), allowed)
 
         measured = None

@@ -11,20 +11,20 @@ import contextlib
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgeformer.audio import LogMel
-from edgeformer.errors import ExportError, InputError
+from edgeformer.errors import ExportError, InputError, first_line
+from edgeformer.export.files import Read
 from edgeformer.export.quiet import quiet
 from edgeformer.image import FILE, SWITCHES, Steps
 from edgeformer.image_file import read as read_image
 
 Array = np.ndarray[Any, Any]
-Read = Callable[[str], bytes | None]  # a file of the model's folder; None where there is none
 NESTED = "processor_config.json"
 _BILINEAR = 2  # what transformers takes where no filter is named
 _AS_IT_IS = (
@@ -106,14 +106,13 @@ def _loaded(loader: str, folder: Path, **more: Any) -> Any:
         with quiet():
             return getattr(transformers, loader).from_pretrained(folder, trust_remote_code=False, **more)
     except Exception as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         kinds = sorted(
             set(re.findall(r'"(?:image_processor|feature_extractor)_type":\s*"([^"]*)"', _texts(folder))) or {"none"}
         )
         raise ExportError(
             f"transformers cannot load the processor of {FILE} or {NESTED} (named: {', '.join(kinds)}): "
             f"{type(error).__name__}: "
-            f"{first[:300].replace(str(folder), 'the folder')} {_AS_IT_IS}"
+            f"{first_line(error)[:300].replace(str(folder), 'the folder')} {_AS_IT_IS}"
         ) from error
 
 

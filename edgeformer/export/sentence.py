@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from edgeformer.errors import ExportError
+from edgeformer.export.files import Read
 from edgeformer.export.sentence_modules import (
     ATTENTION,
     POOLED,
@@ -24,7 +25,6 @@ from edgeformer.export.sentence_modules import (
     Features,
     Normalize,
     Pooling,
-    Read,
     module_of,
 )
 from edgeformer.export.sentence_settings import (

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import torch
 
 from edgeformer.errors import ExportError
+from edgeformer.export.files import Read
 
 Features = dict[str, torch.Tensor]
-Read = Callable[[str], bytes | None]  # a file of the model's folder; None where there is none
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 TOKENS, SENTENCE, SCORES = "token_embeddings", "sentence_embedding", "scores"

@@ -12,7 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from edgeformer.errors import ExportError
-from edgeformer.export.sentence_modules import SCORES, SENTENCE, TOKENS, Read, activation
+from edgeformer.export.files import Read
+from edgeformer.export.sentence_modules import SCORES, SENTENCE, TOKENS, activation
 from edgeformer.pooling import ACTIVATIONS, SIMILARITIES
 
 MODEL_FILE = "config_sentence_transformers.json"

@@ -90,7 +90,7 @@ def pair_source(model: Any, origin: str, task: str, files: Mapping[str, bytes] |
         task=task,
         origin=origin,
         config=config,
-        generation_config=generation_settings(model),
+        generation_config=generation_settings(getattr(model, "generation_config", None)),
         files=files,
         tracing=lambda: tasks.masks_as_arrays(model),
     )

@@ -74,6 +74,18 @@ class Pair:
     decoder: Source
 
 
+def vocabulary(model: Any) -> int | None:
+    """Token ids that a transformers model both embeds and scores run below this; None where it embeds none.
+
+    An embedding may have more rows than the head, for padding or for pictures: no text holds those.
+    """
+    try:
+        tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    except (AttributeError, NotImplementedError):
+        return None
+    return min((int(table.weight.shape[0]) for table in tables if hasattr(table, "weight")), default=None)
+
+
 class Positional(torch.nn.Module):
     """The module with positional tensors in and a tuple of tensors out, as the tracer wants it."""
 

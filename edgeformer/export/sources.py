@@ -6,7 +6,7 @@ from pathlib import Path
 
 from edgeformer.errors import ExportError
 from edgeformer.export.adapter import supplied_names, with_adapter
-from edgeformer.export.adapter_folder import SETTINGS, read_settings
+from edgeformer.export.adapter_folder import SETTINGS, read_adapter, read_settings
 from edgeformer.export.bounds import require_room
 from edgeformer.export.completeness import require_finite
 from edgeformer.export.factory import checkpoint_source, factory_source
@@ -33,14 +33,15 @@ def load_source(options: ExportOptions, progress: Progress | None = None) -> Sou
     def room(parameters: int) -> None:
         require_room(parameters, options.output, parse_size(options.memory_limit), progress or Silent())
 
-    supplied = supplied_names(options.adapter) if options.adapter is not None else frozenset()
+    adapter = None if options.adapter is None else read_adapter(options.adapter)
+    supplied = frozenset() if adapter is None else supplied_names(adapter)
     source = _base_source(options, LoadRules(options.allow_missing, room, supplied=supplied))
     if getattr(source.encoder.module if isinstance(source, Pair) else source.module, "_hf_peft_config_loaded", False):
         raise ExportError(
             f"{options.source} is a PEFT adapter: name its base model as the source, and it by --adapter."
         )
-    if options.adapter is not None:
-        source = with_adapter(source, options.adapter, Path(options.source))
+    if adapter is not None:
+        source = with_adapter(source, adapter, Path(options.source))
     module = (source.encoder if isinstance(source, Pair) else source).module
     require_finite(module, options.source)
     to_disk(module)

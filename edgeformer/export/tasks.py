@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from edgeformer.errors import ExportError, InputError
 from edgeformer.export import attention
+from edgeformer.export.files import Read
 from edgeformer.export.sentence import MODULES, text_length
 from edgeformer.export.sentence_settings import MODEL_FILE, pair_activation
 from edgeformer.export.source import Source
@@ -26,7 +27,6 @@ from edgeformer.image import Steps
 
 NOT_CONFIG = ("quantization_config", "_name_or_path", "_attn_implementation", "_attn_implementation_autoset")
 EMBEDDINGS = ("text_embeds", "image_embeds")  # of two-tower models: one vector a text or picture
-Read = Callable[[str], bytes | None]  # a file of the model's folder; None where there is none
 _WAVE_UNIT = 400  # samples: convolutions over raw sound eat up less than this for one frame
 
 

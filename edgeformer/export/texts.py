@@ -15,12 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
-from edgeformer.errors import ExportError, ParityError
+from edgeformer.errors import ExportError, ParityError, first_line
+from edgeformer.export.files import Read, reader
 from edgeformer.export.quiet import quiet
 from edgeformer.export.source import TOKENIZER_FILES, Pair, Source
 from edgeformer.tokenizer import Tokenizer
-
-Read = Callable[[str], bytes | None]  # a file of the model's folder by its name; None where there is none
 
 # Files that say that a model has a tokenizer. Without any of them, transformers still makes an empty one for many
 # models, whose ids mean nothing to the model.
@@ -87,11 +86,7 @@ def folder_files(folder: Path) -> dict[str, bytes]:
     Raises:
         ExportError: there is none, or it cannot travel.
     """
-
-    def read(file: str) -> bytes | None:
-        return (folder / file).read_bytes() if (folder / file).is_file() else None
-
-    files = tokenizer_files(str(folder), read)
+    files = tokenizer_files(str(folder), reader(str(folder)))
     if not files:
         raise ExportError(
             f"the tokenizer {folder} is no tokenizer.json of Hugging Face's tokenizers, and no folder with one; "
@@ -114,10 +109,9 @@ def tokenizer_files(name: str, read: Read) -> dict[str, bytes]:
         try:
             tokenizer = _load(name, read)
         except Exception as error:
-            first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
             raise ExportError(
                 f"transformers cannot load the tokenizer of {name} ({', '.join(present)}): "
-                f"{type(error).__name__}: {first[:300]} {_INSTEAD}"
+                f"{type(error).__name__}: {first_line(error)[:300]} {_INSTEAD}"
             ) from error
         kind = type(tokenizer).__name__
         if not tokenizer.is_fast:

@@ -18,7 +18,7 @@ import torch
 from onnxscript import optimizer, rewriter
 from torch.fx.experimental import _config as experimental
 
-from edgeformer.errors import ExportError
+from edgeformer.errors import ExportError, first_line
 
 OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding; from 25 on onnxruntime expands Attention
 IR_VERSION = 10
@@ -256,7 +256,7 @@ def _explain(error: Exception, inputs: tuple[Input, ...], exported: torch.export
     if frozen := _frozen(text, inputs):
         return f"{frozen}. {_FROZEN}"
     cause = next((told for words, told in _CAUSES if any(w in text or w in stopped for w in words)), None)
-    first = next((line.strip() for line in str(root).splitlines() if line.strip()), type(root).__name__)
+    first = first_line(root) or type(root).__name__
     where = _user_line(chain) or (_line_of(exported, text) if exported is not None else None)
     told = f"the module cannot be traced{f' ({where})' if where else ''}: {type(root).__name__}: {first[:300]}."
     return f"{told} Likely: {cause}." if cause else told

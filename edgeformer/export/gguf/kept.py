@@ -9,6 +9,7 @@ Formats: ggml's block structures as documented by the `gguf` package.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,36 +28,38 @@ F32 = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Tensor:
-    """The rows of one tensor: its type, its blocks, and its values float32 [N, K]. A stack of matrices is one after
-    the other."""
+    """The rows of one tensor: its blocks, and its values float32 [N, K]. A stack of matrices is one after the other."""
 
-    name: str
-    type: str
     blocks: Blocks
     values: F32
 
 
-def read_matrices(path: Path) -> Iterator[Tensor]:
-    """The tensors of a GGUF file whose blocks a bundle can hold, in order.
+def read_matrices(path: Path) -> Iterator[tuple[str, str, Tensor | None]]:
+    """(name, type, what a bundle can hold of it) of each matrix of a GGUF file, in order; None where only its values.
 
     Raises:
         ExportError: the blocks do not give the values of the gguf package.
     """
     for tensor in gguf.GGUFReader(path).tensors:
-        kind = tensor.tensor_type.name
-        if kind not in _READERS or len(tensor.shape) < 2:
-            continue
-        columns = int(tensor.shape[0])  # GGUF names the innermost axis first
-        raw = np.asarray(tensor.data, np.uint8)
-        blocks = _READERS[kind](raw.reshape(-1, raw.shape[-1]), columns)
-        if blocks.scheme == "q8" and blocks.minimum is None and (blocks.q == -128).any():
-            continue  # legal, though no quantizer writes it; kernels negate weights, and 128 does not fit
-        values = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(-1, columns)
-        if not np.array_equal(blocks.dequantize(), values):
-            raise ExportError(
-                f"{path.name}: the blocks of {tensor.name} ({kind}) do not give the values of the gguf package."
-            )
-        yield Tensor(tensor.name, kind, blocks, values)
+        if len(tensor.shape) > 1:
+            yield tensor.name, tensor.tensor_type.name, _matrix(path, tensor)
+
+
+def _matrix(path: Path, tensor: Any) -> Tensor | None:
+    kind = tensor.tensor_type.name
+    if kind not in _READERS:
+        return None
+    columns = int(tensor.shape[0])  # GGUF names the innermost axis first
+    raw = np.asarray(tensor.data, np.uint8)
+    blocks = _READERS[kind](raw.reshape(-1, raw.shape[-1]), columns)
+    if blocks.scheme == "q8" and blocks.minimum is None and (blocks.q == -128).any():
+        return None  # legal, though no quantizer writes it; kernels negate weights, and 128 does not fit
+    values = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(-1, columns)
+    if not np.array_equal(blocks.dequantize(), values):
+        raise ExportError(
+            f"{path.name}: the blocks of {tensor.name} ({kind}) do not give the values of the gguf package."
+        )
+    return Tensor(blocks, values)
 
 
 class KeptRows:
@@ -67,18 +70,15 @@ class KeptRows:
         self._blocks: list[Blocks] = []
         self._rows: dict[bytes, tuple[int, int]] = {}
         self._floats: dict[str, list[str]] = {}  # names by type, of what is not kept
-        for path in paths:
-            kept = set()
-            for tensor in read_matrices(path):
-                kept.add(tensor.name)
-                self.types[tensor.type] = self.types.get(tensor.type, 0) + 1
-                index = len(self._blocks)
-                self._blocks.append(tensor.blocks)
-                for row, values in enumerate(tensor.values):
-                    self._rows.setdefault(_digest(values), (index, row))
-            for other in gguf.GGUFReader(path).tensors:
-                if len(other.shape) > 1 and other.name not in kept:
-                    self._floats.setdefault(other.tensor_type.name, []).append(other.name)
+        for name, kind, tensor in itertools.chain.from_iterable(map(read_matrices, paths)):
+            if tensor is None:
+                self._floats.setdefault(kind, []).append(name)
+                continue
+            self.types[kind] = self.types.get(kind, 0) + 1
+            index = len(self._blocks)
+            self._blocks.append(tensor.blocks)
+            for row, values in enumerate(tensor.values):
+                self._rows.setdefault(_digest(values), (index, row))
 
     def notes(self) -> list[str]:
         """What a user must know of the matrices whose blocks are not kept."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from edgeformer.errors import EdgeformerError, ExportError
+from edgeformer.errors import EdgeformerError, ExportError, first_line
 from edgeformer.export.completeness import Loaded, require_complete
 from edgeformer.export.gguf import rope, tensors
 from edgeformer.export.gguf.kept import KeptRows
@@ -153,8 +153,7 @@ def _weights(meta: Any, settings: Settings) -> Any:
 
 
 def _failure(model: GgufFile, error: Exception) -> ExportError:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return ExportError(f"transformers cannot load {model.name}: {type(error).__name__}: {first[:400]}")
+    return ExportError(f"transformers cannot load {model.name}: {type(error).__name__}: {first_line(error)[:400]}")
 
 
 def _described(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
