@@ -67,9 +67,9 @@ report: setup ## the numbers of the README: SmolLM2 in five forms, and beside it
 	$(BIN)/python -m bench.peers
 
 SANITIZED := build/sanitize/address
-UNDER_ASAN := $(addprefix tests/,test_kernels_linear.py test_kernels_attention.py test_kernels_rows.py test_threads.py \
-	test_wide_blocks.py test_native_ops.py test_native_sizes.py test_native_refusals.py test_native_graphs.py \
-	test_native_engine.py test_native_states.py)
+UNDER_ASAN := $(addprefix tests/csrc/test_,kernels_linear.py kernels_attention.py kernels_rows.py threads.py) \
+	$(addprefix tests/engines/native/test_,wide_blocks.py native_ops.py native_sizes.py native_refusals.py \
+	native_graphs.py native_engine.py native_states.py)
 # The C++ library is preloaded too: AddressSanitizer looks up what throws when it starts. Python never frees all it has.
 ASAN = PYTHONPATH=$(SANITIZED) PYTHONSAFEPATH=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"
@@ -79,7 +79,7 @@ sanitize: setup ## the native engine under AddressSanitizer, UBSan and ThreadSan
 		--build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
 	$(ASAN) $(BIN)/python -c 'import edgeformer._native as n; assert "$(SANITIZED)" in n.__file__, n.__file__'
 	$(ASAN) $(BIN)/pytest -p no:cacheprovider -m "not slow" $(UNDER_ASAN)
-	$(BIN)/pytest -p no:cacheprovider tests/test_threads.py -k thread_sanitizer
+	$(BIN)/pytest -p no:cacheprovider tests/csrc/test_threads.py -k thread_sanitizer
 
 clean: ## remove what was built
 	rm -rf $(VENV) .venv-* build out *.egg-info edgeformer/_native*.so

@@ -66,6 +66,7 @@ extension = Pybind11Extension(
     depends=headers,
     cxx_std=17,
     extra_compile_args=compile_args,
+    include_dirs=["csrc"],
     extra_link_args=["-pthread", *sanitizers[sanitize]],
     optional=native != "1",
 )

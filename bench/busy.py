@@ -17,7 +17,7 @@ import time
 import numpy as np
 
 from bench.report import table
-from edgeformer.native.engine import NativeEngine
+from edgeformer.engines.native.engine import NativeEngine
 
 STEPS = 24
 

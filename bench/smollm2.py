@@ -48,7 +48,7 @@ def make_bundles() -> None:
     from edgeformer.export import ExportOptions, export
     from edgeformer.export.__main__ import Drawn
     from edgeformer.export.pipeline import float_graph
-    from edgeformer.export.sources import load_source
+    from edgeformer.export.sources.load import load_source
 
     drawn = Drawn()
     drawn.stage("load and trace")

@@ -21,8 +21,8 @@ from edgeformer.errors import (
 )
 
 if TYPE_CHECKING:
-    from edgeformer.bundle import Bundle
-    from edgeformer.generate import Piece, Result
+    from edgeformer.bundle.bundle import Bundle
+    from edgeformer.decoding.loop import Piece, Result
     from edgeformer.model import Model, load
 
 __version__ = "0.1.0"
@@ -46,11 +46,11 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Bundle": "edgeformer.bundle",
+    "Bundle": "edgeformer.bundle.bundle",
     "Model": "edgeformer.model",
     "load": "edgeformer.model",
-    "Piece": "edgeformer.generate",
-    "Result": "edgeformer.generate",
+    "Piece": "edgeformer.decoding.loop",
+    "Result": "edgeformer.decoding.loop",
 }
 
 

@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import numpy as np
 
-from edgeformer.answer import Answering, Call
-from edgeformer.bundle import Bundle
-from edgeformer.choose import Choice, EngineName, NativeOptions, check_arguments, choose
-from edgeformer.encoder_methods import EncoderMethods
-from edgeformer.engine import Engine
+from edgeformer.bundle.bundle import Bundle
+from edgeformer.bundle.signature import IDS
+from edgeformer.decoding.generation import Answering, Call
+from edgeformer.decoding.generation_config import Arguments, GenerationConfig, file_settings
+from edgeformer.decoding.generation_fields import notes
+from edgeformer.decoding.loop import CHUNK, Limits, Result, Session, Stream
+from edgeformer.engines.base import Engine
+from edgeformer.engines.choose import Choice, EngineName, NativeOptions, check_arguments, choose
 from edgeformer.errors import BundleError, EdgeformerWarning, EngineUnavailable, InputError
-from edgeformer.generate import CHUNK, Limits, Result, Session, Stream
-from edgeformer.generation_config import Arguments, GenerationConfig, file_settings
-from edgeformer.generation_fields import notes
 from edgeformer.machine import default_threads
-from edgeformer.seq2seq import EncoderDecoder, Transcript, transcribe
-from edgeformer.signature import IDS
-from edgeformer.tokenizer import Tokenizer
+from edgeformer.processing.tokenizer import Tokenizer
+from edgeformer.tasks.encoder_methods import EncoderMethods
+from edgeformer.tasks.seq2seq import EncoderDecoder, Transcript, transcribe
 
 if TYPE_CHECKING:
-    from edgeformer.native.engine import Memory
+    from edgeformer.engines.native.engine import Memory
 
 Prompt = str | Sequence[int] | np.ndarray[Any, Any] | Sequence[Mapping[str, Any]]
 

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
+from support import tiny
 
-# Threads of torch that spin while they wait make a busy machine crawl; read once, when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # No test needs the hub; one that asks for a model there would wait through its library's retries.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -78,12 +77,12 @@ def lm(bundles):
 @pytest.fixture
 def cache_folder(tmp_path, monkeypatch):
     """A cache folder of its own; it does not exist yet."""
-    from edgeformer import cache
+    from edgeformer import disk_cache
 
     folder = tmp_path / "cache"
     monkeypatch.setenv("EDGEFORMER_CACHE", str(folder))
     yield folder
-    cache.finish()
+    disk_cache.finish()
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +119,7 @@ def reseal():
     """`reseal(bundle)`: make the manifest right again for whatever the files now hold."""
 
     def seal_again(bundle):
-        from edgeformer.bundle import seal
+        from edgeformer.bundle.write import seal
 
         manifest = json.loads((bundle / "edgeformer.json").read_text())
         del manifest["files"]
@@ -142,7 +141,7 @@ def smollm2_traced(smollm2_gguf, tmp_path_factory):
     require("torch", "pip install 'edgeformer[export]'")
     from edgeformer.export import ExportOptions
     from edgeformer.export.pipeline import float_graph
-    from edgeformer.export.sources import load_source
+    from edgeformer.export.sources.load import load_source
 
     return float_graph(load_source(ExportOptions(str(smollm2_gguf), tmp_path_factory.mktemp("unused"))))
 
@@ -173,10 +172,10 @@ def smollm2(smollm2_traced, tmp_path_factory, exported_once):
 @pytest.fixture(scope="session")
 def traced():
     """`traced(name)`: the traced tiny model of that name in `architectures`, once a session."""
-    import architectures
+    from support import architectures
 
-    from edgeformer.export.hub import language_model
     from edgeformer.export.pipeline import float_graph
+    from edgeformer.export.sources.hub.hub import language_model
 
     made = {}
 

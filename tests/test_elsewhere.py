@@ -15,18 +15,17 @@ import sysconfig
 import venv
 from pathlib import Path
 
-import browser
 import numpy as np
 import pytest
-import tiny
 import torch
 import transformers as tf
+from support import browser, tiny
 
 import edgeformer
-from edgeformer.export.hub import language_model
 from edgeformer.export.options import ExportOptions
 from edgeformer.export.pipeline import export
-from edgeformer.export.tasks import encoder_source
+from edgeformer.export.sources.hub.heads import encoder_source
+from edgeformer.export.sources.hub.hub import language_model
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIMUM = ("optimum", "optimum-onnx", "transformers==4.57.6", "tokenizers<0.23", "huggingface-hub<1", "onnx")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from environments import ROOT, Environment, build_wheel, run
+from support.environments import ROOT, Environment, build_wheel, run
 
 pytestmark = pytest.mark.slow
 
@@ -90,7 +90,7 @@ def test_the_runtime_suite_passes_on_the_gpu_wheel(gpu_wheel):
 def test_without_a_compiler_the_package_installs_and_says_what_is_missing(tmp_path, lm):
     broken = build_wheel(tmp_path, CC="/bin/false", CXX="/bin/false")
     environment = Environment("nocompiler", broken, "onnxruntime")
-    report = environment.script("import edgeformer.doctor as d; print(*d.examine(), sep=chr(10))")
+    report = environment.script("import edgeformer.tools.doctor as d; print(*d.examine(), sep=chr(10))")
     assert "native" in report and "extension" in report
     found = environment.script("import sys, edgeformer; print(edgeformer.load(sys.argv[1]).explain())", lm)
     assert "cpu" in found and "extension" in found

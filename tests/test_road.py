@@ -12,13 +12,13 @@ import pytest
 torch = pytest.importorskip("torch", reason="training needs torch")
 pytest.importorskip("accelerate", reason="training needs accelerate")
 
-import training  # noqa: E402
+from support import training
 
-import edgeformer  # noqa: E402
-from edgeformer.export import ExportOptions, export  # noqa: E402
-from edgeformer.models import load_checkpoint  # noqa: E402
-from edgeformer.train.loop import train  # noqa: E402
-from edgeformer.train.recipe import make_recipe  # noqa: E402
+import edgeformer
+from edgeformer.export import ExportOptions, export
+from edgeformer.models import load_checkpoint
+from edgeformer.train.loop import train
+from edgeformer.train.recipe import make_recipe
 
 ENGINES = ("cpu", "native")
 

@@ -23,11 +23,19 @@ from typing import Any
 
 from bench.peers.pages import PAGE
 from bench.report import RESULTS, ROOT, footnote, put, save, table
-from edgeformer.native.program import WEIGHT_TYPES
+from edgeformer.engines.native.ir.weight import WEIGHT_TYPES
 
 HERE = Path(__file__).resolve().parent
-SOURCES = [*(ROOT / "csrc" / "kernels").glob("*.cpp"), ROOT / "csrc" / "dispatch.cpp", HERE / "linear.cpp"]
-FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-pthread"]  # as setup.py has them
+SOURCES = [*(ROOT / "csrc" / "kernels").rglob("*.cpp"), HERE / "linear.cpp"]
+FLAGS = [
+    f"-I{ROOT / 'csrc'}",
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-pthread",
+]  # as setup.py has them
 COMPILER = "aarch64-linux-gnu-g++"
 TOOLS = ("gcc", COMPILER, "aarch64-linux-gnu-objdump", "qemu-aarch64")
 TARGET = 1.5  # instructions over the floor

@@ -7,8 +7,8 @@
 #include <stdexcept>
 #include <vector>
 
-#include "../../csrc/dispatch.h"
-#include "../../csrc/kernels/pack.h"
+#include "kernels/dispatch.h"
+#include "kernels/pack.h"
 
 using namespace edgeformer;
 

@@ -43,7 +43,7 @@ def load_once(path: Path) -> None:
     Raises:
         SetupFailed: it cannot be loaded.
     """
-    code = "import sys, edgeformer; from edgeformer import cache; edgeformer.load(sys.argv[1]); cache.finish()"
+    code = "import sys, edgeformer; from edgeformer import disk_cache as cache; edgeformer.load(sys.argv[1]); cache.finish()"
     run([sys.executable, "-c", code, str(path)], models.LOGS / "first-load.log", {}, f"load {path.name}")
 
 

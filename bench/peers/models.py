@@ -174,8 +174,8 @@ def bytes_a_token(path: Path) -> int:
 
 def _packed_bytes(path: Path) -> int:
     """What the native engine makes of a bundle: it packs scales and minima as float16, where the file has float32."""
-    from edgeformer.native.lowering import lower_bundle
-    from edgeformer.native.profile import Profile
+    from edgeformer.engines.native.profile import Profile
+    from edgeformer.engines.native.program.lowering import lower_bundle
 
     program, _ = lower_bundle(path)
     return sum(map(Profile(program).weight_bytes, program.ops))

@@ -14,10 +14,10 @@ import torch
 import transformers as tf
 
 import edgeformer
+from edgeformer.decoding.generation_fields import listed
 from edgeformer.export import ExportOptions, export
-from edgeformer.export.hub import language_model
-from edgeformer.export.seq2seq import pair_source
-from edgeformer.generation_fields import listed
+from edgeformer.export.graphs.encoder_decoder import pair_source
+from edgeformer.export.sources.hub.hub import language_model
 
 VOCABULARY = 100
 EOS = [2, 7, 8, 9, 10]  # several, so that random beams end

@@ -22,7 +22,7 @@ def _refused(setting: str, path: Path, *words: str) -> Row:
 
 
 def _plain(work: Path, **more: object) -> Path:
-    import gguf_files
+    from support import gguf_files
 
     return Path(gguf_files.write(work / "form.gguf", gguf_files.keys() | more, gguf_files.tensors()))
 
@@ -62,7 +62,7 @@ def _version_2(setting: str, work: Path) -> Row:
 
 def _big_endian(setting: str, work: Path) -> Row:
     import gguf
-    import gguf_files
+    from support import gguf_files
 
     path, writer = work / "form.gguf", None
     writer = gguf.GGUFWriter(path, "llama", endianess=gguf.GGUFEndian.BIG)
@@ -76,7 +76,7 @@ def _big_endian(setting: str, work: Path) -> Row:
 
 
 def _shards(setting: str, work: Path) -> Row:
-    import gguf_files
+    from support import gguf_files
 
     from bench.sources.gguf import TOLERANCE, outcome_of
 
@@ -92,7 +92,7 @@ def _shards(setting: str, work: Path) -> Row:
 
 
 def _missing_shard(setting: str, work: Path) -> Row:
-    import gguf_files
+    from support import gguf_files
 
     paths = gguf_files.split(work, gguf_files.keys(), gguf_files.tensors(), count=3)
     paths[1].unlink()
@@ -100,14 +100,14 @@ def _missing_shard(setting: str, work: Path) -> Row:
 
 
 def _renamed_shard(setting: str, work: Path) -> Row:
-    import gguf_files
+    from support import gguf_files
 
     paths = gguf_files.split(work, gguf_files.keys(), gguf_files.tensors())
     return _refused(setting, paths[0].rename(work / "model.gguf"), "split.count", "model.gguf")
 
 
 def _swapped_shards(setting: str, work: Path) -> Row:
-    import gguf_files
+    from support import gguf_files
 
     first, second = gguf_files.split(work, gguf_files.keys(), gguf_files.tensors())
     first.rename(work / "x"), second.rename(first), (work / "x").rename(second)
@@ -128,7 +128,7 @@ def _foreign_key(setting: str, work: Path) -> Row:
 
 def _tensors(change: Callable[[dict[str, np.ndarray]], object], *words: str) -> Callable[[str, Path], Row]:
     def row(setting: str, work: Path) -> Row:
-        import gguf_files
+        from support import gguf_files
 
         values = gguf_files.tensors()
         change(values)

@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from edgeformer.encoder_methods import EncoderMethods
+from edgeformer.tasks.encoder_methods import EncoderMethods
 
 _KNOWN = "query : passage red blue boats float on water and ships sink in the deep sea Red"
 WORDS = _KNOWN.split()
@@ -119,8 +119,8 @@ class Read(EncoderMethods):
 
 def read(folder: Path, architecture: str | None = None) -> Any:
     """The folder as the export reads it, with the runtime's own processing, and without the seconds of a trace."""
-    from edgeformer.export.hub import folder_source
-    from edgeformer.tokenizer import Tokenizer
+    from edgeformer.export.sources.hub.hub import folder_source
+    from edgeformer.processing.tokenizer import Tokenizer
 
     source: Any = folder_source(folder, architecture)
     for name, data in source.files.items():

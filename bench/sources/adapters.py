@@ -24,7 +24,10 @@ ABOUT = (
     "merged and not reloaded, are the reference. A field is irrelevant where PEFT gives the same logits without it. "
     "Where a setting cannot be trained on this machine, it is written into the saved `adapter_config.json`."
 )
-TESTS = "tests/test_lora.py, tests/test_adapters.py, tests/test_adapter_folders.py"
+TESTS = (
+    "tests/export/sources/test_lora.py, tests/export/sources/test_adapters.py, "
+    "tests/export/sources/test_adapter_folders.py"
+)
 _REFERENCE = "PEFT, unmerged"
 # A merged matrix rounds W + s B A once where the unmerged model rounds two products and their sum, layer by layer:
 # about ten roundings of 2^-24 of a value, which the norms hand on. 1e-5 of the range is far above, and far below a
@@ -156,7 +159,7 @@ def _row(name: str, tried: Try, work: Path, place: str) -> Row:
 def exported(trained: Trained) -> F32:
     """The logits of the module that the exporter traces."""
     from edgeformer.export import ExportOptions
-    from edgeformer.export.sources import load_source
+    from edgeformer.export.sources.load import load_source
 
     with quiet():
         source = load_source(ExportOptions(str(trained.base), trained.folder / "none", adapter=trained.folder))

@@ -17,7 +17,7 @@ from bench.sources._hub_checkpoints import Situation, prepared
 from bench.sources.row import Row
 from edgeformer.errors import ExportError
 from edgeformer.export import ExportOptions
-from edgeformer.export.sources import load_source
+from edgeformer.export.sources.load import load_source
 
 TITLE = "Completeness"
 ABOUT = (
@@ -25,7 +25,7 @@ ABOUT = (
     "that was saved: honoured means that all its tensors, and no others, arrived bit for bit. Beside it stands what "
     "the library alone reports: transformers' loading info, or torch's `load_state_dict`."
 )
-TESTS = "`tests/test_completeness.py`, `tests/test_bounds.py`"
+TESTS = "`tests/export/sources/test_completeness.py`, `tests/export/test_memory_bounds.py`"
 _ENORMOUS = "e+"  # in a name, 1e+09: what transformers would allocate is not tried
 _CUT = 160
 

@@ -11,17 +11,20 @@ import transformers as tf
 
 from bench.sources._generators import Generator, prompts
 from bench.sources.row import Row
+from edgeformer.decoding.generation_config import GenerationConfig
+from edgeformer.decoding.generation_fields import IRRELEVANT, UNSUPPORTED, notes
+from edgeformer.decoding.logits_processors import logits_processors, process
 from edgeformer.errors import EdgeformerError
-from edgeformer.generation_config import GenerationConfig
-from edgeformer.generation_fields import IRRELEVANT, UNSUPPORTED, notes
-from edgeformer.logits_processors import logits_processors, process
 
 TITLE = "Rules of generation"
 ABOUT = (
     "Every field of transformers' `GenerationConfig`. Each is set for a tiny Llama and a tiny T5, greedily and with 4 "
     "beams; the tokens are compared with those of `generate`, and for sampling the distributions that are drawn from."
 )
-TESTS = "`tests/test_generation_rules.py`, `tests/test_logits_processors.py`, `tests/test_sampling.py`"
+TESTS = (
+    "`tests/decoding/test_generation_rules.py`, `tests/decoding/test_logits_processors.py`, "
+    "`tests/decoding/test_sampling.py`"
+)
 
 VALUES: dict[str, Any] = {
     "max_length": 12,

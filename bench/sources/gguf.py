@@ -19,12 +19,14 @@ sys.path.insert(0, str(ROOT / "tests"))
 TITLE = "GGUF"
 ABOUT = (
     "All keys of `gguf.constants.Keys`, all types of `gguf.GGMLQuantizationType`, and forms of files. The reference is "
-    "a decoder in numpy float64 that reads the file by itself (tests/gguf_reference.py); for texts it is the meaning "
+    "a decoder in numpy float64 that reads the file by itself (tests/support/gguf_reference.py); for "
+    "texts it is the meaning "
     "that llama.cpp gives a key."
 )
 TESTS = (
-    "tests/test_gguf_header.py, tests/test_gguf_settings.py, tests/test_gguf_tensors.py, tests/test_gguf_texts.py, "
-    "tests/test_gguf_bundle.py"
+    "tests/export/sources/test_gguf_header.py, tests/export/sources/test_gguf_settings.py, "
+    "tests/export/sources/test_gguf_tensors.py, tests/export/sources/test_gguf_texts.py, "
+    "tests/export/sources/test_gguf_bundle.py"
 )
 TOLERANCE = 1e-4  # of the largest logit: the exporter's own gate between PyTorch and the graph
 
@@ -69,12 +71,12 @@ def rows(work: Path) -> Iterator[Row]:
 
 def outcome_of(path: Path, *shards: Path) -> tuple[str, Any]:
     """("refused", message) or ("made", the relative difference from the reference)."""
-    import gguf_files
     import torch
-    from gguf_reference import Reference
+    from support import gguf_files
+    from support.gguf_reference import Reference
 
     from edgeformer.errors import ExportError
-    from edgeformer.export.gguf.load import gguf_source
+    from edgeformer.export.sources.gguf.load import gguf_source
 
     try:
         source = gguf_source(path)
@@ -91,9 +93,9 @@ def _short(message: str) -> str:
 
 
 def _key(key: str, setting: str, work: Path) -> Row:
-    import gguf_files
+    from support import gguf_files
 
-    from edgeformer.export.gguf import keys as known
+    from edgeformer.export.sources.gguf import keys as known
 
     if key in SIZES:
         return _size(key, setting, work)
@@ -109,7 +111,7 @@ def _key(key: str, setting: str, work: Path) -> Row:
     if what == "refused":
         named = name in seen or key in seen
         return Row(setting, "refused" if named else "ignored", f"{said}: {_short(seen)}")
-    from gguf_reference import Reference
+    from support.gguf_reference import Reference
 
     error, expected, source = seen
     moved = float(np.abs(expected - Reference(plain).logits(gguf_files.IDS)).max() / np.abs(expected).max())
@@ -127,7 +129,7 @@ def _key(key: str, setting: str, work: Path) -> Row:
 
 def _size(key: str, setting: str, work: Path) -> Row:
     """A size is honoured where its absence and a wrong value are refused, and the right one gives the right numbers."""
-    import gguf_files
+    from support import gguf_files
 
     arch, wrong = SIZES[key]
     name, values = f"{arch}.{key}", gguf_files.tensors(arch)
@@ -152,8 +154,8 @@ TENSORS: dict[str, Callable[[], Any]] = {
 
 
 def _tensor(setting: str, work: Path) -> Row:
-    import gguf_files
-    from gguf_reference import Reference
+    from support import gguf_files
+    from support.gguf_reference import Reference
 
     name, arch = setting.removeprefix("tensor "), "phi3" if "factors" in setting else "llama"
     metadata, values = gguf_files.keys(arch), gguf_files.tensors(arch)
@@ -177,7 +179,7 @@ def _tensor(setting: str, work: Path) -> Row:
 def _type(setting: str, work: Path) -> Row:
     """A matrix of this type: random blocks with scales of a model's size."""
     import gguf
-    import gguf_files
+    from support import gguf_files
 
     kind = gguf.GGMLQuantizationType[setting.removeprefix("type ")]
     values, name = gguf_files.tensors(size=64), "blk.0.attn_output.weight"  # rows of 256, as K types need
@@ -214,12 +216,12 @@ def _blocks(kind: Any) -> Any:
 
 
 def _text(setting: str, work: Path) -> Row:
-    import gguf_files
+    from support import gguf_files
 
     from edgeformer.errors import ExportError
-    from edgeformer.export.gguf import keys as known
-    from edgeformer.export.gguf.shards import open_gguf
-    from edgeformer.export.gguf.texts import read_texts
+    from edgeformer.export.sources.gguf import keys as known
+    from edgeformer.export.sources.gguf.shards import open_gguf
+    from edgeformer.export.sources.gguf.texts import read_texts
 
     short = setting.removeprefix("tokenizer.ggml.")
     if short in known.TOKENIZER_IRRELEVANT and setting not in TEXTS:

@@ -11,9 +11,9 @@ import numpy as np
 
 from bench.sources.row import Row
 from edgeformer.errors import ExportError, InputError
-from edgeformer.export.processors import image_settings
-from edgeformer.image import FILE, IRRELEVANT, Steps
-from edgeformer.image_file import read
+from edgeformer.export.sources.hub.processors import image_settings
+from edgeformer.processing.image import FILE, IRRELEVANT, Steps
+from edgeformer.processing.image_file import read
 
 TITLE = "Pictures"
 ABOUT = (
@@ -22,7 +22,7 @@ ABOUT = (
     "does something its settings do not say (Owlv2, LeViT, Perceiver, video) is refused too: the export compares its "
     "arrays with the runtime's on odd pictures."
 )
-TESTS = "tests/test_images.py"
+TESTS = "tests/processing/test_images.py"
 REFERENCE = "AutoImageProcessor"
 PLAIN = "ViTImageProcessor"
 # What is tried, where changing the class's own value says nothing. One row each.

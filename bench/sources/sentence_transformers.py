@@ -22,7 +22,10 @@ ABOUT = (
     "keys, and the keys of config_sentence_transformers.json. Each is set on a tiny model and the vectors or scores "
     "compared with `SentenceTransformer.encode` and `CrossEncoder.predict` of the same folder."
 )
-TESTS = "`tests/test_sentence_transformers.py`, `tests/test_cross_encoders.py`, `tests/test_positions.py`"
+TESTS = (
+    "`tests/export/sources/test_sentence_transformers.py`, `tests/tasks/test_cross_encoders.py`, "
+    "`tests/export/sources/test_positions.py`"
+)
 
 CLOSE = 2e-5  # of vectors whose elements are of size 1; a setting that is not honoured moves them by 1e-2 and more
 PROMPTS = {"query": "query : ", "passage": "passage : "}

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from bench.sources.row import Row
-from edgeformer.audio import DERIVED, IRRELEVANT, LogMel, read_wav
 from edgeformer.errors import ExportError, InputError
-from edgeformer.export.processors import log_mel_settings
-from edgeformer.image import FILE
+from edgeformer.export.sources.hub.processors import log_mel_settings
+from edgeformer.processing.audio import DERIVED, IRRELEVANT, LogMel, read_wav
+from edgeformer.processing.image import FILE
 
 TITLE = "Sound"
 ABOUT = (
@@ -22,7 +22,7 @@ ABOUT = (
     "extractors of other audio models (their bundles take arrays), then forms of recordings. The references are "
     "transformers' own extractor, and samples known before they were written."
 )
-TESTS = "tests/test_audio.py"
+TESTS = "tests/processing/test_audio.py"
 RATE = 16000
 BASE = {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 40, "chunk_length": 2}
 VALUES: dict[str, Any] = {

@@ -24,7 +24,10 @@ ABOUT = (
     "decoded texts, a truncated text, a pair, a chat, a chat of a stranger, and a text cut to the tokenizer's limit. "
     "Then the arguments of `apply_chat_template` and what its templates can use."
 )
-TESTS = "tests/test_tokenizer_families.py, tests/test_chat_templates.py, tests/test_tokenizer.py"
+TESTS = (
+    "tests/processing/test_tokenizer_families.py, tests/processing/test_chat_templates.py, "
+    "tests/processing/test_tokenizer.py"
+)
 
 # What from_pretrained passes itself, or reads before any class does; none of them is a setting of the file.
 _NO_SETTING = {
@@ -62,7 +65,7 @@ _WHY = {  # no result depends on it
     "processor_class": "of AutoProcessor",
     "verbose": "log lines",
     "add_bos_token": "transformers passes over it where there is a tokenizer.json; of folders without one, see "
-    "tests/test_tokenizer_families.py",
+    "tests/processing/test_tokenizer_families.py",
     "add_eos_token": "as add_bos_token",
     "auto_map": "own code is never run; the class is taken from transformers, and proven",
     "errors": "the tokenizers library always replaces wrong bytes by U+FFFD",

@@ -1,4 +1,4 @@
-#include "pack.h"
+#include "kernels/pack.h"
 
 #include <stdlib.h>
 #include <string.h>

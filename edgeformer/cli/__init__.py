@@ -9,14 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from edgeformer.errors import (
-    BundleError,
-    EdgeformerError,
-    EngineUnavailable,
-    InputError,
-    ParityError,
-    TemplateError,
-)
+from edgeformer.errors import BundleError, EdgeformerError, EngineUnavailable, InputError, ParityError, TemplateError
 
 CHECK_FAILED, USAGE, BAD_BUNDLE, NO_ENGINE, REFUSED, INTERRUPTED = 1, 2, 3, 4, 5, 130
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from edgeformer.bench import bench
-from edgeformer.bench import profile as profile_model
 from edgeformer.cli.console import load_model, stderr
 from edgeformer.errors import InputError
+from edgeformer.tools.bench import bench
+from edgeformer.tools.bench import profile as profile_model
 
 
 def numbers(text: str | None, flag: str, *, zero: bool = False) -> list[int]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from edgeformer.cli.console import load_model, stderr
 from edgeformer.cli.purpose import require
+from edgeformer.decoding.loop import Session
 from edgeformer.errors import InputError, TemplateError
-from edgeformer.generate import Session
 from edgeformer.model import Model
 
 LONGEST = 512  # tokens of an answer where nothing limits it

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from edgeformer.cli import CHECK_FAILED
 from edgeformer.cli.console import stdout, waiting
-from edgeformer.doctor import Finding, examine, examine_bundle
+from edgeformer.tools.doctor import Finding, examine, examine_bundle
 
 MARKS = {"yes": "[green]yes[/green]", "no": "[red]no [/red]", "warning": "[yellow]!  [/yellow]", "fact": "   "}
 

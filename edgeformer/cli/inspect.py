@@ -10,10 +10,10 @@ from typing import Any
 
 from rich.table import Table
 
-from edgeformer.bundle import Bundle
+from edgeformer.bundle.bundle import Bundle
+from edgeformer.bundle.manifest import MANIFEST
 from edgeformer.cli.console import size, stdout, waiting
 from edgeformer.errors import EngineUnavailable
-from edgeformer.manifest import MANIFEST
 
 
 def show(path: Path, *, hashes: bool, as_json: bool) -> None:
@@ -61,7 +61,7 @@ def show_program(path: Path) -> None:
     """
     bundle = Bundle.open(path)
     try:
-        from edgeformer.native import describe
+        from edgeformer.engines.native import describe
     except ImportError as error:
         raise EngineUnavailable(f"The native engine is not there ({error}); install edgeformer again.") from error
     graphs = list(bundle.manifest["graphs"])

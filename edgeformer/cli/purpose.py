@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgeformer.bundle import Bundle
-from edgeformer.encode import STATES, VECTORS
+from edgeformer.bundle.bundle import Bundle
+from edgeformer.bundle.signature import IDS, PAST, PRESENT
 from edgeformer.errors import InputError
-from edgeformer.signature import IDS, PAST, PRESENT
+from edgeformer.tasks.embedding import STATES, VECTORS
 
 LABELLED = ("text-classification", "image-classification", "token-classification")
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from edgeformer.cli import CHECK_FAILED
 from edgeformer.cli.console import stderr, stdout
-from edgeformer.verify import Report, verify
+from edgeformer.tools.verify import Report, verify
 
 
 def check(path: Path, engines: Sequence[str], where: Mapping[str, Any], *, as_json: bool) -> None:

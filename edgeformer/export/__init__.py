@@ -10,8 +10,8 @@ __all__ = ["ExportOptions", "export", "language_model", "module_source", "read_r
 _HOME = {
     "ExportOptions": "options",
     "export": "pipeline",
-    "language_model": "hub",  # a transformers model object -> what `export` takes as `traced`
-    "module_source": "factory",  # the same of a module of one's own
+    "language_model": "sources.hub.hub",  # a transformers model object -> what `export` takes as `traced`
+    "module_source": "sources.user.factory",  # the same of a module of one's own
     "read_recipe": "options",
 }
 

@@ -165,7 +165,7 @@ def _run(source: str, given: dict[str, object]) -> None:
 
 
 def _summary(path: Path, manifest: dict[str, object]) -> None:
-    from edgeformer.bundle import Bundle
+    from edgeformer.bundle.bundle import Bundle
     from edgeformer.cli.purpose import command_for
 
     parity, accuracy = manifest["parity"], manifest["accuracy"]

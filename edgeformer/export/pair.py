@@ -12,21 +12,21 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from edgeformer.bundle import seal, write_bundle
-from edgeformer.export import parity
-from edgeformer.export.engines import bound, engine_gate, sum_roundings
+from edgeformer.bundle.write import seal, write_bundle
+from edgeformer.export.check import parity
+from edgeformer.export.check.graph_run import Graph
+from edgeformer.export.check.parity import Check
+from edgeformer.export.engine_gate import bound, engine_gate, sum_roundings
+from edgeformer.export.graphs.encoder_decoder import FILES, MASK, RESULT, TracedPair, pair_graphs
+from edgeformer.export.inputs import axes
 from edgeformer.export.options import ExportOptions
-from edgeformer.export.parity import Check
 from edgeformer.export.passes.finish import finish
 from edgeformer.export.passes.float16 import to_float16
 from edgeformer.export.passes.hoist import STATES
 from edgeformer.export.passes.rounding import round_activations
-from edgeformer.export.plan import Quantized, holding, quantize_graph
 from edgeformer.export.progress import Progress
-from edgeformer.export.run import Graph
-from edgeformer.export.seq2seq import FILES, MASK, RESULT, TracedPair, pair_graphs
+from edgeformer.export.quantize.plan import Quantized, holding, quantize_graph
 from edgeformer.export.source import Pair, run
-from edgeformer.export.trace import axes
 from edgeformer.export.write import graph_shapes, manifest, save_graph, write_texts
 
 _STEPS = ((5, 1, 1, 1, 2), (3, 1, 2), (7,))

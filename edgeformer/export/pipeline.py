@@ -9,31 +9,31 @@ from typing import Any
 
 import onnx_ir as ir
 
-from edgeformer.bundle import check_target, seal, write_bundle
+from edgeformer.bundle.write import check_target, seal, write_bundle
 from edgeformer.errors import ExportError, ParityError
-from edgeformer.export import accuracy, parity
-from edgeformer.export.calibrate import Calibration, calibration
-from edgeformer.export.engines import bound, engine_gate, sum_roundings
-from edgeformer.export.generation import generation_notes
-from edgeformer.export.graph import standard_graph
+from edgeformer.export.check import accuracy, parity
+from edgeformer.export.check.graph_run import Graph
+from edgeformer.export.engine_gate import bound, engine_gate, sum_roundings
+from edgeformer.export.graphs.encoder_decoder import TracedPair
+from edgeformer.export.graphs.standard import standard_graph
 from edgeformer.export.options import SAMPLES, ExportOptions
 from edgeformer.export.pair import export_pair
-from edgeformer.export.passes.attention import window_masks
-from edgeformer.export.passes.cache import insert_cache, join_cache
+from edgeformer.export.passes.attention_node import window_masks
+from edgeformer.export.passes.cache_positions import count_past
 from edgeformer.export.passes.causal import name_causality
 from edgeformer.export.passes.edit import infer_shapes
 from edgeformer.export.passes.finish import finish
 from edgeformer.export.passes.float16 import to_float16
+from edgeformer.export.passes.kv_cache import insert_cache, join_cache
 from edgeformer.export.passes.logits import keep_logits
 from edgeformer.export.passes.masks import spread_rows
-from edgeformer.export.passes.past import count_past
 from edgeformer.export.passes.rounding import round_activations
-from edgeformer.export.plan import Quantized, holding, quantize_graph
 from edgeformer.export.progress import Progress, Silent
-from edgeformer.export.run import Graph
-from edgeformer.export.seq2seq import TracedPair
+from edgeformer.export.quantize.calibrate import Calibration, calibration
+from edgeformer.export.quantize.plan import Quantized, holding, quantize_graph
 from edgeformer.export.source import Pair, Source
-from edgeformer.export.sources import load_source
+from edgeformer.export.sources.generation import generation_notes
+from edgeformer.export.sources.load import load_source
 from edgeformer.export.write import GRAPH, manifest, save_graph, write_reference, write_texts
 
 NO_CACHE = (

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from edgeformer.export.inputs import axes
 from edgeformer.export.source import Source
-from edgeformer.export.trace import axes
 
 _LENGTHS = (4, 6, 9)
 

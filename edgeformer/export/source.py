@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgeformer.context import context_length
+from edgeformer.bundle.context import context_length
 from edgeformer.errors import ExportError
 from edgeformer.export.blocks import Blocks
-from edgeformer.export.trace import Input
+from edgeformer.export.inputs import Input
 
 F32 = NDArray[np.float32]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

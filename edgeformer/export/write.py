@@ -13,13 +13,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from edgeformer.export import parity
-from edgeformer.export.calibrate import Calibration
+from edgeformer.export.check import parity
+from edgeformer.export.check.graph_run import Graph
+from edgeformer.export.inputs import axes
 from edgeformer.export.options import ExportOptions
-from edgeformer.export.plan import Quantized, holding
-from edgeformer.export.run import Graph
+from edgeformer.export.quantize.calibrate import Calibration
+from edgeformer.export.quantize.plan import Quantized, holding
 from edgeformer.export.source import Source, run
-from edgeformer.export.trace import axes
 
 GRAPH = "model.onnx"
 _REFERENCE_LENGTH = 24

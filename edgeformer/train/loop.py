@@ -18,14 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from edgeformer.errors import TrainingError
-from edgeformer.train.checkpoint import (
-    STATE_FILE,
-    Progress,
-    load_progress,
-    restore,
-    save_checkpoint,
-    write_atomically,
-)
+from edgeformer.train.checkpoint import STATE_FILE, Progress, load_progress, restore, save_checkpoint, write_atomically
 from edgeformer.train.forecast import ForecastTask
 from edgeformer.train.picture import loss_picture
 from edgeformer.train.recipe import Recipe, SeriesData, TrainOptions, differences

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from edgeformer.errors import ExportError
-from edgeformer.export.trace import IR_VERSION, OPSET
+from edgeformer.export.trace.trace import IR_VERSION, OPSET
 
 
 def finish(model: ir.Model, description: str) -> None:

@@ -1,0 +1,401 @@
+#include "engine/engine.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+
+namespace edgeformer {
+namespace {
+
+constexpr size_t kAlign = 64;
+constexpr size_t align(size_t x) { return (x + kAlign - 1) / kAlign * kAlign; }
+
+}  // namespace
+
+Engine::Engine(ProgramSpec spec, const Kernels& kernels, int threads, int64_t context, int64_t prefill_rows)
+    : spec_(std::move(spec)),
+      kernels_(kernels),
+      context_(context),
+      prefill_rows_(prefill_rows),
+      process_(getpid()),
+      pool_(threads),
+      shares_(threads),
+      arena_(nullptr, std::free) {
+  last_use_.assign(spec_.slots.size(), -1);
+  for (size_t i = 0; i < spec_.ops.size(); ++i) {
+    ops_.push_back(make_op(static_cast<int>(i), spec_.ops[i]));
+    for (int p = 0; p < ops_.back()->phases(); ++p) phases_.emplace_back(i, p);
+    for (const auto* slots : {&spec_.ops[i].inputs, &spec_.ops[i].outputs}) {
+      for (int s : *slots) {
+        if (s >= 0) last_use_[root(s)] = static_cast<int>(i);
+      }
+    }
+  }
+  const int end = static_cast<int>(spec_.ops.size());
+  direct_output_.assign(spec_.slots.size(), -1);
+  std::vector<bool> written(spec_.slots.size(), false);
+  for (const OpSpec& op : spec_.ops) {
+    for (int s : op.outputs) {
+      if (s >= 0) written[s] = true;
+    }
+  }
+  for (size_t o = 0; o < spec_.outputs.size(); ++o) {
+    const int r = root(spec_.outputs[o]);
+    last_use_[r] = end;
+    if (written[r] && direct_output_[r] < 0) direct_output_[r] = static_cast<int>(o);
+  }
+  run_.k = &kernels_;
+  run_.spec = &spec_;
+  run_.threads = pool_.threads();
+  run_.tensors.resize(spec_.slots.size());
+  run_.sizes.resize(spec_.sizes.size());
+  run_.state.resize(spec_.ops.size());
+  for (auto& s : run_.state) s.reserve(4);
+  run_.temp.resize(spec_.ops.size());
+  run_.scratch.resize(run_.threads);
+  run_.weights.resize(spec_.weights.size());
+}
+
+Engine::~Engine() = default;
+
+int Engine::root(int slot) const {
+  while (spec_.slots[slot].view_of >= 0) slot = spec_.slots[slot].view_of;
+  return slot;
+}
+
+size_t Engine::weight_bytes() const {
+  size_t total = 0;
+  for (const WeightSpec& w : spec_.weights) total += packed_bytes(w.type, w.n, w.k);
+  return total;
+}
+
+PackResult Engine::pack(int weight, const PackSource& source, const int64_t* dest) {
+  const WeightSpec& w = spec_.weights[weight];
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!packed_) make_weights();
+  }
+  return pack_rows(w.type, source, 0, source.n, dest, const_cast<void*>(run_.weights[weight]));
+}
+
+size_t Engine::packed_size() const {
+  size_t total = 0;
+  for (const WeightSpec& w : spec_.weights) total += align(packed_bytes(w.type, w.n, w.k));
+  return total;
+}
+
+// One piece of memory for all: most weights are smaller than a huge page.
+void Engine::make_weights() {
+  const size_t total = packed_size();
+  void* p = pages_alloc(total);
+  if (!p) throw std::bad_alloc();
+  own_ = {static_cast<uint8_t*>(p), FreePages{total}};
+  use_packed(own_.get());
+}
+
+void Engine::use_packed(const uint8_t* at) {
+  packed_ = at;
+  for (size_t i = 0; i < spec_.weights.size(); ++i) {
+    const WeightSpec& w = spec_.weights[i];
+    run_.weights[i] = at;
+    at += align(packed_bytes(w.type, w.n, w.k));
+  }
+}
+
+void Engine::in_parallel(int64_t count, FunctionRef<void(int64_t)> work) {
+  auto begin = [count](int) { return count; };
+  auto chunk = [&work](int, int64_t i, int) { work(i); };
+  pool_.run(1, begin, chunk);
+}
+
+void Engine::set_shapes(Run& run, const std::vector<int64_t>& symbols) const {
+  for (size_t i = 0; i < spec_.sizes.size(); ++i) run.sizes[i] = spec_.sizes[i].evaluate(symbols);
+  for (size_t i = 0; i < spec_.slots.size(); ++i) {
+    const SlotSpec& s = spec_.slots[i];
+    Tensor& t = run.tensors[i];
+    t.dtype = s.dtype;
+    t.rank = static_cast<int>(s.shape.size());
+    t.count = 1;
+    for (int a = 0; a < t.rank; ++a) {
+      t.shape[a] = run.sizes[s.shape[a]];
+      if (t.shape[a] < 0) {
+        throw InputProblem("the inputs' sizes leave " + s.name + " with a negative size");
+      }
+      t.count *= t.shape[a];
+    }
+    if (s.is_constant) t.data = const_cast<uint8_t*>(s.constant.data());
+  }
+}
+
+// Places for everything that lives in the arena, first fit; returns its size.
+size_t Engine::lay_out(Run& run, std::vector<size_t>* offsets, std::vector<size_t>* temp, size_t* scratch) const {
+  struct Block {
+    size_t at, bytes;
+    int until;
+  };
+  std::vector<Block> live;  // sorted by place
+  size_t total = 0;
+  const auto take = [&](size_t bytes, int now, int until) {
+    bytes = align(bytes);
+    live.erase(std::remove_if(live.begin(), live.end(), [now](const Block& b) { return b.until < now; }), live.end());
+    size_t at = 0;
+    auto where = live.begin();
+    for (; where != live.end() && where->at < at + bytes; ++where) at = where->at + where->bytes;
+    live.insert(where, {at, bytes, until});
+    total = std::max(total, at + bytes);
+    return at;
+  };
+  offsets->assign(spec_.slots.size(), 0);
+  temp->assign(spec_.ops.size(), 0);
+  *scratch = 0;
+  for (int s : spec_.inputs) (*offsets)[s] = take(run.tensors[s].bytes(), -1, last_use_[s]);
+  for (size_t i = 0; i < spec_.ops.size(); ++i) {
+    const int now = static_cast<int>(i);
+    for (int s : spec_.ops[i].outputs) {
+      if (s >= 0 && direct_output_[s] < 0) (*offsets)[s] = take(run.tensors[s].bytes(), now, last_use_[s]);
+    }
+    (*temp)[i] = take(ops_[i]->temp_bytes(run), now, now);
+    *scratch = std::max(*scratch, align(ops_[i]->scratch_bytes(run)));
+  }
+  return total;
+}
+
+size_t Engine::scratch_bytes(const std::vector<int64_t>& symbols, int64_t rows, int64_t past) {
+  Run run;
+  run.k = &kernels_;
+  run.spec = &spec_;
+  run.threads = pool_.threads();
+  run.sizes.resize(spec_.sizes.size());
+  run.tensors.resize(spec_.slots.size());
+  KvCache none(spec_.caches, context_);
+  run.segments = {{&none, 0, rows, past, 1}};
+  set_shapes(run, symbols);
+  std::vector<size_t> offsets, temp;
+  size_t scratch = 0;
+  const size_t arena = lay_out(run, &offsets, &temp, &scratch);
+  return arena + scratch * run.threads;
+}
+
+// Sizes and memory for a run with these symbols; nothing is allocated when the last run had the same sizes.
+void Engine::prepare(const std::vector<int64_t>& symbols) {
+  set_shapes(run_, symbols);
+  std::vector<int64_t> key = run_.sizes;
+  for (const Segment& s : run_.segments) key.push_back(s.rows);
+  if (key == planned_) return place();
+  planned_.clear();
+  const size_t bytes = lay_out(run_, &offsets_, &temp_, &scratch_bytes_);
+  const size_t wanted = bytes + scratch_bytes_ * run_.threads;
+  constexpr size_t kWorthFreeing = 8 << 20;
+  if (wanted > arena_bytes_ || (arena_bytes_ > kWorthFreeing && wanted < arena_bytes_ / 8)) {
+    arena_.reset();
+    arena_bytes_ = 0;
+    arena_.reset(static_cast<uint8_t*>(std::aligned_alloc(kAlign, align(std::max<size_t>(wanted, kAlign)))));
+    if (!arena_) throw std::bad_alloc();
+    arena_bytes_ = wanted;
+  }
+  scratch_at_ = bytes;
+  planned_ = std::move(key);
+  place();
+}
+
+void Engine::place() {
+  for (size_t s = 0; s < spec_.slots.size(); ++s) {
+    if (!spec_.slots[s].is_constant) run_.tensors[s].data = arena_.get() + offsets_[s];
+  }
+  for (size_t i = 0; i < spec_.ops.size(); ++i) run_.temp[i] = arena_.get() + temp_[i];
+  for (int t = 0; t < run_.threads; ++t) run_.scratch[t] = arena_.get() + scratch_at_ + scratch_bytes_ * t;
+}
+
+void Engine::execute(std::vector<Output>& outputs) {
+  for (size_t s = 0; s < spec_.slots.size(); ++s) {
+    if (direct_output_[s] >= 0) {
+      const Output& o = outputs[direct_output_[s]];
+      run_.tensors[s].data = o.data + o.at;
+    }
+  }
+  for (size_t s = 0; s < spec_.slots.size(); ++s) {
+    if (spec_.slots[s].view_of >= 0) run_.tensors[s].data = run_.tensors[root(static_cast<int>(s))].data;
+  }
+  run_phases();
+  for (size_t o = 0; o < outputs.size(); ++o) {
+    const Tensor& t = run_.tensors[spec_.outputs[o]];
+    const size_t bytes = t.bytes();
+    if (direct_output_[root(spec_.outputs[o])] != static_cast<int>(o) && bytes) {
+      std::memcpy(outputs[o].data + outputs[o].at, t.data, bytes);
+    }
+    outputs[o].at += bytes;
+  }
+}
+
+void Engine::run_phases() {
+  auto start = [this](int p) { return shares_.divide(ops_[phases_[p].first]->begin(run_, phases_[p].second)); };
+  auto work = [this](int p, int64_t, int thread) {
+    for (int64_t chunk; (chunk = shares_.take(thread)) >= 0;) {
+      ops_[phases_[p].first]->work(run_, phases_[p].second, chunk, thread);
+    }
+  };
+  const int phases = static_cast<int>(phases_.size());
+  if (!profiling_) return pool_.run(phases, start, work);
+  // begin(p) is the one moment between two phases: what passed since the last one belongs to phase p - 1.
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point last = Clock::now();
+  const auto lap = [&](int phase) {
+    const Clock::time_point now = Clock::now();
+    if (phase >= 0) {
+      profile_.nanoseconds[phases_[phase].first] +=
+          std::chrono::duration_cast<std::chrono::nanoseconds>(now - last).count();
+    }
+    last = now;
+  };
+  auto begin = [&](int p) -> int64_t {
+    lap(p - 1);
+    return start(p);
+  };
+  pool_.run(phases, begin, work);
+  lap(phases - 1);
+  ++profile_.runs;
+}
+
+Engine::Profile Engine::profile(bool on) {
+  after_fork();
+  std::lock_guard<std::mutex> lock(mutex_);
+  Profile seen = std::move(profile_);
+  profile_ = {std::vector<int64_t>(spec_.ops.size(), 0), 0};
+  profiling_ = on;
+  return seen;
+}
+
+// In a child of fork() a thread of the parent may have held the mutex, and no longer exists.
+void Engine::after_fork() {
+  if (getpid() == process_) return;
+  new (&mutex_) std::mutex;
+  process_ = getpid();
+}
+
+// Rows of any states as one sequence: the program computes each row from that row alone, attention knows the pieces.
+void Engine::run_pieces(const std::vector<Call>& calls, const std::vector<Piece>& pieces,
+                        std::vector<Output>& outputs) {
+  int64_t rows = 0, kept = 0;
+  run_.segments.clear();
+  for (const Piece& p : pieces) {
+    State& state = *calls[p.call].state;
+    KvCache* cache = spec_.caches.empty() ? nullptr : state.caches[p.sequence].get();
+    if (cache) cache->reserve(p.rows);
+    run_.segments.push_back({cache, rows, p.rows, cache ? cache->length() : 0, p.kept});
+    rows += p.rows;
+    kept += p.kept;
+  }
+  std::vector<int64_t> symbols = calls[pieces[0].call].symbols;
+  symbols[spec_.batch_symbol] = 1;
+  symbols[spec_.sequence_symbol] = rows;
+  symbols[spec_.kept_symbol] = kept;
+  prepare(symbols);
+  for (size_t i = 0; i < spec_.inputs.size(); ++i) {
+    Tensor& t = run_.tensors[spec_.inputs[i]];
+    if (t.rank == 0) {
+      std::memcpy(t.data, calls[0].inputs[i], t.bytes());
+      continue;
+    }
+    const size_t row_bytes = rows ? t.bytes() / rows : 0;
+    uint8_t* to = static_cast<uint8_t*>(t.data);
+    for (const Piece& p : pieces) {
+      const Call& c = calls[p.call];
+      const uint8_t* from = static_cast<const uint8_t*>(c.inputs[i]) + (p.sequence * c.rows + p.first) * row_bytes;
+      std::memcpy(to, from, p.rows * row_bytes);
+      to += p.rows * row_bytes;
+    }
+  }
+  execute(outputs);
+  for (const Segment& s : run_.segments) {
+    if (s.cache) s.cache->advance(s.rows);
+  }
+}
+
+void Engine::run_rows(std::vector<Call>& calls, std::vector<Output>& outputs) {
+  std::vector<Piece> pieces;
+  int64_t room = prefill_rows_;
+  const auto flush = [&] {
+    if (!pieces.empty()) run_pieces(calls, pieces, outputs);
+    pieces.clear();
+    room = prefill_rows_;
+  };
+  // Without a cache a sequence cannot be cut: its rows would not see each other.
+  const bool can_cut = !spec_.caches.empty();
+  for (size_t c = 0; c < calls.size(); ++c) {
+    const Call& call = calls[c];
+    const int64_t kept = call.keep == 0 ? call.rows : std::min(call.keep, call.rows);
+    for (int64_t b = 0; b < call.batch; ++b) {
+      int64_t first = 0;
+      while (first < call.rows) {
+        if (room == 0 || (!can_cut && room < call.rows)) flush();
+        const int64_t rows = can_cut ? std::min(room, call.rows - first) : call.rows;
+        const int64_t last_kept = std::max<int64_t>(0, first + rows - (call.rows - kept));
+        pieces.push_back({static_cast<int>(c), b, first, rows, std::min(rows, last_kept)});
+        first += rows;
+        room = std::max<int64_t>(0, room - rows);
+      }
+    }
+  }
+  flush();
+}
+
+void Engine::run_alone(Call& call, std::vector<Output>& outputs) {
+  run_.segments.clear();
+  const int64_t kept = call.keep == 0 ? call.rows : std::min(call.keep, call.rows);
+  for (int64_t b = 0; b < call.batch; ++b) {
+    KvCache* cache = spec_.caches.empty() ? nullptr : call.state->caches[b].get();
+    if (cache) cache->reserve(call.rows);
+    run_.segments.push_back({cache, b * call.rows, call.rows, cache ? cache->length() : 0, kept});
+  }
+  prepare(call.symbols);
+  for (size_t i = 0; i < spec_.inputs.size(); ++i) {
+    Tensor& t = run_.tensors[spec_.inputs[i]];
+    if (t.count) std::memcpy(t.data, call.inputs[i], t.bytes());
+  }
+  execute(outputs);
+  for (const Segment& s : run_.segments) {
+    if (s.cache) s.cache->advance(s.rows);
+  }
+}
+
+std::vector<int64_t> Engine::output_shape(const Call& call, size_t output) const {
+  std::vector<int64_t> shape;
+  for (int s : spec_.slots[spec_.outputs[output]].shape) shape.push_back(spec_.sizes[s].evaluate(call.symbols));
+  return shape;
+}
+
+void Engine::forward(std::vector<Call>& calls, const std::vector<void*>& memory) {
+  after_fork();
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<Output> outputs;
+  for (void* p : memory) outputs.push_back({static_cast<uint8_t*>(p), 0});
+  std::vector<int64_t> lengths;
+  for (Call& c : calls) {
+    lengths.push_back(c.state->length());
+    if (spec_.caches.empty()) continue;
+    c.state->caches.resize(c.batch);
+    for (auto& cache : c.state->caches) {
+      if (!cache) cache = new_cache();
+    }
+  }
+  try {
+    if (spec_.row_local) {
+      run_rows(calls, outputs);
+    } else {
+      for (Call& c : calls) run_alone(c, outputs);
+    }
+  } catch (...) {
+    for (size_t i = 0; i < calls.size(); ++i) {
+      for (auto& cache : calls[i].state->caches) {
+        if (cache->length() > lengths[i]) cache->truncate(lengths[i]);
+      }
+    }
+    throw;
+  }
+}
+
+}  // namespace edgeformer

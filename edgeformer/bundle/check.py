@@ -1,0 +1,206 @@
+"""What a graph file says about its weights: where they lie, and whether their values are allowed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgeformer import disk_cache
+from edgeformer.bundle.manifest import plain_name
+from edgeformer.errors import BundleError
+
+if TYPE_CHECKING:
+    import onnx
+
+Values = np.ndarray[Any, Any]
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """The parsed graph, without the weights that lie in its external data file.
+
+    Raises:
+        BundleError: the file is not an ONNX model.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except DecodeError as error:
+        raise BundleError(f"{path} is not an ONNX model; export or copy the bundle again.") from error
+    if not model.graph.node or not model.opset_import:
+        raise BundleError(f"{path} is not an ONNX model: it has no nodes; export or copy the bundle again.")
+    return model
+
+
+def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor stored in the model: initializers and constants, those of subgraphs and functions too."""
+    yield from _graph_tensors(model.graph)
+    for function in model.functions:
+        yield from _node_tensors(function.node)
+
+
+def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield sparse.values
+        yield sparse.indices
+    yield from _node_tensors(graph.node)
+
+
+def _node_tensors(nodes: Any) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            if attribute.HasField("g"):
+                yield from _graph_tensors(attribute.g)
+            for graph in attribute.graphs:
+                yield from _graph_tensors(graph)
+
+
+def graph_problems(folder: Path, file: str, files: Mapping[str, Any], *, values: bool) -> list[str]:
+    """What is wrong with the weights of `folder/file`, one sentence a problem.
+
+    `files` is the manifest's table of sizes. With `values` the numbers are read too: scales must be finite, INT8
+    weights must not be -128. Without, a graph in which nothing was wrong is not parsed again as long as it and the
+    sizes stay the same (`cache`).
+    """
+    seen = "" if values else _entry(folder / file, files)
+    if seen and disk_cache.read(seen) is not None:
+        return []
+    problems = _graph_problems(folder, file, files, values=values)
+    if seen and not problems:
+        disk_cache.write(seen, b"")
+    return problems
+
+
+def _entry(path: Path, files: Mapping[str, Any]) -> str:
+    sizes = json.dumps({name: entry["size"] for name, entry in sorted(files.items())})
+    try:
+        return disk_cache.key(b"checked", sizes.encode(), path.read_bytes()) + ".checked"
+    except OSError:
+        return ""
+
+
+def _graph_problems(folder: Path, file: str, files: Mapping[str, Any], *, values: bool) -> list[str]:
+    import onnx
+
+    try:
+        model = read_model(folder / file)
+    except BundleError as error:
+        return [str(error).rstrip(".")]
+    problems = []
+    for tensor in tensors(model):
+        problem = _place_problem(tensor, files)
+        if problem:
+            problems.append(f"{file}: {tensor.name or 'a constant'} {problem}")
+    if values and not problems:
+        initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        weights, scales = _quantized(model.graph, set(initializers))
+        for name in sorted(scales):
+            if not np.isfinite(load_tensor(folder, initializers[name]).astype(np.float64)).all():
+                problems.append(f"{file}: the scales {name} hold NaN or infinity")
+        for name in sorted(weights):
+            tensor = initializers[name]
+            if tensor.data_type == onnx.TensorProto.INT8 and (load_tensor(folder, tensor) == -128).any():
+                problems.append(f"{file}: the 8-bit weights {name} hold -128, the format allows -127 to 127")
+    return problems
+
+
+def external(tensor: onnx.TensorProto) -> dict[str, str] | None:
+    """The `location`, `offset`, `length` entries of a tensor kept outside the graph file; None for one inside."""
+    import onnx
+
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return None
+    return {entry.key: entry.value for entry in tensor.external_data}
+
+
+def stored_bytes(tensor: onnx.TensorProto) -> int | None:
+    """Bytes that the tensor's elements take when stored raw; None for types without a fixed size (text)."""
+    import onnx
+
+    if tensor.data_type == onnx.TensorProto.STRING:
+        return None
+    elements = int(math.prod(tensor.dims))  # Python's integers: no product wraps round
+    bits = _BITS.get(tensor.data_type)
+    if bits is None:
+        bits = int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize) * 8
+    return (elements * bits + 7) // 8
+
+
+_BITS = {21: 4, 22: 4, 23: 4, 25: 2, 26: 2}  # UINT4, INT4, FLOAT4E2M1, UINT2, INT2: numpy stores them one a byte
+
+
+def _place_problem(tensor: onnx.TensorProto, files: Mapping[str, Any]) -> str | None:
+    if any(dim < 0 for dim in tensor.dims):
+        return f"has a negative size in its shape {list(tensor.dims)}"
+    try:
+        need = stored_bytes(tensor)
+    except (KeyError, TypeError, ValueError):
+        return f"has the unknown element type {tensor.data_type}"
+    place = external(tensor)
+    if place is None:
+        if tensor.HasField("raw_data") and need is not None and len(tensor.raw_data) != need:
+            return f"has {len(tensor.raw_data):,} bytes of data, its shape {list(tensor.dims)} needs {need:,}"
+        return None
+    location = place.get("location", "")
+    if not plain_name(location):
+        return f"says that its data lies at {location!r}, expected a plain file name inside the folder"
+    if location not in files:
+        return f"says that its data lies in {location!r}, which is no file of this bundle"
+    size = files[location]["size"]
+    try:
+        offset = int(place.get("offset", "0"))
+        length = int(place["length"]) if "length" in place else size - offset
+    except ValueError:
+        return f"has an offset or length in {location} that is no number"
+    if offset < 0 or length < 0 or offset + length > size:
+        return f"says bytes {offset:,} to {offset + length:,} of {location}, which holds {size:,}"
+    if length != need:
+        return f"has {length:,} bytes in {location}, its shape {list(tensor.dims)} needs {need:,}"
+    return None
+
+
+def load_tensor(folder: Path, tensor: onnx.TensorProto) -> Values:
+    """The tensor's values; one in the external data file is mapped, not copied (4-bit types are unpacked)."""
+    import onnx
+
+    place = external(tensor)
+    plain = tensor.data_type not in _BITS
+    if place is not None and plain:
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        if math.prod(tensor.dims) == 0:
+            return np.zeros(tuple(tensor.dims), dtype)
+        mapped = np.memmap(
+            folder / place["location"], dtype, "r", offset=int(place.get("offset", "0")), shape=tuple(tensor.dims)
+        )
+        return mapped
+    return onnx.numpy_helper.to_array(tensor, str(folder))
+
+
+def _quantized(graph: onnx.GraphProto, initializers: set[str]) -> tuple[set[str], set[str]]:
+    """Names of the initializers that reach a DequantizeLinear as weights, and as scales."""
+    producers = {output: node for node in graph.node for output in node.output}
+
+    def source(name: str) -> str:
+        while name not in initializers and name in producers:
+            node = producers[name]
+            if node.op_type not in ("Transpose", "Gather", "Reshape", "Identity") or not node.input:
+                break
+            name = node.input[0]
+        return name
+
+    weights, scales = set(), set()
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and len(node.input) >= 2:
+            weights.add(source(node.input[0]))
+            scales.add(source(node.input[1]))
+    return weights & initializers, scales & initializers

@@ -1,0 +1,1 @@
+"""From logits to text: the token loop, sampling, logits processors, beam search."""

@@ -1,0 +1,187 @@
+"""Choosing an engine for a bundle: in a fixed order, with a reason for each."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from edgeformer.bundle.bundle import Bundle
+from edgeformer.engines.base import Engine
+from edgeformer.engines.native.engine import NativeEngine
+from edgeformer.engines.self_check import recorded_problem, self_check
+from edgeformer.errors import EdgeformerWarning, EngineUnavailable, InputError
+
+EngineName = Literal["auto", "cuda", "native", "cpu"]
+ORDER = ("cuda", "native", "cpu")
+Meanwhile = Callable[[], object]
+
+
+# Measured (docs/performance.md, MiniLM in float32): onnxruntime needs 0.91 to 0.97 of the native engine's time.
+FLOAT_AT_ONCE = "float weights without a cache run faster on cpu"
+
+
+@dataclass(frozen=True)
+class NativeOptions:
+    """What only the native engine has."""
+
+    isa: str | None = None
+    kv: str = "auto"
+    context: int | None = None
+    memory_limit: int | None = None
+    kept: bool = True  # use the cache folder
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which engine runs, and for each one in the order tried, why or why not. `print` it.
+
+    `notes` name what the bundle asks for and does not get from any engine.
+    """
+
+    engine: str
+    reasons: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        width = max(map(len, self.reasons))
+        marks = {True: "*", False: " "}
+        lines = [f"{marks[name == self.engine]} {name:{width}}  {reason}" for name, reason in self.reasons.items()]
+        return "\n".join([*lines, *(f"! {note}" for note in self.notes)])
+
+
+def check_arguments(engine: str, threads: int | None, isa: str | None) -> None:
+    """Nothing, where `load` can use these.
+
+    Raises:
+        InputError: one is out of its range, or they contradict each other.
+    """
+    if engine not in ("auto", *ORDER):
+        raise InputError(f"engine is {engine!r}, expected auto, {', '.join(ORDER)}.")
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024):
+        raise InputError(f"threads is {threads!r}, expected a whole number from 1 to 1024.")
+    if isa is not None and engine in ("cuda", "cpu"):
+        raise InputError(f"isa={isa!r} is an option of the native engine, but engine={engine!r} was asked for.")
+
+
+def choose(
+    bundle: Bundle,
+    engine: str,
+    threads: int,
+    native: NativeOptions,
+    meanwhile: Meanwhile = lambda: None,
+    *,
+    judged: bool = True,
+) -> tuple[dict[str, Engine], Choice]:
+    """(an engine for each graph of the bundle, all of one kind; why that kind).
+
+    The native engine calls `meanwhile` once, while weights are packed and the GIL is released. With `judged` an engine
+    whose numbers are wrong, here or when the bundle was exported, counts as one that cannot run; see `self_check`.
+
+    Raises:
+        EngineUnavailable: the engine asked for, or with "auto" every engine, cannot run here.
+    """
+    asked = "native" if engine == "auto" and native.isa is not None else engine
+    if asked != "auto":
+        made = _usable(asked, bundle, threads, native, meanwhile, judged)
+        why = f"an isa ({native.isa}) was asked for" if engine == "auto" else "it was asked for by name"
+        return made, Choice(asked, {asked: _chosen(made, threads, why)})
+    reasons: dict[str, str] = {}
+    order = _order(bundle)
+    for position, name in enumerate(order):
+        try:
+            made = _usable(name, bundle, threads, native, meanwhile, judged)
+        except WrongNumbers as error:
+            reasons[name] = str(error)
+            warnings.warn(f"{bundle.path.name}: {error}", EdgeformerWarning, stacklevel=3)
+            continue
+        except EngineUnavailable as error:
+            reasons[name] = str(error)
+            continue
+        reasons[name] = _chosen(made, threads, "the first that can run this bundle here")
+        for rest in order[position + 1 :]:
+            why = FLOAT_AT_ONCE if (name, rest) == ("cpu", "native") else f"{name} comes first"
+            reasons[rest] = f"not tried: {why}"
+        return made, Choice(name, reasons)
+    lines = "".join(f"\n  - {name}: {reason}" for name, reason in reasons.items())
+    raise EngineUnavailable(f"No engine can run {bundle.path} here:{lines}")
+
+
+class WrongNumbers(EngineUnavailable):
+    """An engine runs this bundle and gives other numbers than its reference."""
+
+
+def _usable(
+    name: str, bundle: Bundle, threads: int, native: NativeOptions, meanwhile: Meanwhile, judged: bool
+) -> dict[str, Engine]:
+    if judged and (recorded := recorded_problem(bundle, name)):
+        raise EngineUnavailable(recorded)
+    made = create(name, bundle, threads, native, meanwhile)
+    if judged and (problem := self_check(bundle, name, made)):
+        raise WrongNumbers(problem)
+    return made
+
+
+def _order(bundle: Bundle) -> tuple[str, ...]:
+    """The engines in the order to try: `cpu` before `native` where it is the faster one."""
+    manifest = bundle.manifest
+    cached = any("past_key_values" in name for graph in manifest["graphs"].values() for name in graph["inputs"])
+    return ("cuda", "cpu", "native") if manifest["quantization"]["scheme"] == "none" and not cached else ORDER
+
+
+def create(
+    name: str, bundle: Bundle, threads: int, native: NativeOptions, meanwhile: Meanwhile = lambda: None
+) -> dict[str, Engine]:
+    """An engine called `name` for each graph of the bundle. See `choose` for `meanwhile`.
+
+    Raises:
+        EngineUnavailable: it cannot run one of them here; with several graphs the message names which.
+    """
+    graphs = list(bundle.manifest["graphs"])
+    if name == "native":
+        return {**_native(bundle, graphs, threads, native, meanwhile)}
+    from edgeformer.engines.onnxruntime import OrtEngine, cuda_driver_problem
+
+    if name == "cuda":
+        problem = cuda_driver_problem()  # cheap, and most machines end here without importing onnxruntime
+        if problem:
+            raise EngineUnavailable(f"CUDA is not there: {problem}.")
+    return {graph: OrtEngine(bundle, "cuda" if name == "cuda" else "cpu", threads, graph=graph) for graph in graphs}
+
+
+def _native(
+    bundle: Bundle, graphs: list[str], threads: int, options: NativeOptions, meanwhile: Meanwhile
+) -> dict[str, NativeEngine]:
+    made: dict[str, NativeEngine] = {}
+    left = options.memory_limit
+    for graph in graphs:
+        try:
+            made[graph] = NativeEngine.from_bundle(
+                bundle,
+                graph=graph,
+                threads=threads,
+                isa=options.isa,
+                kv=options.kv,
+                context=options.context,
+                memory_limit=left,
+                meanwhile=meanwhile,
+                kept=options.kept,
+            )
+        except EngineUnavailable as error:
+            if len(graphs) == 1:
+                raise
+            raise EngineUnavailable(f"its {graph} graph: {error}") from error
+        if left is not None:
+            left -= made[graph].memory().total
+    return made
+
+
+def _chosen(engines: Mapping[str, Engine], threads: int, why: str) -> str:
+    isa = getattr(next(iter(engines.values())), "isa", None)
+    caches = {cache for engine in engines.values() if (cache := getattr(engine, "cache", ""))}
+    parts = [f"{threads} thread{'s' if threads > 1 else ''}", *([f"{isa} kernels"] if isa else []), *sorted(caches)]
+    what = ", ".join(parts)
+    rounded = sum(getattr(engine, "rounded", 0) for engine in engines.values())
+    note = f"; {rounded} weights have scales of more bits than float16, rounded by at most 0.025 %" if rounded else ""
+    return f"chosen, {why} ({what}){note}"

@@ -1,0 +1,364 @@
+"""The native engine: a bundle's graph, lowered and run by our own C++, without torch and without onnxruntime."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgeformer.bundle.context import context_length
+from edgeformer.engines.native.ir.graph import Array
+from edgeformer.engines.native.program.packing import give_weights
+from edgeformer.engines.native.program.prepared import Prepared, prepare
+from edgeformer.engines.native.state import NativeState, saved_parts
+from edgeformer.errors import EngineUnavailable, InputError, StateError
+
+if TYPE_CHECKING:
+    from edgeformer.engines.native.profile import Profile
+    from edgeformer.engines.native.program.program import Program
+
+NUMPY = {"f32": np.float32, "i64": np.int64, "bool": np.bool_}
+PREFILL_ROWS = 512  # rows of one pass: bounds the working memory of long prompts and of large batches
+DEFAULT_CONTEXT = 4096
+KV = ("auto", "int8", "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes that an engine needs: packed weights, the cache of one state at `context` tokens, working memory."""
+
+    weights: int
+    kv: int
+    scratch: int
+    context: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.kv + self.scratch
+
+    def __add__(self, other: Memory) -> Memory:
+        """What two engines need together, when both work."""
+        return Memory(
+            self.weights + other.weights,
+            self.kv + other.kv,
+            self.scratch + other.scratch,
+            max(self.context, other.context),
+        )
+
+
+class NativeEngine:
+    """Runs one graph of a bundle. Immutable; many threads may share it, each with states of its own.
+
+    Made by `from_bundle`. Calls of several threads take turns; within a call all `threads` work together.
+    """
+
+    def __init__(self, native: Any, prepared: Prepared, path: Path) -> None:
+        self._native = native
+        self._path = path
+        self._fingerprint = _fingerprint(path)
+        self._dtypes = prepared.dtypes
+        self._defaults = prepared.defaults
+        self._keep = prepared.keep
+        self._inputs = [(name, NUMPY[dtype], shape) for name, dtype, shape in prepared.inputs]
+        self._outputs = prepared.outputs
+        self._symbols = list(prepared.program["symbols"])
+        self._rows, self._past, self._batch_local = prepared.rows, prepared.past, prepared.batch_local
+        self.kv = "float32"  # how the cache holds keys and values
+        self.cache = ""  # the type of the cache and why, for people; "" without one
+        self.rounded = 0  # weights with scales that float16 does not hold exactly, packed as the nearest
+
+    name = "native"
+
+    @classmethod
+    def from_bundle(
+        cls,
+        bundle: Any,
+        *,
+        graph: str = "model",
+        threads: int | None = None,
+        isa: str | None = None,
+        kv: str = "auto",
+        context: int | None = None,
+        memory_limit: int | None = None,
+        meanwhile: Callable[[], object] = lambda: None,
+        kept: bool = True,
+    ) -> NativeEngine:
+        """The engine for the graph `graph` of `bundle` (a Bundle, or the path of a bundle or of an .onnx file).
+
+        Args:
+            threads: default: the CPUs this process may use.
+            isa: a kernel table by name; default: EDGEFORMER_ISA, else the best that this CPU runs.
+            kv: the cache's type: "int8" (one scale a token and head), "float32", or "auto": int8 where weights are
+                quantized, else float32, for int8 moves logits by about 0.5 % of their range.
+            context: most tokens of a state; default: the bundle's context length, at most 4096.
+            memory_limit: bytes that weights, one state at full context and working memory may take together.
+            meanwhile: called once; while the weights are packed, which leaves Python free.
+            kept: read and write the entries of the cache folder; without, the bundle leaves no trace there.
+
+        Raises:
+            EngineUnavailable: the extension is missing, the graph has nodes that cannot be lowered (all are named),
+                the table does not run here, or the memory would pass `memory_limit` (nothing is allocated then).
+            BundleError: the graph or its weights cannot be read.
+        """
+        native = _extension()
+        path, limit = _graph_path(bundle, graph)
+        prepared = prepare(path, kept=kept)
+        kind, why = _cache_type(kv, prepared)
+        tokens = context if context is not None else limit
+        worker_count = threads if threads is not None else len(os.sched_getaffinity(0))
+        built = native.Engine(prepared.program, worker_count, isa or "", kind, int(tokens), PREFILL_ROWS)
+        engine = cls(built, prepared, path)
+        engine.kv = kind
+        plain = [reads for *_, reads in prepared.program["caches"]]
+        if plain:
+            engine.cache = "float32 cache: the graph reads it itself" if all(plain) else f"{kind} cache: {why}"
+        if memory_limit is not None:
+            need = engine.memory()
+            if need.total > memory_limit:
+                raise EngineUnavailable(
+                    f"the model needs {need.total:,} bytes ({need.weights:,} of weights, {need.kv:,} of cache for "
+                    f"{need.context:,} tokens, {need.scratch:,} to work in), the limit is {memory_limit:,}; "
+                    "load with a smaller context, or export with fewer bits"
+                )
+        native.trim_memory()  # of reading the graph
+        engine.rounded = give_weights(built, prepared, meanwhile)
+        native.trim_memory()  # of what was read meanwhile, before the weights are in use
+        return engine
+
+    @property
+    def isa(self) -> str:
+        """Name of the kernel table in use."""
+        return str(self._native.isa)
+
+    @property
+    def threads(self) -> int:
+        """Threads that work together in a call."""
+        return int(self._native.threads)
+
+    @property
+    def context(self) -> int:
+        """Most tokens that a state may hold."""
+        return int(self._native.context)
+
+    @cached_property
+    def program(self) -> Program:
+        """The lowered program, from the graph once more; `edgeformer.engines.native.describe` prints it."""
+        from edgeformer.engines.native.program.lowering import lower_bundle
+
+        return lower_bundle(self._path)[0]
+
+    def memory(self, context: int | None = None) -> Memory:
+        """Bytes needed for one state of `context` tokens (default: the engine's limit); Python itself comes on top.
+
+        Other dynamic axes of the inputs (the source of a decoder) count as `context` long too.
+        """
+        tokens = self.context if context is None else context
+        rows = min(PREFILL_ROWS, tokens)
+        batch, sequence = self._rows
+        sizes = {batch: 1, sequence: rows, "kept": 1}
+        sizes[self._past] = tokens - rows
+        others = {str(size) for _, _, shape in self._inputs for size in shape} - sizes.keys()
+        symbols = [sizes.get(s, tokens if s in others else 1) for s in self._symbols]
+        try:
+            scratch = self._native.scratch_bytes(symbols, rows, max(0, tokens - rows))
+        except Exception as e:  # sizes of inputs that this program cannot have
+            raise InputError(f"the working memory cannot be predicted for {tokens} tokens: {e}") from e
+        return Memory(self._native.weight_bytes, self._native.kv_bytes(tokens), scratch, tokens)
+
+    @contextmanager
+    def profile(self) -> Iterator[Profile]:
+        """Count the time of every operation of the calls made inside; the Profile is filled at the end.
+
+        Threads count as one: the times are of the wall clock, and add up to the time inside the engine.
+        """
+        from edgeformer.engines.native.profile import Profile
+
+        report = Profile(self.program)
+        self._native.profile(True)
+        try:
+            yield report
+        finally:
+            report.nanoseconds, report.runs = self._native.profile(False)
+
+    def new_state(self, held: Mapping[str, Array] | None = None) -> NativeState:
+        """An empty state. Its memory grows in chunks as tokens come. See `edgeformer.engines.base.Engine.new_state`."""
+        given = held or {}
+        self._require_known(given)
+        arrays = {n: _fitting(n, given[n], dtype, shape) for n, dtype, shape in self._inputs if n in given}
+        return NativeState(self._native.new_state(), self._fingerprint, arrays)
+
+    def state_from_bytes(self, data: bytes) -> NativeState:
+        """The state that `to_bytes` wrote.
+
+        Raises:
+            StateError: it was written with another model or kv type, or is damaged.
+        """
+        state = self._native.new_state()
+        state.load(saved_parts(data, self._fingerprint))
+        return NativeState(state, self._fingerprint)
+
+    def forward(self, batch: Sequence[tuple[Mapping[str, Array], Any]]) -> list[dict[str, Array]]:
+        """See `edgeformer.engines.base.Engine.forward`."""
+        states, inputs, keeps = [], [], []
+        for arrays, state in batch:
+            if not isinstance(state, NativeState):
+                raise StateError(f"a state of {type(state).__name__} was given, expected one made by this engine")
+            states.append(state._state)
+            row, keep = self._arrays(arrays, state)
+            inputs.append(row)
+            keeps.append(keep)
+        if len(inputs) == 1 and (pieces := self._pieces(inputs[0])):
+            parts = [self._native.forward(states, [piece], keeps)[0] for piece in pieces]
+            results = [[np.concatenate(arrays) for arrays in zip(*parts, strict=True)]]
+        else:
+            results = self._native.forward(states, inputs, keeps)
+        out = []
+        for row in results:
+            named = dict(zip(self._outputs, row, strict=True))
+            for name, array in named.items():
+                wanted = self._dtypes.get(name, "")
+                if wanted in ("float16", "float64") and array.dtype == np.float32:
+                    named[name] = array.astype(wanted)
+            out.append(named)
+        return out
+
+    def _arrays(self, arrays: Mapping[str, Array], state: NativeState) -> tuple[list[Array], int]:
+        """The inputs in the program's order and types, and logits_to_keep; what may be left out is filled in."""
+        self._require_known(arrays)
+        keep = int(np.asarray(arrays.get("logits_to_keep", 0)))
+        row: list[Array] = []
+        for name, dtype, shape in self._inputs:
+            if name == self._keep:
+                row.append(np.asarray(keep, np.int64))
+                continue
+            given = arrays.get(name)
+            if given is None:
+                given = state._held.get(name)
+            if given is None:
+                given = self._default(name, arrays, state)
+            row.append(_fitting(name, given, dtype, shape))
+        return row, keep
+
+    def _pieces(self, row: Sequence[Array]) -> list[list[Array]]:
+        """A large batch as batches of about PREFILL_ROWS rows, whose values stay in the CPU's caches from one operation
+        to the next; none where the batch is small or its items may meet.
+        """
+        if not self._batch_local:
+            return []
+        batch, sequence = self._rows
+        axes = [
+            (str(size), n)
+            for a, (_, _, s) in zip(row, self._inputs, strict=True)
+            for size, n in zip(s, a.shape, strict=True)
+        ]
+        counts, lengths = ({n for size, n in axes if size == name} for name in (batch, sequence))
+        if len(counts) != 1 or len(lengths) != 1:
+            return []  # sizes that do not fit each other: the engine says so
+        count, step = counts.pop(), max(1, PREFILL_ROWS // max(1, lengths.pop()))
+        if count <= step:
+            return []
+        by_batch = [bool(s) and str(s[0]) == batch for _, _, s in self._inputs]
+        return [
+            [np.ascontiguousarray(a[at : at + step]) if cut else a for a, cut in zip(row, by_batch, strict=True)]
+            for at in range(0, count, step)
+        ]
+
+    def _require_known(self, arrays: Mapping[str, Array]) -> None:
+        unknown = arrays.keys() - {name for name, _, _ in self._inputs} - {"logits_to_keep"}
+        if unknown:
+            raise InputError(
+                f"unknown input(s) {', '.join(map(repr, sorted(unknown)))}; this graph takes {self._names()}"
+            )
+
+    def _names(self) -> str:
+        return ", ".join(name for name, _, _ in self._inputs)
+
+    def _default(self, name: str, arrays: Mapping[str, Array], state: NativeState) -> Array:
+        if name in self._defaults:
+            return np.asarray(self._defaults[name], np.int64)
+        if name == "position_ids" and arrays.get("input_ids") is not None:
+            ids = np.asarray(arrays["input_ids"])
+            if ids.ndim == 2:
+                positions = np.arange(state.length, state.length + ids.shape[1], dtype=np.int64)
+                return np.broadcast_to(positions, ids.shape)
+        raise InputError(f"input {name!r} is missing; this graph takes {self._names()}")
+
+
+def _fitting(name: str, given: Any, dtype: Any, shape: Sequence[Any]) -> Array:
+    """The array, contiguous and of the program's type.
+
+    Raises:
+        InputError: it is of another kind or rank.
+    """
+    array = np.asarray(given)
+    kinds = "iu" if dtype is np.int64 else "b" if dtype is np.bool_ else "f"
+    if array.dtype.kind not in kinds:
+        raise InputError(f"{name} has dtype {array.dtype}, expected {np.dtype(dtype)}")
+    if array.ndim != len(shape):
+        raise InputError(f"{name} has shape {list(array.shape)}, expected [{', '.join(map(str, shape))}]")
+    return np.ascontiguousarray(array, dtype) if array.ndim else np.asarray(array, dtype)
+
+
+def _cache_type(kv: str, prepared: Prepared) -> tuple[str, str]:
+    """("int8" or "float32", why)
+
+    Raises:
+        InputError: `kv` is none of KV.
+    """
+    if kv not in KV:
+        raise InputError(f"kv is {kv!r}, expected {', '.join(KV)}.")
+    if kv != "auto":
+        return kv, "asked for"
+    quantized = any(weight.type != "f32" for weight in prepared.weights)
+    return ("int8", "its weights are quantized") if quantized else ("float32", "its weights are float")
+
+
+def _extension() -> Any:
+    try:
+        return import_module("edgeformer._native")
+    except ImportError as e:
+        raise EngineUnavailable(
+            f"the native extension is not installed ({e}); "
+            "install edgeformer with a C++17 compiler, or use engine='cpu'"
+        ) from e
+
+
+def _graph_path(bundle: Any, graph: str) -> tuple[Path, int]:
+    """The graph's file, and the most tokens of a state."""
+    if isinstance(bundle, str | os.PathLike):
+        path = Path(bundle)
+        if path.is_file():
+            return path, DEFAULT_CONTEXT
+        if not (path / "edgeformer.json").is_file() and (path / f"{graph}.onnx").is_file():
+            return path / f"{graph}.onnx", DEFAULT_CONTEXT
+        from edgeformer.bundle.bundle import Bundle
+
+        bundle = Bundle.open(path)
+    limit = bundle.positions(graph) or context_length(bundle.config) or DEFAULT_CONTEXT
+    return Path(bundle.graph_path(graph)), min(limit, DEFAULT_CONTEXT)
+
+
+def _fingerprint(path: Path) -> str:
+    """Identifies the graph and (by size and a sample) its weights: a state belongs to one model."""
+    digest = hashlib.sha256(path.read_bytes())
+    data = path.with_name(path.name + ".data")
+    if data.is_file():
+        size = data.stat().st_size
+        digest.update(str(size).encode())
+        with data.open("rb") as f:
+            for place in range(0, size, max(1, size // 64)):
+                f.seek(place)
+                digest.update(f.read(256))
+    return digest.hexdigest()
+
+
+__all__ = ["Memory", "NativeEngine", "NativeState"]

@@ -1,0 +1,1 @@
+"""The graph as the passes see it: nodes, symbolic sizes, shapes, weights."""

@@ -1,0 +1,393 @@
+"""The ONNX Runtime engines: `cpu` and `cuda`. One code path: the cache stays in OrtValues on the engine's device."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+
+from edgeformer.bundle.bundle import Bundle
+from edgeformer.bundle.signature import IDS, KEEP, PAST, Signature
+from edgeformer.engines.base import Arrays, State
+from edgeformer.errors import BundleError, EdgeformerError, EngineUnavailable, InputError, StateError
+from edgeformer.machine import default_threads
+
+Provider = Literal["cpu", "cuda"]
+
+WHEELS = ("onnxruntime", "onnxruntime-gpu")
+MINIMUM = (1, 23)  # the first with kernels for opset 23's Attention, RotaryEmbedding and RMSNormalization
+MINIMUM_QUANTIZED = (1, 25)  # the first that fuses 8-bit weights; before, they run correctly and 15 to 50 times slower
+HEAVY = {"MatMul", "MatMulNBits", "Gemm", "Attention", "Conv"}  # a decoder with one of these on the CPU is no CUDA run
+
+
+def installed_wheels() -> dict[str, str]:
+    """The installed ONNX Runtime wheels and their versions. They share one folder, so two of them break each other."""
+    found = {}
+    for name in WHEELS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def both_wheels() -> str | None:
+    """Why this installation cannot be trusted: both wheels are there. None when all is well."""
+    found = installed_wheels()
+    if len(found) < 2:
+        return None
+    names = " and ".join(f"{name} {version}" for name, version in found.items())
+    return (
+        f"{names} are both installed; they write the same folder, and whichever came last has overwritten the other. "
+        "Uninstall both (pip uninstall -y onnxruntime onnxruntime-gpu), then install one: edgeformer[cpu] or "
+        "edgeformer[cuda]"
+    )
+
+
+def import_onnxruntime() -> ModuleType:
+    """The module `onnxruntime`.
+
+    Raises:
+        EngineUnavailable: it is not installed, or broken by having both wheels.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        if installed_wheels():
+            raise EngineUnavailable(f"onnxruntime is installed but cannot be imported: {error}.") from error
+        raise EngineUnavailable("onnxruntime is not installed; install edgeformer[cpu] or edgeformer[cuda].") from error
+    if not hasattr(onnxruntime, "InferenceSession"):
+        reason = both_wheels() or "one of two wheels was uninstalled, which took the other's files; install it again"
+        raise EngineUnavailable(f"onnxruntime is broken: {reason}.")
+    module: ModuleType = onnxruntime
+    return module
+
+
+def version_of(text: str) -> tuple[int, int]:
+    """(major, minor) of a version text such as "1.32.0" or "1.25.0.dev2"."""
+    match = re.match(r"(\d+)\.(\d+)", text)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+@dataclass(frozen=True)
+class OpRun:
+    """One operation of one run: its operator, seconds, and the shapes of its inputs that are no weights."""
+
+    operator: str
+    seconds: float
+    shapes: tuple[tuple[int, ...], ...]
+
+
+class OrtState:
+    """The KV cache of one sequence, or of one batch of equal length: OrtValues [batch, kv_heads, length, head_dim]."""
+
+    def __init__(self, owner: OrtEngine, held: dict[str, Any] | None = None, batch: int | None = None) -> None:
+        self.owner = owner
+        self.lock = threading.Lock()
+        self.cache: list[Any] = []  # in the order of the signature's caches; empty before the first token
+        self.held = held or {}  # inputs that stay the same for the whole sequence
+        self._held_batch = batch
+        self.batch = batch
+        self._length = 0
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    def truncate(self, length: int) -> None:
+        if not 0 <= length <= self._length:
+            raise InputError(f"A state of {self._length} tokens cannot be cut to {length}.")
+        with _held([self]):
+            if length == 0:
+                self.cache, self.batch = [], self._held_batch
+            elif length < self._length:
+                self.cache = [self.owner.place(np.ascontiguousarray(v.numpy()[:, :, :length])) for v in self.cache]
+            self._length = length
+
+    def fork(self) -> OrtState:
+        with _held([self]):
+            copy = OrtState(self.owner, self.held, self._held_batch)
+            # Each step makes new OrtValues and never writes into old ones, so both may hold the same.
+            copy.cache, copy.batch, copy._length = list(self.cache), self.batch, self._length
+            return copy
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Sequence i of the batch becomes a copy of what sequence `rows[i]` was; as many as before. Inputs that the
+        state holds stay where they are: a beam search has the same in every row.
+
+        Raises:
+            InputError: `rows` has another length than the batch, or names a sequence that is none.
+        """
+        if self.batch is None or len(rows) != self.batch or not all(0 <= row < self.batch for row in rows):
+            raise InputError(f"A state of {self.batch} sequences cannot select {list(rows)}.")
+        if list(rows) == list(range(self.batch)):
+            return
+        with _held([self]):
+            self.cache = [self.owner.place(np.ascontiguousarray(value.numpy()[list(rows)])) for value in self.cache]
+
+    def grow(self, cache: list[Any], batch: int, tokens: int) -> None:
+        """Take the cache that a run returned. Called with the lock held."""
+        self.cache, self.batch, self._length = cache, batch, self._length + tokens
+
+
+class OrtEngine:
+    """Runs a graph on ONNX Runtime. Immutable; threads may share it, each with states of its own.
+
+    `threads` is always set (ONNX Runtime would take every core and pin its threads); `spin=False` lets idle threads
+    sleep at once, which costs some speed and saves idle power. With a folder for `profile`, `end_profile` gives times.
+
+    Raises:
+        EngineUnavailable: ONNX Runtime is missing, broken, too old for this bundle, or does not really run on
+            `provider`. It never runs on another provider than the one asked for.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        provider: Provider = "cpu",
+        threads: int | None = None,
+        graph: str = "model",
+        spin: bool = True,
+        profile: Path | None = None,
+    ) -> None:
+        if provider not in ("cpu", "cuda"):
+            raise InputError(f"provider is {provider!r}, expected 'cpu' or 'cuda'.")
+        if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
+            raise InputError(f"threads is {threads!r}, expected a whole number from 1 to 1024.")
+        self._ort = import_onnxruntime()
+        both = both_wheels()
+        if both:
+            warnings.warn(f"{both}.", RuntimeWarning, stacklevel=2)
+        self.version: str = self._ort.__version__
+        _check_version(self.version, bundle)
+        self.provider: Provider = provider
+        self.threads = threads or default_threads()
+        self.signature = Signature.of(bundle, graph)
+        self._device = "cpu"
+        if provider == "cuda":
+            _check_cuda(self._ort)
+            self._device = "cuda"
+        self._pid = os.getpid()
+        self._session = self._create(bundle, graph, spin, profile)
+        self._check_signature(bundle, graph)
+        self._caches = self.signature.caches
+
+    @property
+    def name(self) -> str:
+        return self.provider
+
+    def new_state(self, held: Arrays | None = None) -> OrtState:
+        """An empty state; `held` are inputs of the graph given once, for all calls with it.
+
+        Raises:
+            InputError: one of them does not fit the graph.
+        """
+        if not held:
+            return OrtState(self)
+        arrays = self.signature.check_some(held)
+        batch = next(iter(arrays.values())).shape[0]
+        return OrtState(self, {name: self.place(array) for name, array in arrays.items()}, batch)
+
+    def forward(self, batch: Sequence[tuple[Arrays, State]]) -> list[dict[str, np.ndarray]]:
+        if os.getpid() != self._pid:
+            raise StateError("This engine was loaded before fork(); its threads are not here. Load it in this process.")
+        states: list[OrtState] = []
+        for _, state in batch:
+            if not isinstance(state, OrtState) or state.owner is not self:
+                raise StateError("The state belongs to another engine; make one with this engine's new_state().")
+            states.append(state)
+        with _held(states):
+            checked = [
+                self.signature.check(inputs, state.length, state.batch, state.held)
+                for (inputs, _), state in zip(batch, states, strict=True)
+            ]
+            return [self._run(arrays, state) for arrays, state in zip(checked, states, strict=True)]
+
+    def place(self, array: np.ndarray[Any, Any]) -> Any:
+        """An OrtValue on this engine's device with the array's content."""
+        return self._ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
+
+    def end_profile(self) -> list[OpRun]:
+        """Every operation run since the engine was made, in order. Only with `profile`, and once."""
+        runs = []
+        for event in json.loads(Path(self._session.end_profiling()).read_text()):
+            facts = event.get("args", {})
+            if event.get("cat") == "Node" and "op_name" in facts and event["name"].endswith("_kernel_time"):
+                shapes = tuple(tuple(s) for entry in facts.get("input_type_shape", []) for s in entry.values())
+                runs.append(OpRun(facts["op_name"], event["dur"] / 1e6, shapes))
+        return runs
+
+    # ------------------------------------------------------------------------------------------------------------ parts
+
+    def _run(self, arrays: dict[str, np.ndarray[Any, Any]], state: OrtState) -> dict[str, np.ndarray[Any, Any]]:
+        binding = self._session.io_binding()
+        value = self._ort.OrtValue.ortvalue_from_numpy
+        for name, array in arrays.items():
+            if name != KEEP or int(array) != 0:  # 0 is the graph's own default
+                binding.bind_ortvalue_input(name, value(array))
+        for name, held in state.held.items():
+            if name not in arrays:
+                binding.bind_ortvalue_input(name, held)
+        rows = next(iter(arrays.values())).shape[0] if self._caches else 0
+        cache = state.cache or [self._empty(name, rows) for name in self._caches]
+        for name, past in zip(self._caches, cache, strict=True):
+            binding.bind_ortvalue_input(name, past)
+        for name in self.signature.outputs:
+            binding.bind_output(name, "cpu")
+        for name in self._caches.values():
+            binding.bind_output(name, self._device, 0)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            _reraise(error)
+        values = binding.get_outputs()
+        count = len(self.signature.outputs)
+        if self._caches:
+            state.grow(values[count:], rows, arrays[IDS].shape[1] if IDS in arrays else 0)
+        return {name: v.numpy() for name, v in zip(self.signature.outputs, values[:count], strict=True)}
+
+    def _empty(self, name: str, rows: int) -> Any:
+        port = self.signature.cache_ports[name]
+        shape = [rows] + [size if isinstance(size, int) else 0 for size in port.shape[1:]]
+        return self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, port.dtype))
+
+    def _create(self, bundle: Bundle, graph: str, spin: bool, profile: Path | None) -> Any:
+        options = self._ort.SessionOptions()
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile / "onnxruntime")
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if self.provider == "cuda":
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+            # The cache is a new, slightly larger tensor every step: doubling the arena each time would waste memory.
+            cuda = {"device_id": 0, "arena_extend_strategy": "kSameAsRequested"}
+            providers = [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
+        path = bundle.graph_path(graph)
+        try:
+            session = self._ort.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:
+            raise EngineUnavailable(f"ONNX Runtime {self.version} cannot load {path}: {_brief(error)}") from error
+        session.disable_fallback()
+        if self.provider == "cuda":
+            self._require_cuda(session)
+        return session
+
+    def _require_cuda(self, session: Any) -> None:
+        first = session.get_providers()[0]
+        if first != "CUDAExecutionProvider":
+            raise EngineUnavailable(
+                f"CUDA was asked for, but the session runs on {first}: the CUDA or cuDNN libraries that this "
+                f"onnxruntime needs are missing or of another version. Install edgeformer[cuda], or use engine='cpu'."
+            )
+        elsewhere: dict[str, str] = {}
+        for part in getattr(session, "get_provider_graph_assignment_info", list)():
+            for node in part.get_nodes():
+                if part.ep_name != "CUDAExecutionProvider" and node.op_type in HEAVY:
+                    elsewhere[node.name] = node.op_type
+        if elsewhere:
+            some = ", ".join(f"{name} ({op})" for name, op in list(elsewhere.items())[:4])
+            raise EngineUnavailable(
+                f"CUDA was asked for, but {len(elsewhere)} of the graph's heavy nodes would run on the CPU: {some}. "
+                f"Export with --dtype float16, or use engine='cpu'."
+            )
+
+    def _check_signature(self, bundle: Bundle, graph: str) -> None:
+        session, table = self._session, bundle.manifest["graphs"][graph]
+        inputs = [*session.get_inputs(), *session.get_overridable_initializers()]
+        for side, ports in (("inputs", inputs), ("outputs", session.get_outputs())):
+            real, said = {port.name for port in ports}, set(table[side])
+            if real != said:
+                odd = ", ".join(sorted(real ^ said)[:6])
+                raise BundleError(f"{bundle.path}: the manifest and {table['file']} disagree about the {side}: {odd}.")
+        if any(present not in table["outputs"] for present in self.signature.caches.values()):
+            raise BundleError(f"{bundle.path}: a {PAST}* input has no present.* output; export the model again.")
+
+
+@contextlib.contextmanager
+def _held(states: Sequence[OrtState]) -> Iterator[None]:
+    """All states' locks, or StateError at once: two calls on one state would mix their tokens."""
+    taken: list[OrtState] = []
+    try:
+        for state in states:
+            if not state.lock.acquire(blocking=False):
+                raise StateError("The state is in use by another call; give each thread a state of its own (fork).")
+            taken.append(state)
+        yield
+    finally:
+        for state in taken:
+            state.lock.release()
+
+
+def _check_version(version: str, bundle: Bundle) -> None:
+    scheme = bundle.manifest["quantization"]["scheme"]
+    need = MINIMUM if scheme == "none" else MINIMUM_QUANTIZED
+    if version_of(version) < need:
+        why = (
+            "older ones have no kernels for opset 23"
+            if scheme == "none"
+            else f"older ones run {scheme} weights 15 to 50 times slower, without a word"
+        )
+        raise EngineUnavailable(
+            f"onnxruntime {version} is too old for this bundle: it needs {need[0]}.{need[1]} or newer ({why}). "
+            f"Update it: pip install -U onnxruntime."
+        )
+
+
+def _check_cuda(ort: ModuleType) -> None:
+    """Refuse what cannot become a CUDA session before ONNX Runtime falls back in silence."""
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        reason = both_wheels() or "this onnxruntime is the CPU build; uninstall it, then install edgeformer[cuda]"
+        raise EngineUnavailable(f"CUDA is not there: {reason}.")
+    problem = cuda_driver_problem()
+    if problem:
+        raise EngineUnavailable(f"CUDA is not there: {problem}.")
+    if hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find; the session check decides
+            ort.preload_dlls()
+
+
+def cuda_driver_problem() -> str | None:
+    """Why the NVIDIA driver offers no device; None when it offers one."""
+    import ctypes
+
+    for name in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            driver = ctypes.CDLL(name)
+        except OSError:
+            continue
+        if driver.cuInit(0) != 0:
+            return "the NVIDIA driver does not start (no device, or a driver that does not fit the kernel)"
+        count = ctypes.c_int(0)
+        driver.cuDeviceGetCount(ctypes.byref(count))
+        return None if count.value else "the NVIDIA driver sees no device"
+    return "there is no NVIDIA driver (libcuda) on this machine"
+
+
+def _brief(error: Exception) -> str:
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip())
+    return text if len(text) <= 600 else text[:600] + " ..."
+
+
+def _reraise(error: Exception) -> None:
+    text = str(error)
+    if "allocate memory" in text or "out of memory" in text.lower() or isinstance(error, MemoryError):
+        raise EdgeformerError(
+            f"Out of memory while running the model; the state is as before. {_brief(error)}"
+        ) from error
+    if "INVALID_ARGUMENT" in text:
+        raise InputError(f"ONNX Runtime refuses the inputs: {_brief(error)}") from error
+    raise EdgeformerError(f"ONNX Runtime failed; the state is as before. {_brief(error)}") from error

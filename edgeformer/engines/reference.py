@@ -1,0 +1,166 @@
+"""The bundle's own reference values, and an engine's outputs for the same inputs beside them; all without torch.
+
+`reference.npz` holds `input.NAME`, the outputs `bundle.NAME` that the same graph and weights gave on ONNX Runtime's
+CPU at export, and the float model's own outputs `float.NAME` (of a language model both at the last positions only).
+`reference.tolerance` of the manifest says for each output how far an engine may be from `bundle.NAME` (from
+`float.NAME` where that is missing), as a share of the reference's range, largest minus smallest. The other one is
+shown, not judged: it says what quantization cost, which the export measured.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edgeformer.bundle.bundle import Bundle
+from edgeformer.bundle.signature import IDS, PAST, POSITIONS
+from edgeformer.decoding.loop import Limits
+from edgeformer.engines.base import Engine
+from edgeformer.errors import BundleError
+from edgeformer.tasks.seq2seq import EncoderDecoder
+
+Array = np.ndarray[Any, Any]
+
+ANSWER = "decoder_input_ids"  # what an encoder-decoder's reference has decoded
+STEPS = (5, 1, 1, 1, 2)  # tokens a step: a prefill, decoding, a short prefill on a full cache; then what is left
+
+
+@dataclass(frozen=True)
+class Check:
+    """One output compared with one reference, in one way of running. `worst` is a share of the reference's range."""
+
+    output: str
+    reference: str
+    run: str
+    worst: float
+    where: tuple[int, ...]
+    tolerance: float | None
+
+    @property
+    def passed(self) -> bool:
+        return self.tolerance is None or self.worst <= self.tolerance  # a NaN is never <=
+
+    def __str__(self) -> str:
+        judged = (
+            "not judged" if self.tolerance is None else f"{'at most' if self.passed else 'allowed'} {self.tolerance:g}"
+        )
+        place = f" at {list(self.where)}" if not self.passed else ""
+        return f"{self.output} {self.run} against {self.reference}: {self.worst:.3g} of the range{place} ({judged})"
+
+
+def checks(
+    bundle: Bundle, engines: Mapping[str, Engine], progress: Callable[[str], None] = lambda step: None
+) -> Iterator[Check]:
+    """Every output of every way of running the reference's inputs: in one run, and step by step with a KV cache.
+
+    `engines` has one for each graph of the bundle, as `choose` gives them. `progress` is told each run's name.
+
+    Raises:
+        BundleError: there is no reference, it is damaged, or it does not fit the graph.
+    """
+    inputs, references, tolerance = read_reference(bundle)
+    last = bundle.task == "text-generation"
+    for run, work in _runs(bundle, engines, inputs).items():
+        progress(f"running {run}")
+        outputs = work()
+        for (kind, name), expected in references.items():
+            if name not in outputs:
+                raise BundleError(f"{bundle.path}: the reference has an output {name!r}, the graph has not.")
+            judged = kind == "bundle" or ("bundle", name) not in references
+            allowed = tolerance.get(name) if judged else None
+            yield compare(name, kind, run, outputs[name], expected, allowed, last=last)
+
+
+def _runs(
+    bundle: Bundle, engines: Mapping[str, Engine], inputs: dict[str, Array]
+) -> dict[str, Callable[[], dict[str, Array]]]:
+    """The ways of running the reference's inputs, each giving the outputs by name."""
+    if "encoder" in engines:
+        if ANSWER not in inputs:
+            raise BundleError(f"{bundle.path}: the reference has no {ANSWER}; export the model again.")
+        ids, source = inputs[ANSWER], {name: value for name, value in inputs.items() if name != ANSWER}
+        decoder = engines["decoder"]
+        pair = EncoderDecoder(bundle, engines["encoder"], decoder, None, Limits.of(bundle, decoder, "decoder"))
+
+        def answer(steps: Sequence[int]) -> dict[str, Array]:
+            return {"logits": pair.logits(pair.encode(source), ids, steps)}
+
+        return {"in one run": lambda: answer(()), "step by step": lambda: answer(STEPS)}
+    engine = engines["model"]
+    runs: dict[str, Callable[[], dict[str, Array]]] = {
+        "in one run": lambda: engine.forward([(inputs, engine.new_state())])[0]
+    }
+    if any(name.startswith(PAST) for name in bundle.manifest["graphs"]["model"]["inputs"]) and IDS in inputs:
+        runs["step by step"] = lambda: stepwise(engine, inputs, STEPS)
+    return runs
+
+
+def read_reference(bundle: Bundle) -> tuple[dict[str, Array], dict[tuple[str, str], Array], dict[str, float]]:
+    """(inputs by name, expected outputs by (kind, name), tolerances by output) of the bundle's reference file.
+
+    Raises:
+        BundleError: there is none, it is damaged, or none of its outputs has a tolerance.
+    """
+    entry = bundle.manifest["reference"]
+    if entry is None:
+        raise BundleError(f"{bundle.path} holds no reference values, so nothing can be verified; export it again.")
+    path = bundle.path / entry["file"]
+    inputs: dict[str, Array] = {}
+    outputs: dict[tuple[str, str], Array] = {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for key in file.files:
+                kind, _, name = key.partition(".")
+                if kind == "input":
+                    inputs[name] = file[key]
+                elif kind in ("float", "bundle"):
+                    outputs[kind, name] = file[key]
+                else:
+                    raise BundleError(f"{path} holds {key!r}, expected input.*, float.* or bundle.*")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        if isinstance(error, BundleError):
+            raise
+        raise BundleError(f"{path} cannot be read: {error}. Export or copy the bundle again.") from error
+    tolerance = {name: float(value) for name, value in entry["tolerance"].items() if value is not None}
+    if not inputs or not any(name in tolerance for _, name in outputs):
+        raise BundleError(f"{path} holds nothing that can be judged: it needs inputs, outputs and a tolerance.")
+    return inputs, outputs, tolerance
+
+
+def compare(
+    output: str, kind: str, run: str, got: Array, expected: Array, tolerance: float | None, *, last: bool = False
+) -> Check:
+    """The largest difference as a share of the reference's range; infinite for another shape, NaN or infinity.
+
+    With `last` a reference that holds fewer positions (axis 1) holds the last ones.
+    """
+    skipped = max(0, got.shape[1] - expected.shape[1]) if last and got.ndim == expected.ndim == 3 else 0
+    got = got[:, skipped:] if skipped else got
+    if got.shape != expected.shape:
+        return Check(
+            output, kind, f"{run} (shape {list(got.shape)}, not {list(expected.shape)})", np.inf, (), tolerance
+        )
+    wanted = expected.astype(np.float64)
+    difference = np.abs(got.astype(np.float64) - wanted)
+    difference[~np.isfinite(difference)] = np.inf
+    where = tuple(int(i) for i in np.unravel_index(int(difference.argmax()), difference.shape))
+    where = (where[0], where[1] + skipped, *where[2:]) if skipped else where
+    span = float(wanted.max() - wanted.min()) or 1.0  # a constant output is compared as it is
+    return Check(output, kind, run, float(difference.max()) / span, where, tolerance)
+
+
+def stepwise(engine: Engine, inputs: dict[str, Array], steps: Sequence[int]) -> dict[str, Array]:
+    """The outputs of running `inputs` some tokens at a time through one state, joined along the sequence axis."""
+    length = inputs[IDS].shape[1]
+    ends = [int(end) for end in np.cumsum(steps) if end < length] + [length]
+    state, start = engine.new_state(), 0
+    parts: list[dict[str, Array]] = []
+    for end in ends:
+        cut = {name: a[:, start:end] if name in (IDS, POSITIONS) else a for name, a in inputs.items()}
+        parts += engine.forward([(cut, state)])
+        start = end
+    return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}

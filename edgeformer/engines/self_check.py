@@ -1,0 +1,99 @@
+"""Whether an engine gives a bundle's own numbers on this machine: looked at when it is loaded first, then remembered.
+
+The exporter checked the engines that it had, on its own machine. A device has another CPU, another kernel table and
+another ONNX Runtime. So the first load of a bundle by an engine runs `reference.npz`, some 24 tokens, and what came
+out is kept in the cache folder under all that it depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+
+import edgeformer
+from edgeformer import disk_cache
+from edgeformer.bundle.bundle import Bundle
+from edgeformer.engines.base import Engine
+from edgeformer.engines.reference import Check, checks
+from edgeformer.machine import cpu_name
+
+# An int8 cache keeps each key and value with a scale a token and head: 1/254 of the largest value of a head is the most
+# that one is off by. The reference of float weights has no room for that. Measured on SmolLM2 it moves logits by 0.5 %
+# of their range; a wrong mask, position or weight by 5 % and more.
+INT8_CACHE = 2e-2
+
+
+def recorded_problem(bundle: Bundle, name: str) -> str | None:
+    """Why the exporter's own check refused this engine for this bundle; None where it did not."""
+    engines = (bundle.manifest.get("parity") or {}).get("engines")
+    found = engines.get(name) if isinstance(engines, dict) else None
+    if not isinstance(found, dict) or found.get("passed", True) is not False:
+        return None
+    return (
+        f"it failed the parity check when {bundle.path.name} was exported: {found.get('problem')} "
+        "Export again with a newer edgeformer, or use another engine."
+    )
+
+
+def self_check(bundle: Bundle, name: str, engines: Mapping[str, Engine]) -> str | None:
+    """How the engines' numbers differ from the bundle's reference by more than it allows; None where they do not, and
+    where the bundle holds no reference.
+
+    Raises:
+        BundleError: the reference is damaged, or does not fit the graph.
+    """
+    if bundle.manifest["reference"] is None:
+        return None
+    entry = _entry(bundle, name, engines)
+    known = disk_cache.read(entry)
+    if known is not None:
+        return known.decode() or None
+    slack = INT8_CACHE if _rounds_cache(bundle, engines) else 0.0
+    failed = [check for check in checks(bundle, engines) if not _fine(check, slack)]
+    problem = "" if not failed else _told(name, failed)
+    disk_cache.write(entry, problem.encode())
+    return problem or None
+
+
+def _fine(check: Check, slack: float) -> bool:
+    return check.tolerance is None or check.worst <= check.tolerance + slack  # a NaN is never <=
+
+
+def _rounds_cache(bundle: Bundle, engines: Mapping[str, Engine]) -> bool:
+    """Whether a cache of 8 bits stands under weights of more."""
+    return bundle.manifest["quantization"]["scheme"] == "none" and any(
+        getattr(engine, "kv", None) == "int8" for engine in engines.values()
+    )
+
+
+def _told(name: str, failed: list[Check]) -> str:
+    worst = max(failed, key=lambda check: check.worst)
+    return (
+        f"the {name} engine gives other numbers than this bundle's reference: {worst}. This is a fault of the engine "
+        "or of this machine; `edgeformer verify` shows it, and another engine may be right."
+    )
+
+
+def _entry(bundle: Bundle, name: str, engines: Mapping[str, Engine]) -> str:
+    """The cache entry: a name that changes with the bundle, the engine, its options, its code and the CPU."""
+    options = [
+        (graph, *(str(getattr(engine, option, "")) for option in ("isa", "kv")))
+        for graph, engine in sorted(engines.items())
+    ]
+    facts = (bundle.fingerprint, name, repr(options), edgeformer.__version__, repr(_code(name)), cpu_name())
+    return disk_cache.key(b"self-check", *(fact.encode() for fact in facts)) + ".parity"
+
+
+def _code(name: str) -> list[object]:
+    """What computes: of the native engine its files, which change without a version in an editable installation."""
+    if name != "native":
+        found = []
+        for wheel in ("onnxruntime", "onnxruntime-gpu"):
+            try:
+                found.append((wheel, version(wheel)))
+            except PackageNotFoundError:
+                continue
+        return [*found]
+    from edgeformer.engines.native.program.prepared import code_identity
+
+    return [code_identity()]

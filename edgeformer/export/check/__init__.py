@@ -1,0 +1,1 @@
+"""The checks of an exported graph: parity with PyTorch, accuracy after quantization."""

@@ -1,0 +1,1 @@
+"""From a traced graph to one that is ready to decode."""

@@ -1,0 +1,47 @@
+"""A source's graph in standard operators: what every model goes through, alone or as one half of a pair."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from edgeformer.export.passes.attention_node import standard_attention
+from edgeformer.export.passes.einsum import plain_products
+from edgeformer.export.passes.linear import canonical_linears
+from edgeformer.export.passes.masked_assignment import masked_assignments
+from edgeformer.export.passes.masks import drop_true
+from edgeformer.export.passes.names import merge_tied, restore_names
+from edgeformer.export.passes.reshape import drop_reshapes
+from edgeformer.export.passes.rotary import full_angles
+from edgeformer.export.passes.slices import own_slices
+from edgeformer.export.passes.softmax import fuse_softmax
+from edgeformer.export.source import Positional, Source
+from edgeformer.export.trace.cache_interface import with_past
+from edgeformer.export.trace.trace import trace
+
+
+def standard_graph(source: Source) -> tuple[ir.Model, set[str]]:
+    """(the traced graph, names of weights that it holds transposed to the module's); no cache is in it yet.
+
+    Raises:
+        ExportError: the module cannot be traced, or a pass finds what it cannot handle.
+    """
+    stepper = with_past(source) if source.past else None
+    with source.tracing():
+        if stepper is None:
+            model = trace(Positional(source), source.inputs, source.outputs)
+        else:
+            model = trace(stepper.module, stepper.inputs, stepper.outputs)
+    state = source.module.state_dict()
+    buffers = dict(source.module.named_buffers())  # those that no checkpoint stores have names too
+    restore_names(model, state.keys() | buffers.keys(), Positional.PREFIX)
+    merge_tied(model, state)
+    own_slices(model)
+    drop_true(model)
+    masked_assignments(model)
+    drop_reshapes(model)
+    transposed = canonical_linears(model)
+    full_angles(model)
+    standard_attention(model)
+    plain_products(model)
+    fuse_softmax(model)
+    return model, transposed

@@ -1,0 +1,1 @@
+"""Which weight is quantized how, and what its integers are fitted to."""

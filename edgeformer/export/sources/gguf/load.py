@@ -1,0 +1,170 @@
+"""A Source from a GGUF file: header, metadata, tensors and texts are checked first, then the model is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgeformer.errors import EdgeformerError, ExportError, first_line
+from edgeformer.export.quiet import quiet
+from edgeformer.export.source import Source
+from edgeformer.export.sources.completeness import Loaded, require_complete
+from edgeformer.export.sources.gguf import rope, tensors
+from edgeformer.export.sources.gguf.kept import KeptRows
+from edgeformer.export.sources.gguf.settings import Settings, read_settings
+from edgeformer.export.sources.gguf.shards import GgufFile, open_gguf
+from edgeformer.export.sources.gguf.texts import read_texts
+from edgeformer.export.sources.hub.hub import language_model
+from edgeformer.export.sources.hub.hub_weights import LoadRules
+from edgeformer.export.sources.texts import NONE, compact_tokenizer, folder_files
+
+
+def gguf_source(path: Path, rules: LoadRules | None = None, tokenizer: Path | None = None) -> Source:
+    """The model of a GGUF file, or of all its shards: its own settings, tokenizer and templates, its own blocks kept.
+
+    `tokenizer` is the folder of another tokenizer, or `texts.NONE`.
+
+    Raises:
+        ExportError: the file is damaged or not whole, transformers does not know its structure, or a key or a tensor
+            would change numbers and cannot be expressed. The message names it.
+    """
+    model = open_gguf(path)
+    model.architecture  # noqa: B018 - raises where the file does not name it
+    if rules is not None and rules.allow:
+        raise ExportError(
+            f"--allow-missing is not for GGUF files: one that lacks a tensor is damaged. Leave it out for {model.name}."
+        )
+    tensors.check_types(model)
+    texts = read_texts(model)
+    if rules is not None:
+        rules.room(sum(tensor.elements for tensor in model.tensors.values()))
+    with quiet():
+        settings, meta = _structure(model, texts.config)
+        loaded = _weights(meta, settings)
+    if settings.rotary is not None:
+        rope.apply(loaded, settings.rotary, model.name)
+    rows = KeptRows(*(shard.path for shard in model.shards))
+    files = texts.files if tokenizer is None else {} if tokenizer == NONE else folder_files(tokenizer)
+    if "tokenizer.json" in files:
+        files = files | {"tokenizer.json": compact_tokenizer(files["tokenizer.json"])}
+    source = language_model(loaded, _origin(model), files=files, kept=rows.find if rows.types else None)
+    config = dict(source.config) | _described(settings, source.config)
+    return dataclasses.replace(
+        source,
+        config=config,
+        generation_config=texts.generation,
+        license=texts.license,
+        completeness=_completeness(model, loaded),
+        notes=(*source.notes, *settings.notes, *texts.notes, *rows.notes()),
+    )
+
+
+def _completeness(model: GgufFile, loaded: Any) -> dict[str, Any]:
+    """What edgeformer.json says of the load; that nothing is left over, `tensors` has checked."""
+    told = Loaded(
+        tied=dict(getattr(loaded, "all_tied_weights_keys", None) or {}),
+        derived=[name for name in model.tensors if name.endswith(rope.TENSORS)],
+        tensors=len(model.tensors),
+    )
+    return require_complete(told, model.name, type(loaded).__name__)
+
+
+def _origin(model: GgufFile) -> str:
+    kinds: dict[str, int] = {}
+    for tensor in model.tensors.values():
+        if len(tensor.shape) > 1:
+            kinds[tensor.type.name] = kinds.get(tensor.type.name, 0) + 1
+    types = ", ".join(f"{count} {name}" for name, count in kinds.items())
+    shards = f", {len(model.shards)} shards" if len(model.shards) > 1 else ""
+    return f"GGUF {model.name} ({types}{shards})"
+
+
+def _structure(model: GgufFile, special: Mapping[str, Any]) -> tuple[Settings, Any]:
+    """The settings, and the model on the meta device: its structure without any memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        started = _started(model)
+        settings = read_settings(model, started, CONFIG_MAPPING[started["model_type"]])
+        settings.fields |= special
+        tensors.check_layers(model, settings.size("block_count") or 0)
+        fields = {name: value for name, value in settings.fields.items() if name != "model_type"}
+        config = AutoConfig.for_model(started["model_type"], **fields)
+        with torch.device("meta"):
+            meta = AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # type: ignore[no-untyped-call]
+    except EdgeformerError:
+        raise
+    except Exception as error:
+        raise _failure(model, error) from error
+    return settings, meta
+
+
+def _started(model: GgufFile) -> dict[str, Any]:
+    """What transformers' reader takes from the metadata; the type of the model among it."""
+    from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS, get_gguf_config
+    from transformers.integrations.gguf.reader import read_gguf_metadata
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    path = str(model.shards[0].path)
+    if model.architecture in GGUF_CONFIG_ARCHS:
+        try:
+            return dict(get_gguf_config(read_gguf_metadata(path)[0], tuple(model.tensors)))
+        except KeyError as error:
+            raise ExportError(f"{model.name} does not say {error.args[0]}: no default stands for it.") from error
+    try:
+        return dict(load_gguf_checkpoint(path, return_tensors=False)["config"])  # type: ignore[no-untyped-call]
+    except ValueError as error:
+        if "not supported yet" not in str(error):
+            raise
+        raise ExportError(
+            f"{model.name}: general.architecture is {model.architecture!r}, which the installed transformers does not "
+            "read from GGUF. Export the original model's folder, or use a newer transformers."
+        ) from error
+
+
+def _weights(meta: Any, settings: Settings) -> Any:
+    from transformers.integrations.gguf.utils import is_gguf_arch_supported
+
+    model = settings.model
+    try:
+        if not is_gguf_arch_supported(model.architecture):
+            return tensors.load_weights(meta, settings)
+        tensors.parameters_of(meta, settings)
+        with model.whole() as path:  # this reader of transformers converts while it loads, and takes one file
+            loaded, report = type(meta).from_pretrained(
+                str(path.parent),
+                gguf_file=path.name,
+                config=meta.config,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                output_loading_info=True,
+            )
+        tensors.check_report(model.name, report)
+        return loaded
+    except EdgeformerError:
+        raise
+    except Exception as error:
+        raise _failure(model, error) from error
+
+
+def _failure(model: GgufFile, error: Exception) -> ExportError:
+    return ExportError(f"transformers cannot load {model.name}: {type(error).__name__}: {first_line(error)[:400]}")
+
+
+def _described(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json's words for rotary factors that came as tensors: transformers' `longrope` with one set of them."""
+    rotary = settings.rotary
+    if rotary is None:
+        return {}
+    said = dict(config.get("rope_parameters") or {})
+    if rotary.factors is None:
+        return {"rope_parameters": said | {"attention_factor": rotary.scale}}
+    factors = [float(value) for value in rotary.factors]
+    limit = {"original_max_position_embeddings": config.get("max_position_embeddings")}
+    longrope = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
+    return {"rope_parameters": said | longrope | limit | {"attention_factor": rotary.scale}}

@@ -1,0 +1,186 @@
+"""Tensors of a GGUF file into a transformers model: each is used, and each parameter has one, before anything is made.
+
+Names and orders (llama.cpp's rows of queries and keys, experts in stacks, norms plus one) are transformers' knowledge;
+the check that nothing is left over on either side is done here, on a model without memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgeformer.errors import ExportError
+from edgeformer.export.sources.gguf.header import TensorInfo
+from edgeformer.export.sources.gguf.rope import TENSORS as ROTARY
+from edgeformer.export.sources.gguf.settings import Settings
+from edgeformer.export.sources.gguf.shards import GgufFile
+
+FLOATS = ("F32", "F16", "BF16")
+_LAYER = re.compile(r"blk\.(\d+)\.")
+
+
+def check_types(model: GgufFile) -> None:
+    """Raises for a type that the gguf package cannot give the values of.
+
+    Raises:
+        ExportError: there is one; the message names the tensor and the type.
+    """
+    first = {tensor.type: tensor for tensor in reversed(model.tensors.values())}
+    for tensor in first.values():
+        if tensor.type.name in FLOATS:
+            continue
+        block, size = gguf.GGML_QUANT_SIZES[tensor.type]
+        try:
+            gguf.dequantize(np.zeros((1, size), np.uint8), tensor.type)
+        except NotImplementedError as error:
+            raise ExportError(
+                f"{model.name}: tensor {tensor.name} has the type {tensor.type.name} ({block} values in {size} bytes), "
+                "which the gguf package cannot read. Convert the model to another type with llama-quantize."
+            ) from error
+
+
+def check_layers(model: GgufFile, count: int) -> None:
+    """Raises where the tensors are of more or fewer layers than the metadata say.
+
+    Raises:
+        ExportError: they are.
+    """
+    found = {int(match[1]) for name in model.tensors if (match := _LAYER.match(name))}
+    if found != set(range(count)):
+        raise ExportError(
+            f"{model.name}: block_count says {count} layers, the tensors are of {len(found)}"
+            f"{f' (numbers {min(found)} to {max(found)})' if found else ''}. The file is not whole: copy or download "
+            "it again."
+        )
+
+
+def parameters_of(meta: Any, settings: Settings) -> dict[str, str]:
+    """The model's parameter for each tensor of the file. `meta` is the model on the meta device.
+
+    Raises:
+        ExportError: a tensor has no place in the model, a parameter has no tensor, or a size differs.
+    """
+    model, state = settings.model, meta.state_dict()
+    mapping = _mapping(meta, settings)
+    places: dict[str, str] = {}
+    unused = []
+    for name, tensor in model.tensors.items():
+        place = mapping.get(name) or mapping.get(name.removesuffix(".weight")) or ""
+        if place.startswith("mtp."):
+            continue  # layers for several tokens at once: settings.py reports them
+        if place in state:
+            places[name] = place
+        elif not name.endswith(ROTARY):
+            unused.append(f"{name} {list(tensor.shape)}")
+    if unused:
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        raise ExportError(
+            f"{model.name}: {', '.join(unused[:3])}{more}: no part of {type(meta).__name__} in transformers reads "
+            "this, so the numbers would be another model's. Export the original model."
+        )
+    shared = set(getattr(meta, "all_tied_weights_keys", None) or {})
+    absent = sorted(set(state) - set(places.values()) - shared)
+    if absent:
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        raise ExportError(
+            f"{model.name} has no tensor for {', '.join(absent[:3])}{more} of {type(meta).__name__}. The file is not "
+            "whole, or was made for another version of the structure: copy it again, or export the original model."
+        )
+    for place, value in state.items():
+        names = [name for name, other in places.items() if other == place]
+        if names and sum(model.tensors[name].elements for name in names) != value.numel():
+            shapes = " + ".join(f"{name} {list(model.tensors[name].shape)}" for name in names)
+            raise ExportError(
+                f"{model.name}: {shapes} does not fit {place} {list(value.shape)}, the size that the metadata say. The "
+                "file does not agree with itself: convert the model again."
+            )
+    return places
+
+
+def _mapping(meta: Any, settings: Settings) -> dict[str, str]:
+    """Parameter names by tensor names, as transformers has them for this structure."""
+    from transformers import modeling_gguf_pytorch_utils as legacy
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.integrations.gguf import utils
+
+    architecture = settings.model.architecture
+    if utils.is_gguf_arch_supported(architecture):
+        entries = utils.get_gguf_conversion_mapping(architecture, meta.config)
+        renamings = [entry for entry in entries if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in entries if isinstance(entry, WeightConverter)]
+        return {name: rename_source_key(name, renamings, converters)[0] for name in settings.model.tensors}
+    found: dict[str, str] = legacy.get_gguf_hf_weights_map(meta, _processor(settings))
+    return found
+
+
+def _processor(settings: Settings) -> Any:
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+    processor: Any = TENSOR_PROCESSORS.get(settings.model.architecture, TensorProcessor)
+    return processor(config=settings.fields)
+
+
+def values(model: GgufFile) -> Iterator[tuple[TensorInfo, NDArray[np.float32]]]:
+    """Every tensor with its values as the gguf package gives them, in the order of the file.
+
+    Raises:
+        ExportError: a value is infinite or no number.
+    """
+    for shard in model.shards:
+        places = {tensor.name: tensor for tensor in shard.tensors}
+        for tensor in gguf.GGUFReader(shard.path).tensors:
+            found = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
+            if not np.isfinite(found).all():
+                raise ExportError(
+                    f"{shard.path.name}: tensor {tensor.name} ({tensor.tensor_type.name}) holds NaN or infinity; the "
+                    "file is damaged."
+                )
+            yield places[tensor.name], found.reshape(places[tensor.name].shape)
+
+
+def load_weights(meta: Any, settings: Settings) -> Any:
+    """The model of `meta`'s class with the file's weights, float32, and with transformers' own report of the load.
+
+    Raises:
+        ExportError: transformers misses a parameter after all.
+    """
+    parameters_of(meta, settings)
+    mapping, processor = _mapping(meta, settings), _processor(settings)
+    # Processors of stacked experts write to their argument; the others return the values.
+    parsed: dict[str, Any] = {"tensors": {}}
+    for tensor, found in values(settings.model):
+        if tensor.name.endswith(ROTARY):
+            continue
+        result = processor.process(
+            weights=found, name=tensor.name, tensor_key_mapping=mapping, parsed_parameters=parsed
+        )
+        if result.name is not None:
+            parsed["tensors"][mapping[result.name]] = torch.from_numpy(np.array(result.weights, np.float32))
+    loaded, report = type(meta).from_pretrained(
+        None,
+        config=meta.config,
+        state_dict=parsed["tensors"],
+        dtype=torch.float32,
+        attn_implementation="eager",
+        output_loading_info=True,
+    )
+    check_report(settings.model.name, report)
+    return loaded
+
+
+def check_report(name: str, report: Any) -> None:
+    """Raises for anything that a load left over.
+
+    Raises:
+        ExportError: parameters are missing, unexpected or of another shape.
+    """
+    for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        left = sorted(map(str, report.get(key) or ()))
+        if left:
+            raise ExportError(f"{name}: transformers reports {key.replace('_', ' ')}: {', '.join(left[:5])}.")

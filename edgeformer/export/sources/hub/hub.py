@@ -1,0 +1,208 @@
+"""Sources that transformers loads: a Hugging Face folder, a hub name, a GGUF file."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgeformer.errors import ExportError, first_line
+from edgeformer.export.graphs.encoder_decoder import pair_source
+from edgeformer.export.inputs import Input
+from edgeformer.export.quiet import quiet
+from edgeformer.export.source import Pair, Source, vocabulary
+from edgeformer.export.sources.files import Read, reader
+from edgeformer.export.sources.generation import generation_settings
+from edgeformer.export.sources.hub import heads, processors
+from edgeformer.export.sources.hub.hub_weights import LoadRules, checked_headers, load_complete, model_folder
+from edgeformer.export.sources.sentence.sentence import sentence_folder, sentence_source
+from edgeformer.export.sources.texts import with_tokenizer
+from edgeformer.export.trace import attention_interface, expert_interface
+
+_FROZEN_ROPE = (
+    "The rotary embedding grows with texts longer than {} tokens in PyTorch; in the bundle it is frozen as it is up to "
+    "that length, which is the bundle's limit."
+)
+_RULES = LoadRules()
+CACHE_ARGUMENTS = ("cache", "past_key_values")  # of transformers' forward: since 5.24, and before
+
+
+def folder_source(
+    path: Path, architecture: str | None = None, rules: LoadRules = _RULES, tokenizer: Path | None = None
+) -> Source | Pair:
+    """The model in a Hugging Face folder, with its tokenizer and preprocessing if it has them.
+
+    `architecture` names a class of transformers to load instead of the one in config.json: one of two towers, say.
+    `tokenizer` is the folder of another tokenizer, or `texts.NONE`.
+
+    Raises:
+        ExportError: transformers cannot load it, a weight is missing or unused, or it is of a kind that cannot be
+            exported.
+    """
+    return _any_model(str(path), f"folder {path.name}", architecture, rules, tokenizer)
+
+
+def hub_source(
+    name: str, architecture: str | None = None, rules: LoadRules = _RULES, tokenizer: Path | None = None
+) -> Source | Pair:
+    """A model by its hub name.
+
+    Raises:
+        ExportError: the hub cannot be reached, or has no such model.
+    """
+    return _any_model(name, f"hub {name}", architecture, rules, tokenizer)
+
+
+def _any_model(
+    name: str, origin: str, architecture: str | None, rules: LoadRules, tokenizer: Path | None
+) -> Source | Pair:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    read = reader(name)
+    # A class that the user names is exported alone, without what the folder adds to it.
+    folder = sentence_folder(read) if architecture is None else None
+    place = _subfolder(name, folder.subfolder) if folder is not None else name
+    with _loading(name):
+        headers = checked_headers(place)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    named = architecture or next(iter(config.architectures or ()), None)
+    if folder is not None:
+        task, loader = folder.task, folder.loader(config)
+    else:
+        task, loader = ("text-generation", AutoModelForCausalLM) if named is None else heads.loader(named)
+    with _loading(name):
+        # A folder of modules takes of the Transformer what its chain reads: often no pooler, and never a head.
+        unread = ("pooler.",) if folder is not None and folder.transformer.taken == "last_hidden_state" else ()
+        rules = dataclasses.replace(rules, part=architecture is not None or folder is not None, unread=unread)
+        model, record = load_complete(loader, place, headers, rules)
+    if folder is not None and model.config.is_encoder_decoder:
+        model = model.get_encoder()
+    if task == "text-generation":
+        source = dataclasses.replace(language_model(model, origin), completeness=record)
+        return with_tokenizer(source, place, reader(place), tokenizer)
+    paired = model.config.is_encoder_decoder and folder is None and hasattr(model, "get_encoder")
+    files = _processor_files(model, read, paired=paired)
+    if paired:
+        pair = pair_source(model, origin, task, files)
+        pair = dataclasses.replace(pair, encoder=dataclasses.replace(pair.encoder, completeness=record))
+        return with_tokenizer(pair, place, reader(place), tokenizer)
+    source = dataclasses.replace(heads.encoder_source(model, origin, task, files), completeness=record)
+    source = with_tokenizer(source, place, reader(place), tokenizer)
+    if folder is not None:
+        return sentence_source(source, folder, read)
+    return dataclasses.replace(source, **heads.processing_of(source, read, modules=architecture is None))
+
+
+def _subfolder(name: str, subfolder: str) -> str:
+    """Where the model lies inside the folder or hub model `name`."""
+    return str(model_folder(name, subfolder)) if subfolder else name
+
+
+def _processor_files(model: Any, read: Read, *, paired: bool) -> dict[str, bytes]:
+    """preprocessor_config.json for what the model takes; a model of text needs none."""
+    main = model.main_input_name
+    if main == "pixel_values" and not paired:
+        return processors.image_settings(read, int(model.config.num_channels))
+    if main not in ("input_values", "input_features"):
+        return {}
+    if paired and main == "input_features":  # the only sound that the runtime itself makes features of
+        return processors.log_mel_settings(read, heads.sound_inputs(model, main, {})[0].shape[1:])
+    return processors.sound_settings(read)
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Whatever transformers raises becomes an ExportError."""
+    with quiet():
+        try:
+            yield
+        except ExportError:
+            raise
+        except Exception as error:
+            raise ExportError(_load_failure(name, error)) from error
+
+
+def language_model(model: Any, origin: str, files: Mapping[str, bytes] | None = None, kept: Any = None) -> Source:
+    """A Source of any transformers causal language model object."""
+    attention_interface.register()
+    expert_interface.register()
+    model = model.eval()
+    if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+        model = model.float()
+    arguments = inspect.signature(model.forward).parameters
+    past = next((name for name in CACHE_ARGUMENTS if name in arguments), None)
+    known = vocabulary(model)
+    assert known is not None
+    ids = Input("input_ids", torch.int64, ("batch", "sequence"), high=known)
+    positions = Input("position_ids", torch.int64, ("batch", "sequence"))
+    takes_positions = "position_ids" in arguments and _counts_from_zero(model, known)
+    said = json.loads(model.config.to_json_string(use_diff=False))  # as transformers writes it: infinity is no JSON
+    config = {key: value for key, value in said.items() if key not in heads.NOT_CONFIG}
+    # Rotary frequencies that are computed anew beyond the trained length are a branch on values, which no graph has.
+    growing = [module for module in model.modules() if "dynamic" in str(getattr(module, "rope_type", ""))]
+
+    @contextlib.contextmanager
+    def tracing() -> Iterator[None]:
+        before = model.config._attn_implementation, model.config._experts_implementation
+        with quiet(), contextlib.suppress(ValueError, ImportError):
+            # Where the model lets it, attention becomes one node; where not, it is traced as it is written.
+            model.set_attn_implementation(attention_interface.PAST if past else attention_interface.NAME)
+        model.set_experts_implementation(expert_interface.NAME)
+        kinds = {module: module.rope_type for module in growing}
+        for module in growing:
+            module.rope_type = _frozen(module.rope_type)
+        try:
+            yield
+        finally:
+            for module, kind in kinds.items():
+                module.rope_type = kind
+            with quiet():
+                model.set_attn_implementation(before[0])
+            model.set_experts_implementation(before[1])
+
+    return Source(
+        module=model,
+        inputs=(ids, positions) if takes_positions else (ids,),
+        outputs=("logits",),
+        task="text-generation",
+        origin=origin,
+        config=config,
+        generation_config=generation_settings(getattr(model, "generation_config", None)),
+        files=files or {},
+        fixed={"use_cache": False},
+        tracing=tracing,
+        past=past,
+        notes=(_FROZEN_ROPE.format(model.config.max_position_embeddings),) if growing else (),
+        kept=kept,
+    )
+
+
+def _frozen(kind: Any) -> Any:
+    """A rotary module's kind, or one for each kind of layer, without `dynamic`: its tables stay as they are."""
+    if isinstance(kind, dict):
+        return {layer: _frozen(one) for layer, one in kind.items()}
+    return "default" if "dynamic" in kind else kind
+
+
+def _counts_from_zero(model: Any, vocabulary: int) -> bool:
+    """Whether positions 0, 1, 2, ... are what the model counts itself; some start behind their padding token."""
+    ids = torch.arange(vocabulary - 5, vocabulary)[None]
+    with torch.no_grad(), quiet():
+        own, given = (model(ids, **more).logits for more in ({}, {"position_ids": torch.arange(5)[None]}))
+    return torch.allclose(own, given, rtol=1e-4, atol=1e-5)
+
+
+def _load_failure(name: str, error: Exception) -> str:
+    first = first_line(error) or type(error).__name__
+    if not Path(name).exists():
+        return (
+            f"{name} is no file or folder here, and the hub could not give it: {first[:300]} Download the model's "
+            "folder by other means and pass its path."
+        )
+    return f"transformers cannot load {name}: {type(error).__name__}: {first[:400]}"

@@ -1,0 +1,297 @@
+"""A transformers model with every weight from its checkpoint: loaded once without values, compared, then loaded.
+
+What belongs where is transformers' own knowledge: it renames, fuses and splits tensors when it loads. So names are
+not compared here. The library loads the checkpoint's headers into a model on the meta device, which allocates nothing,
+and its report is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgeformer.errors import ExportError
+from edgeformer.export.sources.checkpoint_files import INDEX, NAMES, Stored, read_headers
+from edgeformer.export.sources.completeness import INSIDE, Loaded, Mismatch, common_prefixes, require_complete
+from edgeformer.export.sources.memory_bounds import construction, require_plausible
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+Room = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class LoadRules:
+    """What a load may leave out, and who is asked whether there is room for so many parameters.
+
+    `part`: the class was named by the user, and may leave out modules that it does not have: the other tower, a head.
+    `unread` are prefixes of modules whose outputs the export does not take, `supplied` names of parameters that an
+    adapter brings: both may be missing.
+    """
+
+    allow: tuple[str, ...] = ()
+    room: Room = lambda parameters: None
+    part: bool = False
+    unread: tuple[str, ...] = ()
+    supplied: frozenset[str] = frozenset()
+
+
+def checked_headers(name: str) -> dict[str, Stored]:
+    """The tensors of a model folder, or of a model on the hub, after its config was found to be plausible for them.
+
+    Raises:
+        ExportError: a file is missing or damaged, the weights are quantized, or the config claims more than they hold.
+    """
+    folder = model_folder(name)
+    config = _raw_config(folder)
+    if isinstance(quantized := config.get("quantization_config"), Mapping):
+        method = quantized.get("quant_method") or "an unnamed method"
+        raise ExportError(
+            f"{name} holds weights quantized by {method} (quantization_config in config.json), which would be "
+            "quantized a second time. Export the original model; or write a dequantized one where its library is "
+            "installed: AutoModelForCausalLM.from_pretrained(folder).dequantize().save_pretrained(other)."
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise ExportError(
+            f"{name} holds a model and an adapter (adapter_config.json): name the model's folder without it as the "
+            "source, and the adapter's folder with --adapter."
+        )
+    explicit = config.get("transformers_weights")
+    headers = read_headers(_inside(folder, explicit) if explicit else _weights(folder))
+    if not headers:
+        raise ExportError(
+            f"the weights of {name} hold no tensor by name at their top level; save the model with "
+            "model.save_pretrained(folder)."
+        )
+    require_plausible(config, (stored.shape for stored in headers.values()), f"config.json of {name}")
+    return headers
+
+
+def load_complete(
+    loader: Any, name: str, headers: Mapping[str, Stored], rules: LoadRules
+) -> tuple[Any, dict[str, Any]]:
+    """(model in float32 with all its weights, what edgeformer.json says of the load).
+
+    Raises:
+        ExportError: a weight of the model is not in the checkpoint, or one of the checkpoint is not used.
+    """
+    said, mapping, words = _dry_run(loader, name, headers, rules)
+    if said is not None:
+        require_complete(said, name, words[0], rules.allow)
+    safe = all(stored.file.suffix == ".safetensors" for stored in headers.values())
+    more = {"key_mapping": mapping} if mapping else {}
+    model, info = loader.from_pretrained(
+        name,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        trust_remote_code=False,
+        use_safetensors=safe,
+        output_loading_info=True,
+        **more,
+    )
+    notes = list(words[1:])
+    kept = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    if said is not None and (untied := sorted(set(said.tied) - set(kept))):
+        notes.append(
+            f"config.json ties {', '.join(untied)}, but the checkpoint has other values there: they are used, untied"
+        )
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
+    loaded, other = _report(model, info, headers, notes, rules)
+    return model, require_complete(loaded, name, type(model).__name__, rules.allow) | other
+
+
+def _dry_run(
+    loader: Any, name: str, headers: Mapping[str, Stored], rules: LoadRules
+) -> tuple[Loaded | None, dict[str, str], list[str]]:
+    """(report, key mapping that makes names fit, [class, notes]) of a load without values.
+
+    No report where the class does not say how to make one; then the load itself is what is checked.
+    """
+    cls, config = _class_of(loader, name)
+    if cls is None:
+        return None, {}, [getattr(loader, "__name__", "the model")]
+    words, first = [cls.__name__], None
+    headers = {**headers, **_extra(config, name)}
+    elements = sum(math.prod(stored.shape) for stored in headers.values())
+    for mapping, note in _renamings(headers):
+        empty = {key: torch.empty(s.shape, dtype=s.dtype or torch.uint8, device="meta") for key, s in headers.items()}
+        with construction(elements, len(headers), f"config.json of {name}"):
+            model, info = cls.from_pretrained(
+                None,
+                config=copy.deepcopy(config),
+                state_dict=empty,
+                device_map={"": "meta"},
+                dtype=torch.float32,
+                attn_implementation="eager",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **({"key_mapping": mapping} if mapping else {}),
+            )
+        report, _ = _report(model, info, headers, [note] if note else [], rules)
+        if first is None:
+            rules.room(sum(parameter.numel() for parameter in model.parameters()))
+            _require_float(headers, model, name)
+            first = report
+        if report.complete or _allowed(report, rules.allow):
+            return report, mapping, words + ([note] if note else [])
+        if report.mismatched and not report.unexpected:
+            break  # the names fit
+    return first, {}, words
+
+
+def _class_of(loader: Any, name: str) -> tuple[Any, Any]:
+    """(model class, config) that `loader.from_pretrained(name)` would take; (None, None) where it would raise."""
+    from transformers import AutoConfig
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    if not hasattr(loader, "_model_mapping"):
+        return loader, loader.config_class.from_pretrained(name)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if type(config) not in loader._model_mapping:
+        return None, None
+    cls = _get_model_class(config, loader._model_mapping)  # type: ignore[no-untyped-call]
+    text = config.sub_configs.get("text_config")
+    return cls, config.get_text_config() if text is not None and cls.config_class == text else config
+
+
+def _extra(config: Any, name: str) -> dict[str, Stored]:
+    """The tensors of the files beside the checkpoint that the config's class names, a head of its own say."""
+    from transformers.utils.hub import cached_file
+
+    found: dict[str, Stored] = {}
+    for file in getattr(type(config), "extra_files", ()):
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        found |= read_headers(Path(path)) if path else {}
+    return found
+
+
+def _renamings(headers: Mapping[str, Stored]) -> Iterator[tuple[dict[str, str], str]]:
+    """(key mapping, words) to try, the names as they are first."""
+    yield {}, ""
+    names = list(headers)
+    inside = {part for name in names for part in INSIDE.findall(name)}
+    inner = [INSIDE.sub("", name) for name in names]
+    base = {INSIDE.pattern: ""} if inside else {}
+    for prefix in common_prefixes(inner):
+        if prefix or inside:
+            said = " and ".join(repr(part) for part in (prefix, *sorted(inside)) if part)
+            anchored = {f"^{re.escape(prefix)}": ""} if prefix else {}
+            yield base | anchored, f"{said} stripped from the names of the checkpoint"
+
+
+def _report(
+    model: Any, info: Mapping[str, Any], headers: Mapping[str, Stored], notes: Sequence[str], rules: LoadRules
+) -> tuple[Loaded, dict[str, Any]]:
+    """(the library's loading report, names that it may leave out by `rules`, for edgeformer.json)."""
+    state = model.state_dict()
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    unexpected = sorted(info["unexpected_keys"])
+    outside: list[str] = []
+    if rules.part:
+        own = {name for name, _ in model.named_children()} | {name for name, _ in model.named_parameters(recurse=False)}
+        base = f"{model.base_model_prefix}."
+        own |= {name for name, _ in getattr(model, model.base_model_prefix or "-", model).named_children()}
+        outside = [name for name in unexpected if name.removeprefix(base).partition(".")[0] not in own]
+    # What the library's own patterns cover is not in its report any more.
+    patterns = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
+    patterns += [r"(^|\.)position_ids$"]
+    known = {*state, *(name.removeprefix(f"{model.base_model_prefix}.") for name in state)}
+    ignorable = [n for n in headers if n not in known and any(re.search(p, n) for p in patterns)]
+    spared = {n for n in info["missing_keys"] if n.startswith(rules.unread) or n in rules.supplied}
+    loaded = Loaded(
+        missing=[name for name in sorted(info["missing_keys"]) if name not in spared],
+        unexpected=[name for name in unexpected if name not in set(outside)],
+        mismatched=[
+            Mismatch(name, tuple(found), tuple(expected))
+            for name, found, expected in sorted(info["mismatched_keys"], key=lambda one: str(one[0]))
+        ],
+        tied=tied,
+        ignorable=[name for name in ignorable if name not in info["unexpected_keys"]],
+        derived=[name for name, _ in model.named_buffers() if name not in state],
+        tensors=len(headers),
+        stored=list(headers),
+        notes=notes,
+    )
+    unread = sorted(name for name in spared if name not in rules.supplied)
+    told = {"other_parts": outside, "unread": unread, "from_adapter": sorted(spared & rules.supplied)}
+    return loaded, {key: names for key, names in told.items() if names}
+
+
+def _allowed(report: Loaded, allow: Sequence[str]) -> bool:
+    if report.mismatched or not allow:
+        return False
+    with contextlib.suppress(ExportError):
+        require_complete(report, "", "", allow)
+        return True
+    return False
+
+
+def _require_float(headers: Mapping[str, Stored], model: Any, name: str) -> None:
+    """Integers and eight-bit floats belong to buffers that are integers; as weights they lack their scales."""
+    whole = {key for key, value in model.named_buffers() if not value.is_floating_point()}
+    ends = (".position_ids", ".num_batches_tracked", *(f".{key.rpartition('.')[2]}" for key in whole))
+    bad = [
+        f"{key} ({str(stored.dtype).removeprefix('torch.') if stored.dtype else 'an unknown type'})"
+        for key, stored in headers.items()
+        if stored.dtype not in _FLOATS and not f".{key}".endswith(ends)
+    ]
+    if bad:
+        raise ExportError(
+            f"{name} holds {len(bad)} tensors that are no floats: {', '.join(bad[:4])}. A quantized weight says "
+            "nothing without its scale; export the original model, or save a dequantized one."
+        )
+
+
+def _weights(folder: Path) -> Path:
+    if not any((folder / name).is_file() for name in NAMES):
+        others = [f.name for f in sorted(folder.iterdir()) if f.suffix in (".pt", ".pth", ".ckpt", ".bin")]
+        found = f"; it has {', '.join(others[:4])}" if others else ""
+        raise ExportError(
+            f"{folder} holds no {' or '.join(NAMES)}{found}. Save the model with model.save_pretrained(folder), which "
+            "writes the names that transformers reads."
+        )
+    return folder
+
+
+def _inside(folder: Path, file: Any) -> Path:
+    path = folder / str(file)
+    if path.resolve().parent != folder.resolve() or not path.name.endswith((".safetensors", f".safetensors{INDEX}")):
+        raise ExportError(
+            f"transformers_weights in {folder / 'config.json'} is {file!r}, expected a .safetensors file beside it."
+        )
+    return path
+
+
+def _raw_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ExportError(f"{folder / 'config.json'} cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ExportError(f"{folder / 'config.json'} holds a {type(config).__name__}, expected an object.")
+    return config
+
+
+def model_folder(name: str, subfolder: str = "") -> Path:
+    """The local folder of a model: `name` itself, or that in the hub's cache, fetched where files are missing."""
+    if Path(name).is_dir():
+        return Path(name) / subfolder
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    config = cached_file(name, "config.json", subfolder=subfolder)
+    for file in NAMES:
+        found = cached_file(name, file, subfolder=subfolder, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            if file.endswith(INDEX):
+                get_checkpoint_shard_files(name, found, subfolder=subfolder)  # type: ignore[no-untyped-call]
+            break
+    return Path(str(config)).parent

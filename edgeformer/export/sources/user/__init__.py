@@ -1,0 +1,1 @@
+"""User-defined modules: factories, checkpoints, pairs."""

@@ -1,0 +1,134 @@
+"""Encoder-decoders of one's own: a module with two methods, `encode` and `decode`, becomes a pair of graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from edgeformer.errors import ExportError
+from edgeformer.export.graphs.encoder_decoder import MASK, RESULT, SOURCE_AXIS
+from edgeformer.export.inputs import Input, axes
+from edgeformer.export.passes.hoist import STATES
+from edgeformer.export.source import Pair, Source, run
+
+_LENGTHS = (5, 11)  # a decoder's states have the source's length where they follow it at both
+_CONTRACT = (
+    "encode(input_ids, attention_mask) -> states [batch, source, size], and "
+    "decode(input_ids, encoder_hidden_states, encoder_attention_mask) -> logits [batch, sequence, vocab]; "
+    "both masks may be left out"
+)
+
+
+class Half(torch.nn.Module):
+    """One method of a module as a forward; holds the whole module, so that weights have one name in both halves."""
+
+    def __init__(self, model: torch.nn.Module, method: str) -> None:
+        super().__init__()
+        self.model = model
+        self._method = method
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = getattr(self.model, self._method)(**inputs)
+        return result
+
+
+def is_pair(module: torch.nn.Module) -> bool:
+    """Whether it has the two methods; an autoencoder's `decode` takes no `encoder_hidden_states`."""
+    return callable(getattr(module, "encode", None)) and STATES in _arguments(module, "decode")
+
+
+def own_pair(encoder: Source) -> Pair:
+    """Both halves of a module, given the Source of its `encode` (whose module is the whole).
+
+    Named axes other than `batch` are the source's length.
+
+    Raises:
+        ExportError: the methods' arguments or what they return are not the contract's.
+    """
+    model = encoder.module
+    length = {dim for value in encoder.inputs for dim in value.shape if isinstance(dim, str)} - {"batch"}
+    if len(length) > 1:
+        raise ExportError(
+            f"encode takes inputs of {len(length)} dynamic lengths ({', '.join(sorted(length))}); one works."
+        )
+    inputs = tuple(_renamed(value) for value in encoder.inputs)
+    masked = any(value.name == "attention_mask" for value in inputs)
+    _check_decode(model, masked)
+    encoder = dataclasses.replace(encoder, module=Half(model, "encode").eval(), inputs=inputs, outputs=(RESULT,))
+    states = _states(encoder)
+    mask = (Input(MASK, torch.int64, ("batch", SOURCE_AXIS)),) if masked else ()
+    ids = Input("input_ids", torch.int64, ("batch", "sequence"))
+    decoder = dataclasses.replace(
+        encoder,
+        module=Half(model, "decode").eval(),
+        inputs=(ids, states, *mask),
+        outputs=("logits",),
+        task="text-generation",
+    )
+    rows = _vocabulary(decoder)
+    return Pair(encoder, dataclasses.replace(decoder, inputs=(dataclasses.replace(ids, high=rows), states, *mask)))
+
+
+def _arguments(module: torch.nn.Module, method: str) -> Mapping[str, inspect.Parameter]:
+    found: Any = getattr(module, method, None)
+    return inspect.signature(found).parameters if callable(found) else {}
+
+
+def _renamed(value: Input) -> Input:
+    shape = tuple(dim if isinstance(dim, int) or dim == "batch" else SOURCE_AXIS for dim in value.shape)
+    return dataclasses.replace(value, shape=shape)
+
+
+def _check_decode(model: torch.nn.Module, masked: bool) -> None:
+    given = _arguments(model, "decode")
+    needed = [name for name, value in given.items() if value.default is value.empty]
+    known = {"input_ids", STATES, MASK}
+    if "position_ids" in needed:
+        raise ExportError(
+            "decode takes position_ids; a decoder counts its positions itself, torch.arange(input_ids.shape[1]), and "
+            "the exporter lets them go on where the cache ends."
+        )
+    if "input_ids" not in given or not set(needed) <= known:
+        raise ExportError(f"decode({', '.join(given)}) is not the contract's: {_CONTRACT}.")
+    if masked != (MASK in given):
+        one, other = ("encode", f"decode has no {MASK}") if masked else ("decode", "encode has no attention_mask")
+        raise ExportError(f"{one} takes a mask of the padding and {other}: {_CONTRACT}.")
+
+
+def _states(encoder: Source) -> Input:
+    """What `encode` returns, as an input of `decode`: its length is the source's, or fixed."""
+    shapes = []
+    for length in _LENGTHS:
+        sizes = {axis: length if index else 2 for index, axis in enumerate(axes(encoder.inputs))}
+        feeds = {value.name: value.sample(sizes, seed) for seed, value in enumerate(encoder.inputs)}
+        try:
+            states = run(encoder, feeds)[RESULT]
+        except Exception as error:
+            raise ExportError(f"encode fails at {sizes}: {type(error).__name__}: {error}") from error
+        if states.ndim != 3:
+            raise ExportError(f"encode returns the shape {list(states.shape)}; expected [batch, source, size].")
+        shapes.append(states.shape)
+    first, second = shapes
+    if first[1] != second[1] and (first[1], second[1]) != _LENGTHS:
+        raise ExportError(
+            f"encode makes {first[1]} states of a source of {_LENGTHS[0]}, and {second[1]} of {_LENGTHS[1]}; expected "
+            "as many as the source has, or always the same number."
+        )
+    return Input(STATES, torch.float32, ("batch", first[1] if first[1] == second[1] else SOURCE_AXIS, int(first[2])))
+
+
+def _vocabulary(decoder: Source) -> int:
+    """Scores that `decode` gives for each token."""
+    sizes = {"batch": 2, "sequence": 3, SOURCE_AXIS: _LENGTHS[0]}
+    feeds = {value.name: value.sample(sizes, seed) for seed, value in enumerate(decoder.inputs)}
+    try:
+        logits = run(decoder, feeds)["logits"]
+    except Exception as error:
+        raise ExportError(f"decode fails for 3 tokens of 2 sources: {type(error).__name__}: {error}") from error
+    if logits.shape[:2] != (2, 3) or logits.ndim != 3:
+        raise ExportError(f"decode returns the shape {list(logits.shape)}; expected [batch, sequence, vocab].")
+    return int(logits.shape[2])

@@ -1,0 +1,1 @@
+"""Before and after the graph: tokenizer, chat template, pictures, sound, pooling."""

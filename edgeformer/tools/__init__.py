@@ -1,0 +1,1 @@
+"""What looks at bundles and machines: doctor, bench, verify."""

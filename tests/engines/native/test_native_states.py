@@ -1,0 +1,195 @@
+"""States of the native engine: what they hold, forks, bytes, threads and forked processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import numpy as np
+import pytest
+from support.tiny import IDS, logits
+
+pytest.importorskip("edgeformer._native", reason="the native extension is not built")
+
+from edgeformer.engines.native.engine import NativeEngine
+from edgeformer.errors import InputError, StateError
+
+
+@pytest.fixture(scope="module")
+def engine(q8):
+    return NativeEngine.from_bundle(q8, threads=2)
+
+
+def test_a_fork_and_its_source_never_meet(engine):
+    state = engine.new_state()
+    logits(engine, IDS[:, :6], state)
+    copy = state.fork()
+    first = logits(engine, IDS[:, 6:9], state)
+    logits(engine, IDS[:, 2:5], copy)
+    again = state.fork()
+    again.truncate(6)
+    np.testing.assert_array_equal(logits(engine, IDS[:, 6:9], again), first)
+    assert (state.length, copy.length, again.length) == (9, 9, 9)
+
+
+def test_truncate_forgets(engine):
+    whole, state = logits(engine, IDS), engine.new_state()
+    logits(engine, np.concatenate([IDS[:, :5], IDS[:, :4]], axis=1), state)
+    state.truncate(5)
+    np.testing.assert_array_equal(logits(engine, IDS[:, 5:], state), whole[:, 5:])
+    for wrong in (-1, 12):
+        with pytest.raises(InputError, match="holds 11"):
+            state.truncate(wrong)
+
+
+def test_a_state_goes_through_bytes(engine, q8, lm):
+    state = engine.new_state()
+    logits(engine, IDS[:, :6], state)
+    data = state.to_bytes()
+    other_process = NativeEngine.from_bundle(q8, threads=1)
+    back = other_process.state_from_bytes(data)
+    np.testing.assert_array_equal(logits(other_process, IDS[:, 6:], back), logits(engine, IDS[:, 6:], state))
+    with pytest.raises(StateError, match="belongs to model"):
+        NativeEngine.from_bundle(lm, threads=1).state_from_bytes(data)
+    with pytest.raises(StateError):
+        NativeEngine.from_bundle(q8, threads=1, kv="float32").state_from_bytes(data)
+    for damaged in (data[:-1], data + b"x", data[5:], b"", data[:40]):
+        with pytest.raises(StateError):
+            engine.state_from_bytes(damaged)
+
+
+def test_a_state_of_another_engine_is_refused(engine, lm):
+    with pytest.raises(StateError, match="another model"):
+        logits(engine, IDS, NativeEngine.from_bundle(lm, threads=1).new_state())
+
+
+def test_one_state_twice_in_a_batch_is_refused(engine):
+    state = engine.new_state()
+    with pytest.raises(StateError, match="in use"):
+        engine.forward([({"input_ids": IDS}, state), ({"input_ids": IDS}, state)])
+    assert state.length == 0
+    logits(engine, IDS, state)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("pasts", [(0,), (1,), (7,), (1, 4, 7)], ids=str)
+def test_a_prompt_goes_on_at_any_position_with_any_number_of_threads(q8, pasts, threads):
+    """Two tokens share bytes of the int8 cache, and threads that divide the new ones must not divide such a pair."""
+    rng = np.random.default_rng(len(pasts))
+    starts = [rng.integers(0, 90, (1, past)) for past in pasts]
+    ids = [rng.integers(0, 90, (1, 90 + i)) for i in range(len(pasts))]  # 90, 91, 92: sequences begin at odd rows too
+
+    def run(engine):
+        states = [engine.new_state() for _ in pasts]
+        for state, start in zip(states, starts, strict=True):
+            if start.size:
+                logits(engine, start, state)
+        outputs = engine.forward([({"input_ids": i}, s) for i, s in zip(ids, states, strict=True)])
+        return np.concatenate([o["logits"][0] for o in outputs])
+
+    expected = run(NativeEngine.from_bundle(q8, threads=1))
+    engine = NativeEngine.from_bundle(q8, threads=threads)
+    assert [int((run(engine) != expected).any(-1).sum()) for _ in range(20)] == [0] * 20
+
+
+def test_threads_with_states_of_their_own_do_not_meet(engine):
+    ids = np.random.default_rng(0).integers(0, 90, (1, 50))
+    expected, wrong = logits(engine, ids), []
+
+    def use():
+        for _ in range(10):
+            if not np.array_equal(logits(engine, ids), expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_one_state_in_two_threads_raises(engine):
+    """One thread computes without pause; whoever touches its state meanwhile is told so, and harms nothing."""
+    ids = np.random.default_rng(0).integers(0, 90, (1, 250))
+    expected, state, stop, wrong = logits(engine, ids), engine.new_state(), threading.Event(), []
+
+    def use():
+        while not stop.is_set():
+            try:
+                state.truncate(0)
+                got = logits(engine, ids, state)
+            except StateError:
+                continue  # the other thread's attempt had the state for a moment
+            if not np.array_equal(got, expected):
+                wrong.append(1)
+
+    worker = threading.Thread(target=use)
+    worker.start()
+    try:
+        deadline = time.monotonic() + 20
+        refused: list[str] = []
+        while len(refused) < 5:
+            assert time.monotonic() < deadline, "the state was never in use"
+            try:
+                state.to_bytes()
+            except StateError as error:
+                refused.append(str(error))
+    finally:
+        stop.set()
+        worker.join()
+    assert not wrong
+    assert all("in use" in message for message in refused)
+
+
+def test_the_gil_is_free_during_a_forward(engine):
+    ids = np.random.default_rng(0).integers(0, 90, (1, 250))
+    ticks, stop = [0], threading.Event()
+
+    def count():
+        while not stop.is_set():
+            ticks[0] += 1
+            time.sleep(0)
+
+    counter = threading.Thread(target=count)
+    counter.start()
+    try:
+        before = ticks[0]
+        started = time.perf_counter()
+        while time.perf_counter() - started < 0.3:
+            logits(engine, ids)
+        assert ticks[0] > before + 20
+    finally:
+        stop.set()
+        counter.join()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_works(q8):
+    code = textwrap.dedent(f"""
+        import os, sys, threading
+        import numpy as np
+        from edgeformer.engines.native.engine import NativeEngine
+        e = NativeEngine.from_bundle({str(q8)!r}, threads=2)
+        ids = np.arange(40)[None]
+        run = lambda: e.forward([({{"input_ids": ids}}, e.new_state())])[0]["logits"]
+        expected = run()
+        stop = threading.Event()
+        def busy():
+            while not stop.is_set():
+                run()
+        t = threading.Thread(target=busy); t.start()
+        codes = []
+        for _ in range(5):
+            pid = os.fork()
+            if pid == 0:
+                os._exit(0 if np.array_equal(run(), expected) else 3)
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        stop.set(); t.join()
+        sys.exit(max(codes, key=abs))
+    """)
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
