@@ -89,7 +89,7 @@ def test_decode_linears(benchmark, model, limit, kind: str, isa: str, rows: int,
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_asking_ahead_for_weights(benchmark, kind: str, rows: int, bytes_ahead: int) -> None:
-    """Whether csrc/kernels/dispatch.cpp chooses well here: the best table, one thread, one matrix in huge pages."""
+    """Whether csrc/engine/dispatch.cpp chooses well here: the best table, one thread, one matrix in huge pages."""
     k = WIDE.get(kind, K)
     weights, table = [packed(kind, 24 * LAYER, k)], testing.Table()
     table.prefetch = (bytes_ahead, bytes_ahead)

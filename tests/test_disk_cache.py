@@ -133,7 +133,7 @@ def test_a_process_that_ends_leaves_nothing_half_written(cache_folder, monkeypat
 def test_a_process_finishes_what_it_keeps(cache_folder):
     code = (
         "import numpy as np\n"
-        "from edgeformer import disk_cache as cache\n"
+        "from edgeformer import disk_cache\n"
         "disk_cache.write_behind('a', np.arange(1 << 24, dtype=np.uint8), b'')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -26,7 +26,7 @@ from bench.report import RESULTS, ROOT, footnote, put, save, table
 from edgeformer.engines.native.ir.weight import WEIGHT_TYPES
 
 HERE = Path(__file__).resolve().parent
-SOURCES = [*(ROOT / "csrc" / "kernels").rglob("*.cpp"), HERE / "linear.cpp"]
+SOURCES = [*(ROOT / "csrc" / "kernels").rglob("*.cpp"), ROOT / "csrc" / "engine" / "dispatch.cpp", HERE / "linear.cpp"]
 FLAGS = [
     f"-I{ROOT / 'csrc'}",
     "-std=c++17",

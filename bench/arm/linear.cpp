@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "kernels/dispatch.h"
+#include "engine/dispatch.h"
 #include "kernels/pack.h"
 
 using namespace edgeformer;

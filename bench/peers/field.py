@@ -43,7 +43,9 @@ def load_once(path: Path) -> None:
     Raises:
         SetupFailed: it cannot be loaded.
     """
-    code = "import sys, edgeformer; from edgeformer import disk_cache as cache; edgeformer.load(sys.argv[1]); cache.finish()"
+    code = (
+        "import sys, edgeformer; from edgeformer import disk_cache; edgeformer.load(sys.argv[1]); disk_cache.finish()"
+    )
     run([sys.executable, "-c", code, str(path)], models.LOGS / "first-load.log", {}, f"load {path.name}")
 
 

@@ -9,7 +9,7 @@
 #include <stdexcept>
 
 #include "bindings/bindings.h"
-#include "kernels/dispatch.h"
+#include "engine/dispatch.h"
 
 namespace edgeformer {
 namespace {

@@ -8,7 +8,7 @@
 #include <string>
 
 #include "bindings/bindings.h"
-#include "kernels/dispatch.h"
+#include "engine/dispatch.h"
 #include "kernels/pack.h"
 #include "program/kv_cache.h"
 

@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "engine/engine.h"
-#include "kernels/dispatch.h"
+#include "engine/dispatch.h"
 
 using namespace edgeformer;
 

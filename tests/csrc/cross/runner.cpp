@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/dispatch.h"
+#include "engine/dispatch.h"
 #include "kernels/pack.h"
 #include "platform/threads.h"
 #include "program/kv_cache.h"

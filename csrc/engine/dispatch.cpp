@@ -1,4 +1,4 @@
-#include "kernels/dispatch.h"
+#include "engine/dispatch.h"
 
 #include <cstdlib>
 #include <stdexcept>
