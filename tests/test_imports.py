@@ -1,4 +1,4 @@
-"""The two halves: what ships to a device is light, and never imports the workshop."""
+"""The two halves: what ships to a device is light, and never imports the toolchain."""
 
 from __future__ import annotations
 
@@ -14,7 +14,17 @@ import edgeformer
 
 PACKAGE = Path(edgeformer.__file__).parent
 HEAVY = ("torch", "onnxruntime", "onnx", "jinja2", "tokenizers", "transformers", "typer", "rich")
-WORKSHOP = ("torch", "transformers", "onnxscript", "onnx_ir", "accelerate", "safetensors", "gguf", "matplotlib", "peft")
+TOOLCHAIN = (
+    "torch",
+    "transformers",
+    "onnxscript",
+    "onnx_ir",
+    "accelerate",
+    "safetensors",
+    "gguf",
+    "matplotlib",
+    "peft",
+)
 
 
 def _python(code, *arguments):
@@ -40,12 +50,12 @@ def test_import_costs_less_than_50_ms_beyond_numpy():
     assert min(float(_python(code)) for _ in range(5)) < 0.05
 
 
-def test_running_a_bundle_loads_no_workshop(lm):
+def test_running_a_bundle_loads_no_toolchain(lm):
     loaded = _loaded(
         f"import edgeformer\nmodel = edgeformer.load({str(lm)!r}, 'cpu', 1)\n"
         "model.generate([{'role': 'user', 'content': 'hi'}], max_new_tokens=3)"
     )
-    assert not loaded & set(WORKSHOP)
+    assert not loaded & set(TOOLCHAIN)
     assert {"onnxruntime", "tokenizers", "jinja2"} <= loaded  # or the test above ran nothing
 
 
@@ -81,12 +91,12 @@ RUNTIME = sorted(
 
 
 @pytest.mark.parametrize("path", RUNTIME, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_the_runtime_never_imports_the_workshop(path):
-    forbidden = (*WORKSHOP, "edgeformer.export", "edgeformer.train", "edgeformer.models")
+def test_the_runtime_never_imports_the_toolchain(path):
+    forbidden = (*TOOLCHAIN, "edgeformer.export", "edgeformer.train", "edgeformer.models")
     for name in _imports(path):
         assert not any(name == bad or name.startswith(bad + ".") for bad in forbidden), name
 
 
-def test_the_import_check_sees_an_import_of_the_workshop():
+def test_the_import_check_sees_an_import_of_the_toolchain():
     export = [name for path in (PACKAGE / "export").rglob("*.py") for name in _imports(path)]
     assert "torch" in export
