@@ -17,6 +17,9 @@ ENCODER = ".encoder."
 KEEP = "logits_to_keep"
 POSITIONS = "position_ids"
 IDS = "input_ids"
+MASK = "attention_mask"
+SOURCE_MASK = "encoder_attention_mask"
+TYPES = "token_type_ids"
 
 Array = np.ndarray[Any, Any]
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
+from edgeformer.bundle.signature import Array
 from edgeformer.decoding import sampling
 from edgeformer.decoding.generation_config import GenerationConfig
 
-Array = np.ndarray[Any, Any]
 Processor = Callable[[Array, Array], Array]
 _LARGEST = float(np.finfo(np.float32).max)
 

@@ -12,18 +12,14 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from edgeformer.bundle.bundle import Bundle
-from edgeformer.bundle.signature import IDS, PAST, POSITIONS
-from edgeformer.decoding.loop import Limits
+from edgeformer.bundle.signature import IDS, PAST, Array
 from edgeformer.engines.base import Engine
+from edgeformer.engines.feed import encode_source, feed, joined
 from edgeformer.errors import BundleError
-from edgeformer.tasks.seq2seq import EncoderDecoder
-
-Array = np.ndarray[Any, Any]
 
 ANSWER = "decoder_input_ids"  # what an encoder-decoder's reference has decoded
 STEPS = (5, 1, 1, 1, 2)  # tokens a step: a prefill, decoding, a short prefill on a full cache; then what is left
@@ -83,11 +79,11 @@ def _runs(
         if ANSWER not in inputs:
             raise BundleError(f"{bundle.path}: the reference has no {ANSWER}; export the model again.")
         ids, source = inputs[ANSWER], {name: value for name, value in inputs.items() if name != ANSWER}
-        decoder = engines["decoder"]
-        pair = EncoderDecoder(bundle, engines["encoder"], decoder, None, Limits.of(bundle, decoder, "decoder"))
 
         def answer(steps: Sequence[int]) -> dict[str, Array]:
-            return {"logits": pair.logits(pair.encode(source), ids, steps)}
+            static = encode_source(bundle, engines["encoder"], source)
+            decoder = engines["decoder"]
+            return joined(feed(decoder, decoder.new_state(static), {IDS: ids}, chunk=None, steps=steps))
 
         return {"in one run": lambda: answer(()), "step by step": lambda: answer(STEPS)}
     engine = engines["model"]
@@ -95,7 +91,7 @@ def _runs(
         "in one run": lambda: engine.forward([(inputs, engine.new_state())])[0]
     }
     if any(name.startswith(PAST) for name in bundle.manifest["graphs"]["model"]["inputs"]) and IDS in inputs:
-        runs["step by step"] = lambda: stepwise(engine, inputs, STEPS)
+        runs["step by step"] = lambda: joined(feed(engine, engine.new_state(), inputs, chunk=None, steps=STEPS))
     return runs
 
 
@@ -151,16 +147,3 @@ def compare(
     where = (where[0], where[1] + skipped, *where[2:]) if skipped else where
     span = float(wanted.max() - wanted.min()) or 1.0  # a constant output is compared as it is
     return Check(output, kind, run, float(difference.max()) / span, where, tolerance)
-
-
-def stepwise(engine: Engine, inputs: dict[str, Array], steps: Sequence[int]) -> dict[str, Array]:
-    """The outputs of running `inputs` some tokens at a time through one state, joined along the sequence axis."""
-    length = inputs[IDS].shape[1]
-    ends = [int(end) for end in np.cumsum(steps) if end < length] + [length]
-    state, start = engine.new_state(), 0
-    parts: list[dict[str, Array]] = []
-    for end in ends:
-        cut = {name: a[:, start:end] if name in (IDS, POSITIONS) else a for name, a in inputs.items()}
-        parts += engine.forward([(cut, state)])
-        start = end
-    return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}

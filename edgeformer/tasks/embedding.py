@@ -9,16 +9,13 @@ from typing import Any
 import numpy as np
 
 from edgeformer.bundle.bundle import Bundle
-from edgeformer.bundle.signature import IDS
+from edgeformer.bundle.signature import IDS, MASK, TYPES, Array
 from edgeformer.engines.base import Engine
 from edgeformer.errors import BundleError, InputError
 from edgeformer.processing.pooling import activate, modes_of, pool, softmax, unit
 from edgeformer.processing.tokenizer import Encoded, Tokenizer
 
-Array = np.ndarray[Any, Any]
-MASK = "attention_mask"
 POOLED = "pooling_mask"  # 0 at tokens that a graph with its own pooling leaves out: those of a prompt
-TYPES = "token_type_ids"
 VECTORS = ("sentence_embedding", "text_embeds", "image_embeds")  # outputs that are one vector already
 STATES = "last_hidden_state"
 

@@ -9,10 +9,15 @@ import pytest
 from support import tiny
 
 from edgeformer.bundle.bundle import Bundle
+from edgeformer.engines.feed import feed, joined
 from edgeformer.engines.onnxruntime import OrtEngine
-from edgeformer.engines.reference import compare, stepwise
+from edgeformer.engines.reference import compare
 from edgeformer.errors import BundleError
 from edgeformer.tools.verify import verify
+
+
+def _step_by_step(engine, ids):
+    return joined(feed(engine, engine.new_state(), {"input_ids": ids}, steps=(5, 1, 1, 1, 2)))["logits"]
 
 
 @pytest.mark.parametrize("name", ["float", "q8", "float16", "plain", "forecast"])
@@ -79,9 +84,9 @@ def test_a_broken_cache_fails_step_by_step_only(lm):
     ids = np.random.default_rng(0).integers(3, 300, (1, 9))
     good = OrtEngine(bundle, threads=1)
     whole = good.forward([({"input_ids": ids}, good.new_state())])[0]["logits"]
-    steps = stepwise(good, {"input_ids": ids}, (5, 1, 1, 1, 2))["logits"]
+    steps = _step_by_step(good, ids)
     assert compare("logits", "bundle", "", steps, whole, 1e-3).passed
-    bad = stepwise(Forgetful(bundle, threads=1), {"input_ids": ids}, (5, 1, 1, 1, 2))["logits"]
+    bad = _step_by_step(Forgetful(bundle, threads=1), ids)
     assert not compare("logits", "bundle", "", bad, whole, 1e-3).passed
 
 

@@ -13,7 +13,8 @@ _F32, _F16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
 def to_float16(model: ir.Model) -> None:
     """Every float32 value becomes float16, except those that only lead to Cos and Sin: an angle of some thousands
-    has no digit left behind the point in half precision."""
+    has no digit left behind the point in half precision.
+    """
     angles = ancestors([node for node in model.graph if node.op_type in ("Cos", "Sin")])
     for node in nodes(model, "Cos", "Sin"):
         tape = Tape()

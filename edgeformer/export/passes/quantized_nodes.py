@@ -98,7 +98,8 @@ def _embedding(model: ir.Model, tape: Tape, name: str, ids: ir.Value, blocks: Bl
 
 def _store(model: ir.Model, name: str, blocks: Blocks) -> tuple[ir.Value, ir.Value, ir.Value | None]:
     """Initializers `name.q`, `name.scale` and, if there is one, `name.minimum`. A table that a tied head shares is
-    stored once; a head in a form of its own is `name.head.*`."""
+    stored once; a head in a form of its own is `name.head.*`.
+    """
     q, scale, minimum = blocks.stored()
     known = model.graph.initializers.get(f"{name}.q")
     if known is not None:

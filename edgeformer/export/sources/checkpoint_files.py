@@ -208,7 +208,7 @@ def _torch_object(file: Path) -> Any:
 
 
 def _require_plain_zip(file: Path) -> None:
-    """torch stores its records as they are; a packed one could grow a thousandfold."""
+    """Torch stores its records as they are; a packed one could grow a thousandfold."""
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()

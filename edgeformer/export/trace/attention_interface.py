@@ -47,7 +47,7 @@ def _mask_after_past(
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """bool [1, 1, q_length, kv_length] for any rule of positions.
+    """Bool [1, 1, q_length, kv_length] for any rule of positions.
 
     Plain causality is a node of its own: where an Attention reads it, it becomes the attribute.
     """
@@ -75,7 +75,7 @@ def _mask(
     attention_mask: torch.Tensor | None = None,  # [B, kv_length], False at padding
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """bool [B, 1, q_length, kv_length], True where a query sees a key; None where each sees all.
+    """Bool [B, 1, q_length, kv_length], True where a query sees a key; None where each sees all.
 
     Expanded over the queries: onnxruntime (1.25 to 1.32) refuses a mask that is to be broadcast over them.
     """

@@ -39,7 +39,8 @@ _CASED = r"(?:(?![ა-ჿ])[\p{Lu}\p{Ll}\p{Lt}])"  # letters of two cases; Georg
 @dataclass(frozen=True)
 class Cut:
     """`whole`: a piece that is a token is taken before any merge (llama.cpp's ignore_merges). `begins`: a begin token
-    is put before a text where the file does not say whether."""
+    is put before a text where the file does not say whether.
+    """
 
     patterns: tuple[str, ...]
     whole: bool = False
