@@ -136,11 +136,6 @@ def window_mask(g, window=5, swap=False, op="Less"):
     return g(op, g("Sub", k, q) if swap else g("Sub", q, k), np.array(window))
 
 
-def decomposed_attention(g, q, k, v, mask=None, divide=4.0):
-    scores = g("Div", g("MatMul", q, g("Transpose", k, perm=[0, 1, 3, 2])), divide)
-    return g("MatMul", g("Softmax", g("Add", scores, mask) if mask else scores, axis=-1), v)
-
-
 def table(g, interleaved):
     """Cosines and sines of angles [batch, sequence, 8], each number twice, as [batch, 1, sequence, 16]."""
     if interleaved:

@@ -10,7 +10,6 @@ from support.decoder_graphs import (
     Builder,
     F,
     decoder_layer,
-    decomposed_attention,
     heads,
     kinds,
     partial,
@@ -78,16 +77,16 @@ def test_attention_output_that_is_not_joined_to_rows_stays_in_heads():
     assert kinds(p) == ["attend", "transpose"]
 
 
-def test_decomposed_attention_with_a_joined_cache_is_one_operation():
-    """softmax(q k^T / 4 + mask) v where k, v = Concat(past, new): causality, cache and scale are found."""
+def test_attention_on_joined_keys_and_values_uses_the_cache():
+    """Attention(q, k, v, mask) where k, v = Concat(past, new) and the mask is causal, aligned bottom-right."""
     g = Builder()
     q, new_k, new_v = (heads(g, quantized(g, "x", "q8", n=32), 2) for _ in range(3))
     k, v = g("Concat", "pk", new_k, axis=2), g("Concat", "pv", new_v, axis=2)
-    y = decomposed_attention(g, q, k, v, g("Where", window_mask(g, op="LessOrEqual"), 0.0, -3e38))
+    y = g("Attention", q, k, v, g("Where", window_mask(g, op="LessOrEqual"), 0.0, -3e38), scale=0.25)
     rows = g("Reshape", g("Transpose", y, perm=[0, 2, 1, 3]), np.array([0, 0, 32]))
     inputs = {n: LM[n] for n in ("x", "pk", "pv")}
     p = program(g, inputs, rows, k, v)
-    assert "attend" in kinds(p) and "matmul" not in kinds(p)
+    assert "attend" in kinds(p) and "history" not in kinds(p)
     attend = next(op for op in p.ops if op.kind == "attend")
     assert attend.floats["scale"] == [0.25]
     assert attend.ints["layer"] == [0]

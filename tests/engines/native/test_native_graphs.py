@@ -40,19 +40,13 @@ def layer(**options):
     return make
 
 
-def decomposed(causal):
-    def make(g):
-        q, new_k, new_v = (decoder_graphs.heads(g, float_linear(g, "x", n=32), 2) for _ in range(3))
-        k, v = g("Concat", "pk", new_k, axis=2), g("Concat", "pv", new_v, axis=2)
-        mask = (
-            g("Where", decoder_graphs.window_mask(g, window=0, swap=True, op="LessOrEqual"), 0.0, -3e38)
-            if causal
-            else None
-        )
-        y = decoder_graphs.decomposed_attention(g, q, k, v, mask)
-        return g("Reshape", g("Transpose", y, perm=[0, 2, 1, 3]), np.array([0, 0, 32])), k, v
-
-    return make
+def joined_cache(g):
+    """Attention on Concat(past, new) with a causal mask of numbers."""
+    q, new_k, new_v = (decoder_graphs.heads(g, float_linear(g, "x", n=32), 2) for _ in range(3))
+    k, v = g("Concat", "pk", new_k, axis=2), g("Concat", "pv", new_v, axis=2)
+    mask = g("Where", decoder_graphs.window_mask(g, window=0, swap=True, op="LessOrEqual"), 0.0, -3e38)
+    y = g("Attention", q, k, v, mask, scale=0.25)
+    return g("Reshape", g("Transpose", y, perm=[0, 2, 1, 3]), np.array([0, 0, 32])), k, v
 
 
 def shared_history(g):
@@ -76,7 +70,7 @@ CASES = {
     "decomposed_interleaved_rotation": layer(rotate=rotate_pairs),
     "window": layer(mask=lambda g: decoder_graphs.window_mask(g, window=3)),
     "mask_that_is_no_window": layer(mask=lambda g: decoder_graphs.window_mask(g, window=-1, swap=True)),
-    "decomposed_attention": decomposed(causal=True),
+    "joined_cache": joined_cache,
     "shared_history": shared_history,
 }
 

@@ -18,18 +18,14 @@ from edgeformer.engines.native.passes import (
 )
 from edgeformer.errors import EngineUnavailable
 
-# After `simplify.normalize`. A comment says why the order matters; a pass is repeated where the passes between
-# make new work for it.
+# In this order, after `simplify.normalize`; a comment says why the order matters. docs/native.md has what each is
+# needed for.
 PASSES: tuple[Pass, ...] = (
     # Weights: before constants are folded, which would dequantize them.
     linear.linears,
-    linear.embeddings,
     simplify.fold_constants,
-    simplify.common_subexpressions,
-    simplify.views,
-    # Patterns on [batch, heads, sequence, size], the layout of the graph. Attention first, then its mask, then its
-    # cache: a cache may join an attention only when its causality is known.
-    attention.decomposed_attention,
+    # Patterns on [batch, heads, sequence, size], the layout of the graph. Masks before caches: a cache may join an
+    # attention only when its causality is known. Norm variants first: the others become Norm.
     mask.position_masks,
     attention.joined_caches,
     norms.norm_variants,
@@ -39,20 +35,15 @@ PASSES: tuple[Pass, ...] = (
     rotation.rotations,
     # From here on, rows [batch, sequence, ...]: the Transposes around attention cancel.
     attention.attention_rows,
-    simplify.fold_constants,
-    simplify.views,
     simplify.transposes,
     rotation.partial_rotations,
-    linear.embeddings,
-    linear.biases,
+    linear.embeddings,  # `rotations` looks cosines up in tables too
+    linear.biases,  # before splits, which cut them with their weights
     linear.splits,
     simplify.common_subexpressions,
-    simplify.views,
-    norms.norms,
-    norms.flat_norm_weights,
     attention.fold_into_attention,
-    # Fusion, when all Linears are known: `linear_inputs` first, for the others compare inputs by name; a residual
-    # after activation and factor, as the kernel adds it last.
+    # Fusion, when all Linears are known. `linear_inputs` first: the others compare inputs by name. A residual after
+    # activation, gate and factor: the kernel adds it last.
     kept_rows.keep_rows,
     fuse.linear_inputs,
     fuse.linear_activations,
@@ -61,9 +52,8 @@ PASSES: tuple[Pass, ...] = (
     fuse.residuals,
     kept_rows.keep_rows_early,
     fuse.group_linears,
-    simplify.views,
-    # Last: it looks at all Linears of an input.
-    wide.wide_blocks,
+    simplify.views,  # what the passes above replaced
+    wide.wide_blocks,  # last: all Linears of an input must agree
 )
 
 

@@ -12,51 +12,6 @@ from edgeformer.engines.native.ir.graph import Graph, Info, Node
 from edgeformer.engines.native.ir.ops import ATTEND_INPUTS, AttendSpec, HeadSteps
 
 
-def decomposed_attention(g: Graph) -> None:
-    """MatMul(Softmax(MatMul(q, k^T) * scale + mask), v) on [batch, heads, sequence, size] -> Attention."""
-    for node in list(g.nodes):
-        if node.op != "MatMul" or len(g.shape(node.outputs[0])) != 4:
-            continue
-        softmax = g.producer(node.inputs[0], "Softmax")
-        if softmax is None or softmax.attrs.get("axis", -1) not in (-1, 3) or g.only_user(node.inputs[0]) is not node:
-            continue
-        scores, mask, scale = softmax.inputs[0], "", 1.0
-        add = g.producer(scores, "Add")
-        if add is not None:
-            scaled = [i for i in add.inputs if g.producer(i, ("MatMul", "Mul", "Div")) is not None]
-            products = [i for i in scaled if _scores(g, i) is not None]
-            if len(products) != 1:
-                continue
-            scores, mask = products[0], next(i for i in add.inputs if i != products[0])
-        found = _scores(g, scores)
-        if found is None:
-            continue
-        q, k, scale = found
-        v = node.inputs[1]
-        (b, h, s, _), (kb, kh, t, _) = g.shape(q), g.shape(k)
-        if g.shape(v)[:3] != (kb, kh, t) or kb != b or kh not in (h, 1) or g.shape(softmax.inputs[0]) != (b, h, s, t):
-            continue
-        node.op, node.inputs, node.attrs = "Attention", [q, k, v, mask], {"scale": scale}
-    g.finish()
-
-
-def _scores(g: Graph, name: str) -> tuple[str, str, float] | None:
-    """(q, k, scale) when `name` is MatMul(q, k^T) times a constant."""
-    node, scale = g.producers.get(name), 1.0
-    if node is not None and node.op in ("Mul", "Div"):
-        factor = g.scalar(node.inputs[1])
-        if factor is None or not factor:
-            return None
-        scale = factor if node.op == "Mul" else 1.0 / factor
-        node = g.producers.get(node.inputs[0])
-    if node is None or node.op != "MatMul":
-        return None
-    transposed = g.producer(node.inputs[1], "Transpose")
-    if transposed is None or transposed.attrs.get("perm") != [0, 1, 3, 2]:
-        return None
-    return node.inputs[0], transposed.inputs[0], scale
-
-
 def joined_caches(g: Graph) -> None:
     """Attention(q, Concat(past_key, k), Concat(past_value, v)) -> Attention(q, k, v, "", past_key, past_value).
 

@@ -186,17 +186,3 @@ def _weight_or_bias(g: Graph, node: Node) -> None:
         norm.inputs[slot] = c
         g.rewire(node.outputs[0], x)
         return
-
-
-def flat_norm_weights(g: Graph) -> None:
-    """Weights and biases of Norm, constants of any rank and float type -> float32 vectors."""
-    for node in g.nodes:
-        if node.op != "Norm":
-            continue
-        for i in (1, 2):
-            name = node.inputs[i]
-            c = g.constants.get(name)
-            if c is not None and (len(c.shape) != 1 or c.dtype != "float32"):
-                node.inputs[i] = g.add_constant(name, c.data.reshape(-1).astype(np.float32))
-                g.info[node.inputs[i]] = Info("float32", (c.size,))
-    g.finish()
