@@ -25,7 +25,7 @@ from bench.peers import models, pages, results
 from bench.peers.contestants import HERE, OPENVINO, OPENVINO_CONVERT, Contestant
 from bench.peers.environments import Environment, run
 from bench.peers.field import set_up, take_rounds
-from bench.report import RESULTS, ROOT, elsewhere, put, save, table
+from bench.report import ROOT, put, runs, save, table
 
 OUT = models.OUT / "minilm"
 BATCHES, LENGTHS = (1, 32), (16, 256)
@@ -322,9 +322,9 @@ def _range(times: dict[str, dict[int, float]]) -> tuple[float, float]:
 
 
 def write() -> None:
-    saved = json.loads((RESULTS / "encoders.json").read_text(encoding="utf-8"))
+    saved, *others = runs("encoders")
     parts = [text(saved)]
-    for other in elsewhere("encoders"):
+    for other in others:
         parts += [f"### On another machine: {other['machine']['cpu']}", text(other)]
     put(pages.PAGE, "encoders", "\n\n".join(parts))
     put(ROOT / "README.md", "encoders", readme_line(saved))

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.report import RESULTS, ROOT, footnote, put, save, table
+from bench.report import ROOT, footnote, put, runs, save, summary, table
 
 OUT = ROOT / "out" / "smollm2"
 SCHEMES = ("none", "keep", "q8", "q4a", "q4")
@@ -133,17 +133,17 @@ def cold_start(scheme: str, engine: str) -> dict[str, float]:
             raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
         seconds.append(time.perf_counter() - start)
         peaks.append(peak / 1024)
-    return {"cold_start_s": sorted(seconds)[1], "peak_mib": sorted(peaks)[1]}
+    return {"cold_start_s": summary(seconds)["median"], "peak_mib": summary(peaks)["median"]}
 
 
 def measure_starts_again() -> None:
     """`python -m bench.smollm2 starts`: memory and start alone, for a quiet moment; the rest of the results stays."""
-    saved = json.loads((RESULTS / "smollm2.json").read_text())
+    saved = runs("smollm2")[0]
     for scheme in SCHEMES:
         for engine in ("cpu", "native"):
             saved["forms"][scheme][engine] |= cold_start(scheme, engine)
-    path = save("smollm2", {name: saved[name] for name in ("prompts", "forms", "reference")})
-    write_pages(json.loads(path.read_text()))
+    save("smollm2", {name: saved[name] for name in ("prompts", "forms")})
+    write_pages(runs("smollm2")[0])
 
 
 def main() -> None:
@@ -169,8 +169,8 @@ def main() -> None:
         for engine in ("cpu", "native"):
             print(f"measure {scheme} on {engine}", file=sys.stderr)
             results[scheme][engine] = measure_engine(scheme, engine, reference, ids)
-    path = save("smollm2", {"prompts": PROMPTS, "forms": results, "reference": reference})
-    write_pages(json.loads(path.read_text()))
+    save("smollm2", {"prompts": PROMPTS, "forms": results})
+    write_pages(runs("smollm2")[0])
 
 
 def write_pages(saved: dict[str, Any]) -> None:

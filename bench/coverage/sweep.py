@@ -70,10 +70,10 @@ def sweep(chosen: list[str], results: Path, limit: float, redo: str) -> dict[str
     made = {"commit": commit(), "transformers": transformers.__version__}
     rows: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
     again: dict[str, Callable[[dict[str, Any]], bool]] = {
-        "none": lambda row: False,
+        "none": lambda _: False,
         "failed": lambda row: not fine(row),
         "old": lambda row: {key: row.get(key) for key in made} != made,
-        "all": lambda row: True,
+        "all": lambda _: True,
     }
     todo = [n for n in chosen if "commit" not in rows.get(n, {}) or again[redo](rows[n])]
     for name in (bar := tqdm(todo, unit="model")):

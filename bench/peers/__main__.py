@@ -8,7 +8,6 @@ python -m bench.peers --write-only    the pages and plots again, from bench/resu
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from bench.peers.contestants import ALL, ALTERNATIVES, Contestant
 from bench.peers.environments import SetupFailed
 from bench.peers.field import set_up, take_rounds
 from bench.peers.rounds import TurnFailed, say
-from bench.report import RESULTS, put, save
+from bench.report import compact, put, runs, save
 
 SCORED = 8192  # tokens of text; the second half of each window counts
 PROMPTS = 16384  # tokens of text that prompts are cut from
@@ -79,7 +78,7 @@ def main() -> None:
     result["quality"] = qualities
     if options.quick or options.alternatives:
         path = models.OUT / f"{'quick' if options.quick else 'alternatives'}-{study.name}.json"
-        path.write_text(json.dumps(result, indent=1))
+        path.write_text(compact(result))
         print(pages.plain(result))
         return
     if not result["rounds"]["used"]:
@@ -106,10 +105,10 @@ def measure_quality(chosen: list[Contestant], absent: dict[str, str], work: Path
 
 def write_study(study: studies.Study) -> None:
     """What is saved of a study, into the pages; nothing if it was never taken."""
-    path = RESULTS / f"{study.file}.json"
-    if not path.exists():
+    measured = runs(study.file)
+    if not measured:
         return
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved = measured[0]
     if study is studies.MAIN:
         pages.write(saved)
     elif study is studies.SIZES:

@@ -13,6 +13,7 @@ from bench.peers import models, results
 from bench.peers.contestants import HERE, Contestant
 from bench.peers.environments import SetupFailed, run
 from bench.peers.rounds import LIMIT, TRIES, Round, TurnFailed, quiet, say, settle, take_turn, worker
+from bench.report import summary
 
 PATIENCE = 600.0  # seconds to wait for a quiet moment before a turn
 
@@ -92,13 +93,14 @@ def take_rounds(
     used = rounds if keep else quiet(rounds)
     return {
         "threads": threads,
-        "rounds": {"taken": len(rounds), "used": len(used), "disturbed": [one.disturbed for one in rounds]},
+        "rounds": {"taken": len(rounds), "used": len(used), "disturbed": sum(bool(one.disturbed) for one in rounds)},
         "undisturbed": not any(one.disturbed for one in used) and bool(used),
         "limit_cores_of_others": LIMIT,
         "contestants": {c.key: facts(c) for c in chosen},
         "absent": absent,
-        "memory": {str(n): [one.memory[n] for one in used] for n in threads},
+        "memory": {str(n): summary([one.memory[n]["gb_s"] for one in used]) for n in threads if used},  # GB/s
         "measured": results.collect(used, chosen, threads),
+        "kept_by_stream": results.kept_by_stream(used, threads),
     }
 
 

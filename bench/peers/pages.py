@@ -18,9 +18,8 @@ from bench.peers.results import (
     tests_of,
     times_best,
 )
-from bench.peers.rounds import median
 from bench.peers.studies import Study
-from bench.report import ROOT, elsewhere, put, table
+from bench.report import ROOT, put, runs, table
 
 PAGE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "images"
@@ -81,7 +80,7 @@ def times_table(saved: dict[str, Any]) -> str:
     """How many times as fast as the best peer, on each machine that took the study; 2 threads (1 thread)."""
     tests = ("decode", "decode@1024", "prefill512", "batch8", "first")
     rows = []
-    for machine in (saved, *elsewhere("peers")):
+    for machine in (saved, *runs("peers")[1:]):
         for key, field in compared(machine):
             cells = []
             for test in tests:
@@ -99,9 +98,8 @@ def conditions(saved: dict[str, Any]) -> str:
     facts = saved["machine"]
     taken, used = saved["rounds"]["taken"], saved["rounds"]["used"]
     speeds = "; ".join(
-        f"{count} thread{'s' if int(count) > 1 else ''} {max(one['gb_s'] for one in runs):.1f} GB/s"
-        for count, runs in saved["memory"].items()
-        if runs
+        f"{count} thread{'s' if int(count) > 1 else ''} {speeds['max']:.1f} GB/s"
+        for count, speeds in saved["memory"].items()
     )
     lines = [
         f"*{facts['cpu']}; {facts['system']}; {facts['date']}. A plain read: {speeds}. Medians of {used} rounds of "
@@ -109,8 +107,10 @@ def conditions(saved: dict[str, Any]) -> str:
         f"{saved['limit_cores_of_others']} cores.*"
     ]
     if not saved["undisturbed"]:
-        worst = sum(1 for one in saved["rounds"]["disturbed"] if one)
-        warning = f"**Disturbed: other work ran on the machine in {worst} of {taken} rounds. They conclude nothing.**"
+        disturbed = saved["rounds"]["disturbed"]
+        warning = (
+            f"**Disturbed: other work ran on the machine in {disturbed} of {taken} rounds. They conclude nothing.**"
+        )
         lines.insert(0, warning + "\n")
     return "\n".join(lines)
 
@@ -141,13 +141,9 @@ def stream_line(saved: dict[str, Any]) -> str:
     turns follow each other."""
     parts = []
     for threads in sorted(saved["threads"], reverse=True):
-        loop, engine = (
-            saved["measured"].get(f"{OURS} {name}", {}).get(str(threads), {}).get("decode", {}).get("values", [])
-            for name in ("keep, model.stream", "keep (the GGUF's blocks)")
-        )
-        if loop and len(loop) == len(engine):
-            kept = median([a / b for a, b in zip(loop, engine, strict=True)])
-            parts.append(f"{kept:.1%} with {threads} thread{'s' if threads > 1 else ''}")
+        kept = saved["kept_by_stream"].get(str(threads))
+        if kept:
+            parts.append(f"{kept['median']:.1%} with {threads} thread{'s' if threads > 1 else ''}")
     return f"`model.stream`, end to end in Python, keeps {' and '.join(parts)} of the engine's speed." if parts else ""
 
 
@@ -232,7 +228,7 @@ def write(saved: dict[str, Any]) -> None:
         "### Settings",
         settings(saved),
     ]
-    for other in elsewhere("peers"):
+    for other in runs("peers")[1:]:
         text += [f"### On another machine: {other['machine']['cpu']}", conditions(other), ratio_table(other)]
     put(PAGE, "peers", "\n\n".join(part for part in text if part))
     title, path = images[0]
@@ -259,5 +255,5 @@ def plain(saved: dict[str, Any]) -> str:
             shown = "  ".join(f"{name} {test['median']:.3f}" for name, test in tests.items())
             lines.append(f"{key}, {threads} threads: {shown}")
     if not saved["undisturbed"]:
-        lines.append("DISTURBED: " + "; ".join(line for one in saved["rounds"]["disturbed"] for line in one))
+        lines.append(f"DISTURBED: {saved['rounds']['disturbed']} of {saved['rounds']['taken']} rounds")
     return "\n".join(lines)

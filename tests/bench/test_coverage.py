@@ -112,7 +112,7 @@ class Loaded:
     def logits(self, prompt):
         return self.table[len(prompt)]
 
-    def generate(self, prompt, **options):
+    def generate(self, _prompt, **_options):
         return self
 
 
