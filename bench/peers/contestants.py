@@ -1,6 +1,6 @@
 """Who takes part: each row is one model file of one project, at the settings that project recommends for a CPU.
 
-A new peer is a row here and a runner in `runners/`. Settings that were tried and lost stand in docs/performance.md.
+A new peer is a row here and a runner in `runners/`. Settings that were slower are ALTERNATIVES.
 """
 
 from __future__ import annotations
