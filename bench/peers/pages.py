@@ -89,8 +89,9 @@ def times_table(saved: dict[str, Any]) -> str:
                 )
                 found = [f"{times[0]:.2f}" for times in by_threads if times is not None]
                 cells.append(f"x {found[0]}" + (f" ({found[1]})" if len(found) > 1 else "") if found else "")
-            rows.append([f"{machine['machine']['cpu']}, {machine['machine']['date']}", key, *cells])
-    return table(["machine", "", *(COLUMNS[test][0].removesuffix(", s") for test in tests)], rows)
+            chip = machine["machine"]["cpu"].split(",")[0]
+            rows.append([f"{key}; {chip}, {machine['machine']['date']}", *cells])
+    return table(["file; machine", *(COLUMNS[test][0].removesuffix(", s") for test in tests)], rows)
 
 
 def conditions(saved: dict[str, Any]) -> str:
@@ -103,13 +104,13 @@ def conditions(saved: dict[str, Any]) -> str:
     )
     lines = [
         f"*{facts['cpu']}; {facts['system']}; {facts['date']}. A plain read: {speeds}. Medians of {used} rounds of "
-        f"fresh processes in turn; {taken - used} more were rejected because others used more than "
+        f"fresh processes in turn; {taken - used} more were rejected because other processes used more than "
         f"{saved['limit_cores_of_others']} cores.*"
     ]
     if not saved["undisturbed"]:
         disturbed = saved["rounds"]["disturbed"]
         warning = (
-            f"**Disturbed: other work ran on the machine in {disturbed} of {taken} rounds. They conclude nothing.**"
+            f"**Disturbed: other work ran on the machine in {disturbed} of {taken} rounds. Ignore these numbers.**"
         )
         lines.insert(0, warning + "\n")
     return "\n".join(lines)
@@ -126,19 +127,18 @@ def settings(saved: dict[str, Any]) -> str:
 
 
 def greedy_line(saved: dict[str, Any]) -> str:
-    """Who used more cores than the threads it was given; empty where nobody did."""
+    """The contestants that used more cores than their threads; empty if there are none."""
     found = []
     for key in saved["measured"]:
         for threads in saved["threads"]:
             cores = measured(saved, key, threads, "cores")
             if cores is not None and cores > threads + 0.1:
                 found.append(f"{key} used {cores:.2f} cores with {threads} thread{'s' if threads > 1 else ''}")
-    return f"Not what was asked for: {'; '.join(found)}." if found else ""
+    return f"More threads than asked for: {'; '.join(found)}." if found else ""
 
 
 def stream_line(saved: dict[str, Any]) -> str:
-    """How much of the engine's speed the public Python loop keeps: the median over the rounds, in each of which the two
-    turns follow each other."""
+    """How much of the engine's speed the public Python loop keeps: the median over the rounds."""
     parts = []
     for threads in sorted(saved["threads"], reverse=True):
         kept = saved["kept_by_stream"].get(str(threads))
@@ -148,7 +148,7 @@ def stream_line(saved: dict[str, Any]) -> str:
 
 
 def loss_line(saved: dict[str, Any]) -> str:
-    """Says so where a file of ours loses more than the best of the peers' in its class; empty where none does."""
+    """Names each file of ours that loses more than the best peer's of its class; empty if there is none."""
     groups, parts = classes(saved), []
     for name, keys in groups.items():
         losses = {key: saved["quality"][key]["mean_kl"] for key in keys if key in saved["quality"]}
@@ -167,9 +167,9 @@ def loss_line(saved: dict[str, Any]) -> str:
 
 
 def readme_table(saved: dict[str, Any]) -> str:
-    """For each class: ours, and each project's file that decodes fastest."""
-    header = ["", "perplexity", *(COLUMNS[t][0] for t in ("decode", "decode@1024", "prefill512", "batch8", "first"))]
-    header.append("peak MiB")
+    """For each class: ours, and each project's file that decodes fastest; the columns that fit a README."""
+    tests = ("decode", "decode@1024", "prefill512", "first")
+    header = ["", "perplexity", *(COLUMNS[test][0] for test in tests)]
     rows = []
     for name, keys in classes(saved).items():
         projects: dict[str, str] = {}
@@ -184,10 +184,7 @@ def readme_table(saved: dict[str, Any]) -> str:
             rows.append([f"**{name}**", *[""] * (len(header) - 1)])
         for project, key in sorted(projects.items(), key=lambda pair: pair[0] != OURS):
             lost = ratio(saved, key)
-            cells = [
-                cell(saved, key, test)
-                for test in ("decode", "decode@1024", "prefill512", "batch8", "first", "long_mib")
-            ]
+            cells = [cell(saved, key, test) for test in tests]
             shown = f"**{key}**" if project == OURS else key
             rows.append([shown, f"x {lost:.3f}" if lost else "not measured", *cells])
     return table(header, rows)
@@ -220,7 +217,10 @@ def write(saved: dict[str, Any]) -> None:
         "Tokens a second unless said otherwise; 2 threads (1 thread).",
         main_table(saved),
         loss_line(saved),
-        "### edgeformer against the best peer, test by test",
+        "### edgeformer over the best peer",
+        "Times the best peer of its class (a file that loses more than 1 %: the best of all), on each machine:",
+        times_table(saved),
+        "### The same, test by test",
         ratio_table(saved),
         stream_line(saved),
         greedy_line(saved),
@@ -231,17 +231,14 @@ def write(saved: dict[str, Any]) -> None:
     for other in runs("peers")[1:]:
         text += [f"### On another machine: {other['machine']['cpu']}", conditions(other), ratio_table(other)]
     put(PAGE, "peers", "\n\n".join(part for part in text if part))
-    title, path = images[0]
     lines = [
-        "SmolLM2-135M-Instruct, tokens a second with 2 threads (1 thread), each project's fastest file of a class:",
+        "SmolLM2-135M-Instruct, tokens/s with 2 threads (1 thread); each project's fastest file of a class, perplexity "
+        "over the float model's:",
         readme_table(saved),
         loss_line(saved),
         conditions(saved),
-        "Times the best peer's, class against class (what loses more: against everybody), on each machine at hand:",
-        times_table(saved),
-        f"![{title}](docs/images/{path.name})",
-        "All files, settings and ratios: [docs/performance.md](docs/performance.md). `python -m bench.peers` measures "
-        "this again.",
+        "All files, tests, settings and machines: [docs/performance.md](docs/performance.md). `python -m bench.peers` "
+        "measures this again.",
     ]
     put(ROOT / "README.md", "speed", "\n\n".join(line for line in lines if line))
 
