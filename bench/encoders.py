@@ -24,7 +24,7 @@ import numpy as np
 from bench.peers import models, pages, results
 from bench.peers.contestants import HERE, OPENVINO, OPENVINO_CONVERT, Contestant
 from bench.peers.environments import Environment, run
-from bench.peers.field import set_up, take_rounds
+from bench.peers.field import Plan, set_up, take_rounds
 from bench.report import ROOT, put, runs, save, table
 
 OUT = models.OUT / "minilm"
@@ -345,12 +345,12 @@ def main() -> None:
     chosen = [c for c in chosen if c.key in files]
     threads, wanted = [int(count) for count in options.threads.split(",")], 1 if options.quick else options.rounds
     with tempfile.TemporaryDirectory() as folder:
-        what = {"context": 0, "tests": tests(Path(folder), 0.1 if options.quick else 1.5)}
-        result = take_rounds(
-            chosen, files, absent, threads, lambda _: what, Path(folder),
-            wanted=wanted, attempts=wanted if options.quick else 3 * wanted, keep=options.quick,
-        )  # fmt: skip
-    result["tests"] = [test["name"] for test in what["tests"]]
+        todo = tests(Path(folder), 0.1 if options.quick else 1.5)
+        job = {"context": 0, "tests": todo}
+        attempts = wanted if options.quick else 3 * wanted
+        plan = Plan(threads, lambda _: job, Path(folder), wanted, attempts, options.quick)
+        result = take_rounds(chosen, files, absent, plan)
+    result["tests"] = [test["name"] for test in todo]
     for contestant in chosen:
         result["contestants"][contestant.key]["file_bytes"] = models.file_bytes(files[contestant.key])
     if options.quick:

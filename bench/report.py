@@ -20,7 +20,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 def machine() -> dict[str, Any]:
     """The machine, the versions and the date, as every table names them."""
-    from edgeformer import _native  # type: ignore[attr-defined]
+    from edgeformer import _native
     from edgeformer.machine import default_threads
 
     model = next(

@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 
 from bench.report import ROOT, footnote, put, runs, save, summary, table
+from edgeformer.engines.choose import EngineName
 
 OUT = ROOT / "out" / "smollm2"
+ENGINES: tuple[EngineName, ...] = ("cpu", "native")
 SCHEMES = ("none", "keep", "q8", "q4a", "q4")
 SCORED = 4096  # tokens whose probability counts; as many again are only context
 NEW = 64
@@ -49,11 +51,14 @@ def make_bundles() -> None:
     from edgeformer.export import ExportOptions, export
     from edgeformer.export.__main__ import Drawn
     from edgeformer.export.pipeline import float_graph
+    from edgeformer.export.source import Source
     from edgeformer.export.sources.load import load_source
 
     drawn = Drawn()
     drawn.stage("load and trace")
-    traced = float_graph(load_source(ExportOptions(str(gguf_path()), OUT)))
+    source = load_source(ExportOptions(str(gguf_path()), OUT))
+    assert isinstance(source, Source)
+    traced = float_graph(source)
     for scheme in missing:
         drawn.stage(f"export {scheme}")
         export(ExportOptions(gguf_path().name, OUT / scheme, quantize=scheme, tokens=2 * SCORED), drawn, traced)
@@ -100,7 +105,7 @@ def common_prefix(one: list[int], other: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def measure_engine(scheme: str, engine: str, reference: list[list[int]], ids: np.ndarray) -> dict[str, Any]:
+def measure_engine(scheme: str, engine: EngineName, reference: list[list[int]], ids: np.ndarray) -> dict[str, Any]:
     import edgeformer
 
     model = edgeformer.load(OUT / scheme, engine=engine)
@@ -141,7 +146,7 @@ def measure_starts_again() -> None:
     """`python -m bench.smollm2 starts`: memory and start alone; the other results stay."""
     saved = runs("smollm2")[0]
     for scheme in SCHEMES:
-        for engine in ("cpu", "native"):
+        for engine in ENGINES:
             saved["forms"][scheme][engine] |= cold_start(scheme, engine)
     save("smollm2", {name: saved[name] for name in ("prompts", "forms")})
     write_pages(runs("smollm2")[0])
@@ -167,7 +172,7 @@ def main() -> None:
             "parity": {name: found["worst"] for name, found in manifest["parity"].items() if found},
             "accuracy": manifest["accuracy"],
         }
-        for engine in ("cpu", "native"):
+        for engine in ENGINES:
             print(f"measure {scheme} on {engine}", file=sys.stderr)
             results[scheme][engine] = measure_engine(scheme, engine, reference, ids)
     save("smollm2", {"prompts": PROMPTS, "forms": results})

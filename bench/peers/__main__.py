@@ -15,7 +15,7 @@ from typing import Any
 from bench.peers import models, pages, quality, sizes, sizes_page, studies
 from bench.peers.contestants import ALL, ALTERNATIVES, Contestant
 from bench.peers.environments import SetupFailed
-from bench.peers.field import set_up, take_rounds
+from bench.peers.field import Plan, set_up, take_rounds
 from bench.peers.rounds import TurnFailed, say
 from bench.report import compact, put, runs, save
 
@@ -70,9 +70,8 @@ def main() -> None:
         scores = study is studies.MAIN and not (options.quick or options.alternatives)
         qualities = measure_quality(chosen, absent, work) if scores else {}
         attempts = wanted if keep else options.attempts or 3 * wanted
-        result = take_rounds(
-            chosen, files, absent, threads, job, work, wanted=wanted, attempts=attempts, keep=keep, busy=study.busy
-        )
+        plan = Plan(threads, job, work, wanted, attempts, keep, study.busy)
+        result = take_rounds(chosen, files, absent, plan)
     for contestant in chosen:
         result["contestants"][contestant.key] |= models.describe(files[contestant.key])
     result["quality"] = qualities
