@@ -310,8 +310,8 @@ def readme_line(saved: dict[str, Any]) -> str:
     faithful = " to ".join(f"x {found:.2f}" for found in _range(ratios(saved, ours, FAITHFUL)))
     return (
         f"all-MiniLM-L6-v2 in 8 bits (batches of 1 and 32, 16 and 256 tokens) runs {low} to {high} as fast as the "
-        f"fastest of onnxruntime's dynamic int8 and OpenVINO's int8, and {faithful} as fast as the fastest with a cosine "
-        f"of at least {FAITHFUL} to the float model: [table](docs/performance.md#encoders). "
+        f"fastest of onnxruntime's dynamic int8 and OpenVINO's int8, and {faithful} as fast as the fastest with a "
+        f"cosine of at least {FAITHFUL} to the float model: [table](docs/performance.md#encoders). "
         f"*{saved['machine']['cpu']}; {saved['machine']['date']}.*"
     )
 
