@@ -138,5 +138,6 @@ def read(folder: Path, architecture: str | None = None) -> Any:
         path=folder,
         file=files.get,
     )
-    model._task = Encoder(model.bundle, Traceless(source), Tokenizer.of(model.bundle))  # type: ignore[arg-type]
+    model.tokenizer = Tokenizer.of(model.bundle)
+    model._task = Encoder(model.bundle, Traceless(source), model.tokenizer)  # type: ignore[arg-type]
     return model

@@ -303,16 +303,16 @@ def test_states_of_several_sequences_change_places(exported):
     for options in ENGINES.values():
         model = edgeformer.load(exported("none"), **options)
         ids = np.array([model.tokenizer.encode("1 mar 2001")] * 3)
-        held = model.pair.encode({"input_ids": ids, "attention_mask": np.ones_like(ids)})
+        static = model.pair.encode({"input_ids": ids, "attention_mask": np.ones_like(ids)})
         first, last = np.array([[0, 5], [0, 6], [0, 7]]), np.array([[9], [10], [11]])
 
-        def after(rows, held=held, model=model, first=first, last=last):
+        def after(rows, static=static, model=model, first=first, last=last):
             """The last logits where sequence i went on from what sequence rows[i] was."""
-            state = model.engine.new_state(held)
+            state = model.engine.new_state(static)
             model.engine.forward([({"input_ids": first[list(rows)]}, state)])
             return model.engine.forward([({"input_ids": last}, state)])[0]["logits"][:, -1]
 
-        state = model.engine.new_state(held)
+        state = model.engine.new_state(static)
         model.engine.forward([({"input_ids": first}, state)])
         for wrong in ((0, 1), (0, 1, 3), (0, 1, -1)):
             with pytest.raises(InputError, match="select"):
