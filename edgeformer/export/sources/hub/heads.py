@@ -119,7 +119,7 @@ def masks_as_arrays(model: Any) -> Iterator[None]:
     """Attention becomes one node, where the model lets it; where not, it is traced as it is written."""
     before = model.config._attn_implementation
     with contextlib.suppress(ValueError, ImportError):
-        model.set_attn_implementation(attention_interface.MASKED)
+        model.set_attn_implementation(attention_interface.MASKED_ATTENTION)
     try:
         yield
     finally:

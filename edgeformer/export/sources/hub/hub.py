@@ -152,8 +152,10 @@ def language_model(model: Any, origin: str, files: Mapping[str, bytes] | None = 
         before = model.config._attn_implementation, model.config._experts_implementation
         with quiet(), contextlib.suppress(ValueError, ImportError):
             # Where the model lets it, attention becomes one node; where not, it is traced as it is written.
-            model.set_attn_implementation(attention_interface.PAST if past else attention_interface.NAME)
-        model.set_experts_implementation(expert_interface.NAME)
+            model.set_attn_implementation(
+                attention_interface.CACHED_ATTENTION if past else attention_interface.CAUSAL_ATTENTION
+            )
+        model.set_experts_implementation(expert_interface.EXPERTS)
         kinds = {module: module.rope_type for module in growing}
         for module in growing:
             module.rope_type = _frozen(module.rope_type)
