@@ -15,8 +15,7 @@ import onnx_ir.passes.common as common
 
 from edgeformer.errors import ExportError
 from edgeformer.export.passes.edit import nodes
-
-STATES = "encoder_hidden_states"
+from edgeformer.export.source import ENCODER_STATES
 
 
 def hoist(encoder: ir.Model, decoder: ir.Model, result: str) -> dict[str, str]:
@@ -29,7 +28,7 @@ def hoist(encoder: ir.Model, decoder: ir.Model, result: str) -> dict[str, str]:
     Raises:
         ExportError: the decoder reads the encoder's output in a way that cannot be moved.
     """
-    states = _named(decoder.graph.inputs, STATES)
+    states = _named(decoder.graph.inputs, ENCODER_STATES)
     output = _named(encoder.graph.outputs, result)
     movable = _movable(decoder, states)
     crossing = [
@@ -56,7 +55,7 @@ def hoist(encoder: ir.Model, decoder: ir.Model, result: str) -> dict[str, str]:
     common.RemoveUnusedNodesPass()(decoder)
     if states.uses():
         readers = ", ".join(sorted({use.node.op_type for use in states.uses()}))
-        raise ExportError(f"the decoder reads {STATES} by {readers}, which depends on decoded tokens too.")
+        raise ExportError(f"the decoder reads {ENCODER_STATES} by {readers}, which depends on decoded tokens too.")
     decoder.graph.inputs.remove(states)
     return wires
 
