@@ -47,12 +47,12 @@ def make_bundles() -> None:
         return
     from edgeformer.export import ExportOptions, export
     from edgeformer.export.__main__ import Drawn
-    from edgeformer.export.pipeline import float_graph
+    from edgeformer.export.graphs import trace_model
     from edgeformer.export.sources.load import load_source
 
     drawn = Drawn()
     drawn.stage("load and trace")
-    traced = float_graph(load_source(ExportOptions(str(gguf_path()), OUT)))
+    traced = trace_model(load_source(ExportOptions(str(gguf_path()), OUT)))
     for scheme in missing:
         drawn.stage(f"export {scheme}")
         export(ExportOptions(gguf_path().name, OUT / scheme, quantize=scheme, tokens=2 * SCORED), drawn, traced)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import textwrap
 from pathlib import Path
@@ -122,10 +123,10 @@ def test_float16_bundles_have_float16_caches(traced, tmp_path):
 
 def test_a_wrong_float_graph_writes_nothing(traced, tmp_path):
     shared = traced("qwen3")
-    model = shared.model.clone()
+    model = shared.models["model"].clone()
     attributes = next(node for node in model.graph if node.op_type == "Attention").attributes
     attributes["scale"] = ir.AttrFloat32("scale", attributes["scale"].value * 1.05)
-    wrong = type(shared)(shared.source, model, shared.layers, shared.transposed)
+    wrong = dataclasses.replace(shared, models={"model": model})
     with pytest.raises(ParityError, match=r"logits\[\d+, \d+, \d+\].*allowed 1e-04"):
         export(ExportOptions("x", tmp_path / "b", quantize="none"), traced=wrong)
     assert list(tmp_path.iterdir()) == []

@@ -15,8 +15,7 @@ import onnx_ir.passes.common as common
 
 from edgeformer.errors import ExportError
 from edgeformer.export.passes.edit import nodes
-
-STATES = "encoder_hidden_states"
+from edgeformer.export.source import ENCODER_STATES
 
 
 def hoist(encoder: ir.Model, decoder: ir.Model, result: str) -> dict[str, str]:
@@ -29,7 +28,7 @@ def hoist(encoder: ir.Model, decoder: ir.Model, result: str) -> dict[str, str]:
     Raises:
         ExportError: a node of the decoder reads the encoder's output together with decoded tokens.
     """
-    states = _named(decoder.graph.inputs, STATES)
+    states = _named(decoder.graph.inputs, ENCODER_STATES)
     output = _named(encoder.graph.outputs, result)
     movable = _movable(decoder, states)
     crossing = [
@@ -57,7 +56,7 @@ def hoist(encoder: ir.Model, decoder: ir.Model, result: str) -> dict[str, str]:
     if states.uses():
         readers = ", ".join(sorted({use.node.op_type for use in states.uses()}))
         raise ExportError(
-            f"the decoder reads {STATES} in {readers}, together with decoded tokens; expected "
+            f"the decoder reads {ENCODER_STATES} in {readers}, together with decoded tokens; expected "
             "nodes that depend on the encoder's output only, such as the projections of a cross-attention."
         )
     decoder.graph.inputs.remove(states)

@@ -8,7 +8,7 @@ from typing import Any
 from edgeformer.decoding.generation_config import GenerationConfig
 from edgeformer.decoding.generation_fields import notes
 from edgeformer.errors import BundleError, ExportError
-from edgeformer.export.source import Pair, Source
+from edgeformer.export.source import EncoderDecoderSource, Source
 
 
 def generation_settings(config: Any) -> dict[str, Any]:
@@ -25,15 +25,15 @@ def generation_settings(config: Any) -> dict[str, Any]:
     return settings
 
 
-def generation_notes(source: Source | Pair) -> tuple[str, ...]:
+def generation_notes(source: Source | EncoderDecoderSource) -> tuple[str, ...]:
     """The rules of the source's generation_config that a bundle does not follow, for its manifest.
 
     Raises:
         ExportError: a rule's value is out of its range.
     """
-    first = source.encoder if isinstance(source, Pair) else source
+    first = source.encoder if isinstance(source, EncoderDecoderSource) else source
     settings: Mapping[str, Any] = first.generation_config
-    if not settings or not (isinstance(source, Pair) or source.is_language_model):
+    if not settings or not (isinstance(source, EncoderDecoderSource) or source.is_language_model):
         return ()
     size = first.config.get("vocab_size")
     vocabulary = size if type(size) is int else None

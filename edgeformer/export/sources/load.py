@@ -9,7 +9,7 @@ from edgeformer.export.options import ExportOptions
 from edgeformer.export.progress import Progress, Silent
 from edgeformer.export.scratch import to_disk
 from edgeformer.export.sizes import parse_size
-from edgeformer.export.source import Pair, Source
+from edgeformer.export.source import EncoderDecoderSource, Source
 from edgeformer.export.sources.adapters.adapter import supplied_names, with_adapter
 from edgeformer.export.sources.adapters.adapter_folder import SETTINGS, read_adapter, read_settings
 from edgeformer.export.sources.completeness import require_finite
@@ -22,7 +22,7 @@ from edgeformer.export.sources.user.factory import checkpoint_source, factory_so
 from edgeformer.models.checkpoint import read_config
 
 
-def load_source(options: ExportOptions, progress: Progress | None = None) -> Source | Pair:
+def load_source(options: ExportOptions, progress: Progress | None = None) -> Source | EncoderDecoderSource:
     """The source that `options.source` names, with `options.adapter` merged into it; its weights are mapped files.
 
     Raises:
@@ -36,19 +36,23 @@ def load_source(options: ExportOptions, progress: Progress | None = None) -> Sou
     adapter = None if options.adapter is None else read_adapter(options.adapter)
     supplied = frozenset() if adapter is None else supplied_names(adapter)
     source = _base_source(options, LoadRules(options.allow_missing, room, supplied=supplied))
-    if getattr(source.encoder.module if isinstance(source, Pair) else source.module, "_hf_peft_config_loaded", False):
+    if getattr(
+        source.encoder.module if isinstance(source, EncoderDecoderSource) else source.module,
+        "_hf_peft_config_loaded",
+        False,
+    ):
         raise ExportError(
             f"{options.source} is a PEFT adapter: name its base model as the source, and it by --adapter."
         )
     if adapter is not None:
         source = with_adapter(source, adapter, Path(options.source))
-    module = (source.encoder if isinstance(source, Pair) else source).module
+    module = (source.encoder if isinstance(source, EncoderDecoderSource) else source).module
     require_finite(module, options.source)
     to_disk(module)
     return source
 
 
-def _base_source(options: ExportOptions, rules: LoadRules) -> Source | Pair:
+def _base_source(options: ExportOptions, rules: LoadRules) -> Source | EncoderDecoderSource:
     name, path = options.source, Path(options.source)
     if (path / SETTINGS).is_file():
         raise ExportError(_adapter_as_source(path))
@@ -113,7 +117,7 @@ def _adapter_as_source(path: Path) -> str:
     return f"{path} is a PEFT adapter: name its base model as the source: {base} --adapter {path}"
 
 
-def _folder_source(path: Path, options: ExportOptions, rules: LoadRules) -> Source | Pair:
+def _folder_source(path: Path, options: ExportOptions, rules: LoadRules) -> Source | EncoderDecoderSource:
     if "edgeformer_factory" in read_config(path):
         if rules.allow:
             raise ExportError(f"--allow-missing is for other sources; {path} is of edgeformer.train, which writes all.")

@@ -17,7 +17,7 @@ from typing import Any, overload
 
 from edgeformer.errors import ExportError, ParityError, first_line
 from edgeformer.export.quiet import quiet
-from edgeformer.export.source import TOKENIZER_FILES, Pair, Source
+from edgeformer.export.source import TOKENIZER_FILES, EncoderDecoderSource, Source
 from edgeformer.export.sources.files import Read, reader
 from edgeformer.processing.tokenizer import Tokenizer
 
@@ -53,10 +53,12 @@ def with_tokenizer(source: Source, name: str, read: Read, given: Path | None) ->
 
 
 @overload
-def with_tokenizer(source: Pair, name: str, read: Read, given: Path | None) -> Pair: ...
+def with_tokenizer(source: EncoderDecoderSource, name: str, read: Read, given: Path | None) -> EncoderDecoderSource: ...
 
 
-def with_tokenizer(source: Source | Pair, name: str, read: Read, given: Path | None) -> Source | Pair:
+def with_tokenizer(
+    source: Source | EncoderDecoderSource, name: str, read: Read, given: Path | None
+) -> Source | EncoderDecoderSource:
     """`source` with the files of its tokenizer, or of the one in the folder `given`.
 
     A model that takes no token ids goes without a tokenizer that cannot travel; a note says so.
@@ -67,17 +69,17 @@ def with_tokenizer(source: Source | Pair, name: str, read: Read, given: Path | N
     """
     if given == NONE:
         return source
-    first = source.encoder if isinstance(source, Pair) else source
+    first = source.encoder if isinstance(source, EncoderDecoderSource) else source
     try:
         files = tokenizer_files(name, read) if given is None else folder_files(given)
     except ExportError as error:
-        parts = (source.encoder, source.decoder) if isinstance(source, Pair) else (source,)
+        parts = (source.encoder, source.decoder) if isinstance(source, EncoderDecoderSource) else (source,)
         if given is not None or any(value.name == "input_ids" for part in parts for value in part.inputs):
             raise
         changed = dataclasses.replace(first, notes=(*first.notes, f"The bundle has no tokenizer: {error}"))
     else:
         changed = dataclasses.replace(first, files={**first.files, **files})
-    return dataclasses.replace(source, encoder=changed) if isinstance(source, Pair) else changed
+    return dataclasses.replace(source, encoder=changed) if isinstance(source, EncoderDecoderSource) else changed
 
 
 def folder_files(folder: Path) -> dict[str, bytes]:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from edgeformer.errors import ExportError
-from edgeformer.export.check.parity import F32
+from edgeformer.export.blocks import F32
 from edgeformer.export.inputs import axes
-from edgeformer.export.source import TOKENIZER_FILES, Pair, Source, run, vocabulary
+from edgeformer.export.source import TOKENIZER_FILES, EncoderDecoderSource, Source, run, vocabulary
 from edgeformer.export.sources.adapters.adapter_folder import SETTINGS, Adapter, peft_version
 from edgeformer.export.sources.adapters.adapter_merge import Merged, merge, plain_name
 from edgeformer.export.sources.generation import generation_settings
@@ -30,7 +30,7 @@ _SIZES = (2, 7)  # of the first named axis and the others, in what the merged an
 _KEPT = "The blocks of the GGUF file are not kept: the adapter changes its weights, so they are quantized anew."
 
 
-def with_adapter(source: Source | Pair, adapter: Adapter, base: Path) -> Source | Pair:
+def with_adapter(source: Source | EncoderDecoderSource, adapter: Adapter, base: Path) -> Source | EncoderDecoderSource:
     """The source of the folder `base` with the adapter merged into its module, and said in its origin.
 
     A tokenizer, chat template or generation_config.json in the adapter's folder replaces the base's.
@@ -40,8 +40,8 @@ def with_adapter(source: Source | Pair, adapter: Adapter, base: Path) -> Source 
     """
     folder = adapter.folder
     _require_same_processing(folder, base)
-    parts = (source.encoder, source.decoder) if isinstance(source, Pair) else (source,)
-    module: Any = source.encoder.module.model if isinstance(source, Pair) else source.module
+    parts = (source.encoder, source.decoder) if isinstance(source, EncoderDecoderSource) else (source,)
+    module: Any = source.encoder.module.model if isinstance(source, EncoderDecoderSource) else source.module
     before = _config(module)
     merged = merge(module, adapter, lambda: _outputs(parts))
     after, texts, generation = _config(module), _tokenizer(folder), _generation(folder)
@@ -61,7 +61,7 @@ def with_adapter(source: Source | Pair, adapter: Adapter, base: Path) -> Source 
     }
     _require_rows(texts, module, folder)
     made = [dataclasses.replace(part, **changes, inputs=_inputs(part, module)) for part in parts]
-    return Pair(*made) if isinstance(source, Pair) else made[0]
+    return EncoderDecoderSource(*made) if isinstance(source, EncoderDecoderSource) else made[0]
 
 
 def _outputs(parts: tuple[Source, ...]) -> dict[str, F32]:

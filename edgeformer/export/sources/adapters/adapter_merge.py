@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from edgeformer.errors import ExportError, ParityError
+from edgeformer.export.blocks import F32
 from edgeformer.export.check import parity
 from edgeformer.export.quiet import quiet
 from edgeformer.export.sources.adapters.adapter_folder import PREFIX, SETTINGS, Adapter
 
-Probe = Callable[[], Mapping[str, parity.F32]]  # the model's outputs for fixed inputs
+Probe = Callable[[], Mapping[str, F32]]  # the model's outputs for fixed inputs
 _NAME = "default"  # PEFT's own name for the only adapter
 _SHAPES = re.compile(r"size mismatch for (\S+): \D+(\[[\d, ]*\])\)\D+(\[[\d, ]*\])")  # of load_state_dict
 _WRAPS = (".base_layer", ".original_module", ".modules_to_save", ".token_adapter")

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from edgeformer.errors import ExportError, first_line
-from edgeformer.export.graphs.encoder_decoder import pair_source
 from edgeformer.export.inputs import Input
 from edgeformer.export.quiet import quiet
-from edgeformer.export.source import Pair, Source, vocabulary
+from edgeformer.export.source import EncoderDecoderSource, Source, vocabulary
 from edgeformer.export.sources.files import Read, reader
 from edgeformer.export.sources.generation import generation_settings
 from edgeformer.export.sources.hub import heads, processors
+from edgeformer.export.sources.hub.encoder_decoder_source import encoder_decoder_source
 from edgeformer.export.sources.hub.hub_weights import LoadRules, checked_headers, load_complete, model_folder
 from edgeformer.export.sources.sentence.sentence import sentence_folder, sentence_source
 from edgeformer.export.sources.texts import with_tokenizer
@@ -35,7 +35,7 @@ CACHE_ARGUMENTS = ("cache", "past_key_values")  # of transformers' forward: sinc
 
 def folder_source(
     path: Path, architecture: str | None = None, rules: LoadRules = _RULES, tokenizer: Path | None = None
-) -> Source | Pair:
+) -> Source | EncoderDecoderSource:
     """The model in a Hugging Face folder, with its tokenizer and preprocessing if it has them.
 
     `architecture` names a class of transformers to load instead of the one in config.json: one of two towers, say.
@@ -50,7 +50,7 @@ def folder_source(
 
 def hub_source(
     name: str, architecture: str | None = None, rules: LoadRules = _RULES, tokenizer: Path | None = None
-) -> Source | Pair:
+) -> Source | EncoderDecoderSource:
     """A model by its hub name.
 
     Raises:
@@ -61,7 +61,7 @@ def hub_source(
 
 def _any_model(
     name: str, origin: str, architecture: str | None, rules: LoadRules, tokenizer: Path | None
-) -> Source | Pair:
+) -> Source | EncoderDecoderSource:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     read = reader(name)
@@ -89,7 +89,7 @@ def _any_model(
     paired = model.config.is_encoder_decoder and folder is None and hasattr(model, "get_encoder")
     files = _processor_files(model, read, paired=paired)
     if paired:
-        pair = pair_source(model, origin, task, files)
+        pair = encoder_decoder_source(model, origin, task, files)
         pair = dataclasses.replace(pair, encoder=dataclasses.replace(pair.encoder, completeness=record))
         return with_tokenizer(pair, place, reader(place), tokenizer)
     source = dataclasses.replace(heads.encoder_source(model, origin, task, files), completeness=record)
