@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from edgeformer.export.sources.hub.heads import processing_of
-from edgeformer.export.sources.texts import ODD_TEXTS, TOKENIZER_FILES, tokenizer_files
+from edgeformer.export.sources.tokenizer_export import ODD_TEXTS, TOKENIZER_FILES, tokenizer_files
 from edgeformer.processing.tokenizer import Tokenizer as Runtime
 
 TRAINED = [*ODD_TEXTS, "the quick brown fox jumps over the lazy dog", string.printable] * 3

@@ -17,9 +17,14 @@ import torch
 
 from edgeformer.errors import ExportError
 
-INDEX = ".index.json"
+INDEX_SUFFIX = ".index.json"
 # In the order in which transformers takes them; a folder may have one kind only.
-NAMES = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}")
+WEIGHT_FILES = (
+    "model.safetensors",
+    f"model.safetensors{INDEX_SUFFIX}",
+    "pytorch_model.bin",
+    f"pytorch_model.bin{INDEX_SUFFIX}",
+)
 _MAX_INDEX = 64 << 20  # bytes: 100 a tensor, so more tensors than any model has
 _CONVERT = (
     "If you trust it, write its tensors once where it was made: torch.save(torch.load({name!r}, weights_only=False)"
@@ -29,7 +34,7 @@ _CONVERT = (
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor as the header of its file describes it."""
 
     shape: tuple[int, ...]
@@ -38,7 +43,7 @@ class Stored:
 
 
 def find_files(path: Path) -> list[Path]:
-    """The files that hold the tensors of the checkpoint at `path`: a file, an index, or a folder with one of `NAMES`.
+    """The files that hold the tensors of the checkpoint at `path`: a file, an index, or a folder with one of `WEIGHT_FILES`.
 
     Raises:
         ExportError: there is none, or there are several, or a shard that an index names is missing.
@@ -47,7 +52,7 @@ def find_files(path: Path) -> list[Path]:
         path = _in_folder(path)
     if not path.is_file():
         raise ExportError(f"there is no file {path}.")
-    if not path.name.endswith(INDEX):
+    if not path.name.endswith(INDEX_SUFFIX):
         return [path]
     shards = _shards(path)
     missing = sorted({file for file in shards.values() if not (path.parent / file).is_file()})
@@ -60,23 +65,23 @@ def find_files(path: Path) -> list[Path]:
     return [path.parent / file for file in sorted(set(shards.values()))]
 
 
-def read_headers(path: Path) -> dict[str, Stored]:
+def read_headers(path: Path) -> dict[str, StoredTensor]:
     """All tensors of the checkpoint at `path` by name, without reading their values.
 
     Raises:
         ExportError: a file is missing, damaged, or not of plain tensors; or an index does not say where they are.
     """
     files = find_files(path)
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for file in files:
         for name, stored in _headers(file):
             if name in found:
                 raise ExportError(f"{name} is in {found[name].file.name} and in {file.name}: one of them is too much.")
             found[name] = stored
-    index = path if path.name.endswith(INDEX) else None
+    index = path if path.name.endswith(INDEX_SUFFIX) else None
     if index is None and path.is_dir():
         inside = _in_folder(path)
-        index = inside if inside.name.endswith(INDEX) else None
+        index = inside if inside.name.endswith(INDEX_SUFFIX) else None
     if index is not None:
         shards = _shards(index)
         lost = [name for name, file in shards.items() if name not in found or found[name].file.name != file]
@@ -112,10 +117,10 @@ def is_safetensors(file: Path) -> bool:
 
 
 def _in_folder(folder: Path) -> Path:
-    found = [folder / name for name in NAMES if (folder / name).is_file()]
-    if found[:2] == [folder / name for name in NAMES[:2]]:
+    found = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+    if found[:2] == [folder / name for name in WEIGHT_FILES[:2]]:
         raise ExportError(
-            f"{folder} holds both {NAMES[0]} and {NAMES[1]}: which of them is the model? Move the other one away."
+            f"{folder} holds both {WEIGHT_FILES[0]} and {WEIGHT_FILES[1]}: which of them is the model? Move the other one away."
         )
     if found:
         return found[0]
@@ -125,11 +130,11 @@ def _in_folder(folder: Path) -> Path:
             f"torch.distributed.checkpoint.format_utils.dcp_to_torch_save({str(folder)!r}, 'weights.pt')."
         )
     named = [f for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt")]
-    indices = [f for f in sorted(folder.iterdir()) if f.name.endswith(INDEX)]
+    indices = [f for f in sorted(folder.iterdir()) if f.name.endswith(INDEX_SUFFIX)]
     if len(indices) == 1 or (len(named) == 1 and not indices):
         return (indices or named)[0]
     raise ExportError(
-        f"{folder} holds no {' or '.join(NAMES[:3:2])}"
+        f"{folder} holds no {' or '.join(WEIGHT_FILES[:3:2])}"
         + (f", but {', '.join(f.name for f in named[:4])}: name one of them." if named else ".")
     )
 
@@ -150,11 +155,11 @@ def _shards(index: Path) -> dict[str, str]:
     return shards
 
 
-def _headers(file: Path) -> Iterator[tuple[str, Stored]]:
+def _headers(file: Path) -> Iterator[tuple[str, StoredTensor]]:
     if not is_safetensors(file):
         for name, value in _torch_object(file).items():
             if isinstance(value, torch.Tensor):
-                yield str(name), Stored(tuple(value.shape), value.dtype, file)
+                yield str(name), StoredTensor(tuple(value.shape), value.dtype, file)
         return
     from safetensors import SafetensorError, safe_open
 
@@ -162,12 +167,12 @@ def _headers(file: Path) -> Iterator[tuple[str, Stored]]:
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (it is no dict)
                 part = opened.get_slice(name)
-                yield name, Stored(tuple(part.get_shape()), DTYPES.get(part.get_dtype()), file)
+                yield name, StoredTensor(tuple(part.get_shape()), _DTYPES.get(part.get_dtype()), file)
     except (SafetensorError, OSError) as error:
         raise ExportError(_damaged(file, error)) from error
 
 
-DTYPES: Mapping[str, torch.dtype] = {
+_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,

@@ -16,7 +16,7 @@ import torch
 
 from edgeformer.errors import ExportError
 
-WRAPPERS = {  # prefix of tensor names -> what puts it there
+WRAPPER_PREFIXES = {  # prefix of tensor names -> what puts it there
     "_fsdp_wrapped_module.": "FullyShardedDataParallel",
     "base_model.model.": "PEFT",
     "_orig_mod.": "torch.compile",
@@ -24,7 +24,7 @@ WRAPPERS = {  # prefix of tensor names -> what puts it there
     "model.": "Lightning, or an attribute named model",
 }
 # These words wrappers put inside of names too, where a part of the model was wrapped; no other module has them.
-INSIDE = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+INNER_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _SHOWN = 4  # names in a message
 _LAYER = re.compile(r"\.\d+\.")
 _QUANTIZED = re.compile(
@@ -149,11 +149,13 @@ def unwrap(names: Iterable[str], expected: Iterable[str]) -> tuple[dict[str, str
     found, wanted = list(names), set(expected)
     if len(found) != len(wanted):
         return None
-    for inner in (found, [INSIDE.sub("", name) for name in found]):
+    for inner in (found, [INNER_WRAPPERS.sub("", name) for name in found]):
         for prefix in common_prefixes(inner):
             stripped = [name.removeprefix(prefix) for name in inner]
             if set(stripped) == wanted:
-                inside = {part for name in found for part in INSIDE.findall(name)} if inner is not found else set()
+                inside = (
+                    {part for name in found for part in INNER_WRAPPERS.findall(name)} if inner is not found else set()
+                )
                 said = " and ".join(repr(part) for part in (prefix, *sorted(inside)) if part)
                 return dict(zip(found, stripped, strict=True)), f"{said} stripped from the names of the checkpoint"
     return None
@@ -163,7 +165,7 @@ def common_prefixes(names: Sequence[str]) -> list[str]:
     """What can be stripped of all names: nothing, then wrapper after wrapper ("module.", "module.model.")."""
     found, rest = [""], list(names)
     while rest:
-        steps = [*WRAPPERS, rest[0].partition(".")[0] + "."]
+        steps = [*WRAPPER_PREFIXES, rest[0].partition(".")[0] + "."]
         step = next((step for step in steps if all(name.startswith(step) for name in rest)), None)
         if step is None:
             break
@@ -188,10 +190,10 @@ def _reason(loaded: Loaded, missing: Sequence[str], unexpected: Sequence[str]) -
             "The names are those of quantized weights (GPTQ, AWQ, bitsandbytes, FP8): export the original model, or "
             "save a dequantized one."
         )
-    wrapper = next((w for w in WRAPPERS if all(name.startswith(w) for name in unexpected)), None)
+    wrapper = next((w for w in WRAPPER_PREFIXES if all(name.startswith(w) for name in unexpected)), None)
     if missing and unexpected and wrapper is not None and not all(name.startswith(wrapper) for name in missing):
         return (
-            f"The names have a trainer's prefix, {wrapper!r} ({WRAPPERS[wrapper]}), and do not fit without it either: "
+            f"The names have a trainer's prefix, {wrapper!r} ({WRAPPER_PREFIXES[wrapper]}), and do not fit without it either: "
             "save the state_dict() of the module inside."
         )
     tops = {name.partition(".")[0] for name in stored}

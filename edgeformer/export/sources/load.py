@@ -11,9 +11,9 @@ from edgeformer.export.scratch import to_disk
 from edgeformer.export.sizes import parse_size
 from edgeformer.export.source import EncoderDecoderSource, Source
 from edgeformer.export.sources.adapters.adapter import supplied_names, with_adapter
-from edgeformer.export.sources.adapters.adapter_folder import SETTINGS, read_adapter, read_settings
+from edgeformer.export.sources.adapters.adapter_folder import ADAPTER_CONFIG, read_adapter, read_adapter_config
 from edgeformer.export.sources.completeness import require_finite
-from edgeformer.export.sources.gguf.load import gguf_source
+from edgeformer.export.sources.gguf.gguf_source import gguf_source
 from edgeformer.export.sources.gguf.shards import open_gguf
 from edgeformer.export.sources.hub.hub import folder_source, hub_source
 from edgeformer.export.sources.hub.hub_weights import LoadRules
@@ -54,7 +54,7 @@ def load_source(options: ExportOptions, progress: Progress | None = None) -> Sou
 
 def _base_source(options: ExportOptions, rules: LoadRules) -> Source | EncoderDecoderSource:
     name, path = options.source, Path(options.source)
-    if (path / SETTINGS).is_file():
+    if (path / ADAPTER_CONFIG).is_file():
         raise ExportError(_adapter_as_source(path))
     given = [flag for flag, value in (("--weights", options.weights), ("--input", options.input)) if value]
     if given and (":" not in name or path.exists()):
@@ -109,11 +109,11 @@ def _whole_gguf(path: Path) -> Path:
 def _adapter_as_source(path: Path) -> str:
     if (path / "config.json").is_file():
         return (
-            f"{path} holds a model and a PEFT adapter ({SETTINGS}), and transformers would load the adapter's base "
+            f"{path} holds a model and a PEFT adapter ({ADAPTER_CONFIG}), and transformers would load the adapter's base "
             "instead of that model. Move the adapter's files to a folder of their own: name it by --adapter to merge "
             "it, or leave it away if the model is merged already."
         )
-    base = read_settings(path).get("base_model_name_or_path") or "BASE"
+    base = read_adapter_config(path).get("base_model_name_or_path") or "BASE"
     return f"{path} is a PEFT adapter: name its base model as the source: {base} --adapter {path}"
 
 

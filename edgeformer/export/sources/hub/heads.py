@@ -18,7 +18,7 @@ import torch
 from edgeformer.errors import ExportError, InputError
 from edgeformer.export.inputs import Input
 from edgeformer.export.source import Source
-from edgeformer.export.sources.files import Read
+from edgeformer.export.sources.model_files import ReadFile
 from edgeformer.export.sources.sentence.sentence import MODULES, text_length
 from edgeformer.export.sources.sentence.sentence_settings import MODEL_FILE, pair_activation
 from edgeformer.export.trace import attention_interface
@@ -31,7 +31,7 @@ _WAVE_UNIT = 400  # samples: convolutions over raw sound eat up less than this f
 
 
 @dataclass(frozen=True)
-class Task:
+class HubTask:
     """A task of Hugging Face: its word, the class that loads its models, and the table of their names."""
 
     name: str
@@ -40,25 +40,25 @@ class Task:
 
 
 # The first table that holds an architecture decides: some stand in several.
-TASKS = (
-    Task("text-generation", "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM"),
-    Task("text2text-generation", "AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM"),
-    Task("automatic-speech-recognition", "AutoModelForSpeechSeq2Seq", "MODEL_FOR_SPEECH_SEQ_2_SEQ"),
-    Task("automatic-speech-recognition", "AutoModelForCTC", "MODEL_FOR_CTC"),
-    Task("text-classification", "AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION"),
-    Task("token-classification", "AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION"),
-    Task("image-classification", "AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION"),
-    Task("audio-classification", "AutoModelForAudioClassification", "MODEL_FOR_AUDIO_CLASSIFICATION"),
-    Task("fill-mask", "AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM"),
-    Task("feature-extraction", "AutoModel", "MODEL"),
+HUB_TASKS = (
+    HubTask("text-generation", "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM"),
+    HubTask("text2text-generation", "AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM"),
+    HubTask("automatic-speech-recognition", "AutoModelForSpeechSeq2Seq", "MODEL_FOR_SPEECH_SEQ_2_SEQ"),
+    HubTask("automatic-speech-recognition", "AutoModelForCTC", "MODEL_FOR_CTC"),
+    HubTask("text-classification", "AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION"),
+    HubTask("token-classification", "AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION"),
+    HubTask("image-classification", "AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION"),
+    HubTask("audio-classification", "AutoModelForAudioClassification", "MODEL_FOR_AUDIO_CLASSIFICATION"),
+    HubTask("fill-mask", "AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM"),
+    HubTask("feature-extraction", "AutoModel", "MODEL"),
 )
 
 
-def task_of(architecture: str) -> Task | None:
+def task_of(architecture: str) -> HubTask | None:
     """The task of a transformers class by its name; None where no table names it."""
     from transformers.models.auto import modeling_auto
 
-    for task in TASKS:
+    for task in HUB_TASKS:
         for names in getattr(modeling_auto, f"{task.table}_MAPPING_NAMES").values():
             if architecture == names or (not isinstance(names, str) and architecture in names):
                 return task
@@ -218,7 +218,7 @@ def _outputs(model: Any, inputs: tuple[Input, ...]) -> tuple[str, ...]:
     return found
 
 
-def processing_of(source: Source, read: Read, *, modules: bool = True) -> dict[str, Any]:
+def processing_of(source: Source, read: ReadFile, *, modules: bool = True) -> dict[str, Any]:
     """{processing, notes} of a folder without a list of modules: what an app does before and after the graph.
 
     `modules=False` says that the user left them out; the notes then say so too.

@@ -16,13 +16,13 @@ from edgeformer.errors import ExportError, first_line
 from edgeformer.export.inputs import Input
 from edgeformer.export.quiet import quiet
 from edgeformer.export.source import EncoderDecoderSource, Source, vocabulary
-from edgeformer.export.sources.files import Read, reader
 from edgeformer.export.sources.generation import generation_settings
 from edgeformer.export.sources.hub import heads, processors
 from edgeformer.export.sources.hub.encoder_decoder_source import encoder_decoder_source
 from edgeformer.export.sources.hub.hub_weights import LoadRules, checked_headers, load_complete, model_folder
+from edgeformer.export.sources.model_files import ReadFile, file_reader
 from edgeformer.export.sources.sentence.sentence import sentence_folder, sentence_source
-from edgeformer.export.sources.texts import with_tokenizer
+from edgeformer.export.sources.tokenizer_export import with_tokenizer
 from edgeformer.export.trace import attention_interface, expert_interface
 
 _FROZEN_ROPE = (
@@ -39,7 +39,7 @@ def folder_source(
     """The model in a Hugging Face folder, with its tokenizer and preprocessing if it has them.
 
     `architecture` names a class of transformers to load instead of the one in config.json: one of two towers, say.
-    `tokenizer` is the folder of another tokenizer, or `texts.NONE`.
+    `tokenizer` is the folder of another tokenizer, or `texts.NO_TOKENIZER`.
 
     Raises:
         ExportError: transformers cannot load it, a weight is missing or unused, or it is of a kind that cannot be
@@ -64,7 +64,7 @@ def _any_model(
 ) -> Source | EncoderDecoderSource:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    read = reader(name)
+    read = file_reader(name)
     # A class that the user names is exported alone, without what the folder adds to it.
     folder = sentence_folder(read) if architecture is None else None
     place = _subfolder(name, folder.subfolder) if folder is not None else name
@@ -85,15 +85,15 @@ def _any_model(
         model = model.get_encoder()
     if task == "text-generation":
         source = dataclasses.replace(language_model(model, origin), completeness=record)
-        return with_tokenizer(source, place, reader(place), tokenizer)
+        return with_tokenizer(source, place, file_reader(place), tokenizer)
     paired = model.config.is_encoder_decoder and folder is None and hasattr(model, "get_encoder")
     files = _processor_files(model, read, paired=paired)
     if paired:
         pair = encoder_decoder_source(model, origin, task, files)
         pair = dataclasses.replace(pair, encoder=dataclasses.replace(pair.encoder, completeness=record))
-        return with_tokenizer(pair, place, reader(place), tokenizer)
+        return with_tokenizer(pair, place, file_reader(place), tokenizer)
     source = dataclasses.replace(heads.encoder_source(model, origin, task, files), completeness=record)
-    source = with_tokenizer(source, place, reader(place), tokenizer)
+    source = with_tokenizer(source, place, file_reader(place), tokenizer)
     if folder is not None:
         return sentence_source(source, folder, read)
     return dataclasses.replace(source, **heads.processing_of(source, read, modules=architecture is None))
@@ -104,7 +104,7 @@ def _subfolder(name: str, subfolder: str) -> str:
     return str(model_folder(name, subfolder)) if subfolder else name
 
 
-def _processor_files(model: Any, read: Read, *, paired: bool) -> dict[str, bytes]:
+def _processor_files(model: Any, read: ReadFile, *, paired: bool) -> dict[str, bytes]:
     """preprocessor_config.json for what the model takes; a model of text needs none."""
     main = model.main_input_name
     if main == "pixel_values" and not paired:

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from edgeformer.errors import ExportError
-from edgeformer.export.sources.checkpoint_files import INDEX, NAMES, Stored, read_headers
-from edgeformer.export.sources.completeness import INSIDE, Loaded, Mismatch, common_prefixes, require_complete
+from edgeformer.export.sources.checkpoint_files import INDEX_SUFFIX, WEIGHT_FILES, StoredTensor, read_headers
+from edgeformer.export.sources.completeness import INNER_WRAPPERS, Loaded, Mismatch, common_prefixes, require_complete
 from edgeformer.export.sources.memory_bounds import construction, require_plausible
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -44,7 +44,7 @@ class LoadRules:
     supplied: frozenset[str] = frozenset()
 
 
-def checked_headers(name: str) -> dict[str, Stored]:
+def checked_headers(name: str) -> dict[str, StoredTensor]:
     """The tensors of a model folder, or of a model on the hub, after its config was found to be plausible for them.
 
     Raises:
@@ -76,7 +76,7 @@ def checked_headers(name: str) -> dict[str, Stored]:
 
 
 def load_complete(
-    loader: Any, name: str, headers: Mapping[str, Stored], rules: LoadRules
+    loader: Any, name: str, headers: Mapping[str, StoredTensor], rules: LoadRules
 ) -> tuple[Any, dict[str, Any]]:
     """(model in float32 with all its weights, what edgeformer.json says of the load).
 
@@ -110,7 +110,7 @@ def load_complete(
 
 
 def _dry_run(
-    loader: Any, name: str, headers: Mapping[str, Stored], rules: LoadRules
+    loader: Any, name: str, headers: Mapping[str, StoredTensor], rules: LoadRules
 ) -> tuple[Loaded | None, dict[str, str], list[str]]:
     """(report, key mapping that makes names fit, [class, notes]) of a load without values.
 
@@ -163,24 +163,24 @@ def _class_of(loader: Any, name: str) -> tuple[Any, Any]:
     return cls, config.get_text_config() if text is not None and cls.config_class == text else config
 
 
-def _extra(config: Any, name: str) -> dict[str, Stored]:
+def _extra(config: Any, name: str) -> dict[str, StoredTensor]:
     """The tensors of the files beside the checkpoint that the config's class names, a head of its own say."""
     from transformers.utils.hub import cached_file
 
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for file in getattr(type(config), "extra_files", ()):
         path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
         found |= read_headers(Path(path)) if path else {}
     return found
 
 
-def _renamings(headers: Mapping[str, Stored]) -> Iterator[tuple[dict[str, str], str]]:
+def _renamings(headers: Mapping[str, StoredTensor]) -> Iterator[tuple[dict[str, str], str]]:
     """(key mapping, words) to try, the names as they are first."""
     yield {}, ""
     names = list(headers)
-    inside = {part for name in names for part in INSIDE.findall(name)}
-    inner = [INSIDE.sub("", name) for name in names]
-    base = {INSIDE.pattern: ""} if inside else {}
+    inside = {part for name in names for part in INNER_WRAPPERS.findall(name)}
+    inner = [INNER_WRAPPERS.sub("", name) for name in names]
+    base = {INNER_WRAPPERS.pattern: ""} if inside else {}
     for prefix in common_prefixes(inner):
         if prefix or inside:
             said = " and ".join(repr(part) for part in (prefix, *sorted(inside)) if part)
@@ -189,7 +189,7 @@ def _renamings(headers: Mapping[str, Stored]) -> Iterator[tuple[dict[str, str], 
 
 
 def _report(
-    model: Any, info: Mapping[str, Any], headers: Mapping[str, Stored], notes: Sequence[str], rules: LoadRules
+    model: Any, info: Mapping[str, Any], headers: Mapping[str, StoredTensor], notes: Sequence[str], rules: LoadRules
 ) -> tuple[Loaded, dict[str, Any]]:
     """(the library's loading report, names that it may leave out by `rules`, for edgeformer.json)."""
     state = model.state_dict()
@@ -235,7 +235,7 @@ def _allowed(report: Loaded, allow: Sequence[str]) -> bool:
     return False
 
 
-def _require_float(headers: Mapping[str, Stored], model: Any, name: str) -> None:
+def _require_float(headers: Mapping[str, StoredTensor], model: Any, name: str) -> None:
     """Integers and eight-bit floats belong to buffers that are integers; as weights they lack their scales."""
     whole = {key for key, value in model.named_buffers() if not value.is_floating_point()}
     ends = (".position_ids", ".num_batches_tracked", *(f".{key.rpartition('.')[2]}" for key in whole))
@@ -252,11 +252,11 @@ def _require_float(headers: Mapping[str, Stored], model: Any, name: str) -> None
 
 
 def _weights(folder: Path) -> Path:
-    if not any((folder / name).is_file() for name in NAMES):
+    if not any((folder / name).is_file() for name in WEIGHT_FILES):
         others = [f.name for f in sorted(folder.iterdir()) if f.suffix in (".pt", ".pth", ".ckpt", ".bin")]
         found = f"; it has {', '.join(others[:4])}" if others else ""
         raise ExportError(
-            f"{folder} holds no {' or '.join(NAMES)}{found}. Save the model with model.save_pretrained(folder), which "
+            f"{folder} holds no {' or '.join(WEIGHT_FILES)}{found}. Save the model with model.save_pretrained(folder), which "
             "writes the names that transformers reads."
         )
     return folder
@@ -264,7 +264,9 @@ def _weights(folder: Path) -> Path:
 
 def _inside(folder: Path, file: Any) -> Path:
     path = folder / str(file)
-    if path.resolve().parent != folder.resolve() or not path.name.endswith((".safetensors", f".safetensors{INDEX}")):
+    if path.resolve().parent != folder.resolve() or not path.name.endswith(
+        (".safetensors", f".safetensors{INDEX_SUFFIX}")
+    ):
         raise ExportError(
             f"transformers_weights in {folder / 'config.json'} is {file!r}, expected a .safetensors file beside it."
         )
@@ -288,10 +290,10 @@ def model_folder(name: str, subfolder: str = "") -> Path:
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
     config = cached_file(name, "config.json", subfolder=subfolder)
-    for file in NAMES:
+    for file in WEIGHT_FILES:
         found = cached_file(name, file, subfolder=subfolder, _raise_exceptions_for_missing_entries=False)
         if found is not None:
-            if file.endswith(INDEX):
+            if file.endswith(INDEX_SUFFIX):
                 get_checkpoint_shard_files(name, found, subfolder=subfolder)  # type: ignore[no-untyped-call]
             break
     return Path(str(config)).parent

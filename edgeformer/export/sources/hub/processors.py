@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from edgeformer.bundle.signature import Array
 from edgeformer.errors import ExportError, InputError, first_line
 from edgeformer.export.quiet import quiet
-from edgeformer.export.sources.files import Read
+from edgeformer.export.sources.model_files import ReadFile
 from edgeformer.processing.audio import LogMel
 from edgeformer.processing.image import FILE, SWITCHES, Steps
 from edgeformer.processing.image_file import read as read_image
 
-Array = np.ndarray[Any, Any]
 NESTED = "processor_config.json"
 _BILINEAR = 2  # what transformers takes where no filter is named
 _AS_IT_IS = (
@@ -33,7 +33,7 @@ _AS_IT_IS = (
 )
 
 
-def image_settings(read: Read, channels: int) -> dict[str, bytes]:
+def image_settings(read: ReadFile, channels: int) -> dict[str, bytes]:
     """{preprocessor_config.json: every setting of the folder's image processor}; empty where it has none.
 
     Raises:
@@ -53,7 +53,7 @@ def image_settings(read: Read, channels: int) -> dict[str, bytes]:
     return {FILE: _json(settings)}
 
 
-def sound_settings(read: Read) -> dict[str, bytes]:
+def sound_settings(read: ReadFile) -> dict[str, bytes]:
     """{preprocessor_config.json: every setting of the folder's feature extractor}; empty where it has none.
 
     Raises:
@@ -63,7 +63,7 @@ def sound_settings(read: Read) -> dict[str, bytes]:
         return {} if folder is None else {FILE: _json(_sound_settings(_loaded("AutoFeatureExtractor", folder)))}
 
 
-def log_mel_settings(read: Read, shape: Sequence[int | str]) -> dict[str, bytes]:
+def log_mel_settings(read: ReadFile, shape: Sequence[int | str]) -> dict[str, bytes]:
     """`sound_settings` of a model that the runtime gives sound to, as log-mel features [bins, frames] of `shape`.
 
     Raises:
@@ -86,7 +86,7 @@ def log_mel_settings(read: Read, shape: Sequence[int | str]) -> dict[str, bytes]
 
 
 @contextlib.contextmanager
-def _folder(read: Read, part: str) -> Iterator[Path | None]:
+def _folder(read: ReadFile, part: str) -> Iterator[Path | None]:
     """A folder with what says how the model's inputs are made; None where nothing does."""
     plain, nested = read(FILE), read(NESTED)
     if plain is None and (nested is None or part not in json.loads(nested)):

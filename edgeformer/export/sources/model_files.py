@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-Read = Callable[[str], bytes | None]  # a file of one model by its name; None where there is none
+ReadFile = Callable[[str], bytes | None]  # a file of one model by its name; None where there is none
 
 
-def reader(name: str) -> Read:
+def file_reader(name: str) -> ReadFile:
     """What reads the files of the model `name`: a folder, or a name on the hub."""
 
     def read(file: str) -> bytes | None:

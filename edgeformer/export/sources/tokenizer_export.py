@@ -18,7 +18,7 @@ from typing import Any, overload
 from edgeformer.errors import ExportError, ParityError, first_line
 from edgeformer.export.quiet import quiet
 from edgeformer.export.source import TOKENIZER_FILES, EncoderDecoderSource, Source
-from edgeformer.export.sources.files import Read, reader
+from edgeformer.export.sources.model_files import ReadFile, file_reader
 from edgeformer.processing.tokenizer import Tokenizer
 
 # Files that say that a model has a tokenizer. Without any of them, transformers still makes an empty one for many
@@ -28,7 +28,7 @@ VOCABULARIES = (
     *("spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "spm.model", "bpe.model", "bpe.codes"),
     *("source.spm", "target.spm", "tekken.json", "tiktoken.model", "vocab.bpe", "dict.txt", "entity_vocab.json"),
 )
-NONE = Path("none")  # of --tokenizer: the bundle takes token ids
+NO_TOKENIZER = Path("none")  # of --tokenizer: the bundle takes token ids
 _INSTEAD = "Give another with --tokenizer FOLDER, or --tokenizer none for a bundle that takes token ids."
 
 ODD_TEXTS = (
@@ -49,15 +49,17 @@ _CHATS: tuple[list[dict[str, str]], ...] = (
 
 
 @overload
-def with_tokenizer(source: Source, name: str, read: Read, given: Path | None) -> Source: ...
+def with_tokenizer(source: Source, name: str, read: ReadFile, given: Path | None) -> Source: ...
 
 
 @overload
-def with_tokenizer(source: EncoderDecoderSource, name: str, read: Read, given: Path | None) -> EncoderDecoderSource: ...
+def with_tokenizer(
+    source: EncoderDecoderSource, name: str, read: ReadFile, given: Path | None
+) -> EncoderDecoderSource: ...
 
 
 def with_tokenizer(
-    source: Source | EncoderDecoderSource, name: str, read: Read, given: Path | None
+    source: Source | EncoderDecoderSource, name: str, read: ReadFile, given: Path | None
 ) -> Source | EncoderDecoderSource:
     """`source` with the files of its tokenizer, or of the one in the folder `given`.
 
@@ -67,7 +69,7 @@ def with_tokenizer(
         ExportError: the model takes token ids, and its tokenizer cannot travel; the message says why.
         ParityError: the tokenizer that was written gives other ids than transformers' own.
     """
-    if given == NONE:
+    if given == NO_TOKENIZER:
         return source
     first = source.encoder if isinstance(source, EncoderDecoderSource) else source
     try:
@@ -88,7 +90,7 @@ def folder_files(folder: Path) -> dict[str, bytes]:
     Raises:
         ExportError: there is none, or it cannot travel.
     """
-    files = tokenizer_files(str(folder), reader(str(folder)))
+    files = tokenizer_files(str(folder), file_reader(str(folder)))
     if not files:
         raise ExportError(
             f"the tokenizer {folder} is no tokenizer.json of Hugging Face's tokenizers, and no folder with one; "
@@ -97,7 +99,7 @@ def folder_files(folder: Path) -> dict[str, bytes]:
     return files
 
 
-def tokenizer_files(name: str, read: Read) -> dict[str, bytes]:
+def tokenizer_files(name: str, read: ReadFile) -> dict[str, bytes]:
     """The files of a model's tokenizer, each proven; empty where the model has none.
 
     Raises:
@@ -122,11 +124,11 @@ def tokenizer_files(name: str, read: Read) -> dict[str, bytes]:
                 f"what a bundle carries. {_INSTEAD}"
             )
         files = _saved(tokenizer, read)
-        check(tokenizer, files, f"{kind} of {name}")
+        check_tokenizer(tokenizer, files, f"{kind} of {name}")
     return files
 
 
-def _load(name: str, read: Read) -> Any:
+def _load(name: str, read: ReadFile) -> Any:
     import transformers
 
     settings = json.loads(read("tokenizer_config.json") or b"{}")
@@ -135,7 +137,7 @@ def _load(name: str, read: Read) -> Any:
     return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
-def _saved(tokenizer: Any, read: Read) -> dict[str, bytes]:
+def _saved(tokenizer: Any, read: ReadFile) -> dict[str, bytes]:
     """What `save_pretrained` writes. A bundle is a flat folder: several templates go into tokenizer_config.json."""
     legacy = read("chat_template.json")  # of processors; transformers' own tokenizers never write it
     if tokenizer.chat_template is None and legacy is not None:
@@ -164,7 +166,7 @@ def compact_tokenizer(data: bytes) -> bytes:
 # --------------------------------------------------------------------------------------------------------------- proof
 
 
-def check(tokenizer: Any, files: Mapping[str, bytes], what: str, texts: Sequence[str] = ODD_TEXTS) -> None:
+def check_tokenizer(tokenizer: Any, files: Mapping[str, bytes], what: str, texts: Sequence[str] = ODD_TEXTS) -> None:
     """Compares the runtime's tokenizer, read from `files`, with transformers' `tokenizer`.
 
     Raises:
@@ -185,10 +187,10 @@ def check(tokenizer: Any, files: Mapping[str, bytes], what: str, texts: Sequence
             )
 
 
-Case = tuple[str, Callable[[], Any], Callable[[], Any]]  # what it is, transformers' result, the runtime's
+_Case = tuple[str, Callable[[], Any], Callable[[], Any]]  # what it is, transformers' result, the runtime's
 
 
-def _texts(tokenizer: Any, runtime: Tokenizer, texts: Sequence[str]) -> Iterator[Case]:
+def _texts(tokenizer: Any, runtime: Tokenizer, texts: Sequence[str]) -> Iterator[_Case]:
     def theirs(*text: str | list[str], name: str = "input_ids", **more: Any) -> Callable[[], Any]:
         return lambda: tokenizer(*text, **more)[name]
 
@@ -223,7 +225,7 @@ def _field(runtime: Tokenizer, text: str | tuple[str, str], name: str, length: i
     return getattr(runtime.encode_for_encoder(text, length), name)
 
 
-def _chats(tokenizer: Any, runtime: Tokenizer) -> Iterator[Case]:
+def _chats(tokenizer: Any, runtime: Tokenizer) -> Iterator[_Case]:
     templates = tokenizer.chat_template
     names = list(templates) if isinstance(templates, dict) else [None] if templates else []
     for name in names:
