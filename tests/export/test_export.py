@@ -289,7 +289,7 @@ def test_a_compact_tokenizer_is_the_same_tokenizer(bytewise):
     [
         ("no/such/folder/x.gguf", "does not exist"),
         (".", "config.json"),
-        ("someone/not-a-model-anyone-has", "hub could not give it"),
+        ("someone/not-a-model-anyone-has", "hub did not return it"),
         ("no.such.module:factory", "No module named"),
     ],
 )

@@ -82,7 +82,7 @@ def test_a_model_of_the_hub_is_checked_as_a_folder_is(tmp_path):
     whole, sharded, headless, nothing = done.stdout.splitlines()
     assert (whole, sharded) == ("tiny/whole 21", "tiny/sharded 21")
     assert "1 tensor of LlamaForCausalLM is not in it" in headless
-    assert "the hub could not give it" in nothing
+    assert "the hub did not return it" in nothing
 
 
 class Versioned(torch.nn.Linear):
