@@ -149,7 +149,7 @@ def _divide(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale == 0, torch.zeros_like(x), x / torch.where(scale == 0, 1, scale))
 
 
-def _q8(w: torch.Tensor, importance: torch.Tensor, ranges: Sequence[float]) -> Iterator[Grid]:
+def _q8(w: torch.Tensor, importance: torch.Tensor, ranges: Sequence[float]) -> Iterator[Grid]:  # noqa: ARG001
     yield _half(w.abs().amax(-1, keepdim=True) / MAX_Q8), None
 
 

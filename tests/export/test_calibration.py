@@ -18,8 +18,8 @@ from edgeformer.bundle.bundle import Bundle
 from edgeformer.errors import ExportError
 from edgeformer.export import ExportOptions, blocks, export, read_recipe
 from edgeformer.export.check import accuracy
+from edgeformer.export.graphs import trace_model
 from edgeformer.export.passes.linear import linears
-from edgeformer.export.pipeline import float_graph
 from edgeformer.export.progress import Silent
 from edgeformer.export.quantize import calibrate, gptq
 from edgeformer.export.sources.hub.hub import language_model
@@ -160,16 +160,16 @@ def graph(traced, tmp_path_factory):
 
     def get(name):
         path = tmp_path_factory.mktemp(name) / "model.onnx"
-        save_graph(traced(name).model.clone(), path)
+        save_graph(traced(name).models["model"].clone(), path)
         return traced(name), path
 
     return get
 
 
-@pytest.mark.parametrize("held", [1 << 30, 4 * 64 * 64], ids=["one group", "a group for each"])
+@pytest.mark.parametrize("memory", [1 << 30, 4 * 64 * 64], ids=["one group", "a group for each"])
 @pytest.mark.parametrize("name", ["qwen3", "gpt_neox"])
-def test_hessians_are_those_of_pytorchs_own_inputs(name, held, graph, monkeypatch):
-    monkeypatch.setattr(calibrate, "_HELD", held)
+def test_hessians_are_those_of_pytorchs_own_inputs(name, memory, graph, monkeypatch):
+    monkeypatch.setattr(calibrate, "_MEMORY", memory)
     shared, path = graph(name)
     ids = np.random.default_rng(3).integers(0, 120, (3, 20))
     seen: dict[str, torch.Tensor] = {}
@@ -183,12 +183,12 @@ def test_hessians_are_those_of_pytorchs_own_inputs(name, held, graph, monkeypatc
         module(torch.from_numpy(ids))
     for hook in hooks:
         hook.remove()
-    layers = {layer.weight.name: layer for layer in linears(shared.model)}
+    layers = {layer.weight.name: layer for layer in linears(shared.models["model"])}
     assert layers.keys() == seen.keys()
     sizes = {(layer.x.name,): layer.weight.shape[1] for layer in layers.values()}
     text = calibrate.Calibration(path, ids, "test")
     groups = list(calibrate.hessians(text, sizes, Silent()))
-    assert len(groups) == (1 if held == 1 << 30 else len(sizes))
+    assert len(groups) == (1 if memory == 1 << 30 else len(sizes))
     found = {key: value for group in groups for key, value in group.items()}
     for weight, layer in layers.items():
         x = seen[weight].flatten(0, -2).double()
@@ -275,7 +275,7 @@ def test_a_tied_heads_own_copy_is_calibrated_and_its_table_is_not(tmp_path):
     config = transformers.AutoConfig.for_model(
         "qwen3", **architectures.CONFIGS["qwen3"] | {"tie_word_embeddings": True}
     )
-    shared = float_graph(language_model(transformers.AutoModelForCausalLM.from_config(config).eval(), "tied"))
+    shared = trace_model(language_model(transformers.AutoModelForCausalLM.from_config(config).eval(), "tied"))
     found = {}
     for name in ("none", "samples"):
         options = ExportOptions("x", tmp_path / name, quantize="q8", head="q4", calibration=name, tokens=0)

@@ -25,8 +25,8 @@ from edgeformer.bundle.context import NAMES, context_length
 from edgeformer.engines.native.engine import NativeEngine
 from edgeformer.errors import ExportError
 from edgeformer.export import ExportOptions, export
+from edgeformer.export.graphs import trace_model
 from edgeformer.export.passes.linear import linears
-from edgeformer.export.pipeline import float_graph
 from edgeformer.export.progress import Silent
 from edgeformer.export.quantize import calibrate
 from edgeformer.export.source import Source
@@ -43,7 +43,7 @@ def traced():
 
     def get(name):
         if name not in made:
-            made[name] = float_graph(language_model(tiny(name), name))
+            made[name] = trace_model(language_model(tiny(name), name))
         return made[name]
 
     return get
@@ -69,8 +69,8 @@ def test_the_default_export_ends_and_runs(name, traced, tmp_path):
 def test_a_layer_that_reads_the_cache_itself_has_its_own_inputs(traced, tmp_path):
     """A latent's up-projection: its input is a cache's output, and PyTorch's hooks say what it should have been."""
     shared, path = traced("minicpm3"), tmp_path / "model.onnx"
-    save_graph(shared.model.clone(), path)
-    layers = {layer.weight.name: layer for layer in linears(shared.model)}
+    save_graph(shared.models["model"].clone(), path)
+    layers = {layer.weight.name: layer for layer in linears(shared.models["model"])}
     reading = {name: layer for name, layer in layers.items() if str(layer.x.name).startswith("present.")}
     assert len(reading) == 2, "one up-projection a layer reads the cache; if none does, this test is about nothing"
     seen = {}
@@ -112,7 +112,7 @@ def test_every_name_of_a_context_is_known_in_all_places(field, copy_of, reseal, 
 def test_calibration_behind_the_end_of_the_positions_says_so(traced, tmp_path, monkeypatch):
     """A table of 256 positions that ends before the context that the config names, and is not seen to be one."""
     monkeypatch.setattr(calibrate, "LENGTH", 300)
-    monkeypatch.setattr("edgeformer.export.positions.learned_positions", lambda source: None)
+    monkeypatch.setattr("edgeformer.export.source.learned_positions", lambda *given: None)
     shared = traced("whisper")
     wrong = dataclasses.replace(shared.source, config={**shared.source.config, "max_target_positions": 4096})
     with pytest.raises(ExportError, match=r"does not run on calibration text of 257 tokens .*--calibration none"):

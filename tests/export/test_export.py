@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import textwrap
 from pathlib import Path
@@ -24,7 +25,7 @@ from edgeformer.errors import BundleError, ExportError, ParityError
 from edgeformer.export import ExportOptions, export, read_recipe
 from edgeformer.export.check import parity
 from edgeformer.export.sources.load import load_source
-from edgeformer.export.sources.texts import compact_tokenizer
+from edgeformer.export.sources.tokenizer_export import compact_tokenizer
 
 PROMPTS = ([1, 17, 33, 90, 5], [1, 4], [1, 110, 3, 3, 3, 64, 12])
 
@@ -122,10 +123,10 @@ def test_float16_bundles_have_float16_caches(traced, tmp_path):
 
 def test_a_wrong_float_graph_writes_nothing(traced, tmp_path):
     shared = traced("qwen3")
-    model = shared.model.clone()
+    model = shared.models["model"].clone()
     attributes = next(node for node in model.graph if node.op_type == "Attention").attributes
     attributes["scale"] = ir.AttrFloat32("scale", attributes["scale"].value * 1.05)
-    wrong = type(shared)(shared.source, model, shared.layers, shared.transposed)
+    wrong = dataclasses.replace(shared, models={"model": model})
     with pytest.raises(ParityError, match=r"logits\[\d+, \d+, \d+\].*allowed 1e-04"):
         export(ExportOptions("x", tmp_path / "b", quantize="none"), traced=wrong)
     assert list(tmp_path.iterdir()) == []
@@ -288,7 +289,7 @@ def test_a_compact_tokenizer_is_the_same_tokenizer(bytewise):
     [
         ("no/such/folder/x.gguf", "does not exist"),
         (".", "config.json"),
-        ("someone/not-a-model-anyone-has", "hub could not give it"),
+        ("someone/not-a-model-anyone-has", "hub did not return it"),
         ("no.such.module:factory", "No module named"),
     ],
 )

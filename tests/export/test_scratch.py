@@ -14,7 +14,8 @@ torch = pytest.importorskip("torch", reason="the workshop half needs torch")
 
 from edgeformer.errors import ExportError
 from edgeformer.export.blocks import quantize
-from edgeformer.export.quantize.plan import Quantized, holding
+from edgeformer.export.quantize.dequantized import dequantized_weights
+from edgeformer.export.quantize.weights import QuantizedWeight
 from edgeformer.export.scratch import on_disk, to_disk
 
 
@@ -87,11 +88,11 @@ def test_holding_gives_the_blocks_values_and_puts_back_the_very_same_memory(mapp
     table = quantize(module.embedding.weight.detach().numpy(), "q8", 32)
     own, slice_ = (quantize(value.detach().numpy(), "q4", 32) for value in (module.head.weight, module.stack[1]))
     weights = [
-        Quantized("embedding.weight", table),
-        Quantized("embedding.weight", own, own_head=True),
-        Quantized("stack.1", slice_),
+        QuantizedWeight("embedding.weight", table),
+        QuantizedWeight("embedding.weight", own, own_head=True),
+        QuantizedWeight("stack.1", slice_),
     ]
-    with contextlib.suppress(KeyError), holding(module, weights):
+    with contextlib.suppress(KeyError), dequantized_weights(module, weights):
         np.testing.assert_array_equal(module.embedding.weight.detach(), table.dequantize())
         np.testing.assert_array_equal(module.head.weight.detach(), own.dequantize())
         np.testing.assert_array_equal(module.stack[1].detach(), slice_.dequantize())

@@ -13,10 +13,10 @@ import transformers as tf
 
 import edgeformer
 from edgeformer.errors import EngineUnavailable, ExportError, InputError, ParityError
-from edgeformer.export.graphs import encoder_decoder as seq2seq
-from edgeformer.export.graphs.encoder_decoder import pair_source
+from edgeformer.export.graphs import encoder_decoder
 from edgeformer.export.options import ExportOptions
 from edgeformer.export.pipeline import export
+from edgeformer.export.sources.hub.encoder_decoder_source import Decoding, encoder_decoder_source
 from edgeformer.export.sources.hub.hub import language_model
 from edgeformer.tools.verify import verify
 
@@ -80,7 +80,7 @@ def test_a_bundle_generates_what_transformers_does(name, tmp_path):
     torch.manual_seed(0)
     model = lively(MODELS[name]())
     options = ExportOptions(source=name, output=tmp_path / "bundle", quantize="none")
-    manifest = export(options, traced=pair_source(model, name, "text2text-generation"))
+    manifest = export(options, traced=encoder_decoder_source(model, name, "text2text-generation"))
     assert manifest["parity"]["float"]["worst"] < 1e-5
     engines = [edgeformer.load(tmp_path / "bundle", **options) for options in ENGINES.values()]
     answers = set()
@@ -118,21 +118,21 @@ def test_a_folder_becomes_two_graphs_with_keys_and_values_of_the_source_computed
 
 def test_positions_that_forget_the_past_are_refused(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    pair = pair_source(lively(MODELS["BART"]()), "bart", "text2text-generation")
-    monkeypatch.setattr(seq2seq, "count_past", lambda model: 0)
+    pair = encoder_decoder_source(lively(MODELS["BART"]()), "bart", "text2text-generation")
+    monkeypatch.setattr(encoder_decoder, "count_past", lambda model: 0)
     with pytest.raises(ParityError, match="decoder in steps"):
         export(ExportOptions(source="bart", output=tmp_path / "bundle", quantize="none"), traced=pair)
     assert not (tmp_path / "bundle").exists()
 
 
 def test_a_decoder_that_mixes_source_and_answer_otherwise_is_refused(tmp_path):
-    class Mixing(seq2seq.Decoding):
+    class Mixing(Decoding):
         def forward(self, input_ids, encoder_hidden_states, encoder_attention_mask=None):
             logits = super().forward(input_ids, encoder_hidden_states, encoder_attention_mask)
             return logits + input_ids[:, :1, None] * encoder_hidden_states[:, :1, :1]
 
     torch.manual_seed(0)
-    pair = pair_source(t5(), "t5", "text2text-generation")
+    pair = encoder_decoder_source(t5(), "t5", "text2text-generation")
     mixing = Mixing(pair.decoder.module.model)
     broken = replace(pair, decoder=replace(pair.decoder, module=mixing))
     with pytest.raises(ExportError):
@@ -303,16 +303,16 @@ def test_states_of_several_sequences_change_places(exported):
     for options in ENGINES.values():
         model = edgeformer.load(exported("none"), **options)
         ids = np.array([model.tokenizer.encode("1 mar 2001")] * 3)
-        held = model.pair.encode({"input_ids": ids, "attention_mask": np.ones_like(ids)})
+        static = model.pair.encode({"input_ids": ids, "attention_mask": np.ones_like(ids)})
         first, last = np.array([[0, 5], [0, 6], [0, 7]]), np.array([[9], [10], [11]])
 
-        def after(rows, held=held, model=model, first=first, last=last):
+        def after(rows, static=static, model=model, first=first, last=last):
             """The last logits where sequence i went on from what sequence rows[i] was."""
-            state = model.engine.new_state(held)
+            state = model.engine.new_state(static)
             model.engine.forward([({"input_ids": first[list(rows)]}, state)])
             return model.engine.forward([({"input_ids": last}, state)])[0]["logits"][:, -1]
 
-        state = model.engine.new_state(held)
+        state = model.engine.new_state(static)
         model.engine.forward([({"input_ids": first}, state)])
         for wrong in ((0, 1), (0, 1, 3), (0, 1, -1)):
             with pytest.raises(InputError, match="select"):
