@@ -219,7 +219,7 @@ def test_the_command_line_and_a_recipe_take_the_options(tmp_path):
     assert (recipe.allow_missing, recipe.memory_limit) == (("lm_head.*",), "1G")
     arguments = [name, "-o", str(tmp_path / "b"), "--allow-missing", "lm_head.*", "--memory-limit", "100M"]
     result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 1
+    assert result.exit_code == 5
     assert "--memory-limit allows" in result.output + str(result.stderr)
 
 
