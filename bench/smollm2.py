@@ -49,11 +49,11 @@ def make_bundles() -> None:
     if not missing:
         return
     from edgeformer.export import ExportOptions, export
-    from edgeformer.export.__main__ import Drawn
+    from edgeformer.export.__main__ import ConsoleProgress
     from edgeformer.export.graphs import trace_model
     from edgeformer.export.sources.load import load_source
 
-    drawn = Drawn()
+    drawn = ConsoleProgress()
     drawn.stage("load and trace")
     traced = trace_model(load_source(ExportOptions(str(gguf_path()), OUT)))
     for scheme in missing:

@@ -105,10 +105,11 @@ class Traceless:
         """Encoders have none."""
 
     def forward(self, calls: Sequence[Any]) -> list[dict[str, Any]]:
-        from edgeformer.export.source import run
+        from edgeformer.export.source import pytorch_outputs
 
         return [
-            run(self.source, {name: torch.from_numpy(value) for name, value in feeds.items()}) for feeds, _ in calls
+            pytorch_outputs(self.source, {name: torch.from_numpy(value) for name, value in feeds.items()})
+            for feeds, _ in calls
         ]
 
 

@@ -12,7 +12,8 @@ import onnx_ir as ir
 
 from edgeformer.bundle.write import check_target, seal, write_bundle
 from edgeformer.errors import ExportError, ParityError
-from edgeformer.export.check import accuracy, parity
+from edgeformer.export.check import parity
+from edgeformer.export.check.accuracy import measure_accuracy
 from edgeformer.export.check.checks import ModelChecks, checks_of
 from edgeformer.export.check.graph_run import FILES, OrtGraph, open_graphs
 from edgeformer.export.engine_gate import engine_gate, engine_tolerance
@@ -197,13 +198,13 @@ def _calibration(
 
 
 def _accuracy(job: _Job, source: AnySource, float_folder: Path) -> dict[str, Any] | None:
-    """What quantization costs a language model; None for other models, and where nothing was changed or asked for."""
+    """The accuracy report of a language model; None for other models, a float32 bundle, or `--tokens 0`."""
     options = job.options
     if job.exact or not options.tokens or not (isinstance(source, Source) and source.is_language_model):
         return None
     job.progress.stage("measure accuracy")
     before, after = float_folder / FILES["model"], job.folder / FILES["model"]
-    return accuracy.measure(source, before, after, options.text, options.tokens, job.progress)
+    return measure_accuracy(source, before, after, options.text, options.tokens, job.progress)
 
 
 def _notes(job: _Job, traced: TracedModel) -> dict[str, Any]:

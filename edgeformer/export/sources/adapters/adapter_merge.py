@@ -69,7 +69,7 @@ def merge(module: torch.nn.Module, adapter: Adapter, probe: Probe) -> Merged:
         _merge(wrapped, adapter)
     module.eval()
     try:
-        check = parity.compare("merged adapter", unmerged, merged := probe())
+        check = parity.compare_outputs("merged adapter", unmerged, merged := probe())
     except ParityError as error:
         raise ExportError(
             f"the adapter {adapter.folder} gives a model whose outputs are not finite: {error}"
@@ -79,7 +79,7 @@ def merge(module: torch.nn.Module, adapter: Adapter, probe: Probe) -> Merged:
             f"{adapter.method} of {adapter.folder} cannot be merged: PEFT's merged model differs from its unmerged one "
             f"by {check.worst:.1e} of the outputs' range, allowed {parity.TOLERANCE:.0e} ({_told(adapter)})."
         )
-    if parity.compare("adapter", plain, merged).worst == 0 and not base_changed:
+    if parity.compare_outputs("adapter", plain, merged).worst == 0 and not base_changed:
         notes.append(f"The adapter {adapter.folder.name} changes no output: it was saved before it was trained.")
     return Merged(layers, whole, notes)
 
