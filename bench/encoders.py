@@ -30,7 +30,7 @@ from bench.report import ROOT, put, runs, save, table
 OUT = models.OUT / "minilm"
 BATCHES, LENGTHS = (1, 32), (16, 256)
 TARGET = 1.3  # times the best peer
-FAITHFUL = 0.99  # cosine from which a file counts as no worse a model
+FAITHFUL = 0.99  # least cosine of a file that counts as accurate
 ONNXRUNTIME = Environment("onnxruntime", ("onnxruntime==1.32.0",))
 
 
@@ -55,7 +55,7 @@ def bundle(block: int) -> Path:
 
 
 def float_onnx() -> Path:
-    """Plain ONNX by torch's older exporter: onnxruntime's optimizer fuses its attention, not the newer exporter's."""
+    """Plain ONNX by torch's TorchScript exporter: onnxruntime's optimizer fuses attention only in its graphs."""
 
     def make(file: Path) -> None:
         import torch
@@ -223,7 +223,7 @@ def tests(work: Path, seconds: float) -> list[dict[str, Any]]:
 
 
 def float_vectors(rows: list[list[int]]) -> np.ndarray[Any, Any]:
-    """Mean over the tokens, of length 1, by PyTorch in float32."""
+    """Mean over the tokens, normalized, by PyTorch in float32."""
     import torch
     from transformers import AutoModel
 
@@ -237,7 +237,7 @@ def float_vectors(rows: list[list[int]]) -> np.ndarray[Any, Any]:
 
 
 def ratios(saved: dict[str, Any], key: str, least: float = -1.0) -> dict[str, dict[int, float]]:
-    """test -> threads -> `key`'s texts a second over the best's of the peers whose cosine is at least `least`."""
+    """test -> threads -> texts a second of `key` over the fastest peer's with a cosine of at least `least`."""
     found: dict[str, dict[int, float]] = {}
     for test in saved["tests"]:
         for threads in saved["threads"]:

@@ -120,7 +120,7 @@ def measure_engine(scheme: str, engine: EngineName, reference: list[list[int]], 
 def cold_start(scheme: str, engine: str) -> dict[str, float]:
     """A fresh process of the command line: seconds to its end after one token, and its peak resident MiB.
 
-    The peak is read from /proc while it runs: what wait4 reports would include this process at the time of the fork.
+    The peak is read from /proc while it runs: the peak of wait4 includes this process at the time of the fork.
     """
     command = [sys.executable, "-m", "edgeformer", "run", str(OUT / scheme), "The capital of France is", "-n", "1"]
     seconds, peaks = [], []

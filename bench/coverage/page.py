@@ -26,7 +26,7 @@ CAUSES = (  # words of a row's cause -> the reason in plain words; the first tha
 
 
 def why(row: dict[str, Any]) -> str:
-    """The cause in plain words, with the message it comes from where none fits."""
+    """The cause in plain words; the message itself if no entry of CAUSES fits."""
     cause = row.get("cause") or next((v for k, v in row["engines"].items() if k.startswith("cpu") and v != "ok"), "")
     for words, told in CAUSES:
         if re.search(words, cause):
@@ -88,12 +88,12 @@ OLD_FORM = ("an older form of this page (native float at 5e-2, q4 instead of the
 
 
 def _origins(rows: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """(where it was made, with which transformers) for each row."""
+    """name -> (commit, transformers version) of each row."""
     return {n: (f"commit {r['commit']}", r["transformers"]) if "commit" in r else OLD_FORM for n, r in rows.items()}
 
 
 def _made(rows: dict[str, Any]) -> str:
-    """How many rows are from which commit, with which transformers; the largest group first."""
+    """The number of rows for each commit and transformers version, the largest group first."""
     (first, count), *others = Counter(_origins(rows).values()).most_common()
     told = f"Made from {first[0]}, with transformers {first[1]}" + (f": {count} rows." if others else ".")
     for (where, version), count in others:

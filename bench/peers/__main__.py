@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def measure_quality(chosen: list[Contestant], absent: dict[str, str], work: Path) -> dict[str, Any]:
-    """Quality by contestant; the public loop has its engine's."""
+    """Quality by contestant, without the row of the public loop, which has its engine's quality."""
     found = {}
     for contestant in chosen:
         if contestant.options.get("loop") == "stream":
@@ -103,7 +103,7 @@ def measure_quality(chosen: list[Contestant], absent: dict[str, str], work: Path
 
 
 def write_study(study: studies.Study) -> None:
-    """What is saved of a study, into the pages; nothing if it was never taken."""
+    """Writes the pages of a study from its saved results, if there are any."""
     measured = runs(study.file)
     if not measured:
         return

@@ -1,4 +1,4 @@
-"""The loop of every comparison: environments and files of those who take part, then rounds until enough were quiet."""
+"""The loop of every comparison: environments and files of the contestants, then rounds until enough were quiet."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PATIENCE = 600.0  # seconds to wait for a quiet moment before a turn
 
 
 def read_speed(threads: int) -> dict[str, float]:
-    """GB/s of a plain read of 256 MiB, more than the caches of one socket's share hold; the best of five."""
+    """GB/s of a plain read of 256 MiB, more than the CPU's caches; the best of five."""
     from bench.peers.runners.measure import Others
     from edgeformer import _native
 
@@ -31,7 +31,7 @@ def read_speed(threads: int) -> dict[str, float]:
 
 
 def warm(path: Path) -> None:
-    """Reads a model's files once, so that loads come from the page cache for everybody."""
+    """Reads a model's files once, so that every contestant loads from the page cache."""
     for file in [path] if path.is_file() else path.rglob("*"):
         if file.is_file():
             with file.open("rb") as opened:
@@ -40,7 +40,7 @@ def warm(path: Path) -> None:
 
 
 def load_once(path: Path) -> None:
-    """Loads a bundle, so that what a first load keeps is there: a load is measured as it is from the second time on.
+    """Loads a bundle once, to fill the disk cache: the second load is measured.
 
     Raises:
         SetupFailed: it cannot be loaded.
@@ -52,7 +52,7 @@ def load_once(path: Path) -> None:
 
 
 def set_up(chosen: list[Contestant]) -> tuple[dict[str, Path], dict[str, str]]:
-    """Makes environments and files; (files by contestant, why by contestant that cannot take part)."""
+    """Makes environments and files; returns (file by contestant, reason by contestant that cannot take part)."""
     files, absent = {}, {}
     for contestant in chosen:
         try:
@@ -111,10 +111,10 @@ def take_rounds(chosen: list[Contestant], files: dict[str, Path], absent: dict[s
 
 
 def shuffled(chosen: list[Contestant], number: int) -> list[Contestant]:
-    """The order of round `number`, another one each time and the same in every run.
+    """The order of round `number`: different for each round, the same in every run.
 
-    A place is worth something: in a fixed order, always behind the same peer, one file loaded in 0.18 s in one of its
-    rows and in 0.10 s in the other.
+    The place matters: in a fixed order, after different peers, one file loaded in 0.18 s in one of its rows and in
+    0.10 s in the other.
     """
     return random.Random(number).sample(chosen, len(chosen))
 

@@ -1,4 +1,4 @@
-"""What saved results say: medians, classes, the best peer of each, without a word of any page."""
+"""Medians, classes and the best peer of each class, from saved results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COLUMNS = {  # test -> (heading, digits)
     "short_mib": ("peak MiB, short prompt", 0),
     "long_mib": ("peak MiB, depth 1024", 0),
 }
-LESS = ("first", "load_s", "short_mib", "long_mib")  # the tests in which less is better
+LESS = ("first", "load_s", "short_mib", "long_mib")  # tests in which less is better
 
 
 def collect(rounds: list[Round], chosen: list[Contestant], threads: list[int]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def limit(saved: dict[str, Any], key: str, threads: int) -> float | None:
 
 
 def share(saved: dict[str, Any], key: str, threads: int) -> float | None:
-    """Decoding's share of what reading the weights alone would allow."""
+    """Decoding speed as a share of `limit`."""
     reached, bound = measured(saved, key, threads, "decode"), limit(saved, key, threads)
     return reached / bound if reached and bound else None
 
@@ -99,7 +99,7 @@ def ratio(saved: dict[str, Any], key: str) -> float | None:
 
 
 def classes(saved: dict[str, Any]) -> dict[str, list[str]]:
-    """The contestants by what they lost, as measured. The public loop's row is its engine's and stands apart."""
+    """The contestants by measured loss, without the row of the public loop."""
     keys = [key for key in saved["measured"] if "model.stream" not in key]
     strict = [key for key in keys if (ratio(saved, key) or 9.0) <= STRICT]
     return {"no more than 1 % lost": strict, "more is lost": [key for key in keys if key not in strict]}
@@ -118,7 +118,7 @@ def best_peer(saved: dict[str, Any], keys: list[str], threads: int, test: str) -
 
 
 def compared(saved: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """(each of our files, whom it is compared with): its class, or everybody where it may lose more."""
+    """(each of our files, the files it is compared with): its class, or all files if it loses more than 1 %."""
     groups = classes(saved)
     strict, everybody = groups["no more than 1 % lost"], [key for keys in groups.values() for key in keys]
     return [(key, strict if key in strict else everybody) for key in everybody if key.startswith(OURS)]
@@ -127,7 +127,7 @@ def compared(saved: dict[str, Any]) -> list[tuple[str, list[str]]]:
 def times_best(
     saved: dict[str, Any], key: str, field: list[str], threads: int, test: str
 ) -> tuple[float, float, float, str] | None:
-    """(how many times the best of `field`, our number, the best, whose it is); above 1 is faster or smaller."""
+    """(ratio to the best of `field`, our number, the best number, its contestant); above 1 is faster or smaller."""
     best = best_peer(saved, field, threads, test)
     own = measured(saved, key, threads, test)
     if best is None or own is None:
@@ -136,6 +136,6 @@ def times_best(
 
 
 def tests_of(found: dict[str, Any]) -> list[str]:
-    """The names of a contestant's tests, without what is of the whole process."""
+    """The names of a contestant's tests, without the numbers of the whole process."""
     whole = (*PROCESS, "short_mib", "long_mib")
     return [name for key, tests in found.items() if key.isdigit() for name in tests if name not in whole]

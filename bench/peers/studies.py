@@ -1,4 +1,4 @@
-"""What is measured: each study is a list of tests, saved and shown apart. `main` is the one that the README shows."""
+"""What is measured: each study is a list of tests, with a results file and a block in the page. README shows `main`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Study:
 
 
 def _places(end: int, number: int) -> Iterator[int]:
-    """Starts that do not come back: steps of a number that shares no factor with `end`."""
+    """Distinct start positions: steps of a number coprime to `end`."""
     step = next(step for step in range(577, 2 * end + 577) if _common(step, end) == 1)
     for i in range(end):
         yield (number * 37 + i * step) % end
