@@ -100,7 +100,7 @@ def test_sizes_are_shown_for_people():
 HOSTILE = """
 import resource, sys
 from edgeformer.export import ExportOptions
-from edgeformer.export.sources import load_source
+from edgeformer.export.sources.load import load_source
 from edgeformer.errors import ExportError
 import transformers, torch, transformers.models.llama.modeling_llama, transformers.models.bert.modeling_bert
 import torch._dynamo
