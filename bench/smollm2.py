@@ -99,7 +99,7 @@ def common_prefix(one: list[int], other: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def measure_engine(scheme: str, engine: str, reference: list[list[int]], ids: np.ndarray) -> dict[str, Any]:
+def measure_engine(scheme: str, engine: Any, reference: list[list[int]], ids: np.ndarray) -> dict[str, Any]:
     import edgeformer
 
     model = edgeformer.load(OUT / scheme, engine=engine)

@@ -12,6 +12,7 @@ import torch
 import transformers as tf
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from edgeformer.tasks.embedding import Encoder
 from edgeformer.tasks.encoder_methods import EncoderMethods
 
 _KNOWN = "query : passage red blue boats float on water and ships sink in the deep sea Red"
@@ -115,8 +116,6 @@ class Traceless:
 class Read(EncoderMethods):
     """What `read` gives: a Model without a bundle."""
 
-    is_language_model = False
-
 
 def read(folder: Path, architecture: str | None = None) -> Any:
     """The folder as the export reads it, with the runtime's own processing, and without the seconds of a trace."""
@@ -140,6 +139,6 @@ def read(folder: Path, architecture: str | None = None) -> Any:
         path=folder,
         file=files.get,
     )
-    model.engine, model._encoder = Traceless(source), None  # type: ignore[assignment]
     model.tokenizer = Tokenizer.of(model.bundle)
+    model._task = Encoder(model.bundle, Traceless(source), model.tokenizer)  # type: ignore[arg-type]
     return model

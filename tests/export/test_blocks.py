@@ -12,7 +12,7 @@ from gguf import quants
 
 from edgeformer.errors import ExportError
 from edgeformer.export.blocks import Blocks, quantize
-from edgeformer.export.sources.gguf.kept import _READERS, KeptRows, read_matrices
+from edgeformer.export.sources.gguf.kept_blocks import _READERS, KeptRows, read_matrices
 
 SCHEMES = ("q8", "q4", "q4a")
 

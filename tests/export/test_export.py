@@ -25,7 +25,7 @@ from edgeformer.errors import BundleError, ExportError, ParityError
 from edgeformer.export import ExportOptions, export, read_recipe
 from edgeformer.export.check import parity
 from edgeformer.export.sources.load import load_source
-from edgeformer.export.sources.texts import compact_tokenizer
+from edgeformer.export.sources.tokenizer_export import compact_tokenizer
 
 PROMPTS = ([1, 17, 33, 90, 5], [1, 4], [1, 110, 3, 3, 3, 64, 12])
 
@@ -289,7 +289,7 @@ def test_a_compact_tokenizer_is_the_same_tokenizer(bytewise):
     [
         ("no/such/folder/x.gguf", "does not exist"),
         (".", "config.json"),
-        ("someone/not-a-model-anyone-has", "hub could not give it"),
+        ("someone/not-a-model-anyone-has", "hub did not return it"),
         ("no.such.module:factory", "No module named"),
     ],
 )

@@ -12,7 +12,7 @@ from edgeformer.export.passes.masks import drop_true
 from edgeformer.export.passes.names import merge_tied, restore_names
 from edgeformer.export.passes.reshape import drop_reshapes
 from edgeformer.export.passes.rotary import full_angles
-from edgeformer.export.passes.slices import own_slices
+from edgeformer.export.passes.slices import slice_parameters
 from edgeformer.export.passes.softmax import fuse_softmax
 from edgeformer.export.source import Positional, Source
 from edgeformer.export.trace.cache_interface import with_past
@@ -35,7 +35,7 @@ def standard_graph(source: Source) -> tuple[ir.Model, set[str]]:
     buffers = dict(source.module.named_buffers())  # non-persistent ones are not in the state dict
     restore_names(model, state.keys() | buffers.keys(), Positional.PREFIX)
     merge_tied(model, state)
-    own_slices(model)
+    slice_parameters(model)
     drop_true(model)
     masked_assignments(model)
     drop_reshapes(model)

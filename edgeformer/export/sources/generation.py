@@ -1,4 +1,4 @@
-"""generation_config.json on its way into a bundle: every rule of it is followed, or said not to be."""
+"""generation_config.json for a bundle: fields that the runtime does not apply become notes of the manifest."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from edgeformer.export.source import EncoderDecoderSource, Source
 
 
 def generation_settings(config: Any) -> dict[str, Any]:
-    """What a transformers GenerationConfig sets, as JSON can say it; nothing of None."""
+    """The fields of a transformers GenerationConfig that differ from its defaults, as JSON values; {} for None."""
     if config is None:
         return {}
-    said = config.to_diff_dict()
-    settings = {name: value.to_dict() if hasattr(value, "to_dict") else value for name, value in said.items()}
-    # transformers asks generation_config alone; without a word of it, config.json would be asked here.
+    changed = config.to_diff_dict()
+    settings = {name: value.to_dict() if hasattr(value, "to_dict") else value for name, value in changed.items()}
+    # transformers reads generation_config only; without an entry here, the runtime would read config.json.
     settings.setdefault("eos_token_id", None)
     bias = settings.get("sequence_bias")
     if isinstance(bias, dict):
@@ -26,10 +26,10 @@ def generation_settings(config: Any) -> dict[str, Any]:
 
 
 def generation_notes(source: Source | EncoderDecoderSource) -> tuple[str, ...]:
-    """The rules of the source's generation_config that a bundle does not follow, for its manifest.
+    """Notes for the manifest: fields of the source's generation_config that the runtime does not apply.
 
     Raises:
-        ExportError: a rule's value is out of its range.
+        ExportError: a field's value is out of range.
     """
     first = source.encoder if isinstance(source, EncoderDecoderSource) else source
     settings: Mapping[str, Any] = first.generation_config

@@ -17,8 +17,8 @@ from edgeformer.errors import ExportError
 from edgeformer.export.blocks import F32
 from edgeformer.export.inputs import axes
 from edgeformer.export.source import TOKENIZER_FILES, EncoderDecoderSource, Source, pytorch_outputs, vocabulary
-from edgeformer.export.sources.adapters.adapter_folder import SETTINGS, Adapter, peft_version
-from edgeformer.export.sources.adapters.adapter_merge import Merged, merge, plain_name
+from edgeformer.export.sources.adapters.adapter_folder import ADAPTER_CONFIG, Adapter, peft_version
+from edgeformer.export.sources.adapters.adapter_merge import Merged, base_name, merge
 from edgeformer.export.sources.generation import generation_settings
 
 _GENERATION = "generation_config.json"
@@ -95,12 +95,12 @@ def _rows(module: Any) -> int | None:
 
 def supplied_names(adapter: Adapter) -> frozenset[str]:
     """Parameters of the base that the adapter brings whole (a trained head), by the base's names for them."""
-    return frozenset(map(plain_name, adapter.tensors))
+    return frozenset(map(base_name, adapter.tensors))
 
 
 def _tokenizer(folder: Path) -> dict[str, bytes]:
     """The files of the tokenizer in the adapter's folder; a lone chat template is one too."""
-    from edgeformer.export.sources.texts import folder_files
+    from edgeformer.export.sources.tokenizer_export import folder_files
 
     found = {name for name in (*TOKENIZER_FILES, "tokenizer.model", "vocab.json") if (folder / name).is_file()}
     template = {name: (folder / name).read_bytes() for name in found & {"chat_template.jinja"}}
@@ -172,7 +172,7 @@ def _read_notes(adapter: Adapter, source: Source) -> list[str]:
         notes.append(f"{_GENERATION} is the one in the adapter's folder.")
     if (folder / "config.json").is_file():
         notes.append("config.json in the adapter's folder is not read: the base's says what the model is.")
-    if others := sorted(path.parent.name for path in folder.glob(f"*/{SETTINGS}")):
+    if others := sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}")):
         notes.append(f"The adapter's folder has more adapters in {', '.join(others)}; they are not merged.")
     if source.kept is not None:
         notes.append(_KEPT)

@@ -20,7 +20,7 @@ from edgeformer.errors import ExportError, ParityError
 from edgeformer.export.blocks import F32
 from edgeformer.export.check import parity
 from edgeformer.export.quiet import quiet
-from edgeformer.export.sources.adapters.adapter_folder import PREFIX, SETTINGS, Adapter
+from edgeformer.export.sources.adapters.adapter_folder import ADAPTER_CONFIG, PREFIX, Adapter
 
 Probe = Callable[[], Mapping[str, F32]]  # the model's outputs for fixed inputs
 _NAME = "default"  # PEFT's own name for the only adapter
@@ -84,7 +84,7 @@ def merge(module: torch.nn.Module, adapter: Adapter, probe: Probe) -> Merged:
     return Merged(layers, whole, notes)
 
 
-def plain_name(name: str) -> str:
+def base_name(name: str) -> str:
     """A tensor's name in the adapter file or in PEFT's wrapped model -> the base's own name for it."""
     name = name.removeprefix(PREFIX)
     for wrap in _WRAPS:
@@ -94,8 +94,8 @@ def plain_name(name: str) -> str:
 
 def _whole(module: torch.nn.Module, adapter: Adapter) -> list[str]:
     """Parameters of the base that the adapter's file replaces."""
-    names = {plain_name(name) for name, _ in module.named_parameters(remove_duplicate=False)}
-    return [name for name in adapter.tensors if plain_name(name) in names]
+    names = {base_name(name) for name, _ in module.named_parameters(remove_duplicate=False)}
+    return [name for name in adapter.tensors if base_name(name) in names]
 
 
 def _inject(module: torch.nn.Module, adapter: Adapter) -> tuple[Any, list[str]]:
@@ -177,7 +177,7 @@ def _resize(module: torch.nn.Module, adapter: Adapter) -> list[str]:
     if embedding is None:
         return []
     names = {name for name, part in module.named_modules() if part is embedding}
-    held = {plain_name(name): value for name, value in adapter.tensors.items()}
+    held = {base_name(name): value for name, value in adapter.tensors.items()}
     found = next((held[f"{name}.weight"] for name in names if f"{name}.weight" in held), None)
     if found is None or found.ndim != 2 or found.shape[1] != embedding.weight.shape[1]:
         return []  # what does not fit is refused when PEFT loads it
@@ -244,9 +244,7 @@ def _misfit(module: torch.nn.Module, adapter: Adapter, error: Exception) -> str:
     if shapes := _SHAPES.findall(str(error)):
         name, found, expected = shapes[0]
         more = f", and so {len(shapes) - 1} more" if len(shapes) > 1 else ""
-        reason = (
-            f"size mismatch: {name.removeprefix(PREFIX)} is {found}, the base and {SETTINGS} need {expected}{more}."
-        )
+        reason = f"size mismatch: {name.removeprefix(PREFIX)} is {found}, the base and {ADAPTER_CONFIG} need {expected}{more}."
     return f"the adapter {adapter.folder} does not fit {type(module).__name__}: {reason} {_advice(adapter)}"
 
 
@@ -255,7 +253,7 @@ def _left_over(module: torch.nn.Module, adapter: Adapter, unexpected: list[str],
     if unexpected:
         problems.append(f"{_tensors(unexpected)} that {type(module).__name__} has no place for")
     if missing:
-        problems.append(f"not {_tensors(missing)} that its {SETTINGS} asks for")
+        problems.append(f"not {_tensors(missing)} that its {ADAPTER_CONFIG} asks for")
     return f"the adapter {adapter.folder} has {', and '.join(problems)}. {_advice(adapter)} Or it was not saved whole."
 
 

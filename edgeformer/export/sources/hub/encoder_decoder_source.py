@@ -101,7 +101,7 @@ def encoder_decoder_source(
     def tracing() -> Iterator[None]:
         before = model.config._attn_implementation
         try:
-            model.set_attn_implementation(attention_interface.NAME)
+            model.set_attn_implementation(attention_interface.CAUSAL_ATTENTION)
         except (ValueError, ImportError) as error:
             raise ExportError(
                 f"{type(model).__name__} does not use transformers' attention interface, so its attention cannot be "

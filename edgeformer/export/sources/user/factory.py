@@ -25,9 +25,9 @@ from edgeformer.export.source import TOKENIZER_FILES, EncoderDecoderSource, Sour
 from edgeformer.export.sources.checkpoint_files import read_headers
 from edgeformer.export.sources.hub.hub_weights import LoadRules
 from edgeformer.export.sources.memory_bounds import construction
-from edgeformer.export.sources.texts import NONE, folder_files
-from edgeformer.export.sources.user.user_pair import is_pair, own_pair
-from edgeformer.export.sources.user.user_weights import load_weights
+from edgeformer.export.sources.tokenizer_export import NO_TOKENIZER, folder_files
+from edgeformer.export.sources.user.user_encoder_decoder import has_encode_and_decode, user_encoder_decoder
+from edgeformer.export.sources.user.user_weights import load_user_weights
 from edgeformer.export.sources.user.wrappers import unwrap_module
 
 _RULES = LoadRules()
@@ -54,7 +54,7 @@ def factory_source(options: ExportOptions, rules: LoadRules = _RULES) -> Source 
     module, removed = unwrap_module(module)
     record: dict[str, Any] = {}
     if options.weights is not None:
-        record = load_weights(module, options.weights, rules.allow)
+        record = load_user_weights(module, options.weights, rules.allow)
     elif rules.allow:
         raise ExportError("--allow-missing is for weights that are loaded; name a checkpoint with --weights.")
     if removed:
@@ -120,7 +120,7 @@ def module_source(
         ExportError: an argument of forward has no declared shape, or encode and decode are not the contract's.
     """
     module, _ = unwrap_module(module)
-    paired = is_pair(module)
+    paired = has_encode_and_decode(module)
     config = dict(config or {})
     declared = dict(getattr(module, "input_spec", None) or {})
     declared |= dict(text.split("=", 1) for text in options.input if "=" in text)
@@ -140,7 +140,7 @@ def module_source(
         generation_config=generation_config or {},
         files={**(files or {}), **_tokenizer(options.tokenizer)},
     )
-    return own_pair(source) if paired else source
+    return user_encoder_decoder(source) if paired else source
 
 
 def _task(paired: bool, tokens: bool) -> str:
@@ -149,7 +149,7 @@ def _task(paired: bool, tokens: bool) -> str:
 
 def _tokenizer(path: Path | None) -> dict[str, bytes]:
     """The files of a tokenizer, from a folder or its tokenizer.json alone."""
-    if path is None or path == NONE:
+    if path is None or path == NO_TOKENIZER:
         return {}
     if not path.is_file():
         return folder_files(path)

@@ -29,7 +29,7 @@ _CONTRACT = (
 )
 
 
-class Half(torch.nn.Module):
+class MethodModule(torch.nn.Module):
     """One method of a module as a forward; holds the whole module, so that weights have one name in both halves."""
 
     def __init__(self, model: torch.nn.Module, method: str) -> None:
@@ -42,12 +42,12 @@ class Half(torch.nn.Module):
         return result
 
 
-def is_pair(module: torch.nn.Module) -> bool:
+def has_encode_and_decode(module: torch.nn.Module) -> bool:
     """Whether it has the two methods; an autoencoder's `decode` takes no `encoder_hidden_states`."""
     return callable(getattr(module, "encode", None)) and ENCODER_STATES in _arguments(module, "decode")
 
 
-def own_pair(encoder: Source) -> EncoderDecoderSource:
+def user_encoder_decoder(encoder: Source) -> EncoderDecoderSource:
     """Both halves of a module, given the Source of its `encode` (whose module is the whole).
 
     Named axes other than `batch` are the source's length.
@@ -65,14 +65,14 @@ def own_pair(encoder: Source) -> EncoderDecoderSource:
     masked = any(value.name == "attention_mask" for value in inputs)
     _check_decode(model, masked)
     encoder = dataclasses.replace(
-        encoder, module=Half(model, "encode").eval(), inputs=inputs, outputs=(ENCODER_OUTPUT,)
+        encoder, module=MethodModule(model, "encode").eval(), inputs=inputs, outputs=(ENCODER_OUTPUT,)
     )
     states = _states(encoder)
     mask = (Input(ENCODER_MASK, torch.int64, ("batch", SOURCE_AXIS)),) if masked else ()
     ids = Input("input_ids", torch.int64, ("batch", "sequence"))
     decoder = dataclasses.replace(
         encoder,
-        module=Half(model, "decode").eval(),
+        module=MethodModule(model, "decode").eval(),
         inputs=(ids, states, *mask),
         outputs=("logits",),
         task="text-generation",
