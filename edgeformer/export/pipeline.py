@@ -110,7 +110,7 @@ class _Job:
 
 
 def _export(job: _Job, traced: TracedModel) -> dict[str, Any]:
-    """The stages in their order. Each checks the graph that it made against PyTorch, or everything stops."""
+    """The stages in their order. After each change the graphs are compared with PyTorch, or a ParityError is raised."""
     source, stage = traced.source, job.progress.stage
     models = {name: model.clone() for name, model in traced.models.items()}
     checks = checks_of(source, cached=traced.layers > 0)
@@ -127,26 +127,13 @@ def _export(job: _Job, traced: TracedModel) -> dict[str, Any]:
     if job.quantized:
         del expected  # memory: the quantized graph is compared with other outputs
         quantization = _quantize(job, traced, models, float_folder)
-        folder = job.scratch / "quantized" if job.half else job.folder
-        save_models(models, folder)
-        stage("check the quantized graph against PyTorch with the same weights")
-        with dequantized_weights(source.first.module, quantization.weights):
-            expected = checks.expected()
-        graphs = open_graphs(folder, models, optimized=False)
-        report["dequantized"] = parity.gate(expected.one_sample().against(graphs))
-        del graphs
+        expected, report["dequantized"] = _check_quantized(job, checks, models, quantization)
         stage("measure the error of int8 activations")
         tolerance = engine_tolerance(models, quantization.weights, job.options.block, expected, job.scratch)
 
     if job.half:
-        for model in models.values():
-            to_float16(model)
-        save_models(models, job.folder)
-        stage("check the float16 graph against PyTorch")
         tolerance += parity.FLOAT16_TOLERANCE
-        graphs = open_graphs(job.folder, models)
-        report["float16"] = parity.gate(expected.one_sample().against(graphs), tolerance)
-        del graphs
+        report["float16"] = _convert_to_float16(job, models, expected, tolerance)
 
     measured = _accuracy(job, source, float_folder)
     stage("write")
@@ -195,6 +182,29 @@ def _calibration(
     assert isinstance(source, Source)
     job.progress.stage("calibrate")
     return calibration(source, job.options, models["model"], float_folder / FILES["model"], job.progress)
+
+
+def _check_quantized(
+    job: _Job, checks: ModelChecks, models: Mapping[str, ir.Model], quantization: Quantization
+) -> tuple[parity.Expected, dict[str, Any]]:
+    """(PyTorch's outputs with the dequantized weights, the parity report of the quantized graphs)."""
+    folder = job.scratch / "quantized" if job.half else job.folder
+    save_models(models, folder)
+    job.progress.stage("check the quantized graph against PyTorch with the same weights")
+    with dequantized_weights(checks.source.first.module, quantization.weights):
+        expected = checks.expected()
+    return expected, parity.gate(expected.one_sample().against(open_graphs(folder, models, optimized=False)))
+
+
+def _convert_to_float16(
+    job: _Job, models: Mapping[str, ir.Model], expected: parity.Expected, tolerance: float
+) -> dict[str, Any]:
+    """Converts the graphs in place and returns their parity report."""
+    for model in models.values():
+        to_float16(model)
+    save_models(models, job.folder)
+    job.progress.stage("check the float16 graph against PyTorch")
+    return parity.gate(expected.one_sample().against(open_graphs(job.folder, models)), tolerance)
 
 
 def _accuracy(job: _Job, source: AnySource, float_folder: Path) -> dict[str, Any] | None:
