@@ -190,7 +190,7 @@ def test_merged_and_unmerged_model_are_compared(work):
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 DAMAGE = {  # tensors to change (None: to remove) -> what the message says
     "not a number": ({f"{Q}.lora_A.weight": torch.full((4, 32), torch.nan)}, "NaN or infinity in 1 of 8"),
-    "half a pair": ({f"{Q}.lora_B.weight": None}, r"has not 1 tensor \(.*lora_B.*\) that its adapter_config.json asks"),
+    "half a pair": ({f"{Q}.lora_B.weight": None}, r"has not 1 tensor \(.*lora_B.*\) that its adapter_config.json needs"),
     "another layer": ({f"{Q}x.lora_A.weight": torch.ones(4, 32)}, r"1 tensor \(.*q_projx.*\) that Llama.* has no p"),
     "another rank": ({f"{Q}.lora_A.weight": torch.ones(3, 32)}, r"size mismatch.*\[3, 32\].*\[4, 32\]"),
 }  # fmt: skip
@@ -207,7 +207,7 @@ def test_a_damaged_adapter_is_refused_with_what_is_wrong(case, lora):
 
 def test_an_empty_adapter_is_refused(lora):
     rewrite(lora.folder, lambda tensors: tensors.clear())
-    with pytest.raises(ExportError, match="holds no tensors"):
+    with pytest.raises(ExportError, match="has no tensors"):
         source_of(lora)
 
 
@@ -252,13 +252,13 @@ def test_pickled_tensors_are_read_and_pickled_code_is_not(lora):
 def test_folders_that_are_no_adapter_are_refused(lora, tmp_path):
     with pytest.raises(ExportError, match="there is no adapter folder"):
         read_adapter(tmp_path / "nowhere")
-    with pytest.raises(ExportError, match=r"no adapter_config\.json. Its subfolders adapter hold adapters"):
+    with pytest.raises(ExportError, match=r"no adapter_config\.json. Its subfolders adapter have adapters"):
         read_adapter(tmp_path)
     (lora.folder / "adapter_model.safetensors").unlink()
     with pytest.raises(ExportError, match=r"no adapter_model\.safetensors or adapter_model\.bin"):
         read_adapter(lora.folder)
     (lora.folder / "adapter_config.json").write_text("{")
-    with pytest.raises(ExportError, match="is no JSON"):
+    with pytest.raises(ExportError, match="is not JSON"):
         read_adapter(lora.folder)
 
 

@@ -88,7 +88,7 @@ def test_byte_level_bpe_gives_the_ids_of_a_plain_reading(pre, tmp_path):
                 continue
             for piece in cut(part, PRE_TOKENIZERS[pre].patterns):
                 letters = in_alphabet(piece)
-                whole = PRE_TOKENIZERS[pre].whole and letters in ids
+                whole = PRE_TOKENIZERS[pre].ignore_merges and letters in ids
                 expected += [ids[t] for t in ([letters] if whole else merged(letters, ranks.get))]
         assert tokenizer.encode(line).ids == expected, line
         assert tokenizer.decode(expected, skip_special_tokens=False) == line
@@ -191,11 +191,11 @@ def test_a_whole_tokenizer_in_the_file_is_taken_where_it_agrees(tmp_path):
 
 def test_a_missing_pre_tokenizer_is_told(tmp_path):
     texts = texts_of(tmp_path, tokenizer__ggml__pre=None)
-    assert any("does not say tokenizer.ggml.pre" in note for note in texts.notes)
+    assert any("has no tokenizer.ggml.pre" in note for note in texts.notes)
 
 
 def test_an_unknown_key_of_the_tokenizer_is_refused(tmp_path):
-    with pytest.raises(ExportError, match=r"tokenizer\.ggml\.new_rule.*nobody here knows"):
+    with pytest.raises(ExportError, match=r"tokenizer\.ggml\.new_rule.*this key is unknown"):
         texts_of(tmp_path, tokenizer__ggml__new_rule=True)
 
 

@@ -195,10 +195,10 @@ class Undeclared(Frames):
     ("kind", "told"),
     [
         (Counted, r"decode takes position_ids; .*torch\.arange\(input_ids\.shape\[1\]\)"),
-        (Unmasked, r"encode takes a mask of the padding and decode has no encoder_attention_mask"),
-        (Otherwise, r"decode\(target, .*\) is not the contract's: encode\(input_ids, attention_mask\)"),
+        (Unmasked, r"encode takes a padding mask and decode has no encoder_attention_mask"),
+        (Otherwise, r"decode has the arguments target, .*; expected encode\(input_ids, attention_mask\)"),
         (Pooled, r"encode returns the shape \[2, 32\]; expected \[batch, source, size\]"),
-        (Halved, r"encode makes 3 states of a source of 5, and 6 of 11; expected as many"),
+        (Halved, r"encode returns 3 states for a source of 5, and 6 for 11; expected the length of the source"),
         (LastOnly, r"decode returns the shape \[2, 41\]; expected \[batch, sequence, vocab\]"),
         (BothWays, r"No causal attention was recognized in the decoder.*is_causal=True"),
         (Undeclared, r"encode\(frames\) takes inputs of unknown shape: frames.*input_spec"),

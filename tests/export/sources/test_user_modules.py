@@ -208,7 +208,7 @@ TOLD = {
     "Complex": r"broken\.py:\d+.*complex numbers, which ONNX does not have.*cos and sin",
     "GraphBreak": r"broken\.py:\d+.*leaves PyTorch \(\.numpy\(\).*use torch operations",
     "Wrapper": r"Wrapper\.forward\(\*args.*names no argument.*export the module inside",
-    "scripted": r"TorchScript.*return the nn\.Module itself",
+    "scripted": r"TorchScript.*return the nn\.Module before",
     "UnknownInput": r"forward has no argument mask; it has x",
     "Random": r"other numbers.*the same inputs.*dropout with training=True",
     "no_such_layer": r"torch\.nn has no TransformerLayer: write nn\.TransformerEncoderLayer",
