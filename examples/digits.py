@@ -14,7 +14,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -61,7 +60,7 @@ def train(epochs: int = 30) -> ViT:
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     for epoch in range(epochs):
         for batch in torch.randperm(len(pixels)).split(100):
-            loss = F.cross_entropy(model(pixels[batch]), digits[batch])
+            loss = nn.functional.cross_entropy(model(pixels[batch]), digits[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

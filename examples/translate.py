@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import edgeformer
@@ -98,7 +97,7 @@ def train(steps: int = 400) -> Reader:
         chosen = rng.sample(numbers, 64)
         source, answer = ids([words(number) for number in chosen]), ids([f"{chr(START)}{n}{chr(END)}" for n in chosen])
         logits = model(source, (source != PAD).long(), answer[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), answer[:, 1:].flatten(), ignore_index=PAD)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), answer[:, 1:].flatten(), ignore_index=PAD)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -125,7 +124,7 @@ def main(folder: Path, steps: int = 400, quantize: str = "q8") -> tuple[Reader, 
 def read(model: edgeformer.Model, text: str) -> str:
     """What the bundle writes for a text: greedily; `num_beams=4` would search."""
     result = model.generate(list(text.encode()), max_new_tokens=8)
-    return bytes(id for id in result.ids if id != END).decode()
+    return bytes(token for token in result.ids if token != END).decode()
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ from edgeformer.errors import ExportError
 
 TITLE = "Adapters"
 ABOUT = (
-    "The fields of `peft.LoraConfig`, the values of its `init_lora_weights`, and the methods of `peft.PeftType`. Each "
-    "is set while a tiny adapter is trained (one random step) and saved; the logits of that very model in memory, not "
-    "merged and not reloaded, are the reference. A field is irrelevant where PEFT gives the same logits without it. "
-    "Where a setting cannot be trained on this machine, it is written into the saved `adapter_config.json`."
+    "The fields of `peft.LoraConfig`, the values of its `init_lora_weights`, and the methods of `peft.PeftType`. "
+    "Each is set for a tiny adapter, which is trained (one random step) and saved; the reference is the logits of "
+    "that model in memory, neither merged nor reloaded. A field is irrelevant if PEFT gives the same logits "
+    "without it. A setting that cannot be trained on this machine is written into the saved "
+    "`adapter_config.json`."
 )
 TESTS = (
     "tests/export/sources/test_lora.py, tests/export/sources/test_adapters.py, "

@@ -18,8 +18,9 @@ from edgeformer.errors import EdgeformerError
 
 TITLE = "Rules of generation"
 ABOUT = (
-    "Every field of transformers' `GenerationConfig`. Each is set for a tiny Llama and a tiny T5, greedily and with 4 "
-    "beams; the tokens are compared with those of `generate`, and for sampling the distributions that are drawn from."
+    "Every field of transformers' `GenerationConfig`. Each is set for a tiny Llama and a tiny T5, with greedy "
+    "search and with 4 beams; the tokens are compared with those of `generate`, and for sampling the "
+    "distributions."
 )
 TESTS = (
     "`tests/decoding/test_generation_rules.py`, `tests/decoding/test_logits_processors.py`, "

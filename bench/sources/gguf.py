@@ -18,10 +18,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 TITLE = "GGUF"
 ABOUT = (
-    "All keys of `gguf.constants.Keys`, all types of `gguf.GGMLQuantizationType`, and forms of files. The reference is "
-    "a decoder in numpy float64 that reads the file by itself (tests/support/gguf_reference.py); for "
-    "texts it is the meaning "
-    "that llama.cpp gives a key."
+    "All keys of `gguf.constants.Keys`, all types of `gguf.GGMLQuantizationType`, and forms of files. The "
+    "reference is a decoder in numpy float64 that reads the file itself (tests/support/gguf_reference.py); for "
+    "the tokenizer it is the meaning of the key in llama.cpp."
 )
 TESTS = (
     "tests/export/sources/test_gguf_header.py, tests/export/sources/test_gguf_config.py, "

@@ -17,10 +17,10 @@ from edgeformer.processing.image_file import read
 
 TITLE = "Pictures"
 ABOUT = (
-    "Every setting of every image processor that transformers can load without torchvision, tried on a class that has "
-    "it; then kinds of picture files. The reference is transformers' own processor (its PIL backend). A processor that "
-    "does something its settings do not say (Owlv2, LeViT, Perceiver, video) is refused too: the export compares its "
-    "arrays with the runtime's on odd pictures."
+    "Every setting of every image processor that transformers can load without torchvision, tried on a class that "
+    "has it; then kinds of image files. The reference is transformers' own processor (its PIL backend). A "
+    "processor whose results differ from its settings (Owlv2, LeViT, Perceiver, video) is refused too: the export "
+    "compares its arrays with the runtime's on unusual images."
 )
 TESTS = "tests/processing/test_images.py"
 REFERENCE = "AutoImageProcessor"

@@ -18,8 +18,8 @@ from edgeformer.errors import EdgeformerError
 
 TITLE = "sentence-transformers"
 ABOUT = (
-    "The settings are those that sentence-transformers writes and reads: the modules it exports, their configuration "
-    "keys, and the keys of config_sentence_transformers.json. Each is set on a tiny model and the vectors or scores "
+    "The settings that sentence-transformers writes and reads: its modules, their configuration keys, and the "
+    "keys of config_sentence_transformers.json. Each is set on a tiny model, and the vectors or scores are "
     "compared with `SentenceTransformer.encode` and `CrossEncoder.predict` of the same folder."
 )
 TESTS = (
@@ -213,7 +213,7 @@ def _labels(folder: Path) -> str:
     return "3"
 
 
-def _as_it_is(folder: Path) -> str:
+def _unchanged(_: Path) -> str:
     return "as the library saves it"
 
 
@@ -232,7 +232,7 @@ def _trials() -> dict[str, Any]:
     message = {"text": text, "message": {**text, "format": "flat"}}
     found: dict[str, Any] = {name: _listed(name.removeprefix("module ")) for name in settings() if "module " in name}
     found |= {
-        "module Transformer": _as_it_is,
+        "module Transformer": _unchanged,
         "module Pooling": _set(pooling, pooling_mode="max"),
         "module Dense": ([mean], _adds(dense())),
         "module LayerNorm": ([mean], _adds(lambda: modules.LayerNorm(32))),

@@ -18,9 +18,9 @@ from edgeformer.processing.image import FILE
 
 TITLE = "Sound"
 ABOUT = (
-    "Every argument and attribute of WhisperFeatureExtractor, the features that the runtime computes, then the feature "
-    "extractors of other audio models (their bundles take arrays), then forms of recordings. The references are "
-    "transformers' own extractor, and samples known before they were written."
+    "Every argument and attribute of WhisperFeatureExtractor, whose features the runtime computes, then the "
+    "feature extractors of other audio models (their bundles take arrays), then forms of audio files. The "
+    "references are transformers' own extractor, and samples that were known before they were written."
 )
 TESTS = "tests/processing/test_audio.py"
 RATE = 16000

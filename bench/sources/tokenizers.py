@@ -19,10 +19,10 @@ from edgeformer.errors import ExportError
 
 TITLE = "Tokenizers and chat templates"
 ABOUT = (
-    "The settings are what transformers' tokenizer classes read of tokenizer_config.json, from their source and their "
+    "The settings that transformers' tokenizer classes read from tokenizer_config.json, found in their source and "
     "signatures; each is set for every class that has it. Compared are the ids with and without special tokens, "
-    "decoded texts, a truncated text, a pair, a chat, a chat of a stranger, and a text cut to the tokenizer's limit. "
-    "Then the arguments of `apply_chat_template` and what its templates can use."
+    "decoded texts, a truncated text, a pair, a chat, a chat with control tokens in its content, and a text cut "
+    "to the tokenizer's limit. Then the arguments of `apply_chat_template` and what its templates can use."
 )
 TESTS = (
     "tests/processing/test_tokenizer_families.py, tests/processing/test_chat_templates.py, "

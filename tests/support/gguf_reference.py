@@ -129,7 +129,7 @@ class Reference:
         return out
 
     def yarn(self, theta, factor, base):
-        """Low frequencies are stretched, high ones stay, with a ramp between (arXiv 2309.00071)."""
+        """YaRN: low frequencies are stretched, high ones unchanged, with a ramp between (arXiv 2309.00071)."""
         trained = self("rope.scaling.original_context_length", self("context_length"))
 
         def pair(turns):  # which turns so often over the trained length

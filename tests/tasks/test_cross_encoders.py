@@ -203,7 +203,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_known_is_refused_by_name(name, folder, tmp_path):
+def test_unsupported_settings_are_refused_by_name(name, folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "folder")
     edit, message = REFUSED[name]
     edit(copy)

@@ -1,4 +1,4 @@
-"""sentence-transformers folders give that library's own vectors: its modules, prompts, lengths and similarities."""
+"""sentence-transformers folders give the library's vectors: modules, prompts, lengths and similarities."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_the_command_line_takes_prompts_and_shows_them(plain, edgeformer):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """(the library's model, the bundle): weights after the pooling, and the prompt left out of it."""
+    """(the library's model, the bundle): weights after the pooling, which excludes the prompt."""
     place = tmp_path_factory.mktemp("whole")
     after = [
         library.Pooling(32, ("mean", "lasttoken", "cls", "weightedmean"), include_prompt=False),
@@ -243,7 +243,7 @@ def old_pooling(folder):
 
 
 def no_pooling_mode(folder):
-    """All flags off is the mean, for the library."""
+    """With all flags off the library computes the mean."""
     tiny.change(folder, "1_Pooling/config.json", pooling_mode=None, pooling_mode_max_tokens=False)
 
 
@@ -346,8 +346,8 @@ def test_a_folder_is_read_as_the_library_reads_it(name, tmp_path):
         assert off(model.embed(texts), expected) < CLOSE * max(1, np.abs(expected).max())
 
 
-def test_reading_bites(tmp_path):
-    """Two of the cases above with the setting taken out again: the comparison sees it."""
+def test_the_comparison_detects_a_missing_setting(tmp_path):
+    """Two of the cases above without their setting: the comparison fails."""
     for name, file, values in (
         ("low", "sentence_bert_config.json", {"do_lower_case": True}),
         ("short", "sentence_bert_config.json", {"max_seq_length": 5}),
@@ -432,7 +432,7 @@ def with_dense(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_known_is_refused_by_name(name, with_dense, tmp_path):
+def test_unsupported_settings_are_refused_by_name(name, with_dense, tmp_path):
     folder = shutil.copytree(with_dense, tmp_path / "folder")
     edit, message = REFUSED[name]
     edit(folder)

@@ -1,4 +1,4 @@
-"""Encoder-decoders of one's own: encode and decode become two graphs, and one that learned does in them what it did."""
+"""User-defined encoder-decoders: encode and decode become two graphs with the same results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 torch = pytest.importorskip("torch", reason="the workshop half needs torch")
 pytest.importorskip("onnxruntime", reason="the exporter's checks need onnxruntime")
 
-import torch.nn.functional as F
 from torch import nn
 
 import edgeformer
@@ -39,7 +38,7 @@ class Attention(nn.Module):
             for linear, value in ((self.q, x), (self.k, y), (self.v, y))
         )
         if not self.by_hand:
-            mixed = F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal)
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v, seen, is_causal=causal)
         else:
             scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
             if causal:
@@ -51,7 +50,7 @@ class Attention(nn.Module):
 
 
 class Pair(nn.Module):
-    """Tokens to tokens, with a mask of the padding."""
+    """Tokens to tokens, with a padding mask."""
 
     def __init__(self, by_hand=False):
         super().__init__()
@@ -94,7 +93,7 @@ class Frames(Pair):
 
 
 class Assigned(Pair):
-    """Padding written over with zeros, and a head that is the table of tokens under another name."""
+    """Padding overwritten with zeros, and a head that is tied to the embedding."""
 
     def __init__(self, by_hand=False):
         super().__init__(by_hand)
@@ -152,7 +151,7 @@ def test_encode_and_decode_become_two_graphs(kind, by_hand, tmp_path):
 
 
 class Counted(Pair):
-    def decode(self, input_ids, position_ids, encoder_hidden_states, encoder_attention_mask):
+    def decode(self, input_ids, position_ids, encoder_hidden_states, encoder_attention_mask):  # noqa: ARG002
         return self.answer(input_ids, encoder_hidden_states, None)
 
 
@@ -162,7 +161,7 @@ class Unmasked(Pair):
 
 
 class Otherwise(Pair):
-    def decode(self, target, encoder_hidden_states, encoder_attention_mask):
+    def decode(self, target, encoder_hidden_states, encoder_attention_mask):  # noqa: ARG002
         return self.answer(target, encoder_hidden_states, None)
 
 
@@ -182,7 +181,7 @@ class LastOnly(Frames):
 
 
 class BothWays(Frames):
-    def answer(self, input_ids, states, seen):
+    def answer(self, input_ids, states, seen):  # noqa: ARG002
         x = self.tokens(input_ids)
         return self.head(self.answered(x, x) + self.crossing(x, states))
 
