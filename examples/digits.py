@@ -3,7 +3,7 @@
     pip install scikit-learn
     python examples/digits.py [FOLDER]         (default: runs/digits; under a minute)
 
-The pictures are 8 x 8 pixels: 16 patches of 2 x 2. The attention is `nn.TransformerEncoder`, as PyTorch has it.
+The images have 8 x 8 pixels: 16 patches of 2 x 2. The model uses PyTorch's `nn.TransformerEncoder`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def train(epochs: int = 30) -> ViT:
 
 
 def main(folder: Path, epochs: int = 30) -> tuple[float, float]:
-    """The accuracy of PyTorch's model and of the bundle on pictures that neither was trained on."""
+    """The accuracy of PyTorch's model and of the bundle on test images."""
     from edgeformer.export import ExportOptions, export, module_source
 
     model = train(epochs)
@@ -83,7 +83,7 @@ def main(folder: Path, epochs: int = 30) -> tuple[float, float]:
         reference = model(torch.from_numpy(pixels)).argmax(1).numpy()
     found = bundle(pixels=pixels)["logits"].argmax(1)
     accuracy = float((reference == digits).mean()), float((found == digits).mean())
-    print(f"{len(digits)} pictures: PyTorch {accuracy[0]:.1%} right, the q8 bundle {accuracy[1]:.1%}")
+    print(f"{len(digits)} images: PyTorch {accuracy[0]:.1%} right, the q8 bundle {accuracy[1]:.1%}")
     return accuracy
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints, whole and broken: every weight is used and none is missing, or the export says which."""
+"""Complete and broken checkpoints: every weight is used and none is missing, or the export names it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ABOUT = (
     "it has what the library alone reports: transformers' loading info, or torch's `load_state_dict`."
 )
 TESTS = "`tests/export/sources/test_completeness.py`, `tests/export/test_memory_bounds.py`"
-_ENORMOUS = "e+"  # in a name, 1e+09: what transformers would allocate is not tried
+_ENORMOUS = "e+"  # in a name such as 1e+09: not loaded with transformers, which would allocate it
 _CUT = 160
 
 
@@ -77,7 +77,7 @@ def _row(situation: Situation, folder: Path) -> Row:
 
 
 def _library(situation: Situation, name: str, options: dict[str, Any]) -> str:
-    """What the library itself says of the load, in a few words."""
+    """The library's own report of the load, in short."""
     try:
         if "weights" in options:
             module = _user_checkpoints.module("tied" if name.endswith(":tied") else "make")

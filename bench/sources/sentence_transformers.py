@@ -27,13 +27,13 @@ TESTS = (
     "`tests/export/sources/test_positions.py`"
 )
 
-CLOSE = 2e-5  # of vectors whose elements are of size 1; a setting that is not honoured moves them by 1e-2 and more
+CLOSE = 2e-5  # for elements of size 1; an ignored setting changes them by 1e-2 and more
 PROMPTS = {"query": "query : ", "passage": "passage : "}
 Edit = Callable[[Path], Any]
 
 
 def settings() -> list[str]:
-    """From the library: its modules, the keys that they and their models write, and the arguments that they take."""
+    """From the library: its modules, the keys that they and their models write, and their arguments."""
     from sentence_transformers import CrossEncoder, SentenceTransformer, SimilarityFunction
     from sentence_transformers.cross_encoder import modules as pairs
     from sentence_transformers.multi_vector_encoder import modules as several
@@ -45,7 +45,7 @@ def settings() -> list[str]:
     found += [f"Pooling: {mode}" for mode in modules.Pooling.POOLING_MODES]
     arguments = inspect.signature(modules.Transformer.__init__).parameters
     keys = [*modules.Transformer.config_keys, *arguments]
-    left_out = ("self", "model_name_or_path", "backend")  # where it is loaded from, and by whom
+    left_out = ("self", "model_name_or_path", "backend")  # not settings of the model
     found += [f"Transformer: {key}" for key in keys if key not in left_out]
     for name in ("Pooling", "Dense", "LayerNorm", "Normalize", "Dropout"):
         found += [f"{name}: {key}" for key in getattr(modules, name).config_keys]
@@ -59,7 +59,7 @@ def settings() -> list[str]:
 
 
 def rows(work: Path) -> Iterator[Row]:
-    """One row a setting."""
+    """One row per setting."""
     trials = _trials()
     plain = _embedder(work / "plain", [])
     scorer = _scorer(work / "scorer")
@@ -73,7 +73,7 @@ def rows(work: Path) -> Iterator[Row]:
         base = scorer if setting.startswith("CrossEncoder") else plain
         folder = work / str(number)
         before = base
-        if isinstance(trial, tuple):  # modules of its own
+        if isinstance(trial, tuple):  # a trial with its own modules
             before = _embedder(work / f"{number} before", trial[0])
             trial = trial[1]
         shutil.copytree(before, folder)
@@ -182,7 +182,7 @@ def _listed(kind: str, config: dict[str, Any] | None = None) -> Edit:
 
 
 def _adds(make: Callable[[], Any]) -> Edit:
-    """One module more at the end of the folder, its weights included."""
+    """Adds one module with its weights to the folder."""
     return lambda folder: _add(folder, make())
 
 
@@ -205,7 +205,7 @@ def _without_pooling(folder: Path) -> None:
 
 
 def _labels(folder: Path) -> str:
-    """Another model in the folder: one with three labels."""
+    """Replaces the folder's model by one with three labels."""
     import transformers as tf
 
     config = tf.BertConfig(vocab_size=tiny.VOCABULARY, max_position_embeddings=64, num_labels=3, **tiny.SIZES)

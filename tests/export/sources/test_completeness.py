@@ -10,8 +10,8 @@ import sys
 import pytest
 from support import tiny
 
-torch = pytest.importorskip("torch", reason="the workshop half needs torch")
-transformers = pytest.importorskip("transformers", reason="the workshop half needs transformers")
+torch = pytest.importorskip("torch", reason="the toolchain needs torch")
+transformers = pytest.importorskip("transformers", reason="the toolchain needs transformers")
 
 from bench.sources import _hub_checkpoints as hub
 from bench.sources import _user_checkpoints as user

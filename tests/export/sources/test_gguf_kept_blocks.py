@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the workshop half needs torch")
-transformers = pytest.importorskip("transformers", reason="the workshop half needs transformers")
-gguf = pytest.importorskip("gguf", reason="the workshop half needs gguf")
+torch = pytest.importorskip("torch", reason="the toolchain needs torch")
+transformers = pytest.importorskip("transformers", reason="the toolchain needs transformers")
+gguf = pytest.importorskip("gguf", reason="the toolchain needs gguf")
 pytest.importorskip("onnxruntime", reason="the exporter's checks need onnxruntime")
 
 from gguf import quants

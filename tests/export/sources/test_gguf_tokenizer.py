@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from bench.sources import gguf as sweep
 from bench.sources._gguf_trials import REPORTED, SCORES, TEXTS
 from edgeformer.errors import ExportError
-from edgeformer.export.sources.gguf.gguf_tokenizer import read_tokenizer
+from edgeformer.export.sources.gguf.gguf_tokenizer import read_gguf_tokenizer
 from edgeformer.export.sources.gguf.pretokenizers import PRE_TOKENIZERS
 from edgeformer.export.sources.gguf.shards import open_gguf
 
@@ -30,7 +30,7 @@ LINES = (
 
 def texts_of(folder, **more):
     metadata = gguf_files.keys() | {key.replace("__", "."): value for key, value in more.items()}
-    return read_tokenizer(open_gguf(gguf_files.write(folder / "t.gguf", metadata, {})))
+    return read_gguf_tokenizer(open_gguf(gguf_files.write(folder / "t.gguf", metadata, {})))
 
 
 def tokenizer_of(folder, **more):
@@ -202,7 +202,7 @@ def test_an_unknown_key_of_the_tokenizer_is_refused(tmp_path):
 def test_a_file_without_a_tokenizer_takes_ids_and_says_so(tmp_path):
     metadata = gguf_files.keys() | {"llama.vocab_size": 267, "tokenizer.ggml.model": "no_vocab"}
     metadata |= {key: None for key in metadata if key.startswith("tokenizer.ggml.") and not key.endswith("model")}
-    texts = read_tokenizer(open_gguf(gguf_files.write(tmp_path / "t.gguf", metadata, {})))
+    texts = read_gguf_tokenizer(open_gguf(gguf_files.write(tmp_path / "t.gguf", metadata, {})))
     assert texts.files == {}
     assert any("takes token ids" in note for note in texts.notes)
 

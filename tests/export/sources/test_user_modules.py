@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the workshop half needs torch")
+torch = pytest.importorskip("torch", reason="the toolchain needs torch")
 ort = pytest.importorskip("onnxruntime", reason="the exporter's checks need onnxruntime")
 
 from torch import nn

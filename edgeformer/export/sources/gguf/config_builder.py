@@ -43,7 +43,7 @@ class ConfigBuilder:
     def refuse(self, key: str, why: str) -> ExportError:
         """The error for an unsupported value of `key`."""
         name = f"{self.model.architecture}.{key}"
-        return ExportError(f"{self.model.name}: {name} is {short(self.model.metadata.get(name))}; {why} {EDIT}")
+        return ExportError(f"{self.model.name}: {name} is {shown_value(self.model.metadata.get(name))}; {why} {EDIT}")
 
     def field(self, names: tuple[str, ...]) -> str | None:
         """The first of `names` that the config class has."""
@@ -74,7 +74,7 @@ class ConfigBuilder:
         raise self.refuse(key, f"expected {expected}{', the same for all layers' * isinstance(value, list)}.")
 
 
-def short(value: Any) -> str:
+def shown_value(value: Any) -> str:
     """`repr(value)`, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -14,7 +14,7 @@ from typing import Any
 
 from edgeformer.errors import ExportError
 from edgeformer.export.sources.gguf import keys, rope
-from edgeformer.export.sources.gguf.config_builder import EDIT, ConfigBuilder, short
+from edgeformer.export.sources.gguf.config_builder import EDIT, ConfigBuilder, shown_value
 from edgeformer.export.sources.gguf.keys import Setting
 from edgeformer.export.sources.gguf.shards import GgufFile
 
@@ -292,6 +292,6 @@ def _nothing_unread(settings: ConfigBuilder) -> None:
     if unknown:
         key = unknown[0]
         raise ExportError(
-            f"{settings.model.name}: {key} is {short(settings.model.metadata[key])}; this key is unknown and may "
+            f"{settings.model.name}: {key} is {shown_value(settings.model.metadata[key])}; this key is unknown and may "
             f"change results. {EDIT}"
         )

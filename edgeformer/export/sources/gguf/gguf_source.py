@@ -16,7 +16,7 @@ from edgeformer.export.sources.completeness import Loaded, require_complete
 from edgeformer.export.sources.gguf import rope, tensors
 from edgeformer.export.sources.gguf.config_builder import EDIT, ConfigBuilder
 from edgeformer.export.sources.gguf.gguf_config import build_config
-from edgeformer.export.sources.gguf.gguf_tokenizer import read_tokenizer
+from edgeformer.export.sources.gguf.gguf_tokenizer import read_gguf_tokenizer
 from edgeformer.export.sources.gguf.kept_blocks import KeptRows
 from edgeformer.export.sources.gguf.shards import GgufFile, open_gguf
 from edgeformer.export.sources.hub.hub import language_model
@@ -40,7 +40,7 @@ def gguf_source(path: Path, rules: LoadRules | None = None, tokenizer: Path | No
             f"--allow-missing is not for GGUF files: one without a tensor is damaged. Remove it for {model.name}."
         )
     tensors.check_types(model)
-    tokens = read_tokenizer(model)
+    tokens = read_gguf_tokenizer(model)
     if rules is not None:
         rules.room(sum(tensor.elements for tensor in model.tensors.values()))
     with quiet():

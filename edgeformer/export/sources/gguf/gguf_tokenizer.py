@@ -32,7 +32,7 @@ class GgufTokenizer:
     license: str | None = None
 
 
-def read_tokenizer(model: GgufFile) -> GgufTokenizer:
+def read_gguf_tokenizer(model: GgufFile) -> GgufTokenizer:
     """The tokenizer of `model`.
 
     Raises:
