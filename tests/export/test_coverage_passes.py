@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the workshop half needs torch")
-pytest.importorskip("onnx_ir", reason="the workshop half needs onnx-ir")
-pytest.importorskip("onnxruntime", reason="the workshop half needs onnxruntime")
+torch = pytest.importorskip("torch", reason="the toolchain needs torch")
+pytest.importorskip("onnx_ir", reason="the toolchain needs onnx-ir")
+pytest.importorskip("onnxruntime", reason="the toolchain needs onnxruntime")
 
 from support.graphs import ops, parse, run
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="the workshop half needs torch")
-pytest.importorskip("onnx_ir", reason="the workshop half needs onnx-ir")
+pytest.importorskip("torch", reason="the toolchain needs torch")
+pytest.importorskip("onnx_ir", reason="the toolchain needs onnx-ir")
 
 from support.graphs import ops, parse, run
 

@@ -1,4 +1,4 @@
-"""Weights that a checkpoint may lack: those that nothing reads, and those that an adapter brings."""
+"""Weights that a checkpoint may lack: unread ones, and those that an adapter has."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODULES = [
 
 
 def without(folder, prefix):
-    """The checkpoint in `folder` without the tensors whose names begin so."""
+    """Removes the tensors with these name prefixes from the checkpoint in `folder`."""
     path = folder / "model.safetensors"
     state = {name: value for name, value in load_file(path).items() if not name.startswith(prefix)}
     save_file(state, path, metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""How many tokens fit a model: what its tables of positions hold, not what its config says."""
+"""The longest text of a model: counted from its tables of positions, not read from its config."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_longer_text_is_refused_with_the_numbers(tmp_path):
 
 
 def test_long_texts_are_cut_to_what_the_table_holds(tmp_path):
-    """Nothing in the folder says 32: the config and the library say 34, which are the table's rows, and it fails."""
+    """The config and the library have 34, the rows of the table, which is too long: 32 tokens fit."""
     library = pytest.importorskip("sentence_transformers", reason="pip install 'edgeformer[reference]'")
     from bench.sources import _sentences as tiny
 

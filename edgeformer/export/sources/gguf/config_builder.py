@@ -25,40 +25,43 @@ class RotaryScaling:
 
 @dataclass
 class ConfigBuilder:
-    """Config fields by name, notes for the manifest, and what the rotary modules are to be given after loading."""
+    """Config fields by name, notes for the manifest, and rotary scaling to apply after the load."""
 
     model: GgufFile
-    fields: dict[str, Any]  # of the config, as transformers' reader began it
-    defaults: Mapping[str, Any]  # the class's fields with their defaults
+    fields: dict[str, Any]  # of the config; initially those that transformers' reader sets
+    defaults: Mapping[str, Any]  # fields of the config class with their defaults
     notes: list[str] = field(default_factory=list)
     rotary: RotaryScaling | None = None
 
     def get(self, key: str) -> Any:
-        """The value of a key of the architecture; None where the file does not say it."""
+        """The value of a key of the architecture; None if the file has none."""
         value = self.model.metadata.get(f"{self.model.architecture}.{key}")
         if isinstance(value, list) and value and all(one == value[0] for one in value):
-            return value[0]  # one value for each layer, all the same
+            return value[0]  # one value per layer, all equal
         return value
 
     def refuse(self, key: str, why: str) -> ExportError:
+        """The error for an unsupported value of `key`."""
         name = f"{self.model.architecture}.{key}"
-        return ExportError(f"{self.model.name}: {name} is {short(self.model.metadata.get(name))}; {why} {EDIT}")
+        return ExportError(f"{self.model.name}: {name} is {shown_value(self.model.metadata.get(name))}; {why} {EDIT}")
 
     def field(self, names: tuple[str, ...]) -> str | None:
         """The first of `names` that the config class has."""
         return next((name for name in names if name in self.defaults), None)
 
     def size(self, key: str) -> int | None:
+        """The checked whole number of `key`; None if the file has none."""
         return None if self.get(key) is None else int(self.checked(key, Setting((), int)))
 
     def number(self, key: str) -> float | None:
+        """The checked number of `key`; None if the file has none."""
         return None if self.get(key) is None else float(self.checked(key, Setting(())))
 
     def checked(self, key: str, setting: Setting) -> Any:
-        """The value of `key`, of the right type and finite.
+        """The value of `key`.
 
         Raises:
-            ExportError: it is not.
+            ExportError: it has another type than `setting`, or is not finite.
         """
         value = self.get(key)
         if setting.kind is bool and type(value) is bool:
@@ -71,6 +74,7 @@ class ConfigBuilder:
         raise self.refuse(key, f"expected {expected}{', the same for all layers' * isinstance(value, list)}.")
 
 
-def short(value: Any) -> str:
+def shown_value(value: Any) -> str:
+    """`repr(value)`, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
