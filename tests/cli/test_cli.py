@@ -298,7 +298,7 @@ def test_a_defect_is_not_dressed_up_as_a_users_mistake(lm, monkeypatch):
     def broken(*args, **kwargs):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("edgeformer.cli.run.text", broken)
+    monkeypatch.setattr("edgeformer.cli.run.run_prompt", broken)
     with pytest.raises(ZeroDivisionError):
         main(["run", str(lm), "x"])
 
