@@ -140,10 +140,10 @@ def smollm2_traced(smollm2_gguf, tmp_path_factory):
     """SmolLM2, loaded and traced once for all exports of it."""
     require("torch", "pip install 'edgeformer[export]'")
     from edgeformer.export import ExportOptions
-    from edgeformer.export.pipeline import float_graph
+    from edgeformer.export.graphs import trace_model
     from edgeformer.export.sources.load import load_source
 
-    return float_graph(load_source(ExportOptions(str(smollm2_gguf), tmp_path_factory.mktemp("unused"))))
+    return trace_model(load_source(ExportOptions(str(smollm2_gguf), tmp_path_factory.mktemp("unused"))))
 
 
 @pytest.fixture(scope="session")
@@ -174,14 +174,14 @@ def traced():
     """`traced(name)`: the traced tiny model of that name in `architectures`, once a session."""
     from support import architectures
 
-    from edgeformer.export.pipeline import float_graph
+    from edgeformer.export.graphs import trace_model
     from edgeformer.export.sources.hub.hub import language_model
 
     made = {}
 
     def get(name):
         if name not in made:
-            made[name] = float_graph(language_model(architectures.make(name), f"tiny {name}"))
+            made[name] = trace_model(language_model(architectures.make(name), f"tiny {name}"))
         return made[name]
 
     return get

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.coverage.models import tiny
+from edgeformer.engines.choose import EngineName
 
 F32 = NDArray[np.float32]
-ENGINES = ("cpu", "native")
+ENGINES: tuple[EngineName, ...] = ("cpu", "native")
 FLOAT, DEFAULT = "f32", "q4a"  # what a column of the results is called: the float bundle, and the default export
 # Of 5, 9, 37 and 150 tokens, without the special ones: inside and behind every window, more than one tile of keys, and
 # an odd number of rows.
@@ -74,10 +75,10 @@ def examine(name: str, depth: Depth = Depth()) -> dict[str, Any]:
             row["generate_differs"] = told != [answer.tokens for answer in answers]
         row["stage"] = "export"
 
-        from edgeformer.export.pipeline import float_graph
+        from edgeformer.export.graphs import trace_model
         from edgeformer.export.sources.hub.hub import language_model
 
-        traced = float_graph(language_model(model, f"tiny {name}"))
+        traced = trace_model(language_model(model, f"tiny {name}"))
         row["layers"] = traced.layers
         for kind in (FLOAT, DEFAULT):
             row["stage"] = f"export {kind}"
@@ -151,9 +152,9 @@ def _generated(model: Any, prompt: list[int], count: int) -> list[int]:
 
 def _dequantized(path: Path) -> list[F32]:
     """The bundle's logits of each prompt, every operator as written: weights really become floats."""
-    from edgeformer.export.check.graph_run import Graph
+    from edgeformer.export.check.graph_run import OrtGraph
 
-    graph = Graph(path / "model.onnx", optimized=False)
+    graph = OrtGraph(path / "model.onnx", optimized=False)
     found = []
     for prompt in PROMPTS:
         ids = np.array([prompt])

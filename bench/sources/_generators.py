@@ -16,7 +16,7 @@ import transformers as tf
 import edgeformer
 from edgeformer.decoding.generation_fields import listed
 from edgeformer.export import ExportOptions, export
-from edgeformer.export.graphs.encoder_decoder import pair_source
+from edgeformer.export.sources.hub.encoder_decoder_source import encoder_decoder_source
 from edgeformer.export.sources.hub.hub import language_model
 
 VOCABULARY = 100
@@ -77,7 +77,7 @@ class Generator:
                 if parameter.ndim > 1:
                     parameter.normal_(0, 1.5 * parameter.shape[1] ** -0.5, generator=generator)
         source = language_model(model.eval(), kind) if kind == "llama" else None
-        pair = None if source else pair_source(model, kind, "text2text-generation")
+        pair = None if source else encoder_decoder_source(model, kind, "text2text-generation")
         export(ExportOptions(source=kind, output=folder / kind, quantize="none", tokens=0), traced=source or pair)
         return cls(model, edgeformer.load(folder / kind, engine="cpu", threads=1))
 

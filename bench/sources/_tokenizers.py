@@ -11,12 +11,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-from edgeformer.export.sources.hub.heads import processing_of
-from edgeformer.export.sources.texts import ODD_TEXTS, TOKENIZER_FILES, tokenizer_files
+from edgeformer.export.source import Source
+from edgeformer.export.sources.sentence.sentence import text_length
+from edgeformer.export.sources.tokenizer_export import ODD_TEXTS, TOKENIZER_FILES, tokenizer_files
 from edgeformer.processing.tokenizer import Tokenizer as Runtime
 
 TRAINED = [*ODD_TEXTS, "the quick brown fox jumps over the lazy dog", string.printable] * 3
@@ -135,7 +137,8 @@ def bundled(folder: Path) -> list[Any]:
     found.append(ours.encode_for_encoder((TEXTS[0], TEXTS[1])).ids)
     found.append(or_refused(lambda: ours.render_chat(CHAT, False)))
     found.append(or_refused(lambda: ours.encode_chat(STRANGE_CHAT, False, sanitize_control_tokens=True)))
-    limit = processing_of(lambda name: _read(folder / name), {}, ()).get("max_length")
+    files = {"tokenizer_config.json": _read(folder / "tokenizer_config.json") or b"{}"}
+    limit = text_length(None, Source(torch.nn.Identity(), (), (), "feature-extraction", "", files=files))
     found.append(ours.encode_for_encoder(LONG, limit).ids)
     return found
 

@@ -24,8 +24,8 @@ ABOUT = (
     "that llama.cpp gives a key."
 )
 TESTS = (
-    "tests/export/sources/test_gguf_header.py, tests/export/sources/test_gguf_settings.py, "
-    "tests/export/sources/test_gguf_tensors.py, tests/export/sources/test_gguf_texts.py, "
+    "tests/export/sources/test_gguf_header.py, tests/export/sources/test_gguf_config.py, "
+    "tests/export/sources/test_gguf_tensors.py, tests/export/sources/test_gguf_tokenizer.py, "
     "tests/export/sources/test_gguf_bundle.py"
 )
 TOLERANCE = 1e-4  # of the largest logit: the exporter's own gate between PyTorch and the graph
@@ -76,7 +76,7 @@ def outcome_of(path: Path, *shards: Path) -> tuple[str, Any]:
     from support.gguf_reference import Reference
 
     from edgeformer.errors import ExportError
-    from edgeformer.export.sources.gguf.load import gguf_source
+    from edgeformer.export.sources.gguf.gguf_source import gguf_source
 
     try:
         source = gguf_source(path)
@@ -119,8 +119,8 @@ def _key(key: str, setting: str, work: Path) -> Row:
         return Row(setting, "ignored", f"{said}: {error:.1e} from the reference", "numpy")
     if moved > TOLERANCE:
         return Row(setting, "honoured", f"{said} moves logits by {moved:.0%}; ours differ by {error:.0e}", "numpy")
-    if key in known.IRRELEVANT:
-        return Row(setting, "irrelevant", known.IRRELEVANT[key], "numpy")
+    if key in known.IGNORED_KEYS:
+        return Row(setting, "irrelevant", known.IGNORED_KEYS[key], "numpy")
     if name.startswith("general.") or key.startswith("split."):
         return Row(setting, "irrelevant", "it describes the file, not the model", "numpy")
     noted = [note for note in source.notes if key.rpartition(".")[2] in note]
@@ -220,23 +220,23 @@ def _text(setting: str, work: Path) -> Row:
 
     from edgeformer.errors import ExportError
     from edgeformer.export.sources.gguf import keys as known
+    from edgeformer.export.sources.gguf.gguf_tokenizer import read_tokenizer
     from edgeformer.export.sources.gguf.shards import open_gguf
-    from edgeformer.export.sources.gguf.texts import read_texts
 
     short = setting.removeprefix("tokenizer.ggml.")
-    if short in known.TOKENIZER_IRRELEVANT and setting not in TEXTS:
+    if short in known.IGNORED_TOKENIZER_KEYS and setting not in TEXTS:
         value: Any = "x" if "charsmap" in short else True if "remove" in short else 1
         path = gguf_files.write(work / "text.gguf", gguf_files.keys() | {setting: value}, {})
         same = (
-            read_texts(open_gguf(path)).files
-            == read_texts(open_gguf(gguf_files.write(work / "plain.gguf", gguf_files.keys(), {}))).files
+            read_tokenizer(open_gguf(path)).files
+            == read_tokenizer(open_gguf(gguf_files.write(work / "plain.gguf", gguf_files.keys(), {}))).files
         )
-        return Row(setting, "irrelevant" if same else "ignored", known.TOKENIZER_IRRELEVANT[short])
+        return Row(setting, "irrelevant" if same else "ignored", known.IGNORED_TOKENIZER_KEYS[short])
     outcome, detail = "ignored", ""
     for more, expected in TEXTS[setting]:
         path = gguf_files.write(work / "text.gguf", gguf_files.keys() | more, {})
         try:
-            texts = read_texts(open_gguf(path))
+            texts = read_tokenizer(open_gguf(path))
         except ExportError as error:
             named = setting.partition("{")[0] in str(error)
             if not named or not isinstance(expected, str):

@@ -11,7 +11,7 @@ from typing import Any
 from edgeformer.cli.console import load_model, stderr
 from edgeformer.cli.options import GenerationFlags
 from edgeformer.cli.purpose import require
-from edgeformer.decoding.loop import Session
+from edgeformer.decoding.session import Session
 from edgeformer.engines.options import EngineOptions
 from edgeformer.errors import InputError, TemplateError
 from edgeformer.model import Model
@@ -27,8 +27,7 @@ def talk(bundle: Path, engine: EngineOptions, system: str | None, generation: Ge
         TemplateError: the bundle has no chat template.
         InputError: it is no language model.
     """
-    require(bundle, "run")
-    model = load_model(bundle, engine.arguments())
+    model = load_model(require(bundle, "run"), engine.arguments())
     if model.tokenizer is None or not model.tokenizer.has_chat_template:
         raise TemplateError(f"{bundle} has no chat template, so it is no chat model; use `edgeformer run` with text.")
     file, arguments = model.bundle.generation_config, generation.arguments()

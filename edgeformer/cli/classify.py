@@ -21,9 +21,10 @@ def print_labels(bundle: Path, engine: EngineOptions, arguments: Sequence[str], 
     Raises:
         InputError: the bundle gives no labels, or there is nothing to classify.
     """
-    words = require(bundle, "classify").task == "token-classification"
+    opened = require(bundle, "classify")
+    words = opened.task == "token-classification"
     items = read_items(arguments)
-    model = load_model(bundle, engine.arguments())
+    model = load_model(opened, engine.arguments())
     found: Sequence[Sequence[Any]] = model.classify_tokens(items) if words else model.classify(items)
     shown = found if words else [labels[:top] for labels in found]
     if as_json:

@@ -23,11 +23,11 @@ def print_vectors(
     Raises:
         InputError: the bundle gives no vectors, or there is nothing to embed.
     """
-    require(bundle, "embed")
+    opened = require(bundle, "embed")
     if output is not None and output.suffix != ".npy":
         raise InputError(f"--output is {output}, expected a name ending in .npy.")
     items = read_items(arguments)
-    vectors = load_model(bundle, engine.arguments()).embed(items, **options.arguments())
+    vectors = load_model(opened, engine.arguments()).embed(items, **options.arguments())
     if output is None:
         for item, vector in zip(items, vectors, strict=True):
             print(json.dumps({"item": item, "vector": [float(f"{x:.7g}") for x in vector]}, ensure_ascii=False))

@@ -55,8 +55,7 @@ def run_prompt(
 
     For an encoder-decoder the prompt is the source. A beam search gives its text at the end only.
     """
-    require(bundle, "run")
-    model = load_model(bundle, engine.arguments())
+    model = load_model(require(bundle, "run"), engine.arguments())
     pieces = model.stream(prompt, **generation.arguments())
     if as_json:
         for _ in pieces:

@@ -20,8 +20,7 @@ def print_transcripts(
     Raises:
         InputError: the bundle is no speech model, or a file cannot be read.
     """
-    require(bundle, "transcribe")
-    model = load_model(bundle, engine.arguments())
+    model = load_model(require(bundle, "transcribe"), engine.arguments())
     for file in files:
         found = model.transcribe(file, **options)
         if as_json:

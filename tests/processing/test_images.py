@@ -145,7 +145,7 @@ def test_what_the_runtime_does_not_compute_is_refused_by_name(named, settings):
 
 
 def test_settings_that_fit_no_picture_of_the_model_are_refused():
-    with pytest.raises(ExportError, match=r"takes no picture at all: .* 3 means or deviations for 1 channels"):
+    with pytest.raises(ExportError, match=r"takes no test image: .* 3 means or deviations for 1 channels"):
         image_settings(reading(VIT | {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}), 1)
 
 

@@ -7,7 +7,7 @@ import torch
 from support import gguf_files
 from support.gguf_reference import Reference
 
-from edgeformer.export.sources.gguf.load import gguf_source
+from edgeformer.export.sources.gguf.gguf_source import gguf_source
 
 # float32 rounds at u = 2**-24 = 6e-8. A dot product of up to 64 terms errs by about sqrt(64) u of its terms, 5e-7.
 # About 20 of them come one after the other in two layers, some of them cancelling: 1e-5 of the largest logit.

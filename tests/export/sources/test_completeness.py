@@ -50,7 +50,7 @@ HUB_CACHE = """
 import sys
 from edgeformer.errors import ExportError
 from edgeformer.export import ExportOptions
-from edgeformer.export.sources import load_source
+from edgeformer.export.sources.load import load_source
 
 for name in ("tiny/whole", "tiny/sharded", "tiny/headless", "tiny/nothing"):
     try:
@@ -82,7 +82,7 @@ def test_a_model_of_the_hub_is_checked_as_a_folder_is(tmp_path):
     whole, sharded, headless, nothing = done.stdout.splitlines()
     assert (whole, sharded) == ("tiny/whole 21", "tiny/sharded 21")
     assert "1 tensor of LlamaForCausalLM is not in it" in headless
-    assert "the hub could not give it" in nothing
+    assert "the hub did not return it" in nothing
 
 
 class Versioned(torch.nn.Linear):
@@ -98,11 +98,11 @@ class Versioned(torch.nn.Linear):
 
 def test_the_versions_of_modules_are_kept(tmp_path):
     """torch.save keeps them beside a state_dict, and modules read older layouts by them."""
-    from edgeformer.export.sources.user.user_weights import load_weights
+    from edgeformer.export.sources.user.user_weights import load_user_weights
 
     right, module = Versioned(3, 4), Versioned(3, 4)
     torch.save(right.state_dict(), tmp_path / "w.pt")
-    load_weights(module, tmp_path / "w.pt")
+    load_user_weights(module, tmp_path / "w.pt")
     same_tensors(module, right)
 
 

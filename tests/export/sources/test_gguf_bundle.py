@@ -19,9 +19,9 @@ from support.gguf_reference import Reference
 import edgeformer
 from edgeformer.errors import ExportError
 from edgeformer.export import ExportOptions, export
-from edgeformer.export.sources.gguf.load import gguf_source
+from edgeformer.export.sources.gguf.gguf_source import gguf_source
 
-# The gate between PyTorch and the graph in float32; the reference is within 2e-5 of PyTorch (test_gguf_settings.py).
+# The gate between PyTorch and the graph in float32; the reference is within 2e-5 of PyTorch (test_gguf_config.py).
 TOLERANCE = 1e-4
 
 

@@ -14,7 +14,7 @@ from support.gguf_logits import TOLERANCE, difference
 
 from bench.sources import gguf as sweep
 from edgeformer.errors import ExportError
-from edgeformer.export.sources.gguf.load import gguf_source
+from edgeformer.export.sources.gguf.gguf_source import gguf_source
 
 UNREADABLE = ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64", "Q1_0")
 

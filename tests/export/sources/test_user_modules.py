@@ -261,7 +261,7 @@ def test_a_factory_takes_a_tokenizer_along(tmp_path, monkeypatch):
         model = edgeformer.load(tmp_path / "bundle", engine="cpu")
         ids = model.tokenizer.encode("hello world")
         assert model.generate("hello world", max_new_tokens=5).ids == model.generate(ids, max_new_tokens=5).ids
-    for wrong, told in ((tmp_path / "mine.py", "is no tokenizer.json"), (tmp_path, "no folder with one")):
+    for wrong, told in ((tmp_path / "mine.py", "is neither a tokenizer.json"), (tmp_path, "nor a folder with one")):
         options = ExportOptions(f"{tmp_path / 'mine.py'}:make", tmp_path / "other", tokenizer=wrong)
         with pytest.raises(edgeformer.ExportError, match=told):
             export(options)

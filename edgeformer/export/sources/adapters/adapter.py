@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from edgeformer.errors import ExportError
-from edgeformer.export.check.parity import F32
+from edgeformer.export.blocks import F32
 from edgeformer.export.inputs import axes
-from edgeformer.export.source import TOKENIZER_FILES, Pair, Source, run, vocabulary
-from edgeformer.export.sources.adapters.adapter_folder import SETTINGS, Adapter, peft_version
-from edgeformer.export.sources.adapters.adapter_merge import Merged, merge, plain_name
+from edgeformer.export.source import TOKENIZER_FILES, EncoderDecoderSource, Source, pytorch_outputs, vocabulary
+from edgeformer.export.sources.adapters.adapter_folder import ADAPTER_CONFIG, Adapter, peft_version
+from edgeformer.export.sources.adapters.adapter_merge import Merged, base_name, merge
 from edgeformer.export.sources.generation import generation_settings
 
 _GENERATION = "generation_config.json"
@@ -30,7 +30,7 @@ _SIZES = (2, 7)  # of the first named axis and the others, in what the merged an
 _KEPT = "The blocks of the GGUF file are not kept: the adapter changes its weights, so they are quantized anew."
 
 
-def with_adapter(source: Source | Pair, adapter: Adapter, base: Path) -> Source | Pair:
+def with_adapter(source: Source | EncoderDecoderSource, adapter: Adapter, base: Path) -> Source | EncoderDecoderSource:
     """The source of the folder `base` with the adapter merged into its module, and said in its origin.
 
     A tokenizer, chat template or generation_config.json in the adapter's folder replaces the base's.
@@ -40,8 +40,8 @@ def with_adapter(source: Source | Pair, adapter: Adapter, base: Path) -> Source 
     """
     folder = adapter.folder
     _require_same_processing(folder, base)
-    parts = (source.encoder, source.decoder) if isinstance(source, Pair) else (source,)
-    module: Any = source.encoder.module.model if isinstance(source, Pair) else source.module
+    parts = (source.encoder, source.decoder) if isinstance(source, EncoderDecoderSource) else (source,)
+    module: Any = source.encoder.module.model if isinstance(source, EncoderDecoderSource) else source.module
     before = _config(module)
     merged = merge(module, adapter, lambda: _outputs(parts))
     after, texts, generation = _config(module), _tokenizer(folder), _generation(folder)
@@ -61,7 +61,7 @@ def with_adapter(source: Source | Pair, adapter: Adapter, base: Path) -> Source 
     }
     _require_rows(texts, module, folder)
     made = [dataclasses.replace(part, **changes, inputs=_inputs(part, module)) for part in parts]
-    return Pair(*made) if isinstance(source, Pair) else made[0]
+    return EncoderDecoderSource(*made) if isinstance(source, EncoderDecoderSource) else made[0]
 
 
 def _outputs(parts: tuple[Source, ...]) -> dict[str, F32]:
@@ -69,7 +69,7 @@ def _outputs(parts: tuple[Source, ...]) -> dict[str, F32]:
     for part in parts:
         sizes = {axis: _SIZES[bool(index)] for index, axis in enumerate(axes(part.inputs))}
         feeds = {value.name: value.sample(sizes, 2 * index) for index, value in enumerate(part.inputs)}
-        found |= run(part, feeds)
+        found |= pytorch_outputs(part, feeds)
     return found
 
 
@@ -95,12 +95,12 @@ def _rows(module: Any) -> int | None:
 
 def supplied_names(adapter: Adapter) -> frozenset[str]:
     """Parameters of the base that the adapter brings whole (a trained head), by the base's names for them."""
-    return frozenset(map(plain_name, adapter.tensors))
+    return frozenset(map(base_name, adapter.tensors))
 
 
 def _tokenizer(folder: Path) -> dict[str, bytes]:
     """The files of the tokenizer in the adapter's folder; a lone chat template is one too."""
-    from edgeformer.export.sources.texts import folder_files
+    from edgeformer.export.sources.tokenizer_export import folder_files
 
     found = {name for name in (*TOKENIZER_FILES, "tokenizer.model", "vocab.json") if (folder / name).is_file()}
     template = {name: (folder / name).read_bytes() for name in found & {"chat_template.jinja"}}
@@ -172,7 +172,7 @@ def _read_notes(adapter: Adapter, source: Source) -> list[str]:
         notes.append(f"{_GENERATION} is the one in the adapter's folder.")
     if (folder / "config.json").is_file():
         notes.append("config.json in the adapter's folder is not read: the base's says what the model is.")
-    if others := sorted(path.parent.name for path in folder.glob(f"*/{SETTINGS}")):
+    if others := sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}")):
         notes.append(f"The adapter's folder has more adapters in {', '.join(others)}; they are not merged.")
     if source.kept is not None:
         notes.append(_KEPT)

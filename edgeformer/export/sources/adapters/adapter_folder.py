@@ -16,10 +16,10 @@ import torch
 
 from edgeformer.errors import ExportError
 
-SETTINGS = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT reads the first that is there
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT reads the first that is there
 PREFIX = "base_model.model."
-INSTALL = "pip install 'edgeformer[export]'"
+_INSTALL = "pip install 'edgeformer[export]'"
 
 # Fields of every PEFT config that say where an adapter comes from, or how it was trained; no weight depends on them.
 _BOOKKEEPING = (
@@ -30,7 +30,7 @@ _CONVERT = (
     "Convert it where it was trained: model.save_pretrained(FOLDER, path_initial_model_for_weight_conversion=INITIAL) "
     "gives a plain LoRA adapter for the original base, model.merge_and_unload().save_pretrained(FOLDER) a merged "
     'model. If SOURCE is the base as the initialization changed it, set "init_lora_weights": true in '
-    f"{SETTINGS}."
+    f"{ADAPTER_CONFIG}."
 )
 # Values of init_lora_weights that change the base's weights in a way that loading cannot repeat -> why not.
 _LOST_BASES = {
@@ -77,14 +77,14 @@ def read_adapter(folder: Path) -> Adapter:
         ExportError: the folder is no adapter, is damaged, or one whose change cannot be said in weights of the base;
             or PEFT is not installed, or too old for it.
     """
-    settings, weights = read_settings(folder), _weights(folder)
+    settings, weights = read_adapter_config(folder), _weights(folder)
     config_class = _config_class(folder, settings)
     _refuse_unmergeable(folder, settings, config_class)
     known = {field.name for field in dataclasses.fields(config_class)}
     # A setting that is off (null, false, empty) may be unknown: leaving it out changes nothing.
     if unknown := sorted(name for name, value in settings.items() if name not in known and value):
         raise ExportError(
-            f"{folder / SETTINGS} has {', '.join(f'{name} = {settings[name]!r}' for name in unknown)}, which PEFT "
+            f"{folder / ADAPTER_CONFIG} has {', '.join(f'{name} = {settings[name]!r}' for name in unknown)}, which PEFT "
             f"{peft_version()} does not know (the adapter was saved by {settings.get('peft_version') or 'another'}); "
             "update peft, or take the setting out if it was not used."
         )
@@ -106,27 +106,27 @@ def peft_version() -> str:
     try:
         import peft
     except ImportError as error:
-        raise ExportError(f"adapters are merged by PEFT, which cannot be imported ({error}): {INSTALL}") from error
+        raise ExportError(f"adapters are merged by PEFT, which cannot be imported ({error}): {_INSTALL}") from error
     return str(peft.__version__)
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
     """The folder's adapter_config.json.
 
     Raises:
         ExportError: there is none, or it is no adapter's.
     """
-    path = folder / SETTINGS
+    path = folder / ADAPTER_CONFIG
     if not folder.is_dir():
         raise ExportError(f"there is no adapter folder {folder}; download the adapter, and give its folder.")
     if not path.is_file():
-        inner = sorted(found.parent.name for found in folder.glob(f"*/{SETTINGS}"))
+        inner = sorted(found.parent.name for found in folder.glob(f"*/{ADAPTER_CONFIG}"))
         hint = (
             f"Its subfolders {', '.join(inner)} hold adapters: name one of them."
             if inner
             else "Save one with model.save_pretrained(folder)."
         )
-        raise ExportError(f"{folder} is no PEFT adapter: it has no {SETTINGS}. {hint}")
+        raise ExportError(f"{folder} is no PEFT adapter: it has no {ADAPTER_CONFIG}. {hint}")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -137,10 +137,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _weights(folder: Path) -> Path:
-    found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    found = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()), None)
     if found is None:
         raise ExportError(
-            f"{folder} is no PEFT adapter: it has no {' or '.join(WEIGHTS)}. Save one with "
+            f"{folder} is no PEFT adapter: it has no {' or '.join(ADAPTER_WEIGHTS)}. Save one with "
             "model.save_pretrained(folder)."
         )
     return found

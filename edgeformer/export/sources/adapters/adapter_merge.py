@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from edgeformer.errors import ExportError, ParityError
+from edgeformer.export.blocks import F32
 from edgeformer.export.check import parity
 from edgeformer.export.quiet import quiet
-from edgeformer.export.sources.adapters.adapter_folder import PREFIX, SETTINGS, Adapter
+from edgeformer.export.sources.adapters.adapter_folder import ADAPTER_CONFIG, PREFIX, Adapter
 
-Probe = Callable[[], Mapping[str, parity.F32]]  # the model's outputs for fixed inputs
+Probe = Callable[[], Mapping[str, F32]]  # the model's outputs for fixed inputs
 _NAME = "default"  # PEFT's own name for the only adapter
 _SHAPES = re.compile(r"size mismatch for (\S+): \D+(\[[\d, ]*\])\)\D+(\[[\d, ]*\])")  # of load_state_dict
 _WRAPS = (".base_layer", ".original_module", ".modules_to_save", ".token_adapter")
@@ -68,7 +69,7 @@ def merge(module: torch.nn.Module, adapter: Adapter, probe: Probe) -> Merged:
         _merge(wrapped, adapter)
     module.eval()
     try:
-        check = parity.compare("merged adapter", unmerged, merged := probe())
+        check = parity.compare_outputs("merged adapter", unmerged, merged := probe())
     except ParityError as error:
         raise ExportError(
             f"the adapter {adapter.folder} gives a model whose outputs are not finite: {error}"
@@ -78,12 +79,12 @@ def merge(module: torch.nn.Module, adapter: Adapter, probe: Probe) -> Merged:
             f"{adapter.method} of {adapter.folder} cannot be merged: PEFT's merged model differs from its unmerged one "
             f"by {check.worst:.1e} of the outputs' range, allowed {parity.TOLERANCE:.0e} ({_told(adapter)})."
         )
-    if parity.compare("adapter", plain, merged).worst == 0 and not base_changed:
+    if parity.compare_outputs("adapter", plain, merged).worst == 0 and not base_changed:
         notes.append(f"The adapter {adapter.folder.name} changes no output: it was saved before it was trained.")
     return Merged(layers, whole, notes)
 
 
-def plain_name(name: str) -> str:
+def base_name(name: str) -> str:
     """A tensor's name in the adapter file or in PEFT's wrapped model -> the base's own name for it."""
     name = name.removeprefix(PREFIX)
     for wrap in _WRAPS:
@@ -93,8 +94,8 @@ def plain_name(name: str) -> str:
 
 def _whole(module: torch.nn.Module, adapter: Adapter) -> list[str]:
     """Parameters of the base that the adapter's file replaces."""
-    names = {plain_name(name) for name, _ in module.named_parameters(remove_duplicate=False)}
-    return [name for name in adapter.tensors if plain_name(name) in names]
+    names = {base_name(name) for name, _ in module.named_parameters(remove_duplicate=False)}
+    return [name for name in adapter.tensors if base_name(name) in names]
 
 
 def _inject(module: torch.nn.Module, adapter: Adapter) -> tuple[Any, list[str]]:
@@ -176,7 +177,7 @@ def _resize(module: torch.nn.Module, adapter: Adapter) -> list[str]:
     if embedding is None:
         return []
     names = {name for name, part in module.named_modules() if part is embedding}
-    held = {plain_name(name): value for name, value in adapter.tensors.items()}
+    held = {base_name(name): value for name, value in adapter.tensors.items()}
     found = next((held[f"{name}.weight"] for name in names if f"{name}.weight" in held), None)
     if found is None or found.ndim != 2 or found.shape[1] != embedding.weight.shape[1]:
         return []  # what does not fit is refused when PEFT loads it
@@ -243,9 +244,7 @@ def _misfit(module: torch.nn.Module, adapter: Adapter, error: Exception) -> str:
     if shapes := _SHAPES.findall(str(error)):
         name, found, expected = shapes[0]
         more = f", and so {len(shapes) - 1} more" if len(shapes) > 1 else ""
-        reason = (
-            f"size mismatch: {name.removeprefix(PREFIX)} is {found}, the base and {SETTINGS} need {expected}{more}."
-        )
+        reason = f"size mismatch: {name.removeprefix(PREFIX)} is {found}, the base and {ADAPTER_CONFIG} need {expected}{more}."
     return f"the adapter {adapter.folder} does not fit {type(module).__name__}: {reason} {_advice(adapter)}"
 
 
@@ -254,7 +253,7 @@ def _left_over(module: torch.nn.Module, adapter: Adapter, unexpected: list[str],
     if unexpected:
         problems.append(f"{_tensors(unexpected)} that {type(module).__name__} has no place for")
     if missing:
-        problems.append(f"not {_tensors(missing)} that its {SETTINGS} asks for")
+        problems.append(f"not {_tensors(missing)} that its {ADAPTER_CONFIG} asks for")
     return f"the adapter {adapter.folder} has {', and '.join(problems)}. {_advice(adapter)} Or it was not saved whole."
 
 

@@ -133,7 +133,7 @@ SPECIAL = frozenset({
 })  # fmt: skip
 
 # No number depends on these.
-IRRELEVANT: dict[str, str] = {
+IGNORED_KEYS: dict[str, str] = {
     "rope.scaling.finetuned": "it says how the model was trained",
     "tensor_data_layout": "it names the converter's order of rows, which the tensors' names already imply",
 }
@@ -142,7 +142,7 @@ TOKENIZER_READ = frozenset({
     "eom_token_id", "unknown_token_id", "seperator_token_id", "padding_token_id", "mask_token_id", "cls_token_id",
     "add_bos_token", "add_eos_token", "add_sep_token", "add_space_prefix",
 })  # fmt: skip
-TOKENIZER_IRRELEVANT: dict[str, str] = {
+IGNORED_TOKENIZER_KEYS: dict[str, str] = {
     "token_type_count": "segments of encoders; a decoder has none",
     "remove_extra_whitespaces": "only unigram tokenizers read it, and those are refused",
     "precompiled_charsmap": "only unigram tokenizers read it, and those are refused",
@@ -157,6 +157,6 @@ TEMPLATES = ("tokenizer.chat_template", "tokenizer.chat_templates")
 HUGGING_FACE = "tokenizer.huggingface.json"
 OTHER_KINDS = ("adapter.", "imatrix.", "clip.", "diffusion.", "xielu.", "tokenizer.rwkv.")
 GENERAL_READ = frozenset({"architecture", "alignment", "type", "quantization_version", "license", "name"})
-SAMPLING = {
+SAMPLING_KEYS = {
     "temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repetition_penalty",
 }  # fmt: skip

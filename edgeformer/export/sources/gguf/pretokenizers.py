@@ -37,47 +37,48 @@ _CASED = r"(?:(?![ა-ჿ])[\p{Lu}\p{Ll}\p{Lt}])"  # letters of two cases; Georg
 
 
 @dataclass(frozen=True)
-class Cut:
+class PreTokenizer:
     """`whole`: a piece that is a token is taken before any merge (llama.cpp's ignore_merges). `begins`: a begin token
-    is put before a text where the file does not say whether."""
+    is put before a text where the file does not say whether.
+    """
 
     patterns: tuple[str, ...]
     whole: bool = False
     begins: bool = False
 
 
-_DEFAULT = Cut((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"))
-CUTS: dict[str, Cut] = {
+_DEFAULT = PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"))
+PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "default": _DEFAULT,
     **dict.fromkeys(
         ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
-        Cut((_THREE_DIGITS,), whole=True, begins=True),
+        PreTokenizer((_THREE_DIGITS,), whole=True, begins=True),
     ),
-    **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe", "glm4"), Cut((_THREE_DIGITS,))),
+    **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe", "glm4"), PreTokenizer((_THREE_DIGITS,))),
     **dict.fromkeys(
         ("qwen2", "deepseek-r1-qwen", "megrez", "kormo", "stablelm2", "hunyuan", "grok-2", "solar-open"),
-        Cut((_ONE_DIGIT,)),
+        PreTokenizer((_ONE_DIGIT,)),
     ),
-    "qwen35": Cut((_MARKS,)),
-    "seed-coder": Cut((_words(r"\p{N}", r" ?[^\s\p{L}\p{N}\r\n]+"),)),
+    "qwen35": PreTokenizer((_MARKS,)),
+    "seed-coder": PreTokenizer((_words(r"\p{N}", r" ?[^\s\p{L}\p{N}\r\n]+"),)),
     **dict.fromkeys(
         ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4", "gigachat", "mellum",
          "jina-v2-code", "a.x-4.0"),
-        Cut((_GPT2,)),
+        PreTokenizer((_GPT2,)),
     ),
     **dict.fromkeys(
-        ("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b"), Cut((r"\p{N}", _GPT2))
+        ("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b"), PreTokenizer((r"\p{N}", _GPT2))
     ),
-    "falcon": Cut((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")),
-    "tekken": Cut((_TEKKEN,), whole=True, begins=True),
-    **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "minimax-m2"), Cut((_GPT4O,))),
+    "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")),
+    "tekken": PreTokenizer((_TEKKEN,), whole=True, begins=True),
+    **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "minimax-m2"), PreTokenizer((_GPT4O,))),
     **dict.fromkeys(
-        ("deepseek-v3", "hunyuan-dense", "joyai-llm"), Cut((r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3))
+        ("deepseek-v3", "hunyuan-dense", "joyai-llm"), PreTokenizer((r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3))
     ),
-    "deepseek-coder": Cut((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")),
-    "deepseek-llm": Cut(
+    "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")),
+    "deepseek-llm": PreTokenizer(
         (r"[\r\n]", rf"\s?{_CASED}+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", "[一-龥ࠀ-一가-퟿]+", r"\p{N}+")
     ),
-    **dict.fromkeys(("poro-chat", "bloom", "gpt3-finnish"), Cut((_SENTENCES,))),
-    "viking": Cut((_SENTENCES, r"\p{N}")),
+    **dict.fromkeys(("poro-chat", "bloom", "gpt3-finnish"), PreTokenizer((_SENTENCES,))),
+    "viking": PreTokenizer((_SENTENCES, r"\p{N}")),
 }  # fmt: skip

@@ -7,34 +7,22 @@ frequencies; `rope_factors_short` does so up to the trained length, `rope_factor
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gguf
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from edgeformer.errors import ExportError
+from edgeformer.export.blocks import F32
+from edgeformer.export.sources.gguf.config_builder import ConfigBuilder, RotaryScaling
 
-if TYPE_CHECKING:
-    from edgeformer.export.sources.gguf.settings import Settings
-
-F32 = NDArray[np.float32]
 FREQUENCIES, SHORT, LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
 TENSORS = (FREQUENCIES, SHORT, LONG)
 BASE = 10000.0  # llama.cpp's, where a file does not say it
 
 
-@dataclass(frozen=True)
-class Rotary:
-    """What transformers' config cannot say of the file's rotary positions."""
-
-    factors: F32 | None  # [width / 2], the frequencies are divided by them
-    scale: float  # of sines and cosines
-
-
-def read(settings: Settings) -> None:
+def set_rope(settings: ConfigBuilder) -> None:
     """Sets `rope_parameters`, and `settings.rotary` for what goes beyond them.
 
     Raises:
@@ -81,7 +69,7 @@ def read(settings: Settings) -> None:
     settings.rotary = _rotary(settings, names, nested)
 
 
-def _base(settings: Settings) -> float:
+def _base(settings: ConfigBuilder) -> float:
     base = settings.number("rope.freq_base")
     if base is None:
         settings.notes.append(f"The file does not say rope.freq_base; it is {BASE:g}, as llama.cpp takes it.")
@@ -91,7 +79,7 @@ def _base(settings: Settings) -> float:
     return base
 
 
-def _scaling(settings: Settings) -> dict[str, Any]:
+def _scaling(settings: ConfigBuilder) -> dict[str, Any]:
     """The part of `rope_parameters` that is about scaling."""
     kind = settings.get("rope.scaling.type")
     key = "rope.scaling.factor" if settings.get("rope.scaling.factor") is not None else "rope.scale_linear"
@@ -121,7 +109,7 @@ def _scaling(settings: Settings) -> dict[str, Any]:
     return {"rope_type": "default"}
 
 
-def _product(settings: Settings) -> float:
+def _product(settings: ConfigBuilder) -> float:
     factors = [settings.number(f"rope.scaling.{name}") for name in ("attn_factor", "yarn_attn_factor")]
     product = math.prod(factor for factor in factors if factor)
     if product <= 0:
@@ -129,7 +117,7 @@ def _product(settings: Settings) -> float:
     return product
 
 
-def _width(settings: Settings, plain: dict[str, Any], nested: bool) -> None:
+def _width(settings: ConfigBuilder, plain: dict[str, Any], nested: bool) -> None:
     """How many values of a head are rotated."""
     heads, hidden = settings.size("attention.head_count"), settings.size("embedding_length")
     assert heads is not None and hidden is not None
@@ -146,7 +134,7 @@ def _width(settings: Settings, plain: dict[str, Any], nested: bool) -> None:
         raise settings.refuse("rope.dimension_count", f"heads have {size} values, and this structure rotates all.")
 
 
-def _rotary(settings: Settings, names: list[str], nested: bool) -> Rotary | None:
+def _rotary(settings: ConfigBuilder, names: list[str], nested: bool) -> RotaryScaling | None:
     """The tensors of factors; the same for all layers, as llama.cpp writes them, or refused."""
     kinds = {next(kind for kind in TENSORS if name.endswith(kind)) for name in names}
     kind = settings.get("rope.scaling.type")
@@ -154,7 +142,7 @@ def _rotary(settings: Settings, names: list[str], nested: bool) -> Rotary | None
     if kind == "longrope" and kinds != {SHORT, LONG}:
         raise settings.refuse("rope.scaling.type", f"it needs the tensors {SHORT} and {LONG}.")
     if not kinds:
-        return None if scale == 1.0 else Rotary(None, scale)
+        return None if scale == 1.0 else RotaryScaling(None, scale)
     if nested:
         raise ExportError(f"{settings.model.name} has {names[0]}, and layers with rotary positions of two kinds.")
     trained, context = settings.size("rope.scaling.original_context_length"), settings.size("context_length")
@@ -179,10 +167,10 @@ def _rotary(settings: Settings, names: list[str], nested: bool) -> Rotary | None
                 f"{settings.model.name}: {chosen} has the shape {list(factors.shape)}; expected {width} numbers above "
                 "0, the same for all layers."
             )
-    return Rotary(found[0], scale)
+    return RotaryScaling(found[0], scale)
 
 
-def _limit(settings: Settings, trained: int, context: int) -> None:
+def _limit(settings: ConfigBuilder, trained: int, context: int) -> None:
     name = next(n for n in ("max_position_embeddings", "n_positions") if n in settings.defaults)
     settings.fields[name] = trained
     if "original_max_position_embeddings" in settings.defaults:
@@ -193,13 +181,13 @@ def _limit(settings: Settings, trained: int, context: int) -> None:
     )
 
 
-def _rotated(settings: Settings) -> int:
+def _rotated(settings: ConfigBuilder) -> int:
     heads, hidden = settings.size("attention.head_count"), settings.size("embedding_length")
     assert heads is not None and hidden is not None
     return settings.size("rope.dimension_count") or settings.size("attention.key_length") or hidden // heads
 
 
-def read_tensor(settings: Settings, name: str) -> F32:
+def read_tensor(settings: ConfigBuilder, name: str) -> F32:
     """The values of a tensor of the file, float32."""
     for shard in settings.model.shards:
         for tensor in gguf.GGUFReader(shard.path).tensors:
@@ -208,7 +196,7 @@ def read_tensor(settings: Settings, name: str) -> F32:
     raise ExportError(f"{settings.model.name} has no tensor {name}.")
 
 
-def apply(module: torch.nn.Module, rotary: Rotary, name: str) -> None:
+def apply(module: torch.nn.Module, rotary: RotaryScaling, name: str) -> None:
     """Gives the module's rotary parts the file's frequencies, in place.
 
     Raises:

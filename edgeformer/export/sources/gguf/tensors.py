@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from edgeformer.errors import ExportError
+from edgeformer.export.sources.gguf.config_builder import ConfigBuilder
 from edgeformer.export.sources.gguf.header import TensorInfo
 from edgeformer.export.sources.gguf.rope import TENSORS as ROTARY
-from edgeformer.export.sources.gguf.settings import Settings
 from edgeformer.export.sources.gguf.shards import GgufFile
 
 FLOATS = ("F32", "F16", "BF16")
@@ -60,7 +60,7 @@ def check_layers(model: GgufFile, count: int) -> None:
         )
 
 
-def parameters_of(meta: Any, settings: Settings) -> dict[str, str]:
+def parameters_of(meta: Any, settings: ConfigBuilder) -> dict[str, str]:
     """The model's parameter for each tensor of the file. `meta` is the model on the meta device.
 
     Raises:
@@ -103,7 +103,7 @@ def parameters_of(meta: Any, settings: Settings) -> dict[str, str]:
     return places
 
 
-def _mapping(meta: Any, settings: Settings) -> dict[str, str]:
+def _mapping(meta: Any, settings: ConfigBuilder) -> dict[str, str]:
     """Parameter names by tensor names, as transformers has them for this structure."""
     from transformers import modeling_gguf_pytorch_utils as legacy
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -119,14 +119,14 @@ def _mapping(meta: Any, settings: Settings) -> dict[str, str]:
     return found
 
 
-def _processor(settings: Settings) -> Any:
+def _processor(settings: ConfigBuilder) -> Any:
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
     processor: Any = TENSOR_PROCESSORS.get(settings.model.architecture, TensorProcessor)
     return processor(config=settings.fields)
 
 
-def values(model: GgufFile) -> Iterator[tuple[TensorInfo, NDArray[np.float32]]]:
+def tensor_values(model: GgufFile) -> Iterator[tuple[TensorInfo, NDArray[np.float32]]]:
     """Every tensor with its values as the gguf package gives them, in the order of the file.
 
     Raises:
@@ -144,7 +144,7 @@ def values(model: GgufFile) -> Iterator[tuple[TensorInfo, NDArray[np.float32]]]:
             yield places[tensor.name], found.reshape(places[tensor.name].shape)
 
 
-def load_weights(meta: Any, settings: Settings) -> Any:
+def load_gguf_weights(meta: Any, settings: ConfigBuilder) -> Any:
     """The model of `meta`'s class with the file's weights, float32, and with transformers' own report of the load.
 
     Raises:
@@ -154,7 +154,7 @@ def load_weights(meta: Any, settings: Settings) -> Any:
     mapping, processor = _mapping(meta, settings), _processor(settings)
     # Processors of stacked experts write to their argument; the others return the values.
     parsed: dict[str, Any] = {"tensors": {}}
-    for tensor, found in values(settings.model):
+    for tensor, found in tensor_values(settings.model):
         if tensor.name.endswith(ROTARY):
             continue
         result = processor.process(

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from edgeformer.errors import ExportError
-from edgeformer.export.sources.gguf.pretokenizers import CUTS, Cut
+from edgeformer.export.sources.gguf.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -79,7 +79,7 @@ class Vocabulary:
         return value
 
 
-def build(vocabulary: Vocabulary, notes: list[str]) -> Tokenizer:
+def build_tokenizer(vocabulary: Vocabulary, notes: list[str]) -> Tokenizer:
     """The tokenizer; what was assumed goes to `notes`.
 
     Raises:
@@ -102,7 +102,7 @@ def build(vocabulary: Vocabulary, notes: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def _cut(vocabulary: Vocabulary, notes: list[str]) -> Cut:
+def _cut(vocabulary: Vocabulary, notes: list[str]) -> PreTokenizer:
     name = vocabulary.get("pre")
     if name is None:
         notes.append(
@@ -110,16 +110,16 @@ def _cut(vocabulary: Vocabulary, notes: list[str]) -> Cut:
             "the model was trained."
         )
         name = "default"
-    if name not in CUTS:
+    if name not in PRE_TOKENIZERS:
         raise vocabulary.refuse(
             "pre",
-            f"known are {', '.join(CUTS)}. If one of them cuts text in the same way, write it into the file with "
+            f"known are {', '.join(PRE_TOKENIZERS)}. If one of them cuts text in the same way, write it into the file with "
             "gguf-new-metadata --pre-tokenizer; else export the original model.",
         )
-    return CUTS[name]
+    return PRE_TOKENIZERS[name]
 
 
-def _byte_level(vocabulary: Vocabulary, cut: Cut) -> Tokenizer:
+def _byte_level(vocabulary: Vocabulary, cut: PreTokenizer) -> Tokenizer:
     merges = vocabulary.get("merges")
     if not isinstance(merges, list):
         raise vocabulary.refuse("merges", "byte-level BPE needs the list of merges.")

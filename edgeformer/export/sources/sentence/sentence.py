@@ -18,20 +18,20 @@ import torch
 from edgeformer.errors import ExportError
 from edgeformer.export.inputs import Input
 from edgeformer.export.source import Source
-from edgeformer.export.sources.files import Read
+from edgeformer.export.sources.model_files import ReadFile
 from edgeformer.export.sources.sentence.sentence_modules import (
-    ATTENTION,
-    POOLED,
+    ATTENTION_MASK,
+    POOLING_MASK,
     SCORES,
-    SENTENCE,
+    SENTENCE_EMBEDDING,
     Features,
     Normalize,
-    Pooling,
+    PoolingModule,
     module_of,
 )
 from edgeformer.export.sources.sentence.sentence_settings import (
-    EMBEDS,
-    PAIRS,
+    CROSS_ENCODER,
+    EMBEDDING_TASK,
     TransformerSettings,
     model_settings,
     transformer_settings,
@@ -52,19 +52,19 @@ class SentenceFolder:
     @property
     def task(self) -> str:
         """Hugging Face's word."""
-        return "feature-extraction" if self.transformer.task == EMBEDS else "text-classification"
+        return "feature-extraction" if self.transformer.task == EMBEDDING_TASK else "text-classification"
 
     def loader(self, config: Any) -> Any:
         """The class of transformers that loads the Transformer, as the library chooses it."""
         import transformers
 
-        if self.transformer.task != EMBEDS:
+        if self.transformer.task != EMBEDDING_TASK:
             return transformers.AutoModelForSequenceClassification
         encoders = transformers.MODEL_FOR_TEXT_ENCODING_MAPPING  # of encoder-decoders, the encoder
         return transformers.AutoModelForTextEncoding if type(config) in encoders else transformers.AutoModel
 
 
-def sentence_folder(read: Read) -> SentenceFolder | None:
+def sentence_folder(read: ReadFile) -> SentenceFolder | None:
     """The modules of a folder; None where it has no modules.json.
 
     Raises:
@@ -97,7 +97,7 @@ def sentence_folder(read: Read) -> SentenceFolder | None:
     return SentenceFolder(where, transformer_settings(read, where), tuple(module for module in made if module))
 
 
-def sentence_source(source: Source, folder: SentenceFolder, read: Read) -> Source:
+def sentence_source(source: Source, folder: SentenceFolder, read: ReadFile) -> Source:
     """The source of the Transformer alone, with the folder's modules and settings added.
 
     Raises:
@@ -105,22 +105,26 @@ def sentence_source(source: Source, folder: SentenceFolder, read: Read) -> Sourc
     """
     settings = model_settings(read, source.config)
     following, normalize = list(folder.following), False
-    while following and isinstance(following[-1], Normalize) and following[-1].names == (SENTENCE, SENTENCE):
+    while (
+        following
+        and isinstance(following[-1], Normalize)
+        and following[-1].names == (SENTENCE_EMBEDDING, SENTENCE_EMBEDDING)
+    ):
         following, normalize = following[:-1], True
     source = _lower_cased(source) if folder.transformer.do_lower_case else source
     length = text_length(folder, source)
     processing = {**({} if length is None else {"max_length": length}), **settings.processing}
     plain = folder.transformer.taken == source.outputs[0] == "last_hidden_state"
-    if settings.model_type == PAIRS:
+    if settings.model_type == CROSS_ENCODER:
         source = _pair_scorer(source, folder, following)
-    elif plain and len(following) == 1 and isinstance(following[0], Pooling):
+    elif plain and len(following) == 1 and isinstance(following[0], PoolingModule):
         modes = following[0].modes
         processing |= {"pooling": modes[0] if len(modes) == 1 else list(modes), "normalize": normalize}
         processing |= {} if following[0].include_prompt else {"include_prompt": False}
     else:
-        source = _whole(source, folder.transformer, following, SENTENCE)
+        source = _whole(source, folder.transformer, following, SENTENCE_EMBEDDING)
         processing |= {"normalize": normalize}
-        processing |= {"include_prompt": False} if any(value.name == POOLED for value in source.inputs) else {}
+        processing |= {"include_prompt": False} if any(value.name == POOLING_MASK for value in source.inputs) else {}
     return dataclasses.replace(source, processing=processing, notes=(*source.notes, *settings.notes))
 
 
@@ -132,12 +136,14 @@ def _pair_scorer(source: Source, folder: SentenceFolder, following: list[torch.n
 
 def _whole(source: Source, settings: TransformerSettings, following: list[torch.nn.Module], result: str) -> Source:
     chain = Chain(source.module, settings, following, result)
-    masked = any(isinstance(module, Pooling) and not module.include_prompt for module in following)
+    masked = any(isinstance(module, PoolingModule) and not module.include_prompt for module in following)
     ids = source.inputs[0]
-    if ATTENTION not in {value.name for value in source.inputs}:
-        raise ExportError(f"{type(source.module).__name__} takes no {ATTENTION}, so padded texts cannot be pooled.")
-    inputs = (*source.inputs, Input(POOLED, torch.int64, ids.shape)) if masked else source.inputs
-    made = dataclasses.replace(source, module=chain.eval(), inputs=inputs, outputs=(SENTENCE,))
+    if ATTENTION_MASK not in {value.name for value in source.inputs}:
+        raise ExportError(
+            f"{type(source.module).__name__} takes no {ATTENTION_MASK}, so padded texts cannot be pooled."
+        )
+    inputs = (*source.inputs, Input(POOLING_MASK, torch.int64, ids.shape)) if masked else source.inputs
+    made = dataclasses.replace(source, module=chain.eval(), inputs=inputs, outputs=(SENTENCE_EMBEDDING,))
     feeds = {value.name: value.sample({"batch": 2, "sequence": 5}, 0) for value in inputs}
     try:
         with torch.no_grad():
@@ -170,12 +176,12 @@ class Chain(torch.nn.Module):
         self._taken, self._given, self._result = settings.taken, settings.given, result
 
     def forward(self, **inputs: Any) -> dict[str, torch.Tensor]:
-        features: Features = {name: inputs.pop(name) for name in (POOLED,) if name in inputs}
-        features |= {ATTENTION: inputs[ATTENTION], self._given: self.transformer(**inputs)[self._taken]}
+        features: Features = {name: inputs.pop(name) for name in (POOLING_MASK,) if name in inputs}
+        features |= {ATTENTION_MASK: inputs[ATTENTION_MASK], self._given: self.transformer(**inputs)[self._taken]}
         for module in self.following:
             features = module(features)
         found = features[self._result]
-        return {"logits" if self._result == SCORES else SENTENCE: found}
+        return {"logits" if self._result == SCORES else SENTENCE_EMBEDDING: found}
 
 
 def text_length(folder: SentenceFolder | None, source: Source) -> int | None:

@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 import torch
 
 from edgeformer.errors import ExportError
-from edgeformer.export.sources.files import Read
+from edgeformer.export.sources.model_files import ReadFile
 
 Features = dict[str, torch.Tensor]
 Module = TypeVar("Module", bound=torch.nn.Module)
 
-TOKENS, SENTENCE, SCORES = "token_embeddings", "sentence_embedding", "scores"
-ATTENTION, POOLED = "attention_mask", "pooling_mask"
+TOKEN_EMBEDDINGS, SENTENCE_EMBEDDING, SCORES = "token_embeddings", "sentence_embedding", "scores"
+ATTENTION_MASK, POOLING_MASK = "attention_mask", "pooling_mask"
 
 # The library's name of a mode -> the manifest's. In the order in which the library joins the vectors of old files.
 MODES = {
@@ -42,7 +42,7 @@ OLD_MODES = {
 }
 
 
-class Pooling(torch.nn.Module):
+class PoolingModule(torch.nn.Module):
     """One vector a text from the tokens that `pooling_mask` names, several modes one after the other."""
 
     def __init__(self, modes: Sequence[str], include_prompt: bool) -> None:
@@ -50,10 +50,10 @@ class Pooling(torch.nn.Module):
         self.modes, self.include_prompt = tuple(modes), include_prompt
 
     def forward(self, features: Features) -> Features:
-        states, seen = features[TOKENS], features[ATTENTION]
-        mask = seen if self.include_prompt else seen * features[POOLED]
+        states, seen = features[TOKEN_EMBEDDINGS], features[ATTENTION_MASK]
+        mask = seen if self.include_prompt else seen * features[POOLING_MASK]
         vectors = [self._one(mode, states, mask, seen) for mode in self.modes]
-        return features | {SENTENCE: vectors[0] if len(vectors) == 1 else torch.cat(vectors, -1)}
+        return features | {SENTENCE_EMBEDDING: vectors[0] if len(vectors) == 1 else torch.cat(vectors, -1)}
 
     def _one(self, mode: str, states: torch.Tensor, mask: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         weights = mask.to(states.dtype)  # [batch, sequence]
@@ -108,7 +108,7 @@ class LayerNorm(torch.nn.Module):
         self.norm = torch.nn.LayerNorm(size)
 
     def forward(self, features: Features) -> Features:
-        return features | {SENTENCE: self.norm(features[SENTENCE])}
+        return features | {SENTENCE_EMBEDDING: self.norm(features[SENTENCE_EMBEDDING])}
 
 
 class Normalize(torch.nn.Module):
@@ -146,7 +146,7 @@ def activation(path: str) -> torch.nn.Module:
         ) from error
 
 
-def module_of(kind: str, where: str, read: Read) -> torch.nn.Module | None:
+def module_of(kind: str, where: str, read: ReadFile) -> torch.nn.Module | None:
     """The module of a class name and its folder `where`; None for one that does nothing at inference (Dropout).
 
     Raises:
@@ -161,7 +161,7 @@ def module_of(kind: str, where: str, read: Read) -> torch.nn.Module | None:
     return READERS[kind](config, where, read)
 
 
-def _pooling(config: dict[str, Any], where: str, read: Read) -> Pooling:
+def _pooling(config: dict[str, Any], where: str, read: ReadFile) -> PoolingModule:
     modes = config.pop("pooling_mode", None)
     old = [mode for name, mode in OLD_MODES.items() if config.pop(name, False)]
     modes = old or ["mean"] if modes is None else [modes] if isinstance(modes, str) else modes
@@ -170,12 +170,12 @@ def _pooling(config: dict[str, Any], where: str, read: Read) -> Pooling:
     strange = [str(mode) for mode in modes if mode not in MODES]
     if strange or not modes:
         raise ExportError(f"{where} asks for pooling {', '.join(strange) or 'by nothing'}; known: {', '.join(MODES)}.")
-    return Pooling([MODES[mode] for mode in modes], include_prompt)
+    return PoolingModule([MODES[mode] for mode in modes], include_prompt)
 
 
-def _dense(config: dict[str, Any], where: str, read: Read) -> Dense:
+def _dense(config: dict[str, Any], where: str, read: ReadFile) -> Dense:
     sizes = _number(config, "in_features", where), _number(config, "out_features", where)
-    taken = config.pop("module_input_name", SENTENCE)
+    taken = config.pop("module_input_name", SENTENCE_EMBEDDING)
     made = Dense(
         sizes,
         bias=bool(config.pop("bias", True)),
@@ -187,24 +187,24 @@ def _dense(config: dict[str, Any], where: str, read: Read) -> Dense:
     return _with_weights(made, where, read)
 
 
-def _layer_norm(config: dict[str, Any], where: str, read: Read) -> LayerNorm:
+def _layer_norm(config: dict[str, Any], where: str, read: ReadFile) -> LayerNorm:
     made = LayerNorm(_number(config, "dimension", where))
     _nothing_left(config, where)
     return _with_weights(made, where, read)
 
 
-def _normalize(config: dict[str, Any], where: str, read: Read) -> Normalize:
-    taken = config.pop("module_input_name", SENTENCE)
+def _normalize(config: dict[str, Any], where: str, read: ReadFile) -> Normalize:
+    taken = config.pop("module_input_name", SENTENCE_EMBEDDING)
     made = Normalize(taken, config.pop("module_output_name", None) or taken)
     _nothing_left(config, where)
     return made
 
 
-def _dropout(config: dict[str, Any], where: str, read: Read) -> None:
+def _dropout(config: dict[str, Any], where: str, read: ReadFile) -> None:
     _nothing_left(config, where, "dropout")
 
 
-READERS: dict[str, Callable[[dict[str, Any], str, Read], torch.nn.Module | None]] = {
+READERS: dict[str, Callable[[dict[str, Any], str, ReadFile], torch.nn.Module | None]] = {
     "Pooling": _pooling,
     "Dense": _dense,
     "LayerNorm": _layer_norm,
@@ -229,7 +229,7 @@ def _nothing_left(config: Mapping[str, Any], where: str, *fine: str) -> None:
         )
 
 
-def _with_weights(module: Module, where: str, read: Read) -> Module:
+def _with_weights(module: Module, where: str, read: ReadFile) -> Module:
     """The module with the weights in its folder: safetensors, or plain tensors read without unpickling."""
     data = read(f"{where}/model.safetensors")
     if data is not None:

@@ -12,8 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from edgeformer.errors import ExportError
-from edgeformer.export.sources.files import Read
-from edgeformer.export.sources.sentence.sentence_modules import SCORES, SENTENCE, TOKENS, activation
+from edgeformer.export.sources.model_files import ReadFile
+from edgeformer.export.sources.sentence.sentence_modules import SCORES, SENTENCE_EMBEDDING, TOKEN_EMBEDDINGS, activation
 from edgeformer.processing.pooling import ACTIVATIONS, SIMILARITIES
 
 MODEL_FILE = "config_sentence_transformers.json"
@@ -22,9 +22,9 @@ TRANSFORMER_FILES = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-SENTENCES, PAIRS = "SentenceTransformer", "CrossEncoder"
-EMBEDS, SCORES_PAIRS = "feature-extraction", "sequence-classification"
-_OUTPUT = {EMBEDS: ("last_hidden_state", TOKENS), SCORES_PAIRS: ("logits", SCORES)}
+SENTENCE_TRANSFORMER, CROSS_ENCODER = "SentenceTransformer", "CrossEncoder"
+EMBEDDING_TASK, SCORING_TASK = "feature-extraction", "sequence-classification"
+_OUTPUT = {EMBEDDING_TASK: ("last_hidden_state", TOKEN_EMBEDDINGS), SCORING_TASK: ("logits", SCORES)}
 
 # How weights are loaded and computed with, not what they are: an export loads them in float32 in any case.
 _LOADING = (
@@ -61,7 +61,7 @@ class ModelSettings:
     notes: tuple[str, ...] = field(default=())
 
 
-def transformer_settings(read: Read, where: str) -> TransformerSettings:
+def transformer_settings(read: ReadFile, where: str) -> TransformerSettings:
     """The settings of the Transformer in the subfolder `where`.
 
     Raises:
@@ -71,7 +71,7 @@ def transformer_settings(read: Read, where: str) -> TransformerSettings:
     file = next((file for file in TRANSFORMER_FILES if read(place + file) is not None), TRANSFORMER_FILES[0])
     config: dict[str, Any] = json.loads(read(place + file) or b"{}")
     config = {_OLD_NAMES.get(name, name): value for name, value in config.items()}
-    task = config.pop("transformer_task", EMBEDS)
+    task = config.pop("transformer_task", EMBEDDING_TASK)
     if task not in _OUTPUT:
         raise ExportError(
             f"{file}: transformer_task is {task!r}; known are {', '.join(_OUTPUT)}. Export the transformer alone with "
@@ -81,8 +81,10 @@ def transformer_settings(read: Read, where: str) -> TransformerSettings:
     if "modality_config" in config:
         taken, given = _text_modality(config.pop("modality_config"), file), config.pop("module_output_name", given)
     config.pop("module_output_name", None)
-    if given not in (TOKENS, SENTENCE, SCORES):
-        raise ExportError(f"{file}: module_output_name is {given!r}; known are {TOKENS}, {SENTENCE} and {SCORES}.")
+    if given not in (TOKEN_EMBEDDINGS, SENTENCE_EMBEDDING, SCORES):
+        raise ExportError(
+            f"{file}: module_output_name is {given!r}; known are {TOKEN_EMBEDDINGS}, {SENTENCE_EMBEDDING} and {SCORES}."
+        )
     length = config.pop("max_seq_length", None)
     lower = bool(config.pop("do_lower_case", False))
     processor = dict(config.pop("processor_kwargs", None) or {})
@@ -145,17 +147,17 @@ def _call_settings(settings: Mapping[str, Any], file: str) -> dict[str, Any]:
     return found
 
 
-def model_settings(read: Read, config: Mapping[str, Any]) -> ModelSettings:
+def model_settings(read: ReadFile, config: Mapping[str, Any]) -> ModelSettings:
     """What config_sentence_transformers.json says, and for cross-encoders of older versions config.json.
 
     Raises:
         ExportError: the model is of an unknown type, or a setting contradicts itself.
     """
     said: dict[str, Any] = json.loads(read(MODEL_FILE) or b"{}")
-    model_type = said.pop("model_type", SENTENCES)
-    if model_type not in (SENTENCES, PAIRS):
+    model_type = said.pop("model_type", SENTENCE_TRANSFORMER)
+    if model_type not in (SENTENCE_TRANSFORMER, CROSS_ENCODER):
         raise ExportError(
-            f"{MODEL_FILE}: model_type is {model_type}; known are {SENTENCES} and {PAIRS}. Export the transformer "
+            f"{MODEL_FILE}: model_type is {model_type}; known are {SENTENCE_TRANSFORMER} and {CROSS_ENCODER}. Export the transformer "
             "alone with --architecture."
         )
     _check_requirements(said.pop("requirements", None) or {})
@@ -173,7 +175,7 @@ def model_settings(read: Read, config: Mapping[str, Any]) -> ModelSettings:
             raise ExportError(f"{MODEL_FILE}: truncate_dim is {size!r}, expected a whole number of at least 1.")
         found["dimensions"] = size
     path = said.pop("activation_fn", None)
-    if model_type == PAIRS:
+    if model_type == CROSS_ENCODER:
         found |= pair_activation(config, path, always=True)
     # The library does not look at what it does not know here, so nothing can depend on it.
     notes = (f"{MODEL_FILE} also says {json.dumps(said)}, which sentence-transformers does not read.",) if said else ()

@@ -21,13 +21,13 @@ from torch.nn.parameter import is_lazy
 from edgeformer.errors import BundleError, ExportError
 from edgeformer.export.inputs import Input
 from edgeformer.export.options import ExportOptions
-from edgeformer.export.source import TOKENIZER_FILES, Pair, Source
+from edgeformer.export.source import TOKENIZER_FILES, EncoderDecoderSource, Source
 from edgeformer.export.sources.checkpoint_files import read_headers
 from edgeformer.export.sources.hub.hub_weights import LoadRules
 from edgeformer.export.sources.memory_bounds import construction
-from edgeformer.export.sources.texts import NONE, folder_files
-from edgeformer.export.sources.user.user_pair import is_pair, own_pair
-from edgeformer.export.sources.user.user_weights import load_weights
+from edgeformer.export.sources.tokenizer_export import NO_TOKENIZER, folder_files
+from edgeformer.export.sources.user.user_encoder_decoder import has_encode_and_decode, user_encoder_decoder
+from edgeformer.export.sources.user.user_weights import load_user_weights
 from edgeformer.export.sources.user.wrappers import unwrap_module
 
 _RULES = LoadRules()
@@ -42,7 +42,7 @@ _NO_SUCH = {  # names that people expect in torch.nn -> what to write
 }
 
 
-def factory_source(options: ExportOptions, rules: LoadRules = _RULES) -> Source | Pair:
+def factory_source(options: ExportOptions, rules: LoadRules = _RULES) -> Source | EncoderDecoderSource:
     """The module that `package.module:factory` or `path/to/file.py:factory` returns, with `options.weights` loaded.
 
     Raises:
@@ -54,7 +54,7 @@ def factory_source(options: ExportOptions, rules: LoadRules = _RULES) -> Source 
     module, removed = unwrap_module(module)
     record: dict[str, Any] = {}
     if options.weights is not None:
-        record = load_weights(module, options.weights, rules.allow)
+        record = load_user_weights(module, options.weights, rules.allow)
     elif rules.allow:
         raise ExportError("--allow-missing is for weights that are loaded; name a checkpoint with --weights.")
     if removed:
@@ -64,14 +64,14 @@ def factory_source(options: ExportOptions, rules: LoadRules = _RULES) -> Source 
     return _recorded(module_source(module, options, f"factory {Path(options.source).name}", config), record)
 
 
-def _recorded(source: Source | Pair, record: Mapping[str, Any]) -> Source | Pair:
+def _recorded(source: Source | EncoderDecoderSource, record: Mapping[str, Any]) -> Source | EncoderDecoderSource:
     """The source with what its load left out, for the manifest; of a pair the encoder has it."""
-    if isinstance(source, Pair):
+    if isinstance(source, EncoderDecoderSource):
         return dataclasses.replace(source, encoder=dataclasses.replace(source.encoder, completeness=record))
     return dataclasses.replace(source, completeness=record)
 
 
-def checkpoint_source(folder: Path, rules: LoadRules = _RULES) -> Source | Pair:
+def checkpoint_source(folder: Path, rules: LoadRules = _RULES) -> Source | EncoderDecoderSource:
     """A checkpoint folder of `python -m edgeformer.train`.
 
     Raises:
@@ -110,17 +110,17 @@ def module_source(
     config: Mapping[str, Any] | None = None,
     generation_config: Mapping[str, Any] | None = None,
     files: Mapping[str, bytes] | None = None,
-) -> Source | Pair:
+) -> Source | EncoderDecoderSource:
     """A Source of any module. Inputs come from `options.input`, else from `module.input_spec` (name -> "dtype[axes]"),
     else from the names `input_ids` and `position_ids`; `options.tokenizer` travels along. A module with the methods
     `encode(input_ids, attention_mask)` and `decode(input_ids, encoder_hidden_states, encoder_attention_mask)` becomes
-    a Pair.
+    an EncoderDecoderSource.
 
     Raises:
         ExportError: an argument of forward has no declared shape, or encode and decode are not the contract's.
     """
     module, _ = unwrap_module(module)
-    paired = is_pair(module)
+    paired = has_encode_and_decode(module)
     config = dict(config or {})
     declared = dict(getattr(module, "input_spec", None) or {})
     declared |= dict(text.split("=", 1) for text in options.input if "=" in text)
@@ -140,7 +140,7 @@ def module_source(
         generation_config=generation_config or {},
         files={**(files or {}), **_tokenizer(options.tokenizer)},
     )
-    return own_pair(source) if paired else source
+    return user_encoder_decoder(source) if paired else source
 
 
 def _task(paired: bool, tokens: bool) -> str:
@@ -149,7 +149,7 @@ def _task(paired: bool, tokens: bool) -> str:
 
 def _tokenizer(path: Path | None) -> dict[str, bytes]:
     """The files of a tokenizer, from a folder or its tokenizer.json alone."""
-    if path is None or path == NONE:
+    if path is None or path == NO_TOKENIZER:
         return {}
     if not path.is_file():
         return folder_files(path)

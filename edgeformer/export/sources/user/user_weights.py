@@ -14,11 +14,11 @@ from edgeformer.errors import ExportError
 from edgeformer.export.sources.checkpoint_files import read_object
 from edgeformer.export.sources.completeness import Loaded, Mismatch, require_complete, unwrap
 
-State = Mapping[str, torch.Tensor]
+StateDict = Mapping[str, torch.Tensor]
 _DEPTH = 3  # of dictionaries around a state_dict: {"checkpoint": {"model": {"state_dict": ...}}}
 
 
-def load_weights(module: torch.nn.Module, path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
+def load_user_weights(module: torch.nn.Module, path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
     """Loads the checkpoint at `path` into `module` in place, which is float32 then; what edgeformer.json says of it.
 
     A state_dict may lie inside dictionaries, and its names may have the prefixes of wrappers: what fits the module
@@ -53,12 +53,12 @@ def load_weights(module: torch.nn.Module, path: Path, allow: Sequence[str] = ())
     return require_complete(known, source, _name(module), allow)
 
 
-def states_in(found: Any) -> dict[str, State]:
+def states_in(found: Any) -> dict[str, StateDict]:
     """Every state_dict in what a checkpoint holds, by its place: "" for the whole, "['model']" for one inside."""
     return dict(_walk(found, "", 0))
 
 
-def _walk(found: Any, place: str, depth: int) -> Iterator[tuple[str, State]]:
+def _walk(found: Any, place: str, depth: int) -> Iterator[tuple[str, StateDict]]:
     if not isinstance(found, Mapping) or depth > _DEPTH:
         return
     inside = [
@@ -82,8 +82,8 @@ def _walk(found: Any, place: str, depth: int) -> Iterator[tuple[str, State]]:
 
 
 def _choose(
-    states: Mapping[str, State], expected: State, path: Path, allow: Sequence[str]
-) -> tuple[str, State, dict[str, str], list[str]]:
+    states: Mapping[str, StateDict], expected: StateDict, path: Path, allow: Sequence[str]
+) -> tuple[str, StateDict, dict[str, str], list[str]]:
     """(place, state, {its names: the module's}, notes) of the one state_dict that is the module's."""
     if not states:
         raise ExportError(
@@ -106,7 +106,7 @@ def _choose(
     return place, states[place], names, notes + ([words] if words else [])
 
 
-def _part(state: State, expected: State, path: Path) -> tuple[dict[str, str], str]:
+def _part(state: StateDict, expected: StateDict, path: Path) -> tuple[dict[str, str], str]:
     """As `_fit`, where more than the module lies beside it: a loss's weights, a teacher. The rest keeps its names."""
     identity = {name: name for name in state}
     groups: dict[str, list[str]] = {}
@@ -121,7 +121,7 @@ def _part(state: State, expected: State, path: Path) -> tuple[dict[str, str], st
     return next(((identity | names, words) for names, words in fits.values()), (identity, ""))
 
 
-def _fit(state: State, expected: State, allow: Sequence[str]) -> tuple[dict[str, str], str] | None:
+def _fit(state: StateDict, expected: StateDict, allow: Sequence[str]) -> tuple[dict[str, str], str] | None:
     """({name: the module's}, what was stripped) where the names are the module's, but for tied and allowed ones."""
     identity = {name: name for name in state}
     ties = _shared(expected)
@@ -140,7 +140,7 @@ def _fit(state: State, expected: State, allow: Sequence[str]) -> tuple[dict[str,
     return None
 
 
-def _shared(expected: State) -> dict[str, str]:
+def _shared(expected: StateDict) -> dict[str, str]:
     """{name: the first name of the same memory} of tensors that are tied."""
     first: dict[tuple[Any, ...], str] = {}
     found: dict[str, str] = {}
@@ -153,7 +153,7 @@ def _shared(expected: State) -> dict[str, str]:
     return found
 
 
-def _require_equal_ties(state: State, shared: Mapping[str, str], source: str) -> None:
+def _require_equal_ties(state: StateDict, shared: Mapping[str, str], source: str) -> None:
     for name, other in shared.items():
         if name in state and other in state and not torch.equal(state[name], state[other]):
             raise ExportError(
@@ -162,7 +162,7 @@ def _require_equal_ties(state: State, shared: Mapping[str, str], source: str) ->
             )
 
 
-def _require_same_kind(state: State, expected: State, source: str) -> None:
+def _require_same_kind(state: StateDict, expected: StateDict, source: str) -> None:
     """No integers, quantized or eight-bit floats for a float tensor: their scales are elsewhere."""
     wide = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     for name, value in state.items():
@@ -182,9 +182,9 @@ def _require_same_kind(state: State, expected: State, source: str) -> None:
 
 def _loaded(
     module: torch.nn.Module,
-    state: State,
+    state: StateDict,
     names: Mapping[str, str],
-    expected: State,
+    expected: StateDict,
     shared: Mapping[str, str],
     notes: Sequence[str],
     mismatched: Sequence[Mismatch],

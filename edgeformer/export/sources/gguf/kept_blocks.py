@@ -20,21 +20,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeformer.errors import ExportError
-from edgeformer.export.blocks import Blocks
+from edgeformer.export.blocks import F32, Blocks
 
 Raw = NDArray[Any]  # of uint8
-F32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Tensor:
+class KeptMatrix:
     """The rows of one tensor: its blocks, and its values float32 [N, K]. A stack of matrices is one after the other."""
 
     blocks: Blocks
     values: F32
 
 
-def read_matrices(path: Path) -> Iterator[tuple[str, str, Tensor | None]]:
+def read_matrices(path: Path) -> Iterator[tuple[str, str, KeptMatrix | None]]:
     """(name, type, what a bundle can hold of it) of each matrix of a GGUF file, in order; None where only its values.
 
     Raises:
@@ -45,7 +44,7 @@ def read_matrices(path: Path) -> Iterator[tuple[str, str, Tensor | None]]:
             yield tensor.name, tensor.tensor_type.name, _matrix(path, tensor)
 
 
-def _matrix(path: Path, tensor: Any) -> Tensor | None:
+def _matrix(path: Path, tensor: Any) -> KeptMatrix | None:
     kind = tensor.tensor_type.name
     if kind not in _READERS:
         return None
@@ -59,7 +58,7 @@ def _matrix(path: Path, tensor: Any) -> Tensor | None:
         raise ExportError(
             f"{path.name}: the blocks of {tensor.name} ({kind}) do not give the values of the gguf package."
         )
-    return Tensor(blocks, values)
+    return KeptMatrix(blocks, values)
 
 
 class KeptRows:

@@ -17,7 +17,7 @@ from bench.sources import gguf as sweep
 from bench.sources._gguf_trials import TEXTS
 from edgeformer.errors import ExportError
 from edgeformer.export.sources.gguf import keys
-from edgeformer.export.sources.gguf.load import gguf_source
+from edgeformer.export.sources.gguf.gguf_source import gguf_source
 
 STRUCTURES = (
     "llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "qwen2moe", "qwen3moe", "stablelm", "starcoder2", "gpt2",
@@ -42,8 +42,8 @@ def test_the_reference_tells_a_wrong_key(tmp_path):
 
 
 def test_every_key_of_the_gguf_package_has_a_rule():
-    known = {*keys.REQUIRED, *keys.OPTIONAL, *keys.ONLY_NEUTRAL, *keys.SPECIAL, *keys.IRRELEVANT}
-    tokenizer = {f"tokenizer.ggml.{name}" for name in {*keys.TOKENIZER_READ, *keys.TOKENIZER_IRRELEVANT}}
+    known = {*keys.REQUIRED, *keys.OPTIONAL, *keys.ONLY_NEUTRAL, *keys.SPECIAL, *keys.IGNORED_KEYS}
+    tokenizer = {f"tokenizer.ggml.{name}" for name in {*keys.TOKENIZER_READ, *keys.IGNORED_TOKENIZER_KEYS}}
     tokenizer |= {keys.HUGGING_FACE, *keys.TEMPLATES, "tokenizer.chat_template.{name}"}
     unruled = [
         key
@@ -57,7 +57,7 @@ def test_every_key_of_the_gguf_package_has_a_rule():
 
 def test_every_key_of_texts_has_a_trial():
     texts = {key for key in sweep.all_keys() if key.startswith("tokenizer.")}
-    ruled = {f"tokenizer.ggml.{name}" for name in keys.TOKENIZER_IRRELEVANT}
+    ruled = {f"tokenizer.ggml.{name}" for name in keys.IGNORED_TOKENIZER_KEYS}
     assert texts - ruled - TEXTS.keys() == set()
 
 

@@ -17,9 +17,9 @@ from tokenizers import Tokenizer, pre_tokenizers
 from bench.sources import gguf as sweep
 from bench.sources._gguf_trials import REPORTED, SCORES, TEXTS
 from edgeformer.errors import ExportError
-from edgeformer.export.sources.gguf.pretokenizers import CUTS
+from edgeformer.export.sources.gguf.gguf_tokenizer import read_tokenizer
+from edgeformer.export.sources.gguf.pretokenizers import PRE_TOKENIZERS
 from edgeformer.export.sources.gguf.shards import open_gguf
-from edgeformer.export.sources.gguf.texts import read_texts
 
 LINES = (
     "the tHe 12345 + 7 = thé!", "  two  spaces\n\n\tand tabs\r\n", "I'll DON'T we'VE it's", "日本語テキスト 한국어 ไทย",
@@ -30,7 +30,7 @@ LINES = (
 
 def texts_of(folder, **more):
     metadata = gguf_files.keys() | {key.replace("__", "."): value for key, value in more.items()}
-    return read_texts(open_gguf(gguf_files.write(folder / "t.gguf", metadata, {})))
+    return read_tokenizer(open_gguf(gguf_files.write(folder / "t.gguf", metadata, {})))
 
 
 def tokenizer_of(folder, **more):
@@ -75,7 +75,7 @@ def in_alphabet(text):
     return "".join(piece for piece, _ in step.pre_tokenize_str(text))
 
 
-@pytest.mark.parametrize("pre", CUTS)
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_byte_level_bpe_gives_the_ids_of_a_plain_reading(pre, tmp_path):
     tokenizer = tokenizer_of(tmp_path, tokenizer__ggml__pre=pre, tokenizer__ggml__add_bos_token=False)
     ids = {token: id for id, token in enumerate(gguf_files.TOKENS)}
@@ -86,9 +86,9 @@ def test_byte_level_bpe_gives_the_ids_of_a_plain_reading(pre, tmp_path):
             if part in gguf_files.SPECIAL:
                 expected.append(ids[part])
                 continue
-            for piece in cut(part, CUTS[pre].patterns):
+            for piece in cut(part, PRE_TOKENIZERS[pre].patterns):
                 letters = in_alphabet(piece)
-                whole = CUTS[pre].whole and letters in ids
+                whole = PRE_TOKENIZERS[pre].whole and letters in ids
                 expected += [ids[t] for t in ([letters] if whole else merged(letters, ranks.get))]
         assert tokenizer.encode(line).ids == expected, line
         assert tokenizer.decode(expected, skip_special_tokens=False) == line
@@ -202,7 +202,7 @@ def test_an_unknown_key_of_the_tokenizer_is_refused(tmp_path):
 def test_a_file_without_a_tokenizer_takes_ids_and_says_so(tmp_path):
     metadata = gguf_files.keys() | {"llama.vocab_size": 267, "tokenizer.ggml.model": "no_vocab"}
     metadata |= {key: None for key in metadata if key.startswith("tokenizer.ggml.") and not key.endswith("model")}
-    texts = read_texts(open_gguf(gguf_files.write(tmp_path / "t.gguf", metadata, {})))
+    texts = read_tokenizer(open_gguf(gguf_files.write(tmp_path / "t.gguf", metadata, {})))
     assert texts.files == {}
     assert any("takes token ids" in note for note in texts.notes)
 

@@ -11,18 +11,18 @@ from tokenizers import Tokenizer
 from edgeformer.errors import ExportError
 from edgeformer.export.sources.gguf import keys
 from edgeformer.export.sources.gguf.shards import GgufFile
-from edgeformer.export.sources.gguf.vocabulary import Vocabulary, build
+from edgeformer.export.sources.gguf.vocabulary import Vocabulary, build_tokenizer
 
 _TOKENIZER, _TEMPLATE, _SAMPLING = "tokenizer.ggml.", "tokenizer.chat_template", "general.sampling."
 _NAMES = {  # of tokenizer_config.json, by the name in tokenizer.ggml.NAME_token_id
     "bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token",
     "seperator": "sep_token", "mask": "mask_token", "cls": "cls_token",
 }  # fmt: skip
-NONE = ("none", "no_vocab")
+_NO_TOKENIZER = ("none", "no_vocab")
 
 
 @dataclass
-class Texts:
+class GgufTokenizer:
     """Files of the bundle by name; fields of the config and of generation_config.json; notes for the manifest."""
 
     files: dict[str, bytes] = field(default_factory=dict)
@@ -32,25 +32,25 @@ class Texts:
     license: str | None = None
 
 
-def read_texts(model: GgufFile) -> Texts:
+def read_tokenizer(model: GgufFile) -> GgufTokenizer:
     """The texts of `model`.
 
     Raises:
         ExportError: a key of its tokenizer is unknown or cannot be honoured, or the file is of another kind.
     """
-    metadata, texts = model.metadata, Texts()
+    metadata, texts = model.metadata, GgufTokenizer()
     _check_kind(model)
     _check_names(model, texts)
     special: dict[str, int | None] = dict.fromkeys((*_NAMES, "eot", "eom"))
     settings: dict[str, Any] = {}
-    if metadata.get(_TOKENIZER + "model") in (None, *NONE):
+    if metadata.get(_TOKENIZER + "model") in (None, *_NO_TOKENIZER):
         if metadata.get(_TOKENIZER + "tokens") is not None:
             raise ExportError(f"{model.name} has tokenizer.ggml.tokens but does not say tokenizer.ggml.model.")
         texts.notes.append("The file has no tokenizer: the bundle takes token ids.")
     else:
         vocabulary = Vocabulary(model.name, metadata)
         special = {name: vocabulary.id(name) for name in special}
-        tokenizer = _whole(model, vocabulary) or build(vocabulary, texts.notes)
+        tokenizer = _whole(model, vocabulary) or build_tokenizer(vocabulary, texts.notes)
         settings = {key: vocabulary.tokens[id] for name, key in _NAMES.items() if (id := special[name]) is not None}
         settings |= {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
         texts.files["tokenizer.json"] = tokenizer.to_str().encode()
@@ -89,13 +89,13 @@ def _check_kind(model: GgufFile) -> None:
         )
 
 
-def _check_names(model: GgufFile, texts: Texts) -> None:
+def _check_names(model: GgufFile, texts: GgufTokenizer) -> None:
     """Every key outside the architecture's is known, or reported, or stops the export."""
     reported = []
     for key, value in model.metadata.items():
         short = key.removeprefix(_TOKENIZER)
         if key.startswith(_TOKENIZER):
-            known = short in keys.TOKENIZER_READ or short in keys.TOKENIZER_IRRELEVANT
+            known = short in keys.TOKENIZER_READ or short in keys.IGNORED_TOKENIZER_KEYS
         elif key.startswith("tokenizer."):
             known = key.startswith(keys.TEMPLATES) or key == keys.HUGGING_FACE
         else:
@@ -137,7 +137,7 @@ def _whole(model: GgufFile, vocabulary: Vocabulary) -> Tokenizer | None:
     return tokenizer
 
 
-def _templates(model: GgufFile, texts: Texts, settings: dict[str, Any]) -> None:
+def _templates(model: GgufFile, texts: GgufTokenizer, settings: dict[str, Any]) -> None:
     """`chat_template.jinja` is the template without a name; all named ones are in tokenizer_config.json."""
     found = {
         key.removeprefix(_TEMPLATE).removeprefix("."): value
@@ -160,13 +160,13 @@ def _templates(model: GgufFile, texts: Texts, settings: dict[str, Any]) -> None:
         texts.notes.append(f"The file has chat templates by name ({names}); tokenizer_config.json has them.")
 
 
-def _sampling(model: GgufFile, texts: Texts) -> None:
+def _sampling(model: GgufFile, texts: GgufTokenizer) -> None:
     """Recommended sampling goes to generation_config.json under transformers' names; the rest is reported."""
     other = []
     for key, value in model.metadata.items():
         if not key.startswith(_SAMPLING):
             continue
-        name = keys.SAMPLING.get(key.removeprefix(_SAMPLING))
+        name = keys.SAMPLING_KEYS.get(key.removeprefix(_SAMPLING))
         if name is not None and type(value) in (int, float):
             texts.generation |= {name: value, "do_sample": True}
         else:

@@ -16,7 +16,7 @@ from support import architectures
 import edgeformer
 from edgeformer import disk_cache as cache
 from edgeformer.export import ExportOptions, export, language_model
-from edgeformer.export.sources.gguf.kept import KeptRows
+from edgeformer.export.sources.gguf.kept_blocks import KeptRows
 from edgeformer.tools.verify import verify
 
 native = pytest.importorskip("edgeformer._native", reason="the native extension is not built")

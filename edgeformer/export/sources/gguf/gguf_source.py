@@ -14,19 +14,20 @@ from edgeformer.export.quiet import quiet
 from edgeformer.export.source import Source
 from edgeformer.export.sources.completeness import Loaded, require_complete
 from edgeformer.export.sources.gguf import rope, tensors
-from edgeformer.export.sources.gguf.kept import KeptRows
-from edgeformer.export.sources.gguf.settings import Settings, read_settings
+from edgeformer.export.sources.gguf.config_builder import ConfigBuilder
+from edgeformer.export.sources.gguf.gguf_config import build_config
+from edgeformer.export.sources.gguf.gguf_tokenizer import read_tokenizer
+from edgeformer.export.sources.gguf.kept_blocks import KeptRows
 from edgeformer.export.sources.gguf.shards import GgufFile, open_gguf
-from edgeformer.export.sources.gguf.texts import read_texts
 from edgeformer.export.sources.hub.hub import language_model
 from edgeformer.export.sources.hub.hub_weights import LoadRules
-from edgeformer.export.sources.texts import NONE, compact_tokenizer, folder_files
+from edgeformer.export.sources.tokenizer_export import NO_TOKENIZER, compact_tokenizer, folder_files
 
 
 def gguf_source(path: Path, rules: LoadRules | None = None, tokenizer: Path | None = None) -> Source:
     """The model of a GGUF file, or of all its shards: its own settings, tokenizer and templates, its own blocks kept.
 
-    `tokenizer` is the folder of another tokenizer, or `texts.NONE`.
+    `tokenizer` is the folder of another tokenizer, or `texts.NO_TOKENIZER`.
 
     Raises:
         ExportError: the file is damaged or not whole, transformers does not know its structure, or a key or a tensor
@@ -39,7 +40,7 @@ def gguf_source(path: Path, rules: LoadRules | None = None, tokenizer: Path | No
             f"--allow-missing is not for GGUF files: one that lacks a tensor is damaged. Leave it out for {model.name}."
         )
     tensors.check_types(model)
-    texts = read_texts(model)
+    texts = read_tokenizer(model)
     if rules is not None:
         rules.room(sum(tensor.elements for tensor in model.tensors.values()))
     with quiet():
@@ -48,7 +49,7 @@ def gguf_source(path: Path, rules: LoadRules | None = None, tokenizer: Path | No
     if settings.rotary is not None:
         rope.apply(loaded, settings.rotary, model.name)
     rows = KeptRows(*(shard.path for shard in model.shards))
-    files = texts.files if tokenizer is None else {} if tokenizer == NONE else folder_files(tokenizer)
+    files = texts.files if tokenizer is None else {} if tokenizer == NO_TOKENIZER else folder_files(tokenizer)
     if "tokenizer.json" in files:
         files = files | {"tokenizer.json": compact_tokenizer(files["tokenizer.json"])}
     source = language_model(loaded, _origin(model), files=files, kept=rows.find if rows.types else None)
@@ -83,14 +84,14 @@ def _origin(model: GgufFile) -> str:
     return f"GGUF {model.name} ({types}{shards})"
 
 
-def _structure(model: GgufFile, special: Mapping[str, Any]) -> tuple[Settings, Any]:
+def _structure(model: GgufFile, special: Mapping[str, Any]) -> tuple[ConfigBuilder, Any]:
     """The settings, and the model on the meta device: its structure without any memory."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
         started = _started(model)
-        settings = read_settings(model, started, CONFIG_MAPPING[started["model_type"]])
+        settings = build_config(model, started, CONFIG_MAPPING[started["model_type"]])
         settings.fields |= special
         tensors.check_layers(model, settings.size("block_count") or 0)
         fields = {name: value for name, value in settings.fields.items() if name != "model_type"}
@@ -127,13 +128,13 @@ def _started(model: GgufFile) -> dict[str, Any]:
         ) from error
 
 
-def _weights(meta: Any, settings: Settings) -> Any:
+def _weights(meta: Any, settings: ConfigBuilder) -> Any:
     from transformers.integrations.gguf.utils import is_gguf_arch_supported
 
     model = settings.model
     try:
         if not is_gguf_arch_supported(model.architecture):
-            return tensors.load_weights(meta, settings)
+            return tensors.load_gguf_weights(meta, settings)
         tensors.parameters_of(meta, settings)
         with model.whole() as path:  # this reader of transformers converts while it loads, and takes one file
             loaded, report = type(meta).from_pretrained(
@@ -156,7 +157,7 @@ def _failure(model: GgufFile, error: Exception) -> ExportError:
     return ExportError(f"transformers cannot load {model.name}: {type(error).__name__}: {first_line(error)[:400]}")
 
 
-def _described(settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
+def _described(settings: ConfigBuilder, config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json's words for rotary factors that came as tensors: transformers' `longrope` with one set of them."""
     rotary = settings.rotary
     if rotary is None:

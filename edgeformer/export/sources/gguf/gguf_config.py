@@ -10,66 +10,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from edgeformer.errors import ExportError
 from edgeformer.export.sources.gguf import keys, rope
+from edgeformer.export.sources.gguf.config_builder import EDIT, ConfigBuilder, short
 from edgeformer.export.sources.gguf.keys import Setting
 from edgeformer.export.sources.gguf.shards import GgufFile
 
-EDIT = "Correct the file (gguf-set-metadata, gguf-new-metadata), or export the original model."
 
-
-@dataclass
-class Settings:
-    """Config fields by name, notes for the manifest, and what the rotary modules are to be given after loading."""
-
-    model: GgufFile
-    fields: dict[str, Any]  # of the config, as transformers' reader began it
-    defaults: Mapping[str, Any]  # the class's fields with their defaults
-    notes: list[str] = field(default_factory=list)
-    rotary: rope.Rotary | None = None
-
-    def get(self, key: str) -> Any:
-        """The value of a key of the architecture; None where the file does not say it."""
-        value = self.model.metadata.get(f"{self.model.architecture}.{key}")
-        if isinstance(value, list) and value and all(one == value[0] for one in value):
-            return value[0]  # one value for each layer, all the same
-        return value
-
-    def refuse(self, key: str, why: str) -> ExportError:
-        name = f"{self.model.architecture}.{key}"
-        return ExportError(f"{self.model.name}: {name} is {_short(self.model.metadata.get(name))}; {why} {EDIT}")
-
-    def field(self, names: tuple[str, ...]) -> str | None:
-        """The first of `names` that the config class has."""
-        return next((name for name in names if name in self.defaults), None)
-
-    def size(self, key: str) -> int | None:
-        return None if self.get(key) is None else int(self.checked(key, Setting((), int)))
-
-    def number(self, key: str) -> float | None:
-        return None if self.get(key) is None else float(self.checked(key, Setting(())))
-
-    def checked(self, key: str, setting: Setting) -> Any:
-        """The value of `key`, of the right type and finite.
-
-        Raises:
-            ExportError: it is not.
-        """
-        value = self.get(key)
-        if setting.kind is bool and type(value) is bool:
-            return value
-        if setting.kind is int and type(value) is int and (value > 0 or value in setting.neutral):
-            return value
-        if setting.kind is float and type(value) in (int, float) and math.isfinite(value):
-            return float(value)
-        expected = {int: "a whole number of 1 or more", float: "a finite number", bool: "true or false"}[setting.kind]
-        raise self.refuse(key, f"expected {expected}{', the same for all layers' * isinstance(value, list)}.")
-
-
-def read_settings(model: GgufFile, started: Mapping[str, Any], config_class: Any) -> Settings:
+def build_config(model: GgufFile, started: Mapping[str, Any], config_class: Any) -> ConfigBuilder:
     """The settings of `model`, beginning with `started`, the fields that transformers' reader gives.
 
     Raises:
@@ -78,21 +28,21 @@ def read_settings(model: GgufFile, started: Mapping[str, Any], config_class: Any
     own = {f.name for f in dataclasses.fields(config_class)}
     plain = config_class()
     defaults = {name: getattr(plain, name, None) for name in {*own, *config_class.attribute_map}}
-    settings = Settings(model, dict(started), defaults)
+    settings = ConfigBuilder(model, dict(started), defaults)
     _required(settings)
     _optional(settings)
     _only_neutral(settings)
     _experts(settings)
     _attention_scale(settings)
     _window(settings)
-    rope.read(settings)
+    rope.set_rope(settings)
     _biases(settings)
     settings.fields["tie_word_embeddings"] = "output.weight" not in model.tensors
     _nothing_unread(settings)
     return settings
 
 
-def _required(settings: Settings) -> None:
+def _required(settings: ConfigBuilder) -> None:
     absent = [key for key in (*keys.REQUIRED,) if settings.get(key) is None]
     if not any(settings.get(key) is not None for key in keys.EPSILONS):
         absent.append(f"{keys.EPSILONS[0]} (or {keys.EPSILONS[1].rpartition('.')[2]})")
@@ -127,7 +77,7 @@ def _required(settings: Settings) -> None:
     _heads(settings)
 
 
-def _vocabulary(settings: Settings) -> None:
+def _vocabulary(settings: ConfigBuilder) -> None:
     tokens = settings.model.metadata.get("tokenizer.ggml.tokens")
     count = settings.size("vocab_size")
     if count is None and not isinstance(tokens, list):
@@ -146,7 +96,7 @@ def _vocabulary(settings: Settings) -> None:
     settings.fields["vocab_size"] = rows or count or found["tokens"]
 
 
-def _feed_forward(settings: Settings) -> None:
+def _feed_forward(settings: ConfigBuilder) -> None:
     key, setting = "feed_forward_length", keys.FEED_FORWARD
     name = settings.field(setting.fields)
     dense = any(".ffn_up.weight" in tensor or ".ffn_gate.weight" in tensor for tensor in settings.model.tensors)
@@ -162,7 +112,7 @@ def _feed_forward(settings: Settings) -> None:
         raise settings.refuse(key, "the model's config has no field for it, and takes four times the hidden size.")
 
 
-def _heads(settings: Settings) -> None:
+def _heads(settings: ConfigBuilder) -> None:
     heads, hidden = settings.size("attention.head_count"), settings.size("embedding_length")
     assert heads is not None and hidden is not None
     kv = settings.get("attention.head_count_kv")
@@ -191,7 +141,7 @@ def _heads(settings: Settings) -> None:
     settings.fields.pop("global_head_dim", None)
 
 
-def _optional(settings: Settings) -> None:
+def _optional(settings: ConfigBuilder) -> None:
     for key, setting in keys.OPTIONAL.items():
         name = settings.field(setting.fields)
         if settings.get(key) is None:
@@ -217,11 +167,11 @@ def _optional(settings: Settings) -> None:
             settings.fields[name] = value
 
 
-def _is_mixture(settings: Settings) -> bool:
+def _is_mixture(settings: ConfigBuilder) -> bool:
     return any("_exps." in name for name in settings.model.tensors)
 
 
-def _experts(settings: Settings) -> None:
+def _experts(settings: ConfigBuilder) -> None:
     count = settings.get("expert_count")
     if _is_mixture(settings) and not count:
         raise ExportError(
@@ -243,7 +193,7 @@ def _experts(settings: Settings) -> None:
             raise settings.refuse("ssm.inner_size", "the model's config has no field for it.")
 
 
-def _only_neutral(settings: Settings) -> None:
+def _only_neutral(settings: ConfigBuilder) -> None:
     for key, neutral in keys.ONLY_NEUTRAL.items():
         value = settings.get(key)
         if value is not None and value not in neutral:
@@ -251,7 +201,7 @@ def _only_neutral(settings: Settings) -> None:
             raise settings.refuse(key, f"{settings.fields['model_type']} in transformers cannot express it{said}.")
 
 
-def _attention_scale(settings: Settings) -> None:
+def _attention_scale(settings: ConfigBuilder) -> None:
     """Scores are scaled by `attention.scale`, and where a file does not say it, by 1 / sqrt(key_length)."""
     scale = settings.number("attention.scale")
     size = settings.size("attention.key_length") or (
@@ -279,7 +229,7 @@ def _attention_scale(settings: Settings) -> None:
         raise settings.refuse("attention.scale", f"{settings.fields['model_type']} scales by 1 / sqrt({size}).")
 
 
-def _window(settings: Settings) -> None:
+def _window(settings: ConfigBuilder) -> None:
     window, pattern = settings.get("attention.sliding_window"), settings.get("attention.sliding_window_pattern")
     context = settings.size("context_length")
     if window is not None and (type(window) is not int or window < 0):
@@ -301,7 +251,7 @@ def _window(settings: Settings) -> None:
         _pattern(settings, mixes)
 
 
-def _pattern(settings: Settings, mixes: bool) -> None:
+def _pattern(settings: ConfigBuilder, mixes: bool) -> None:
     key, layers = "attention.sliding_window_pattern", settings.fields.get("num_hidden_layers")
     raw = settings.model.metadata[f"{settings.model.architecture}.{key}"]
     assert isinstance(layers, int)
@@ -319,7 +269,7 @@ def _pattern(settings: Settings, mixes: bool) -> None:
         settings.fields["sliding_window"] = None
 
 
-def _biases(settings: Settings) -> None:
+def _biases(settings: ConfigBuilder) -> None:
     """A class has biases or not by a flag; a file by its tensors."""
     names = settings.model.tensors
     for flag, tensors in (
@@ -333,7 +283,7 @@ def _biases(settings: Settings) -> None:
             settings.fields[flag] = any(name.endswith(tensors) for name in names)
 
 
-def _nothing_unread(settings: Settings) -> None:
+def _nothing_unread(settings: ConfigBuilder) -> None:
     """Raises for a key of the model that no table names; reports those of others.
 
     Raises:
@@ -341,17 +291,12 @@ def _nothing_unread(settings: Settings) -> None:
     """
     prefix = f"{settings.model.architecture}."
     known = (
-        keys.REQUIRED.keys() | keys.OPTIONAL.keys() | keys.ONLY_NEUTRAL.keys() | keys.SPECIAL | keys.IRRELEVANT.keys()
+        keys.REQUIRED.keys() | keys.OPTIONAL.keys() | keys.ONLY_NEUTRAL.keys() | keys.SPECIAL | keys.IGNORED_KEYS.keys()
     )
     unknown = [key for key in settings.model.metadata if key.startswith(prefix) and key[len(prefix) :] not in known]
     if unknown:
         key = unknown[0]
         raise ExportError(
-            f"{settings.model.name}: {key} is {_short(settings.model.metadata[key])}; nobody here knows this key, so "
+            f"{settings.model.name}: {key} is {short(settings.model.metadata[key])}; nobody here knows this key, so "
             f"it may change numbers. {EDIT}"
         )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

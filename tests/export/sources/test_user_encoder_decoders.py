@@ -1,4 +1,4 @@
-"""Encoder-decoders of one's own: encode and decode become two graphs, and one that learned does in them what it did."""
+"""User-defined encoder-decoders: encode and decode become two graphs; a trained one gives the same answers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the workshop half needs torch")
+torch = pytest.importorskip("torch", reason="the toolchain needs torch")
 pytest.importorskip("onnxruntime", reason="the exporter's checks need onnxruntime")
 
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 import edgeformer
 from edgeformer.errors import ExportError
@@ -39,7 +39,7 @@ class Attention(nn.Module):
             for linear, value in ((self.q, x), (self.k, y), (self.v, y))
         )
         if not self.by_hand:
-            mixed = F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal)
+            mixed = functional.scaled_dot_product_attention(q, k, v, seen, is_causal=causal)
         else:
             scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
             if causal:
@@ -152,7 +152,7 @@ def test_encode_and_decode_become_two_graphs(kind, by_hand, tmp_path):
 
 
 class Counted(Pair):
-    def decode(self, input_ids, position_ids, encoder_hidden_states, encoder_attention_mask):
+    def decode(self, input_ids, position_ids, encoder_hidden_states, encoder_attention_mask):  # noqa: ARG002
         return self.answer(input_ids, encoder_hidden_states, None)
 
 
@@ -162,7 +162,7 @@ class Unmasked(Pair):
 
 
 class Otherwise(Pair):
-    def decode(self, target, encoder_hidden_states, encoder_attention_mask):
+    def decode(self, target, encoder_hidden_states, encoder_attention_mask):  # noqa: ARG002
         return self.answer(target, encoder_hidden_states, None)
 
 
@@ -182,7 +182,7 @@ class LastOnly(Frames):
 
 
 class BothWays(Frames):
-    def answer(self, input_ids, states, seen):
+    def answer(self, input_ids, states, seen):  # noqa: ARG002
         x = self.tokens(input_ids)
         return self.head(self.answered(x, x) + self.crossing(x, states))
 
@@ -192,7 +192,7 @@ class Undeclared(Frames):
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "message"),
     [
         (Counted, r"decode takes position_ids; .*torch\.arange\(input_ids\.shape\[1\]\)"),
         (Unmasked, r"encode takes a mask of the padding and decode has no encoder_attention_mask"),
@@ -204,8 +204,8 @@ class Undeclared(Frames):
         (Undeclared, r"encode\(frames\) takes inputs of unknown shape: frames.*input_spec"),
     ],
 )
-def test_a_broken_contract_is_named_with_its_fix(kind, told, tmp_path):
-    with pytest.raises(ExportError, match=told):
+def test_a_broken_contract_is_named_with_its_fix(kind, message, tmp_path):
+    with pytest.raises(ExportError, match=message):
         bundle(kind(), tmp_path)
     assert not (tmp_path / "bundle").exists()
 

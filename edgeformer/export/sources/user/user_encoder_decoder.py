@@ -10,10 +10,16 @@ from typing import Any
 import torch
 
 from edgeformer.errors import ExportError
-from edgeformer.export.graphs.encoder_decoder import MASK, RESULT, SOURCE_AXIS
 from edgeformer.export.inputs import Input, axes
-from edgeformer.export.passes.hoist import STATES
-from edgeformer.export.source import Pair, Source, run
+from edgeformer.export.source import (
+    ENCODER_MASK,
+    ENCODER_OUTPUT,
+    ENCODER_STATES,
+    SOURCE_AXIS,
+    EncoderDecoderSource,
+    Source,
+    pytorch_outputs,
+)
 
 _LENGTHS = (5, 11)  # a decoder's states have the source's length where they follow it at both
 _CONTRACT = (
@@ -23,7 +29,7 @@ _CONTRACT = (
 )
 
 
-class Half(torch.nn.Module):
+class MethodModule(torch.nn.Module):
     """One method of a module as a forward; holds the whole module, so that weights have one name in both halves."""
 
     def __init__(self, model: torch.nn.Module, method: str) -> None:
@@ -36,12 +42,12 @@ class Half(torch.nn.Module):
         return result
 
 
-def is_pair(module: torch.nn.Module) -> bool:
+def has_encode_and_decode(module: torch.nn.Module) -> bool:
     """Whether it has the two methods; an autoencoder's `decode` takes no `encoder_hidden_states`."""
-    return callable(getattr(module, "encode", None)) and STATES in _arguments(module, "decode")
+    return callable(getattr(module, "encode", None)) and ENCODER_STATES in _arguments(module, "decode")
 
 
-def own_pair(encoder: Source) -> Pair:
+def user_encoder_decoder(encoder: Source) -> EncoderDecoderSource:
     """Both halves of a module, given the Source of its `encode` (whose module is the whole).
 
     Named axes other than `batch` are the source's length.
@@ -58,19 +64,23 @@ def own_pair(encoder: Source) -> Pair:
     inputs = tuple(_renamed(value) for value in encoder.inputs)
     masked = any(value.name == "attention_mask" for value in inputs)
     _check_decode(model, masked)
-    encoder = dataclasses.replace(encoder, module=Half(model, "encode").eval(), inputs=inputs, outputs=(RESULT,))
+    encoder = dataclasses.replace(
+        encoder, module=MethodModule(model, "encode").eval(), inputs=inputs, outputs=(ENCODER_OUTPUT,)
+    )
     states = _states(encoder)
-    mask = (Input(MASK, torch.int64, ("batch", SOURCE_AXIS)),) if masked else ()
+    mask = (Input(ENCODER_MASK, torch.int64, ("batch", SOURCE_AXIS)),) if masked else ()
     ids = Input("input_ids", torch.int64, ("batch", "sequence"))
     decoder = dataclasses.replace(
         encoder,
-        module=Half(model, "decode").eval(),
+        module=MethodModule(model, "decode").eval(),
         inputs=(ids, states, *mask),
         outputs=("logits",),
         task="text-generation",
     )
     rows = _vocabulary(decoder)
-    return Pair(encoder, dataclasses.replace(decoder, inputs=(dataclasses.replace(ids, high=rows), states, *mask)))
+    return EncoderDecoderSource(
+        encoder, dataclasses.replace(decoder, inputs=(dataclasses.replace(ids, high=rows), states, *mask))
+    )
 
 
 def _arguments(module: torch.nn.Module, method: str) -> Mapping[str, inspect.Parameter]:
@@ -86,7 +96,7 @@ def _renamed(value: Input) -> Input:
 def _check_decode(model: torch.nn.Module, masked: bool) -> None:
     given = _arguments(model, "decode")
     needed = [name for name, value in given.items() if value.default is value.empty]
-    known = {"input_ids", STATES, MASK}
+    known = {"input_ids", ENCODER_STATES, ENCODER_MASK}
     if "position_ids" in needed:
         raise ExportError(
             "decode takes position_ids; a decoder counts its positions itself, torch.arange(input_ids.shape[1]), and "
@@ -94,8 +104,10 @@ def _check_decode(model: torch.nn.Module, masked: bool) -> None:
         )
     if "input_ids" not in given or not set(needed) <= known:
         raise ExportError(f"decode({', '.join(given)}) is not the contract's: {_CONTRACT}.")
-    if masked != (MASK in given):
-        one, other = ("encode", f"decode has no {MASK}") if masked else ("decode", "encode has no attention_mask")
+    if masked != (ENCODER_MASK in given):
+        one, other = (
+            ("encode", f"decode has no {ENCODER_MASK}") if masked else ("decode", "encode has no attention_mask")
+        )
         raise ExportError(f"{one} takes a mask of the padding and {other}: {_CONTRACT}.")
 
 
@@ -106,7 +118,7 @@ def _states(encoder: Source) -> Input:
         sizes = {axis: length if index else 2 for index, axis in enumerate(axes(encoder.inputs))}
         feeds = {value.name: value.sample(sizes, seed) for seed, value in enumerate(encoder.inputs)}
         try:
-            states = run(encoder, feeds)[RESULT]
+            states = pytorch_outputs(encoder, feeds)[ENCODER_OUTPUT]
         except Exception as error:
             raise ExportError(f"encode fails at {sizes}: {type(error).__name__}: {error}") from error
         if states.ndim != 3:
@@ -118,7 +130,9 @@ def _states(encoder: Source) -> Input:
             f"encode makes {first[1]} states of a source of {_LENGTHS[0]}, and {second[1]} of {_LENGTHS[1]}; expected "
             "as many as the source has, or always the same number."
         )
-    return Input(STATES, torch.float32, ("batch", first[1] if first[1] == second[1] else SOURCE_AXIS, int(first[2])))
+    return Input(
+        ENCODER_STATES, torch.float32, ("batch", first[1] if first[1] == second[1] else SOURCE_AXIS, int(first[2]))
+    )
 
 
 def _vocabulary(decoder: Source) -> int:
@@ -126,7 +140,7 @@ def _vocabulary(decoder: Source) -> int:
     sizes = {"batch": 2, "sequence": 3, SOURCE_AXIS: _LENGTHS[0]}
     feeds = {value.name: value.sample(sizes, seed) for seed, value in enumerate(decoder.inputs)}
     try:
-        logits = run(decoder, feeds)["logits"]
+        logits = pytorch_outputs(decoder, feeds)["logits"]
     except Exception as error:
         raise ExportError(f"decode fails for 3 tokens of 2 sources: {type(error).__name__}: {error}") from error
     if logits.shape[:2] != (2, 3) or logits.ndim != 3:
