@@ -11,19 +11,19 @@ from collections.abc import Callable
 import numpy as np
 
 from edgeformer.engines.native.ir.dims import Dim, Shape, Size, clip, floor_div, product
-from edgeformer.engines.native.ir.graph import INSIDE, Graph, Info, Node
+from edgeformer.engines.native.ir.graph import COMPUTE_DTYPES, Graph, Info, Node
 from edgeformer.errors import EngineUnavailable
 
-Rule = Callable[[Graph, Node], list[Info]]
-RULES: dict[str, Rule] = {}
+ShapeRule = Callable[[Graph, Node], list[Info]]
+SHAPE_RULES: dict[str, ShapeRule] = {}
 KEEP_VALUES = 64  # an integer tensor longer than this is data, not a shape
 
 
-def rule(*ops: str) -> Callable[[Rule], Rule]:
+def shape_rule(*ops: str) -> Callable[[ShapeRule], ShapeRule]:
     """Register the shape rule of some operators."""
 
-    def register(f: Rule) -> Rule:
-        RULES.update(dict.fromkeys(ops, f))
+    def register(f: ShapeRule) -> ShapeRule:
+        SHAPE_RULES.update(dict.fromkeys(ops, f))
         return f
 
     return register
@@ -65,18 +65,18 @@ def broadcast(*shapes: Shape) -> Shape:
     return tuple(out)
 
 
-@rule("Shape")
+@shape_rule("Shape")
 def _shape(g: Graph, node: Node) -> list[Info]:
     shape = g.shape(node.inputs[0])[slice(node.attrs.get("start", 0), node.attrs.get("end"))]
     return [Info("int64", (len(shape),), shape)]
 
 
-@rule("Size")
+@shape_rule("Size")
 def _size(g: Graph, node: Node) -> list[Info]:
     return [Info("int64", (), (product(g.shape(node.inputs[0])),))]
 
 
-@rule("Gather")
+@shape_rule("Gather")
 def _gather(g: Graph, node: Node) -> list[Info]:
     data, index = (g.info[i] for i in node.inputs)
     axis = node.attrs.get("axis", 0) % len(data.shape)
@@ -86,12 +86,12 @@ def _gather(g: Graph, node: Node) -> list[Info]:
     return [Info(data.dtype, (*data.shape[:axis], *index.shape, *data.shape[axis + 1 :]), value)]
 
 
-@rule("GatherElements")
+@shape_rule("GatherElements")
 def _gather_elements(g: Graph, node: Node) -> list[Info]:
     return [Info(g.info[node.inputs[0]].dtype, g.shape(node.inputs[1]))]
 
 
-@rule("GatherND")
+@shape_rule("GatherND")
 def _gather_nd(g: Graph, node: Node) -> list[Info]:
     data, index = (g.info[i] for i in node.inputs)
     b, last = node.attrs.get("batch_dims", 0), index.shape[-1]
@@ -100,7 +100,7 @@ def _gather_nd(g: Graph, node: Node) -> list[Info]:
     return [Info(data.dtype, index.shape[:-1] + data.shape[b + last :])]
 
 
-@rule("Concat")
+@shape_rule("Concat")
 def _concat(g: Graph, node: Node) -> list[Info]:
     infos = [g.info[i] for i in node.inputs]
     axis = node.attrs["axis"] % len(infos[0].shape)
@@ -117,7 +117,7 @@ def _concat(g: Graph, node: Node) -> list[Info]:
     return [Info(infos[0].dtype, tuple(shape), value)]
 
 
-@rule("Slice")
+@shape_rule("Slice")
 def _slice(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     starts, ends, axes, steps = slice_bounds(g, node)
@@ -147,7 +147,7 @@ def slice_bounds(g: Graph, node: Node) -> tuple[tuple[Size, ...], tuple[Size, ..
     return starts, ends, tuple(a % rank for a in axes), steps
 
 
-@rule("Split")
+@shape_rule("Split")
 def _split(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     axis = node.attrs.get("axis", 0) % len(info.shape)
@@ -168,7 +168,7 @@ def split_sizes(g: Graph, node: Node) -> tuple[int, ...]:
     return tuple(min(part, total - i * part) for i in range(n))
 
 
-@rule("Reshape")
+@shape_rule("Reshape")
 def _reshape(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     target = list(values(g, node.inputs[1]))
@@ -182,21 +182,21 @@ def _reshape(g: Graph, node: Node) -> list[Info]:
     return [Info(info.dtype, tuple(target), info.value if len(target) <= 1 else None)]
 
 
-@rule("Flatten")
+@shape_rule("Flatten")
 def _flatten(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     axis = node.attrs.get("axis", 1)
     return [Info(info.dtype, (product(info.shape[:axis]), product(info.shape[axis:])))]
 
 
-@rule("Transpose")
+@shape_rule("Transpose")
 def _transpose(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     perm = node.attrs.get("perm") or list(range(len(info.shape)))[::-1]
     return [Info(info.dtype, tuple(info.shape[p] for p in perm), info.value if len(perm) <= 1 else None)]
 
 
-@rule("Unsqueeze")
+@shape_rule("Unsqueeze")
 def _unsqueeze(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     axes = ints(g, node, 1, "axes") or ()
@@ -207,7 +207,7 @@ def _unsqueeze(g: Graph, node: Node) -> list[Info]:
     return [Info(info.dtype, tuple(shape), info.value if rank <= 1 else None)]
 
 
-@rule("Squeeze")
+@shape_rule("Squeeze")
 def _squeeze(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     axes = ints(g, node, 1, "axes")
@@ -216,7 +216,7 @@ def _squeeze(g: Graph, node: Node) -> list[Info]:
     return [Info(info.dtype, shape, info.value)]
 
 
-@rule("Expand")
+@shape_rule("Expand")
 def _expand(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     shape = broadcast(info.shape, values(g, node.inputs[1]))
@@ -226,17 +226,17 @@ def _expand(g: Graph, node: Node) -> list[Info]:
     return [Info(info.dtype, shape, value if len(shape) <= 1 and value and shape in ((), (len(value),)) else None)]
 
 
-@rule("Tile")
+@shape_rule("Tile")
 def _tile(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     return [Info(info.dtype, tuple(a * b for a, b in zip(info.shape, values(g, node.inputs[1]), strict=True)))]
 
 
-@rule("ConstantOfShape")
+@shape_rule("ConstantOfShape")
 def _constant_of_shape(g: Graph, node: Node) -> list[Info]:
     shape = values(g, node.inputs[0])
     fill = node.attrs.get("value")
-    dtype = INSIDE.get(fill.dtype, fill.dtype) if fill is not None else "float32"
+    dtype = COMPUTE_DTYPES.get(fill.dtype, fill.dtype) if fill is not None else "float32"
     number = fill.array().reshape(-1)[0] if fill is not None else 0
     value = None
     if dtype in ("int64", "bool") and (shape == () or (len(shape) == 1 and isinstance(shape[0], int))):
@@ -246,7 +246,7 @@ def _constant_of_shape(g: Graph, node: Node) -> list[Info]:
     return [Info(dtype, shape, value)]
 
 
-@rule("Range")
+@shape_rule("Range")
 def _range(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     if info.dtype != "int64":
@@ -263,7 +263,7 @@ def _range(g: Graph, node: Node) -> list[Info]:
     return [Info("int64", (floor_div(way + (abs(stride) - 1), abs(stride)),))]
 
 
-@rule("Pad")
+@shape_rule("Pad")
 def _pad(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     pads, axes = pad_amounts(g, node)
@@ -280,7 +280,7 @@ def pad_amounts(g: Graph, node: Node) -> tuple[tuple[Size, ...], tuple[int, ...]
     return values(g, node.inputs[1]), tuple(a % rank for a in axes)
 
 
-@rule("Resize")
+@shape_rule("Resize")
 def _resize(g: Graph, node: Node) -> list[Info]:
     """To sizes: all of them, or of some axes."""
     info = g.info[node.inputs[0]]

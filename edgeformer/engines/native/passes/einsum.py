@@ -6,7 +6,7 @@ from string import ascii_letters
 
 from edgeformer.engines.native.ir.dims import Shape, Size, product
 from edgeformer.engines.native.ir.graph import Graph, Info, Node
-from edgeformer.engines.native.ir.shape_rules import rule
+from edgeformer.engines.native.ir.shape_rules import shape_rule
 from edgeformer.errors import EngineUnavailable
 
 
@@ -29,7 +29,7 @@ def terms(g: Graph, node: Node) -> tuple[list[str], str]:
     return operands, out
 
 
-@rule("Einsum")
+@shape_rule("Einsum")
 def _shape(g: Graph, node: Node) -> list[Info]:
     operands, out = terms(g, node)
     sizes: dict[str, Size] = {}

@@ -12,6 +12,7 @@ import numpy as np
 
 from edgeformer.engines.native.ir.cache import Cache
 from edgeformer.engines.native.ir.dims import Dim, Size
+from edgeformer.engines.native.ir.functions import POINTWISE_FUNCTIONS, UNARY_FUNCTIONS
 from edgeformer.engines.native.ir.graph import Array, Graph, Info, Node
 from edgeformer.engines.native.ir.infer import conv_geometry
 from edgeformer.engines.native.ir.rows import is_batch_local, is_row_local, row_symbols
@@ -24,36 +25,6 @@ ELEMENTWISE = {
     "Equal": "equal", "Less": "less", "LessOrEqual": "less_equal", "Greater": "greater",
     "GreaterOrEqual": "greater_equal", "And": "and", "Or": "or", "Xor": "xor",
 }  # fmt: skip
-
-# csrc/kernels/kernels.h: enum class Unary, in its order.
-ACTIVATIONS = (
-    "identity",
-    "exp",
-    "sigmoid",
-    "tanh",
-    "erf",
-    "sqrt",
-    "sin",
-    "cos",
-    "log",
-    "softplus",
-    "relu",
-    "relu2",
-    "silu",
-    "gelu",
-    "gelu_tanh",
-    "quick_gelu",
-    "neg",
-    "abs",
-    "reciprocal",
-    "rsqrt",
-)
-
-# csrc/ops/ops_pointwise.cpp: enum class Point, in its order.
-POINTWISE = (
-    "floor", "ceil", "round", "sign", "leaky_relu", "elu", "selu", "celu", "hard_sigmoid", "hard_swish",
-    "thresholded_relu", "softsign", "mish", "swish", "is_nan", "is_inf",
-)  # fmt: skip
 
 
 class Emitter:
@@ -135,11 +106,11 @@ class Emitter:
         self.new_slot(node.outputs[0], self.g.info[node.outputs[0]], source)
 
     def op_unary(self, node: Node) -> bool | None:
-        if node.attrs["fn"] not in ACTIVATIONS or (
+        if node.attrs["fn"] not in UNARY_FUNCTIONS or (
             self.g.info[node.inputs[0]].dtype != "float32" and node.attrs["fn"] not in ("neg", "abs")
         ):
             return False
-        self.add("unary", node, node.inputs, fn=ACTIVATIONS.index(node.attrs["fn"]), note=node.attrs["fn"])
+        self.add("unary", node, node.inputs, fn=UNARY_FUNCTIONS.index(node.attrs["fn"]), note=node.attrs["fn"])
         return None
 
     def op_pointwise(self, node: Node) -> bool | None:
@@ -149,7 +120,7 @@ class Emitter:
             "int64",
         ):
             return False
-        self.add("pointwise", node, node.inputs, fn=POINTWISE.index(fn), numbers=numbers, note=fn)
+        self.add("pointwise", node, node.inputs, fn=POINTWISE_FUNCTIONS.index(fn), numbers=numbers, note=fn)
         return None
 
     def elementwise(self, node: Node) -> None:

@@ -1,116 +1,84 @@
-"""Norms and activations that a graph spells out in small steps."""
+"""Norms: ONNX's four operators and their decomposed forms, in terms of the one Norm that has a kernel.
+
+Norm(x, weight, bias) is over the last axis. attrs: kind ("rms" or "layer"), eps. weight and bias name constants of the
+axis' size, or are "".
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
-from edgeformer.engines.native.ir.graph import Array, Graph, Info, Node
-
-DEPTH = 10  # elementwise steps that one activation may be spelled in
-POINTS = np.concatenate([np.linspace(-6, 6, 61), [-20.0, 20.0, 1e-3, -1e-3]])
-
-Function = Callable[[Array], Array]
-_erf = np.vectorize(math.erf)
+from edgeformer.engines.native.ir.dims import Shape, floor_div, product
+from edgeformer.engines.native.ir.graph import Graph, Info, Node
 
 
-def _sigmoid(x: Array) -> Array:
-    return np.asarray(1 / (1 + np.exp(-x)))
+def norm_variants(g: Graph) -> None:
+    """Norms that Norm does not cover -> View to one normalized axis, Norm, View, Mul by the scale, Add of the bias.
 
-
-ACTIVATIONS: dict[str, Function] = {
-    "silu": lambda x: x * _sigmoid(x),
-    "gelu": lambda x: 0.5 * x * (1 + _erf(x / math.sqrt(2))),
-    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
-    "quick_gelu": lambda x: x * _sigmoid(1.702 * x),
-    "relu2": lambda x: np.maximum(x, 0) ** 2,
-}
-UNARY: dict[str, Function] = {
-    "sigmoid": _sigmoid, "tanh": np.tanh, "erf": lambda x: np.asarray(_erf(x)), "exp": np.exp, "sqrt": np.sqrt,
-    "relu": lambda x: np.maximum(x, 0), "neg": np.negative, "reciprocal": np.reciprocal, "abs": np.abs,
-}  # fmt: skip
-BINARY: dict[str, Callable[[Any, Any], Any]] = {
-    "Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.divide, "Pow": np.power,
-}  # fmt: skip
-
-
-def activations(g: Graph) -> None:
-    """Any spelling of silu, gelu, ... becomes one Unary: a subgraph of one input is compared with them by numbers."""
+    These are GroupNormalization, InstanceNormalization, and RMSNormalization and LayerNormalization over several axes
+    or with a computed scale. A norm whose mean or deviation is an output too stays as it is.
+    """
     for node in list(g.nodes):
-        if node.op not in ("Mul", "Pow") or node.outputs[0] not in g.producers:
+        if any(node.outputs[1:]):
             continue
-        for x in _candidates(g, node):
-            name = _recognize(g, node, x)
-            if name:
-                node.op, node.inputs, node.attrs = "Unary", [x], {"fn": name}
-                break
+        shape = g.shape(node.outputs[0]) if node.op in NORM_OPS else ()
+        if node.op in ("RMSNormalization", "LayerNormalization") and not _has_kernel(g, node):
+            axis = node.attrs.get("axis", -1) % len(shape)
+            kind = "rms" if node.op == "RMSNormalization" else "layer"
+            _replace(g, node, kind, (*shape[:axis], product(shape[axis:])))
+        elif node.op == "InstanceNormalization":
+            _replace(g, node, "layer", (*shape[:2], product(shape[2:])), channels=True)
+        elif node.op == "GroupNormalization" and g.shape(node.inputs[1]) == (shape[1],):  # before opset 21: per group
+            groups = node.attrs["num_groups"]
+            _replace(g, node, "layer", (shape[0], groups, floor_div(product(shape[1:]), groups)), channels=True)
     g.finish()
 
 
-def _candidates(g: Graph, root: Node) -> list[str]:
-    """Values that `root` may be a function of, nearest first: those of its own shape, up to DEPTH steps away."""
-    found: list[str] = []
-    frontier = list(root.inputs)
-    for _ in range(DEPTH):
-        deeper: list[str] = []
-        for name in frontier:
-            if name in g.constants or name in found or g.shape(name) != g.shape(root.outputs[0]):
-                continue
-            found.append(name)
-            n = g.producers.get(name)
-            if n is not None and (n.op in BINARY or n.op == "Unary"):
-                deeper += n.inputs
-        frontier = deeper
-    return found
+NORM_OPS = ("RMSNormalization", "LayerNormalization", "GroupNormalization", "InstanceNormalization")
 
 
-def _recognize(g: Graph, root: Node, x: str) -> str | None:
-    """The activation that `root` computes of `x`."""
-    cache: dict[str, Any] = {x: POINTS}
+def _has_kernel(g: Graph, node: Node) -> bool:
+    shape = g.shape(node.inputs[0])
+    vectors = [i for i in node.inputs[1:] if i]
+    last = node.attrs.get("axis", -1) % len(shape) == len(shape) - 1
+    return last and all(i in g.constants and g.constants[i].size == shape[-1] for i in vectors)
 
-    def value(name: str, depth: int) -> Any:
-        if name in cache:
-            return cache[name]
-        scalar = g.scalar(name)
-        if scalar is not None:
-            return scalar
-        n = g.producers.get(name)
-        if n is None or depth == 0 or not (n.op in BINARY or (n.op == "Unary" and n.attrs["fn"] in UNARY)):
-            return None
-        args = [value(i, depth - 1) for i in n.inputs]
-        if any(a is None for a in args):
-            return None
-        cache[name] = BINARY[n.op](*args) if n.op in BINARY else UNARY[n.attrs["fn"]](args[0])
-        return cache[name]
 
-    with np.errstate(all="ignore"):
-        y = value(root.outputs[0], DEPTH)
-        if y is None or np.shape(y) != POINTS.shape:
-            return None
-        for name, f in ACTIVATIONS.items():
-            # 1e-6 of the value: constants such as sqrt(2 / pi) are float32 in the graph.
-            if np.allclose(y, f(POINTS), rtol=1e-6, atol=1e-7):
-                return name
-    return None
+def _replace(g: Graph, node: Node, kind: str, flat: Shape, channels: bool = False) -> None:
+    shape = g.shape(node.outputs[0])
+    x = g.emit("View", node.inputs[:1], Info("float32", flat), node.inputs[0])
+    eps = node.attrs.get("epsilon", 1e-5)
+    y = g.emit("Norm", [x, "", ""], Info("float32", flat), node.outputs[0], kind=kind, eps=eps)
+    y = g.emit("View", [y], Info("float32", shape), node.outputs[0])
+    for op, name in (("Mul", node.input(1)), ("Add", node.input(2))):
+        if not name or _is_neutral(g, name, op):
+            continue
+        if channels:  # one number a channel, axis 1
+            spread = (*g.shape(name), *(1 for _ in shape[2:]))
+            name = g.emit("View", [name], Info("float32", spread), name)
+        y = g.emit(op, [y, name], Info("float32", shape), node.outputs[0])
+    node.op, node.inputs, node.attrs = "View", [y], {}
+
+
+def _is_neutral(g: Graph, name: str, op: str) -> bool:
+    """Whether `name` is a scale of ones or a bias of zeros, which the exporter writes where a module has none."""
+    neutral = 1.0 if op == "Mul" else 0.0
+    fill = g.producer(name, "Fill")
+    c = g.constant(name)
+    return (fill is not None and fill.attrs["value"] == neutral) or (c is not None and bool(np.all(c == neutral)))
 
 
 def norms(g: Graph) -> None:
-    """RMSNormalization, LayerNormalization and their spelled-out forms become Norm(x, weight, bias) of the last axis.
-
-    attrs: kind "rms" or "layer", eps. weight and bias are constants of the axis' size, or "".
-    """
+    """RMSNormalization, LayerNormalization, and x / sqrt(mean(x^2) + eps) in small steps -> Norm(x, weight, bias)."""
     for node in list(g.nodes):
         if node.op in ("RMSNormalization", "LayerNormalization"):
             _standard(g, node)
         elif node.op in ("Mul", "Div"):
-            _spelled(g, node)
+            _decomposed(g, node)
     g.finish()
     for node in list(g.nodes):
         if node.op in ("Mul", "Add"):
-            _affine(g, node)
+            _weight_or_bias(g, node)
     g.finish()
 
 
@@ -129,11 +97,11 @@ def _standard(g: Graph, node: Node) -> None:
         {"kind": kind, "eps": eps},
     )
     del node.outputs[1:]
-    _centred(g, node)
+    _layer_norm_of_centred(g, node)
 
 
-def _centred(g: Graph, node: Node) -> None:
-    """The rms norm of x - mean(x) is the layer norm of x."""
+def _layer_norm_of_centred(g: Graph, node: Node) -> None:
+    """Norm(x - mean(x)) of kind "rms" becomes Norm(x) of kind "layer"."""
     sub = g.producer(node.inputs[0], "Sub")
     if node.attrs["kind"] == "rms" and sub is not None and _mean_last(g, sub.inputs[1]) == sub.inputs[0]:
         node.inputs[0], node.attrs["kind"] = sub.inputs[0], "layer"
@@ -141,7 +109,7 @@ def _centred(g: Graph, node: Node) -> None:
 
 
 def _mean_last(g: Graph, name: str) -> str | None:
-    """X when `name` is the mean of x over its last axis, kept as an axis of size 1."""
+    """The value of whose last axis `name` is the mean, kept as an axis of size 1; None if it is no such mean."""
     n = g.producer(name, "Reduce")
     if n is None or n.attrs["fn"] != "mean" or n.attrs["axes"] != (len(g.shape(n.inputs[0])) - 1,):
         return None
@@ -149,7 +117,7 @@ def _mean_last(g: Graph, name: str) -> str | None:
 
 
 def _square(g: Graph, name: str) -> str | None:
-    """X when `name` is x * x."""
+    """The value whose square is `name`; None if it is no square."""
     n = g.producers.get(name)
     if n is not None and n.op == "Mul" and n.inputs[0] == n.inputs[1]:
         return n.inputs[0]
@@ -192,7 +160,7 @@ def _inverse_root(g: Graph, name: str) -> tuple[str, float] | None:
     return None
 
 
-def _spelled(g: Graph, node: Node) -> None:
+def _decomposed(g: Graph, node: Node) -> None:
     a, b = node.inputs
     pairs = [(a, _root(g, b))] if node.op == "Div" else [(a, _inverse_root(g, b)), (b, _inverse_root(g, a))]
     for x, found in pairs:
@@ -200,12 +168,12 @@ def _spelled(g: Graph, node: Node) -> None:
             continue
         node.op, node.inputs, node.attrs = "Norm", [x, "", ""], {"kind": "rms", "eps": found[1]}
         g.users.setdefault(x, []).append(node)
-        _centred(g, node)
+        _layer_norm_of_centred(g, node)
         return
 
 
-def _affine(g: Graph, node: Node) -> None:
-    """A constant vector after a bare Norm is its weight (Mul) or bias (Add)."""
+def _weight_or_bias(g: Graph, node: Node) -> None:
+    """Mul or Add of a constant vector after a Norm becomes its weight or bias, if it has none."""
     for x, c in (node.inputs, node.inputs[::-1]):
         norm, vector = g.producer(x, "Norm"), g.constants.get(c)
         if norm is None or vector is None or vector.shape[-1:] != (vector.size,) or g.shape(x)[-1] != vector.size:
@@ -220,8 +188,8 @@ def _affine(g: Graph, node: Node) -> None:
         return
 
 
-def scalar_vectors(g: Graph) -> None:
-    """Norm weights as flat float32 vectors."""
+def flat_norm_weights(g: Graph) -> None:
+    """Weights and biases of Norm, constants of any rank and float type -> float32 vectors."""
     for node in g.nodes:
         if node.op != "Norm":
             continue
