@@ -184,7 +184,7 @@ def _renamings(headers: Mapping[str, StoredTensor]) -> Iterator[tuple[dict[str, 
     base = {INNER_WRAPPERS.pattern: ""} if inside else {}
     for prefix in common_prefixes(inner):
         if prefix or inside:
-            said = " and ".join(repr(part) for part in (prefix, *sorted(inside)) if part)
+            removed = " and ".join(repr(part) for part in (prefix, *sorted(inside)) if part)
             anchored = {f"^{re.escape(prefix)}": ""} if prefix else {}
             yield base | anchored, f"{removed} stripped from the names of the checkpoint"
 
