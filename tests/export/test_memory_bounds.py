@@ -36,7 +36,7 @@ class Recorded:
     def stage(self, text):
         self.stages.append(text)
 
-    def track(self, items, name):  # noqa: ARG002
+    def track(self, items, name):
         return items
 
 

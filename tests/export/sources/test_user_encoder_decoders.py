@@ -13,7 +13,6 @@ torch = pytest.importorskip("torch", reason="the toolchain needs torch")
 pytest.importorskip("onnxruntime", reason="the exporter's checks need onnxruntime")
 
 from torch import nn
-from torch.nn import functional
 
 import edgeformer
 from edgeformer.errors import ExportError
@@ -152,7 +151,7 @@ def test_encode_and_decode_become_two_graphs(kind, by_hand, tmp_path):
 
 
 class Counted(Pair):
-    def decode(self, input_ids, position_ids, encoder_hidden_states, encoder_attention_mask):  # noqa: ARG002
+    def decode(self, input_ids, position_ids, encoder_hidden_states, encoder_attention_mask):
         return self.answer(input_ids, encoder_hidden_states, None)
 
 
@@ -162,7 +161,7 @@ class Unmasked(Pair):
 
 
 class Otherwise(Pair):
-    def decode(self, target, encoder_hidden_states, encoder_attention_mask):  # noqa: ARG002
+    def decode(self, target, encoder_hidden_states, encoder_attention_mask):
         return self.answer(target, encoder_hidden_states, None)
 
 
@@ -182,7 +181,7 @@ class LastOnly(Frames):
 
 
 class BothWays(Frames):
-    def answer(self, input_ids, states, seen):  # noqa: ARG002
+    def answer(self, input_ids, states, seen):
         x = self.tokens(input_ids)
         return self.head(self.answered(x, x) + self.crossing(x, states))
 
