@@ -154,8 +154,8 @@ def unwrap(names: Iterable[str], expected: Iterable[str]) -> tuple[dict[str, str
                 inside = (
                     {part for name in found for part in INNER_WRAPPERS.findall(name)} if inner is not found else set()
                 )
-                said = " and ".join(repr(part) for part in (prefix, *sorted(inside)) if part)
-                return dict(zip(found, stripped, strict=True)), f"{said} stripped from the names of the checkpoint"
+                removed = " and ".join(repr(part) for part in (prefix, *sorted(inside)) if part)
+                return dict(zip(found, stripped, strict=True)), f"{removed} stripped from the names of the checkpoint"
     return None
 
 

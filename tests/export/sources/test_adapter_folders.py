@@ -115,7 +115,7 @@ def test_unusual_files_in_the_folder_are_noted(lora, work):
     (lora.folder / "config.json").write_text("{}")
     source = source_of(lora)
     assert any("trained on someone/larger-model; it was merged into folder base-llama" in n for n in source.notes)
-    assert any("more adapters in second; they are not merged" in note for note in source.notes)
+    assert any("other adapters in second; they are not merged" in note for note in source.notes)
     assert any("config.json in the adapter's folder is not read" in note for note in source.notes)
 
 

@@ -88,9 +88,9 @@ def _any_model(
     paired = model.config.is_encoder_decoder and folder is None and hasattr(model, "get_encoder")
     files = _processor_files(model, read, paired=paired)
     if paired:
-        pair = encoder_decoder_source(model, origin, task, files)
-        pair = dataclasses.replace(pair, encoder=dataclasses.replace(pair.encoder, completeness=record))
-        return with_tokenizer(pair, place, file_reader(place), tokenizer)
+        both = encoder_decoder_source(model, origin, task, files)
+        both = dataclasses.replace(both, encoder=dataclasses.replace(both.encoder, completeness=record))
+        return with_tokenizer(both, place, file_reader(place), tokenizer)
     source = dataclasses.replace(heads.encoder_source(model, origin, task, files), completeness=record)
     source = with_tokenizer(source, place, file_reader(place), tokenizer)
     if folder is not None:

@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +79,11 @@ def load_complete(
     Raises:
         ExportError: a weight of the model is not in the checkpoint, or one of the checkpoint is not used.
     """
-    dry_run, mapping, words = _dry_run(loader, name, headers, rules)
-    if dry_run is not None:
-        require_complete(dry_run, name, words[0], rules.allow)
+    dry_run = _dry_run(loader, name, headers, rules)
+    if dry_run.report is not None:
+        require_complete(dry_run.report, name, dry_run.model, rules.allow)
     safe = all(stored.file.suffix == ".safetensors" for stored in headers.values())
-    more = {"key_mapping": mapping} if mapping else {}
+    more = {"key_mapping": dict(dry_run.mapping)} if dry_run.mapping else {}
     model, info = loader.from_pretrained(
         name,
         dtype=torch.float32,
@@ -93,9 +93,9 @@ def load_complete(
         output_loading_info=True,
         **more,
     )
-    notes = list(words[1:])
+    notes = list(dry_run.notes)
     kept = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    if dry_run is not None and (untied := sorted(set(dry_run.tied) - set(kept))):
+    if dry_run.report is not None and (untied := sorted(set(dry_run.report.tied) - set(kept))):
         notes.append(
             f"config.json ties {', '.join(untied)}, but the checkpoint has other values: these are used, untied"
         )
@@ -105,17 +105,22 @@ def load_complete(
     return model, require_complete(loaded, name, type(model).__name__, rules.allow) | other
 
 
-def _dry_run(
-    loader: Any, name: str, headers: Mapping[str, StoredTensor], rules: LoadRules
-) -> tuple[Loaded | None, dict[str, str], list[str]]:
-    """(report, key mapping that makes names fit, [class, notes]) of a load without values.
+@dataclass(frozen=True)
+class _DryRun:
+    """The result of a load without values."""
 
-    The report is None if the class to load is not known before the load; then only the load itself is checked.
-    """
+    report: Loaded | None  # None: the class is not known before the load; then only the load itself is checked
+    model: str  # the name of the class
+    mapping: Mapping[str, str] = field(default_factory=dict)  # transformers' key_mapping that makes names fit
+    notes: tuple[str, ...] = ()
+
+
+def _dry_run(loader: Any, name: str, headers: Mapping[str, StoredTensor], rules: LoadRules) -> _DryRun:
+    """Loads the headers into a model on the meta device, with the first renaming that fits, if any does."""
     cls, config = _class_of(loader, name)
     if cls is None:
-        return None, {}, [getattr(loader, "__name__", "the model")]
-    words, first = [cls.__name__], None
+        return _DryRun(None, getattr(loader, "__name__", "the model"))
+    first = None
     headers = {**headers, **_extra(config, name)}
     elements = sum(math.prod(stored.shape) for stored in headers.values())
     for mapping, note in _renamings(headers):
@@ -138,10 +143,10 @@ def _dry_run(
             _require_float(headers, model, name)
             first = report
         if report.complete or _allowed(report, rules.allow):
-            return report, mapping, words + ([note] if note else [])
+            return _DryRun(report, cls.__name__, mapping, (note,) if note else ())
         if report.mismatched and not report.unexpected:
             break  # the names are right, the shapes are not
-    return first, {}, words
+    return _DryRun(first, cls.__name__)
 
 
 def _class_of(loader: Any, name: str) -> tuple[Any, Any]:
@@ -179,9 +184,9 @@ def _renamings(headers: Mapping[str, StoredTensor]) -> Iterator[tuple[dict[str, 
     base = {INNER_WRAPPERS.pattern: ""} if inside else {}
     for prefix in common_prefixes(inner):
         if prefix or inside:
-            said = " and ".join(repr(part) for part in (prefix, *sorted(inside)) if part)
+            removed = " and ".join(repr(part) for part in (prefix, *sorted(inside)) if part)
             anchored = {f"^{re.escape(prefix)}": ""} if prefix else {}
-            yield base | anchored, f"{said} stripped from the names of the checkpoint"
+            yield base | anchored, f"{removed} stripped from the names of the checkpoint"
 
 
 def _report(

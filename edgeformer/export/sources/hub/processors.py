@@ -258,7 +258,7 @@ def _check_sound(extractor: Any, front: LogMel, settings: Mapping[str, Any], sha
 
 def _test_sounds(front: LogMel) -> Iterator[tuple[str, Array]]:
     rng = np.random.default_rng(0)
-    for what, seconds in (("a short sound", 0.4), ("a long sound", 1.1)):  # in windows
+    for what, seconds in (("short audio", 0.4), ("long audio", 1.1)):  # in windows
         count = int(front.samples * seconds)
         time = np.arange(count) / front.sampling_rate
         chirp = 0.5 * np.sin(2 * np.pi * (100 + 0.2 * front.sampling_rate * time / time[-1]) * time)

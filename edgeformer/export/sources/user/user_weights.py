@@ -139,9 +139,9 @@ def _choose(states: Mapping[str, StateDict], expected: StateDict, path: Path, al
             "pass that file."
         )
     place = chosen[0]
-    names, words = fits.get(place) or _part(states[place], expected, path)
+    names, note = fits.get(place) or _part(states[place], expected, path)
     notes = [f"taken from {place} of the checkpoint"] if place else []
-    return _Choice(place, states[place], names, notes + ([words] if words else []))
+    return _Choice(place, states[place], names, notes + ([note] if note else []))
 
 
 def _part(state: StateDict, expected: StateDict, path: Path) -> tuple[dict[str, str], str]:
@@ -156,7 +156,7 @@ def _part(state: StateDict, expected: StateDict, path: Path) -> tuple[dict[str, 
             f"{path} has {len(fits)} sets of weights that fit the module, with the prefixes "
             f"{', '.join(repr(f'{top}.') for top in fits)}. Save the right one, without its prefix."
         )
-    return next(((identity | names, words) for names, words in fits.values()), (identity, ""))
+    return next(((identity | names, note) for names, note in fits.values()), (identity, ""))
 
 
 def _fit(state: StateDict, expected: StateDict, allow: Sequence[str]) -> tuple[dict[str, str], str] | None:
