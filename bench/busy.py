@@ -34,7 +34,7 @@ def rate(engine: NativeEngine) -> float:
     for step in range(STEPS + 2):
         if step == 2:
             started = time.perf_counter()
-        logits = engine.forward([({"input_ids": ids, "logits_to_keep": 1}, state)])[0]["logits"]
+        logits = engine.forward([({"input_ids": ids, "logits_to_keep": np.array(1)}, state)])[0]["logits"]
         ids = logits[:, -1].argmax(-1)[None]
     return STEPS / (time.perf_counter() - started)
 

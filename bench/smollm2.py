@@ -46,11 +46,11 @@ def make_bundles() -> None:
     if not missing:
         return
     from edgeformer.export import ExportOptions, export
-    from edgeformer.export.__main__ import Drawn
+    from edgeformer.export.__main__ import ConsoleProgress
     from edgeformer.export.graphs import trace_model
     from edgeformer.export.sources.load import load_source
 
-    drawn = Drawn()
+    drawn = ConsoleProgress()
     drawn.stage("load and trace")
     traced = trace_model(load_source(ExportOptions(str(gguf_path()), OUT)))
     for scheme in missing:
@@ -99,7 +99,7 @@ def common_prefix(one: list[int], other: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def measure_engine(scheme: str, engine: str, reference: list[list[int]], ids: np.ndarray) -> dict[str, Any]:
+def measure_engine(scheme: str, engine: Any, reference: list[list[int]], ids: np.ndarray) -> dict[str, Any]:
     import edgeformer
 
     model = edgeformer.load(OUT / scheme, engine=engine)

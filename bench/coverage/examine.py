@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.coverage.models import tiny
+from edgeformer.engines.choose import EngineName
 
 F32 = NDArray[np.float32]
-ENGINES = ("cpu", "native")
+ENGINES: tuple[EngineName, ...] = ("cpu", "native")
 FLOAT, DEFAULT = "f32", "q4a"  # what a column of the results is called: the float bundle, and the default export
 # Of 5, 9, 37 and 150 tokens, without the special ones: inside and behind every window, more than one tile of keys, and
 # an odd number of rows.

@@ -32,6 +32,12 @@ def commit() -> str:
     return git("log", "-1", f"--format=%h{changed} of %cs", "--", *CODE)
 
 
+def as_lines(rows: dict[str, Any]) -> str:
+    """JSON with one line a row."""
+    lines = [f"{json.dumps(name)}: {json.dumps(row, sort_keys=True)}" for name, row in sorted(rows.items())]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 def draw(names: list[str], day: str, count: int = 10) -> list[str]:
     """The `count` names whose turn it is on `day` (an ISO date): every date draws others, each date always the same."""
     return random.Random(day).sample(sorted(names), count)
@@ -70,10 +76,10 @@ def sweep(chosen: list[str], results: Path, limit: float, redo: str) -> dict[str
     made = {"commit": commit(), "transformers": transformers.__version__}
     rows: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
     again: dict[str, Callable[[dict[str, Any]], bool]] = {
-        "none": lambda row: False,
+        "none": lambda _: False,
         "failed": lambda row: not fine(row),
         "old": lambda row: {key: row.get(key) for key in made} != made,
-        "all": lambda row: True,
+        "all": lambda _: True,
     }
     todo = [n for n in chosen if "commit" not in rows.get(n, {}) or again[redo](rows[n])]
     for name in (bar := tqdm(todo, unit="model")):
@@ -81,7 +87,7 @@ def sweep(chosen: list[str], results: Path, limit: float, redo: str) -> dict[str
         rows[name] = _apart(name, limit) | made
         results.parent.mkdir(exist_ok=True)
         kept = {n: {k: v for k, v in r.items() if k != "trace" or results != RESULTS} for n, r in rows.items()}
-        results.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+        results.write_text(as_lines(kept))
     return rows
 
 

@@ -1,12 +1,13 @@
 """Who takes part: each row is one model file of one project, at the settings that project recommends for a CPU.
 
-A new peer is a row here and a runner in `runners/`. Settings that were tried and lost stand in docs/performance.md.
+A new peer is a row here and a runner in `runners/`. Settings that were slower are ALTERNATIVES.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ ALL = (
             kind.replace("-", ", Q4_0 "),
             "with_llama",
             LLAMA,
-            lambda kind=kind: models.gguf(LLAMA, kind),
+            partial(models.gguf, LLAMA, kind),
             "built with GGML_NATIVE, repacking on, flash attention auto, ubatch 512",
         )
         for kind in ("Q4_1", "Q8_0", "Q4_0", "Q4_0-head")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from bench.peers.contestants import Contestant
-from bench.peers.rounds import Round, median, values
+from bench.peers.rounds import Round, values
+from bench.report import summary
 
 OURS = "edgeformer"
+ENGINE, STREAM = "keep (the GGUF's blocks)", "keep, model.stream"  # one bundle, without and with the public loop
 STRICT = 1.01  # perplexity ratio up to which a file counts as "no more than 1 % lost"
-PROCESS = ("load_s", "import_s", "peak_mib", "library_mib", "loaded_mib", "cores")
+PROCESS = ("load_s", "peak_mib", "cores")
 COLUMNS = {  # test -> (heading, digits)
     "decode": ("decode, 32-token prompt", 0),
     "decode@1024": ("at depth 1024", 0),
@@ -24,7 +26,7 @@ LESS = ("first", "load_s", "short_mib", "long_mib")  # the tests in which less i
 
 
 def collect(rounds: list[Round], chosen: list[Contestant], threads: list[int]) -> dict[str, Any]:
-    """contestant -> threads -> test -> {median, values}, over the rounds given."""
+    """contestant -> threads -> test -> {median, min, max, n}, over the rounds given."""
     found: dict[str, Any] = {}
     for contestant in chosen:
         for count in threads:
@@ -41,7 +43,7 @@ def collect(rounds: list[Round], chosen: list[Contestant], threads: list[int]) -
             for name, test in (("short_mib", "decode"), ("long_mib", "decode@1024")):
                 numbers[name] = [t.result["tests"][test]["rss_mib"] for t in turns if test in t.result["tests"]]
             found.setdefault(contestant.key, {})[str(count)] = {
-                name: {"median": median(got), "values": got} for name, got in numbers.items() if got
+                name: summary(got) for name, got in numbers.items() if got
             }
             cosines = [
                 t["least_cosine"] for turn in turns for t in turn.result["tests"].values() if "least_cosine" in t
@@ -49,7 +51,16 @@ def collect(rounds: list[Round], chosen: list[Contestant], threads: list[int]) -
             if cosines:  # an encoder's; they depend on neither threads nor rounds but for the order of sums
                 found[contestant.key]["cosine"] = min(cosines)
             found[contestant.key]["versions"] = turns[0].result["versions"]
-            found[contestant.key]["tokens"] = turns[0].result["tests"]["decode"]["tokens"] if "decode" in names else []
+    return found
+
+
+def kept_by_stream(rounds: list[Round], threads: list[int]) -> dict[str, Any]:
+    """threads -> summary of `model.stream`'s share of the engine's decoding speed, round by round."""
+    found = {}
+    for count in threads:
+        loop, engine = (values(rounds, f"{OURS} {name}", count, "decode") for name in (STREAM, ENGINE))
+        if loop and len(loop) == len(engine):
+            found[str(count)] = summary([a / b for a, b in zip(loop, engine, strict=True)])
     return found
 
 
@@ -71,8 +82,8 @@ def measured(saved: dict[str, Any], key: str, threads: int, test: str) -> float 
 
 def limit(saved: dict[str, Any], key: str, threads: int) -> float | None:
     """Tokens a second if nothing but the weights were read, at the measured speed of a plain read."""
-    speeds = [one["gb_s"] for one in saved["memory"].get(str(threads), [])]
-    return max(speeds) * 1e9 / saved["contestants"][key]["token_bytes"] if speeds else None
+    speeds = saved["memory"].get(str(threads))
+    return speeds["max"] * 1e9 / saved["contestants"][key]["token_bytes"] if speeds else None
 
 
 def share(saved: dict[str, Any], key: str, threads: int) -> float | None:

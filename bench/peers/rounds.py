@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -151,7 +150,7 @@ def quiet(rounds: Iterable[Round]) -> list[Round]:
 
 
 def values(rounds: Iterable[Round], contestant: str, threads: int, test: str) -> list[float]:
-    """A test's numbers over the rounds; `test` may also be load_s, import_s, peak_mib or loaded_mib."""
+    """A test's numbers over the rounds; `test` may also be load_s, peak_mib or cores."""
     found = []
     for one in rounds:
         for turn in one.turns:
@@ -160,11 +159,6 @@ def values(rounds: Iterable[Round], contestant: str, threads: int, test: str) ->
                 if value is not None:
                     found.append(float(value))
     return found
-
-
-def median(numbers: list[float]) -> float | None:
-    """The median, or None of nothing."""
-    return statistics.median(numbers) if numbers else None
 
 
 def say(text: str) -> None:

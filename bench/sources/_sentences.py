@@ -12,6 +12,7 @@ import torch
 import transformers as tf
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from edgeformer.tasks.embedding import Encoder
 from edgeformer.tasks.encoder_methods import EncoderMethods
 
 _KNOWN = "query : passage red blue boats float on water and ships sink in the deep sea Red"
@@ -104,17 +105,16 @@ class Traceless:
         """Encoders have none."""
 
     def forward(self, calls: Sequence[Any]) -> list[dict[str, Any]]:
-        from edgeformer.export.source import run
+        from edgeformer.export.source import pytorch_outputs
 
         return [
-            run(self.source, {name: torch.from_numpy(value) for name, value in feeds.items()}) for feeds, _ in calls
+            pytorch_outputs(self.source, {name: torch.from_numpy(value) for name, value in feeds.items()})
+            for feeds, _ in calls
         ]
 
 
 class Read(EncoderMethods):
     """The result of `read`: a Model without a bundle."""
-
-    is_language_model = False
 
 
 def read(folder: Path, architecture: str | None = None) -> Any:
@@ -139,6 +139,6 @@ def read(folder: Path, architecture: str | None = None) -> Any:
         path=folder,
         file=files.get,
     )
-    model.engine, model._encoder = Traceless(source), None  # type: ignore[assignment]
     model.tokenizer = Tokenizer.of(model.bundle)
+    model._task = Encoder(model.bundle, Traceless(source), model.tokenizer)  # type: ignore[arg-type]
     return model

@@ -10,7 +10,7 @@ from typing import Any
 
 from edgeformer.cli.console import load_model, stderr
 from edgeformer.cli.purpose import require
-from edgeformer.decoding.loop import Session
+from edgeformer.decoding.session import Session
 from edgeformer.errors import InputError, TemplateError
 from edgeformer.model import Model
 
@@ -27,8 +27,7 @@ def talk(
         TemplateError: the bundle has no chat template.
         InputError: it is no language model.
     """
-    require(bundle, "run")
-    model = load_model(bundle, where)
+    model = load_model(require(bundle, "run"), where)
     if model.tokenizer is None or not model.tokenizer.has_chat_template:
         raise TemplateError(f"{bundle} has no chat template, so it is no chat model; use `edgeformer run` with text.")
     said = model.bundle.generation_config

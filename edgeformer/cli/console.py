@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from edgeformer.bundle.bundle import Bundle
 from edgeformer.errors import EdgeformerWarning
 from edgeformer.model import Model, load
 
@@ -29,9 +30,10 @@ def waiting(text: str) -> Iterator[None]:
         yield
 
 
-def load_model(bundle: Path, where: Mapping[str, Any]) -> Model:
+def load_model(bundle: Path | Bundle, where: Mapping[str, Any]) -> Model:
     """The model, with a spinner while it loads; warnings stand below it, one line each."""
-    with waiting(f"loading {bundle.name} ..."), warnings.catch_warnings(record=True) as said:
+    name = bundle.path.name if isinstance(bundle, Bundle) else bundle.name
+    with waiting(f"loading {name} ..."), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", EdgeformerWarning)
         model = load(bundle, **where)
     for warning in said:

@@ -64,8 +64,7 @@ def text(
     text at the end alone.
     """
     prompt = asked.read()
-    require(bundle, "run")
-    model = load_model(bundle, where)
+    model = load_model(require(bundle, "run"), where)
     pieces = model.stream(prompt, num_beams=beams, **settings)
     if as_json:
         for _ in pieces:

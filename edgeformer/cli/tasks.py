@@ -25,11 +25,11 @@ def embed(
     Raises:
         InputError: the bundle gives no vectors, or there is nothing to embed.
     """
-    require(bundle, "embed")
+    opened = require(bundle, "embed")
     if output is not None and output.suffix != ".npy":
         raise InputError(f"--output is {output}, expected a name ending in .npy.")
     items = _items(given)
-    vectors = load_model(bundle, where).embed(items, **settings)
+    vectors = load_model(opened, where).embed(items, **settings)
     if output is None:
         for item, vector in zip(items, vectors, strict=True):
             print(json.dumps({"item": item, "vector": [float(f"{x:.7g}") for x in vector]}, ensure_ascii=False))
@@ -44,9 +44,10 @@ def classify(bundle: Path, where: Mapping[str, Any], given: Sequence[str], top: 
     Raises:
         InputError: the bundle gives no labels, or there is nothing to classify.
     """
-    words = require(bundle, "classify").task == "token-classification"
+    opened = require(bundle, "classify")
+    words = opened.task == "token-classification"
     items = _items(given)
-    model = load_model(bundle, where)
+    model = load_model(opened, where)
     found: Sequence[Sequence[Any]] = model.classify_tokens(items) if words else model.classify(items)
     shown = found if words else [labels[:top] for labels in found]
     if as_json:
@@ -75,8 +76,7 @@ def transcribe(
     Raises:
         InputError: the bundle takes no sound, or a file cannot be read.
     """
-    require(bundle, "transcribe")
-    model = load_model(bundle, where)
+    model = load_model(require(bundle, "transcribe"), where)
     for file in files:
         found = model.transcribe(file, **settings)
         if as_json:

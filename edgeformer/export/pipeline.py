@@ -12,7 +12,8 @@ import onnx_ir as ir
 
 from edgeformer.bundle.write import check_target, seal, write_bundle
 from edgeformer.errors import ExportError, ParityError
-from edgeformer.export.check import accuracy, parity
+from edgeformer.export.check import parity
+from edgeformer.export.check.accuracy import measure_accuracy
 from edgeformer.export.check.checks import ModelChecks, checks_of
 from edgeformer.export.check.graph_run import FILES, OrtGraph, open_graphs
 from edgeformer.export.engine_gate import engine_gate, engine_tolerance
@@ -109,7 +110,7 @@ class _Job:
 
 
 def _export(job: _Job, traced: TracedModel) -> dict[str, Any]:
-    """The stages in their order. Each checks the graph that it made against PyTorch, or everything stops."""
+    """The stages in their order. After each change the graphs are compared with PyTorch, or a ParityError is raised."""
     source, stage = traced.source, job.progress.stage
     models = {name: model.clone() for name, model in traced.models.items()}
     checks = checks_of(source, cached=traced.layers > 0)
@@ -126,26 +127,13 @@ def _export(job: _Job, traced: TracedModel) -> dict[str, Any]:
     if job.quantized:
         del expected  # memory: the quantized graph is compared with other outputs
         quantization = _quantize(job, traced, models, float_folder)
-        folder = job.scratch / "quantized" if job.half else job.folder
-        save_models(models, folder)
-        stage("check the quantized graph against PyTorch with the same weights")
-        with dequantized_weights(source.first.module, quantization.weights):
-            expected = checks.expected()
-        graphs = open_graphs(folder, models, optimized=False)
-        report["dequantized"] = parity.gate(expected.one_sample().against(graphs))
-        del graphs
+        expected, report["dequantized"] = _check_quantized(job, checks, models, quantization)
         stage("measure the error of int8 activations")
         tolerance = engine_tolerance(models, quantization.weights, job.options.block, expected, job.scratch)
 
     if job.half:
-        for model in models.values():
-            to_float16(model)
-        save_models(models, job.folder)
-        stage("check the float16 graph against PyTorch")
         tolerance += parity.FLOAT16_TOLERANCE
-        graphs = open_graphs(job.folder, models)
-        report["float16"] = parity.gate(expected.one_sample().against(graphs), tolerance)
-        del graphs
+        report["float16"] = _convert_to_float16(job, models, expected, tolerance)
 
     measured = _accuracy(job, source, float_folder)
     stage("write")
@@ -196,14 +184,37 @@ def _calibration(
     return calibration(source, job.options, models["model"], float_folder / FILES["model"], job.progress)
 
 
+def _check_quantized(
+    job: _Job, checks: ModelChecks, models: Mapping[str, ir.Model], quantization: Quantization
+) -> tuple[parity.Expected, dict[str, Any]]:
+    """(PyTorch's outputs with the dequantized weights, the parity report of the quantized graphs)."""
+    folder = job.scratch / "quantized" if job.half else job.folder
+    save_models(models, folder)
+    job.progress.stage("check the quantized graph against PyTorch with the same weights")
+    with dequantized_weights(checks.source.first.module, quantization.weights):
+        expected = checks.expected()
+    return expected, parity.gate(expected.one_sample().against(open_graphs(folder, models, optimized=False)))
+
+
+def _convert_to_float16(
+    job: _Job, models: Mapping[str, ir.Model], expected: parity.Expected, tolerance: float
+) -> dict[str, Any]:
+    """Converts the graphs in place and returns their parity report."""
+    for model in models.values():
+        to_float16(model)
+    save_models(models, job.folder)
+    job.progress.stage("check the float16 graph against PyTorch")
+    return parity.gate(expected.one_sample().against(open_graphs(job.folder, models)), tolerance)
+
+
 def _accuracy(job: _Job, source: AnySource, float_folder: Path) -> dict[str, Any] | None:
-    """What quantization costs a language model; None for other models, and where nothing was changed or asked for."""
+    """The accuracy report of a language model; None for other models, a float32 bundle, or `--tokens 0`."""
     options = job.options
     if job.exact or not options.tokens or not (isinstance(source, Source) and source.is_language_model):
         return None
     job.progress.stage("measure accuracy")
     before, after = float_folder / FILES["model"], job.folder / FILES["model"]
-    return accuracy.measure(source, before, after, options.text, options.tokens, job.progress)
+    return measure_accuracy(source, before, after, options.text, options.tokens, job.progress)
 
 
 def _notes(job: _Job, traced: TracedModel) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def _as_tuple(result: Any, names: Sequence[str]) -> tuple[torch.Tensor, ...]:
     return found
 
 
-def run(source: Source, feeds: Mapping[str, torch.Tensor]) -> dict[str, F32]:
+def pytorch_outputs(source: Source, feeds: Mapping[str, torch.Tensor]) -> dict[str, F32]:
     """PyTorch's outputs in float32: the reference of every check."""
     with torch.no_grad():
         values = Positional(source)(*(feeds[value.name] for value in source.inputs))

@@ -61,7 +61,7 @@ def write_reference(checks: ModelChecks, folder: Path, quantization: Quantizatio
     change = 0.0
     if not exact:
         with dequantized_weights(source.first.module, quantization.weights):
-            change = parity.compare("reference", checks.in_pytorch(inputs), found).worst
+            change = parity.compare_outputs("reference", checks.in_pytorch(inputs), found).worst
     rows = checks.reference_rows
     stored: dict[str, Any] = {f"input.{name}": value.numpy() for name, value in inputs.items()}
     stored |= {f"float.{name}": value[:, rows] for name, value in original.items()}

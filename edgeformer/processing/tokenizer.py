@@ -294,7 +294,7 @@ def _decoder(backend: Any) -> str:
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """name -> text of the special tokens that a template may read, those of this model alone too."""
+    """Name -> text of the special tokens that a template may read, those of this model alone too."""
     named = {name: value for name, value in settings.items() if name.endswith("_token")}
     for group in ("model_specific_special_tokens", "extra_special_tokens"):
         named |= settings[group] if isinstance(settings.get(group), dict) else {}
@@ -315,7 +315,7 @@ def _more_special(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _templates(settings: Mapping[str, Any], file: str | None) -> dict[str, str]:
-    """name -> template. A file stands above the settings, which have one, or a list of several with names."""
+    """Name -> template. A file stands above the settings, which have one, or a list of several with names."""
     value = settings.get("chat_template")
     if isinstance(value, list):
         value = {part.get("name"): part.get("template") for part in value if isinstance(part, Mapping)}

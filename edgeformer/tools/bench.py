@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 import edgeformer
-from edgeformer.bundle.signature import IDS, KEEP
-from edgeformer.decoding.loop import CHUNK, Limits
+from edgeformer.bundle.signature import IDS
+from edgeformer.decoding.limits import Limits
 from edgeformer.engines.base import Engine, State
+from edgeformer.engines.feed import CHUNK, feed
 from edgeformer.errors import EngineUnavailable, InputError
 from edgeformer.machine import cpu_name, peak_memory
 from edgeformer.model import EngineName, Model, load
@@ -237,12 +238,9 @@ def _measure(model: Model, state: State, kind: str, tokens: int) -> float:
 
 
 def _feed(engine: Engine, state: State, ids: np.ndarray[Any, Any], limits: Limits) -> None:
-    step = CHUNK if limits.cached else len(ids)
-    for start in range(0, len(ids), step):
-        inputs: dict[str, Any] = {IDS: ids[None, start : start + step]}
-        if limits.keeps_logits:
-            inputs[KEEP] = np.array(1, np.int64)
-        engine.forward([(inputs, state)])
+    keep, chunk = (1 if limits.keeps_logits else None), (CHUNK if limits.cached else None)
+    for _ in feed(engine, state, {IDS: ids[None]}, chunk=chunk, keep=keep):
+        pass
 
 
 def _random_ids(model: Model, count: int) -> np.ndarray[Any, Any]:

@@ -45,7 +45,8 @@ def read_documents(source: str | tuple[str, ...]) -> list[str]:
 
 def read_pydoc() -> list[str]:
     """The language reference of this Python, by topic. A fifth of it stands there twice (a statement's page is also a
-    part of "compound", say), which would let a model be tested on what it has read: each paragraph is kept once."""
+    part of "compound", say), which would let a model be tested on what it has read: each paragraph is kept once.
+    """
     from pydoc_data.topics import topics
 
     seen: set[str] = set()

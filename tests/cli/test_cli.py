@@ -244,7 +244,7 @@ def test_doctor_fails_where_no_engine_runs(edgeformer, monkeypatch):
         (["run", "FORECAST", "x", "-e", "cpu"], 2, "is a forecasting model"),
         (["run", "nowhere", "x"], 3, "does not exist"),
         (["inspect", "DAMAGED"], 3, "2 problems"),
-        (["run", "LM", "x", "-e", "cuda"], 4, "CUDA is not there"),
+        (["run", "LM", "x", "-e", "cuda"], 4, "CUDA is not available"),
         (["bench", "LM", "-p", "x"], 2, "expected whole numbers"),
         (["bench", "LM", "-n", "-3"], 2, "at least 0"),
         (["bench", "LM", "-e", "cpu"], 2, "needs 512 positions"),

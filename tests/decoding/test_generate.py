@@ -8,8 +8,9 @@ from onnx import numpy_helper
 from support import tiny
 
 import edgeformer
-from edgeformer.decoding import loop as generate
-from edgeformer.decoding.loop import Session, StopFilter
+from edgeformer.decoding import loop
+from edgeformer.decoding.session import Session
+from edgeformer.decoding.stop import StopFilter
 from edgeformer.errors import EdgeformerError, InputError
 from edgeformer.model import load
 
@@ -44,7 +45,7 @@ def test_greedy_tokens_are_those_of_a_plain_loop(bundles, bundle):
 @pytest.mark.parametrize("chunk", [1, 3, 7, 8, 512])
 def test_a_prompt_in_chunks_gives_the_same_tokens(model, monkeypatch, chunk):
     expected = model.generate(PROMPT, max_new_tokens=12, ignore_eos=True).ids
-    monkeypatch.setattr(generate, "CHUNK", chunk)
+    monkeypatch.setattr(loop, "CHUNK", chunk)
     assert model.generate(PROMPT, max_new_tokens=12, ignore_eos=True).ids == expected
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="the workshop half needs torch")
-gguf = pytest.importorskip("gguf", reason="the workshop half needs gguf")
+pytest.importorskip("torch", reason="the toolchain needs torch")
+gguf = pytest.importorskip("gguf", reason="the toolchain needs gguf")
 
 from gguf import quants
 

@@ -1,4 +1,4 @@
-"""The gate refuses what is wrong: one planted fault for each kind, in the graph or in an engine."""
+"""The parity gate refuses wrong numbers: one planted fault of each kind, in the graph or in an engine."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def swapped_height_and_width(model):
 
 
 def frozen_size(model):
-    other_input(model, "Div", 1, lambda tape, size: constant(model, "size", np.array(5, np.float32)))
+    other_input(model, "Div", 1, lambda *_: constant(model, "size", np.array(5, np.float32)))
 
 
 def ignored_bool(model):
@@ -213,7 +213,7 @@ def test_every_axis_of_a_sample_has_its_own_size(sources):
 
 @pytest.mark.parametrize("length", [37, 67, 139, 267, 523, 1100])
 def test_pieces_step_across_every_border(length):
-    pieces = parity.pieces(length)
+    pieces = parity.long_pieces(length)
     assert sum(pieces) == length
     assert min(pieces) >= 1
     ends = set(np.cumsum(pieces))
@@ -246,7 +246,7 @@ class Off(NativeEngine):
 class Broken(NativeEngine):
     """Fails when it runs."""
 
-    def forward(self, batch):
+    def forward(self, batch):  # noqa: ARG002
         raise ValueError("no kernel for this")
 
 
@@ -297,13 +297,14 @@ def test_an_export_without_any_right_engine_is_refused(long_decoder, tmp_path, m
 # ------------------------------------------------------------------------------------------ the first load here
 
 
-def test_the_first_load_moves_auto_on_and_says_so(lm, cache_folder, monkeypatch):
+@pytest.mark.usefixtures("cache_folder")
+def test_the_first_load_moves_auto_on_and_warns(lm, monkeypatch):
     monkeypatch.setattr("edgeformer.engines.choose.NativeEngine", Off)
-    with pytest.warns(EdgeformerWarning, match="native engine gives other numbers"):
+    with pytest.warns(EdgeformerWarning, match="native engine differs from"):
         model = edgeformer.load(lm)
     assert model.engine.name == "cpu"
-    assert "gives other numbers" in str(model.explain())
-    with pytest.raises(EngineUnavailable, match="gives other numbers"):
+    assert "differs from this bundle" in str(model.explain())
+    with pytest.raises(EngineUnavailable, match="differs from this bundle"):
         edgeformer.load(lm, engine="native")
 
 
@@ -314,8 +315,9 @@ def test_verify_shows_the_numbers_of_an_engine_that_load_refuses(lm, monkeypatch
     assert not verify(lm, "native").passed
 
 
+@pytest.mark.usefixtures("cache_folder")
 @pytest.mark.parametrize("engine", ["native", "cpu"])
-def test_a_machine_is_checked_once(lm, engine, cache_folder, monkeypatch):
+def test_a_machine_is_checked_once(lm, engine, monkeypatch):
     runs = []
     real = edgeformer.engines.self_check.checks
     monkeypatch.setattr("edgeformer.engines.self_check.checks", lambda *given: runs.append(given) or real(*given))
@@ -327,7 +329,8 @@ def test_a_machine_is_checked_once(lm, engine, cache_folder, monkeypatch):
     assert len(runs) == 2
 
 
-def test_other_weights_are_checked_anew(lm, copy_of, reseal, cache_folder):
+@pytest.mark.usefixtures("cache_folder")
+def test_other_weights_are_checked_anew(lm, copy_of, reseal):
     edgeformer.load(lm, engine="cpu")
     damaged = copy_of(lm)
     with np.load(damaged / "reference.npz") as file:
@@ -339,7 +342,7 @@ def test_other_weights_are_checked_anew(lm, copy_of, reseal, cache_folder):
         edgeformer.load(damaged, engine="cpu")
 
 
-def test_a_damaged_memory_of_the_check_is_made_again(lm, cache_folder):
+def test_a_damaged_cache_entry_of_the_check_is_made_again(lm, cache_folder):
     edgeformer.load(lm, engine="cpu")
     (entry,) = cache_folder.glob("*.parity")
     entry.write_bytes(b"damaged")

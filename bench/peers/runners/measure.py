@@ -144,7 +144,7 @@ def encode(runner: Any, test: dict[str, Any]) -> dict[str, Any]:
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
     vectors = np.asarray(runner.encode(feeds)).astype(np.float64).mean(1)  # (texts, tokens, size); nothing is padded
     cosines = (vectors * np.load(test["reference"])).sum(-1) / np.linalg.norm(vectors, axis=-1)
-    others, times = Others(), []
+    others, times = Others(), list[float]()
     while len(times) < 3 or sum(times) < test["seconds"]:
         began = time.perf_counter()
         runner.encode(feeds)

@@ -14,7 +14,7 @@ from edgeformer.export.check.graph_run import OrtGraph
 from edgeformer.export.progress import Progress
 from edgeformer.export.source import Source
 
-WINDOW = 512  # tokens of context, the default of llama.cpp's perplexity tool
+_WINDOW = 512  # tokens of context, the default of llama.cpp's perplexity tool
 
 
 @dataclass
@@ -26,7 +26,7 @@ class _Sums:
     agree: int = 0
 
 
-def measure(
+def measure_accuracy(
     source: Source, float_graph: Path, graph: Path, text: Path | None, tokens: int, progress: Progress
 ) -> dict[str, Any]:
     """Both graphs on the same tokens: {tokens, perplexity_float, perplexity, mean_kl, top1_agreement, text}.
@@ -35,7 +35,7 @@ def measure(
     is KL(float || bundle) of the next-token distributions in nats, averaged over the scored tokens.
     """
     ids, name = _tokens(source, text, tokens)
-    window = min(WINDOW, len(ids), source.context or WINDOW)
+    window = min(_WINDOW, len(ids), source.context or _WINDOW)
     starts = range(0, len(ids) - window + 1, window)
     reference, quantized = OrtGraph(float_graph, mapped=True), OrtGraph(graph)
     sums = _Sums()

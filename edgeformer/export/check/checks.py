@@ -26,7 +26,7 @@ class ModelChecks(Protocol):
         """PyTorch's outputs, with the weights that the module has now, for everything that is compared."""
 
     def advice(self, error: ParityError) -> str:
-        """What a user can change to mend a wrong float graph, where the error shows it; else empty."""
+        """How to correct a module whose float graph is wrong, if the error shows the cause; else empty."""
 
     def reference_inputs(self) -> dict[str, torch.Tensor]:
         """The input that is stored in the bundle for `edgeformer verify`."""

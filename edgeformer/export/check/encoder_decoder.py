@@ -12,27 +12,31 @@ import torch
 from edgeformer.errors import ParityError
 from edgeformer.export.blocks import F32
 from edgeformer.export.check.parity import (
+    SHORT_PIECES,
     SHORTER,
-    STEPS,
     Comparison,
     Runs,
     at_longest,
-    compare,
-    pieces,
+    compare_outputs,
+    long_pieces,
     unpadded,
     without_padding,
 )
 from edgeformer.export.inputs import axes
-from edgeformer.export.source import ENCODER_MASK, ENCODER_OUTPUT, ENCODER_STATES, EncoderDecoderSource, run
+from edgeformer.export.source import ENCODER_MASK, ENCODER_OUTPUT, ENCODER_STATES, EncoderDecoderSource, pytorch_outputs
 
-_SAMPLES = ((1, 9, STEPS), (2, 12, (3, 1, 2)), (3, 5, (7,)))  # (batch, tokens of the source, pieces of the answer)
+_SAMPLES = (
+    (1, 9, SHORT_PIECES),
+    (2, 12, (3, 1, 2)),
+    (3, 5, (7,)),
+)  # (batch, tokens of the source, pieces of the answer)
 _LONG_SOURCE = 37  # tokens of the source beside the longest answer
 _REFERENCE = (1, 24, 12)  # batch, tokens of the source, decoded tokens
 _ANSWER = "decoder_input_ids"  # the decoder's input_ids, as reference.npz names them
 
 
 @dataclass(frozen=True)
-class Sample:
+class EncoderDecoderSample:
     """A source and an answer, PyTorch's outputs for them, and the pieces in which the decoder is fed the answer."""
 
     name: str
@@ -48,17 +52,17 @@ class Sample:
         encoded = [
             without_padding({ENCODER_OUTPUT: value}, self.feeds) for value in (self.reference[ENCODER_OUTPUT], states)
         ]
-        yield compare(f"encoder, {self.name}", *encoded)
+        yield compare_outputs(f"encoder, {self.name}", *encoded)
         logits = _decode(graphs["decoder"], self.ids.numpy(), static, self.pieces)
         name = f"decoder in steps of {self.pieces}, {self.name}"
-        yield compare(name, {"logits": self.reference["logits"]}, {"logits": logits})
+        yield compare_outputs(name, {"logits": self.reference["logits"]}, {"logits": logits})
 
 
 @dataclass(frozen=True)
 class EncoderDecoderExpected:
     """PyTorch's outputs for all samples."""
 
-    samples: Sequence[Sample]
+    samples: Sequence[EncoderDecoderSample]
 
     def against(self, graphs: Mapping[str, Runs]) -> Iterator[Comparison]:
         """Compares what the two graphs give for the same inputs."""
@@ -83,7 +87,7 @@ class EncoderDecoderChecks:
         long = at_longest(
             SHORTER,
             self.source.decoder,
-            lambda length: self._sample(1, _LONG_SOURCE, pieces(length), len(_SAMPLES), f"{length} tokens"),
+            lambda length: self._sample(1, _LONG_SOURCE, long_pieces(length), len(_SAMPLES), f"{length} tokens"),
         )
         return EncoderDecoderExpected(samples if long is None else [*samples, long])
 
@@ -112,11 +116,13 @@ class EncoderDecoderChecks:
         """The positions whose outputs are stored: all."""
         return slice(None)
 
-    def _sample(self, batch: int, tokens: int, steps: tuple[int, ...], seed: int, name: str = "") -> Sample:
+    def _sample(
+        self, batch: int, tokens: int, steps: tuple[int, ...], seed: int, name: str = ""
+    ) -> EncoderDecoderSample:
         feeds, ids = self._inputs(batch, tokens, sum(steps), seed)
         shape = tuple(feeds[self.source.encoder.inputs[0].name].shape[1:])
         name = f"{name or f'batch {batch}'}, source {shape}"
-        return Sample(name, feeds, ids, steps, self._in_pytorch(feeds, ids))
+        return EncoderDecoderSample(name, feeds, ids, steps, self._in_pytorch(feeds, ids))
 
     def _inputs(self, batch: int, source: int, target: int, seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Random (inputs of the encoder, ids of the answer [batch, target]); an answer has no padding tokens."""
@@ -128,11 +134,11 @@ class EncoderDecoderChecks:
 
     def _in_pytorch(self, feeds: Mapping[str, torch.Tensor], ids: torch.Tensor) -> dict[str, F32]:
         """{last_hidden_state, logits} of PyTorch, without any cache."""
-        states = run(self.source.encoder, feeds)[ENCODER_OUTPUT]
+        states = pytorch_outputs(self.source.encoder, feeds)[ENCODER_OUTPUT]
         given = {"input_ids": ids, ENCODER_STATES: torch.from_numpy(states)}
         if "attention_mask" in feeds:
             given[ENCODER_MASK] = feeds["attention_mask"]
-        return {ENCODER_OUTPUT: states, "logits": run(self.source.decoder, given)["logits"]}
+        return {ENCODER_OUTPUT: states, "logits": pytorch_outputs(self.source.decoder, given)["logits"]}
 
 
 def _encode(encoder: Runs, feeds: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

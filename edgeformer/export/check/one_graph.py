@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 from edgeformer.errors import EdgeformerError, ExportError, ParityError
 from edgeformer.export.blocks import F32
 from edgeformer.export.check.parity import (
+    SHORT_PIECES,
     SHORTER,
-    STEPS,
     Comparison,
     Runs,
     at_longest,
-    compare,
-    pieces,
+    compare_outputs,
+    long_pieces,
     unpadded,
     without_padding,
 )
 from edgeformer.export.inputs import axes
-from edgeformer.export.source import Source, run
+from edgeformer.export.source import Source, pytorch_outputs
 
 _LONG, _LONGEST = 523, 1100  # tokens: more than one pass of the native engine; more than most sliding windows
 _COMPARED = 1 << 24  # logits of a long text; with a large vocabulary only those of the last positions are compared
@@ -47,7 +47,9 @@ class Sample:
     def against(self, graph: Runs) -> Comparison:
         """Compares the graph's outputs for the same inputs."""
         outputs, _ = graph({name: value.numpy() for name, value in self.feeds.items()})
-        return compare(self.name, *(without_padding(values, self.feeds) for values in (self.reference, outputs)))
+        return compare_outputs(
+            self.name, *(without_padding(values, self.feeds) for values in (self.reference, outputs))
+        )
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Text:
             if keep:
                 name = f"{self.name}, tokens {end - keep} to {end - 1} after {start} {_AFTER_CACHE}"
                 expected = self.logits[:, end - keep - skipped : end - skipped]
-                yield compare(name, {"logits": expected}, outputs)
+                yield compare_outputs(name, {"logits": expected}, outputs)
             start = end
 
 
@@ -114,7 +116,7 @@ class OneGraphChecks:
         return OneGraphExpected(done, _texts(self.source) if self.cached and self.source.is_language_model else [])
 
     def advice(self, error: ParityError) -> str:
-        """What a user can change to mend a wrong float graph, where the error shows it."""
+        """How to correct a module whose float graph is wrong, if the error shows the cause; else empty."""
         positioned = any(value.name == "position_ids" for value in self.source.inputs)
         if positioned or not self.source.is_language_model or _AFTER_CACHE not in str(error):
             return ""
@@ -133,7 +135,7 @@ class OneGraphChecks:
 
     def in_pytorch(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, F32]:
         """PyTorch's outputs for `reference_inputs`."""
-        return run(self.source, inputs)
+        return pytorch_outputs(self.source, inputs)
 
     def in_graphs(self, inputs: Mapping[str, torch.Tensor], graphs: Mapping[str, Runs]) -> dict[str, Any]:
         """The graph's outputs for `reference_inputs`."""
@@ -175,7 +177,7 @@ def _sample(source: Source, first: int, other: int, seed: int) -> Sample:
         feeds["position_ids"] = feeds["position_ids"] + min(7 * seed, max(0, source.context - other))
     name = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
     try:
-        found = Sample(name, feeds, run(source, feeds))
+        found = Sample(name, feeds, pytorch_outputs(source, feeds))
         if seed == 0:
             _require_deterministic(source, found)
         return found
@@ -194,7 +196,7 @@ def _require_deterministic(source: Source, first: Sample) -> None:
     Raises:
         ExportError: it gives other numbers.
     """
-    for name, values in run(source, first.feeds).items():
+    for name, values in pytorch_outputs(source, first.feeds).items():
         if not np.array_equal(values, first.reference[name], equal_nan=True):
             raise ExportError(
                 f"the forward gives other numbers for {name!r} when it is called again with the same inputs, so no "
@@ -207,11 +209,13 @@ def _require_deterministic(source: Source, first: Sample) -> None:
 
 
 def _texts(source: Source) -> list[Text]:
-    """Short texts fed in `STEPS`, of one and of two sequences, then long ones."""
+    """Short texts fed in `SHORT_PIECES`, of one and of two sequences, then long ones."""
     done = []
     for batch in (1, 2):
-        feeds = _text_feeds(source, {"batch": batch, "sequence": sum(STEPS)}, 7 * batch)
-        done.append(Text(f"batch {batch}", feeds["input_ids"].numpy(), run(source, feeds)["logits"], STEPS))
+        feeds = _text_feeds(source, {"batch": batch, "sequence": sum(SHORT_PIECES)}, 7 * batch)
+        done.append(
+            Text(f"batch {batch}", feeds["input_ids"].numpy(), pytorch_outputs(source, feeds)["logits"], SHORT_PIECES)
+        )
     return done + _long_texts(source)
 
 
@@ -230,13 +234,13 @@ def _long_texts(source: Source) -> list[Text]:
 
     def made(length: int) -> list[Text]:
         feeds = _text_feeds(source, {"batch": 1, "sequence": length}, 3)
-        logits = run(source, feeds)["logits"]
+        logits = pytorch_outputs(source, feeds)["logits"]
         kept = np.ascontiguousarray(logits[:, -max(1, _COMPARED // logits.shape[2]) :])
         ids, name = feeds["input_ids"].numpy(), f"{length} tokens"
         return [
             Text(f"{name} at once", ids, kept, (length,)),
             Text(f"{name} at once, logits_to_keep 3", ids, kept[:, -3:], (length,)),
-            Text(name, ids, kept, pieces(length)),
+            Text(name, ids, kept, long_pieces(length)),
         ]
 
     wanted = max(_LONG, min(_window(source) + 11, _LONGEST))

@@ -24,7 +24,7 @@ TOLERANCE = 1e-4
 # Half precision rounds at 2**-11 = 5e-4 of a value. A few hundred such roundings on the way to a logit add up as their
 # square root, to about 1e-2 of the range; a wrong graph was already refused in float32.
 FLOAT16_TOLERANCE = 2e-2
-STEPS = (5, 1, 1, 1, 2)  # tokens fed to a graph with a KV cache: a prefill, single tokens, and two at once
+SHORT_PIECES = (5, 1, 1, 1, 2)  # tokens fed to a graph with a KV cache: a prefill, single tokens, and two at once
 SHORTER = (267, 139, 67, 37)  # lengths of a long text; the first that the model's context allows is used
 _BORDERS = (129, 257, 513)  # the native KV cache grows in chunks of 128 tokens, one pass has at most 512 rows
 
@@ -38,7 +38,7 @@ class Comparison:
     where: str
 
 
-def compare(name: str, reference: Mapping[str, F32], found: Mapping[str, Any]) -> Comparison:
+def compare_outputs(name: str, reference: Mapping[str, F32], found: Mapping[str, Any]) -> Comparison:
     """The largest difference over all outputs.
 
     Raises:
@@ -125,7 +125,7 @@ def at_longest(lengths: Sequence[int], source: Source, make: Callable[[int], T])
     return None
 
 
-def pieces(length: int) -> tuple[int, ...]:
+def long_pieces(length: int) -> tuple[int, ...]:
     """Sizes with the sum `length`, in which a text is fed: prefills, and single tokens across each of `_BORDERS`."""
     found: list[int] = []
     at = 0

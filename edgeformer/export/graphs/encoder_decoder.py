@@ -19,7 +19,7 @@ from edgeformer.export.passes.masks import spread_rows
 from edgeformer.export.source import ENCODER_OUTPUT, EncoderDecoderSource
 
 
-def encoder_decoder(source: EncoderDecoderSource) -> TracedModel:
+def trace_encoder_decoder(source: EncoderDecoderSource) -> TracedModel:
     """Traces both modules, adds the KV cache of the decoder, and moves what no decoded token changes to the encoder.
 
     Raises:

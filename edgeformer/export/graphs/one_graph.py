@@ -15,7 +15,7 @@ from edgeformer.export.passes.masks import spread_rows
 from edgeformer.export.source import Source
 
 
-def one_graph(source: Source) -> TracedModel:
+def trace_one_graph(source: Source) -> TracedModel:
     """Traces the module and, if it is a language model with causal attention, adds its KV cache.
 
     Raises:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from edgeformer.errors import ExportError
-from edgeformer.export.blocks import F32, LEVELS, RANGES, Blocks, Grid, check, grids
+from edgeformer.export.blocks import F32, INTEGER_RANGE, SEARCH_RANGES, Blocks, Grid, grids, require_quantizable
 
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal: the paper's
 # Wider than for rounding to nearest: errors of earlier columns change a block's range. q4a gains nothing by it.
-_RANGES = RANGES | {"q4": (-11.0, -9.8, -8.8, -8.0, -7.2, -6.4, -5.6, 5.6, 6.4, 7.2, 8.0, 9.0)}
+_RANGES = SEARCH_RANGES | {"q4": (-11.0, -9.8, -8.8, -8.0, -7.2, -6.4, -5.6, 5.6, 6.4, 7.2, 8.0, 9.0)}
 _ROWS = 1024  # rows quantized together: one block of them, for all candidate scales, fits in the CPU's cache
 
 
@@ -42,7 +42,7 @@ def inverse_factor(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Ten
     return factor.float()
 
 
-def quantize(weight: F32, factor: torch.Tensor, scheme: str, block_size: int) -> Blocks:
+def fit_blocks(weight: F32, factor: torch.Tensor, scheme: str, block_size: int) -> Blocks:
     """`weight` float32 [N, K] in blocks along K, with integers and scales of the smallest loss on the layer's inputs.
 
     `factor` is `inverse_factor` of the inputs. Rows are independent of each other.
@@ -50,7 +50,7 @@ def quantize(weight: F32, factor: torch.Tensor, scheme: str, block_size: int) ->
     Raises:
         ExportError: a weight is NaN or infinite, or the scheme is unknown.
     """
-    check(weight, scheme)
+    require_quantizable(weight, scheme)
     n, k = weight.shape
     q = torch.empty(n, k, dtype=torch.int8)
     scale = torch.empty(n, -(-k // block_size))
@@ -83,7 +83,7 @@ def _block(w: torch.Tensor, factor: torch.Tensor, scheme: str) -> _Block:
     importance = factor.diagonal() ** -2.0  # the weight of a column's squared error in GPTQ's loss
     candidates = list(grids(w.T, importance, scheme, _RANGES[scheme]))
     scales, minima = _joined(candidates)  # [candidates * rows]
-    low, high = LEVELS[scheme]
+    low, high = INTEGER_RANGE[scheme]
     inverse = torch.where(scales == 0, 0, 1 / scales)
     left = w.repeat(1, len(candidates))  # [block, candidates * rows]
     q, error = torch.empty_like(left), torch.empty_like(left)

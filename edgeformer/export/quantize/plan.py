@@ -118,7 +118,7 @@ def _calibrated(
         for inputs in progress.track(tuple(group), "quantize"):
             factor = gptq.inverse_factor(group.pop(inputs))
             for name in readers[inputs]:
-                found[name] = gptq.quantize(_values_of(weights[name].weight), factor, wanted[name], plan.block)
+                found[name] = gptq.fit_blocks(_values_of(weights[name].weight), factor, wanted[name], plan.block)
     return found
 
 

@@ -191,7 +191,7 @@ class Undeclared(Frames):
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "message"),
     [
         (Counted, r"decode takes position_ids; .*torch\.arange\(input_ids\.shape\[1\]\)"),
         (Unmasked, r"encode takes a padding mask and decode has no encoder_attention_mask"),
@@ -203,8 +203,8 @@ class Undeclared(Frames):
         (Undeclared, r"encode\(frames\) takes inputs of unknown shape: frames.*input_spec"),
     ],
 )
-def test_a_broken_contract_is_named_with_its_fix(kind, told, tmp_path):
-    with pytest.raises(ExportError, match=told):
+def test_a_broken_contract_is_named_with_its_fix(kind, message, tmp_path):
+    with pytest.raises(ExportError, match=message):
         bundle(kind(), tmp_path)
     assert not (tmp_path / "bundle").exists()
 

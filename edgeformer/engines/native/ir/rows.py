@@ -1,5 +1,6 @@
 """Whether a program treats each token's row alone, so that rows of several states may run as one sequence, and whether
-it treats each item of a batch alone, so that a large batch may run in pieces."""
+it treats each item of a batch alone, so that a large batch may run in pieces.
+"""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def _sum(g: Graph, name: str, letters: str, kept: set[str]) -> tuple[str, str]:
 def _product(
     g: Graph, a: str, first: str, b: str, second: str, kept: set[str], sizes: dict[str, Size]
 ) -> tuple[str, str]:
-    """a and b multiplied, summed over the letters that both have and nobody keeps."""
+    """A and b multiplied, summed over the letters that both have and nobody keeps."""
     batch = "".join(x for x in first if x in second and x in kept)
     summed = "".join(x for x in first if x in second and x not in kept)
     left = "".join(x for x in first if x not in second)

@@ -141,7 +141,7 @@ def _centred(g: Graph, node: Node) -> None:
 
 
 def _mean_last(g: Graph, name: str) -> str | None:
-    """x when `name` is the mean of x over its last axis, kept as an axis of size 1."""
+    """X when `name` is the mean of x over its last axis, kept as an axis of size 1."""
     n = g.producer(name, "Reduce")
     if n is None or n.attrs["fn"] != "mean" or n.attrs["axes"] != (len(g.shape(n.inputs[0])) - 1,):
         return None
@@ -149,7 +149,7 @@ def _mean_last(g: Graph, name: str) -> str | None:
 
 
 def _square(g: Graph, name: str) -> str | None:
-    """x when `name` is x * x."""
+    """X when `name` is x * x."""
     n = g.producers.get(name)
     if n is not None and n.op == "Mul" and n.inputs[0] == n.inputs[1]:
         return n.inputs[0]

@@ -138,7 +138,7 @@ def _affine(g: Graph, node: Node) -> None:
 
 
 def _block_sums_of(g: Graph, name: str, block: int) -> str | None:
-    """x when `name` is the sums of x over blocks of its last axis (padded with zeros where needed)."""
+    """X when `name` is the sums of x over blocks of its last axis (padded with zeros where needed)."""
     total = g.producer(name, "Reduce")
     if total is None or total.attrs["fn"] != "sum":
         view = g.producer(name, "View")  # keepdims=1 and a Reshape

@@ -23,7 +23,8 @@ LANES = 16  # rows of a weight panel, as csrc/kernels/kernels.h packs them
 @dataclass(slots=True)
 class Slot:
     """A tensor of the program. dtype: "f32", "i64", "bool", or "quant" (int8 rows with a scale for each 32
-    columns; "quant64", "quant128": for each 64 or 128)."""
+    columns; "quant64", "quant128": for each 64 or 128).
+    """
 
     name: str
     dtype: str

@@ -16,7 +16,7 @@ from typing import Any
 from edgeformer.errors import ExportError
 from edgeformer.export.blocks import F32
 from edgeformer.export.inputs import axes
-from edgeformer.export.source import TOKENIZER_FILES, EncoderDecoderSource, Source, run, vocabulary
+from edgeformer.export.source import TOKENIZER_FILES, EncoderDecoderSource, Source, pytorch_outputs, vocabulary
 from edgeformer.export.sources.adapters.adapter_folder import ADAPTER_CONFIG, Adapter, peft_version
 from edgeformer.export.sources.adapters.adapter_merge import Merged, base_name, merge
 from edgeformer.export.sources.generation import generation_settings
@@ -69,7 +69,7 @@ def _outputs(parts: tuple[Source, ...]) -> dict[str, F32]:
     for part in parts:
         sizes = {axis: _SIZES[bool(index)] for index, axis in enumerate(axes(part.inputs))}
         feeds = {value.name: value.sample(sizes, 2 * index) for index, value in enumerate(part.inputs)}
-        found |= run(part, feeds)
+        found |= pytorch_outputs(part, feeds)
     return found
 
 

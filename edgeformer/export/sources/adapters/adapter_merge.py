@@ -69,7 +69,7 @@ def merge(module: torch.nn.Module, adapter: Adapter, probe: Probe) -> Merged:
         _merge(wrapped, adapter)
     module.eval()
     try:
-        check = parity.compare("merged adapter", unmerged, merged := probe())
+        check = parity.compare_outputs("merged adapter", unmerged, merged := probe())
     except ParityError as error:
         raise ExportError(
             f"the outputs of the model with the adapter {adapter.folder} are not finite: {error}"
@@ -80,7 +80,7 @@ def merge(module: torch.nn.Module, adapter: Adapter, probe: Probe) -> Merged:
             f"by {check.worst:.1e} of the outputs' range, allowed {parity.TOLERANCE:.0e} "
             f"({_changed_settings(adapter)})."
         )
-    if parity.compare("adapter", plain, merged).worst == 0 and not base_changed:
+    if parity.compare_outputs("adapter", plain, merged).worst == 0 and not base_changed:
         notes.append(f"The adapter {adapter.folder.name} changes no output: it was saved before training.")
     return Merged(layers, whole, notes)
 

@@ -19,7 +19,7 @@ from edgeformer.export.source import (
     SOURCE_AXIS,
     EncoderDecoderSource,
     Source,
-    run,
+    pytorch_outputs,
 )
 from edgeformer.export.sources.generation import generation_settings
 from edgeformer.export.sources.hub import heads
@@ -139,5 +139,5 @@ def _encoder_inputs(model: Any, files: Mapping[str, bytes]) -> tuple[Input, ...]
 
 def _states_shape(encoder: Source) -> tuple[int | str, int]:
     sizes = dict(zip(axes(encoder.inputs), (2, 5), strict=False))
-    states = run(encoder, {value.name: value.sample(sizes, 0) for value in encoder.inputs})[ENCODER_OUTPUT]
+    states = pytorch_outputs(encoder, {value.name: value.sample(sizes, 0) for value in encoder.inputs})[ENCODER_OUTPUT]
     return (SOURCE_AXIS if SOURCE_AXIS in sizes else int(states.shape[1])), int(states.shape[2])

@@ -18,7 +18,7 @@ from edgeformer.export.source import (
     SOURCE_AXIS,
     EncoderDecoderSource,
     Source,
-    run,
+    pytorch_outputs,
 )
 
 _LENGTHS = (5, 11)  # of sources; if the states have both lengths too, their axis is the source's
@@ -119,7 +119,7 @@ def _states(encoder: Source) -> Input:
         sizes = {axis: length if index else 2 for index, axis in enumerate(axes(encoder.inputs))}
         feeds = {value.name: value.sample(sizes, seed) for seed, value in enumerate(encoder.inputs)}
         try:
-            states = run(encoder, feeds)[ENCODER_OUTPUT]
+            states = pytorch_outputs(encoder, feeds)[ENCODER_OUTPUT]
         except Exception as error:
             raise ExportError(f"encode fails at {sizes}: {type(error).__name__}: {error}") from error
         if states.ndim != 3:
@@ -141,7 +141,7 @@ def _vocabulary(decoder: Source) -> int:
     sizes = {"batch": 2, "sequence": 3, SOURCE_AXIS: _LENGTHS[0]}
     feeds = {value.name: value.sample(sizes, seed) for seed, value in enumerate(decoder.inputs)}
     try:
-        logits = run(decoder, feeds)["logits"]
+        logits = pytorch_outputs(decoder, feeds)["logits"]
     except Exception as error:
         raise ExportError(f"decode fails for 3 tokens of 2 sources: {type(error).__name__}: {error}") from error
     if logits.shape[:2] != (2, 3) or logits.ndim != 3:
