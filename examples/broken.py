@@ -1,4 +1,4 @@
-"""Modules that break the rules of docs/own-models.md, and the exporter's message for each. Run it to print them.
+"""Modules that break the rules of docs/user-models.md, and the exporter's message for each. Run it to print them.
 
     python examples/broken.py
     python -m edgeformer.export examples/broken.py:Loop -o nowhere        the same from the command line

@@ -185,7 +185,7 @@ def _type(setting: str, work: Path) -> Row:
     metadata = gguf_files.keys() | {"llama.attention.key_length": 64}
     path = work / "type.gguf"
     try:
-        gguf_files.write(path, metadata, values, kinds={name: kind.name})
+        gguf_files.write(path, metadata, values, kind={name: kind.name})
     except NotImplementedError:
         gguf_files.write(path, metadata, values | {name: _blocks(kind)}, raw={name: kind})
     what, seen = outcome_of(path)
