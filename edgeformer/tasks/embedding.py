@@ -230,10 +230,10 @@ class Encoder:
         if prompt:
             raise InputError(f"{self.bundle.path} takes no text, so there is no place for the prompt {prompt!r}.")
         if "pixel_values" in self.inputs:
-            from edgeformer.processing.image import Steps, pixels
+            from edgeformer.processing.image import ImageSteps, pixels
 
             shape = self.inputs["pixel_values"]["shape"]
-            steps = Steps.of(self._preprocessor())
+            steps = ImageSteps.of(self._preprocessor())
             for start in range(0, len(items), batch_size):
                 part = items[start : start + batch_size]
                 arrays = np.stack([pixels(item, steps, tuple(shape[1:])) for item in part])

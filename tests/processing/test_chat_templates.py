@@ -274,7 +274,8 @@ def test_a_list_of_control_tokens_is_taken_from_the_settings(tmp_path):
     made.chat_control_tokens = ["<think>"]
     made.save_pretrained(tmp_path / "hf")
     theirs = tf.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    ours = runtime_of(tokenizer_export.tokenizer_files(str(tmp_path / "hf"), folder_read(tmp_path / "hf")), tmp_path / "b")
+    files = tokenizer_export.tokenizer_files(str(tmp_path / "hf"), folder_read(tmp_path / "hf"))
+    ours = runtime_of(files, tmp_path / "b")
     chat = [{"role": "user", "content": "<think>"}]
     expected = theirs.apply_chat_template(chat, sanitize_control_tokens=True, return_dict=False)
     assert ours.encode_chat(chat, False, sanitize_control_tokens=True) == expected

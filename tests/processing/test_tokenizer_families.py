@@ -99,7 +99,7 @@ def test_lone_surrogates_are_refused(made, name):
 
 def streamed(runtime: Tokenizer, ids) -> list[str]:
     stream = runtime.detokenizer()
-    return [*(stream.push(id) for id in ids), stream.flush()]
+    return [*(stream.push(token) for token in ids), stream.flush()]
 
 
 @every_family
@@ -119,7 +119,8 @@ def test_a_streamed_text_is_whole_characters_and_the_decoded_text(made, name):
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_ids_stream_to_what_they_decode_to(made, name, data):
     runtime, _ = made(name)
-    special = [id for id, token in runtime._backend.get_added_tokens_decoder().items() if token.special]
+    added = runtime._backend.get_added_tokens_decoder()
+    special = [number for number, token in added.items() if token.special]
     one = st.integers(0, runtime.size - 1) | st.sampled_from(special or [0])
     ids = data.draw(st.lists(one, max_size=40))
     assert "".join(streamed(runtime, ids)) == runtime.decode(ids)

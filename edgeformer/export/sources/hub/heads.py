@@ -23,7 +23,7 @@ from edgeformer.export.sources.sentence.sentence import MODULES, text_length
 from edgeformer.export.sources.sentence.sentence_settings import MODEL_FILE, pair_activation
 from edgeformer.export.trace import attention_interface
 from edgeformer.processing.image import FILE as PREPROCESSOR
-from edgeformer.processing.image import Steps
+from edgeformer.processing.image import ImageSteps
 
 NOT_CONFIG = ("quantization_config", "_name_or_path", "_attn_implementation", "_attn_implementation_autoset")
 EMBEDDINGS = ("text_embeds", "image_embeds")  # of two-tower models: one vector per text or image
@@ -187,7 +187,7 @@ def image_size(config: Any, files: Mapping[str, bytes]) -> tuple[int, int]:
     """
     content = files.get(PREPROCESSOR)
     try:
-        fixed = None if content is None else Steps.of(_object(content)).fixed
+        fixed = None if content is None else ImageSteps.of(_object(content)).fixed
     except InputError as error:
         raise ExportError(str(error)) from error
     size = fixed or getattr(config, "image_size", None)

@@ -22,7 +22,7 @@ from edgeformer.errors import ExportError, InputError, first_line
 from edgeformer.export.quiet import quiet
 from edgeformer.export.sources.model_files import ReadFile
 from edgeformer.processing.audio import LogMel
-from edgeformer.processing.image import FILE, SWITCHES, Steps
+from edgeformer.processing.image import FILE, SWITCHES, ImageSteps
 from edgeformer.processing.image_file import read as read_image
 
 NESTED = "processor_config.json"
@@ -46,7 +46,7 @@ def image_settings(read: ReadFile, channels: int) -> dict[str, bytes]:
         processor = _loaded("AutoImageProcessor", folder, backend="pil")
         settings = _image_settings(processor)
         try:
-            steps = Steps.of(settings)
+            steps = ImageSteps.of(settings)
         except InputError as error:
             raise ExportError(f"{settings['image_processor_type']}: {error} {_ADVICE}") from error
         _check_images(processor, steps, settings, channels, folder)
@@ -151,7 +151,7 @@ def _json(settings: Mapping[str, Any]) -> bytes:
 # -------------------------------------------------------------------------------------------------------------- images
 
 
-def _check_images(processor: Any, steps: Steps, settings: Mapping[str, Any], channels: int, folder: Path) -> None:
+def _check_images(processor: Any, steps: ImageSteps, settings: Mapping[str, Any], channels: int, folder: Path) -> None:
     name, compared = settings["image_processor_type"], 0
     last: InputError | None = None
     for what, item in _test_images(steps, channels, folder):
@@ -175,7 +175,7 @@ def _check_images(processor: Any, steps: Steps, settings: Mapping[str, Any], cha
         raise ExportError(f"{name} takes no test image: {last} {_ADVICE}")
 
 
-def _test_images(steps: Steps, channels: int, folder: Path) -> Iterator[tuple[str, Any]]:
+def _test_images(steps: ImageSteps, channels: int, folder: Path) -> Iterator[tuple[str, Any]]:
     """(description, image) of sizes and modes that processors treat differently."""
     from PIL import Image
 
@@ -214,7 +214,7 @@ def _expected(processor: Any, item: Any) -> tuple[Array | None, str]:
     return batch[0], ""
 
 
-def _difference(found: Array, expected: Array | None, steps: Steps) -> str:
+def _difference(found: Array, expected: Array | None, steps: ImageSteps) -> str:
     assert expected is not None
     if found.shape != expected.shape:
         return f"it gives {list(expected.shape)}, its settings {list(found.shape)}"
