@@ -1,6 +1,6 @@
 """model.onnx as a small graph of named values: nodes, constants (mapped, not copied), inputs and outputs.
 
-Needs `onnx` to parse the file (imported when a graph is read), nothing else. A constant's bytes stay in the mapped
+Needs `onnx` only to parse the file; it is imported when a graph is read. A constant's bytes stay in the mapped
 weights file until they are read, so reading a graph takes milliseconds whatever the model's size.
 """
 
@@ -93,7 +93,7 @@ class Graph:
             self.info.setdefault(name, constant_info(c))
         self.producers: dict[str, Node] = {}
         self.users: dict[str, list[Node]] = {}
-        self.io_dtypes = {n: i.dtype for n, i in inputs.items()}  # as in the file; inside, all floats are float32
+        self.io_dtypes = {n: i.dtype for n, i in inputs.items()}  # as in the file; computed as COMPUTE_DTYPES
         self.caches: list[Cache] = []  # in layer order; filled by the pass `attention_rows`
         self.defaults: dict[str, int] = {}  # scalar inputs that may be left out
         self.files: dict[str, Array] = {}  # the mapped weights files
@@ -216,10 +216,10 @@ def constant_info(c: Constant) -> Info:
 
 
 def read_graph(path: Path) -> Graph:
-    """The graph in the file `path`, its weights mapped from the file beside it.
+    """The graph of the file `path`; its weights are mapped from the file beside it.
 
     Raises:
-        BundleError: the file is no ONNX graph, or a weight lies outside its weights file.
+        BundleError: the file is no ONNX graph, or a weight is not inside its weights file.
         EngineUnavailable: it uses an operator set or a tensor type that the native engine does not know.
     """
     import onnx
@@ -233,7 +233,7 @@ def read_graph(path: Path) -> Graph:
 
 
 def graph_of(model: onnx.ModelProto, folder: Path | None = None) -> Graph:
-    """The graph of a parsed model; `folder` is where external weights lie."""
+    """The graph of a parsed model; `folder` holds its external weights."""
     opset = {o.domain: o.version for o in model.opset_import}.get("", 0)
     if opset < 13:
         raise EngineUnavailable(f"the graph has opset {opset}, the native engine reads 13 and later; export it again")

@@ -1,7 +1,7 @@
-"""Shape rules of the operators that only move or measure data, and the registry that `infer` walks.
+"""Shape rules of the operators that only move or measure data, and the registry that `infer` uses.
 
-Integer tensors of rank 0 and 1 carry their elements as sizes, so Shape -> Gather -> Concat -> Reshape chains end as
-the shapes they compute and the chain's nodes can go. Operators follow the ONNX operator specification.
+Integer tensors of rank 0 and 1 carry their elements as sizes. So the result of Shape -> Gather -> Concat -> Reshape is
+known, and the chain's nodes are not needed. Operators follow the ONNX operator specification.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def values(g: Graph, name: str) -> tuple[Size, ...]:
 
 
 def ints(g: Graph, node: Node, i: int, attr: str) -> tuple[int, ...] | None:
-    """Constant integers that stand in input `i` (newer operator sets) or in an attribute; None when absent."""
+    """Constant integers of input `i` (newer operator sets) or of an attribute; None when absent."""
     if node.input(i):
         found = values(g, node.input(i))
         if not all(isinstance(v, int) for v in found):
@@ -48,8 +48,10 @@ def ints(g: Graph, node: Node, i: int, attr: str) -> tuple[int, ...] | None:
 
 
 def broadcast(*shapes: Shape) -> Shape:
-    """The shape of an elementwise result. Two different symbolic sizes are taken as equal if neither is 1: what runs
-    checks it. The plainer one is kept, `sequence` rather than what padding and cutting left of it.
+    """The shape of an elementwise result.
+
+    Two different symbolic sizes are taken as equal if neither is 1; the engine checks it when it runs. A plain symbol
+    is preferred: `sequence` rather than an expression of padding and slicing.
     """
     rank = max(map(len, shapes))
     out: list[Size] = []
@@ -132,7 +134,7 @@ def _slice(g: Graph, node: Node) -> list[Info]:
         elif isinstance(s, int) and (s == -1 or s >= 2**31) and isinstance(e, int) and e <= -(2**31):
             shape[axis] = floor_div(shape[axis] + (-step - 1), -step)
         else:
-            raise EngineUnavailable("Slice that walks backwards needs known bounds")
+            raise EngineUnavailable("Slice with a negative step needs known bounds")
         if value is not None:
             value = value[s:e:step] if isinstance(s, int) and isinstance(e, int) else None
     return [Info(info.dtype, tuple(shape), value)]
@@ -282,7 +284,7 @@ def pad_amounts(g: Graph, node: Node) -> tuple[tuple[Size, ...], tuple[int, ...]
 
 @shape_rule("Resize")
 def _resize(g: Graph, node: Node) -> list[Info]:
-    """To sizes: all of them, or of some axes."""
+    """Resize to given sizes, of all axes or of some."""
     info = g.info[node.inputs[0]]
     if node.attrs.get("keep_aspect_ratio_policy", "stretch") != "stretch":
         raise EngineUnavailable("Resize that keeps the aspect ratio")

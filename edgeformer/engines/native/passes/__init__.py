@@ -18,7 +18,7 @@ from edgeformer.engines.native.passes import (
 )
 from edgeformer.errors import EngineUnavailable
 
-# After `simplify.normalize`. A comment says why a pass stands where it does; a pass is repeated where those between
+# After `simplify.normalize`. A comment says why the order matters; a pass is repeated where the passes between
 # make new work for it.
 PASSES: tuple[Pass, ...] = (
     # Weights: before constants are folded, which would dequantize them.
