@@ -1,4 +1,4 @@
-"""`load` a bundle, and the Model that it gives."""
+"""`load` opens a bundle as a Model."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def load(
 
 
 class Model(EncoderMethods):
-    """A loaded bundle. Threads may share it; each generation has a state of its own."""
+    """A loaded bundle. Threads may share it: each generation has its own state."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class Model(EncoderMethods):
 
     @property
     def info(self) -> dict[str, Any]:
-        """What is loaded, for people and for logs."""
+        """Facts about the loaded bundle, for people and logs."""
         manifest = self.bundle.manifest
         return {
             "path": str(self.bundle.path),
@@ -129,11 +129,11 @@ class Model(EncoderMethods):
         }
 
     def explain(self) -> Choice:
-        """Which engine runs, and why not the others; and which rules of generation are not followed."""
+        """The engine that runs, the reasons against the others, and the generation settings that are not followed."""
         return self._choice
 
     def memory(self, context: int | None = None) -> Memory:
-        """Bytes that weights, one state of `context` tokens and working memory take. Only the native engine knows.
+        """Bytes of the weights, one state of `context` tokens and working memory. Only the native engine predicts it.
 
         An encoder-decoder's are those of both graphs, with a source of `context` tokens.
 
@@ -147,7 +147,7 @@ class Model(EncoderMethods):
         return need if self._encoder is None else need + self._encoder.memory(context)  # type: ignore[attr-defined]
 
     def session(self) -> Session:
-        """A conversation's memory: pass it to `generate` or `stream`, and only what is new of a prompt is run."""
+        """The state of a conversation: pass it to `generate` or `stream`, and only the new tokens of a prompt run."""
         return Session(self.engine.new_state())
 
     def generate(
@@ -220,7 +220,7 @@ class Model(EncoderMethods):
         num_beams: int | None = None,
         max_new_tokens: int | None = None,
     ) -> Transcript:
-        """What is said in a recording's file, or in samples [count] at the model's rate.
+        """The transcript of a recording: a file, or float samples [count] at the model's rate.
 
         Longer recordings are cut into the windows that the model was made for. Without a `language` (the bundle's, if
         it names one) the model says which it hears, if it knows several; `task="translate"` gives English, "transcribe"

@@ -27,20 +27,20 @@ from edgeformer.engines.native.program.program import Program
 
 def _export(name: str, folder: Path) -> None:
     """Writes the graphs of one model, without checks of parity."""
-    from edgeformer.export.options import ExportOptions
+    from edgeformer.export.graphs import trace_model
     from edgeformer.export.passes.finish import finish
-    from edgeformer.export.pipeline import float_graph
     from edgeformer.export.progress import Silent
-    from edgeformer.export.quantize.plan import quantize_graph
+    from edgeformer.export.quantize.plan import Plan, quantize_graph
     from edgeformer.export.sources.hub.hub import language_model
-    from edgeformer.export.write import GRAPH, save_graph
+    from edgeformer.export.write import save_graph
 
-    traced = float_graph(language_model(tiny(name), f"tiny {name}"))
-    save_graph(traced.model, folder / f"{name}.f32" / GRAPH)
-    options = ExportOptions(name, folder, calibration="none")
-    quantize_graph(traced.model, traced.source, options, "q4a", traced.transposed, Silent())
-    finish(traced.model, f"tiny {name}")
-    save_graph(traced.model, folder / f"{name}.q4a" / GRAPH)
+    source = language_model(tiny(name), f"tiny {name}")
+    traced = trace_model(source)
+    model = traced.models["model"]
+    save_graph(model, folder / f"{name}.f32" / "model.onnx")
+    quantize_graph(model, source, Plan("q4a", None, 32, traced.transposed), Silent())
+    finish(model, f"tiny {name}")
+    save_graph(model, folder / f"{name}.q4a" / "model.onnx")
 
 
 def export(names: list[str], folder: Path, seconds: float) -> None:

@@ -16,7 +16,7 @@ from edgeformer.engines.base import Engine, State
 from edgeformer.engines.feed import CHUNK, feed
 from edgeformer.errors import EdgeformerError
 
-_NEVER = -1.0e9  # a score that no real one comes near, and that stays finite when it is divided
+_NEVER = -1.0e9  # lower than any real score, and finite when divided
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def beam_search(
     """The best continuation of the request's prompt. `state` is empty, and holds `num_beams` sequences.
 
     A finished text's score is the sum of its tokens' log probabilities divided by `length ** length_penalty`.
-    `early_stopping=True` ends with the first `num_beams` finished texts; False as soon as no running one looks able to
+    `early_stopping=True` ends with the first `num_beams` finished texts; False as soon as no running one is likely to
     beat them; "never" only when none can. With `do_sample` the continuations of a step are drawn, without replacement.
     `is_stopped` says whether new tokens hold a stop string.
 
@@ -46,7 +46,7 @@ def beam_search(
     beams, start = config.num_beams, len(prompt)
     keep = max(2, 1 + len(limits.eos)) * beams
     running = [list(prompt) for _ in range(beams)]
-    scores = np.array([0.0] + [_NEVER] * (beams - 1))  # all begin alike: only one may count
+    scores = np.array([0.0] + [_NEVER] * (beams - 1))  # all beams are equal at first: only one counts
     done: list[Finished] = []  # at most `beams`, best first
     improving = True
     logits = _run(engine, state, running, limits)

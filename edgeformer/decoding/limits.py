@@ -17,9 +17,9 @@ from edgeformer.errors import InputError
 
 @dataclass(frozen=True)
 class Limits:
-    """What the loop must know of a bundle."""
+    """What a loaded graph allows. `cached`: it has a KV cache; without one each step runs the whole text."""
 
-    cached: bool  # the graph has a KV cache; without one each step runs the whole text
+    cached: bool
     keeps_logits: bool
     context: int | None  # tokens that a state may hold
     context_reason: str
@@ -29,6 +29,7 @@ class Limits:
 
     @classmethod
     def of(cls, bundle: Bundle, engine: Engine, graph: str = "model") -> Limits:
+        """The limits of one graph of a bundle, as `engine` was loaded."""
         inputs = bundle.manifest["graphs"][graph]["inputs"]
         context, reason = bundle.context, bundle.context_source(graph)
         loaded = getattr(engine, "context", None)
@@ -46,6 +47,11 @@ class Limits:
 
 
 def checked_prompt(prompt: Sequence[int], limits: Limits) -> list[int]:
+    """The token ids of a prompt; an empty one becomes the token that begins a text.
+
+    Raises:
+        InputError: the prompt holds an unknown id, is longer than the context, or empty without such a token.
+    """
     array = np.asarray(prompt)
     if array.size == 0:
         if limits.bos is None:
@@ -65,8 +71,8 @@ def checked_prompt(prompt: Sequence[int], limits: Limits) -> list[int]:
         raise InputError(
             f"The prompt has {len(array)} tokens, the limit is {limits.context} ({limits.context_reason}); shorten it."
         )
-    return [int(id) for id in array]
+    return [int(token) for token in array]
 
 
 def _ids(bundle: Bundle, name: str) -> list[int]:
-    return [id for id in listed(file_settings(bundle).get(name)) if type(id) is int]
+    return [token for token in listed(file_settings(bundle).get(name)) if type(token) is int]

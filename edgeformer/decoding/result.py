@@ -30,7 +30,7 @@ class Timings:
     """Seconds of one generation. Tokenizing the prompt is not in them; sampling is."""
 
     prompt_tokens: int
-    reused_tokens: int  # of these: were in the state already
+    reused_tokens: int  # of these, tokens that the state held already
     prompt_seconds: float
     first_token_seconds: float
     new_tokens: int
@@ -38,6 +38,7 @@ class Timings:
 
     @property
     def prompt_tokens_per_second(self) -> float:
+        """Prefill speed; tokens that were in the state already do not count."""
         return _rate(self.prompt_tokens - self.reused_tokens, self.prompt_seconds)
 
     @property

@@ -8,21 +8,21 @@ from edgeformer.engines.base import State
 
 
 class Session:
-    """A state and the tokens it holds, so that the next prompt only runs what is new. For one conversation."""
+    """One conversation: a state and its token ids. The next prompt runs only the tokens that are new."""
 
     def __init__(self, state: State) -> None:
         self.state = state
         self.ids: list[int] = []
 
     def reuse(self, prompt: Sequence[int]) -> int:
-        """Cut the state to what it has in common with `prompt`, and say how many tokens that is.
+        """Cuts the state to its common prefix with `prompt`; returns the length of that prefix.
 
-        The prompt's last token is never reused: running it gives the logits of the first new one.
+        The last token of the prompt always runs: it gives the logits of the first new token.
         """
-        # A run that was interrupted between the engine and this list leaves the state one step ahead.
-        held = min(self.state.length, len(self.ids))
+        # A run that was interrupted after the engine returned leaves the state one step ahead of this list.
+        known = min(self.state.length, len(self.ids))
         common = 0
-        limit = min(held, len(prompt) - 1)
+        limit = min(known, len(prompt) - 1)
         while common < limit and self.ids[common] == prompt[common]:
             common += 1
         if self.state.length > common:
@@ -31,6 +31,6 @@ class Session:
         return common
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Empties the state."""
         self.state.truncate(0)
         self.ids = []

@@ -6,35 +6,37 @@ from collections.abc import Sequence
 
 
 class StopFilter:
-    """Lets text through up to the first stop string, holding back what may become one."""
+    """Passes text on up to the first stop string; holds back what may become one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
-        self._held = ""
+        self._pending = ""
         self._found = False
 
     def found(self) -> bool:
-        """Whether a stop string appeared; from then on nothing comes through."""
+        """Whether a stop string appeared; no text passes after it."""
         return self._found
 
     def push(self, text: str) -> str:
+        """The text that can be shown after `text` was added."""
         if self.found():
             return ""
-        self._held += text
-        # The one that is complete first, so that the answer does not depend on where tokens end.
-        places = [(place + len(stop), place) for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        self._pending += text
+        # The stop string that ends first counts, so the answer does not depend on where tokens end.
+        places = [(place + len(stop), place) for stop in self._stops if (place := self._pending.find(stop)) >= 0]
         if places:
             _, place = min(places)
             self._found = True
-            out, self._held = self._held[:place], ""
+            out, self._pending = self._pending[:place], ""
             return out
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        cut = len(self._held) - keep
-        out, self._held = self._held[:cut], self._held[cut:]
+        keep = max((_overlap(self._pending, stop) for stop in self._stops), default=0)
+        cut = len(self._pending) - keep
+        out, self._pending = self._pending[:cut], self._pending[cut:]
         return out
 
     def flush(self) -> str:
-        out, self._held = self._held, ""
+        """The text that was held back, at the end of the answer."""
+        out, self._pending = self._pending, ""
         return out
 
 

@@ -1,4 +1,4 @@
-"""Choosing an engine for a bundle: in a fixed order, with a reason for each."""
+"""Chooses the engine of a bundle: engines are tried in a fixed order, and each gets a reason."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FLOAT_AT_ONCE = "float weights without a cache run faster on cpu"
 
 @dataclass(frozen=True)
 class NativeOptions:
-    """What only the native engine has."""
+    """Options of the native engine alone."""
 
     isa: str | None = None
     kv: str = "auto"
@@ -35,9 +35,9 @@ class NativeOptions:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which engine runs, and for each one in the order tried, why or why not. `print` it.
+    """The engine that runs, and for each engine in the order tried the reason why or why not. `print` shows it.
 
-    `notes` name what the bundle asks for and does not get from any engine.
+    `notes` name settings of the bundle that no engine follows.
     """
 
     engine: str
@@ -52,7 +52,7 @@ class Choice:
 
 
 def check_arguments(engine: str, threads: int | None, isa: str | None) -> None:
-    """Nothing, where `load` can use these.
+    """Refuses arguments that `load` cannot use.
 
     Raises:
         InputError: one is out of its range, or they contradict each other.
@@ -74,10 +74,10 @@ def choose(
     *,
     judged: bool = True,
 ) -> tuple[dict[str, Engine], Choice]:
-    """(an engine for each graph of the bundle, all of one kind; why that kind).
+    """(one engine for each graph of the bundle, all of one kind; the reasons for that kind).
 
-    The native engine calls `meanwhile` once, while weights are packed and the GIL is released. With `judged` an engine
-    whose numbers are wrong, here or when the bundle was exported, counts as one that cannot run; see `self_check`.
+    `meanwhile` runs once, while the native engine packs weights with the GIL released. With `judged` an engine that
+    fails the parity check, here or at export, counts as unavailable; see `self_check`.
 
     Raises:
         EngineUnavailable: the engine asked for, or with "auto" every engine, cannot run here.
@@ -109,7 +109,7 @@ def choose(
 
 
 class WrongNumbers(EngineUnavailable):
-    """An engine runs this bundle and gives other numbers than its reference."""
+    """The engine runs this bundle, but its outputs differ from the reference."""
 
 
 def _usable(
@@ -124,7 +124,7 @@ def _usable(
 
 
 def _order(bundle: Bundle) -> tuple[str, ...]:
-    """The engines in the order to try: `cpu` before `native` where it is the faster one."""
+    """The engines in the order to try: `cpu` before `native` where it is faster."""
     manifest = bundle.manifest
     cached = any("past_key_values" in name for graph in manifest["graphs"].values() for name in graph["inputs"])
     return ("cuda", "cpu", "native") if manifest["quantization"]["scheme"] == "none" and not cached else ORDER
@@ -146,7 +146,7 @@ def create(
     if name == "cuda":
         problem = cuda_driver_problem()  # cheap, and most machines end here without importing onnxruntime
         if problem:
-            raise EngineUnavailable(f"CUDA is not there: {problem}.")
+            raise EngineUnavailable(f"CUDA is not available: {problem}.")
     return {graph: OrtEngine(bundle, "cuda" if name == "cuda" else "cpu", threads, graph=graph) for graph in graphs}
 
 

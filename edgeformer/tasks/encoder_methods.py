@@ -1,4 +1,4 @@
-"""What a Model offers of an encoder: vectors, labels, scores of pairs."""
+"""The methods of a Model that is an encoder: vectors, labels, scores of pairs."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class EncoderMethods:
     ) -> F32:
         """One vector for each text or picture, float32 [len(items), size].
 
-        Texts may be pairs of them; pictures are paths, Pillow images, or uint8 [height, width, 3]. What is None is the
-        bundle's own: the `prompt` that stands before each text (`prompt_name` names one of the bundle's; `prompt=""`
+        Texts may be pairs of them; pictures are paths, Pillow images, or uint8 [height, width, 3]. None means the
+        setting of the bundle: the `prompt` before each text (`prompt_name` selects one of the bundle; `prompt=""`
         leaves it out), `pooling` (several are joined), and whether to `normalize` to length 1. A model that gives one
         vector is not pooled. The first `dimensions` are kept, as Matryoshka models allow it; these are at length 1
         only with `normalize=True`, as in sentence-transformers.

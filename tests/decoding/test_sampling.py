@@ -101,8 +101,8 @@ def test_logits_that_are_all_removed_raise_and_one_left_is_taken():
     scores[7] = -3.0
     config = GenerationConfig(do_sample=True, top_p=0.5, top_k=3, min_p=0.5, typical_p=0.5, top_h=0.5, eta_cutoff=0.5)
     left = scores
-    for filter in sampling.filters(config):
-        left = filter(left)
+    for mask in sampling.filters(config):
+        left = mask(left)
     assert choose(left, RNG(0)) == choose(scores, None) == 7
 
 

@@ -110,9 +110,7 @@ def test_both_graphs_of_an_encoder_decoder_run(tmp_path):
     """Cross-attention reads the encoder's output, the decoder's own cache grows, a padding mask hides the end."""
     import transformers
 
-    from edgeformer.export.graphs.encoder_decoder import pair_source
-    from edgeformer.export.pair import export_pair
-    from edgeformer.export.progress import Silent
+    from edgeformer.export.sources.hub.encoder_decoder_source import encoder_decoder_source
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 120, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "max_position_embeddings": 64}
@@ -126,9 +124,9 @@ def test_both_graphs_of_an_encoder_decoder_run(tmp_path):
         decoder_start_token_id=1,
         forced_eos_token_id=None,
     )
-    source = pair_source(transformers.BartForConditionalGeneration(config), "tiny", "text-generation")
+    source = encoder_decoder_source(transformers.BartForConditionalGeneration(config), "tiny", "text-generation")
     path = tmp_path / "pair"
-    export_pair(ExportOptions("tiny", path, quantize="none", tokens=0), Silent(), source, "none")
+    export(ExportOptions("tiny", path, quantize="none", tokens=0), traced=source)
 
     def session(name):
         options = ort.SessionOptions()

@@ -1,4 +1,4 @@
-"""Encoder-decoders of one's own: encode and decode become two graphs, and one that learned does in them what it did."""
+"""User-defined encoder-decoders: encode and decode become two graphs with the same results."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the workshop half needs torch")
+torch = pytest.importorskip("torch", reason="the toolchain needs torch")
 pytest.importorskip("onnxruntime", reason="the exporter's checks need onnxruntime")
 
-import torch.nn.functional as F
 from torch import nn
 
 import edgeformer
@@ -39,7 +38,7 @@ class Attention(nn.Module):
             for linear, value in ((self.q, x), (self.k, y), (self.v, y))
         )
         if not self.by_hand:
-            mixed = F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal)
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v, seen, is_causal=causal)
         else:
             scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
             if causal:
@@ -51,7 +50,7 @@ class Attention(nn.Module):
 
 
 class Pair(nn.Module):
-    """Tokens to tokens, with a mask of the padding."""
+    """Tokens to tokens, with a padding mask."""
 
     def __init__(self, by_hand=False):
         super().__init__()
@@ -94,7 +93,7 @@ class Frames(Pair):
 
 
 class Assigned(Pair):
-    """Padding written over with zeros, and a head that is the table of tokens under another name."""
+    """Padding overwritten with zeros, and a head that is tied to the embedding."""
 
     def __init__(self, by_hand=False):
         super().__init__(by_hand)
@@ -192,20 +191,20 @@ class Undeclared(Frames):
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "message"),
     [
         (Counted, r"decode takes position_ids; .*torch\.arange\(input_ids\.shape\[1\]\)"),
-        (Unmasked, r"encode takes a mask of the padding and decode has no encoder_attention_mask"),
-        (Otherwise, r"decode\(target, .*\) is not the contract's: encode\(input_ids, attention_mask\)"),
+        (Unmasked, r"encode takes a padding mask and decode has no encoder_attention_mask"),
+        (Otherwise, r"decode has the arguments target, .*; expected encode\(input_ids, attention_mask\)"),
         (Pooled, r"encode returns the shape \[2, 32\]; expected \[batch, source, size\]"),
-        (Halved, r"encode makes 3 states of a source of 5, and 6 of 11; expected as many"),
+        (Halved, r"encode returns 3 states for a source of 5, and 6 for 11; expected the length of the source"),
         (LastOnly, r"decode returns the shape \[2, 41\]; expected \[batch, sequence, vocab\]"),
         (BothWays, r"No causal attention was recognized in the decoder.*is_causal=True"),
         (Undeclared, r"encode\(frames\) takes inputs of unknown shape: frames.*input_spec"),
     ],
 )
-def test_a_broken_contract_is_named_with_its_fix(kind, told, tmp_path):
-    with pytest.raises(ExportError, match=told):
+def test_a_broken_contract_is_named_with_its_fix(kind, message, tmp_path):
+    with pytest.raises(ExportError, match=message):
         bundle(kind(), tmp_path)
     assert not (tmp_path / "bundle").exists()
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a module of one's own, as training loops leave them, and broken ones."""
+"""Checkpoints of a user-defined module, as training loops write them, and broken ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from bench.sources._hub_checkpoints import Code, Situation, State
 
 SPEC = ("x=float32[batch,sequence,8]",)
-# The factory's weights are its own, so that none of them passes for the checkpoint's.
+# The factory's weights differ from the checkpoint's, so a missing tensor is detected.
 SOURCE = """
 import torch
 from torch import nn
@@ -68,7 +68,7 @@ def partly():
 
 
 def module(name: str = "make", seed: int = 2) -> torch.nn.Module:
-    """The module with other values than the factory's, buffers included."""
+    """The module with other values than the factory's, in buffers too."""
     scope: dict[str, Any] = {"__name__": "own"}
     exec(compile(SOURCE, "own.py", "exec"), scope)
     made: torch.nn.Module = scope[name]()
@@ -132,7 +132,7 @@ def cut(write: Write) -> Write:
 
 
 def packed(folder: Path) -> Path:
-    """A zip whose records are compressed: small on disk, large in memory."""
+    """A zip with compressed records: small on disk, large in memory."""
     path = torch_save(lambda: {"a": torch.zeros(100_000)})(folder)
     with zipfile.ZipFile(path) as archive:
         entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}

@@ -1,4 +1,4 @@
-"""Metadata of GGUF files: each structure and each key gives the numbers of the numpy reference, or is refused."""
+"""Metadata of GGUF files: each architecture and each key gives the numpy reference's results, or is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.sources import gguf as sweep
 from bench.sources._gguf_trials import TEXTS
 from edgeformer.errors import ExportError
 from edgeformer.export.sources.gguf import keys
-from edgeformer.export.sources.gguf.load import gguf_source
+from edgeformer.export.sources.gguf.gguf_source import gguf_source
 
 STRUCTURES = (
     "llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "qwen2moe", "qwen3moe", "stablelm", "starcoder2", "gpt2",
@@ -25,13 +25,13 @@ STRUCTURES = (
 
 
 @pytest.mark.parametrize("arch", STRUCTURES)
-def test_a_structure_has_the_logits_of_the_reference(arch, tmp_path):
+def test_an_architecture_has_the_logits_of_the_reference(arch, tmp_path):
     path = gguf_files.write(tmp_path / "m.gguf", gguf_files.keys(arch), gguf_files.tensors(arch), arch)
     assert difference(path) < TOLERANCE
 
 
 def test_the_reference_tells_a_wrong_key(tmp_path):
-    """The check bites: a model read with another window, base or epsilon is far outside of the tolerance."""
+    """A model with another window, base or epsilon is far outside of the tolerance."""
     values = gguf_files.tensors("gemma2")
     path = gguf_files.write(tmp_path / "m.gguf", gguf_files.keys("gemma2"), values, "gemma2")
     expected = Reference(path).logits(gguf_files.IDS)
@@ -42,8 +42,8 @@ def test_the_reference_tells_a_wrong_key(tmp_path):
 
 
 def test_every_key_of_the_gguf_package_has_a_rule():
-    known = {*keys.REQUIRED, *keys.OPTIONAL, *keys.ONLY_NEUTRAL, *keys.SPECIAL, *keys.IRRELEVANT}
-    tokenizer = {f"tokenizer.ggml.{name}" for name in {*keys.TOKENIZER_READ, *keys.TOKENIZER_IRRELEVANT}}
+    known = {*keys.REQUIRED, *keys.OPTIONAL, *keys.ONLY_NEUTRAL, *keys.SPECIAL, *keys.IGNORED_KEYS}
+    tokenizer = {f"tokenizer.ggml.{name}" for name in {*keys.TOKENIZER_READ, *keys.IGNORED_TOKENIZER_KEYS}}
     tokenizer |= {keys.HUGGING_FACE, *keys.TEMPLATES, "tokenizer.chat_template.{name}"}
     unruled = [
         key
@@ -52,12 +52,12 @@ def test_every_key_of_the_gguf_package_has_a_rule():
         and key not in tokenizer
         and not key.startswith(("general.", "split.", *keys.OTHER_KINDS))
     ]
-    assert unruled == ["{arch}.{dense}_feat_in", "{arch}.{dense}_feat_out"]  # names are open: refused as unknown
+    assert unruled == ["{arch}.{dense}_feat_in", "{arch}.{dense}_feat_out"]  # with free names: refused as unknown
 
 
-def test_every_key_of_texts_has_a_trial():
+def test_every_tokenizer_key_has_a_trial():
     texts = {key for key in sweep.all_keys() if key.startswith("tokenizer.")}
-    ruled = {f"tokenizer.ggml.{name}" for name in keys.TOKENIZER_IRRELEVANT}
+    ruled = {f"tokenizer.ggml.{name}" for name in keys.IGNORED_TOKENIZER_KEYS}
     assert texts - ruled - TEXTS.keys() == set()
 
 
@@ -76,27 +76,27 @@ REFUSED = (
 
 
 @pytest.mark.parametrize("key", HONOURED)
-def test_a_key_that_transformers_leaves_out_changes_the_logits_as_in_the_reference(key, tmp_path):
+def test_a_key_that_transformers_ignores_changes_the_logits_as_in_the_reference(key, tmp_path):
     row = sweep._key(key, "{arch}." + key, tmp_path)
     assert row.outcome == "honoured", row.detail
 
 
 @pytest.mark.parametrize("key", REFUSED)
-def test_a_key_that_cannot_be_expressed_is_refused_with_its_value(key, tmp_path):
+def test_an_unsupported_key_is_refused_with_its_value(key, tmp_path):
     row = sweep._key(key, "{arch}." + key, tmp_path)
     assert row.outcome == "refused", row.detail
 
 
 @pytest.mark.parametrize("key", ["context_length", "embedding_length", "block_count", "attention.head_count"])
-def test_a_size_that_is_not_said_has_no_default(key, tmp_path):
+def test_a_missing_size_has_no_default(key, tmp_path):
     metadata = gguf_files.keys() | {f"llama.{key}": None}
     path = gguf_files.write(tmp_path / "m.gguf", metadata, gguf_files.tensors())
-    with pytest.raises(ExportError, match=rf"does not say llama\.{key}.*no default stands for a size"):
+    with pytest.raises(ExportError, match=rf"has no llama\.{key}.*have no default"):
         gguf_source(path)
 
 
-def test_heads_without_a_number_of_groups_are_each_their_own(tmp_path):
-    """transformers' reader leaves the rows of queries and keys in llama.cpp's order where that key is absent."""
+def test_without_a_number_of_kv_heads_every_head_has_its_own(tmp_path):
+    """Without that key transformers' reader keeps the rows of queries and keys in llama.cpp's order."""
     values = gguf_files.tensors("gemma2") | gguf_files.tensors()
     values = {name: value for name, value in values.items() if "post_" not in name}
     rng = np.random.default_rng(3)
@@ -107,7 +107,7 @@ def test_heads_without_a_number_of_groups_are_each_their_own(tmp_path):
     assert difference(gguf_files.write(tmp_path / "m.gguf", metadata, values)) < TOLERANCE
 
 
-def test_one_value_for_each_layer_is_read_where_all_are_the_same(tmp_path):
+def test_a_value_per_layer_is_read_if_all_are_equal(tmp_path):
     metadata = gguf_files.keys() | {"llama.attention.head_count_kv": [2, 2], "llama.feed_forward_length": [64, 64]}
     assert difference(gguf_files.write(tmp_path / "m.gguf", metadata, gguf_files.tensors())) < TOLERANCE
     metadata["llama.feed_forward_length"] = [64, 32]
@@ -125,24 +125,24 @@ def test_one_value_for_each_layer_is_read_where_all_are_the_same(tmp_path):
         ("llama.attention.head_count", 5),
     ],
 )
-def test_a_value_that_is_no_size_or_number_is_refused(key, value, tmp_path):
+def test_an_invalid_size_or_number_is_refused(key, value, tmp_path):
     path = gguf_files.write(tmp_path / "m.gguf", gguf_files.keys() | {key: value}, gguf_files.tensors())
     with pytest.raises(ExportError, match=key.replace(".", r"\.")):
         gguf_source(path)
 
 
-def test_a_scale_that_only_the_class_knows_is_refused(tmp_path):
+def test_a_scale_that_only_the_config_class_has_is_refused(tmp_path):
     metadata = gguf_files.keys("gemma2") | {"gemma2.attention.scale": None}
     path = gguf_files.write(tmp_path / "m.gguf", metadata, gguf_files.tensors("gemma2"), "gemma2")
-    with pytest.raises(ExportError, match=r"does not say gemma2\.attention\.scale"):
+    with pytest.raises(ExportError, match=r"has no gemma2\.attention\.scale"):
         gguf_source(path)
 
 
 @pytest.mark.parametrize("key", ["attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"])
-def test_another_models_window_or_cap_never_stands_for_an_absent_one(key, tmp_path):
+def test_a_missing_window_or_cap_does_not_get_another_models_default(key, tmp_path):
     metadata = gguf_files.keys("gemma2") | {f"gemma2.{key}": None}
     path = gguf_files.write(tmp_path / "m.gguf", metadata, gguf_files.tensors("gemma2"), "gemma2")
-    with pytest.raises(ExportError, match=rf"does not say gemma2\.{key}"):
+    with pytest.raises(ExportError, match=rf"has no gemma2\.{key}"):
         gguf_source(path)
 
 

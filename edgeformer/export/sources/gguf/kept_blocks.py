@@ -1,9 +1,9 @@
-"""A GGUF file's own blocks, kept bit for bit: no second quantization.
+"""Keeps the quantized blocks of a GGUF file bit for bit, without a second quantization.
 
-Which tensor of the file became which parameter is found by content, not by name: each row of a parameter, as
-transformers dequantized it, is looked up among the dequantized rows of the file. So neither tensor names nor the row
-order of queries and keys (which llama.cpp changes, and transformers changes back) need to be known for any model.
-Formats: ggml's block structures as documented by the `gguf` package.
+A parameter's blocks are found by content, not by name: each row of the parameter, dequantized by transformers, is
+looked up among the dequantized rows of the file. So tensor names and the row order of queries and keys (which llama.cpp
+permutes and transformers restores) need not be known. Formats: ggml's block structures as documented by the `gguf`
+package.
 """
 
 from __future__ import annotations
@@ -20,56 +20,56 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeformer.errors import ExportError
-from edgeformer.export.blocks import Blocks
+from edgeformer.export.blocks import F32, Blocks
 
 Raw = NDArray[Any]  # of uint8
-F32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """The rows of one tensor: its blocks, and its values float32 [N, K]. A stack of matrices is one after the other."""
+class KeptMatrix:
+    """The rows of one tensor: its blocks and its values, float32 [N, K]. A stack of matrices is concatenated."""
 
     blocks: Blocks
     values: F32
 
 
-def read_matrices(path: Path) -> Iterator[tuple[str, str, Tensor | None]]:
-    """(name, type, what a bundle can hold of it) of each matrix of a GGUF file, in order; None where only its values.
+def read_matrices(path: Path) -> Iterator[tuple[str, str, KeptMatrix | None]]:
+    """(name, type, blocks and values) of each matrix of a GGUF file, in order; None for types without kept blocks.
 
     Raises:
-        ExportError: the blocks do not give the values of the gguf package.
+        ExportError: the blocks give other values than the gguf package.
     """
     for tensor in gguf.GGUFReader(path).tensors:
         if len(tensor.shape) > 1:
             yield tensor.name, tensor.tensor_type.name, _matrix(path, tensor)
 
 
-def _matrix(path: Path, tensor: Any) -> Tensor | None:
+def _matrix(path: Path, tensor: Any) -> KeptMatrix | None:
     kind = tensor.tensor_type.name
     if kind not in _READERS:
         return None
-    columns = int(tensor.shape[0])  # GGUF names the innermost axis first
+    columns = int(tensor.shape[0])  # GGUF has the innermost axis first
     raw = np.asarray(tensor.data, np.uint8)
     blocks = _READERS[kind](raw.reshape(-1, raw.shape[-1]), columns)
     if blocks.scheme == "q8" and blocks.minimum is None and (blocks.q == -128).any():
-        return None  # legal, though no quantizer writes it; kernels negate weights, and 128 does not fit
+        return None  # kernels negate weights, and 128 does not fit; no quantizer writes -128
     values = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(-1, columns)
     if not np.array_equal(blocks.dequantize(), values):
         raise ExportError(
-            f"{path.name}: the blocks of {tensor.name} ({kind}) do not give the values of the gguf package."
+            f"{path.name}: the blocks of {tensor.name} ({kind}) give other values than the gguf package; expected "
+            "equal ones. Convert the model to another type."
         )
-    return Tensor(blocks, values)
+    return KeptMatrix(blocks, values)
 
 
 class KeptRows:
-    """Rows of a GGUF file, or of its shards, by content. `types` counts the tensors whose blocks are kept."""
+    """The rows of a GGUF file or its shards, by content. `types` is {type: number of tensors with kept blocks}."""
 
     def __init__(self, *paths: Path) -> None:
         self.types: dict[str, int] = {}
         self._blocks: list[Blocks] = []
         self._rows: dict[bytes, tuple[int, int]] = {}
-        self._floats: dict[str, list[str]] = {}  # names by type, of what is not kept
+        self._floats: dict[str, list[str]] = {}  # type -> names of tensors whose blocks are not kept
         for name, kind, tensor in itertools.chain.from_iterable(map(read_matrices, paths)):
             if tensor is None:
                 self._floats.setdefault(kind, []).append(name)
@@ -81,7 +81,7 @@ class KeptRows:
                 self._rows.setdefault(_digest(values), (index, row))
 
     def notes(self) -> list[str]:
-        """What a user must know of the matrices whose blocks are not kept."""
+        """Notes for the manifest about matrices whose blocks are not kept."""
         if not self._floats:
             return []
         listed = ", ".join(
@@ -90,13 +90,13 @@ class KeptRows:
         )
         if not self.types:
             return [
-                f"No matrix of the file has blocks that a bundle can keep: {listed}. They are quantized as a float "
-                "model's are (--quantize, by default q4a)."
+                f"No matrix of the file has blocks that a bundle can keep: {listed}. They are quantized like those of "
+                "a float model (--quantize, by default q4a)."
             ]
         return [f"Matrices whose values are exact but whose blocks are not kept (with keep they are float): {listed}."]
 
     def find(self, weight: F32) -> Blocks | None:
-        """The blocks whose values are exactly `weight` [N, K]; None when any row is not in the file."""
+        """The blocks whose values equal `weight` [N, K]; None if a row is not in the file."""
         places = [self._rows.get(_digest(row)) for row in np.ascontiguousarray(weight)]
         found = [place for place in places if place is not None]
         if not found or len(found) < len(places):
@@ -114,7 +114,7 @@ def _digest(row: F32) -> bytes:
 
 
 def _stack(parts: list[Blocks]) -> Blocks | None:
-    """One weight of rows from several tensors (a fused projection), if they have one format."""
+    """One weight from rows of several tensors (a fused projection); None if their formats differ."""
     formats = {(part.scheme, part.block_size, part.minimum is None) for part in parts}
     if len(formats) > 1:
         return None
@@ -129,7 +129,7 @@ def _stack(parts: list[Blocks]) -> Blocks | None:
 
 
 # ------------------------------------------------------------------------------------------------ block formats of ggml
-# Each reader takes the raw bytes [N, bytes of a row] and gives q int8 [N, K] and float32 [N, K / block] scales.
+# Each reader takes the raw bytes [N, bytes of a row] and returns q int8 [N, K] and float32 [N, K / block] scales.
 
 
 def _fields(raw: Raw, k: int, per_block: int, *sizes: int) -> list[Raw]:
@@ -143,12 +143,12 @@ def _half(field: Raw) -> F32:
 
 
 def _nibbles(packed: Raw) -> Raw:
-    """[..., 2 n]: all low halves, then all high halves, as ggml orders a block."""
+    """The 4-bit integers [..., 2 n]: all low nibbles, then all high ones, as ggml orders a block."""
     return np.concatenate([packed & 15, packed >> 4], axis=-1)
 
 
 def _fifth_bits(field: Raw) -> Raw:
-    """Bit i of a little-endian 32-bit word belongs to weight i of the block."""
+    """The fifth bits [..., 32]: bit i of a little-endian 32-bit word belongs to weight i of the block."""
     return np.unpackbits(np.ascontiguousarray(field), axis=-1, bitorder="little")
 
 

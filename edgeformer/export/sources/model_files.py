@@ -1,15 +1,15 @@
-"""The files of a model: in its folder, or in its place on the hub."""
+"""Reads files of a model from its folder or from the Hugging Face hub."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
-Read = Callable[[str], bytes | None]  # a file of one model by its name; None where there is none
+ReadFile = Callable[[str], bytes | None]  # file name -> content; None if the model has no such file
 
 
-def reader(name: str) -> Read:
-    """What reads the files of the model `name`: a folder, or a name on the hub."""
+def file_reader(name: str) -> ReadFile:
+    """A function that reads files of the model `name`, a folder or a hub name."""
 
     def read(file: str) -> bytes | None:
         if Path(name).is_dir():

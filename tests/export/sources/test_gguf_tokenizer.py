@@ -17,9 +17,9 @@ from tokenizers import Tokenizer, pre_tokenizers
 from bench.sources import gguf as sweep
 from bench.sources._gguf_trials import REPORTED, SCORES, TEXTS
 from edgeformer.errors import ExportError
-from edgeformer.export.sources.gguf.pretokenizers import CUTS
+from edgeformer.export.sources.gguf.gguf_tokenizer import read_gguf_tokenizer
+from edgeformer.export.sources.gguf.pretokenizers import PRE_TOKENIZERS
 from edgeformer.export.sources.gguf.shards import open_gguf
-from edgeformer.export.sources.gguf.texts import read_texts
 
 LINES = (
     "the tHe 12345 + 7 = thé!", "  two  spaces\n\n\tand tabs\r\n", "I'll DON'T we'VE it's", "日本語テキスト 한국어 ไทย",
@@ -30,7 +30,7 @@ LINES = (
 
 def texts_of(folder, **more):
     metadata = gguf_files.keys() | {key.replace("__", "."): value for key, value in more.items()}
-    return read_texts(open_gguf(gguf_files.write(folder / "t.gguf", metadata, {})))
+    return read_gguf_tokenizer(open_gguf(gguf_files.write(folder / "t.gguf", metadata, {})))
 
 
 def tokenizer_of(folder, **more):
@@ -75,10 +75,10 @@ def in_alphabet(text):
     return "".join(piece for piece, _ in step.pre_tokenize_str(text))
 
 
-@pytest.mark.parametrize("pre", CUTS)
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_byte_level_bpe_gives_the_ids_of_a_plain_reading(pre, tmp_path):
     tokenizer = tokenizer_of(tmp_path, tokenizer__ggml__pre=pre, tokenizer__ggml__add_bos_token=False)
-    ids = {token: id for id, token in enumerate(gguf_files.TOKENS)}
+    ids = {token: index for index, token in enumerate(gguf_files.TOKENS)}
     ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(gguf_files.MERGES)}
     for line in LINES:
         expected = []
@@ -86,16 +86,16 @@ def test_byte_level_bpe_gives_the_ids_of_a_plain_reading(pre, tmp_path):
             if part in gguf_files.SPECIAL:
                 expected.append(ids[part])
                 continue
-            for piece in cut(part, CUTS[pre].patterns):
+            for piece in cut(part, PRE_TOKENIZERS[pre].patterns):
                 letters = in_alphabet(piece)
-                whole = CUTS[pre].whole and letters in ids
+                whole = PRE_TOKENIZERS[pre].ignore_merges and letters in ids
                 expected += [ids[t] for t in ([letters] if whole else merged(letters, ranks.get))]
         assert tokenizer.encode(line).ids == expected, line
         assert tokenizer.decode(expected, skip_special_tokens=False) == line
 
 
-def test_names_of_one_cut_are_told_apart_from_others(tmp_path):
-    """The check bites: three families cut digits in three ways."""
+def test_pre_tokenizers_differ(tmp_path):
+    """Three families split digits in three ways."""
     counts = {pre: len(tokenizer_of(tmp_path, tokenizer__ggml__pre=pre, tokenizer__ggml__add_bos_token=False)
                        .encode("123 th").ids) for pre in ("gpt-2", "smollm", "llama-bpe")}  # fmt: skip
     assert counts == {"gpt-2": 2, "smollm": 4, "llama-bpe": 2}
@@ -112,7 +112,7 @@ def sentencepiece(prefix=True):
         "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types, "tokenizer.ggml.scores": all_scores,
         "tokenizer.ggml.add_space_prefix": prefix,
     }  # fmt: skip
-    ids = {token: id for id, token in enumerate(tokens)}
+    ids = {token: index for index, token in enumerate(tokens)}
     rank = {token: -score for token, score in zip(words, scores, strict=True)}
 
     def read(text):
@@ -143,12 +143,12 @@ def test_sentencepiece_gives_the_ids_of_a_plain_reading(prefix, tmp_path):
 
 
 @pytest.mark.parametrize("key", sorted(TEXTS))
-def test_a_key_of_texts_has_its_meaning_or_is_refused(key, tmp_path):
+def test_a_tokenizer_key_has_its_meaning_or_is_refused(key, tmp_path):
     row = sweep._text(key, tmp_path)
     assert row.outcome in (("irrelevant",) if key in REPORTED else ("honoured", "refused")), row.detail
 
 
-def test_all_three_ends_end_an_answer(tmp_path):
+def test_all_three_end_tokens_end_an_answer(tmp_path):
     ids = dict.fromkeys(("eos", "eot", "eom"))
     ids = {f"tokenizer__ggml__{name}_token_id": 257 + at for at, name in enumerate(ids)}
     assert texts_of(tmp_path, **ids).generation["eos_token_id"] == [257, 258, 259]
@@ -156,7 +156,7 @@ def test_all_three_ends_end_an_answer(tmp_path):
     assert texts_of(tmp_path, **ids).generation["eos_token_id"] == [257, 259]
 
 
-def test_a_file_without_ends_gets_none_of_its_class(tmp_path):
+def test_a_file_without_end_tokens_gets_none_from_its_class(tmp_path):
     none = {f"tokenizer__ggml__{name}_token_id": None for name in ("bos", "eos")}
     assert texts_of(tmp_path, **none).config == {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
@@ -167,7 +167,7 @@ def test_control_tokens_outside_of_the_byte_alphabet_stay_whole(tmp_path):
     assert tokenizer_of(tmp_path, **more).encode("<｜end▁of▁sentence｜>").ids == [len(tokens) - 1]
 
 
-def test_templates_by_name_are_in_the_tokenizers_config(tmp_path):
+def test_named_templates_are_in_tokenizer_config_json(tmp_path):
     more = {"tokenizer.chat_template": "plain", "tokenizer.chat_template.tool_use": "tools"}
     texts = texts_of(tmp_path, **more)
     assert texts.files["chat_template.jinja"] == b"plain"
@@ -178,7 +178,7 @@ def test_templates_by_name_are_in_the_tokenizers_config(tmp_path):
     assert any("tool_use" in note for note in texts.notes)
 
 
-def test_a_whole_tokenizer_in_the_file_is_taken_where_it_agrees(tmp_path):
+def test_a_tokenizer_json_in_the_file_is_used_if_it_agrees(tmp_path):
     whole = texts_of(tmp_path).files["tokenizer.json"].decode()
     texts = texts_of(tmp_path, **{"tokenizer.huggingface.json": whole, "tokenizer.ggml.pre": "nobody-knows-this"})
     assert json.loads(texts.files["tokenizer.json"]) == json.loads(whole)
@@ -189,20 +189,20 @@ def test_a_whole_tokenizer_in_the_file_is_taken_where_it_agrees(tmp_path):
         texts_of(tmp_path, **{"tokenizer.huggingface.json": whole, "tokenizer.ggml.add_bos_token": True})
 
 
-def test_a_missing_pre_tokenizer_is_told(tmp_path):
+def test_a_missing_pre_tokenizer_is_noted(tmp_path):
     texts = texts_of(tmp_path, tokenizer__ggml__pre=None)
-    assert any("does not say tokenizer.ggml.pre" in note for note in texts.notes)
+    assert any("has no tokenizer.ggml.pre" in note for note in texts.notes)
 
 
 def test_an_unknown_key_of_the_tokenizer_is_refused(tmp_path):
-    with pytest.raises(ExportError, match=r"tokenizer\.ggml\.new_rule.*nobody here knows"):
+    with pytest.raises(ExportError, match=r"tokenizer\.ggml\.new_rule.*this key is unknown"):
         texts_of(tmp_path, tokenizer__ggml__new_rule=True)
 
 
 def test_a_file_without_a_tokenizer_takes_ids_and_says_so(tmp_path):
     metadata = gguf_files.keys() | {"llama.vocab_size": 267, "tokenizer.ggml.model": "no_vocab"}
     metadata |= {key: None for key in metadata if key.startswith("tokenizer.ggml.") and not key.endswith("model")}
-    texts = read_texts(open_gguf(gguf_files.write(tmp_path / "t.gguf", metadata, {})))
+    texts = read_gguf_tokenizer(open_gguf(gguf_files.write(tmp_path / "t.gguf", metadata, {})))
     assert texts.files == {}
     assert any("takes token ids" in note for note in texts.notes)
 

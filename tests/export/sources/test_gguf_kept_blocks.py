@@ -1,13 +1,13 @@
-"""A GGUF's blocks through the whole road: export with `keep`, then each engine against the exporter's reference."""
+"""Blocks of a GGUF file in bundles: export with `keep`, then each engine against the exporter's reference."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the workshop half needs torch")
-transformers = pytest.importorskip("transformers", reason="the workshop half needs transformers")
-gguf = pytest.importorskip("gguf", reason="the workshop half needs gguf")
+torch = pytest.importorskip("torch", reason="the toolchain needs torch")
+transformers = pytest.importorskip("transformers", reason="the toolchain needs transformers")
+gguf = pytest.importorskip("gguf", reason="the toolchain needs gguf")
 pytest.importorskip("onnxruntime", reason="the exporter's checks need onnxruntime")
 
 from gguf import quants
@@ -16,7 +16,7 @@ from support import architectures
 import edgeformer
 from edgeformer import disk_cache as cache
 from edgeformer.export import ExportOptions, export, language_model
-from edgeformer.export.sources.gguf.kept import KeptRows
+from edgeformer.export.sources.gguf.kept_blocks import KeptRows
 from edgeformer.tools.verify import verify
 
 native = pytest.importorskip("edgeformer._native", reason="the native extension is not built")
@@ -27,7 +27,7 @@ SIZE = 256  # a K block's
 
 
 def blocks(kind: str, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """uint8 [N, bytes] of random weights that are about as large as a model's."""
+    """uint8 [N, bytes]: random blocks whose weights are about as large as a model's."""
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     raw = rng.integers(0, 256, (shape[0], shape[1] // block, size), dtype=np.uint8)
     # Q6_K's scales are int8 times the float16, Q4_K's and Q5_K's six bits: all values come out near 0.1
@@ -66,13 +66,13 @@ def kept(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("engine", ["cpu", "native"])
-def test_every_engine_runs_the_blocks_as_they_are(kept, engine):
+def test_every_engine_runs_the_kept_blocks(kept, engine):
     report = verify(kept[1], engine)
     assert report.passed, str(report)
 
 
-def test_scales_that_float16_does_not_hold_are_rounded_and_told(kept, cache_folder):
-    """Also by a load that finds the packed weights of the one before."""
+def test_scales_beyond_float16_precision_are_rounded_and_reported(kept, cache_folder):
+    """Also reported by a load from the disk cache of packed weights."""
     kind, path = kept
     for _ in range(2):
         model = edgeformer.load(path, "native")

@@ -1,8 +1,8 @@
-"""A transformers config from the metadata of a GGUF file: every key is set, has no effect, or stops the export.
+"""A transformers config from the metadata of a GGUF file: every key is set, ignored for a reason, or stops the export.
 
-transformers' own reader leaves out what its mapping does not name (attention scales, softcaps, rope scaling, expert
-sizes, ...), and the config class's defaults, which are one other model's, then stand for it. So all settings are put
-in here, from the file, and no default of a class is left where the file has a say.
+transformers' own reader omits keys that its mapping does not have (attention scales, softcaps, RoPE scaling, expert
+sizes, ...), so the config class's defaults, which belong to another model, would be used. This module sets every field
+from the file instead.
 """
 
 from __future__ import annotations
@@ -10,112 +10,60 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from edgeformer.errors import ExportError
 from edgeformer.export.sources.gguf import keys, rope
+from edgeformer.export.sources.gguf.config_builder import EDIT, ConfigBuilder, shown_value
 from edgeformer.export.sources.gguf.keys import Setting
 from edgeformer.export.sources.gguf.shards import GgufFile
 
-EDIT = "Correct the file (gguf-set-metadata, gguf-new-metadata), or export the original model."
 
-
-@dataclass
-class Settings:
-    """Config fields by name, notes for the manifest, and what the rotary modules are to be given after loading."""
-
-    model: GgufFile
-    fields: dict[str, Any]  # of the config, as transformers' reader began it
-    defaults: Mapping[str, Any]  # the class's fields with their defaults
-    notes: list[str] = field(default_factory=list)
-    rotary: rope.Rotary | None = None
-
-    def get(self, key: str) -> Any:
-        """The value of a key of the architecture; None where the file does not say it."""
-        value = self.model.metadata.get(f"{self.model.architecture}.{key}")
-        if isinstance(value, list) and value and all(one == value[0] for one in value):
-            return value[0]  # one value for each layer, all the same
-        return value
-
-    def refuse(self, key: str, why: str) -> ExportError:
-        name = f"{self.model.architecture}.{key}"
-        return ExportError(f"{self.model.name}: {name} is {_short(self.model.metadata.get(name))}; {why} {EDIT}")
-
-    def field(self, names: tuple[str, ...]) -> str | None:
-        """The first of `names` that the config class has."""
-        return next((name for name in names if name in self.defaults), None)
-
-    def size(self, key: str) -> int | None:
-        return None if self.get(key) is None else int(self.checked(key, Setting((), int)))
-
-    def number(self, key: str) -> float | None:
-        return None if self.get(key) is None else float(self.checked(key, Setting(())))
-
-    def checked(self, key: str, setting: Setting) -> Any:
-        """The value of `key`, of the right type and finite.
-
-        Raises:
-            ExportError: it is not.
-        """
-        value = self.get(key)
-        if setting.kind is bool and type(value) is bool:
-            return value
-        if setting.kind is int and type(value) is int and (value > 0 or value in setting.neutral):
-            return value
-        if setting.kind is float and type(value) in (int, float) and math.isfinite(value):
-            return float(value)
-        expected = {int: "a whole number of 1 or more", float: "a finite number", bool: "true or false"}[setting.kind]
-        raise self.refuse(key, f"expected {expected}{', the same for all layers' * isinstance(value, list)}.")
-
-
-def read_settings(model: GgufFile, started: Mapping[str, Any], config_class: Any) -> Settings:
-    """The settings of `model`, beginning with `started`, the fields that transformers' reader gives.
+def build_config(model: GgufFile, started: Mapping[str, Any], config_class: Any) -> ConfigBuilder:
+    """The config of `model`, starting from the fields `started` of transformers' reader.
 
     Raises:
-        ExportError: a size is missing, or a key changes numbers and cannot be expressed; the message names it.
+        ExportError: a size is missing, or a key is unsupported; the message names it.
     """
     own = {f.name for f in dataclasses.fields(config_class)}
     plain = config_class()
     defaults = {name: getattr(plain, name, None) for name in {*own, *config_class.attribute_map}}
-    settings = Settings(model, dict(started), defaults)
+    settings = ConfigBuilder(model, dict(started), defaults)
     _required(settings)
     _optional(settings)
     _only_neutral(settings)
     _experts(settings)
     _attention_scale(settings)
     _window(settings)
-    rope.read(settings)
+    rope.set_rope(settings)
     _biases(settings)
     settings.fields["tie_word_embeddings"] = "output.weight" not in model.tensors
     _nothing_unread(settings)
     return settings
 
 
-def _required(settings: Settings) -> None:
+def _required(settings: ConfigBuilder) -> None:
     absent = [key for key in (*keys.REQUIRED,) if settings.get(key) is None]
     if not any(settings.get(key) is not None for key in keys.EPSILONS):
         absent.append(f"{keys.EPSILONS[0]} (or {keys.EPSILONS[1].rpartition('.')[2]})")
     if absent:
         arch = settings.model.architecture
         raise ExportError(
-            f"{settings.model.name} does not say {', '.join(f'{arch}.{key}' for key in absent)}: no default stands "
-            f"for a size. {EDIT}"
+            f"{settings.model.name} has no {', '.join(f'{arch}.{key}' for key in absent)}; expected all sizes, which "
+            f"have no default. {EDIT}"
         )
     extra = settings.size("nextn_predict_layers") if settings.get("nextn_predict_layers") else 0
     if extra and settings.fields.get("num_hidden_layers") != settings.size("block_count") - extra:  # type: ignore[operator]
-        raise settings.refuse("nextn_predict_layers", "transformers does not know which layers these are here.")
+        raise settings.refuse("nextn_predict_layers", "transformers does not know which layers these are.")
     for key, setting in keys.REQUIRED.items():
         value = settings.checked(key, setting) - (extra if key == "block_count" and extra else 0)
         name = settings.field(setting.fields)
         if name is not None:
             settings.fields[name] = value
-        elif key != "context_length":  # a model without positions of its own has no limit to set
+        elif key != "context_length":  # a model without learned positions has no limit
             raise settings.refuse(key, "the model's config has no field for it.")
     if extra:
-        settings.notes.append(
-            f"{extra} layers for predicting several tokens are not exported: no logit depends on them."
-        )
+        settings.notes.append(f"{extra} layers for multi-token prediction are not exported: no logit depends on them.")
     for key in keys.EPSILONS:
         if settings.get(key) is not None:
             name = settings.field(keys.EPSILON_FIELDS)
@@ -127,46 +75,46 @@ def _required(settings: Settings) -> None:
     _heads(settings)
 
 
-def _vocabulary(settings: Settings) -> None:
+def _vocabulary(settings: ConfigBuilder) -> None:
     tokens = settings.model.metadata.get("tokenizer.ggml.tokens")
     count = settings.size("vocab_size")
     if count is None and not isinstance(tokens, list):
         raise ExportError(
-            f"{settings.model.name} says neither {settings.model.architecture}.vocab_size nor tokenizer.ggml.tokens: "
-            f"no default stands for a size. {EDIT}"
+            f"{settings.model.name} has neither {settings.model.architecture}.vocab_size nor tokenizer.ggml.tokens; "
+            f"expected one, since a size has no default. {EDIT}"
         )
     table = settings.model.tensors.get("token_embd.weight")
     rows = table.shape[0] if table is not None else None
     found = {"vocab_size": count, "tokens": len(tokens) if isinstance(tokens, list) else None, "token_embd": rows}
     if (rows is not None and (count or rows) != rows) or (found["tokens"] or 0) > (rows or count or 0):
         raise ExportError(
-            f"{settings.model.name} does not agree with itself about the vocabulary: vocab_size {count}, "
-            f"{found['tokens']} tokens, {rows} rows of token_embd.weight. {EDIT}"
+            f"{settings.model.name} has different sizes of the vocabulary: vocab_size {count}, {found['tokens']} "
+            f"tokens, {rows} rows of token_embd.weight. {EDIT}"
         )
     settings.fields["vocab_size"] = rows or count or found["tokens"]
 
 
-def _feed_forward(settings: Settings) -> None:
+def _feed_forward(settings: ConfigBuilder) -> None:
     key, setting = "feed_forward_length", keys.FEED_FORWARD
     name = settings.field(setting.fields)
     dense = any(".ffn_up.weight" in tensor or ".ffn_gate.weight" in tensor for tensor in settings.model.tensors)
     if settings.get(key) is None:
         if name is not None and dense:
             raise ExportError(
-                f"{settings.model.name} does not say {settings.model.architecture}.{key}: no default stands for a "
-                f"size. {EDIT}"
+                f"{settings.model.name} has no {settings.model.architecture}.{key}; expected it, since a size has no "
+                f"default. {EDIT}"
             )
     elif name is not None:
         settings.fields[name] = settings.checked(key, setting)
     elif settings.checked(key, setting) != 4 * settings.size("embedding_length"):  # type: ignore[operator]
-        raise settings.refuse(key, "the model's config has no field for it, and takes four times the hidden size.")
+        raise settings.refuse(key, "the model's config has no field for it and uses four times the hidden size.")
 
 
-def _heads(settings: Settings) -> None:
+def _heads(settings: ConfigBuilder) -> None:
     heads, hidden = settings.size("attention.head_count"), settings.size("embedding_length")
     assert heads is not None and hidden is not None
     kv = settings.get("attention.head_count_kv")
-    mixed = isinstance(kv, list)  # 0 for layers without attention: transformers' reader knows those
+    mixed = isinstance(kv, list)  # 0 for layers without attention, which transformers' reader handles
     if mixed and not settings.fields.get("layer_types"):
         raise settings.refuse("attention.head_count_kv", "expected the same number for all layers.")
     groups = heads if kv is None or mixed else settings.size("attention.head_count_kv")  # the specification's default
@@ -174,7 +122,8 @@ def _heads(settings: Settings) -> None:
     if name is not None and not mixed:
         settings.fields[name] = groups
     elif groups != heads:
-        raise settings.refuse("attention.head_count_kv", f"the model's config has no field for it, and {heads} heads.")
+        why = f"the model's config has no field for it; expected {heads}, the number of heads."
+        raise settings.refuse("attention.head_count_kv", why)
     size = settings.size("attention.key_length")
     if size is None:
         if hidden % heads:
@@ -184,14 +133,14 @@ def _heads(settings: Settings) -> None:
         raise settings.refuse("attention.value_length", f"the model's config has one size for both; keys have {size}.")
     for key in ("attention.key_length_swa", "attention.value_length_swa"):
         if settings.size(key) not in (None, size):
-            raise settings.refuse(key, f"layers with a window of another head size than {size} cannot be expressed.")
-    # Set even where the class computes the same: some have a constant of their own for it.
+            raise settings.refuse(key, f"expected {size}, the head size of the other layers.")
+    # Set even where the class computes the same: some classes have another default.
     if "head_dim" in settings.defaults or size != hidden // heads or hidden % heads:
         settings.fields["head_dim"] = size
     settings.fields.pop("global_head_dim", None)
 
 
-def _optional(settings: Settings) -> None:
+def _optional(settings: ConfigBuilder) -> None:
     for key, setting in keys.OPTIONAL.items():
         name = settings.field(setting.fields)
         if settings.get(key) is None:
@@ -202,7 +151,7 @@ def _optional(settings: Settings) -> None:
             if (mixture and not _is_mixture(settings)) or key in ("moe_every_n_layers", "expert_weights_norm"):
                 continue
             raise ExportError(
-                f"{settings.model.name} does not say {settings.model.architecture}.{key}; the config class would take "
+                f"{settings.model.name} has no {settings.model.architecture}.{key}; the config class's default is "
                 f"{default!r}, another model's value. {EDIT}"
             )
         value = settings.checked(key, setting)
@@ -211,21 +160,21 @@ def _optional(settings: Settings) -> None:
                 raise settings.refuse(key, f"{settings.fields['model_type']} in transformers has no field for it.")
         elif value or setting.kind is bool:
             settings.fields[name] = value
-        elif setting.kind is float:  # 0 is llama.cpp's word for a cap or a factor that there is not
+        elif setting.kind is float:  # in llama.cpp 0 means no cap or no factor
             settings.fields[name] = None if "softcapping" in key else 1.0
         elif not key.startswith("expert_"):
             settings.fields[name] = value
 
 
-def _is_mixture(settings: Settings) -> bool:
+def _is_mixture(settings: ConfigBuilder) -> bool:
     return any("_exps." in name for name in settings.model.tensors)
 
 
-def _experts(settings: Settings) -> None:
+def _experts(settings: ConfigBuilder) -> None:
     count = settings.get("expert_count")
     if _is_mixture(settings) and not count:
         raise ExportError(
-            f"{settings.model.name} has expert tensors but does not say {settings.model.architecture}.expert_count."
+            f"{settings.model.name} has expert tensors but no {settings.model.architecture}.expert_count. {EDIT}"
         )
     gating = settings.get("expert_gating_func")
     if gating is not None:
@@ -234,7 +183,7 @@ def _experts(settings: Settings) -> None:
             settings.fields["scoring_func"] = {1: "softmax", 2: "sigmoid"}[gating]
         elif not (gating == 1 and "norm_topk_prob" in settings.defaults) and (gating != 0 or count):
             raise settings.refuse(
-                "expert_gating_func", "known are 1 (softmax) and, where a config names it, 2 (sigmoid)."
+                "expert_gating_func", "expected 1 (softmax) or, if the config has a field for it, 2 (sigmoid)."
             )
     inner = settings.get("ssm.inner_size")
     if inner is not None:
@@ -243,16 +192,16 @@ def _experts(settings: Settings) -> None:
             raise settings.refuse("ssm.inner_size", "the model's config has no field for it.")
 
 
-def _only_neutral(settings: Settings) -> None:
+def _only_neutral(settings: ConfigBuilder) -> None:
     for key, neutral in keys.ONLY_NEUTRAL.items():
         value = settings.get(key)
         if value is not None and value not in neutral:
-            said = f"; only {' or '.join(map(repr, neutral))} can be exported" if neutral else ""
-            raise settings.refuse(key, f"{settings.fields['model_type']} in transformers cannot express it{said}.")
+            expected = f"; expected {' or '.join(map(repr, neutral))}" if neutral else ""
+            raise settings.refuse(key, f"{settings.fields['model_type']} in transformers does not have it{expected}.")
 
 
-def _attention_scale(settings: Settings) -> None:
-    """Scores are scaled by `attention.scale`, and where a file does not say it, by 1 / sqrt(key_length)."""
+def _attention_scale(settings: ConfigBuilder) -> None:
+    """Sets the scale of attention scores: `attention.scale`, by default 1 / sqrt(key_length)."""
     scale = settings.number("attention.scale")
     size = settings.size("attention.key_length") or (
         settings.fields.get("head_dim") or settings.size("embedding_length") // settings.size("attention.head_count")  # type: ignore[operator]
@@ -263,14 +212,14 @@ def _attention_scale(settings: Settings) -> None:
         default = settings.defaults["query_pre_attn_scalar"]
         if not scale and default != size:
             raise ExportError(
-                f"{settings.model.name} does not say {settings.model.architecture}.attention.scale. Its heads have "
-                f"{size} values, the config class scales as for {default}, and models of this kind differ in it. {EDIT}"
+                f"{settings.model.name} has no {settings.model.architecture}.attention.scale. Its heads have {size} "
+                f"values, the config class's default is for {default}, and models of this kind differ. {EDIT}"
             )
         scalar = scale**-2 if scale else default
         whole = round(scalar)
-        if not math.isclose(whole, scalar, rel_tol=1e-5):  # the field is a whole number
+        if not math.isclose(whole, scalar, rel_tol=1e-5):  # the field is an int
             raise settings.refuse(
-                "attention.scale", f"it is 1 / sqrt({scalar:.6g}), and the config takes whole numbers."
+                "attention.scale", f"it is 1 / sqrt({scalar:.6g}); the config expects a whole number there."
             )
         settings.fields["query_pre_attn_scalar"] = whole
     elif "attention_multiplier" in settings.defaults:
@@ -279,7 +228,7 @@ def _attention_scale(settings: Settings) -> None:
         raise settings.refuse("attention.scale", f"{settings.fields['model_type']} scales by 1 / sqrt({size}).")
 
 
-def _window(settings: Settings) -> None:
+def _window(settings: ConfigBuilder) -> None:
     window, pattern = settings.get("attention.sliding_window"), settings.get("attention.sliding_window_pattern")
     context = settings.size("context_length")
     if window is not None and (type(window) is not int or window < 0):
@@ -288,12 +237,12 @@ def _window(settings: Settings) -> None:
     mixes = isinstance(kinds, list) and "sliding_attention" in kinds
     if "sliding_window" not in settings.defaults or settings.defaults.get("use_sliding_window") is not None:
         if window and context and window < context:
-            raise settings.refuse("attention.sliding_window", "this structure has none in transformers or llama.cpp.")
+            raise settings.refuse("attention.sliding_window", "transformers and llama.cpp have none for this model.")
         settings.fields.pop("sliding_window", None)
     elif mixes and not window:
         raise ExportError(
-            f"{settings.model.name} does not say {settings.model.architecture}.attention.sliding_window, and some "
-            f"layers of this structure have one: no default stands for a size. {EDIT}"
+            f"{settings.model.name} has no {settings.model.architecture}.attention.sliding_window; expected it, since "
+            f"some layers of this architecture have one and a size has no default. {EDIT}"
         )
     else:
         settings.fields["sliding_window"] = window or None
@@ -301,7 +250,7 @@ def _window(settings: Settings) -> None:
         _pattern(settings, mixes)
 
 
-def _pattern(settings: Settings, mixes: bool) -> None:
+def _pattern(settings: ConfigBuilder, mixes: bool) -> None:
     key, layers = "attention.sliding_window_pattern", settings.fields.get("num_hidden_layers")
     raw = settings.model.metadata[f"{settings.model.architecture}.{key}"]
     assert isinstance(layers, int)
@@ -310,7 +259,7 @@ def _pattern(settings: Settings, mixes: bool) -> None:
     elif type(raw) is int and raw > 0:
         slides = [layer % raw < raw - 1 for layer in range(layers)]
     else:
-        raise settings.refuse(key, f"expected a whole number, or one of 0 and 1 for each of {layers} layers.")
+        raise settings.refuse(key, f"expected a whole number, or 0 or 1 for each of {layers} layers.")
     if mixes:
         settings.fields["layer_types"] = ["sliding_attention" if one else "full_attention" for one in slides]
     elif len(set(slides)) > 1 and settings.fields.get("sliding_window"):
@@ -319,8 +268,8 @@ def _pattern(settings: Settings, mixes: bool) -> None:
         settings.fields["sliding_window"] = None
 
 
-def _biases(settings: Settings) -> None:
-    """A class has biases or not by a flag; a file by its tensors."""
+def _biases(settings: ConfigBuilder) -> None:
+    """Sets the flags of the config class for biases and norms from the names of the tensors."""
     names = settings.model.tensors
     for flag, tensors in (
         ("attention_bias", ("attn_q.bias", "attn_qkv.bias")),
@@ -333,25 +282,16 @@ def _biases(settings: Settings) -> None:
             settings.fields[flag] = any(name.endswith(tensors) for name in names)
 
 
-def _nothing_unread(settings: Settings) -> None:
-    """Raises for a key of the model that no table names; reports those of others.
-
-    Raises:
-        ExportError: there is one.
-    """
+def _nothing_unread(settings: ConfigBuilder) -> None:
+    """Raises ExportError for a key of the model that is in no table."""
     prefix = f"{settings.model.architecture}."
     known = (
-        keys.REQUIRED.keys() | keys.OPTIONAL.keys() | keys.ONLY_NEUTRAL.keys() | keys.SPECIAL | keys.IRRELEVANT.keys()
+        keys.REQUIRED.keys() | keys.OPTIONAL.keys() | keys.ONLY_NEUTRAL.keys() | keys.SPECIAL | keys.IGNORED_KEYS.keys()
     )
     unknown = [key for key in settings.model.metadata if key.startswith(prefix) and key[len(prefix) :] not in known]
     if unknown:
         key = unknown[0]
         raise ExportError(
-            f"{settings.model.name}: {key} is {_short(settings.model.metadata[key])}; nobody here knows this key, so "
-            f"it may change numbers. {EDIT}"
+            f"{settings.model.name}: {key} is {shown_value(settings.model.metadata[key])}; this key is unknown and may "
+            f"change results. {EDIT}"
         )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

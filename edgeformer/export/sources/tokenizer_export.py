@@ -1,8 +1,8 @@
-"""The tokenizer that travels with a model: transformers' own, as its `save_pretrained` writes it, and proven.
+"""The tokenizer files of a bundle: written by transformers' `save_pretrained`, checked against the runtime's Tokenizer.
 
-The runtime reads `tokenizer.json` with the tokenizers library and no class of transformers. So what those classes do
-beyond the file could be lost. Before the bundle is written, the runtime's own Tokenizer is built from the files and
-compared with transformers' on odd texts: token ids, pairs, truncation, decoding, the chat format.
+The runtime reads `tokenizer.json` with the tokenizers library, without transformers' classes, so anything that a class
+does beyond the file would be lost. Before the bundle is written, the runtime's Tokenizer is built from the files and
+compared with transformers' on unusual texts: token ids, pairs, truncation, decoding, chat templates.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import Any, overload
 
 from edgeformer.errors import ExportError, ParityError, first_line
 from edgeformer.export.quiet import quiet
-from edgeformer.export.source import TOKENIZER_FILES, Pair, Source
-from edgeformer.export.sources.files import Read, reader
+from edgeformer.export.source import TOKENIZER_FILES, EncoderDecoderSource, Source
+from edgeformer.export.sources.model_files import ReadFile, file_reader
 from edgeformer.processing.tokenizer import Tokenizer
 
-# Files that say that a model has a tokenizer. Without any of them, transformers still makes an empty one for many
-# models, whose ids mean nothing to the model.
+# A model with any of these files has a tokenizer. Without one, transformers still makes an empty tokenizer for many
+# models, whose ids mean nothing.
 VOCABULARIES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model"),
     *("spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "spm.model", "bpe.model", "bpe.codes"),
     *("source.spm", "target.spm", "tekken.json", "tiktoken.model", "vocab.bpe", "dict.txt", "entity_vocab.json"),
 )
-NONE = Path("none")  # of --tokenizer: the bundle takes token ids
-_INSTEAD = "Give another with --tokenizer FOLDER, or --tokenizer none for a bundle that takes token ids."
+NO_TOKENIZER = Path("none")  # value of --tokenizer: the bundle takes token ids
+_ADVICE = "Pass another one with --tokenizer FOLDER, or --tokenizer none for a bundle that takes token ids."
 
 ODD_TEXTS = (
     *("", " ", "   ", "\n", "hello world", " leading", "trailing ", "a  b   c", "Hello, World! It's 3.14 -- isn't it?"),
@@ -39,8 +39,8 @@ ODD_TEXTS = (
     *("\ufeffBOM", "\ufffd \uffff", "word" * 200, "<|im_start|>user <s> </s> [CLS] [MASK] <unk> <pad>"),
     *("<0x41><0xE2> ▁under▁score Ġbyte ##piece", "\u3000ideographic\u00a0space"),
 )
-_ADDED = 200  # tokens that are tried inside a text; some models have thousands of one kind
-_CUT = 5  # tokens of the text that truncation leaves
+_ADDED = 200  # added tokens that are tested; some models have thousands
+_CUT = 5  # tokens that truncation keeps
 _CHATS: tuple[list[dict[str, str]], ...] = (
     [{"role": "user", "content": "Hello"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "  Größe? \n"}],
@@ -49,57 +49,61 @@ _CHATS: tuple[list[dict[str, str]], ...] = (
 
 
 @overload
-def with_tokenizer(source: Source, name: str, read: Read, given: Path | None) -> Source: ...
+def with_tokenizer(source: Source, name: str, read: ReadFile, given: Path | None) -> Source: ...
 
 
 @overload
-def with_tokenizer(source: Pair, name: str, read: Read, given: Path | None) -> Pair: ...
+def with_tokenizer(
+    source: EncoderDecoderSource, name: str, read: ReadFile, given: Path | None
+) -> EncoderDecoderSource: ...
 
 
-def with_tokenizer(source: Source | Pair, name: str, read: Read, given: Path | None) -> Source | Pair:
+def with_tokenizer(
+    source: Source | EncoderDecoderSource, name: str, read: ReadFile, given: Path | None
+) -> Source | EncoderDecoderSource:
     """`source` with the files of its tokenizer, or of the one in the folder `given`.
 
-    A model that takes no token ids goes without a tokenizer that cannot travel; a note says so.
+    If the model takes no token ids and its tokenizer is unsupported, the source gets a note instead.
 
     Raises:
-        ExportError: the model takes token ids, and its tokenizer cannot travel; the message says why.
-        ParityError: the tokenizer that was written gives other ids than transformers' own.
+        ExportError: the model takes token ids and its tokenizer is unsupported; the message has the reason.
+        ParityError: the written tokenizer gives other ids than transformers'.
     """
-    if given == NONE:
+    if given == NO_TOKENIZER:
         return source
-    first = source.encoder if isinstance(source, Pair) else source
+    first = source.encoder if isinstance(source, EncoderDecoderSource) else source
     try:
         files = tokenizer_files(name, read) if given is None else folder_files(given)
     except ExportError as error:
-        parts = (source.encoder, source.decoder) if isinstance(source, Pair) else (source,)
+        parts = (source.encoder, source.decoder) if isinstance(source, EncoderDecoderSource) else (source,)
         if given is not None or any(value.name == "input_ids" for part in parts for value in part.inputs):
             raise
         changed = dataclasses.replace(first, notes=(*first.notes, f"The bundle has no tokenizer: {error}"))
     else:
         changed = dataclasses.replace(first, files={**first.files, **files})
-    return dataclasses.replace(source, encoder=changed) if isinstance(source, Pair) else changed
+    return dataclasses.replace(source, encoder=changed) if isinstance(source, EncoderDecoderSource) else changed
 
 
 def folder_files(folder: Path) -> dict[str, bytes]:
     """The files of the tokenizer in `folder`.
 
     Raises:
-        ExportError: there is none, or it cannot travel.
+        ExportError: there is none, or it is unsupported.
     """
-    files = tokenizer_files(str(folder), reader(str(folder)))
+    files = tokenizer_files(str(folder), file_reader(str(folder)))
     if not files:
         raise ExportError(
-            f"the tokenizer {folder} is no tokenizer.json of Hugging Face's tokenizers, and no folder with one; "
-            "save it with tokenizer.save_pretrained(folder), or Tokenizer.save(file)."
+            f"the tokenizer {folder} is neither a tokenizer.json nor a folder with one; save it with "
+            " tokenizer.save_pretrained(folder), or Tokenizer.save(file)."
         )
     return files
 
 
-def tokenizer_files(name: str, read: Read) -> dict[str, bytes]:
-    """The files of a model's tokenizer, each proven; empty where the model has none.
+def tokenizer_files(name: str, read: ReadFile) -> dict[str, bytes]:
+    """{name: content} of a model's tokenizer files, checked; {} if the model has no tokenizer.
 
     Raises:
-        ExportError: it has one that transformers cannot load, or that has no tokenizer.json.
+        ExportError: transformers cannot load the tokenizer, or it has no tokenizer.json.
         ParityError: the runtime's ids differ from transformers'.
     """
     present = [file for file in VOCABULARIES if read(file) is not None]
@@ -111,46 +115,47 @@ def tokenizer_files(name: str, read: Read) -> dict[str, bytes]:
         except Exception as error:
             raise ExportError(
                 f"transformers cannot load the tokenizer of {name} ({', '.join(present)}): "
-                f"{type(error).__name__}: {first_line(error)[:300]} {_INSTEAD}"
+                f"{type(error).__name__}: {first_line(error)[:300]} {_ADVICE}"
             ) from error
         kind = type(tokenizer).__name__
         if not tokenizer.is_fast:
             raise ExportError(
-                f"the tokenizer of {name}, {kind}, is Python code in transformers: it has no tokenizer.json, which is "
-                f"what a bundle carries. {_INSTEAD}"
+                f"the tokenizer of {name}, {kind}, is Python code in transformers; expected one with a tokenizer.json, "
+                f"which the runtime reads. {_ADVICE}"
             )
         files = _saved(tokenizer, read)
-        check(tokenizer, files, f"{kind} of {name}")
+        check_tokenizer(tokenizer, files, f"{kind} of {name}")
     return files
 
 
-def _load(name: str, read: Read) -> Any:
+def _load(name: str, read: ReadFile) -> Any:
     import transformers
 
     settings = json.loads(read("tokenizer_config.json") or b"{}")
     if read("config.json") is None and "tokenizer_class" not in settings:
-        return transformers.PreTrainedTokenizerFast.from_pretrained(name)  # a tokenizer.json of no class
+        return transformers.PreTrainedTokenizerFast.from_pretrained(name)  # a tokenizer.json without a class
     return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
-def _saved(tokenizer: Any, read: Read) -> dict[str, bytes]:
-    """What `save_pretrained` writes. A bundle is a flat folder: several templates go into tokenizer_config.json."""
-    legacy = read("chat_template.json")  # of processors; transformers' own tokenizers never write it
+def _saved(tokenizer: Any, read: ReadFile) -> dict[str, bytes]:
+    """The files that `save_pretrained` writes; named chat templates are in tokenizer_config.json, with no subfolder."""
+    legacy = read("chat_template.json")  # written by processors only
     if tokenizer.chat_template is None and legacy is not None:
         tokenizer.chat_template = json.loads(legacy)["chat_template"]
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder, save_jinja_files=not isinstance(tokenizer.chat_template, dict))
         present = [Path(folder) / file for file in TOKENIZER_FILES if (Path(folder) / file).exists()]
         files = {file.name: file.read_bytes() for file in present}
-    # What the tokenizer's class gives to a model, which its file need not say: token types above all.
+    # The inputs that the tokenizer's class makes, such as token types; its file need not have them.
     settings = json.loads(files["tokenizer_config.json"]) | {"model_input_names": tokenizer.model_input_names}
     files["tokenizer_config.json"] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
     return files | {"tokenizer.json": compact_tokenizer(files["tokenizer.json"])}
 
 
 def compact_tokenizer(data: bytes) -> bytes:
-    """The same tokenizer.json without spaces, and its merges as text ("a b", as all files had them until tokenizers
-    0.20, and all readers know them) where no token holds a space: SmolLM2's is read in 46 instead of 63 ms.
+    """The same tokenizer.json without whitespace, and with merges as text ("a b") unless a token has a space.
+
+    All readers accept that form, the only one until tokenizers 0.20. SmolLM2's loads in 46 ms instead of 63 ms.
     """
     tokenizer = json.loads(data)
     merges = tokenizer["model"].get("merges", [])
@@ -159,14 +164,14 @@ def compact_tokenizer(data: bytes) -> bytes:
     return json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-# --------------------------------------------------------------------------------------------------------------- proof
+# -------------------------------------------------------------------------------------------------------------- parity
 
 
-def check(tokenizer: Any, files: Mapping[str, bytes], what: str, texts: Sequence[str] = ODD_TEXTS) -> None:
+def check_tokenizer(tokenizer: Any, files: Mapping[str, bytes], what: str, texts: Sequence[str] = ODD_TEXTS) -> None:
     """Compares the runtime's tokenizer, read from `files`, with transformers' `tokenizer`.
 
     Raises:
-        ParityError: they differ; the message has the text and what both make of it.
+        ParityError: they differ; the message has the text and both results.
     """
     with tempfile.TemporaryDirectory() as folder:
         for name, data in files.items():
@@ -178,20 +183,20 @@ def check(tokenizer: Any, files: Mapping[str, bytes], what: str, texts: Sequence
         expected, found = _outcome(theirs), _outcome(ours)
         if expected != found:
             raise ParityError(
-                f"the tokenizer {what} cannot travel: for {case} transformers gives {_short(expected)}, and the bundle "
-                f"would give {_short(found)}. {_INSTEAD}"
+                f"the tokenizer {what} is unsupported: for {case} transformers gives {_short(expected)}, and the "
+                f"bundle would give {_short(found)}. {_ADVICE}"
             )
 
 
-Case = tuple[str, Callable[[], Any], Callable[[], Any]]  # what it is, transformers' result, the runtime's
+_Case = tuple[str, Callable[[], Any], Callable[[], Any]]  # (name, transformers' result, the runtime's)
 
 
-def _texts(tokenizer: Any, runtime: Tokenizer, texts: Sequence[str]) -> Iterator[Case]:
+def _texts(tokenizer: Any, runtime: Tokenizer, texts: Sequence[str]) -> Iterator[_Case]:
     def theirs(*text: str | list[str], name: str = "input_ids", **more: Any) -> Callable[[], Any]:
         return lambda: tokenizer(*text, **more)[name]
 
     added = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items())][:_ADDED]
-    added = [token for token in added if token != runtime.special_tokens.get("fill_token")]  # the runtime refuses it
+    added = [token for token in added if token != runtime.special_tokens.get("fill_token")]  # the runtime rejects it
     length = _CUT + tokenizer.num_special_tokens_to_add(pair=False)
     for text in (*texts, *(f"a{token}b {token} {token}c" for token in added)):
         for special in (True, False):
@@ -204,11 +209,11 @@ def _texts(tokenizer: Any, runtime: Tokenizer, texts: Sequence[str]) -> Iterator
         expected = theirs(text, truncation=True, max_length=length)
         yield f"{text!r} cut to {length} tokens", expected, partial(_field, runtime, text, "ids", length)
     fields = [("input_ids", "ids")]
-    if "token_type_ids" in tokenizer.model_input_names:  # else the model is given none, and counts them as 0
+    if "token_type_ids" in tokenizer.model_input_names:  # otherwise the model gets none
         fields.append(("token_type_ids", "type_ids"))
     for pair in zip(texts[1::2], texts[2::2], strict=False):
         for name, ours in fields:
-            # As a batch: for a single pair with an empty second text, transformers leaves that text out.
+            # As a batch: for a single pair with an empty second text, transformers drops that text.
             expected = theirs([pair[0]], [pair[1]], name=name, return_token_type_ids=True)
             yield f"the {name} of {pair!r}", partial(_only, expected), partial(_field, runtime, pair, ours)
 
@@ -221,7 +226,7 @@ def _field(runtime: Tokenizer, text: str | tuple[str, str], name: str, length: i
     return getattr(runtime.encode_for_encoder(text, length), name)
 
 
-def _chats(tokenizer: Any, runtime: Tokenizer) -> Iterator[Case]:
+def _chats(tokenizer: Any, runtime: Tokenizer) -> Iterator[_Case]:
     templates = tokenizer.chat_template
     names = list(templates) if isinstance(templates, dict) else [None] if templates else []
     for name in names:
@@ -233,7 +238,7 @@ def _chats(tokenizer: Any, runtime: Tokenizer) -> Iterator[Case]:
 
 @dataclasses.dataclass(frozen=True)
 class _Refusal:
-    """An error; two are equal, whatever they say: a template that refuses a chat must refuse it in both."""
+    """An error. All are equal: a template that rejects a chat must reject it in both, with any message."""
 
     error: str = dataclasses.field(compare=False)
 
