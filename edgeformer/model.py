@@ -18,7 +18,8 @@ from edgeformer.decoding.generation_config import Arguments, GenerationConfig, f
 from edgeformer.decoding.generation_fields import notes
 from edgeformer.decoding.loop import CHUNK, Limits, Result, Session, Stream
 from edgeformer.engines.base import Engine
-from edgeformer.engines.choose import Choice, EngineName, NativeOptions, check_arguments, choose
+from edgeformer.engines.choose import Choice, EngineName, check_arguments, choose
+from edgeformer.engines.native.options import NativeOptions
 from edgeformer.errors import BundleError, EdgeformerWarning, EngineUnavailable, InputError
 from edgeformer.machine import default_threads
 from edgeformer.processing.tokenizer import Tokenizer
