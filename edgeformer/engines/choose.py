@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from edgeformer.bundle.bundle import Bundle
 from edgeformer.engines.base import Engine
 from edgeformer.engines.native.engine import NativeEngine
+from edgeformer.engines.native.options import NativeOptions
 from edgeformer.engines.self_check import recorded_problem, self_check
 from edgeformer.errors import EdgeformerWarning, EngineUnavailable, InputError
 
@@ -20,17 +21,6 @@ Meanwhile = Callable[[], object]
 
 # Measured (docs/performance.md, MiniLM in float32): onnxruntime needs 0.91 to 0.97 of the native engine's time.
 FLOAT_AT_ONCE = "float weights without a cache run faster on cpu"
-
-
-@dataclass(frozen=True)
-class NativeOptions:
-    """Options of the native engine alone."""
-
-    isa: str | None = None
-    kv: str = "auto"
-    context: int | None = None
-    memory_limit: int | None = None
-    kept: bool = True  # use the cache folder
 
 
 @dataclass(frozen=True)
@@ -157,17 +147,8 @@ def _native(
     left = options.memory_limit
     for graph in graphs:
         try:
-            made[graph] = NativeEngine.from_bundle(
-                bundle,
-                graph=graph,
-                threads=threads,
-                isa=options.isa,
-                kv=options.kv,
-                context=options.context,
-                memory_limit=left,
-                meanwhile=meanwhile,
-                kept=options.kept,
-            )
+            given = replace(options, threads=threads, memory_limit=left)
+            made[graph] = NativeEngine.create(bundle, graph, given, meanwhile)
         except EngineUnavailable as error:
             if len(graphs) == 1:
                 raise
