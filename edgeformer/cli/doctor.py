@@ -10,8 +10,8 @@ from pathlib import Path
 import typer
 from rich.markup import escape
 
-from edgeformer.cli import CHECK_FAILED
 from edgeformer.cli.console import stdout, waiting
+from edgeformer.cli.exit_codes import CHECK_FAILED
 from edgeformer.tools.doctor import Finding, examine, examine_bundle
 
 MARKS = {"yes": "[green]yes[/green]", "no": "[red]no [/red]", "warning": "[yellow]!  [/yellow]", "fact": "   "}

@@ -16,7 +16,7 @@ from edgeformer.cli.console import size, stdout, waiting
 from edgeformer.errors import EngineUnavailable
 
 
-def show(path: Path, *, hashes: bool, as_json: bool) -> None:
+def print_bundle(path: Path, *, hashes: bool, as_json: bool) -> None:
     """Print the manifest: as tables for people, or as it is."""
     with waiting("reading every byte ..." if hashes else "reading ..."):
         bundle = Bundle.open(path, check="hashes" if hashes else "sizes")
@@ -53,7 +53,7 @@ def show(path: Path, *, hashes: bool, as_json: bool) -> None:
     stdout.print(table)
 
 
-def show_program(path: Path) -> None:
+def print_program(path: Path) -> None:
     """Print the program that the native engine makes of each graph.
 
     Raises:

@@ -55,7 +55,7 @@ def examine() -> Iterator[Finding]:
     yield from _onnxruntime()
     yield from _cuda()
     yield from _native()
-    yield from _workshop()
+    yield from _toolchain()
 
 
 def examine_bundle(path: str | os.PathLike[str]) -> Iterator[Finding]:
@@ -179,7 +179,7 @@ def _native() -> Iterator[Finding]:
     yield Finding("engine native", "yes", f"kernels: {', '.join(usable)}{rest}{chosen}")
 
 
-def _workshop() -> Iterator[Finding]:
+def _toolchain() -> Iterator[Finding]:
     for what, extra, names in (
         ("export", "export", ("torch", "transformers", "onnxscript", "safetensors", "gguf")),
         ("training", "train", ("torch", "accelerate", "safetensors", "matplotlib")),

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgeformer.cli import exit_code
+from edgeformer.cli.exit_codes import DONE, INTERRUPTED, REFUSED, USAGE, exit_code
 from edgeformer.errors import EdgeformerError, TrainingError
 from edgeformer.train.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
-    from edgeformer.train.loop import Report
+    from edgeformer.train.loop import TrainingReport
 
 EPILOG = """
 Examples:
@@ -63,22 +63,33 @@ def command(
         "train.learning_rate": learning_rate,
         "train.seed": seed,
     }
+    overrides: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
+    if data:
+        overrides["data.source"] = data[0] if len(data) == 1 else data
     try:
-        overrides: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
-        if data:
-            overrides["data.source"] = data[0] if len(data) == 1 else data
-        overrides |= dict(map(parse_setting, settings or []))
-        loaded = load_recipe(recipe, overrides)
-        folder = out or Path("runs") / Path(recipe).stem
+        loaded = load_recipe(recipe, overrides | dict(map(parse_setting, settings or [])))
+    except TrainingError as error:  # a flag or the recipe is wrong; nothing was loaded yet
+        raise _failed(error, USAGE) from None
+    folder = out or Path("runs") / Path(recipe).stem
+    try:
         code = run(loaded, folder, resume=resume, overwrite=overwrite, stop_at=stop_at, cpu=cpu)
     except EdgeformerError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(exit_code(error)) from None
+        raise _failed(error, exit_code(error)) from None
+    except OSError as error:
+        raise _failed(error, REFUSED) from None
+    except KeyboardInterrupt:  # before the first step, or the second Ctrl-C
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(INTERRUPTED) from None
     raise typer.Exit(code)
 
 
+def _failed(error: Exception, code: int) -> typer.Exit:
+    typer.secho(f"error: {error}", fg="red", err=True)
+    return typer.Exit(code)
+
+
 def parse_setting(text: str) -> tuple[str, Any]:
-    """("train.steps", 10) of "train.steps=10": the value is JSON where it reads as JSON, otherwise the text itself."""
+    """("train.steps", 10) for "train.steps=10". A value that is not JSON is a string."""
     key, equals, value = text.partition("=")
     if not equals or "." not in key:
         raise TrainingError(f"--set {text}: expected SECTION.KEY=VALUE, such as train.steps=100")
@@ -89,19 +100,19 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 def run(recipe: Recipe, folder: Path, *, resume: bool, overwrite: bool, stop_at: int | None, cpu: bool) -> int:
-    """Train, tell what came out; the exit code: 0, or 130 after Ctrl-C."""
-    # Read when torch loads. Threads that spin while they wait (the default) double a run's time on a busy machine.
+    """Train and print the result; returns the exit code: 0, or 130 after Ctrl-C."""
+    # OpenMP threads that spin while they wait (the default) double a run's time on a busy machine. Read by torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Torch costs seconds, which --help and a mistake in a recipe should not.
+    # Imported here: torch takes seconds to load, which --help and a wrong recipe need not wait for.
     from accelerate import PartialState
 
     from edgeformer.train.loop import train
 
     interrupts: list[int] = []
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
+    def interrupt(number: int, _frame: FrameType | None) -> None:
         if interrupts:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait for the step
+            raise KeyboardInterrupt  # the second Ctrl-C ends the run at once
         interrupts.append(number)
 
     before = signal.signal(signal.SIGINT, interrupt)
@@ -119,11 +130,12 @@ def run(recipe: Recipe, folder: Path, *, resume: bool, overwrite: bool, stop_at:
     finally:
         signal.signal(signal.SIGINT, before)
     if PartialState().is_main_process:
-        tell(report)
-    return 130 if interrupts else 0
+        print_report(report)
+    return INTERRUPTED if interrupts else DONE
 
 
-def tell(report: Report) -> None:
+def print_report(report: TrainingReport) -> None:
+    """Print the losses, the checkpoint's folder and the command to export it."""
     name, value = report.baseline
     if report.step < report.steps:
         typer.echo(f"stopped at step {report.step} of {report.steps}; --resume goes on from there")

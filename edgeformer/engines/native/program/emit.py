@@ -12,6 +12,7 @@ import numpy as np
 
 from edgeformer.engines.native.ir.cache import Cache
 from edgeformer.engines.native.ir.dims import Dim, Size
+from edgeformer.engines.native.ir.functions import UNARY_FUNCTIONS
 from edgeformer.engines.native.ir.graph import Array, Graph, Info, Node
 from edgeformer.engines.native.ir.infer import conv_geometry
 from edgeformer.engines.native.ir.rows import is_batch_local, is_row_local, row_symbols
@@ -25,15 +26,6 @@ ELEMENTWISE = {
     "GreaterOrEqual": "greater_equal", "And": "and", "Or": "or", "Xor": "xor",
 }  # fmt: skip
 
-# Functions that the engine knows by these names; a test compares them with those of csrc/program/names.h.
-UNARY = (
-    "identity", "exp", "sigmoid", "tanh", "erf", "sqrt", "sin", "cos", "log", "softplus", "relu", "relu2", "silu",
-    "gelu", "gelu_tanh", "quick_gelu", "neg", "abs", "reciprocal", "rsqrt",
-)  # fmt: skip
-POINT_FUNCTIONS = (
-    "floor", "ceil", "round", "sign", "leaky_relu", "elu", "selu", "celu", "hard_sigmoid", "hard_swish",
-    "thresholded_relu", "softsign", "mish", "swish", "is_nan", "is_inf",
-)  # fmt: skip
 REDUCTIONS = ("mean", "sum", "max", "min", "prod", "l2", "sumsquare", "l1")
 SCATTERS = ("none", "add", "mul")
 
@@ -123,7 +115,7 @@ class Emitter:
         self.new_slot(node.outputs[0], self.g.info[node.outputs[0]], source)
 
     def _op_unary(self, node: Node) -> bool | None:
-        if node.attrs["fn"] not in UNARY or (
+        if node.attrs["fn"] not in UNARY_FUNCTIONS or (
             self.g.info[node.inputs[0]].dtype != "float32" and node.attrs["fn"] not in ("neg", "abs")
         ):
             return False

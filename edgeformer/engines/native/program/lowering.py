@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from edgeformer.engines.native.ir.cache import Cache
 from edgeformer.engines.native.ir.graph import Array, Graph, Node, read_graph
+from edgeformer.engines.native.ir.ops import AttendSpec, LinearSpec
 from edgeformer.engines.native.ir.weight import Weight
 from edgeformer.engines.native.passes import lower, unsupported_nodes
 from edgeformer.engines.native.passes.wide import SPANS, weights_of
@@ -31,7 +32,11 @@ def lower_bundle(path: Path) -> tuple[Program, Graph]:
 
 def build(g: Graph) -> Program:
     """Lower a graph and turn it into a program. The graph is changed."""
-    caches = lower(g)
+    return emit_program(g, lower(g))
+
+
+def emit_program(g: Graph, caches: list[Cache]) -> Program:
+    """The program of a graph that `lower` has rewritten."""
     return _Lowering(g, caches).build()
 
 
@@ -62,7 +67,7 @@ class _Lowering(Emitter):
         quant = floats = False
         for user in self.g.users.get(name, []):
             if user.op == "Linears" and name not in user.inputs[1:]:
-                types = {part["weight"].type for part in user.attrs["parts"]}
+                types = {part.weight.type for part in user.attrs["parts"]}
                 quant, floats = quant or types != {"f32"}, floats or "f32" in types
             else:
                 floats = True
@@ -99,31 +104,31 @@ class _Lowering(Emitter):
 
     def _op_linears(self, node: Node) -> None:
         x, parts = node.inputs[0], node.attrs["parts"]
-        types = {part["weight"].type for part in parts}
+        types = {part.weight.type for part in parts}
         if types != {"f32"} and x not in self.quant_of:
             self.p.ops.append(Op("quantize", [self.slot(x)], [self.quant_slot(x)]))
         op = Op("linear", [self.quant_of.get(x, -1), self.slot(x) if "f32" in types else -1], [])
         notes = []
         for part, name, residual in zip(parts, node.outputs, node.inputs[1:], strict=True):
-            w, gate = part["weight"], part["gate"]
+            w, gate = part.weight, part.gate
             both = [(gate, "gate"), (w, "up")] if gate else [(w, "all")]
             op.weights.append(self.weight(both))
             op.inputs += [self.bias(part, w), self.slot(residual)]
             op.outputs += self.row_outputs(name)
             op.ints.setdefault("gated", []).append(int(gate is not None))
             op.ints.setdefault("columns", []).append(w.n)
-            op.names.setdefault("activation", []).append(part["fn"] or "identity")
-            op.floats.setdefault("factor", []).append(float(part["factor"]))
+            op.names.setdefault("activation", []).append(part.fn or "identity")
+            op.floats.setdefault("factor", []).append(float(part.factor))
             note = f"{w.type}[{w.n}, {w.k}]"
             if gate:
-                note += f" {part['fn']}(gate) * up"
-            elif part["fn"]:
-                note += f" {part['fn']}"
+                note += f" {part.fn}(gate) * up"
+            elif part.fn:
+                note += f" {part.fn}"
             notes.append(note + " + residual" * bool(residual))
         op.note = "; ".join(notes)
         self.p.ops.append(op)
 
-    def bias(self, part: dict[str, Any], w: Weight) -> int:
+    def bias(self, part: LinearSpec, w: Weight) -> int:
         """The slot of the bias in the order of the packed rows: of a gated product, panels of gate and up alternate."""
 
         def vector(name: str) -> Array:
@@ -131,12 +136,12 @@ class _Lowering(Emitter):
                 return np.zeros(w.n, np.float32)
             return self.g.constants[name].array().reshape(-1).astype(np.float32)
 
-        if not part["bias"] and not part["gate_bias"]:
+        if not part.bias and not part.gate_bias:
             return -1
-        if part["gate"] is None:
-            return self.constant_slot(part["bias"], vector(part["bias"]))
+        if part.gate is None:
+            return self.constant_slot(part.bias, vector(part.bias))
         panels = np.zeros((round_up(w.n, LANES) // LANES, 2, LANES), np.float32)
-        for side, name in enumerate((part["gate_bias"], part["bias"])):
+        for side, name in enumerate((part.gate_bias, part.bias)):
             padded = np.zeros(panels.shape[0] * LANES, np.float32)
             padded[: w.n] = vector(name)
             panels[:, side] = padded.reshape(-1, LANES)
@@ -150,20 +155,21 @@ class _Lowering(Emitter):
         self.p.ops.append(op)
 
     def _op_attend(self, node: Node) -> None:
-        a = node.attrs
+        a: AttendSpec = node.attrs["attend"]
         outputs = self.row_outputs(node.outputs[0])
-        ints = {k: [int(a[k])] for k in ("heads", "kv_heads", "head_dim", "value_dim", "layer", "causal", "window")}
-        ints["at_end"] = [int(a["at_end"])]
+        ints = {k: [int(getattr(a, k))] for k in ("heads", "kv_heads", "head_dim", "value_dim", "layer", "causal")}
+        ints |= {"window": [a.window], "at_end": [int(a.at_end)]}
         ints["integers"] = [int(self.attends_in_integers(node))]
-        ints |= {k: [int(a[k])] for k in ("rotary", "interleaved", "rotary_k", "interleaved_k")}
-        names = {k: [a[k]] for k in ("q_norm", "k_norm")}
-        floats = {k: [float(a[k])] for k in ("scale", "softcap", "q_eps", "k_eps")}
-        note = f"heads {a['heads']}/{a['kv_heads']} x {a['head_dim']}"
-        note += f" rope {a['rotary']}" if a["rotary"] else ""
-        note += " q/k norm" if a["q_norm"] else ""
-        note += " causal" if a["causal"] else ""
-        note += f" window {a['window']}" if a["window"] else ""
-        note += f" softcap {a['softcap']:g}" if a["softcap"] else ""
+        ints |= {"rotary": [a.q.rotary], "interleaved": [int(a.q.interleaved)]}
+        ints |= {"rotary_k": [a.k.rotary], "interleaved_k": [int(a.k.interleaved)]}
+        names = {"q_norm": [a.q.norm], "k_norm": [a.k.norm]}
+        floats = {"scale": [a.scale], "softcap": [a.softcap], "q_eps": [float(a.q.eps)], "k_eps": [float(a.k.eps)]}
+        note = f"heads {a.heads}/{a.kv_heads} x {a.head_dim}"
+        note += f" rope {a.q.rotary}" if a.q.rotary else ""
+        note += " q/k norm" if a.q.norm else ""
+        note += " causal" if a.causal else ""
+        note += f" window {a.window}" if a.window else ""
+        note += f" softcap {a.softcap:g}" if a.softcap else ""
         note += " int8" if ints["integers"][0] else ""
         self.p.ops.append(Op("attend", [self.slot(i) for i in node.inputs], outputs, ints, floats, names, note=note))
 
@@ -174,13 +180,13 @@ class _Lowering(Emitter):
         each decode step would pack the source again, which takes longer than the products save.
         """
         q, k, v = node.inputs[:3]
-        if node.attrs["layer"] >= 0 or self.g.shape(q)[1] != self.g.shape(k)[1]:
+        if node.attrs["attend"].layer >= 0 or self.g.shape(q)[1] != self.g.shape(k)[1]:
             return False
         for name in (q, k, v):
             made = self.g.producers.get(name)
             while made is not None and made.op == "View":
                 made = self.g.producers.get(made.inputs[0])
-            if made is None or made.op != "Linears" or any(p["weight"].type == "f32" for p in made.attrs["parts"]):
+            if made is None or made.op != "Linears" or any(p.weight.type == "f32" for p in made.attrs["parts"]):
                 return False
         return True
 
