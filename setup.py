@@ -48,7 +48,7 @@ class Build(build_ext):
     """build_ext with one flag more for clang on ARM."""
 
     def build_extensions(self) -> None:
-        """Builds without clang's early scheduling, which spills registers in the kernels. GCC is told in the sources."""
+        """Builds without clang's early scheduling, which spills registers in the kernels. GCC: see the sources."""
         flags = ["-mllvm", "-enable-misched=false"]
         if platform.machine() in ("arm64", "aarch64") and accepts(self.compiler.compiler_cxx, flags):
             for extension in self.extensions:

@@ -20,7 +20,8 @@ from edgeformer.decoding.request import CallOptions
 from edgeformer.decoding.result import Result, Stream
 from edgeformer.decoding.session import Session
 from edgeformer.engines.base import Engine
-from edgeformer.engines.choose import Choice, EngineName, NativeOptions, check_arguments, choose
+from edgeformer.engines.choose import Choice, EngineName, check_arguments, choose
+from edgeformer.engines.native.options import NativeOptions
 from edgeformer.errors import BundleError, EdgeformerWarning, EngineUnavailable, InputError
 from edgeformer.machine import default_threads
 from edgeformer.processing.tokenizer import Tokenizer

@@ -20,8 +20,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # No disk cache: every graph is lowered again. Tests of the cache use the fixture cache_folder.
 os.environ["EDGEFORMER_CACHE"] = ""
 
-# Test files that share slow fixtures: for `pytest -n 2`, a group runs in one process. Groups start in this order, before
-# all other files, so that small files run last. Names of test files are unique in the tree.
+# Test files that share slow fixtures: with `pytest -n 2`, a group runs in one process. Groups start first, in this
+# order; small files run last. Names of test files are unique in the tree.
 TOGETHER = {
     "test_smollm2.py": "SmolLM2",
     "test_native_smollm2.py": "SmolLM2",

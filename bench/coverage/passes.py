@@ -81,7 +81,7 @@ def _text(p: Program) -> list[Any]:
     for op in p.ops:
         slots = [number.setdefault(i, len(number)) for i in (*op.inputs, *op.outputs)]
         shapes = [p.slots[i].shape for i in op.outputs if i >= 0]
-        lines.append((op.kind, slots, shapes, op.ints, op.floats, op.sizes, op.note))
+        lines.append((op.kind, slots, shapes, op.ints, op.floats, op.sizes, op.names, op.note))
     return lines
 
 

@@ -22,7 +22,7 @@ stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 140)  #
 
 @contextmanager
 def waiting(text: str) -> Iterator[None]:
-    """A spinner on stderr while the block runs; nothing where stderr is no terminal."""
+    """A spinner on stderr while the block runs, if stderr is a terminal."""
     if stderr.is_terminal:
         with stderr.status(text):
             yield
@@ -31,7 +31,7 @@ def waiting(text: str) -> Iterator[None]:
 
 
 def load_model(bundle: Path | Bundle, where: Mapping[str, Any]) -> Model:
-    """The model, with a spinner while it loads; warnings stand below it, one line each."""
+    """The model, with a spinner while it loads; warnings are printed afterwards, a line each."""
     name = bundle.path.name if isinstance(bundle, Bundle) else bundle.name
     with waiting(f"loading {name} ..."), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", EdgeformerWarning)

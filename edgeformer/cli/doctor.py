@@ -18,7 +18,7 @@ MARKS = {"yes": "[green]yes[/green]", "no": "[red]no [/red]", "warning": "[yello
 
 
 def report(bundle: Path | None, *, as_json: bool) -> None:
-    """Print the findings as they are made; exit code 1 where no engine can run."""
+    """Print the findings one by one; exit code 1 if no engine can run."""
     findings = []
     for finding in _findings(bundle):
         findings.append(finding)

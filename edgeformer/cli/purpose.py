@@ -1,4 +1,4 @@
-"""What a bundle is for: which command runs it, and what the others say instead."""
+"""Which command runs a bundle, and the message of the others."""
 
 from __future__ import annotations
 

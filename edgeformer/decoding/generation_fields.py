@@ -212,7 +212,7 @@ def notes(file: Mapping[str, Any], vocab_size: int | None = None) -> tuple[str, 
     for token in listed(file.get("eos_token_id")):
         if type(token) is int and (token < 0 or (vocab_size is not None and token >= vocab_size)):
             known = "" if vocab_size is None else f" (0 to {vocab_size - 1})"
-            lines.append(f"eos_token_id={id} is no token of the model{known}: it ends nothing.")
+            lines.append(f"eos_token_id={token} is no token of the model{known}: it ends nothing.")
     return tuple(lines)
 
 

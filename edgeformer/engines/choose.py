@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from edgeformer.bundle.bundle import Bundle
 from edgeformer.engines.base import Engine
 from edgeformer.engines.native.engine import NativeEngine
+from edgeformer.engines.native.options import NativeOptions
 from edgeformer.engines.self_check import recorded_problem, self_check
 from edgeformer.errors import EdgeformerWarning, EngineUnavailable, InputError
 
 EngineName = Literal["auto", "cuda", "native", "cpu"]
 ORDER = ("cuda", "native", "cpu")
-Meanwhile = Callable[[], object]
+WhilePacking = Callable[[], object]
 
 
 # Measured (docs/performance.md, MiniLM in float32): onnxruntime needs 0.91 to 0.97 of the native engine's time.
 FLOAT_AT_ONCE = "float weights without a cache run faster on cpu"
-
-
-@dataclass(frozen=True)
-class NativeOptions:
-    """Options of the native engine alone."""
-
-    isa: str | None = None
-    kv: str = "auto"
-    context: int | None = None
-    memory_limit: int | None = None
-    kept: bool = True  # use the cache folder
 
 
 @dataclass(frozen=True)
@@ -70,13 +60,13 @@ def choose(
     engine: str,
     threads: int,
     native: NativeOptions,
-    meanwhile: Meanwhile = lambda: None,
+    while_packing: WhilePacking = lambda: None,
     *,
     judged: bool = True,
 ) -> tuple[dict[str, Engine], Choice]:
     """(one engine for each graph of the bundle, all of one kind; the reasons for that kind).
 
-    `meanwhile` runs once, while the native engine packs weights with the GIL released. With `judged` an engine that
+    `while_packing` runs once, while the native engine packs weights with the GIL released. With `judged` an engine that
     fails the parity check, here or at export, counts as unavailable; see `self_check`.
 
     Raises:
@@ -84,14 +74,14 @@ def choose(
     """
     asked = "native" if engine == "auto" and native.isa is not None else engine
     if asked != "auto":
-        made = _usable(asked, bundle, threads, native, meanwhile, judged)
+        made = _usable(asked, bundle, threads, native, while_packing, judged)
         why = f"an isa ({native.isa}) was asked for" if engine == "auto" else "it was asked for by name"
         return made, Choice(asked, {asked: _chosen(made, threads, why)})
     reasons: dict[str, str] = {}
     order = _order(bundle)
     for position, name in enumerate(order):
         try:
-            made = _usable(name, bundle, threads, native, meanwhile, judged)
+            made = _usable(name, bundle, threads, native, while_packing, judged)
         except WrongNumbers as error:
             reasons[name] = str(error)
             warnings.warn(f"{bundle.path.name}: {error}", EdgeformerWarning, stacklevel=3)
@@ -113,11 +103,11 @@ class WrongNumbers(EngineUnavailable):
 
 
 def _usable(
-    name: str, bundle: Bundle, threads: int, native: NativeOptions, meanwhile: Meanwhile, judged: bool
+    name: str, bundle: Bundle, threads: int, native: NativeOptions, while_packing: WhilePacking, judged: bool
 ) -> dict[str, Engine]:
     if judged and (recorded := recorded_problem(bundle, name)):
         raise EngineUnavailable(recorded)
-    made = create(name, bundle, threads, native, meanwhile)
+    made = create(name, bundle, threads, native, while_packing)
     if judged and (problem := self_check(bundle, name, made)):
         raise WrongNumbers(problem)
     return made
@@ -131,16 +121,16 @@ def _order(bundle: Bundle) -> tuple[str, ...]:
 
 
 def create(
-    name: str, bundle: Bundle, threads: int, native: NativeOptions, meanwhile: Meanwhile = lambda: None
+    name: str, bundle: Bundle, threads: int, native: NativeOptions, while_packing: WhilePacking = lambda: None
 ) -> dict[str, Engine]:
-    """An engine called `name` for each graph of the bundle. See `choose` for `meanwhile`.
+    """An engine called `name` for each graph of the bundle. See `choose` for `while_packing`.
 
     Raises:
         EngineUnavailable: it cannot run one of them here; with several graphs the message names which.
     """
     graphs = list(bundle.manifest["graphs"])
     if name == "native":
-        return {**_native(bundle, graphs, threads, native, meanwhile)}
+        return {**_native(bundle, graphs, threads, native, while_packing)}
     from edgeformer.engines.onnxruntime import OrtEngine, cuda_driver_problem
 
     if name == "cuda":
@@ -151,23 +141,14 @@ def create(
 
 
 def _native(
-    bundle: Bundle, graphs: list[str], threads: int, options: NativeOptions, meanwhile: Meanwhile
+    bundle: Bundle, graphs: list[str], threads: int, options: NativeOptions, while_packing: WhilePacking
 ) -> dict[str, NativeEngine]:
     made: dict[str, NativeEngine] = {}
     left = options.memory_limit
     for graph in graphs:
         try:
-            made[graph] = NativeEngine.from_bundle(
-                bundle,
-                graph=graph,
-                threads=threads,
-                isa=options.isa,
-                kv=options.kv,
-                context=options.context,
-                memory_limit=left,
-                meanwhile=meanwhile,
-                kept=options.kept,
-            )
+            given = replace(options, threads=threads, memory_limit=left)
+            made[graph] = NativeEngine.create(bundle, graph, given, while_packing)
         except EngineUnavailable as error:
             if len(graphs) == 1:
                 raise

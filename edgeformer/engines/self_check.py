@@ -95,6 +95,6 @@ def _code(name: str) -> list[object]:
             except PackageNotFoundError:
                 continue
         return [*found]
-    from edgeformer.engines.native.program.prepared import code_identity
+    from edgeformer.engines.native.program.executable import code_identity
 
     return [code_identity()]

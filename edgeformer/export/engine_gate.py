@@ -12,7 +12,8 @@ import onnx_ir as ir
 from edgeformer.bundle.bundle import Bundle
 from edgeformer.bundle.manifest import read_json
 from edgeformer.engines.base import Engine
-from edgeformer.engines.choose import ORDER, NativeOptions, create
+from edgeformer.engines.choose import ORDER, create
+from edgeformer.engines.native.options import NativeOptions
 from edgeformer.errors import EngineUnavailable, ParityError, first_line
 from edgeformer.export.check import parity
 from edgeformer.export.check.graph_run import open_graphs
@@ -61,7 +62,7 @@ def engine_gate(
     found: dict[str, Any] = {}
     for name in ORDER:
         try:
-            engines = create(name, bundle, default_threads(), NativeOptions(kv="float32", kept=False))
+            engines = create(name, bundle, default_threads(), NativeOptions(kv="float32", use_disk_cache=False))
         except EngineUnavailable as error:
             found[name] = {"passed": None, "unavailable": str(error)[:500]}
             continue

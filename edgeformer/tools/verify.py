@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from edgeformer.bundle.bundle import Bundle
-from edgeformer.engines.choose import EngineName, NativeOptions, check_arguments, choose
+from edgeformer.engines.choose import EngineName, check_arguments, choose
+from edgeformer.engines.native.options import NativeOptions
 from edgeformer.engines.reference import Check, checks
 from edgeformer.machine import default_threads
 

@@ -42,7 +42,7 @@ def test_a_provider_that_is_offered_but_does_not_run_is_no():
         SessionOptions = onnxruntime.SessionOptions
 
         @staticmethod
-        def InferenceSession(model, options, providers):  # noqa: ARG004, N802 (onnxruntime's name)
+        def InferenceSession(model, options, providers):  # noqa: N802 (onnxruntime's name)
             return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     problem = doctor._try_provider(Pretending, "CUDAExecutionProvider")

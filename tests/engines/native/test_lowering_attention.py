@@ -40,7 +40,7 @@ def test_head_norms_before_the_rotation_are_folded():
     g = Builder()
     p = program(g, LM, *decoder_layer(g, norm=True))
     assert kinds(p) == SEVEN
-    assert p.ops[2].ints["q_norm"] == p.ops[2].ints["k_norm"] == [1]
+    assert p.ops[2].names["q_norm"] == p.ops[2].names["k_norm"] == ["rms"]
 
 
 def test_partial_rotation_is_folded():

@@ -1,4 +1,4 @@
-"""Functions of one element: their ONNX operators, and their names in the order of the C++ enums."""
+"""Functions of one element: their ONNX operators, and their names, which csrc/program/names.h maps to enum values."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ UNARY_OPS = {
     "Sqrt": "sqrt", "Exp": "exp", "Log": "log", "Reciprocal": "reciprocal", "Sigmoid": "sigmoid", "Tanh": "tanh",
     "Erf": "erf", "Sin": "sin", "Cos": "cos", "Relu": "relu", "Softplus": "softplus", "Neg": "neg", "Abs": "abs",
 }  # fmt: skip
-# csrc/kernels/kernels.h: enum class Unary, in its order.
 UNARY_FUNCTIONS = (
     "identity", "exp", "sigmoid", "tanh", "erf", "sqrt", "sin", "cos", "log", "softplus", "relu", "relu2", "silu",
     "gelu", "gelu_tanh", "quick_gelu", "neg", "abs", "reciprocal", "rsqrt",
 )  # fmt: skip
 # ONNX operator -> name of a plain function, and the one or two attributes that it reads, with ONNX's defaults.
-# The functions stand in the order of `enum class Point` in csrc/ops.
 POINTWISE_OPS: dict[str, tuple[str, tuple[tuple[str, float], ...]]] = {
     "Floor": ("floor", ()), "Ceil": ("ceil", ()), "Round": ("round", ()), "Sign": ("sign", ()),
     "LeakyRelu": ("leaky_relu", (("alpha", 0.01),)), "Elu": ("elu", (("alpha", 1.0),)),

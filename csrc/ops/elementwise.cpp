@@ -17,7 +17,8 @@ namespace {
 
 class UnaryOp final : public ParallelOp {
  public:
-  UnaryOp(int index, const OpSpec& spec) : ParallelOp(index, spec), fn_(static_cast<Unary>(spec.integer("fn"))) {}
+  UnaryOp(int index, const OpSpec& spec)
+      : ParallelOp(index, spec), fn_(value_named(kUnaryTable, "function", spec.name("fn"))) {}
 
  protected:
   int64_t units(const Run& run) const override { return out(run, 0).count; }
@@ -38,27 +39,7 @@ class UnaryOp final : public ParallelOp {
   const Unary fn_;
 };
 
-// Order of edgeformer/engines/native/program/program.py: ELEMENTWISE.
-enum class Binary : int64_t {
-  add,
-  sub,
-  mul,
-  div,
-  pow,
-  min,
-  max,
-  mod,
-  equal,
-  less,
-  less_equal,
-  greater,
-  greater_equal,
-  logic_and,
-  logic_or,
-  logic_xor,
-};
-
-// ONNX Pow. Squares and roots, which graphs spell with it, are exact operations; the rest is computed in double.
+// ONNX Pow. Squares and square roots are exact operations; the rest is computed in double.
 float power(float a, float b) {
   if (b == 2.0f) return a * a;
   if (b == 0.5f) return std::sqrt(a);
@@ -138,40 +119,48 @@ bool compare(Binary op, T a, T b) {
   }
 }
 
+// One operand of a row: its first element and the step to the next, 0 if it is the same for the whole row.
+struct Operand {
+  const float* at;
+  int64_t step;
+};
+
 // The loop over a row is instantiated for the common float operations, so that the compiler vectorizes them.
 template <class F>
-void row_loop(const float* a, int64_t sa, const float* b, int64_t sb, float* y, int64_t n, F f) {
-  if (sa == 1 && sb == 1) {
-    for (int64_t i = 0; i < n; ++i) y[i] = f(a[i], b[i]);
-  } else if (sa == 1 && sb == 0) {
-    const float v = b[0];
-    for (int64_t i = 0; i < n; ++i) y[i] = f(a[i], v);
-  } else if (sa == 0 && sb == 1) {
-    const float v = a[0];
-    for (int64_t i = 0; i < n; ++i) y[i] = f(v, b[i]);
+void row_loop(const Operand& a, const Operand& b, float* y, int64_t n, F f) {
+  const float *u = a.at, *v = b.at;
+  if (a.step == 1 && b.step == 1) {
+    for (int64_t i = 0; i < n; ++i) y[i] = f(u[i], v[i]);
+  } else if (a.step == 1 && b.step == 0) {
+    const float w = v[0];
+    for (int64_t i = 0; i < n; ++i) y[i] = f(u[i], w);
+  } else if (a.step == 0 && b.step == 1) {
+    const float w = u[0];
+    for (int64_t i = 0; i < n; ++i) y[i] = f(w, v[i]);
   } else {
-    for (int64_t i = 0; i < n; ++i) y[i] = f(a[i * sa], b[i * sb]);
+    for (int64_t i = 0; i < n; ++i) y[i] = f(u[i * a.step], v[i * b.step]);
   }
 }
 
-void float_row(Binary op, const float* a, int64_t sa, const float* b, int64_t sb, float* y, int64_t n) {
+void float_row(Binary op, const Operand& a, const Operand& b, float* y, int64_t n) {
   switch (op) {
     case Binary::add:
-      return row_loop(a, sa, b, sb, y, n, [](float u, float v) { return u + v; });
+      return row_loop(a, b, y, n, [](float u, float v) { return u + v; });
     case Binary::sub:
-      return row_loop(a, sa, b, sb, y, n, [](float u, float v) { return u - v; });
+      return row_loop(a, b, y, n, [](float u, float v) { return u - v; });
     case Binary::mul:
-      return row_loop(a, sa, b, sb, y, n, [](float u, float v) { return u * v; });
+      return row_loop(a, b, y, n, [](float u, float v) { return u * v; });
     case Binary::div:
-      return row_loop(a, sa, b, sb, y, n, [](float u, float v) { return u / v; });
+      return row_loop(a, b, y, n, [](float u, float v) { return u / v; });
     default:
-      return row_loop(a, sa, b, sb, y, n, [op](float u, float v) { return arithmetic<float>(op, u, v); });
+      return row_loop(a, b, y, n, [op](float u, float v) { return arithmetic<float>(op, u, v); });
   }
 }
 
 class BinaryOp final : public ParallelOp {
  public:
-  BinaryOp(int index, const OpSpec& spec) : ParallelOp(index, spec), fn_(static_cast<Binary>(spec.integer("fn"))) {}
+  BinaryOp(int index, const OpSpec& spec)
+      : ParallelOp(index, spec), fn_(value_named(kBinaries, "function", spec.name("fn"))) {}
   int64_t begin(Run& run, int phase) const override {
     if (!broadcasts(in(run, 0), out(run, 0)) || !broadcasts(in(run, 1), out(run, 0))) mismatch(run, spec_);
     return ParallelOp::begin(run, phase);
@@ -186,30 +175,22 @@ class BinaryOp final : public ParallelOp {
     const int64_t n = y.columns(), sa = y.rank ? strides[0][y.rank - 1] : 0, sb = y.rank ? strides[1][y.rank - 1] : 0;
     for_rows<2>(y, strides, begin, end, [&](int64_t row, const std::array<int64_t, 2>& at) {
       if (y.dtype == DType::f32) {
-        float_row(fn_, a.f32() + at[0], sa, b.f32() + at[1], sb, y.f32() + row * n, n);
+        float_row(fn_, {a.f32() + at[0], sa}, {b.f32() + at[1], sb}, y.f32() + row * n, n);
       } else if (y.dtype == DType::i64) {
         for (int64_t i = 0; i < n; ++i) {
           y.i64()[row * n + i] = arithmetic<int64_t>(fn_, a.i64()[at[0] + i * sa], b.i64()[at[1] + i * sb]);
         }
       } else {
-        compare_row(a, at[0], sa, b, at[1], sb, y.boolean() + row * n, n);
+        for (int64_t i = 0; i < n; ++i) y.boolean()[row * n + i] = compared(a, at[0] + i * sa, b, at[1] + i * sb);
       }
     });
   }
 
  private:
-  void compare_row(const Tensor& a, int64_t oa, int64_t sa, const Tensor& b, int64_t ob, int64_t sb, uint8_t* y,
-                   int64_t n) const {
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t u = oa + i * sa, v = ob + i * sb;
-      if (a.dtype == DType::f32) {
-        y[i] = compare(fn_, a.f32()[u], b.f32()[v]);
-      } else if (a.dtype == DType::i64) {
-        y[i] = compare(fn_, a.i64()[u], b.i64()[v]);
-      } else {
-        y[i] = compare(fn_, a.boolean()[u], b.boolean()[v]);
-      }
-    }
+  bool compared(const Tensor& a, int64_t i, const Tensor& b, int64_t j) const {
+    if (a.dtype == DType::f32) return compare(fn_, a.f32()[i], b.f32()[j]);
+    if (a.dtype == DType::i64) return compare(fn_, a.i64()[i], b.i64()[j]);
+    return compare(fn_, a.boolean()[i], b.boolean()[j]);
   }
 
   const Binary fn_;

@@ -95,7 +95,7 @@ double memory_read(int threads, size_t bytes) {
 }  // namespace
 
 void bind_pool(py::module_& m) {
-  m.def("memory_read", &memory_read, py::arg("threads"), py::arg("bytes"));
+  m.def("memory_read", &memory_read, py::arg("threads"), py::arg("size"));
   py::class_<ThreadPool>(m, "ThreadPool")
       .def(py::init<int>())
       .def_property_readonly("threads", &ThreadPool::threads)

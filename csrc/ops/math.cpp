@@ -7,16 +7,23 @@
 namespace edgeformer {
 namespace {
 
-// c[n] += sum over k of a[k * sa] * b[k * sb + n], k ascending.
-void row_product(const float* a, int64_t sa, const float* b, int64_t sb_k, int64_t sb_n, int64_t k, int64_t n,
-                 float* c) {
-  for (int64_t i = 0; i < k; ++i) {
-    const float v = a[i * sa];
-    const float* row = b + i * sb_k;
-    if (sb_n == 1) {
-      for (int64_t j = 0; j < n; ++j) c[j] += v * row[j];
+struct RowProduct {
+  const float* a;
+  int64_t a_step;
+  const float* b;
+  int64_t b_step_k, b_step_n;
+  int64_t k, n;
+};
+
+// c[n] += sum over k of a[k * a_step] * b[k * b_step_k + n * b_step_n], k ascending.
+void row_product(const RowProduct& p, float* c) {
+  for (int64_t i = 0; i < p.k; ++i) {
+    const float v = p.a[i * p.a_step];
+    const float* row = p.b + i * p.b_step_k;
+    if (p.b_step_n == 1) {
+      for (int64_t j = 0; j < p.n; ++j) c[j] += v * row[j];
     } else {
-      for (int64_t j = 0; j < n; ++j) c[j] += v * row[j * sb_n];
+      for (int64_t j = 0; j < p.n; ++j) c[j] += v * row[j * p.b_step_n];
     }
   }
 }
@@ -53,7 +60,7 @@ class MatMul final : public ParallelOp {
     for_rows<2>(y, {sa, sb}, begin, end, [&](int64_t row, const std::array<int64_t, 2>& at) {
       float* c = y.f32() + row * n;
       std::fill_n(c, n, 0.0f);
-      row_product(a.f32() + at[0], 1, b.f32() + at[1], n, 1, k, n, c);
+      row_product({a.f32() + at[0], 1, b.f32() + at[1], n, 1, k, n}, c);
     });
   }
 
@@ -82,7 +89,7 @@ class Gemm final : public ParallelOp {
     for (int64_t r = begin; r < end; ++r) {
       float* c = y.f32() + r * n;
       std::fill_n(c, n, 0.0f);
-      row_product(a.f32() + (ta ? r : r * k), ta ? a.shape[1] : 1, b.f32(), tb ? 1 : n, tb ? k : 1, k, n, c);
+      row_product({a.f32() + (ta ? r : r * k), ta ? a.shape[1] : 1, b.f32(), tb ? 1 : n, tb ? k : 1, k, n}, c);
       for (int64_t j = 0; j < n; ++j) {
         c[j] *= alpha;
         if (has_in(2)) c[j] += beta * in(run, 2).f32()[r * sc[0] + j * sc[1]];

@@ -219,10 +219,11 @@ class GatherNd final : public Op {
 // A copy of x in which y[.., ids[i], ..] along one axis is replaced by (or joined with) the updates.
 class ScatterElements final : public Op {
  public:
-  using Op::Op;
+  ScatterElements(int index, const OpSpec& spec)
+      : Op(index, spec), fn_(value_named(kScatters, "reduction", spec.name("fn"))) {}
   int64_t begin(Run& run, int) const override {
     const Tensor &x = in(run, 0), &ids = in(run, 1), &updates = in(run, 2), &y = out(run, 0);
-    const int64_t axis = spec_.integer("axis"), fn = spec_.integer("fn"), w = width(x);
+    const int64_t axis = spec_.integer("axis"), w = width(x);
     if (y.count) std::memcpy(y.data, x.data, y.bytes());
     const Strides own = contiguous(y), across = contiguous(ids);
     for (int64_t i = 0; i < ids.count; ++i) {
@@ -232,18 +233,21 @@ class ScatterElements final : public Op {
             a == axis ? checked_index(run, spec_, ids.i64()[i], y.shape[a]) : i / across[a] % ids.shape[a];
         at += index * own[a];
       }
-      if (fn == 0) {
+      if (fn_ == Scatter::none) {
         std::memcpy(static_cast<uint8_t*>(y.data) + at * w, static_cast<uint8_t*>(updates.data) + i * w, w);
       } else if (y.dtype == DType::f32) {
-        y.f32()[at] = fn == 1 ? y.f32()[at] + updates.f32()[i] : y.f32()[at] * updates.f32()[i];
+        y.f32()[at] = fn_ == Scatter::add ? y.f32()[at] + updates.f32()[i] : y.f32()[at] * updates.f32()[i];
       } else if (y.dtype == DType::i64) {
-        y.i64()[at] = fn == 1 ? y.i64()[at] + updates.i64()[i] : y.i64()[at] * updates.i64()[i];
+        y.i64()[at] = fn_ == Scatter::add ? y.i64()[at] + updates.i64()[i] : y.i64()[at] * updates.i64()[i];
       } else {
         throw InputProblem("ScatterElements that adds bools");
       }
     }
     return 0;
   }
+
+ private:
+  const Scatter fn_;
 };
 
 class ScatterNd final : public Op {

@@ -33,7 +33,8 @@ class LineOp : public ParallelOp {
 
 class Reduce final : public ParallelOp {
  public:
-  Reduce(int index, const OpSpec& spec) : ParallelOp(index, spec), fn_(static_cast<Fn>(spec.integer("fn"))) {}
+  Reduce(int index, const OpSpec& spec)
+      : ParallelOp(index, spec), fn_(value_named(kReductions, "reduction", spec.name("fn"))) {}
 
  protected:
   int64_t units(const Run& run) const override { return out(run, 0).count; }
@@ -71,8 +72,8 @@ class Reduce final : public ParallelOp {
       } else if (x.dtype == DType::i64) {
         y.i64()[i] = reduce_integers(x, base, count, gone, size, step);
       } else {
-        bool any = fn_ == Fn::min;  // of bools, max is "any" and min is "all"
-        for (int64_t j = 0; j < count && any == (fn_ == Fn::min); ++j) {
+        bool any = fn_ == Reduction::min;  // of bools, max is "any" and min is "all"
+        for (int64_t j = 0; j < count && any == (fn_ == Reduction::min); ++j) {
           any = x.boolean()[base + offset(j, gone, size, step)] != 0;
         }
         y.boolean()[i] = any;
@@ -81,8 +82,6 @@ class Reduce final : public ParallelOp {
   }
 
  private:
-  enum class Fn : int64_t { mean, sum, max, min, prod, l2, sumsquare, l1 };  // as emit.py has them
-
   static int64_t offset(int64_t j, int gone, const int64_t* size, const int64_t* step) {
     int64_t at = 0;
     for (int a = gone - 1; a >= 0; --a) {
@@ -92,26 +91,26 @@ class Reduce final : public ParallelOp {
     return at;
   }
   double start() const {
-    if (fn_ == Fn::max) return -INFINITY;
-    if (fn_ == Fn::min) return INFINITY;
-    return fn_ == Fn::prod ? 1.0 : 0.0;
+    if (fn_ == Reduction::max) return -INFINITY;
+    if (fn_ == Reduction::min) return INFINITY;
+    return fn_ == Reduction::prod ? 1.0 : 0.0;
   }
   void add(double* acc, double v) const {
     switch (fn_) {
-      case Fn::mean:
-      case Fn::sum:
+      case Reduction::mean:
+      case Reduction::sum:
         *acc += v;
         break;
-      case Fn::max:
+      case Reduction::max:
         *acc = std::isnan(v) || v > *acc ? v : *acc;
         break;
-      case Fn::min:
+      case Reduction::min:
         *acc = std::isnan(v) || v < *acc ? v : *acc;
         break;
-      case Fn::prod:
+      case Reduction::prod:
         *acc *= v;
         break;
-      case Fn::l1:
+      case Reduction::l1:
         *acc += std::fabs(v);
         break;
       default:
@@ -119,28 +118,31 @@ class Reduce final : public ParallelOp {
     }
   }
   double finish(double acc, int64_t count) const {
-    if (fn_ == Fn::mean) return acc / static_cast<double>(count);
-    return fn_ == Fn::l2 ? std::sqrt(acc) : acc;
+    if (fn_ == Reduction::mean) return acc / static_cast<double>(count);
+    return fn_ == Reduction::l2 ? std::sqrt(acc) : acc;
   }
   int64_t reduce_integers(const Tensor& x, int64_t base, int64_t count, int gone, const int64_t* size,
                           const int64_t* step) const {
-    int64_t acc = fn_ == Fn::prod ? 1 : fn_ == Fn::max ? INT64_MIN : fn_ == Fn::min ? INT64_MAX : 0;
+    int64_t acc = fn_ == Reduction::prod  ? 1
+                  : fn_ == Reduction::max ? INT64_MIN
+                  : fn_ == Reduction::min ? INT64_MAX
+                                          : 0;
     for (int64_t j = 0; j < count; ++j) {
       const int64_t v = x.i64()[base + offset(j, gone, size, step)];
-      if (fn_ == Fn::max) {
+      if (fn_ == Reduction::max) {
         acc = std::max(acc, v);
-      } else if (fn_ == Fn::min) {
+      } else if (fn_ == Reduction::min) {
         acc = std::min(acc, v);
-      } else if (fn_ == Fn::prod) {
+      } else if (fn_ == Reduction::prod) {
         acc *= v;
       } else {
-        acc += fn_ == Fn::sumsquare ? v * v : fn_ == Fn::l1 && v < 0 ? -v : v;
+        acc += fn_ == Reduction::sumsquare ? v * v : fn_ == Reduction::l1 && v < 0 ? -v : v;
       }
     }
-    return fn_ == Fn::mean && count ? acc / count : acc;
+    return fn_ == Reduction::mean && count ? acc / count : acc;
   }
 
-  const Fn fn_;
+  const Reduction fn_;
 };
 
 // Index of the largest (or smallest) along an axis, the first of equals.

@@ -7,28 +7,7 @@
 namespace edgeformer {
 namespace {
 
-// Order of edgeformer/engines/native/program/emit.py: POINTWISE. `a` and `b` are the operator's alpha and beta (or
-// gamma).
-enum class Point : int64_t {
-  floor,
-  ceil,
-  round,
-  sign,
-  leaky_relu,
-  elu,
-  selu,
-  celu,
-  hard_sigmoid,
-  hard_swish,
-  thresholded_relu,
-  softsign,
-  mish,
-  swish,
-  is_nan,
-  is_inf,
-};
-
-// 2^23 and larger floats are whole numbers. SSE2 and plain C have no rounding instruction, so it is spelled out.
+// 2^23 and larger floats are whole numbers. SSE2 and plain C have no rounding instruction, so it is written out.
 bool is_whole(float x) { return !(std::fabs(x) < 8388608.0f); }
 
 float below(float x) {  // the largest whole number <= x; keeps NaN, infinities and -0
@@ -46,6 +25,7 @@ float nearest(float x) {  // halves to the even number
 
 float expm1_of_negative(float x) { return exp1(min1(0.0f, x)) - 1.0f; }
 
+// `a` and `b`: the operator's alpha and beta (or gamma).
 float point(Point fn, float x, float a, float b) {
   switch (fn) {
     case Point::floor:
@@ -81,12 +61,12 @@ float point(Point fn, float x, float a, float b) {
   }
 }
 
-// y[i] = fn(x[i]): floats; whole numbers for sign; a bool for the tests, where a and b say whether -inf and inf count.
+// y[i] = fn(x[i]): floats; whole numbers for sign; a bool for the tests, for is_inf, a and b: whether -inf and inf count.
 class Pointwise final : public ParallelOp {
  public:
   Pointwise(int index, const OpSpec& spec)
       : ParallelOp(index, spec),
-        fn_(static_cast<Point>(spec.integer("fn"))),
+        fn_(value_named(kPoints, "function", spec.name("fn"))),
         a_(static_cast<float>(spec.floats.at("numbers")[0])),
         b_(static_cast<float>(spec.floats.at("numbers")[1])) {}
 

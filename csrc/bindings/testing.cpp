@@ -27,21 +27,7 @@ void expect(const Array<T>& a, int64_t size, const char* name) {
                                 std::to_string(size));
 }
 
-Unary unary_named(const std::string& name) {
-  static const char* const names[] = {"identity",  "exp",        "sigmoid",  "tanh", "erf",        "sqrt", "sin",
-                                      "cos",       "log",        "softplus", "relu", "relu2",      "silu", "gelu",
-                                      "gelu_tanh", "quick_gelu", "neg",      "abs",  "reciprocal", "rsqrt"};
-  static_assert(sizeof names / sizeof *names == size_t(Unary::count));
-  for (int i = 0; i < int(Unary::count); i++)
-    if (name == names[i]) return Unary(i);
-  throw std::invalid_argument("no unary function is named \"" + name + "\"");
-}
-
-WeightType weight_type(const std::string& name) {
-  for (int i = 0; i < kWeightTypes; i++)
-    if (name == kWeightTypeNames[i]) return WeightType(i);
-  throw std::invalid_argument("no weight type is named \"" + name + "\"");
-}
+Unary unary_named(const std::string& name) { return value_named(kUnaryTable, "function", name); }
 
 // Packed weights in the engine's own memory.
 struct Packed {
@@ -51,7 +37,7 @@ struct Packed {
   void* data;
 
   Packed(const std::string& name, int64_t rows, int64_t columns)
-      : type(weight_type(name)), n(rows), k(columns), bytes(packed_bytes(type, n, k)), data(pages_alloc(bytes)) {
+      : type(weight_type_named(name)), n(rows), k(columns), bytes(packed_bytes(type, n, k)), data(pages_alloc(bytes)) {
     if (!data) throw std::bad_alloc();
   }
   ~Packed() { pages_free(data, bytes); }
@@ -300,9 +286,8 @@ class Table {
 void bind_testing(py::module_& parent) {
   py::module_ m = parent.def_submodule("testing", "Kernels, pool and KV cache for tests.");
   m.attr("CHUNK_TOKENS") = kChunkTokens;
-  py::tuple types(kWeightTypes);
-  for (int i = 0; i < kWeightTypes; i++) types[size_t(i)] = kWeightTypeNames[i];
-  m.attr("WEIGHT_TYPES") = types;
+  m.attr("WEIGHT_TYPES") =
+      py::tuple(py::cast(std::vector<std::string>(kWeightTypeNames, kWeightTypeNames + kWeightTypes)));
   py::class_<Packed>(m, "Packed")
       .def(py::init<std::string, int64_t, int64_t>(), py::arg("type"), py::arg("n"), py::arg("k"))
       .def("pack", &Packed::pack, py::arg("q"), py::arg("scale") = py::none(), py::arg("min") = py::none(),

@@ -1,14 +1,14 @@
-"""What an engine is made of, as plain data: the lowered program, and where its weights lie in the bundle's files.
+"""What the C++ engine runs, as plain data: the lowered program, and where its weights are in the bundle's files.
 
-Lowering takes longer than all else of a load, and gives the same for the same graph. So its result is kept (`cache`):
-under the graph's content, the manifest's (which names the weights by their SHA-256) and the code that lowered it; and
-only while the weights file has the size and time that it had.
+Lowering is the slowest step of a load, and gives the same result for the same graph. So the disk cache has it. The key
+is the content of the graph and of the manifest (which has the SHA-256 of the weights), and the code that lowers; an
+entry is valid while the weights files have the size and time that it records.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,16 +25,16 @@ from edgeformer.engines.native.program.program import PackedWeight, Program, spe
 if TYPE_CHECKING:
     from edgeformer.engines.native.ir.graph import Graph
 
-LARGEST_KEPT = 16 << 20  # bytes of constants that no file of the bundle holds; with more it is not kept
+LARGEST_CACHED = 16 << 20  # bytes of a graph file, and of constants that are in no file; more is not cached
 _ALIGNED = 64
 
 
 @dataclass(slots=True)
-class Prepared:
-    """All that `NativeEngine` needs of a graph. `program` is what `program.spec` made for C++.
+class Executable:
+    """All that `NativeEngine` needs of a graph. `program` is the result of `program.spec`.
 
-    inputs: (name, dtype, shape), a size that is not known before a call as text; outputs, defaults and dtypes as the
-    graph has them. files: the weights files, mapped, by name. constants: what the parts of `weights` name.
+    inputs: (name, dtype, shape); a size that is known only in a call is text. outputs, defaults and dtypes: as the
+    graph has them. files: the mapped weights files by name. constants: those that the parts of `weights` name.
     """
 
     program: dict[str, Any]
@@ -45,49 +45,47 @@ class Prepared:
     outputs: list[str]
     dtypes: dict[str, str]
     defaults: dict[str, int]
-    keep: str  # the input that says how many logits to keep, "" without one
     rows: tuple[str, str]  # names of the axes [batch, sequence]
     past: str  # of the caches' length
     batch_local: bool
-    entry: str = ""  # what it is kept under, as its packed weights are; "" where it is not
+    cache_key: str = ""  # of its entry in the disk cache and that of its packed weights; "" without
     file_states: dict[str, list[int]] = field(default_factory=dict)  # size and time of the weights files, by name
 
 
-def prepare(path: Path, *, kept: bool = True) -> Prepared:
-    """The graph file `path` lowered, or as the cache folder has it; without `kept` that folder is left alone.
+def load_executable(path: Path, *, use_disk_cache: bool = True) -> Executable:
+    """The lowered graph file `path`, from the disk cache if it has a valid entry.
 
     Raises:
         BundleError: the file cannot be read.
         EngineUnavailable: some nodes cannot be lowered; the message names all of them.
     """
-    entry = _entry(path) if kept else ""
-    data = disk_cache.read(f"{entry}.program") if entry else None
+    key = _cache_key(path) if use_disk_cache else ""
+    data = disk_cache.read(f"{key}.program") if key else None
     found = _restored(data, path.parent) if data is not None else None
     if found is None:
         found = _lowered(path)
         found.file_states = {name: _file_state(path.parent / name) for name in found.files}
-        data = _as_bytes(found) if entry else None
+        data = _as_bytes(found) if key else None
         if data is not None:
-            disk_cache.write(f"{entry}.program", data)
+            disk_cache.write(f"{key}.program", data)
         else:
-            entry = ""
-    found.entry = entry
+            key = ""
+    found.cache_key = key
     return found
 
 
-def _lowered(path: Path) -> Prepared:
-    from edgeformer.engines.native.program.lowering import lower_bundle  # with all passes: not needed for what was kept
+def _lowered(path: Path) -> Executable:
+    from edgeformer.engines.native.program.lowering import lower_bundle  # imports all passes: only here
 
     program, graph = lower_bundle(path)
     return _of(program, graph, spec(program))
 
 
-def _of(program: Program, graph: Graph, plain: dict[str, Any]) -> Prepared:
+def _of(program: Program, graph: Graph, plain: dict[str, Any]) -> Executable:
     slots = program.slots
-    sized = [n for n in program.inputs if graph.info[n].value is not None]
     parts = [part for weight in program.weights for part, _ in weight.parts]
     named = dict.fromkeys(name for part in parts for name in (part.q, part.scale, part.min) if name)
-    return Prepared(
+    return Executable(
         program=plain,
         weights=program.weights,
         constants={name: graph.constants[name] for name in named},
@@ -99,30 +97,29 @@ def _of(program: Program, graph: Graph, plain: dict[str, Any]) -> Prepared:
         outputs=list(program.outputs),
         dtypes=dict(graph.io_dtypes),
         defaults=dict(graph.defaults),
-        keep="logits_to_keep" if "logits_to_keep" in sized else "",
         rows=program.row_symbols,
         past=program.past_symbol,
         batch_local=program.batch_local,
     )
 
 
-# ------------------------------------------------------------------------------------------------------- kept on disk
+# --------------------------------------------------------------------------------------------------------- disk cache
 
 
-def _entry(path: Path) -> str:
-    """What its entries are called; "" for a graph with its weights inside, which would take long to read twice."""
+def _cache_key(path: Path) -> str:
+    """The key of its entries; "" for a file with the weights inside, which takes long to read twice."""
     try:
-        if path.stat().st_size > LARGEST_KEPT:
+        if path.stat().st_size > LARGEST_CACHED:
             return ""
         graph, manifest = path.read_bytes(), path.with_name(MANIFEST)
         named = manifest.read_bytes() if manifest.is_file() else b""
     except OSError:
-        return ""  # lowering says what is wrong
-    return disk_cache.key(b"prepared", edgeformer.__version__.encode(), code_identity(), graph, named)
+        return ""  # lowering reports what is wrong
+    return disk_cache.key(b"executable", edgeformer.__version__.encode(), code_identity(), graph, named)
 
 
 def code_identity() -> bytes:
-    """Identifies what lowers graphs and packs weights: an editable installation changes without its version."""
+    """Identifies the code that lowers and packs: an editable installation changes without its version."""
     here = Path(__file__).parents[1]
     files = [*sorted(here.glob("**/*.py")), *sorted(Path(edgeformer.__file__).parent.glob("_native.*"))]
     return repr([(file.name, *_file_state(file)) for file in files]).encode()
@@ -134,7 +131,7 @@ def _file_state(path: Path) -> list[int]:
 
 
 class _Blob:
-    """Arrays behind one another, and their places."""
+    """Arrays one behind the other, and their places."""
 
     def __init__(self, files: Mapping[str, Array]) -> None:
         self.parts: list[Array] = []
@@ -142,7 +139,7 @@ class _Blob:
         self.files = {name: (mapped.ctypes.data, mapped.nbytes) for name, mapped in files.items()}
 
     def place(self, array: Array) -> dict[str, Any]:
-        """Where the array's bytes lie: in one of the files, else here."""
+        """Where the array's bytes are: in one of the files, else in this blob."""
         plain = np.ascontiguousarray(array)
         at: int = plain.ctypes.data
         found: dict[str, Any] = {"dtype": plain.dtype.str, "shape": plain.shape}
@@ -159,24 +156,31 @@ class _Blob:
             yield part.tobytes() + bytes(-part.nbytes % _ALIGNED)
 
 
-def _as_bytes(p: Prepared) -> bytes | None:
+def _as_bytes(p: Executable) -> bytes | None:
     blob = _Blob(p.files)
     header = {
         "files": p.file_states,
-        "program": p.program
-        | {"slots": [(*slot[:4], None if slot[4] is None else blob.place(slot[4])) for slot in p.program["slots"]]},
+        "program": p.program | {"slots": _slots(p.program, blob.place)},
         "weights": [asdict(weight) for weight in p.weights],
         "constants": {name: (c.dtype, c.shape, blob.place(c.data)) for name, c in p.constants.items()},
     }
     header |= {name: getattr(p, name) for name in _PLAIN}
-    if blob.size > LARGEST_KEPT:
+    if blob.size > LARGEST_CACHED:
         return None
     text = json.dumps(header, default=_number, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNED)
     return b"".join([len(text).to_bytes(8, "little"), text, *blob])
 
 
-_PLAIN = ("inputs", "outputs", "dtypes", "defaults", "keep", "rows", "past", "batch_local")
+def _slots(program: dict[str, Any], constant: Callable[[Any], Any]) -> list[dict[str, Any]]:
+    """The program's slots, each constant replaced by `constant` of it."""
+    return [
+        slot if slot["constant"] is None else slot | {"constant": constant(slot["constant"])}
+        for slot in program["slots"]
+    ]
+
+
+_PLAIN = ("inputs", "outputs", "dtypes", "defaults", "rows", "past", "batch_local")
 
 
 def _number(value: Any) -> Any:
@@ -185,8 +189,8 @@ def _number(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} in a program")
 
 
-def _restored(data: bytes, folder: Path) -> Prepared | None:
-    """None where the weights files are not those that it was made for."""
+def _restored(data: bytes, folder: Path) -> Executable | None:
+    """None if the weights files have changed since."""
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
     try:
@@ -204,10 +208,10 @@ def _restored(data: bytes, folder: Path) -> Prepared | None:
         return found
 
     program = header["program"]
-    program["slots"] = [(*slot[:4], None if slot[4] is None else array(slot[4])) for slot in program["slots"]]
+    program["slots"] = _slots(program, array)
     plain = {name: header[name] for name in _PLAIN}
     plain["inputs"] = [(name, dtype, tuple(shape)) for name, dtype, shape in plain["inputs"]]
-    return Prepared(
+    return Executable(
         program=program,
         weights=list(_weights(header["weights"])),
         constants={
@@ -228,4 +232,4 @@ def _weights(plain: list[dict[str, Any]]) -> Iterator[PackedWeight]:
         yield PackedWeight(**weight, parts=parts)
 
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Executable", "load_executable"]
