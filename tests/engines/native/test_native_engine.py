@@ -290,21 +290,14 @@ def test_memory_is_predicted(engine):
 
 def test_programs_use_the_names_of_the_extension():
     """A program carries names, and csrc/program/names.h maps them: the lists of both languages are the same."""
-    from edgeformer.engines.native.ir.functions import POINTWISE_FUNCTIONS, UNARY_FUNCTIONS
     from edgeformer.engines.native.ir.weight import WEIGHT_TYPES
     from edgeformer.engines.native.program import emit
     from edgeformer.engines.native.program.program import LANES
 
     mine = {
-<<<<<<< HEAD
         "unary": functions.UNARY_FUNCTIONS,
         "binary": tuple(emit.ELEMENTWISE.values()),
         "pointwise": functions.POINTWISE_FUNCTIONS,
-=======
-        "unary": UNARY_FUNCTIONS,
-        "binary": tuple(emit.ELEMENTWISE.values()),
-        "pointwise": POINTWISE_FUNCTIONS,
->>>>>>> engine
         "reduce": emit.REDUCTIONS,
         "scatter": emit.SCATTERS,
         "weight": WEIGHT_TYPES,

@@ -26,10 +26,7 @@ ELEMENTWISE = {
     "GreaterOrEqual": "greater_equal", "And": "and", "Or": "or", "Xor": "xor",
 }  # fmt: skip
 
-<<<<<<< HEAD
 # Functions that the engine knows by these names; a test compares them with those of csrc/program/names.h.
-=======
->>>>>>> engine
 REDUCTIONS = ("mean", "sum", "max", "min", "prod", "l2", "sumsquare", "l1")
 SCATTERS = ("none", "add", "mul")
 
