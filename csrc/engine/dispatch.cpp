@@ -16,7 +16,7 @@ using Features = std::vector<std::pair<std::string, bool>>;
 
 #if defined(__x86_64__)
 
-uint64_t enabled_state() {  // XCR0: which registers the OS saves
+uint64_t enabled_state() {  // XCR0: the registers that the OS saves
   uint32_t low, high;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return uint64_t(high) << 32 | low;
@@ -40,8 +40,8 @@ Features detect() {
   };
 }
 
-// How far ahead to ask for weights: the Intel Xeons that were measured like 4 KiB. Zen 4 reads one or two rows' weights
-// fastest when nobody asks, those of more rows with 8 KiB (docs/performance.md).
+// Kernels::prefetch, as measured (docs/performance.md): 4 KiB on Intel Xeons. On Zen 4: none for one or two rows,
+// 8 KiB for more.
 std::pair<int64_t, int64_t> prefetch() {
   uint32_t a = 0, b = 0, c = 0, d = 0;
   if (__get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx) return {0, 8192};
@@ -50,7 +50,7 @@ std::pair<int64_t, int64_t> prefetch() {
 
 #elif defined(__aarch64__)
 
-std::pair<int64_t, int64_t> prefetch() { return {0, 0}; }  // a constant of the NEON tables
+std::pair<int64_t, int64_t> prefetch() { return {0, 0}; }  // the NEON tables have S::kPrefetch
 
 Features detect() {
 #if defined(__linux__)

@@ -1,4 +1,4 @@
-// 16 lanes as four q registers: what the NEON tables share (see simd.inl). Weights are signed bytes for SDOT.
+// 16 lanes as four q registers: the primitives of simd.inl that the NEON tables share. W is signed bytes, for SDOT.
 
 struct Lanes {
   struct F {
@@ -144,7 +144,7 @@ struct Lanes {
   static int8x16_t high_nibbles(int8x16_t w) { return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(w), 4)); }
   static W flip(W w) { EDGEFORMER_EACH(W, flip(w.v[j])) }
   static W byte_weight(const uint8_t* p) { return flip(load_w(p)); }
-  // Nibbles as the numbers to multiply: q4's are q + 8.
+  // Nibbles as signed factors; centred (q4): they are q + 8.
   template <bool centred>
   static W low_nibbles(W w) {
     EDGEFORMER_EACH(W, centred ? vsubq_s8(low_nibbles(w.v[j]), vdupq_n_s8(8)) : low_nibbles(w.v[j]))
@@ -154,7 +154,7 @@ struct Lanes {
     EDGEFORMER_EACH(W, centred ? vsubq_s8(high_nibbles(w.v[j]), vdupq_n_s8(8)) : high_nibbles(w.v[j]))
   }
 
-  // 16 columns of a row of activations in one register; SDOT takes one of its four dwords for all lanes.
+  // 16 columns of a row of activations in one register; SDOT multiplies all lanes with one of its four dwords.
   using X = int8x16_t;
   static X load_x(const int8_t* p) { return vld1q_s8(p); }
   using ByteSum = I;

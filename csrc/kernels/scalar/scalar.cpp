@@ -1,7 +1,7 @@
-// The scalar table: plain loops, one element at a time, written straight from the formulas in kernels.h.
+// The scalar table: plain loops, one element at a time, the formulas of kernels.h written out.
 //
-// It shares no code with the SIMD tables: it is the witness they are compared with, and what runs where nothing better
-// does. fma is the C library's where the CPU has none; it is correctly rounded by definition, so the bits stay.
+// It shares no code with the SIMD tables: it is their reference in the tests, and the table of CPUs that no other table
+// fits. Without an fma instruction the C library's fma runs; both round correctly, so the bits are the same.
 #include "kernels/kernels.h"
 #include "kernels/scalar/scalar_math.h"
 
@@ -29,7 +29,8 @@ float sum16(const float* s16) {
   return s[0];
 }
 
-// absmax of n values by their bits (NaN counts as the largest), then scale and quantized values, in -limit..limit.
+// q[c] = round_to_even(x[c] * (limit / absmax)), in -limit .. limit; returns absmax / limit. absmax < 2^-100: zeros.
+// absmax is found by comparing bits, so that a NaN is the largest.
 template <class T, int limit = 127>
 float quantize_values(const float* x, int64_t n, T* q) {
   uint32_t top = 0;

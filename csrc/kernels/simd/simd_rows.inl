@@ -1,4 +1,4 @@
-// Row kernels over S (see simd.inl): epilogues, norms, softmax, rope, dequantize.
+// Row kernels over S (see simd.inl): epilogues, norms, softmax, rope. Their formulas: Kernels in kernels.h.
 
 inline void epilogue(const EpilogueArgs& a) {
   with_unary(a.activation, [&](auto f) __attribute__((always_inline)) {

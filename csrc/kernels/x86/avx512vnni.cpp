@@ -1,7 +1,7 @@
 // The AVX-512 VNNI table: one zmm is 16 lanes, vpdpbusd does 64 multiply-adds, 32 registers hold an 8 x 2 panel tile.
 #if defined(__x86_64__)
 #if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own _mm512_undefined_*
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns about its own _mm512_undefined_*
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>

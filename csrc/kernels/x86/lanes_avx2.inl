@@ -1,4 +1,4 @@
-// 16 lanes as two ymm: what the AVX2 and the AVX-VNNI table share. The including file adds the weights (see simd.inl).
+// 16 lanes as two ymm: the primitives of simd.inl that AVX2 and AVX-VNNI share. The including file adds the dots.
 
 struct Lanes {
   struct F {
@@ -116,7 +116,8 @@ struct Lanes {
     m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
     return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1)));
   }
-  static __m256i put_block(int8_t* p, I a, I b) {  // and the sums of its quarters: 4 of a, 4 of b
+  // a, b as 32 int8 at p; returns 8 sums of 4 bytes each: 4 of a, 4 of b.
+  static __m256i put_block(int8_t* p, I a, I b) {
     const __m256i w = _mm256_packs_epi16(_mm256_packs_epi32(a.a, a.b), _mm256_packs_epi32(b.a, b.b));
     const __m256i q = _mm256_permutevar8x32_epi32(w, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), q);

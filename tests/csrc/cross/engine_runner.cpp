@@ -15,8 +15,8 @@
 #include <string>
 #include <vector>
 
-#include "engine/engine.h"
 #include "engine/dispatch.h"
+#include "engine/engine.h"
 
 using namespace edgeformer;
 
