@@ -261,9 +261,6 @@ struct Kernels {
   void (*rope)(const float* x, int64_t ldx, int64_t m, int64_t heads, int64_t head_dim, int64_t rotary,
                bool interleaved, const float* cos, const float* sin, int64_t ldc, float* y, int64_t ldy);
 
-  // y[c] = float(q[c]) * s[c / block]: one embedding row. block divides nothing in particular; the last may be short.
-  void (*dequantize)(const int8_t* q, const float* s, int64_t k, int64_t block, float* y);
-
   void (*kv_append)(const KvAppendArgs&);
   // Attention of the query tokens [token_begin, token_end) and the query heads of one KV head.
   //   attention           over all chunks, into `out`: prefill, and decoding with a short cache
@@ -278,12 +275,26 @@ struct Kernels {
                           const float* partial, int64_t stride);
 };
 
-// Each table starts as a copy of the next-lower one and overrides what it does better. One file, one symbol each.
+// The one list of kernels beside `linear`. Every table sets all of them and linear[0 .. kWeightTypes), each from its own
+// file; only neon_i8mm inherits, all but the linears of quantized weights, from neon_dotprod. kernels_for (engine/
+// dispatch.h) refuses a table with a null pointer.
+#define EDGEFORMER_KERNELS(X)                                                                          \
+  X(quantize)                                                                                          \
+  X(epilogue) X(gated) X(unary) X(rms_norm) X(layer_norm) X(softmax) X(rope) X(kv_append) X(attention) \
+      X(attention_partial) X(attention_merge)
+
+#define EDGEFORMER_COUNT(name) +1
+static_assert(sizeof(Kernels) == sizeof(Kernels::isa) + sizeof(Kernels::prefetch) + sizeof(Kernels::linear) +
+                                     (EDGEFORMER_KERNELS(EDGEFORMER_COUNT)) * sizeof(void (*)()),
+              "a kernel is missing in EDGEFORMER_KERNELS");
+#undef EDGEFORMER_COUNT
+
+// One file, one symbol each.
 Kernels kernels_scalar();
-Kernels kernels_avx2(Kernels scalar);
-Kernels kernels_avxvnni(Kernels avx2);
-Kernels kernels_avx512vnni(Kernels avxvnni);
-Kernels kernels_neon_dotprod(Kernels scalar);
+Kernels kernels_avx2();
+Kernels kernels_avxvnni();
+Kernels kernels_avx512vnni();
+Kernels kernels_neon_dotprod();
 Kernels kernels_neon_i8mm(Kernels neon_dotprod);
 
 }  // namespace edgeformer

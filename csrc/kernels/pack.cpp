@@ -124,12 +124,13 @@ Half to_fp16(const float* x, int64_t n, uint16_t* h) {
   return beyond ? Half::beyond : rounded ? Half::rounded : Half::exact;
 }
 
-}  // namespace
-
+// Bytes of one panel (16 rows); panel p starts at p * panel_bytes.
 size_t panel_bytes(WeightType type, int64_t k) {
   if (type == WeightType::f32) return size_t(k * kLanes * 4);
   return size_t(shape_of(type).head_at(blocks_of(k)));
 }
+
+}  // namespace
 
 size_t packed_bytes(WeightType type, int64_t n, int64_t k) { return size_t(panels_of(n)) * panel_bytes(type, k); }
 

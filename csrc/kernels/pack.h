@@ -10,8 +10,6 @@ namespace edgeformer {
 
 // Bytes of packed W[n, k]: n padded to 16 rows, k to 32 columns. q4x64 and q8x128: k is a multiple of 64, of 128.
 size_t packed_bytes(WeightType type, int64_t n, int64_t k);
-// Bytes of one panel (16 rows); panel p starts at p * panel_bytes.
-size_t panel_bytes(WeightType type, int64_t k);
 
 // W[n, k] as a model file stores it. Element (r, c) has the index i = r * k + c.
 //

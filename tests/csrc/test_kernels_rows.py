@@ -278,18 +278,3 @@ def test_rope(interleaved: bool, head_dim: int, rotary: int) -> None:
         np.abs(z[..., b] * c) + np.abs(z[..., a] * s),
     )
     assert_within(y.reshape(value.shape), value, 2 * U * size)
-
-
-@pytest.mark.parametrize("k", [1, 15, 16, 33, 100, 576])
-@pytest.mark.parametrize("block", [5, 16, 32, 64])
-def test_dequantize(k: int, block: int) -> None:
-    rng = np.random.default_rng([k, block])
-    q, s = rng.integers(-127, 128, k).astype(np.int8), rng.standard_normal(-(-k // block)).astype(np.float32)
-
-    def call(table):
-        y = np.full(k + 4, POISON)
-        table.dequantize(q, s, block, y)
-        assert (y[k:] == POISON).all()
-        return y[:k].copy()
-
-    assert_same_bits(on_all(call), q.astype(np.float32) * np.repeat(s, block)[:k])

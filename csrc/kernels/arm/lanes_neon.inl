@@ -53,12 +53,6 @@ struct Lanes {
   static constexpr bool kPowers = false;
   static I to_int(F x) { EDGEFORMER_EACH(I, vcvtnq_s32_f32(x.v[j])) }
   static F to_float(I x) { EDGEFORMER_EACH(F, vcvtq_f32_s32(x.v[j])) }
-  static F s8(const int8_t* p) {
-    const int8x16_t b = vld1q_s8(p);
-    const int16x8_t low = vmovl_s8(vget_low_s8(b)), high = vmovl_high_s8(b);
-    return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_high_s16(low)),
-            vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))};
-  }
   static F half(const uint8_t* p) { return widen(vld1q_u8(p), vld1q_u8(p + 16)); }
   static F widen(uint8x16_t a, uint8x16_t b) {  // 16 fp16
     const float16x8_t low = vreinterpretq_f16_u8(a), high = vreinterpretq_f16_u8(b);

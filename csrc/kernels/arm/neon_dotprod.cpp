@@ -114,7 +114,7 @@ inline __attribute__((always_inline)) void tile_rows(const LinearArgs& a, const 
 
 }  // namespace
 
-Kernels kernels_neon_dotprod(Kernels base) { return simd_table(base, "neon_dotprod"); }
+Kernels kernels_neon_dotprod() { return simd_table("neon_dotprod"); }
 
 }  // namespace edgeformer
 

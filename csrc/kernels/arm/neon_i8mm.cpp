@@ -179,15 +179,15 @@ inline __attribute__((always_inline)) void tile_rows(const LinearArgs& a, const 
 
 }  // namespace
 
-Kernels kernels_neon_i8mm(Kernels base) {
-  base.isa = "neon_i8mm";
-  base.linear[int(WeightType::q4a)] = linear<Q4a>;
-  base.linear[int(WeightType::q4)] = linear<Q4>;
-  base.linear[int(WeightType::q4x64)] = linear<Q4x64>;
-  base.linear[int(WeightType::q8)] = linear<Q8>;
-  base.linear[int(WeightType::q8x16)] = linear<Q8x16>;
-  base.linear[int(WeightType::q8x128)] = linear<Q8x128>;
-  return base;
+Kernels kernels_neon_i8mm(Kernels k) {
+  k.isa = "neon_i8mm";
+  k.linear[int(WeightType::q4a)] = linear<Q4a>;
+  k.linear[int(WeightType::q4)] = linear<Q4>;
+  k.linear[int(WeightType::q4x64)] = linear<Q4x64>;
+  k.linear[int(WeightType::q8)] = linear<Q8>;
+  k.linear[int(WeightType::q8x16)] = linear<Q8x16>;
+  k.linear[int(WeightType::q8x128)] = linear<Q8x128>;
+  return k;
 }
 
 }  // namespace edgeformer

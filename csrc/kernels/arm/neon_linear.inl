@@ -1,7 +1,7 @@
 // The linears of the NEON tables, SDOT and SMMLA. (x86: simd_linear.inl.)
 //
-// Their cost is the number of instructions (docs/performance.md, "Instructions on ARM"): so a load takes 64 bytes, pointers
-// advance with it, few rows read the packed bytes and more rows an unpacked tile. S has, beside Lanes:
+// Their cost is the number of instructions (docs/performance.md, "Instructions on ARM"): so a load takes 64 bytes and
+// advances its pointer, few rows read the packed bytes and more rows an unpacked tile. S has, beside Lanes:
 //
 //   kDirectRows                 up to so many rows (at most 4) read the packed bytes
 //   kTileRows                   rows of activations in one pass over a tile

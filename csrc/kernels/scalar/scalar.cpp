@@ -262,10 +262,6 @@ void rope(const float* x, int64_t ldx, int64_t m, int64_t heads, int64_t head_di
   }
 }
 
-void dequantize(const int8_t* q, const float* s, int64_t k, int64_t block, float* y) {
-  for (int64_t c = 0; c < k; c++) y[c] = float(q[c]) * s[c / block];
-}
-
 #include "kernels/scalar/scalar_attention.inl"
 
 }  // namespace
@@ -273,7 +269,6 @@ void dequantize(const int8_t* q, const float* s, int64_t k, int64_t block, float
 Kernels kernels_scalar() {
   Kernels k = {};
   k.isa = "scalar";
-  k.quantize = quantize;
   k.linear[int(WeightType::q4a)] = linear_blocks<WeightType::q4a>;
   k.linear[int(WeightType::q4)] = linear_blocks<WeightType::q4>;
   k.linear[int(WeightType::q8)] = linear_blocks<WeightType::q8>;
@@ -281,18 +276,9 @@ Kernels kernels_scalar() {
   k.linear[int(WeightType::q4x64)] = linear_wide<WeightType::q4x64>;
   k.linear[int(WeightType::q8x128)] = linear_wide<WeightType::q8x128>;
   k.linear[int(WeightType::f32)] = linear_f32;
-  k.epilogue = epilogue;
-  k.gated = gated;
-  k.unary = unary;
-  k.rms_norm = rms_norm;
-  k.layer_norm = layer_norm;
-  k.softmax = softmax;
-  k.rope = rope;
-  k.dequantize = dequantize;
-  k.kv_append = kv_append;
-  k.attention = attention;
-  k.attention_partial = attention_partial;
-  k.attention_merge = attention_merge;
+#define EDGEFORMER_SET(name) k.name = name;
+  EDGEFORMER_KERNELS(EDGEFORMER_SET)
+#undef EDGEFORMER_SET
   return k;
 }
 

@@ -165,9 +165,9 @@ inline void linear_f32(const LinearArgs& a, int64_t panel_begin, int64_t panel_e
 #include "kernels/simd/simd_rows.inl"
 
 // A table of the kernels above: it sets every kernel of kernels.h.
-inline Kernels simd_table(Kernels k, const char* isa) {
+inline Kernels simd_table(const char* isa) {
+  Kernels k = {};
   k.isa = isa;
-  k.quantize = quantize;
   k.linear[int(WeightType::q4a)] = linear<Q4a>;
   k.linear[int(WeightType::q4)] = linear<Q4>;
   k.linear[int(WeightType::q4x64)] = linear<Q4x64>;
@@ -175,17 +175,8 @@ inline Kernels simd_table(Kernels k, const char* isa) {
   k.linear[int(WeightType::q8x16)] = linear<Q8x16>;
   k.linear[int(WeightType::q8x128)] = linear<Q8x128>;
   k.linear[int(WeightType::f32)] = linear_f32;
-  k.epilogue = epilogue;
-  k.gated = gated;
-  k.unary = unary;
-  k.rms_norm = rms_norm;
-  k.layer_norm = layer_norm;
-  k.softmax = softmax;
-  k.rope = rope;
-  k.dequantize = dequantize;
-  k.kv_append = kv_append;
-  k.attention = attention;
-  k.attention_partial = attention_partial;
-  k.attention_merge = attention_merge;
+#define EDGEFORMER_SET(name) k.name = name;
+  EDGEFORMER_KERNELS(EDGEFORMER_SET)
+#undef EDGEFORMER_SET
   return k;
 }

@@ -1,7 +1,7 @@
 // Floats -> int8: activations by blocks, and the keys and values of the KV cache. Included by simd.inl.
 
 // The formula at Kernels::quantize, 16 blocks at a time across rows: one division gives 16 scales, and blocks are
-// independent. whole: every block has 32 columns. shared: blocks of one span, 1, 2 or 4; they start at a multiple of it.
+// independent. whole: every block has 32 columns. shared: blocks of one span: 1, 2 or 4, from a multiple of it on.
 template <bool whole, int shared>
 inline void quantize_blocks(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t block_begin, int64_t block_end,
                             int8_t* xq, XBlock* xb) {

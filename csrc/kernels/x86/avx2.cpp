@@ -59,7 +59,7 @@ struct S : Lanes {
 
 }  // namespace
 
-Kernels kernels_avx2(Kernels base) { return simd_table(base, "avx2"); }
+Kernels kernels_avx2() { return simd_table("avx2"); }
 
 }  // namespace edgeformer
 
