@@ -118,7 +118,7 @@ class Engine {
   std::mutex mutex_;  // one forward at a time uses what is below
   int64_t process_;
   ThreadPool pool_;
-  Shares shares_;  // of the phase that runs
+  WorkRanges ranges_;  // of the phase that runs
   Run run_;
   std::vector<int64_t> planned_;  // sizes and pieces for which run_ is laid out
   std::vector<size_t> offsets_, temp_;

@@ -276,12 +276,23 @@ struct Kernels {
 };
 
 // The one list of kernels beside `linear`. Every table sets all of them and linear[0 .. kWeightTypes), each from its own
-// file; only neon_i8mm inherits, all but the linears of quantized weights, from neon_dotprod. kernels_for (engine/
-// dispatch.h) refuses a table with a null pointer.
-#define EDGEFORMER_KERNELS(X)                                                                          \
-  X(quantize)                                                                                          \
-  X(epilogue) X(gated) X(unary) X(rms_norm) X(layer_norm) X(softmax) X(rope) X(kv_append) X(attention) \
-      X(attention_partial) X(attention_merge)
+// file; only neon_i8mm inherits, all but the linears of quantized weights, from neon_dotprod. kernels_for in
+// engine/dispatch.h refuses a table with a null pointer.
+// clang-format off
+#define EDGEFORMER_KERNELS(X) \
+  X(quantize)          \
+  X(epilogue)          \
+  X(gated)             \
+  X(unary)             \
+  X(rms_norm)          \
+  X(layer_norm)        \
+  X(softmax)           \
+  X(rope)              \
+  X(kv_append)         \
+  X(attention)         \
+  X(attention_partial) \
+  X(attention_merge)
+// clang-format on
 
 #define EDGEFORMER_COUNT(name) +1
 static_assert(sizeof(Kernels) == sizeof(Kernels::isa) + sizeof(Kernels::prefetch) + sizeof(Kernels::linear) +

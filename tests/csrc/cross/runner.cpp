@@ -168,7 +168,7 @@ void attention(const Kernels& kernels) {
         for (int64_t c = 0; c < 2; c++) kernels.attention_partial(a, h, 0, tokens, c, partial.data() + c * stride);
         kernels.attention_merge(a, h, 0, tokens, 2, partial.data(), stride);
       }
-      print("attention" + name, out);  // the same name: both ways must give one hash
+      print("attention" + name, out);  // the same name: both must give one hash
     }
   }
 }
