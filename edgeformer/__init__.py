@@ -22,7 +22,7 @@ from edgeformer.errors import (
 
 if TYPE_CHECKING:
     from edgeformer.bundle.bundle import Bundle
-    from edgeformer.decoding.loop import Piece, Result
+    from edgeformer.decoding.result import Piece, Result
     from edgeformer.model import Model, load
 
 __version__ = "0.1.0"
@@ -49,8 +49,8 @@ _LAZY = {
     "Bundle": "edgeformer.bundle.bundle",
     "Model": "edgeformer.model",
     "load": "edgeformer.model",
-    "Piece": "edgeformer.decoding.loop",
-    "Result": "edgeformer.decoding.loop",
+    "Piece": "edgeformer.decoding.result",
+    "Result": "edgeformer.decoding.result",
 }
 
 

@@ -1,4 +1,4 @@
-"""`load` a bundle, and the Model that it gives."""
+"""`load` opens a bundle as a Model."""
 
 from __future__ import annotations
 
@@ -6,33 +6,38 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack
 
 import numpy as np
 
 from edgeformer.bundle.bundle import Bundle
 from edgeformer.bundle.signature import IDS
-from edgeformer.decoding.generation import Answering, Call
 from edgeformer.decoding.generation_config import Arguments, GenerationConfig, file_settings
 from edgeformer.decoding.generation_fields import notes
-from edgeformer.decoding.loop import CHUNK, Limits, Result, Session, Stream
+from edgeformer.decoding.limits import Limits
+from edgeformer.decoding.request import CallOptions
+from edgeformer.decoding.result import Result, Stream
+from edgeformer.decoding.session import Session
 from edgeformer.engines.base import Engine
-from edgeformer.engines.choose import Choice, EngineName, NativeOptions, check_arguments, choose
+from edgeformer.engines.choose import Choice, EngineName, check_arguments, choose
+from edgeformer.engines.native.options import NativeOptions
 from edgeformer.errors import BundleError, EdgeformerWarning, EngineUnavailable, InputError
 from edgeformer.machine import default_threads
 from edgeformer.processing.tokenizer import Tokenizer
+from edgeformer.tasks.choose import choose_task
+from edgeformer.tasks.embedding import Encoder
 from edgeformer.tasks.encoder_methods import EncoderMethods
-from edgeformer.tasks.seq2seq import EncoderDecoder, Transcript, transcribe
+from edgeformer.tasks.seq2seq import EncoderDecoder
+from edgeformer.tasks.speech import Transcript, transcribe
+from edgeformer.tasks.text_generation import Prompt, TextGeneration, encode_prompt
 
 if TYPE_CHECKING:
     from edgeformer.engines.native.engine import Memory
 
-Prompt = str | Sequence[int] | np.ndarray[Any, Any] | Sequence[Mapping[str, Any]]
-
 
 def load(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Bundle,
     engine: EngineName = "auto",
     threads: int | None = None,
     *,
@@ -42,7 +47,7 @@ def load(
     memory_limit: int | None = None,
     check: Literal["sizes", "hashes"] = "sizes",
 ) -> Model:
-    """The model in the bundle at `path`, ready to run.
+    """The model in the bundle at `path` (or in one that `Bundle.open` gave), ready to run.
 
     `engine="auto"` takes CUDA where a session really runs on it, else the native engine where it can run this graph,
     else ONNX Runtime on the CPU (float models without a cache try these two the other way round); `Model.explain` says
@@ -63,7 +68,9 @@ def load(
     """
     check_arguments(engine, threads, isa)
     native = NativeOptions(isa, kv, context, memory_limit)
-    bundle = Bundle.open(path, check=check)
+    bundle = path if isinstance(path, Bundle) else Bundle.open(path, check=check)
+    if isinstance(path, Bundle) and check == "hashes":
+        bundle = Bundle.open(path.path, check)
     tokenizer = cache(lambda: Tokenizer.of(bundle))  # parsed while the weights are packed, which takes about as long
     settings = file_settings(bundle)
     if settings:
@@ -76,7 +83,7 @@ def load(
 
 
 class Model(EncoderMethods):
-    """A loaded bundle. Threads may share it; each generation has a state of its own."""
+    """A loaded bundle. Threads may share it: each generation has its own state."""
 
     def __init__(
         self,
@@ -87,6 +94,7 @@ class Model(EncoderMethods):
     ) -> None:
         self.bundle = bundle
         self.tokenizer = tokenizer  # None where the bundle has none
+        self._task = choose_task(bundle, engines, tokenizer)
         self._encoder = engines.get("encoder")
         self._graph = "model" if self._encoder is None else "decoder"
         self.engine = engines[self._graph]  # of an encoder-decoder, the decoder's
@@ -99,12 +107,11 @@ class Model(EncoderMethods):
     @property
     def is_language_model(self) -> bool:
         """Whether the graph takes `input_ids` and gives `logits` for them."""
-        graph = self.bundle.manifest["graphs"][self._graph]
-        return IDS in graph["inputs"] and "logits" in graph["outputs"] and self.bundle.task == "text-generation"
+        return isinstance(self._task, TextGeneration)
 
     @property
     def info(self) -> dict[str, Any]:
-        """What is loaded, for people and for logs."""
+        """Facts about the loaded bundle, for people and logs."""
         manifest = self.bundle.manifest
         return {
             "path": str(self.bundle.path),
@@ -123,11 +130,11 @@ class Model(EncoderMethods):
         }
 
     def explain(self) -> Choice:
-        """Which engine runs, and why not the others; and which rules of generation are not followed."""
+        """The engine that runs, the reasons against the others, and the generation settings that are not followed."""
         return self._choice
 
     def memory(self, context: int | None = None) -> Memory:
-        """Bytes that weights, one state of `context` tokens and working memory take. Only the native engine knows.
+        """Bytes of the weights, one state of `context` tokens and working memory. Only the native engine predicts it.
 
         An encoder-decoder's are those of both graphs, with a source of `context` tokens.
 
@@ -141,7 +148,7 @@ class Model(EncoderMethods):
         return need if self._encoder is None else need + self._encoder.memory(context)  # type: ignore[attr-defined]
 
     def session(self) -> Session:
-        """A conversation's memory: pass it to `generate` or `stream`, and only what is new of a prompt is run."""
+        """The state of a conversation: pass it to `generate` or `stream`, and only the new tokens of a prompt run."""
         return Session(self.engine.new_state())
 
     def generate(
@@ -153,11 +160,11 @@ class Model(EncoderMethods):
         ignore_eos: bool = False,
         session: Session | None = None,
         decoder_prompt: Sequence[int] | None = None,
-        **rules: Unpack[Arguments],
+        **arguments: Unpack[Arguments],
     ) -> Result:
         """The whole answer to `prompt`: text, token ids, or a list of chat messages.
 
-        `rules` have the names and the meaning of transformers' GenerationConfig: `max_new_tokens`, `temperature`,
+        `arguments` have the names and the meaning of transformers' GenerationConfig: `max_new_tokens`, `temperature`,
         `top_p`, `num_beams`, `no_repeat_ngram_size`, ... One that is left out, or None, is as the bundle's
         generation_config.json says, else transformers' default; but where nothing limits an answer it has 128 tokens.
         So text is greedy unless the file samples or a `temperature` above 0 is given; `temperature=0` is greedy.
@@ -170,7 +177,15 @@ class Model(EncoderMethods):
             InputError: an argument is unknown or out of its range, or the prompt is longer than the model's context.
             TemplateError: chat messages for a bundle without a chat template, or refused by it.
         """
-        stream = self._stream(prompt, rules, stop, Call(seed, ignore_eos, session), decoder_prompt)
+        stream = self.stream(
+            prompt,
+            seed=seed,
+            stop=stop,
+            ignore_eos=ignore_eos,
+            session=session,
+            decoder_prompt=decoder_prompt,
+            **arguments,
+        )
         for _ in stream:
             pass
         return stream.result
@@ -184,14 +199,18 @@ class Model(EncoderMethods):
         ignore_eos: bool = False,
         session: Session | None = None,
         decoder_prompt: Sequence[int] | None = None,
-        **rules: Unpack[Arguments],
+        **arguments: Unpack[Arguments],
     ) -> Stream:
         """The answer piece by piece, as it comes (that of a beam search at its end); `.result` of the stream has the
         whole once it ended.
 
         Arguments and errors are those of `generate`.
         """
-        return self._stream(prompt, rules, stop, Call(seed, ignore_eos, session), decoder_prompt)
+        if isinstance(self._task, Encoder):
+            self._refuse("generate")
+        options = CallOptions(seed, ignore_eos, session)
+        given = arguments if stop is None else {**arguments, "stop_strings": stop}
+        return self._task.stream(prompt, given, options, decoder_prompt)
 
     def transcribe(
         self,
@@ -202,7 +221,7 @@ class Model(EncoderMethods):
         num_beams: int | None = None,
         max_new_tokens: int | None = None,
     ) -> Transcript:
-        """What is said in a recording's file, or in samples [count] at the model's rate.
+        """The transcript of a recording: a file, or float samples [count] at the model's rate.
 
         Longer recordings are cut into the windows that the model was made for. Without a `language` (the bundle's, if
         it names one) the model says which it hears, if it knows several; `task="translate"` gives English, "transcribe"
@@ -211,10 +230,10 @@ class Model(EncoderMethods):
         Raises:
             InputError: this is no speech model, or the recording cannot be read.
         """
-        if self._encoder is None:
+        if not isinstance(self._task, EncoderDecoder):
             raise InputError(f"{self.bundle.path} is a {self.bundle.task} model and has no transcribe().")
-        rules = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
-        return transcribe(self.pair, audio, language, task, rules)
+        arguments = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
+        return transcribe(self._task, audio, language, task, arguments)
 
     def logits(self, ids: Sequence[int] | np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The logits at every position, float32 [len(ids), vocab]: row i scores what follows ids[:i + 1].
@@ -222,17 +241,9 @@ class Model(EncoderMethods):
         Raises:
             InputError: `ids` is empty, longer than the context, or holds an unknown id.
         """
-        self._require_language_model("logits")
-        array = np.asarray(ids)
-        if array.ndim != 1 or array.size == 0:
-            raise InputError(f"ids has the shape {list(array.shape)}, expected a list of at least one token id.")
-        state = self.engine.new_state()
-        step = CHUNK if self._limits.cached else len(array)
-        parts = [
-            self.engine.forward([({IDS: array[None, start : start + step]}, state)])[0]["logits"][0]
-            for start in range(0, len(array), step)
-        ]
-        return np.concatenate(parts).astype(np.float32, copy=False)
+        if not isinstance(self._task, TextGeneration):
+            self._refuse("logits")
+        return self._task.logits(ids)
 
     def __call__(self, **inputs: Any) -> dict[str, np.ndarray[Any, Any]]:
         """The graph's outputs for its own inputs, each with its batch axis first.
@@ -247,16 +258,16 @@ class Model(EncoderMethods):
             raise InputError(f"{IDS} holds {shape[1]} tokens, the model has {limit} positions; shorten the text.")
         return engine.forward([(inputs, engine.new_state())])[0]
 
-    @cached_property
+    @property
     def pair(self) -> EncoderDecoder:
-        """Both halves of an encoder-decoder.
+        """Both graphs of an encoder-decoder.
 
         Raises:
             InputError: the model is none.
         """
-        if self._encoder is None:
+        if not isinstance(self._task, EncoderDecoder):
             raise InputError(f"{self.bundle.path} is a {self.bundle.task} model of one graph.")
-        return EncoderDecoder(self.bundle, self._encoder, self.engine, self.tokenizer, self._limits)
+        return self._task
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text, token ids, or a list of chat messages.
@@ -264,58 +275,13 @@ class Model(EncoderMethods):
         Raises:
             InputError: it is none of these, or text for a bundle without a tokenizer.
         """
-        if isinstance(prompt, str):
-            return self._require_tokenizer().encode(prompt)
-        if isinstance(prompt, np.ndarray):
-            return prompt.tolist() if prompt.ndim == 1 and prompt.dtype.kind in "iu" else _no_prompt(prompt)
-        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-            return _no_prompt(prompt)
-        if prompt and all(isinstance(part, Mapping) for part in prompt):
-            return self._require_tokenizer().encode_chat(prompt)  # type: ignore[arg-type]
-        if all(isinstance(part, (int, np.integer)) and not isinstance(part, bool) for part in prompt):
-            return [int(part) for part in prompt]  # type: ignore[arg-type]
-        return _no_prompt(prompt)
+        return encode_prompt(prompt, self.tokenizer, str(self.bundle.path))
 
-    def _stream(
-        self,
-        prompt: Prompt,
-        rules: Mapping[str, Any],
-        stop: str | Sequence[str] | None,
-        call: Call,
-        decoder_prompt: Sequence[int] | None,
-    ) -> Stream:
-        if stop is not None:
-            rules = {**rules, "stop_strings": stop}
-        if self._encoder is not None:
-            inputs = self.pair.source(prompt)  # type: ignore[arg-type]
-            source, held = inputs[IDS][0] if IDS in inputs else None, self.pair.encode(inputs)
-            return self.pair.stream(held, decoder_prompt or self.pair.start(), source, rules, call)
-        self._require_language_model("generate")
-        if decoder_prompt is not None:
-            raise InputError("decoder_prompt is for encoder-decoders; this model's answer begins with its prompt.")
-        config = GenerationConfig.for_call(file_settings(self.bundle), rules, self.bundle.vocab_size)
-        ids = self.encode_prompt(prompt)
-        answering = Answering(self.engine, self._limits, self.tokenizer)
-        return answering.stream(ids, config, call, lambda rows: self.engine.new_state(), ids)
-
-    def _require_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise InputError(f"{self.bundle.path} has no tokenizer; give the prompt as token ids, and no stop strings.")
-        return self.tokenizer
-
-    def _require_language_model(self, what: str) -> None:
-        if not self.is_language_model:
-            inputs = ", ".join(self.bundle.manifest["graphs"].get("model", {}).get("inputs", {}))
-            raise InputError(
-                f"{self.bundle.path} is a {self.bundle.task} model and has no {what}(); call it: model({inputs})."
-            )
-
-
-def _no_prompt(prompt: object) -> list[int]:
-    raise InputError(
-        f"The prompt is {type(prompt).__name__}, expected text, a list of token ids, or a list of chat messages "
-        "({'role': ..., 'content': ...})."
-    )
+    def _refuse(self, method: str) -> NoReturn:
+        inputs = ", ".join(self.bundle.manifest["graphs"].get("model", {}).get("inputs", {}))
+        raise InputError(
+            f"{self.bundle.path} is a {self.bundle.task} model and has no {method}(); call it: model({inputs})."
+        )
 
 
 __all__ = ["BundleError", "Choice", "EngineName", "Model", "NativeOptions", "Prompt", "load"]

@@ -1,9 +1,9 @@
-"""Models that break the contract, and what the exporter says to each. Run it: it prints the messages.
+"""Modules that break the rules of docs/user-models.md, and the exporter's message for each. Run it to print them.
 
     python examples/broken.py
     python -m edgeformer.export examples/broken.py:Loop -o nowhere        the same from the command line
 
-Nothing is written for any of them. Beside each stands how it should have been written.
+No bundle is written for any of them. Each docstring has the correct way.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Table(Loop):
 
 
 class SizeBranch(Loop):
-    """An `if` on a size is decided while tracing. Write what holds at every size: here `x[:, -8:]` does."""
+    """An `if` on a size is decided while tracing. Write code for every size: here `x[:, -8:]`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x[:, -8:] if x.shape[1] > 8 else x)
@@ -62,7 +62,7 @@ class ValueBranch(Loop):
 
 
 class GuessedMask(Loop):
-    """PyTorch's layers look into a mask to see whether it is causal. Say so: `is_causal=True`."""
+    """PyTorch's layers compare a mask's values to see whether it is causal. Pass `is_causal=True`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,13 +73,13 @@ class GuessedMask(Loop):
 
 
 class NoShapes(Loop):
-    """An argument of unknown shape. Give the module an `input_spec`, or say --input x=float32[batch,sequence,8]."""
+    """An argument of unknown shape. Give the module an `input_spec`, or pass --input x=float32[batch,sequence,8]."""
 
     input_spec = None
 
 
 class OwnPositions(nn.Module):
-    """A language model that takes positions from the values of its tokens cannot go on from a cache."""
+    """A language model that computes positions from token values cannot continue from a KV cache."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class GraphBreak(Loop):
 
 
 class Wrapper(nn.Module):
-    """A forward that names no argument hides what it takes. Export the module inside, or write the arguments out."""
+    """A forward that names no argument hides its inputs. Export the module inside, or name the arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class Wrapper(nn.Module):
 
 
 def scripted() -> nn.Module:
-    """TorchScript holds no Python to trace. Return the module as it was before torch.jit.script."""
+    """TorchScript has no Python code to trace. Return the module before torch.jit.script."""
     return torch.jit.script(nn.Linear(8, 8))
 
 
@@ -130,7 +130,7 @@ class UnknownInput(Loop):
 
 
 class Random(Loop):
-    """Other numbers at each call cannot be compared. Take dropout and noise out of the forward."""
+    """Results that differ at each call cannot be compared. Remove dropout and noise from the forward."""
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.dropout(self.linear(x), 0.1, training=True)
@@ -148,7 +148,7 @@ BROKEN = (
 
 
 def message(name: str) -> str:
-    """What the exporter says to one of them."""
+    """The exporter's message for one of them."""
     from edgeformer.errors import EdgeformerError
     from edgeformer.export import ExportOptions, export
 

@@ -3,7 +3,7 @@
     pip install scikit-learn
     python examples/digits.py [FOLDER]         (default: runs/digits; under a minute)
 
-The pictures are 8 x 8 pixels: 16 patches of 2 x 2. The attention is `nn.TransformerEncoder`, as PyTorch has it.
+The images have 8 x 8 pixels: 16 patches of 2 x 2. The model uses PyTorch's `nn.TransformerEncoder`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -61,7 +60,7 @@ def train(epochs: int = 30) -> ViT:
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     for epoch in range(epochs):
         for batch in torch.randperm(len(pixels)).split(100):
-            loss = F.cross_entropy(model(pixels[batch]), digits[batch])
+            loss = nn.functional.cross_entropy(model(pixels[batch]), digits[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -71,7 +70,7 @@ def train(epochs: int = 30) -> ViT:
 
 
 def main(folder: Path, epochs: int = 30) -> tuple[float, float]:
-    """The accuracy of PyTorch's model and of the bundle on pictures that neither was trained on."""
+    """The accuracy of PyTorch's model and of the bundle on test images."""
     from edgeformer.export import ExportOptions, export, module_source
 
     model = train(epochs)
@@ -84,7 +83,7 @@ def main(folder: Path, epochs: int = 30) -> tuple[float, float]:
         reference = model(torch.from_numpy(pixels)).argmax(1).numpy()
     found = bundle(pixels=pixels)["logits"].argmax(1)
     accuracy = float((reference == digits).mean()), float((found == digits).mean())
-    print(f"{len(digits)} pictures: PyTorch {accuracy[0]:.1%} right, the q8 bundle {accuracy[1]:.1%}")
+    print(f"{len(digits)} images: PyTorch {accuracy[0]:.1%} right, the q8 bundle {accuracy[1]:.1%}")
     return accuracy
 
 

@@ -17,7 +17,7 @@ import edgeformer
 
 
 def make_bundle(folder: Path) -> np.ndarray:
-    """Train on the made-up power series and export; the series, float64 [hours]. The only part that needs torch."""
+    """Trains on the synthetic power series and exports; returns the series, float64 [hours]. Only this needs torch."""
     from edgeformer.export import ExportOptions, export
     from edgeformer.train.forecast import seasonal_series
     from edgeformer.train.loop import train
@@ -37,7 +37,7 @@ def forecast(model: edgeformer.Model, context: np.ndarray) -> np.ndarray:
     scaled = (context - config["mean"]) / config["std"]
     inputs = scaled.astype(np.float32).reshape(1, -1, 1)  # (batch, sequence, input_dim)
     (outputs,) = model(input_values=inputs).values()  # (batch, sequence, prediction_length)
-    return outputs[0, -1] * config["std"] + config["mean"]  # only the last position has read all of the context
+    return outputs[0, -1] * config["std"] + config["mean"]  # only the last position attends to the whole context
 
 
 def main(folder: Path) -> None:
@@ -47,7 +47,7 @@ def main(folder: Path) -> None:
 
     config = model.bundle.config
     length, horizon = config["context_length"], config["prediction_length"]
-    first = round(len(series) * 0.9)  # the recipe's validation part: nothing from here on was trained on
+    first = round(len(series) * 0.9)  # the validation part of the recipe, not used in training
     starts = range(first, len(series) - horizon + 1, horizon)
     began = time.perf_counter()
     predicted = np.concatenate([forecast(model, series[start - length : start]) for start in starts])

@@ -1,4 +1,4 @@
-"""A GPT of your own in sixty lines: no cache code, and the bundle has a cache.
+"""A user-defined GPT in sixty lines: no cache code, and the bundle has a KV cache.
 
 python examples/gpt.py [FOLDER]                                        trains a minute, exports, writes a text
 python -m edgeformer.export examples/gpt.py:untrained -o FOLDER        the same module from the command line
@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import edgeformer
@@ -32,7 +31,7 @@ class Block(nn.Module):
         batch, sequence, _ = x.shape
         parts = self.qkv(self.norm_1(x)).view(batch, sequence, 3, HEADS, WIDTH // HEADS)
         q, k, v = parts.permute(2, 0, 3, 1, 4)  # each (batch, HEADS, sequence, WIDTH // HEADS)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # all that the exporter needs to see
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # the exporter needs nothing else
         x = x + self.out(y.transpose(1, 2).reshape(batch, sequence, WIDTH))
         return x + self.mlp(self.norm_2(x))
 
@@ -61,7 +60,7 @@ def untrained() -> GPT:
 
 
 def train(steps: int = 300) -> GPT:
-    """Bytes of Python's own language reference."""
+    """Trains on the bytes of Python's language reference."""
     text = "\n".join(pydoc_data.topics.topics.values()).encode()
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     model = untrained().train()
@@ -70,7 +69,7 @@ def train(steps: int = 300) -> GPT:
     for step in range(steps):
         starts = torch.randint(len(data) - 129, (16, 1))
         window = data[starts + torch.arange(129)]  # (16, 129)
-        loss = F.cross_entropy(model(window[:, :-1], positions).flatten(0, 1), window[:, 1:].flatten())
+        loss = nn.functional.cross_entropy(model(window[:, :-1], positions).flatten(0, 1), window[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,4 +1,4 @@
-"""An encoder-decoder of your own: it reads numbers in words and writes them in digits.
+"""A user-defined encoder-decoder: it reads numbers in words and writes them in digits.
 
 python examples/translate.py [FOLDER]                                     trains, exports, reads some numbers
 python -m edgeformer.export examples/translate.py:untrained -o FOLDER     the same module from the command line
@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import edgeformer
@@ -21,7 +20,7 @@ PAD, START, END = 0, 2, 3  # control characters; all other tokens are letters
 
 
 class Reader(nn.Module):
-    """`encode` runs once for each text, `decode` once for each token: the exporter makes a graph of either."""
+    """`encode` runs once per text, `decode` once per token: the exporter makes a graph of each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,11 +33,11 @@ class Reader(nn.Module):
         self.config = {"vocab_size": BYTES, "max_position_embeddings": LENGTH, **ends}
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """[batch, source] twice, the mask 1 where a token counts -> states [batch, source, WIDTH]"""
+        """ids and mask (0 at padding) [batch, source] -> states [batch, source, WIDTH]"""
         return self.encoder(self.embed(input_ids), src_key_padding_mask=attention_mask == 0)
 
     def decode(self, input_ids: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor) -> Tensor:
-        """[batch, sequence], and what encode returned and took -> logits [batch, sequence, BYTES]"""
+        """ids [batch, sequence], the states and the mask of `encode` -> logits [batch, sequence, BYTES]"""
         causal = nn.Transformer.generate_square_subsequent_mask(input_ids.shape[1])
         padding = encoder_attention_mask == 0
         masks = {"tgt_mask": causal, "tgt_is_causal": True, "memory_key_padding_mask": padding}
@@ -48,7 +47,7 @@ class Reader(nn.Module):
         return self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, answer: Tensor) -> Tensor:
-        """For training alone; the exporter does not look at it."""
+        """For training only; the exporter does not use it."""
         return self.decode(answer, self.encode(input_ids, attention_mask), attention_mask)
 
 
@@ -67,7 +66,7 @@ TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "nin
 
 
 def words(number: int) -> str:
-    """0 .. 9999 as one says it."""
+    """A number from 0 to 9999 in words."""
     if number < 20:
         return ONES[number]
     if number < 100:
@@ -84,7 +83,7 @@ def ids(texts: list[str]) -> Tensor:
 
 
 def split() -> tuple[list[int], list[int]]:
-    """(numbers to learn from, 200 numbers never seen)"""
+    """(training numbers, 200 test numbers)"""
     numbers = list(range(10000))
     random.Random(0).shuffle(numbers)
     return numbers[200:], numbers[:200]
@@ -98,7 +97,7 @@ def train(steps: int = 400) -> Reader:
         chosen = rng.sample(numbers, 64)
         source, answer = ids([words(number) for number in chosen]), ids([f"{chr(START)}{n}{chr(END)}" for n in chosen])
         logits = model(source, (source != PAD).long(), answer[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), answer[:, 1:].flatten(), ignore_index=PAD)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), answer[:, 1:].flatten(), ignore_index=PAD)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -123,9 +122,9 @@ def main(folder: Path, steps: int = 400, quantize: str = "q8") -> tuple[Reader, 
 
 
 def read(model: edgeformer.Model, text: str) -> str:
-    """What the bundle writes for a text: greedily; `num_beams=4` would search."""
+    """The bundle's answer to a text, by greedy search."""
     result = model.generate(list(text.encode()), max_new_tokens=8)
-    return bytes(id for id in result.ids if id != END).decode()
+    return bytes(token for token in result.ids if token != END).decode()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fixtures for the whole suite: tiny real bundles, made once."""
+"""Fixtures of all tests: tiny bundles, made once a session."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import pytest
 from support import tiny
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# No test needs the hub; one that asks for a model there would wait through its library's retries.
+# No test needs the hub. Offline, a request fails at once instead of being retried.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Every graph is lowered anew, and nobody's cache folder is filled; tests of the cache have one of their own.
+# No disk cache: every graph is lowered again. Tests of the cache use the fixture cache_folder.
 os.environ["EDGEFORMER_CACHE"] = ""
 
-# Files that share what takes long to make, for `pytest -n 2`: a group stays in one process. The first groups start
-# first, so that the last minute is one of small files.
+# Test files that share slow fixtures: with `pytest -n 2`, a group runs in one process. Groups start first, in this
+# order; small files run last. Names of test files are unique in the tree.
 TOGETHER = {
     "test_smollm2.py": "SmolLM2",
     "test_native_smollm2.py": "SmolLM2",
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """One process for each file, or for each group of `TOGETHER`: what their fixtures make is made once."""
+    """Each file, or each group of `TOGETHER`, runs in one process, so that its fixtures run once."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
@@ -76,7 +76,7 @@ def lm(bundles):
 
 @pytest.fixture
 def cache_folder(tmp_path, monkeypatch):
-    """A cache folder of its own; it does not exist yet."""
+    """The disk cache is this folder, which does not exist yet."""
     from edgeformer import disk_cache
 
     folder = tmp_path / "cache"
@@ -116,7 +116,7 @@ def edit_manifest():
 
 @pytest.fixture
 def reseal():
-    """`reseal(bundle)`: make the manifest right again for whatever the files now hold."""
+    """`reseal(bundle)`: update sizes and hashes in the manifest after a change of the files."""
 
     def seal_again(bundle):
         from edgeformer.bundle.write import seal
@@ -140,10 +140,10 @@ def smollm2_traced(smollm2_gguf, tmp_path_factory):
     """SmolLM2, loaded and traced once for all exports of it."""
     require("torch", "pip install 'edgeformer[export]'")
     from edgeformer.export import ExportOptions
-    from edgeformer.export.pipeline import float_graph
+    from edgeformer.export.graphs import trace_model
     from edgeformer.export.sources.load import load_source
 
-    return float_graph(load_source(ExportOptions(str(smollm2_gguf), tmp_path_factory.mktemp("unused"))))
+    return trace_model(load_source(ExportOptions(str(smollm2_gguf), tmp_path_factory.mktemp("unused"))))
 
 
 @pytest.fixture(scope="session")
@@ -174,14 +174,14 @@ def traced():
     """`traced(name)`: the traced tiny model of that name in `architectures`, once a session."""
     from support import architectures
 
-    from edgeformer.export.pipeline import float_graph
+    from edgeformer.export.graphs import trace_model
     from edgeformer.export.sources.hub.hub import language_model
 
     made = {}
 
     def get(name):
         if name not in made:
-            made[name] = float_graph(language_model(architectures.make(name), f"tiny {name}"))
+            made[name] = trace_model(language_model(architectures.make(name), f"tiny {name}"))
         return made[name]
 
     return get
@@ -212,7 +212,7 @@ def stdin(monkeypatch):
 
 
 def require(module, how):
-    """Skips the test where an optional package is missing; in CI everything must be there, so there it fails."""
+    """Skip the test if an optional package is missing; in CI, fail it."""
     if importlib.util.find_spec(module) is None:
         message = f"{module} is not installed: {how}"
         pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)

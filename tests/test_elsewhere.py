@@ -1,8 +1,8 @@
-"""The same folder elsewhere, without edgeformer: Optimum in Python, transformers.js and onnxruntime-web.
+"""Bundles in other runtimes, without edgeformer: Optimum in Python, transformers.js and onnxruntime-web.
 
-The last two run in Node.js and on a page in Chromium. All is installed by the tests: Optimum, which needs an older
-transformers, into `.venv-optimum` beside this tree (it borrows torch from the environment that runs the tests), the
-JavaScript packages into `build/elsewhere`. Both are kept.
+The last two run in Node.js and on a page in Chromium. The tests install Optimum, which needs an older transformers,
+into `.venv-optimum` in this tree (with the torch of the environment that runs the tests), and the JavaScript packages
+into `build/elsewhere`. Both are kept.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def run(*command, **options) -> str:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Bundles of three tasks, and what edgeformer itself makes of their inputs."""
+    """Bundles of three tasks, with edgeformer's outputs for their inputs."""
     folder = tmp_path_factory.mktemp("elsewhere")
     torch.manual_seed(0)
     letters = folder / "letters"

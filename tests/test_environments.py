@@ -49,7 +49,7 @@ def test_a_device_runs_the_real_model(device, smollm2):
     assert json.loads(device.script(FIRST_TOKEN, smollm2("keep")))[0] >= 0
 
 
-def test_the_workshop_says_what_it_needs(device):
+def test_export_without_the_toolchain_says_what_to_install(device):
     with pytest.raises(AssertionError, match=r"edgeformer\[export\]"):
         run(device.python, "-m", "edgeformer", "export", "x", "-o", "y", cwd=device.path)
 

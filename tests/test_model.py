@@ -12,6 +12,7 @@ from edgeformer import model as module
 from edgeformer.engines import choose
 from edgeformer.errors import BundleError, EngineUnavailable, InputError
 from edgeformer.model import load
+from edgeformer.tasks import text_generation
 
 
 def test_an_engine_asked_for_by_name_runs_or_raises(lm, monkeypatch):
@@ -124,7 +125,7 @@ def test_logits_of_every_position_are_float32(bundles, monkeypatch):
         assert logits.dtype == np.float32
         assert logits.shape == (5, model.bundle.vocab_size)
         np.testing.assert_allclose(model.logits(np.array(ids)[:3]), logits[:3], atol=1e-2)
-        monkeypatch.setattr(module, "CHUNK", 2)
+        monkeypatch.setattr(text_generation, "CHUNK", 2)
         np.testing.assert_allclose(model.logits(ids), logits, atol=1e-2)
         for bad in ([], [[1, 2]], [400], [1.5]):
             with pytest.raises(InputError):

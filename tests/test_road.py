@@ -55,7 +55,7 @@ def test_an_encoder_is_trained_exported_and_run(tmp_path):
         assert np.abs(found - expected).max() < 0.05 * np.ptp(expected), engine
 
 
-def test_running_a_bundle_never_imports_torch(tmp_path, lm):
+def test_running_a_bundle_never_imports_torch(lm):
     program = (
         "import sys, json, edgeformer\n"
         "model = edgeformer.load(sys.argv[1])\n"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import re
 import shutil
 import subprocess
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.peers.pages import PAGE
-from bench.report import RESULTS, ROOT, footnote, put, save, table
+from bench.report import ROOT, footnote, put, runs, save, table
 from edgeformer.engines.native.ir.weight import WEIGHT_TYPES
 
 HERE = Path(__file__).resolve().parent
@@ -200,13 +199,13 @@ def text(saved: dict[str, Any]) -> str:
             f"{reached} of {len(worst)} cases are within {TARGET} of the floor.",
             "Linears of SmolLM2-135M, instructions a token:",
             table(["weights", "", "table", "instructions", "floor", ""], tokens),
-            f"{saved['compiler']}, `{' '.join(FLAGS[1:5])}`. {footnote(saved['machine'])}",
+            f"{saved['compiler']}, `{' '.join(FLAGS[2:-1])}`. {footnote(saved['machine'])}",
         ]
     )
 
 
 def write() -> None:
-    put(PAGE, "arm", text(json.loads((RESULTS / "arm.json").read_text(encoding="utf-8"))))
+    put(PAGE, "arm", text(runs("arm")[0]))
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """Which of transformers' causal language models can be exported and run: `python -m bench.coverage`.
 
-Each architecture is built tiny and random from its own config class, exported in float and with the default options,
-run from the bundles on every engine, and compared with transformers' own logits and greedy tokens. One subprocess a
-model, with a time limit; results are kept in docs/coverage.json, so that a run cut short goes on where it stopped.
-docs/coverage.md is written last.
+Each architecture is built from its config class, tiny and with random weights, exported in float and with the default
+options, run from the bundles on every engine, and compared with logits and greedy tokens of transformers. Each model
+has a subprocess with a time limit. Results are saved in docs/coverage.json after each model, so that an interrupted run
+continues. docs/coverage.md is written last.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=300, help="seconds for one model")
     parser.add_argument(
         "--redo", choices=("none", "failed", "old", "all"), default="none",
-        help="examine these again; old: whose commit or transformers is not today's",
+        help="examine these again; old: rows of another commit or transformers version",
     )  # fmt: skip
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()

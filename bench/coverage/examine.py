@@ -13,18 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.coverage.models import tiny
+from edgeformer.engines.choose import EngineName
 
 F32 = NDArray[np.float32]
-ENGINES = ("cpu", "native")
-FLOAT, DEFAULT = "f32", "q4a"  # what a column of the results is called: the float bundle, and the default export
-# Of 5, 9, 37 and 150 tokens, without the special ones: inside and behind every window, more than one tile of keys, and
-# an odd number of rows.
+ENGINES: tuple[EngineName, ...] = ("cpu", "native")
+FLOAT, DEFAULT = "f32", "q4a"  # columns of the results: the float bundle, and the default export
+# 5, 9, 37 and 150 tokens, without special ones: inside and beyond every sliding window, more than one tile of keys, odd
+# numbers of rows.
 PAD = 0
 PROMPTS = tuple([3 + (11 * i * i + 5 * i + n) % 116 for i in range(n)] for n in (5, 9, 37, 150))
-FLOAT_TOLERANCE = 1e-4  # of the logits' range: what the exporter's own gate asks for
+FLOAT_TOLERANCE = 1e-4  # of the logits' range: the tolerance of the exporter's parity check
 # Both engines round a linear's inputs to int8, a block of 32 at a time: steps of absmax / 127, so an error of
-# absmax / 127 / sqrt(12), where absmax is about 2.2 deviations. That is 0.5 % of what the layer reads, and so of what
-# it gives. Errors of the two layers' eight linears in a row and the head's are independent and add as squares:
+# absmax / 127 / sqrt(12), where absmax is about 2.2 deviations: 0.5 % of the input of a layer, and so of its output.
+# Errors of the two layers' eight linears in a row and the head's are independent and add as squares:
 # sqrt(9) * 0.5 % = 1.5 % of the logits' deviation in a row (root mean square over the vocabulary); three times that and
 # a little, for models with more linears in a row, is allowed. Where experts are chosen, an error of that size now and
 # then tips a choice: the token gets another expert's answer, 20 to 90 % off, and later tokens attend to it. With most
@@ -37,7 +38,7 @@ QUANTIZED_TOLERANCE = 5e-2
 
 @dataclass(frozen=True)
 class Depth:
-    """How much of an examination is run; the table is made with the first."""
+    """How much of an examination is run; the default is for the table."""
 
     tokens: int = 10  # of a greedy answer to each prompt
     generate: bool = True  # also ask transformers' generate()
@@ -48,7 +49,7 @@ QUICK = Depth(tokens=2, generate=False)
 
 @dataclass(frozen=True)
 class Answer:
-    """What transformers says to one prompt."""
+    """transformers' answer to one prompt."""
 
     logits: F32  # [prompt, vocabulary]
     tokens: list[int]  # greedy, each from a forward over all before it
@@ -69,15 +70,15 @@ def examine(name: str, depth: Depth = Depth()) -> dict[str, Any]:
         model.generation_config = GenerationConfig()  # no forced or suppressed tokens: the plain greedy path
         answers = [_answer(model, prompt, depth.tokens) for prompt in PROMPTS]
         if depth.generate:
-            # Where transformers feeds generate() other positions than forward counts, the forward is the truth.
+            # If generate() counts positions differently from forward, forward is the reference.
             told = [_generated(model, prompt, depth.tokens) for prompt in PROMPTS]
             row["generate_differs"] = told != [answer.tokens for answer in answers]
         row["stage"] = "export"
 
-        from edgeformer.export.pipeline import float_graph
+        from edgeformer.export.graphs import trace_model
         from edgeformer.export.sources.hub.hub import language_model
 
-        traced = float_graph(language_model(model, f"tiny {name}"))
+        traced = trace_model(language_model(model, f"tiny {name}"))
         row["layers"] = traced.layers
         for kind in (FLOAT, DEFAULT):
             row["stage"] = f"export {kind}"
@@ -86,18 +87,18 @@ def examine(name: str, depth: Depth = Depth()) -> dict[str, Any]:
         row["stage"] = "done"
     except Exception as error:
         row["cause"] = told_shortly(error)
-        row["trace"] = "".join(traceback.format_exc(limit=-4))[-1500:]  # for who mends it; not written to the page
+        row["trace"] = "".join(traceback.format_exc(limit=-4))[-1500:]  # for debugging; not saved in docs/coverage.json
     row["status"] = "works" if all(row["engines"].get(f"cpu {kind}") == "ok" for kind in (FLOAT, DEFAULT)) else "no"
     return row
 
 
 def _bundle(row: dict[str, Any], kind: str, traced: Any, answers: list[Answer], path: Path) -> None:
-    """Exports to `path` and fills the row's columns of this kind."""
+    """Exports to `path` and fills the columns of `kind`."""
     import edgeformer
     from edgeformer.errors import EngineUnavailable
     from edgeformer.export import ExportOptions, export
 
-    quantize = "none" if kind == FLOAT else None  # None: nothing but defaults
+    quantize = "none" if kind == FLOAT else None  # None: the defaults
     manifest = export(ExportOptions(row["class"], path, quantize=quantize), traced=traced)
     if kind == DEFAULT:
         assert manifest["quantization"]["scheme"] == DEFAULT, "the default scheme has changed: rename the column"
@@ -150,10 +151,10 @@ def _generated(model: Any, prompt: list[int], count: int) -> list[int]:
 
 
 def _dequantized(path: Path) -> list[F32]:
-    """The bundle's logits of each prompt, every operator as written: weights really become floats."""
-    from edgeformer.export.check.graph_run import Graph
+    """The logits of each prompt with dequantized weights and every operator run in float as written."""
+    from edgeformer.export.check.graph_run import OrtGraph
 
-    graph = Graph(path / "model.onnx", optimized=False)
+    graph = OrtGraph(path / "model.onnx", optimized=False)
     found = []
     for prompt in PROMPTS:
         ids = np.array([prompt])
@@ -173,7 +174,7 @@ def compare_float(loaded: Any, answers: list[Answer]) -> tuple[str, float]:
         ids = loaded.generate(prompt, max_new_tokens=len(answer.tokens), ignore_eos=True).ids
         for found, expected, margin in zip(ids, answer.tokens, answer.margins, strict=True):
             if margin <= 2 * FLOAT_TOLERANCE:
-                break  # two tokens as good as equal: either may win, and the answers part here
+                break  # a tie within the tolerance: the answers may differ from here on
             if found != expected:
                 return f"tokens {ids} instead of {answer.tokens} after {len(prompt)}", largest
             if expected == PAD:
@@ -196,6 +197,6 @@ def compare_quantized(loaded: Any, references: list[F32]) -> tuple[str, float | 
 
 
 def told_shortly(error: Exception) -> str:
-    """Its class and the first line of its message, without the paths of this machine."""
+    """The class of the error and the first line of its message, without paths of this machine."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return re.sub(r"/\S*/(site-packages/)?", "", f"{type(error).__name__}: {(lines or [''])[0][:400]}")

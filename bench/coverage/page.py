@@ -9,30 +9,30 @@ from typing import Any
 
 from bench.coverage.examine import DEFAULT, FLOAT_TOLERANCE, PROMPTS, QUANTIZED_TOLERANCE, Depth
 
-CAUSES = (  # words of a row's cause -> what stands in the way; the first that fits
+CAUSES = (  # words of a row's cause -> the reason in plain words; the first that fits
     (r"recurrent or convolution|LinearAttention layers|MiniMax uses cache of its own|matC_old",
-     "keeps a recurrent or convolution state (state-space, linear attention): no key-value cache can hold it"),
-    (r"index or compressed blocks", "selects its keys by a cached index or compresses them: no standard operator"),
-    (r"does not run with a plain key-value cache", "keeps more than keys and values from step to step"),
+     "has a recurrent or convolution state (state-space, linear attention), which is no KV cache"),
+    (r"index or compressed blocks", "selects or compresses its keys by a cached index: no standard operator"),
+    (r"does not run with a plain key-value cache", "has more state than keys and values"),
     (r"s_aux", "attention sinks without a mask"),
     (r"No decompositions registered for the complex", "computes its rotary embedding with complex numbers"),
     (r"data-dependent|branches on the values", "chooses its experts or layers by a Python branch on values"),
-    (r"was frozen at", "uses the length as a Python number: a scan over the text, or a table of one length"),
-    (r"requires the timm library", "not examined: its picture tower needs the package timm"),
+    (r"was frozen at", "uses the length as a Python number: a loop over the text, or a table of one length"),
+    (r"requires the timm library", "not examined: its image encoder needs the package timm"),
     (r"shared_kv_states|hidden_size_per_layer_input must be 0",
-     "drafts for another model, whose keys and values it reads: it has no input of its own"),
-    (r"shape '\[-1, 4, 5\]' is invalid", "reads the codes of several codebooks at once, not one sequence of token ids"),
+     "a draft model that reads the keys and values of another model"),
+    (r"shape '\[-1, 4, 5\]' is invalid", "reads several codebooks at once, not one sequence of token ids"),
 )  # fmt: skip
 
 
 def why(row: dict[str, Any]) -> str:
-    """The cause in plain words, with the message it comes from where none fits."""
+    """The cause in plain words; the message itself if no entry of CAUSES fits."""
     cause = row.get("cause") or next((v for k, v in row["engines"].items() if k.startswith("cpu") and v != "ok"), "")
     for words, told in CAUSES:
         if re.search(words, cause):
             return told
     if row.get("stage") in ("build", "run in transformers"):
-        return f"not examined: its config alone gives no tiny model that transformers itself can run ({cause[:80]})"
+        return f"not examined: transformers cannot run a tiny model of its config class ({cause[:80]})"
     return cause
 
 
@@ -44,15 +44,15 @@ def page(rows: dict[str, Any]) -> str:
     most = Counter(origins.values()).most_common(1)[0][0]
     lengths = [str(len(prompt)) for prompt in PROMPTS]
     about = (
-        "Written by `python -m bench.coverage`; do not edit. Each architecture is built tiny and random from its own "
-        f"config class, exported in float and with the default options (calibrated `{DEFAULT}`), and run from the "
-        f"bundles with prompts of {', '.join(lengths[:-1])} and {lengths[-1]} tokens and a float cache. **Works** "
-        f"means: on the CPU engine the float logits equal PyTorch's to {FLOAT_TOLERANCE:.0e} of their range, "
-        f"{Depth().tokens} greedy tokens are the same ones, and the default export's logits differ by at most "
-        f"{QUANTIZED_TOLERANCE:.0%} of their deviation (root mean square; the median over positions, for rounding now "
-        "and then tips the choice of an expert) from those of the same bundle with its weights dequantized and every "
-        "operator in float. That is what int8 activations cost; what four bits cost the model is not in it. "
-        "**native** asks the same of the native engine. No line of the exporter names an architecture."
+        "Written by `python -m bench.coverage`; do not edit. Each architecture is built from its config class, tiny "
+        f"and with random weights, exported in float and with the default options (calibrated `{DEFAULT}`), and run "
+        f"from the bundles with prompts of {', '.join(lengths[:-1])} and {lengths[-1]} tokens and a float KV cache. "
+        f"**cpu** is yes if on the engine `cpu` the float logits equal PyTorch's to {FLOAT_TOLERANCE:.0e} of their "
+        f"range, {Depth().tokens} greedy tokens are equal, and the logits of the default export differ from the same "
+        f"bundle with dequantized weights and float operators by at most {QUANTIZED_TOLERANCE:.0%} of their standard "
+        "deviation (root mean square; the median over positions, because rounding sometimes changes the choice of an "
+        "expert). This measures int8 activations, not the loss by 4-bit weights. **native** is the same for the native "
+        "engine. The exporter has no code for a particular architecture."
     )
     lines = [
         "# Coverage of transformers' causal language models",
@@ -75,9 +75,9 @@ def page(rows: dict[str, Any]) -> str:
             remark = next((v for k, v in row["engines"].items() if k.startswith("native") and v != "ok"), "not reached")
             remark = remark.removeprefix("no: ").split(". Run this")[0]
         if row.get("generate_differs"):
-            remark = f"{remark}; transformers' generate() feeds other positions than its forward".strip("; ")
+            remark = f"{remark}; transformers' generate() counts positions differently from its forward".strip("; ")
         if name in works and not row.get("layers"):
-            remark = f"without a cache; {remark}".strip("; ")
+            remark = f"without a KV cache; {remark}".strip("; ")
         if origins[name] != most:
             remark = f"{remark[:160]}; from {origins[name][0].split(' (')[0]}".strip("; ")
         lines.append(f"| {name} | {row.get('class', '')} | {fits} | {fast} | {remark.replace('|', '/')[:220]} |")
@@ -88,12 +88,12 @@ OLD_FORM = ("an older form of this page (native float at 5e-2, q4 instead of the
 
 
 def _origins(rows: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """(where it was made, with which transformers) for each row."""
+    """name -> (commit, transformers version) of each row."""
     return {n: (f"commit {r['commit']}", r["transformers"]) if "commit" in r else OLD_FORM for n, r in rows.items()}
 
 
 def _made(rows: dict[str, Any]) -> str:
-    """How many rows are from which commit, with which transformers; the largest group first."""
+    """The number of rows for each commit and transformers version, the largest group first."""
     (first, count), *others = Counter(_origins(rows).values()).most_common()
     told = f"Made from {first[0]}, with transformers {first[1]}" + (f": {count} rows." if others else ".")
     for (where, version), count in others:

@@ -1,4 +1,4 @@
-"""All architectures, each in a subprocess with a time limit, results kept in one file as they come."""
+"""All architectures, each in a subprocess with a time limit; results are saved after each one."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from bench.report import ROOT
 RESULTS = ROOT / "docs" / "coverage.json"
 PAGE = ROOT / "docs" / "coverage.md"
 KEYS = tuple(f"{engine} {kind}" for engine in ENGINES for kind in (FLOAT, DEFAULT))
-CODE = ("edgeformer", "csrc", "bench/coverage", "setup.py")  # what a result depends on, beside installed packages
+CODE = ("edgeformer", "csrc", "bench/coverage", "setup.py")  # a result depends on these and on installed packages
 
 
 def commit() -> str:
-    """The commit that the code is of, "<hash> of <date>"; "+" behind the hash where files differ from it."""
+    """The last commit of CODE, "<hash> of <date>"; "+" behind the hash if there are uncommitted changes."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -32,15 +32,21 @@ def commit() -> str:
     return git("log", "-1", f"--format=%h{changed} of %cs", "--", *CODE)
 
 
+def as_lines(rows: dict[str, Any]) -> str:
+    """JSON with one line a row."""
+    lines = [f"{json.dumps(name)}: {json.dumps(row, sort_keys=True)}" for name, row in sorted(rows.items())]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 def draw(names: list[str], day: str, count: int = 10) -> list[str]:
-    """The `count` names whose turn it is on `day` (an ISO date): every date draws others, each date always the same."""
+    """`count` names drawn for `day` (an ISO date): the same for one date, others for another."""
     return random.Random(day).sample(sorted(names), count)
 
 
 def what_differs(found: dict[str, Any], row: dict[str, Any]) -> list[str]:
-    """What the row of the table says of an architecture that an examination today does not find.
+    """The differences between a row of the table and a new examination, as sentences.
 
-    Of what an engine finds wrong only that something is: the words hold numbers.
+    Of an engine only ok or not is compared, because messages have numbers in them.
     """
     told = []
     for what in ("status", "class", "layers"):
@@ -70,10 +76,10 @@ def sweep(chosen: list[str], results: Path, limit: float, redo: str) -> dict[str
     made = {"commit": commit(), "transformers": transformers.__version__}
     rows: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
     again: dict[str, Callable[[dict[str, Any]], bool]] = {
-        "none": lambda row: False,
+        "none": lambda _: False,
         "failed": lambda row: not fine(row),
         "old": lambda row: {key: row.get(key) for key in made} != made,
-        "all": lambda row: True,
+        "all": lambda _: True,
     }
     todo = [n for n in chosen if "commit" not in rows.get(n, {}) or again[redo](rows[n])]
     for name in (bar := tqdm(todo, unit="model")):
@@ -81,17 +87,17 @@ def sweep(chosen: list[str], results: Path, limit: float, redo: str) -> dict[str
         rows[name] = _apart(name, limit) | made
         results.parent.mkdir(exist_ok=True)
         kept = {n: {k: v for k, v in r.items() if k != "trace" or results != RESULTS} for n, r in rows.items()}
-        results.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+        results.write_text(as_lines(kept))
     return rows
 
 
 def fine(row: dict[str, Any]) -> bool:
-    """Whether the model works, and every engine that takes it is right."""
+    """Whether the model works on every engine that takes it."""
     return row["status"] == "works" and all(v == "ok" for v in row["engines"].values())
 
 
 def _apart(name: str, limit: float) -> dict[str, Any]:
-    """The row of `name`, examined by a subprocess that is given `limit` seconds."""
+    """The row of `name`, examined in a subprocess of at most `limit` seconds."""
     context = multiprocessing.get_context("fork")
     start = time.monotonic()
     here, there = context.Pipe(duplex=False)

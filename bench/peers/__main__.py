@@ -8,7 +8,6 @@ python -m bench.peers --write-only    the pages and plots again, from bench/resu
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from typing import Any
 from bench.peers import models, pages, quality, sizes, sizes_page, studies
 from bench.peers.contestants import ALL, ALTERNATIVES, Contestant
 from bench.peers.environments import SetupFailed
-from bench.peers.field import set_up, take_rounds
+from bench.peers.field import Plan, set_up, take_rounds
 from bench.peers.rounds import TurnFailed, say
-from bench.report import RESULTS, put, save
+from bench.report import compact, put, runs, save
 
 SCORED = 8192  # tokens of text; the second half of each window counts
 PROMPTS = 16384  # tokens of text that prompts are cut from
@@ -71,15 +70,14 @@ def main() -> None:
         scores = study is studies.MAIN and not (options.quick or options.alternatives)
         qualities = measure_quality(chosen, absent, work) if scores else {}
         attempts = wanted if keep else options.attempts or 3 * wanted
-        result = take_rounds(
-            chosen, files, absent, threads, job, work, wanted=wanted, attempts=attempts, keep=keep, busy=study.busy
-        )
+        plan = Plan(threads, job, work, wanted, attempts, keep, study.busy)
+        result = take_rounds(chosen, files, absent, plan)
     for contestant in chosen:
         result["contestants"][contestant.key] |= models.describe(files[contestant.key])
     result["quality"] = qualities
     if options.quick or options.alternatives:
         path = models.OUT / f"{'quick' if options.quick else 'alternatives'}-{study.name}.json"
-        path.write_text(json.dumps(result, indent=1))
+        path.write_text(compact(result))
         print(pages.plain(result))
         return
     if not result["rounds"]["used"]:
@@ -91,7 +89,7 @@ def main() -> None:
 
 
 def measure_quality(chosen: list[Contestant], absent: dict[str, str], work: Path) -> dict[str, Any]:
-    """Quality by contestant; the public loop has its engine's."""
+    """Quality by contestant, without the row of the public loop, which has its engine's quality."""
     found = {}
     for contestant in chosen:
         if contestant.options.get("loop") == "stream":
@@ -105,11 +103,11 @@ def measure_quality(chosen: list[Contestant], absent: dict[str, str], work: Path
 
 
 def write_study(study: studies.Study) -> None:
-    """What is saved of a study, into the pages; nothing if it was never taken."""
-    path = RESULTS / f"{study.file}.json"
-    if not path.exists():
+    """Writes the pages of a study from its saved results, if there are any."""
+    measured = runs(study.file)
+    if not measured:
         return
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved = measured[0]
     if study is studies.MAIN:
         pages.write(saved)
     elif study is studies.SIZES:

@@ -1,12 +1,13 @@
-"""Who takes part: each row is one model file of one project, at the settings that project recommends for a CPU.
+"""The contestants: each is one model file of one project, with the settings that the project recommends for a CPU.
 
-A new peer is a row here and a runner in `runners/`. Settings that were tried and lost stand in docs/performance.md.
+A new peer is a row here and a runner in `runners/`. Settings that were slower are ALTERNATIVES.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class Contestant:
     """One model file of one project."""
 
     project: str
-    name: str  # what the table calls the file
+    name: str  # name of the file in the tables
     runner: str  # module in runners/
     environment: Environment
     file: Callable[[], Path]  # makes it if it is not there
@@ -94,7 +95,7 @@ ALL = (
             kind.replace("-", ", Q4_0 "),
             "with_llama",
             LLAMA,
-            lambda kind=kind: models.gguf(LLAMA, kind),
+            partial(models.gguf, LLAMA, kind),
             "built with GGML_NATIVE, repacking on, flash attention auto, ubatch 512",
         )
         for kind in ("Q4_1", "Q8_0", "Q4_0", "Q4_0-head")
@@ -149,7 +150,7 @@ def _alternative(key: str, name: str, options: dict[str, Any], settings: str) ->
     return replace(row, name=name, options=row.options | options, settings=settings)
 
 
-# Other settings of the same projects, to see that the rows above hold the best ones: --alternatives
+# Other settings of the same projects, to check that the rows above have the best ones: --alternatives
 ALTERNATIVES = (
     *(
         _alternative(f"llama.cpp {kind}", f"{kind}, {name}", options, settings)

@@ -1,4 +1,4 @@
-"""Each peer lives in an environment of its own, `.venv-peer-NAME`, made from pinned packages."""
+"""A virtual environment for each peer, `.venv-peer-NAME`, from pinned packages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NICE = ("nice", "-n", "19")
 
 
 class SetupFailed(Exception):
-    """A peer cannot be had here; the message says why, and stands in the table in place of its numbers."""
+    """A peer cannot be installed or converted here; the message is shown in place of its numbers."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Environment:
 
     @property
     def python(self) -> Path:
-        """The interpreter; an environment without packages is the one that runs this."""
+        """The interpreter; for an environment without packages, the running one."""
         return self.folder / "bin" / "python" if self.packages else Path(sys.executable)
 
     @property
@@ -63,7 +63,7 @@ class Environment:
 
 
 def run(command: list[str], log: Path, variables: dict[str, str], what: str) -> None:
-    """Runs a command at low priority with its output in `log`.
+    """Runs a command at low priority; its output goes to `log`.
 
     Raises:
         SetupFailed: it ended with another code than 0.

@@ -1,7 +1,7 @@
 """One model, many files: SmolLM2-135M-Instruct's Q4_1 GGUF, converted by each peer's own tools into out/peers.
 
-The float weights are the dequantized GGUF, so every peer's loss is measured against the same model. The converters take
-another model's folder or GGUF too (random_models.py): `root` is then where its files go.
+The float weights are the dequantized GGUF, so every peer's loss is measured against the same model. The converters also
+take the folder or GGUF of another model (random_models.py); `root` is then the folder for its files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
 def write_whole(path: Path, make: Callable[[Path], None]) -> Path:
-    """`path`, made under another name first, so that what carries the name is complete."""
+    """`path`, made under a temporary name and renamed, so that it is complete."""
     if not path.exists():
         print(f"make {path.relative_to(ROOT)}", file=sys.stderr)
         partial = path.with_name(f".{path.name}.partial")
@@ -59,7 +59,7 @@ def quantized(scheme: str, head: str | None, block: int | None) -> tuple[str, li
 
 
 def bundle(scheme: str, head: str | None = None, block: int | None = None) -> Path:
-    """edgeformer's own export: of the GGUF itself for "keep", else of its dequantized weights."""
+    """edgeformer's export: of the GGUF itself for "keep", else of its dequantized weights."""
     name, options = quantized(scheme, head, block)
     if (shared := ROOT / "out" / "smollm2" / name).is_dir():  # bench.smollm2 has made it
         return shared

@@ -18,9 +18,8 @@ from bench.peers.results import (
     tests_of,
     times_best,
 )
-from bench.peers.rounds import median
 from bench.peers.studies import Study
-from bench.report import ROOT, elsewhere, put, table
+from bench.report import ROOT, put, runs, table
 
 PAGE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "images"
@@ -81,7 +80,7 @@ def times_table(saved: dict[str, Any]) -> str:
     """How many times as fast as the best peer, on each machine that took the study; 2 threads (1 thread)."""
     tests = ("decode", "decode@1024", "prefill512", "batch8", "first")
     rows = []
-    for machine in (saved, *elsewhere("peers")):
+    for machine in (saved, *runs("peers")[1:]):
         for key, field in compared(machine):
             cells = []
             for test in tests:
@@ -90,8 +89,9 @@ def times_table(saved: dict[str, Any]) -> str:
                 )
                 found = [f"{times[0]:.2f}" for times in by_threads if times is not None]
                 cells.append(f"x {found[0]}" + (f" ({found[1]})" if len(found) > 1 else "") if found else "")
-            rows.append([f"{machine['machine']['cpu']}, {machine['machine']['date']}", key, *cells])
-    return table(["machine", "", *(COLUMNS[test][0].removesuffix(", s") for test in tests)], rows)
+            chip = machine["machine"]["cpu"].split(",")[0]
+            rows.append([f"{key}; {chip}, {machine['machine']['date']}", *cells])
+    return table(["file; machine", *(COLUMNS[test][0].removesuffix(", s") for test in tests)], rows)
 
 
 def conditions(saved: dict[str, Any]) -> str:
@@ -99,18 +99,19 @@ def conditions(saved: dict[str, Any]) -> str:
     facts = saved["machine"]
     taken, used = saved["rounds"]["taken"], saved["rounds"]["used"]
     speeds = "; ".join(
-        f"{count} thread{'s' if int(count) > 1 else ''} {max(one['gb_s'] for one in runs):.1f} GB/s"
-        for count, runs in saved["memory"].items()
-        if runs
+        f"{count} thread{'s' if int(count) > 1 else ''} {speeds['max']:.1f} GB/s"
+        for count, speeds in saved["memory"].items()
     )
     lines = [
         f"*{facts['cpu']}; {facts['system']}; {facts['date']}. A plain read: {speeds}. Medians of {used} rounds of "
-        f"fresh processes in turn; {taken - used} more were rejected because others used more than "
+        f"fresh processes in turn; {taken - used} more were rejected because other processes used more than "
         f"{saved['limit_cores_of_others']} cores.*"
     ]
     if not saved["undisturbed"]:
-        worst = sum(1 for one in saved["rounds"]["disturbed"] if one)
-        warning = f"**Disturbed: other work ran on the machine in {worst} of {taken} rounds. They conclude nothing.**"
+        disturbed = saved["rounds"]["disturbed"]
+        warning = (
+            f"**Disturbed: other work ran on the machine in {disturbed} of {taken} rounds. Ignore these numbers.**"
+        )
         lines.insert(0, warning + "\n")
     return "\n".join(lines)
 
@@ -126,33 +127,28 @@ def settings(saved: dict[str, Any]) -> str:
 
 
 def greedy_line(saved: dict[str, Any]) -> str:
-    """Who used more cores than the threads it was given; empty where nobody did."""
+    """The contestants that used more cores than their threads; empty if there are none."""
     found = []
     for key in saved["measured"]:
         for threads in saved["threads"]:
             cores = measured(saved, key, threads, "cores")
             if cores is not None and cores > threads + 0.1:
                 found.append(f"{key} used {cores:.2f} cores with {threads} thread{'s' if threads > 1 else ''}")
-    return f"Not what was asked for: {'; '.join(found)}." if found else ""
+    return f"More threads than asked for: {'; '.join(found)}." if found else ""
 
 
 def stream_line(saved: dict[str, Any]) -> str:
-    """How much of the engine's speed the public Python loop keeps: the median over the rounds, in each of which the two
-    turns follow each other."""
+    """How much of the engine's speed the public Python loop keeps: the median over the rounds."""
     parts = []
     for threads in sorted(saved["threads"], reverse=True):
-        loop, engine = (
-            saved["measured"].get(f"{OURS} {name}", {}).get(str(threads), {}).get("decode", {}).get("values", [])
-            for name in ("keep, model.stream", "keep (the GGUF's blocks)")
-        )
-        if loop and len(loop) == len(engine):
-            kept = median([a / b for a, b in zip(loop, engine, strict=True)])
-            parts.append(f"{kept:.1%} with {threads} thread{'s' if threads > 1 else ''}")
+        kept = saved["kept_by_stream"].get(str(threads))
+        if kept:
+            parts.append(f"{kept['median']:.1%} with {threads} thread{'s' if threads > 1 else ''}")
     return f"`model.stream`, end to end in Python, keeps {' and '.join(parts)} of the engine's speed." if parts else ""
 
 
 def loss_line(saved: dict[str, Any]) -> str:
-    """Says so where a file of ours loses more than the best of the peers' in its class; empty where none does."""
+    """Names each file of ours that loses more than the best peer's of its class; empty if there is none."""
     groups, parts = classes(saved), []
     for name, keys in groups.items():
         losses = {key: saved["quality"][key]["mean_kl"] for key in keys if key in saved["quality"]}
@@ -171,9 +167,9 @@ def loss_line(saved: dict[str, Any]) -> str:
 
 
 def readme_table(saved: dict[str, Any]) -> str:
-    """For each class: ours, and each project's file that decodes fastest."""
-    header = ["", "perplexity", *(COLUMNS[t][0] for t in ("decode", "decode@1024", "prefill512", "batch8", "first"))]
-    header.append("peak MiB")
+    """For each class: ours, and each project's file that decodes fastest; the columns that fit a README."""
+    tests = ("decode", "decode@1024", "prefill512", "first")
+    header = ["", "perplexity", *(COLUMNS[test][0] for test in tests)]
     rows = []
     for name, keys in classes(saved).items():
         projects: dict[str, str] = {}
@@ -188,10 +184,7 @@ def readme_table(saved: dict[str, Any]) -> str:
             rows.append([f"**{name}**", *[""] * (len(header) - 1)])
         for project, key in sorted(projects.items(), key=lambda pair: pair[0] != OURS):
             lost = ratio(saved, key)
-            cells = [
-                cell(saved, key, test)
-                for test in ("decode", "decode@1024", "prefill512", "batch8", "first", "long_mib")
-            ]
+            cells = [cell(saved, key, test) for test in tests]
             shown = f"**{key}**" if project == OURS else key
             rows.append([shown, f"x {lost:.3f}" if lost else "not measured", *cells])
     return table(header, rows)
@@ -224,7 +217,10 @@ def write(saved: dict[str, Any]) -> None:
         "Tokens a second unless said otherwise; 2 threads (1 thread).",
         main_table(saved),
         loss_line(saved),
-        "### edgeformer against the best peer, test by test",
+        "### edgeformer over the best peer",
+        "Times the best peer of its class (a file that loses more than 1 %: the best of all), on each machine:",
+        times_table(saved),
+        "### The same, test by test",
         ratio_table(saved),
         stream_line(saved),
         greedy_line(saved),
@@ -232,20 +228,17 @@ def write(saved: dict[str, Any]) -> None:
         "### Settings",
         settings(saved),
     ]
-    for other in elsewhere("peers"):
+    for other in runs("peers")[1:]:
         text += [f"### On another machine: {other['machine']['cpu']}", conditions(other), ratio_table(other)]
     put(PAGE, "peers", "\n\n".join(part for part in text if part))
-    title, path = images[0]
     lines = [
-        "SmolLM2-135M-Instruct, tokens a second with 2 threads (1 thread), each project's fastest file of a class:",
+        "SmolLM2-135M-Instruct, tokens/s with 2 threads (1 thread); each project's fastest file of a class, perplexity "
+        "over the float model's:",
         readme_table(saved),
         loss_line(saved),
         conditions(saved),
-        "Times the best peer's, class against class (what loses more: against everybody), on each machine at hand:",
-        times_table(saved),
-        f"![{title}](docs/images/{path.name})",
-        "All files, settings and ratios: [docs/performance.md](docs/performance.md). `python -m bench.peers` measures "
-        "this again.",
+        "All files, tests, settings and machines: [docs/performance.md](docs/performance.md). `python -m bench.peers` "
+        "measures this again.",
     ]
     put(ROOT / "README.md", "speed", "\n\n".join(line for line in lines if line))
 
@@ -259,5 +252,5 @@ def plain(saved: dict[str, Any]) -> str:
             shown = "  ".join(f"{name} {test['median']:.3f}" for name, test in tests.items())
             lines.append(f"{key}, {threads} threads: {shown}")
     if not saved["undisturbed"]:
-        lines.append("DISTURBED: " + "; ".join(line for one in saved["rounds"]["disturbed"] for line in one))
+        lines.append(f"DISTURBED: {saved['rounds']['disturbed']} of {saved['rounds']['taken']} rounds")
     return "\n".join(lines)

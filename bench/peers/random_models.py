@@ -92,7 +92,7 @@ SHAPES = (
         },
     ),
 )
-COMMON = {
+COMMON: dict[str, Any] = {
     "hidden_act": "silu",
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,

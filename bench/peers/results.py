@@ -1,15 +1,17 @@
-"""What saved results say: medians, classes, the best peer of each, without a word of any page."""
+"""Medians, classes and the best peer of each class, from saved results."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from bench.peers.contestants import Contestant
-from bench.peers.rounds import Round, median, values
+from bench.peers.rounds import Round, values
+from bench.report import summary
 
 OURS = "edgeformer"
+ENGINE, STREAM = "keep (the GGUF's blocks)", "keep, model.stream"  # one bundle, without and with the public loop
 STRICT = 1.01  # perplexity ratio up to which a file counts as "no more than 1 % lost"
-PROCESS = ("load_s", "import_s", "peak_mib", "library_mib", "loaded_mib", "cores")
+PROCESS = ("load_s", "peak_mib", "cores")
 COLUMNS = {  # test -> (heading, digits)
     "decode": ("decode, 32-token prompt", 0),
     "decode@1024": ("at depth 1024", 0),
@@ -20,11 +22,11 @@ COLUMNS = {  # test -> (heading, digits)
     "short_mib": ("peak MiB, short prompt", 0),
     "long_mib": ("peak MiB, depth 1024", 0),
 }
-LESS = ("first", "load_s", "short_mib", "long_mib")  # the tests in which less is better
+LESS = ("first", "load_s", "short_mib", "long_mib")  # tests in which less is better
 
 
 def collect(rounds: list[Round], chosen: list[Contestant], threads: list[int]) -> dict[str, Any]:
-    """contestant -> threads -> test -> {median, values}, over the rounds given."""
+    """contestant -> threads -> test -> {median, min, max, n}, over the rounds given."""
     found: dict[str, Any] = {}
     for contestant in chosen:
         for count in threads:
@@ -41,7 +43,7 @@ def collect(rounds: list[Round], chosen: list[Contestant], threads: list[int]) -
             for name, test in (("short_mib", "decode"), ("long_mib", "decode@1024")):
                 numbers[name] = [t.result["tests"][test]["rss_mib"] for t in turns if test in t.result["tests"]]
             found.setdefault(contestant.key, {})[str(count)] = {
-                name: {"median": median(got), "values": got} for name, got in numbers.items() if got
+                name: summary(got) for name, got in numbers.items() if got
             }
             cosines = [
                 t["least_cosine"] for turn in turns for t in turn.result["tests"].values() if "least_cosine" in t
@@ -49,7 +51,16 @@ def collect(rounds: list[Round], chosen: list[Contestant], threads: list[int]) -
             if cosines:  # an encoder's; they depend on neither threads nor rounds but for the order of sums
                 found[contestant.key]["cosine"] = min(cosines)
             found[contestant.key]["versions"] = turns[0].result["versions"]
-            found[contestant.key]["tokens"] = turns[0].result["tests"]["decode"]["tokens"] if "decode" in names else []
+    return found
+
+
+def kept_by_stream(rounds: list[Round], threads: list[int]) -> dict[str, Any]:
+    """threads -> summary of `model.stream`'s share of the engine's decoding speed, round by round."""
+    found = {}
+    for count in threads:
+        loop, engine = (values(rounds, f"{OURS} {name}", count, "decode") for name in (STREAM, ENGINE))
+        if loop and len(loop) == len(engine):
+            found[str(count)] = summary([a / b for a, b in zip(loop, engine, strict=True)])
     return found
 
 
@@ -71,12 +82,12 @@ def measured(saved: dict[str, Any], key: str, threads: int, test: str) -> float 
 
 def limit(saved: dict[str, Any], key: str, threads: int) -> float | None:
     """Tokens a second if nothing but the weights were read, at the measured speed of a plain read."""
-    speeds = [one["gb_s"] for one in saved["memory"].get(str(threads), [])]
-    return max(speeds) * 1e9 / saved["contestants"][key]["token_bytes"] if speeds else None
+    speeds = saved["memory"].get(str(threads))
+    return speeds["max"] * 1e9 / saved["contestants"][key]["token_bytes"] if speeds else None
 
 
 def share(saved: dict[str, Any], key: str, threads: int) -> float | None:
-    """Decoding's share of what reading the weights alone would allow."""
+    """Decoding speed as a share of `limit`."""
     reached, bound = measured(saved, key, threads, "decode"), limit(saved, key, threads)
     return reached / bound if reached and bound else None
 
@@ -88,7 +99,7 @@ def ratio(saved: dict[str, Any], key: str) -> float | None:
 
 
 def classes(saved: dict[str, Any]) -> dict[str, list[str]]:
-    """The contestants by what they lost, as measured. The public loop's row is its engine's and stands apart."""
+    """The contestants by measured loss, without the row of the public loop."""
     keys = [key for key in saved["measured"] if "model.stream" not in key]
     strict = [key for key in keys if (ratio(saved, key) or 9.0) <= STRICT]
     return {"no more than 1 % lost": strict, "more is lost": [key for key in keys if key not in strict]}
@@ -107,7 +118,7 @@ def best_peer(saved: dict[str, Any], keys: list[str], threads: int, test: str) -
 
 
 def compared(saved: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """(each of our files, whom it is compared with): its class, or everybody where it may lose more."""
+    """(each of our files, the files it is compared with): its class, or all files if it loses more than 1 %."""
     groups = classes(saved)
     strict, everybody = groups["no more than 1 % lost"], [key for keys in groups.values() for key in keys]
     return [(key, strict if key in strict else everybody) for key in everybody if key.startswith(OURS)]
@@ -116,7 +127,7 @@ def compared(saved: dict[str, Any]) -> list[tuple[str, list[str]]]:
 def times_best(
     saved: dict[str, Any], key: str, field: list[str], threads: int, test: str
 ) -> tuple[float, float, float, str] | None:
-    """(how many times the best of `field`, our number, the best, whose it is); above 1 is faster or smaller."""
+    """(ratio to the best of `field`, our number, the best number, its contestant); above 1 is faster or smaller."""
     best = best_peer(saved, field, threads, test)
     own = measured(saved, key, threads, test)
     if best is None or own is None:
@@ -125,6 +136,6 @@ def times_best(
 
 
 def tests_of(found: dict[str, Any]) -> list[str]:
-    """The names of a contestant's tests, without what is of the whole process."""
+    """The names of a contestant's tests, without the numbers of the whole process."""
     whole = (*PROCESS, "short_mib", "long_mib")
     return [name for key, tests in found.items() if key.isdigit() for name in tests if name not in whole]

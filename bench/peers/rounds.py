@@ -1,4 +1,4 @@
-"""Interleaved rounds of fresh processes, and what is thrown away.
+"""Interleaved rounds of fresh processes; disturbed rounds are rejected.
 
 A turn is one process: one contestant, one number of threads, all tests. A round is a turn of each. A turn in which
 other processes (or the hypervisor) used more of the CPUs than `LIMIT` is taken again, up to `TRIES` times in all; if it
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -29,7 +28,7 @@ THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 class TurnFailed(Exception):
-    """A worker process ended without its line of JSON; the message holds the end of what it said."""
+    """A worker process ended without its line of JSON; the message has the end of its stderr."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Turn:
 
     @property
     def others(self) -> float:
-        """The most cores that others used beside the `busy` ones: over the whole process, or in any of its tests."""
+        """The most cores that other processes used, without the `busy` ones: over the whole process or in one test."""
         tests = [test.get("others") for test in self.result.get("tests", {}).values()]
         return max(0.0, max([self.result["others"], *(cores for cores in tests if cores is not None)]) - self.busy)
 
@@ -61,7 +60,7 @@ class Round:
 
     @property
     def disturbed(self) -> list[str]:
-        """The turns that were disturbed, in words; empty for a round that counts."""
+        """A line for each disturbed turn; empty for a round that counts."""
         return [
             f"{turn.contestant}, {turn.threads} threads: others used {turn.others:.2f} cores"
             for turn in self.turns
@@ -123,7 +122,7 @@ def take_turn(
 
 @contextmanager
 def burning(count: int) -> Iterator[None]:
-    """`count` processes that use all the time they get, for as long as this lasts."""
+    """Runs `count` busy processes inside the block."""
     started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -134,7 +133,7 @@ def burning(count: int) -> Iterator[None]:
 
 
 def settle(patience: float) -> bool:
-    """Waits until the machine was quiet for half a second, at most `patience` seconds; whether it was."""
+    """Whether the machine was quiet for half a second, waiting at most `patience` seconds."""
     end = time.monotonic() + patience
     while True:
         others = Others()
@@ -146,12 +145,12 @@ def settle(patience: float) -> bool:
 
 
 def quiet(rounds: Iterable[Round]) -> list[Round]:
-    """The rounds that count: no turn of theirs was disturbed."""
+    """The rounds without a disturbed turn."""
     return [one for one in rounds if not one.disturbed]
 
 
 def values(rounds: Iterable[Round], contestant: str, threads: int, test: str) -> list[float]:
-    """A test's numbers over the rounds; `test` may also be load_s, import_s, peak_mib or loaded_mib."""
+    """A test's numbers over the rounds; `test` may also be load_s, peak_mib or cores."""
     found = []
     for one in rounds:
         for turn in one.turns:
@@ -162,11 +161,6 @@ def values(rounds: Iterable[Round], contestant: str, threads: int, test: str) ->
     return found
 
 
-def median(numbers: list[float]) -> float | None:
-    """The median, or None of nothing."""
-    return statistics.median(numbers) if numbers else None
-
-
 def say(text: str) -> None:
-    """Progress, for people."""
+    """Prints progress to stderr."""
     print(text, file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
 """How cost grows with the model: the same comparison over random weights of 0.5B and 1B, `--study sizes`.
 
-There is no quality here: weights are noise. Each project's settings are those of the main study.
+Quality is not measured: weights are noise. Each project's settings are those of the main study.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def available_gib() -> float:
 
 
 def bundle(shape: Shape, scheme: str, head: str | None = None, block: int | None = None) -> Path:
-    """edgeformer's export of the whole model: traced, quantized, and checked against PyTorch, like everybody's.
+    """edgeformer's export of the whole model: traced, quantized, and checked against PyTorch.
 
     Raises:
-        SetupFailed: the export failed, or wants more memory than is free. Nothing else is then stopped for it.
+        SetupFailed: the export failed, or needs more memory than is free. The study goes on without this file.
     """
     name, options = models.quantized(scheme, head, block)
 
@@ -52,7 +52,7 @@ def bundle(shape: Shape, scheme: str, head: str | None = None, block: int | None
         command = [sys.executable, "-m", "edgeformer.export", str(random_models.float_folder(shape)), "-o", str(folder)]
         command += [*options, "--tokens", "0"]
         if scheme in ("q4", "q4a"):
-            command += ["--calibration", "none"]  # fitting noise takes its time and changes no speed
+            command += ["--calibration", "none"]  # calibration on noise takes time and does not change the speed
         log = models.LOGS / f"edgeformer-{shape.name}-{name}.log"
         run(command, log, models.OFFLINE, f"export {name} of {shape.name}")
 

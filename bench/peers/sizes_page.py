@@ -71,7 +71,7 @@ def text(saved: dict[str, Any], images: Path) -> str:
         if (found := share(saved, key, max(saved["threads"])))
     ]
     if reached:
-        parts.append(f"Of the memory limit from 1B on ({TARGET:.0%} is asked for): {', '.join(reached)}.")
+        parts.append(f"Of the memory limit from 1B on (target: {TARGET:.0%}): {', '.join(reached)}.")
     images.mkdir(parents=True, exist_ok=True)
     path = plots.sizes(saved, images / "peers-sizes.png", {name: SIZES[name].parameters for name in sizes})
     parts += [ratio_table(saved, sizes), f"![Speed against model size](images/{path.name})"]

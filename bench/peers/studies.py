@@ -1,4 +1,4 @@
-"""What is measured: each study is a list of tests, saved and shown apart. `main` is the one that the README shows."""
+"""What is measured: each study is a list of tests, with a results file and a block in the page. README shows `main`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Study:
 
 
 def _places(end: int, number: int) -> Iterator[int]:
-    """Starts that do not come back: steps of a number that shares no factor with `end`."""
+    """Distinct start positions: steps of a number coprime to `end`."""
     step = next(step for step in range(577, 2 * end + 577) if _common(step, end) == 1)
     for i in range(end):
         yield (number * 37 + i * step) % end
@@ -53,44 +53,50 @@ def _common(a: int, b: int) -> int:
 RUNS = 5  # at most: a test stops when it has taken long enough (measure.py)
 
 
-def _test(name: str, kind: str, prompt: Prompt, length: int, new: int, runs: int = 1, count: int = 1) -> Test:
-    """Up to `runs` runs of `count` prompts of `length` tokens, each with `new` tokens after it."""
-    prompts = [[prompt(length) for _ in range(count)] for _ in range(runs)]
+def _test(name: str, kind: str, prompts: list[list[list[int]]], new: int) -> Test:
+    """A test whose runs have these prompts, each with `new` tokens after it."""
     return {"name": name, "kind": kind, "runs": prompts, "new": new}
+
+
+def _prompts(prompt: Prompt, length: int, runs: int = 1, count: int = 1) -> list[list[list[int]]]:
+    """[runs, count] prompts of `length` tokens."""
+    return [[prompt(length) for _ in range(count)] for _ in range(runs)]
 
 
 def _main(prompt: Prompt, quick: bool) -> list[Test]:
     new, runs = (32, 1) if quick else (128, RUNS)
     return [
-        _test("first", "first", prompt, 32, 4),
-        _test("decode", "decode", prompt, 32, new, runs),
-        _test("prefill512", "prefill", prompt, 512, 1, runs),
-        _test("decode@1024", "decode", prompt, 1024, new // 2, runs),
-        _test("batch8", "decode", prompt, 32, new // 2, runs, count=8),
+        _test("first", "first", _prompts(prompt, 32), 4),
+        _test("decode", "decode", _prompts(prompt, 32, runs), new),
+        _test("prefill512", "prefill", _prompts(prompt, 512, runs), 1),
+        _test("decode@1024", "decode", _prompts(prompt, 1024, runs), new // 2),
+        _test("batch8", "decode", _prompts(prompt, 32, runs, count=8), new // 2),
     ]
 
 
 def _depth(prompt: Prompt, quick: bool) -> list[Test]:
     depths = (128, 1024) if quick else (128, 512, 1024, 2048, 4096, 7936)
-    return [_test(f"depth {depth}", "decode", prompt, depth, 48, 1 if quick else RUNS) for depth in depths]
+    runs = 1 if quick else RUNS
+    return [_test(f"depth {depth}", "decode", _prompts(prompt, depth, runs), 48) for depth in depths]
 
 
 def _states(prompt: Prompt, quick: bool) -> list[Test]:
     counts = (1, 4) if quick else (1, 2, 4, 8, 16)
-    return [_test(f"states {count}", "decode", prompt, 32, 64, 1 if quick else RUNS, count) for count in counts]
+    runs = 1 if quick else RUNS
+    return [_test(f"states {count}", "decode", _prompts(prompt, 32, runs, count), 64) for count in counts]
 
 
 def _busy(prompt: Prompt, quick: bool) -> list[Test]:
-    return [_test("decode", "decode", prompt, 32, *((32, 1) if quick else (64, RUNS)))]
+    return [_test("decode", "decode", _prompts(prompt, 32, 1 if quick else RUNS), 32 if quick else 64)]
 
 
 def _sizes(prompt: Prompt, quick: bool) -> list[Test]:
     new, runs = (12, 1) if quick else (48, RUNS)
     return [
-        _test("first", "first", prompt, 32, 4),
-        _test("decode", "decode", prompt, 32, new, runs),
-        _test("prefill128", "prefill", prompt, 128, 1, runs),
-        _test("prefill512", "prefill", prompt, 512, 1, runs),
+        _test("first", "first", _prompts(prompt, 32), 4),
+        _test("decode", "decode", _prompts(prompt, 32, runs), new),
+        _test("prefill128", "prefill", _prompts(prompt, 128, runs), 1),
+        _test("prefill512", "prefill", _prompts(prompt, 512, runs), 1),
     ]
 
 

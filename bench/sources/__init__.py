@@ -1,1 +1,1 @@
-"""Which settings of a source are honoured, refused or irrelevant: `python -m bench.sources` sets each one and looks."""
+"""Which settings of a source are honoured, refused or irrelevant: `python -m bench.sources` tries each one."""

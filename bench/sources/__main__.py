@@ -1,6 +1,6 @@
-"""Every setting of every kind of source, tried on a tiny model: `python -m bench.sources`.
+"""Tries every setting of every kind of source on a tiny model: `python -m bench.sources`.
 
-Writes docs/sources.md. Ends with 1 where a setting is silently ignored, or has no row.
+Writes docs/sources.md. Exit code 1 if a setting is silently ignored or has no row.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PACKAGES = ("torch", "transformers", "gguf", "peft", "sentence-transformers", "t
 
 
 def sweeps() -> dict[str, ModuleType]:
-    """The sweeps of this package by name; those whose name begins with an underscore only help others."""
+    """{name: sweep} of this package; modules that begin with an underscore are helpers."""
     names = [m.name for m in pkgutil.iter_modules(bench.sources.__path__) if not m.name.startswith("_")]
     return {name: importlib.import_module(f"bench.sources.{name}") for name in names if name not in NOT_SWEEPS}
 
@@ -48,7 +48,7 @@ def _commit() -> str:
 
 
 def failures(sweep: ModuleType, rows: list[Row]) -> list[str]:
-    """What makes the run end with 1."""
+    """The reasons for exit code 1."""
     ignored = [f"{row.setting} is ignored: {row.detail}" for row in rows if row.outcome == "ignored"]
     untried = sorted(set(sweep.settings()) - {row.setting for row in rows})
     return ignored + [f"{setting} was not tried" for setting in untried]
@@ -60,7 +60,7 @@ def main() -> None:
     known = sweeps()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[*known, []], help="sweeps; all by default")
-    parser.add_argument("--dry", action="store_true", help="leave docs/sources.md as it is")
+    parser.add_argument("--dry", action="store_true", help="do not write docs/sources.md")
     options = parser.parse_args()
     bad: list[str] = []
     for name in options.names or known:

@@ -36,7 +36,7 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Try:
-    """One setting's value, and what it needs beside it."""
+    """The value of one setting, and other settings that it needs."""
 
     options: Mapping[str, Any] = field(default_factory=dict)  # of the config class
     base: str = "llama"
@@ -46,7 +46,7 @@ class Try:
 
 @dataclass(frozen=True)
 class Trained:
-    """An adapter folder with its base's, and the logits of the model that was in memory when it was saved.
+    """An adapter folder and its base's folder, and the logits of the model in memory when it was saved.
 
     Where the method runs on token ids alone, that is; else the logits are NaN, and no merge can be right.
     """
@@ -78,14 +78,14 @@ def load(folder: Path) -> Any:
 
 
 def logits(model: Any) -> F32:
-    """Of `IDS`; [len(IDS), vocabulary]."""
+    """The logits of `IDS`, [len(IDS), vocabulary]."""
     with torch.no_grad():
         found: F32 = model(torch.tensor([IDS])).logits[0].float().numpy()
     return found
 
 
 def train(tried: Try, work: Path, name: str) -> Trained:
-    """A random step instead of training: every trainable weight moves, so that each shows in the logits."""
+    """A random step instead of training: every trainable weight changes, so each affects the logits."""
     base = base_folder(tried.base, work)
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[tried.kind]
     known = {field.name for field in dataclasses.fields(config_class)}
@@ -99,7 +99,7 @@ def train(tried: Try, work: Path, name: str) -> Trained:
                     parameter.add_(torch.randn_like(parameter) * 0.05)
         try:
             found = logits(model)
-        except Exception:  # of tasks' ids, say
+        except Exception:  # for example without task ids
             found = np.full((len(IDS), 1), np.nan, np.float32)
         folder = work / name
         model.save_pretrained(folder)
@@ -109,7 +109,7 @@ def train(tried: Try, work: Path, name: str) -> Trained:
 
 
 def defaults(known: set[str]) -> dict[str, Any]:
-    """What the tiny adapters share, as far as their config class has it."""
+    """The settings that the tiny adapters share, if their config class has them."""
     common = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
     return {name: value for name, value in common.items() if name in known}
 
@@ -121,7 +121,7 @@ def edit(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def reload(trained: Trained, seed: int) -> F32:
-    """PEFT's own logits of the saved adapter, not merged."""
+    """PEFT's logits of the saved adapter, not merged."""
     torch.manual_seed(seed)
     with quiet():
         return logits(peft.PeftModel.from_pretrained(load(trained.base), str(trained.folder)).eval())
@@ -129,7 +129,7 @@ def reload(trained: Trained, seed: int) -> F32:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Neither warnings nor bars: the sweep's own output is a table."""
+    """Silences warnings and progress bars."""
     from transformers.utils import logging as bars
 
     bars.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Tiny random models that generate, in transformers and in bundles: the same settings for both, the tokens of each."""
+"""Tiny random models that generate, in transformers and in bundles, with the same settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import transformers as tf
 import edgeformer
 from edgeformer.decoding.generation_fields import listed
 from edgeformer.export import ExportOptions, export
-from edgeformer.export.graphs.encoder_decoder import pair_source
+from edgeformer.export.sources.hub.encoder_decoder_source import encoder_decoder_source
 from edgeformer.export.sources.hub.hub import language_model
 
 VOCABULARY = 100
@@ -61,7 +61,7 @@ KINDS = {"llama": llama, "t5": t5, "bart": bart, "whisper": whisper}
 
 @dataclass(frozen=True)
 class Generator:
-    """One model twice."""
+    """One model in transformers and as a bundle."""
 
     reference: Any  # of transformers
     loaded: edgeformer.Model
@@ -72,12 +72,12 @@ class Generator:
         torch.manual_seed(0)
         model = KINDS[kind]()
         generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():  # larger weights than a new model has, so that not every answer is the same
+        with torch.no_grad():  # larger weights than a new model's, so that answers differ
             for parameter in model.parameters():
                 if parameter.ndim > 1:
                     parameter.normal_(0, 1.5 * parameter.shape[1] ** -0.5, generator=generator)
         source = language_model(model.eval(), kind) if kind == "llama" else None
-        pair = None if source else pair_source(model, kind, "text2text-generation")
+        pair = None if source else encoder_decoder_source(model, kind, "text2text-generation")
         export(ExportOptions(source=kind, output=folder / kind, quantize="none", tokens=0), traced=source or pair)
         return cls(model, edgeformer.load(folder / kind, engine="cpu", threads=1))
 
@@ -86,12 +86,12 @@ class Generator:
         return bool(self.reference.config.is_encoder_decoder)
 
     def basis(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """`settings` on top of what the model needs to generate at all."""
+        """`settings` and those that the model needs to generate."""
         start = {"decoder_start_token_id": self.reference.config.decoder_start_token_id} if self.has_encoder else {}
         return {"eos_token_id": EOS, "bos_token_id": 1, "pad_token_id": 0, "max_new_tokens": 14} | start | settings
 
     def expected(self, prompt: Any, settings: Mapping[str, Any], **arguments: Any) -> list[int]:
-        """transformers' new tokens for a prompt (or source), without the padding of beams that ended before.
+        """transformers' new tokens for a prompt (or source), without the padding of beams that ended earlier.
 
         Raises:
             Exception: whatever transformers raises.
@@ -107,15 +107,15 @@ class Generator:
                 out = self.reference.generate(values, **arguments)
         new = out[0, 1 if self.has_encoder else len(prompt) :].tolist()
         ends = set(listed(basis.get("eos_token_id")))
-        first = next((place for place, id in enumerate(new) if id in ends), len(new) - 1)
+        first = next((place for place, token in enumerate(new) if token in ends), len(new) - 1)
         return new[: first + 1]
 
     def found(self, prompt: Any, settings: Mapping[str, Any], **arguments: Any) -> list[int]:
-        """Our new tokens, with `settings` as the bundle's generation_config.json."""
+        """The bundle's new tokens, with `settings` as its generation_config.json."""
         return self.with_settings(settings).generate(prompt, **arguments).ids
 
     def with_settings(self, settings: Mapping[str, Any]) -> edgeformer.Model:
-        """The loaded model as if its bundle had these settings; what `load` would say of them is not said."""
+        """The loaded model with these settings in its bundle, without the warnings of `load`."""
         loaded = self.loaded
         bundle = replace(loaded.bundle, generation_config=self.basis(settings))
         engines = {"model": loaded.engine}
@@ -126,7 +126,7 @@ class Generator:
 
 @contextlib.contextmanager
 def quiet() -> Any:
-    """transformers' advice on settings that the tests set on purpose is not shown."""
+    """Silences transformers' warnings about settings that the tests set on purpose."""
     logger = logging.getLogger("transformers")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -139,6 +139,6 @@ def quiet() -> Any:
 
 
 def prompts(count: int, length: int) -> Sequence[list[int]]:
-    """Random prompts without an end or padding in them."""
+    """Random prompts without EOS and padding tokens."""
     generator = torch.Generator().manual_seed(3)
     return torch.randint(11, VOCABULARY - 1, (count, length), generator=generator).tolist()

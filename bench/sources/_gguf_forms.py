@@ -1,4 +1,4 @@
-"""Forms of GGUF files for its sweep: versions, byte orders, cuts, shards, and files that contradict themselves."""
+"""Forms of GGUF files for the sweep: versions, byte orders, truncation, shards, inconsistent files."""
 
 from __future__ import annotations
 

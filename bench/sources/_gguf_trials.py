@@ -1,4 +1,4 @@
-"""What the sweep of GGUF sets each key to, on which structure, and what must come of it."""
+"""The trials of the GGUF sweep: the value of each key, the architecture, and the expected result."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-# Sizes: (structure, a value that is not that of the tensors).
+# Sizes: (architecture, a value that does not fit the tensors).
 SIZES: dict[str, tuple[str, Any]] = {
     "vocab_size": ("llama", 300),
     "context_length": ("llama", 128),
@@ -30,7 +30,7 @@ YARN = {
     "ARCH.rope.scaling.type": "yarn", "ARCH.rope.scaling.factor": 4.0,
     "ARCH.rope.scaling.original_context_length": 64, "ARCH.rope.freq_base": 100.0,
 }  # fmt: skip
-# Numbers: (structure, value, other keys that it needs); keys that are not here are set to 3 on a Llama.
+# Numbers: (architecture, value, other keys that it needs); keys that are not here are set to 3 on a Llama.
 NUMBERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "general.architecture": ("llama", "new", {}),
     "general.type": ("llama", "adapter", {}),
@@ -104,7 +104,7 @@ def _special(name: str, field: str) -> list[tuple[dict[str, Any], Any]]:
     return [({key: EOM}, lambda t: config(t)[field] == "<|eom|>"), ({key: 10**6}, "refused")]
 
 
-# Sampling that generation_config.json has no words for.
+# Sampling settings without a field in generation_config.json.
 REPORTED = frozenset(
     f"general.sampling.{name}"
     for name in (
@@ -112,7 +112,7 @@ REPORTED = frozenset(
     )
 )  # fmt: skip
 
-# Texts: files with these keys, and a check of what was read, or "refused".
+# Tokenizer keys: (metadata, a check of the result or "refused").
 TEXTS: dict[str, list[tuple[dict[str, Any], Callable[[Any], bool] | str]]] = {
     GGML + "model": [
         ({}, lambda t: ids(t, "th") == [260]),
@@ -172,7 +172,7 @@ TEXTS: dict[str, list[tuple[dict[str, Any], Callable[[Any], bool] | str]]] = {
         )
     ],
     "tokenizer.chat_templates": [
-        ({"tokenizer.chat_templates": ["rag"], "tokenizer.chat_template.rag": "c"}, lambda t: True),
+        ({"tokenizer.chat_templates": ["rag"], "tokenizer.chat_template.rag": "c"}, lambda _: True),
         ({"tokenizer.chat_templates": ["rag"]}, "refused"),
     ],
     **{

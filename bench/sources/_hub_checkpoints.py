@@ -1,4 +1,4 @@
-"""Model folders as people have them, whole and broken, each with the model whose numbers an export must have."""
+"""Model folders, complete and broken, each with the model whose tensors an export must have."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Situation:
-    """A source, and what must happen to it."""
+    """A source and its expected result."""
 
     name: str
-    make: Callable[[Path], str]  # writes the source below a folder, returns its name
-    model: Callable[[], torch.nn.Module] | None  # the module whose tensors are the right ones; None: refused
-    words: tuple[str, ...] = ()  # that the refusal, or edgeformer.json, must have
+    make: Callable[[Path], str]  # writes the source to a folder, returns its name
+    model: Callable[[], torch.nn.Module] | None  # the module with the expected tensors; None: refused
+    words: tuple[str, ...] = ()  # in the error message, or in edgeformer.json
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -40,7 +40,7 @@ def tied() -> torch.nn.Module:
 
 
 def untied_by_values() -> torch.nn.Module:
-    """What a config that ties and a file with another head stand for."""
+    """The model of a config that ties the head and a file with another head."""
     model = llama()
     with torch.no_grad():
         model.lm_head.weight.copy_(_other_head())
@@ -82,7 +82,7 @@ def clip(kind: str = "CLIPModel") -> torch.nn.Module:
 def _made(cls: Any, config: Any) -> Any:
     torch.manual_seed(0)
     model = cls(config).eval()
-    with torch.no_grad():  # so that no tensor has the values that a constructor gives it
+    with torch.no_grad():  # so that no tensor has its initial values
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
@@ -93,7 +93,7 @@ def _other_head() -> torch.Tensor:
 
 
 def saved(model: Callable[[], Any], change: Callable[[State], State | None] | None = None, **config: Any) -> Any:
-    """A maker of a folder with the model, its tensors and its config changed."""
+    """A function that writes the model's folder, with changed tensors and config."""
 
     def make(work: Path) -> str:
         model().save_pretrained(work / "model")
@@ -114,7 +114,7 @@ def _config(folder: Path, **changes: Any) -> None:
 
 
 def edited(model: Callable[[], Any], edit: Callable[[Path], object], **save: Any) -> Any:
-    """A maker of a folder with the model, after `edit(folder)`."""
+    """A function that writes the model's folder and applies `edit(folder)`."""
 
     def make(work: Path) -> str:
         model().save_pretrained(work / "model", **save)
@@ -181,7 +181,7 @@ def _poisoned(value: float) -> Callable[[State], None]:
     return change
 
 
-class Code:  # what a pickle of a whole object has inside
+class Code:  # an object in a pickle
     pass
 
 
@@ -192,7 +192,7 @@ ONE, TWO = torch.ones(4), torch.ones(8, 8)
 def situations() -> Iterator[Situation]:
     """Every situation of a model folder."""
     yield Situation("one .safetensors", saved(llama), llama)
-    yield Situation("shards with an index", edited(llama, lambda folder: None, **SHARDS), llama)
+    yield Situation("shards with an index", edited(llama, lambda _: None, **SHARDS), llama)
     yield Situation("pytorch_model.bin", edited(llama, torch_file()), llama)
     yield Situation("shards of pytorch_model.bin", edited(llama, _torch_shards), llama)
     for dtype in (torch.float16, torch.bfloat16):
@@ -218,8 +218,8 @@ def situations() -> Iterator[Situation]:
     )
     yield Situation("a missing norm", saved(llama, _without("model.norm")), None, ("1 tensor", "model.norm.weight"))
     yield Situation("a missing output layer", saved(llama, _without("lm_head")), None, ("tie_word_embeddings",))
-    yield Situation("no tensor at all", saved(llama, lambda s: {"x": ONE}), None, ("and 17 more", "another model"))
-    yield Situation("another model", saved(llama, lambda s: load_other(gpt2)), None, ("another model",))
+    yield Situation("no tensor at all", saved(llama, lambda _: {"x": ONE}), None, ("and 17 more", "another model"))
+    yield Situation("another model", saved(llama, lambda _: load_other(gpt2)), None, ("another model",))
     yield Situation(
         "a missing tensor, allowed", saved(llama, _without("lm_head")), llama, ("lm_head.weight",),
         {"allow_missing": ("lm_head.*",)},
@@ -313,7 +313,7 @@ def _second(folder: Path) -> Path:
 
 
 def prepared(situation: Situation, work: Path) -> tuple[str, dict[str, Any]]:
-    """(the source's name, the options of its export), its files written below `work`."""
+    """(the source's name, the options of its export); writes its files to `work`."""
     name, options = situation.make(work), dict(situation.options)
     if "weights" in options:
         options["weights"] = options["weights"](work)

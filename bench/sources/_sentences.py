@@ -1,4 +1,4 @@
-"""Tiny models of sentence-transformers, for its sweep and its tests."""
+"""Tiny sentence-transformers models for the sweep and the tests."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 import transformers as tf
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from edgeformer.tasks.embedding import Encoder
 from edgeformer.tasks.encoder_methods import EncoderMethods
 
 _KNOWN = "query : passage red blue boats float on water and ships sink in the deep sea Red"
@@ -45,7 +46,7 @@ def bert(**changes: Any) -> Any:
 
 
 def roberta(**changes: Any) -> Any:
-    """Positions begin behind the padding token: 34 rows for 32 tokens."""
+    """Positions begin after the padding token: 34 rows for 32 tokens."""
     sizes = SIZES | {"max_position_embeddings": 34, "type_vocab_size": 1, "pad_token_id": 1}
     return tf.RobertaModel(tf.RobertaConfig(vocab_size=VOCABULARY, **sizes | changes))
 
@@ -63,11 +64,11 @@ def t5(**changes: Any) -> Any:
 
 
 def base(folder: Path, make: Callable[[], Any] = bert, seed: int = 0, **more: Any) -> Path:
-    """A Hugging Face folder of a tiny model and its tokenizer, whose settings are in `more`."""
+    """A Hugging Face folder of a tiny model and its tokenizer with the settings `more`."""
     torch.manual_seed(seed)
     model = make().eval()
     for weights in model.parameters():
-        if weights.ndim == 2:  # as they are made, nothing that a text says moves a score by more than a rounding
+        if weights.ndim == 2:  # with initial weights a text changes scores by no more than rounding
             torch.nn.init.normal_(weights, std=0.3)
     model.save_pretrained(folder)
     tokenizer(folder, **more)
@@ -75,7 +76,7 @@ def base(folder: Path, make: Callable[[], Any] = bert, seed: int = 0, **more: An
 
 
 def saved(folder: Path, made: Path, following: Sequence[Any] | None = None, **settings: Any) -> Any:
-    """A SentenceTransformer over the model in `made`, saved in `folder`; mean pooling unless `following` says other."""
+    """A SentenceTransformer of the model in `made`, saved in `folder`; mean pooling if no `following` is given."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
@@ -88,14 +89,14 @@ def saved(folder: Path, made: Path, following: Sequence[Any] | None = None, **se
 
 
 def change(folder: Path, file: str, **values: Any) -> None:
-    """Sets keys of a JSON file; those that are None are removed."""
+    """Sets keys of a JSON file; removes those that are None."""
     path = folder / file
     content = (json.loads(path.read_text()) if path.exists() else {}) | values
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
 class Traceless:
-    """The engine of a Source that was read but not exported: PyTorch itself. What the graph adds, the gate checks."""
+    """An engine that runs a Source in PyTorch without an export; other tests check the graph."""
 
     def __init__(self, source: Any) -> None:
         self.source = source
@@ -104,21 +105,20 @@ class Traceless:
         """Encoders have none."""
 
     def forward(self, calls: Sequence[Any]) -> list[dict[str, Any]]:
-        from edgeformer.export.source import run
+        from edgeformer.export.source import pytorch_outputs
 
         return [
-            run(self.source, {name: torch.from_numpy(value) for name, value in feeds.items()}) for feeds, _ in calls
+            pytorch_outputs(self.source, {name: torch.from_numpy(value) for name, value in feeds.items()})
+            for feeds, _ in calls
         ]
 
 
 class Read(EncoderMethods):
-    """What `read` gives: a Model without a bundle."""
-
-    is_language_model = False
+    """The result of `read`: a Model without a bundle."""
 
 
 def read(folder: Path, architecture: str | None = None) -> Any:
-    """The folder as the export reads it, with the runtime's own processing, and without the seconds of a trace."""
+    """The folder as the export reads it, with the runtime's processing and without a trace, which takes seconds."""
     from edgeformer.export.sources.hub.hub import folder_source
     from edgeformer.processing.tokenizer import Tokenizer
 
@@ -139,6 +139,6 @@ def read(folder: Path, architecture: str | None = None) -> Any:
         path=folder,
         file=files.get,
     )
-    model.engine, model._encoder = Traceless(source), None  # type: ignore[assignment]
     model.tokenizer = Tokenizer.of(model.bundle)
+    model._task = Encoder(model.bundle, Traceless(source), model.tokenizer)  # type: ignore[arg-type]
     return model

@@ -1,4 +1,4 @@
-"""Tiny tokenizers of all classes that transformers has with a tokenizer.json, and what is compared of each."""
+"""Tiny tokenizers of all transformers classes with a tokenizer.json, and the results that are compared."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-from edgeformer.export.sources.hub.heads import processing_of
-from edgeformer.export.sources.texts import ODD_TEXTS, TOKENIZER_FILES, tokenizer_files
+from edgeformer.export.source import Source
+from edgeformer.export.sources.sentence.sentence import text_length
+from edgeformer.export.sources.tokenizer_export import ODD_TEXTS, TOKENIZER_FILES, tokenizer_files
 from edgeformer.processing.tokenizer import Tokenizer as Runtime
 
 TRAINED = [*ODD_TEXTS, "the quick brown fox jumps over the lazy dog", string.printable] * 3
@@ -31,14 +33,14 @@ CHAT = [{"role": "user", "content": "Hello"}]
 
 @cache
 def classes() -> dict[str, Any]:
-    """name -> class, each once (many names are aliases)."""
+    """{name: class}, each class once (many names are aliases)."""
     found = {name: getattr(transformers, name) for name in dir(transformers) if name.endswith("Tokenizer")}
     kinds = {n: c for n, c in found.items() if inspect.isclass(c) and issubclass(c, TokenizersBackend)}
     return {c.__name__: c for c in kinds.values()} | {"TokenizersBackend": TokenizersBackend}
 
 
 def parameters(kind: Any) -> dict[str, Any]:
-    """name -> default of what a class's `__init__` takes from tokenizer_config.json."""
+    """{name: default} of the arguments that a class's `__init__` takes from tokenizer_config.json."""
     signature = inspect.signature(kind.__init__).parameters.values()
     return {p.name: p.default for p in signature if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"}
 
@@ -71,10 +73,10 @@ def make(kind: Any, folder: Path) -> Path:
     else:
         try:
             made = _of_vocabulary(kind, name)
-        except (TypeError, ValueError):  # a few classes name a model of another kind than their __init__ makes
+        except (TypeError, ValueError):  # a few classes declare another model than their __init__ builds
             made = _of_vocabulary(kind, "Unigram")
     made.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{{ eos_token }}"
-    made.save_pretrained(folder, save_jinja_files=False)  # the template in the file that the settings are in
+    made.save_pretrained(folder, save_jinja_files=False)  # keeps the template in tokenizer_config.json
     return folder
 
 
@@ -85,7 +87,7 @@ def _of_vocabulary(kind: Any, model: str) -> Any:
 
 
 def changed(folder: Path, to: Path, **settings: Any) -> Path:
-    """A copy of the folder, with `settings` in its tokenizer_config.json; those that are `...` are taken out."""
+    """A copy of the folder with `settings` in its tokenizer_config.json; removes those that are `...`."""
     to.mkdir(parents=True)
     for file in folder.iterdir():
         (to / file.name).write_bytes(file.read_bytes())
@@ -96,7 +98,7 @@ def changed(folder: Path, to: Path, **settings: Any) -> Path:
 
 
 def reference(folder: Path) -> list[Any]:
-    """What transformers makes of TEXTS."""
+    """transformers' results for TEXTS."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     found: list[Any] = []
     for text in TEXTS:
@@ -113,7 +115,7 @@ def reference(folder: Path) -> list[Any]:
 
 
 def runtime(folder: Path) -> Runtime:
-    """The runtime's tokenizer of the bundle that would be written. Raises ExportError where it is refused."""
+    """The runtime's tokenizer of the bundle. Raises ExportError if the export refuses it."""
     files = tokenizer_files(str(folder), lambda name: _read(folder / name))
     with tempfile.TemporaryDirectory() as place:
         for name, data in files.items():
@@ -124,7 +126,7 @@ def runtime(folder: Path) -> Runtime:
 
 
 def bundled(folder: Path) -> list[Any]:
-    """The same of the bundle that would be written. Raises ExportError where it is refused."""
+    """The runtime's results for TEXTS. Raises ExportError if the export refuses the tokenizer."""
     ours = runtime(folder)
     found: list[Any] = []
     for text in TEXTS:
@@ -135,7 +137,8 @@ def bundled(folder: Path) -> list[Any]:
     found.append(ours.encode_for_encoder((TEXTS[0], TEXTS[1])).ids)
     found.append(or_refused(lambda: ours.render_chat(CHAT, False)))
     found.append(or_refused(lambda: ours.encode_chat(STRANGE_CHAT, False, sanitize_control_tokens=True)))
-    limit = processing_of(lambda name: _read(folder / name), {}, ()).get("max_length")
+    files = {"tokenizer_config.json": _read(folder / "tokenizer_config.json") or b"{}"}
+    limit = text_length(None, Source(torch.nn.Identity(), (), (), "feature-extraction", "", files=files))
     found.append(ours.encode_for_encoder(LONG, limit).ids)
     return found
 

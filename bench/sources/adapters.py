@@ -1,4 +1,4 @@
-"""Adapters: every field of PEFT's LoraConfig, every initialization, every other method."""
+"""PEFT adapters: every field of LoraConfig, every initialization, every other method."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from edgeformer.errors import ExportError
 
 TITLE = "Adapters"
 ABOUT = (
-    "The fields of `peft.LoraConfig`, the values of its `init_lora_weights`, and the methods of `peft.PeftType`. Each "
-    "is set while a tiny adapter is trained (one random step) and saved; the logits of that very model in memory, not "
-    "merged and not reloaded, are the reference. A field is irrelevant where PEFT gives the same logits without it. "
-    "Where a setting cannot be trained on this machine, it is written into the saved `adapter_config.json`."
+    "The fields of `peft.LoraConfig`, the values of its `init_lora_weights`, and the methods of `peft.PeftType`. "
+    "Each is set for a tiny adapter, which is trained (one random step) and saved; the reference is the logits of "
+    "that model in memory, neither merged nor reloaded. A field is irrelevant if PEFT gives the same logits "
+    "without it. A setting that cannot be trained on this machine is written into the saved "
+    "`adapter_config.json`."
 )
 TESTS = (
     "tests/export/sources/test_lora.py, tests/export/sources/test_adapters.py, "
     "tests/export/sources/test_adapter_folders.py"
 )
 _REFERENCE = "PEFT, unmerged"
-# A merged matrix rounds W + s B A once where the unmerged model rounds two products and their sum, layer by layer:
-# about ten roundings of 2^-24 of a value, which the norms hand on. 1e-5 of the range is far above, and far below a
-# setting's effect (1e-2 and more).
+# A merged matrix rounds W + s B A once, the unmerged model rounds two products and their sum in each layer: about ten
+# roundings of 2^-24 of a value, which norms propagate. 1e-5 of the range is far above that, and far below the effect of
+# a setting (1e-2 and more).
 _BOUND = 1e-5
 
 _BLOCKS = {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["v_proj"], "nblocks": 2}
@@ -86,7 +87,7 @@ INITS: dict[str, Try] = {
     **{name: Try(forged={"init_lora_weights": name}) for name in ("eva", "corda", "loftq", "lora_ga")},
 }
 _VIRTUAL = {"num_virtual_tokens": 3}
-METHODS: dict[str, dict[str, Any]] = {  # what a method needs to be tried here; the others need nothing
+METHODS: dict[str, dict[str, Any]] = {  # settings that a method needs to be tried; the others need none
     "PROMPT_TUNING": _VIRTUAL, "P_TUNING": _VIRTUAL, "PREFIX_TUNING": _VIRTUAL, "CARTRIDGE": _VIRTUAL,
     "MULTITASK_PROMPT_TUNING": _VIRTUAL | {"num_tasks": 2},
     "CPT": {"cpt_token_ids": [1, 2], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 2]},
@@ -105,7 +106,7 @@ def settings() -> list[str]:
     """`field` and `init_lora_weights="value"` of LoraConfig, and `peft_type="METHOD"`."""
     values = [v for hint in get_args(get_type_hints(peft.LoraConfig)["init_lora_weights"]) for v in get_args(hint)]
     if "lora_ga" not in values:
-        values.append("lora_ga")  # PEFT has it, though not in the field's type
+        values.append("lora_ga")  # supported by PEFT, but not in the field's type
     return [
         *(field.name for field in dataclasses.fields(peft.LoraConfig)),
         *(f'init_lora_weights="{value}"' for value in values),
@@ -114,7 +115,7 @@ def settings() -> list[str]:
 
 
 def tries() -> dict[str, Try]:
-    """What is tried for each of `settings()`."""
+    """{setting: trial} for `settings()`."""
     methods = {kind: Try(METHODS.get(kind, {}), kind=kind) for kind in PEFT_TYPE_TO_CONFIG_MAPPING if kind != "XLORA"}
     return {
         **FIELDS,
@@ -125,7 +126,7 @@ def tries() -> dict[str, Try]:
 
 
 def rows(work: Path) -> Iterator[Row]:
-    """One row a setting."""
+    """One row per setting."""
     tried = tries()
     for index, name in enumerate(settings()):
         if name in tried:
@@ -157,7 +158,7 @@ def _row(name: str, tried: Try, work: Path, place: str) -> Row:
 
 
 def exported(trained: Trained) -> F32:
-    """The logits of the module that the exporter traces."""
+    """The logits of the source's module."""
     from edgeformer.export import ExportOptions
     from edgeformer.export.sources.load import load_source
 
@@ -176,7 +177,7 @@ def _reloaded(trained: Trained, span: float) -> str:
 
 
 def _effect(trained: Trained, name: str, place: Path, span: float) -> str | int:
-    """What PEFT does with the same tensors when the field has its default; 0 where that is the same."""
+    """The change of PEFT's logits if the field has its default; 0 if they stay the same."""
     field = next(field for field in dataclasses.fields(peft.LoraConfig) if field.name == name)
     default = field.default if field.default is not dataclasses.MISSING else None
     if name == "peft_type":

@@ -1,4 +1,4 @@
-"""Checkpoints, whole and broken: every weight is used and none is missing, or the export says which."""
+"""Complete and broken checkpoints: every weight is used and none is missing, or the export names it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from bench.sources import _hub_checkpoints, _own_checkpoints
+from bench.sources import _hub_checkpoints, _user_checkpoints
 from bench.sources._hub_checkpoints import Situation, prepared
 from bench.sources.row import Row
 from edgeformer.errors import ExportError
@@ -21,12 +21,12 @@ from edgeformer.export.sources.load import load_source
 
 TITLE = "Completeness"
 ABOUT = (
-    "Situations of a checkpoint: model folders, and `--weights` for a module of one's own. The reference is the model "
-    "that was saved: honoured means that all its tensors, and no others, arrived bit for bit. Beside it stands what "
-    "the library alone reports: transformers' loading info, or torch's `load_state_dict`."
+    "Situations of a checkpoint: model folders, and `--weights` for a user-defined module. The reference is the "
+    "saved model: honoured means that all its tensors, and no others, are loaded bit for bit. The column beside "
+    "it has what the library alone reports: transformers' loading info, or torch's `load_state_dict`."
 )
 TESTS = "`tests/export/sources/test_completeness.py`, `tests/export/test_memory_bounds.py`"
-_ENORMOUS = "e+"  # in a name, 1e+09: what transformers would allocate is not tried
+_ENORMOUS = "e+"  # in a name such as 1e+09: not loaded with transformers, which would allocate it
 _CUT = 160
 
 
@@ -48,7 +48,7 @@ def rows(work: Path) -> Iterator[Row]:
 
 
 def _all() -> list[Situation]:
-    return [*_hub_checkpoints.situations(), *_own_checkpoints.situations()]
+    return [*_hub_checkpoints.situations(), *_user_checkpoints.situations()]
 
 
 def _row(situation: Situation, folder: Path) -> Row:
@@ -77,10 +77,10 @@ def _row(situation: Situation, folder: Path) -> Row:
 
 
 def _library(situation: Situation, name: str, options: dict[str, Any]) -> str:
-    """What the library itself says of the load, in a few words."""
+    """The library's own report of the load, in short."""
     try:
         if "weights" in options:
-            module = _own_checkpoints.module("tied" if name.endswith(":tied") else "make")
+            module = _user_checkpoints.module("tied" if name.endswith(":tied") else "make")
             state = (
                 torch.load(options["weights"], weights_only=True)
                 if options["weights"].suffix != ".safetensors"

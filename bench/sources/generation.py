@@ -18,8 +18,9 @@ from edgeformer.errors import EdgeformerError
 
 TITLE = "Rules of generation"
 ABOUT = (
-    "Every field of transformers' `GenerationConfig`. Each is set for a tiny Llama and a tiny T5, greedily and with 4 "
-    "beams; the tokens are compared with those of `generate`, and for sampling the distributions that are drawn from."
+    "Every field of transformers' `GenerationConfig`. Each is set for a tiny Llama and a tiny T5, with greedy "
+    "search and with 4 beams; the tokens are compared with those of `generate`, and for sampling the "
+    "distributions."
 )
 TESTS = (
     "`tests/decoding/test_generation_rules.py`, `tests/decoding/test_logits_processors.py`, "
@@ -82,7 +83,7 @@ NAMED: dict[str, Any] = {
     "assistant_ensemble_weight": 0.5,
     "watermarking_config": {"bias": 2.5},
 }
-# (value, why it is not compared here): what they are about has no counterpart, or is another test's
+# (value, why it is not compared here): fields without a counterpart, or with a test elsewhere
 WHY = {
     "cache_config": "how transformers keeps its cache; an engine keeps its own",
     "max_cache_len": "the size of transformers' static cache",
@@ -109,12 +110,12 @@ TIMED = {
 
 
 def settings() -> list[str]:
-    """All fields, as the installed transformers has them."""
+    """All fields of the installed transformers."""
     return list(tf.GenerationConfig().to_dict())
 
 
 def rows(work: Path) -> Iterator[Row]:
-    """One row for each field."""
+    """One row per field."""
     llama, t5 = Generator.of("llama", work), Generator.of("t5", work)
     prompt = prompts(1, 7)[0]
     said = llama.found(prompt, {}) + t5.found(prompt, {})
@@ -139,7 +140,7 @@ def rows(work: Path) -> Iterator[Row]:
 
 
 def _compared(name: str, value: Any, generators: tuple[Generator, ...], prompt: list[int]) -> Row:
-    """The tokens of every search with the field and without."""
+    """Compares the tokens of every search with and without the field."""
     changed, texts = False, 0
     for generator in generators:
         for search in ({}, {"num_beams": 4}, {"num_beams": 4, "eos_token_id": list(range(0, 100, 3))}):
@@ -158,7 +159,7 @@ def _compared(name: str, value: Any, generators: tuple[Generator, ...], prompt: 
 
 
 def _sampled(name: str, generator: Generator) -> Row:
-    """What is drawn from, for random logits, with transformers' own processors."""
+    """Compares the sampling distribution for random logits with transformers' processors."""
     import torch
 
     given = {"do_sample": True, "top_k": 0, name: SAMPLING[name]}
@@ -177,7 +178,7 @@ def _sampled(name: str, generator: Generator) -> Row:
 
 
 def _named(name: str, generator: Generator, prompt: list[int]) -> Row:
-    """Said at load; refused as an argument."""
+    """Fields that are reported at load and refused as an argument."""
     value = NAMED[name]
     said = notes({name: value})
     try:

@@ -1,4 +1,4 @@
-"""Every metadata key and tensor type that the gguf package names, and every form of a file, on tiny models."""
+"""Every metadata key and tensor type of the gguf package, and forms of files, on tiny models."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 TITLE = "GGUF"
 ABOUT = (
-    "All keys of `gguf.constants.Keys`, all types of `gguf.GGMLQuantizationType`, and forms of files. The reference is "
-    "a decoder in numpy float64 that reads the file by itself (tests/support/gguf_reference.py); for "
-    "texts it is the meaning "
-    "that llama.cpp gives a key."
+    "All keys of `gguf.constants.Keys`, all types of `gguf.GGMLQuantizationType`, and forms of files. The "
+    "reference is a decoder in numpy float64 that reads the file itself (tests/support/gguf_reference.py); for "
+    "the tokenizer it is the meaning of the key in llama.cpp."
 )
 TESTS = (
-    "tests/export/sources/test_gguf_header.py, tests/export/sources/test_gguf_settings.py, "
-    "tests/export/sources/test_gguf_tensors.py, tests/export/sources/test_gguf_texts.py, "
+    "tests/export/sources/test_gguf_header.py, tests/export/sources/test_gguf_config.py, "
+    "tests/export/sources/test_gguf_tensors.py, tests/export/sources/test_gguf_tokenizer.py, "
     "tests/export/sources/test_gguf_bundle.py"
 )
-TOLERANCE = 1e-4  # of the largest logit: the exporter's own gate between PyTorch and the graph
+TOLERANCE = 1e-4  # of the largest logit: the tolerance of the exporter's parity check
 
 
 def all_keys() -> list[str]:
-    """All keys as the package writes them, `{arch}` for the architecture."""
+    """All keys of the package, with `{arch}` for the architecture."""
     from gguf.constants import Keys
 
     found: list[str] = []
@@ -76,7 +75,7 @@ def outcome_of(path: Path, *shards: Path) -> tuple[str, Any]:
     from support.gguf_reference import Reference
 
     from edgeformer.errors import ExportError
-    from edgeformer.export.sources.gguf.load import gguf_source
+    from edgeformer.export.sources.gguf.gguf_source import gguf_source
 
     try:
         source = gguf_source(path)
@@ -103,7 +102,7 @@ def _key(key: str, setting: str, work: Path) -> Row:
     name = setting.replace("{arch}", arch)
     name = name.replace("{dense}", "dense_2").replace("{id}", "0")
     metadata = gguf_files.keys(arch) | {k.replace("ARCH", arch): v for k, v in more.items()}
-    kind = "Q8_0" if key == "general.quantization_version" else None  # it is of the blocks
+    kind = "Q8_0" if key == "general.quantization_version" else None  # it matters only with blocks
     plain = gguf_files.write(work / "plain.gguf", metadata, gguf_files.tensors(arch), arch, kind)
     path = gguf_files.write(work / "key.gguf", metadata | {name: value}, gguf_files.tensors(arch), arch, kind)
     what, seen = outcome_of(path)
@@ -119,8 +118,8 @@ def _key(key: str, setting: str, work: Path) -> Row:
         return Row(setting, "ignored", f"{said}: {error:.1e} from the reference", "numpy")
     if moved > TOLERANCE:
         return Row(setting, "honoured", f"{said} moves logits by {moved:.0%}; ours differ by {error:.0e}", "numpy")
-    if key in known.IRRELEVANT:
-        return Row(setting, "irrelevant", known.IRRELEVANT[key], "numpy")
+    if key in known.IGNORED_KEYS:
+        return Row(setting, "irrelevant", known.IGNORED_KEYS[key], "numpy")
     if name.startswith("general.") or key.startswith("split."):
         return Row(setting, "irrelevant", "it describes the file, not the model", "numpy")
     noted = [note for note in source.notes if key.rpartition(".")[2] in note]
@@ -128,7 +127,7 @@ def _key(key: str, setting: str, work: Path) -> Row:
 
 
 def _size(key: str, setting: str, work: Path) -> Row:
-    """A size is honoured where its absence and a wrong value are refused, and the right one gives the right numbers."""
+    """A size is honoured if a missing and a wrong value are refused and the right one gives the right results."""
     from support import gguf_files
 
     arch, wrong = SIZES[key]
@@ -177,7 +176,7 @@ def _tensor(setting: str, work: Path) -> Row:
 
 
 def _type(setting: str, work: Path) -> Row:
-    """A matrix of this type: random blocks with scales of a model's size."""
+    """Tries a matrix of this type: random blocks with realistic scales."""
     import gguf
     from support import gguf_files
 
@@ -186,7 +185,7 @@ def _type(setting: str, work: Path) -> Row:
     metadata = gguf_files.keys() | {"llama.attention.key_length": 64}
     path = work / "type.gguf"
     try:
-        gguf_files.write(path, metadata, values, kinds={name: kind.name})
+        gguf_files.write(path, metadata, values, kind={name: kind.name})
     except NotImplementedError:
         gguf_files.write(path, metadata, values | {name: _blocks(kind)}, raw={name: kind})
     what, seen = outcome_of(path)
@@ -199,7 +198,7 @@ def _type(setting: str, work: Path) -> Row:
 
 
 def _blocks(kind: Any) -> Any:
-    """uint8 [32, bytes] of random blocks: those whose values are finite and smallest of many draws."""
+    """uint8 [32, bytes]: of many random blocks those with finite and the smallest values."""
     import gguf
 
     block, size = gguf.GGML_QUANT_SIZES[kind]
@@ -220,23 +219,23 @@ def _text(setting: str, work: Path) -> Row:
 
     from edgeformer.errors import ExportError
     from edgeformer.export.sources.gguf import keys as known
+    from edgeformer.export.sources.gguf.gguf_tokenizer import read_gguf_tokenizer
     from edgeformer.export.sources.gguf.shards import open_gguf
-    from edgeformer.export.sources.gguf.texts import read_texts
 
     short = setting.removeprefix("tokenizer.ggml.")
-    if short in known.TOKENIZER_IRRELEVANT and setting not in TEXTS:
+    if short in known.IGNORED_TOKENIZER_KEYS and setting not in TEXTS:
         value: Any = "x" if "charsmap" in short else True if "remove" in short else 1
         path = gguf_files.write(work / "text.gguf", gguf_files.keys() | {setting: value}, {})
         same = (
-            read_texts(open_gguf(path)).files
-            == read_texts(open_gguf(gguf_files.write(work / "plain.gguf", gguf_files.keys(), {}))).files
+            read_gguf_tokenizer(open_gguf(path)).files
+            == read_gguf_tokenizer(open_gguf(gguf_files.write(work / "plain.gguf", gguf_files.keys(), {}))).files
         )
-        return Row(setting, "irrelevant" if same else "ignored", known.TOKENIZER_IRRELEVANT[short])
+        return Row(setting, "irrelevant" if same else "ignored", known.IGNORED_TOKENIZER_KEYS[short])
     outcome, detail = "ignored", ""
     for more, expected in TEXTS[setting]:
         path = gguf_files.write(work / "text.gguf", gguf_files.keys() | more, {})
         try:
-            texts = read_texts(open_gguf(path))
+            texts = read_gguf_tokenizer(open_gguf(path))
         except ExportError as error:
             named = setting.partition("{")[0] in str(error)
             if not named or not isinstance(expected, str):

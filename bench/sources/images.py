@@ -1,4 +1,4 @@
-"""Settings of image processors, and kinds of picture files."""
+"""Settings of image processors, and kinds of image files."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import numpy as np
 from bench.sources.row import Row
 from edgeformer.errors import ExportError, InputError
 from edgeformer.export.sources.hub.processors import image_settings
-from edgeformer.processing.image import FILE, IRRELEVANT, Steps
+from edgeformer.processing.image import FILE, IRRELEVANT, ImageSteps
 from edgeformer.processing.image_file import read
 
 TITLE = "Pictures"
 ABOUT = (
-    "Every setting of every image processor that transformers can load without torchvision, tried on a class that has "
-    "it; then kinds of picture files. The reference is transformers' own processor (its PIL backend). A processor that "
-    "does something its settings do not say (Owlv2, LeViT, Perceiver, video) is refused too: the export compares its "
-    "arrays with the runtime's on odd pictures."
+    "Every setting of every image processor that transformers can load without torchvision, tried on a class that "
+    "has it; then kinds of image files. The reference is transformers' own processor (its PIL backend). A "
+    "processor whose results differ from its settings (Owlv2, LeViT, Perceiver, video) is refused too: the export "
+    "compares its arrays with the runtime's on unusual images."
 )
 TESTS = "tests/processing/test_images.py"
 REFERENCE = "AutoImageProcessor"
 PLAIN = "ViTImageProcessor"
-# What is tried, where changing the class's own value says nothing. One row each.
+# Values to try where a change of the class's default shows nothing. One row each.
 VALUES: dict[str, tuple[Any, ...]] = {
     "size": (
         {"height": 24, "width": 40},
@@ -56,7 +56,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "return_tensors": ("np",),
     "image_seq_length": (7,),
 }
-# A setting that does nothing alone is tried with what it needs.
+# Other settings that a setting needs to have an effect.
 WITH: dict[str, dict[str, Any]] = {
     "crop_size": {"do_center_crop": True},
     "do_center_crop": {"crop_size": 28},
@@ -69,7 +69,7 @@ FILES = ("EXIF orientation", "palette", "transparent colour", "alpha", "CMYK", "
 
 
 def processors() -> list[Any]:
-    """The classes of image processors that load here."""
+    """The image processor classes that load on this machine."""
     from transformers.models.auto import image_processing_auto as auto
 
     names = {mapping["pil"] for mapping in auto.IMAGE_PROCESSOR_MAPPING_NAMES.values() if "pil" in mapping}
@@ -78,7 +78,7 @@ def processors() -> list[Any]:
 
 
 def settings() -> list[str]:
-    """`size {...}` for values that are named above, the name alone where the class's own value is changed."""
+    """`size {...}` for a value from the table above; the name alone if the class's default is changed."""
     known = sorted({key for kind in processors() for key in kind.valid_kwargs.__annotations__})
     named = [f"{key} {json.dumps(value)}" for key in known for value in VALUES.get(key, (None,))]
     return [name.removesuffix(" null") for name in named] + [f"a file with {kind}" for kind in FILES]
@@ -94,7 +94,7 @@ def rows(work: Path) -> Iterator[Row]:
             continue
         key, _, value = setting.partition(" ")
         names = [name for name, kind in kinds.items() if key in kind.valid_kwargs.__annotations__]
-        # A class that can be exported otherwise; else one whose refusal names the setting.
+        # Prefers a class that is exported without the setting, then one whose error names it.
         names.sort(
             key=lambda name: (not isinstance(plain[name], dict), f"{key}=" not in str(plain[name]), name != PLAIN)
         )
@@ -102,7 +102,7 @@ def rows(work: Path) -> Iterator[Row]:
 
 
 def _settings(given: dict[str, Any]) -> dict[str, Any] | str:
-    """What the export writes, or the message of its refusal."""
+    """The settings that the export writes, or its error message."""
     content = json.dumps(given).encode()
     try:
         return dict(json.loads(image_settings(lambda file: content if file == FILE else None, 3)[FILE]))
@@ -111,7 +111,7 @@ def _settings(given: dict[str, Any]) -> dict[str, Any] | str:
 
 
 def _short(message: str) -> str:
-    """A refusal without its advice."""
+    """The error message without the advice."""
     reason = message.partition(" Without ")[0]
     return reason if len(reason) <= 160 else f"{reason[:157]}..."
 
@@ -136,7 +136,7 @@ def _row(setting: str, key: str, value: Any, name: str, plain: dict[str, Any] | 
 
 
 def _other(value: Any) -> Any:
-    """Another value of the same kind."""
+    """Another value of the same type."""
     if isinstance(value, bool) or value is None:
         return not value
     if isinstance(value, (int, float)):
@@ -145,12 +145,12 @@ def _other(value: Any) -> Any:
 
 
 def _differences(written: dict[str, Any], base: Any, tried: Any, work: Path) -> tuple[float, float]:
-    """(how far ours is from transformers', how far the setting moves transformers' values)."""
+    """(difference from transformers' array, effect of the setting on transformers' array)."""
     from PIL import Image
 
     noise = np.random.default_rng(0).integers(0, 256, (250, 260, 4), dtype=np.uint8)
     pictures = [Image.fromarray(noise).convert("RGB"), Image.fromarray(noise[:90, :50]).convert("RGB")]
-    steps = Steps.of(written)
+    steps = ImageSteps.of(written)
     pictures += [Image.fromarray(noise)] if steps.over_white else []
     differs = moved = 0.0
     for picture in pictures:

@@ -18,8 +18,8 @@ from edgeformer.errors import EdgeformerError
 
 TITLE = "sentence-transformers"
 ABOUT = (
-    "The settings are those that sentence-transformers writes and reads: the modules it exports, their configuration "
-    "keys, and the keys of config_sentence_transformers.json. Each is set on a tiny model and the vectors or scores "
+    "The settings that sentence-transformers writes and reads: its modules, their configuration keys, and the "
+    "keys of config_sentence_transformers.json. Each is set on a tiny model, and the vectors or scores are "
     "compared with `SentenceTransformer.encode` and `CrossEncoder.predict` of the same folder."
 )
 TESTS = (
@@ -27,13 +27,13 @@ TESTS = (
     "`tests/export/sources/test_positions.py`"
 )
 
-CLOSE = 2e-5  # of vectors whose elements are of size 1; a setting that is not honoured moves them by 1e-2 and more
+CLOSE = 2e-5  # for elements of size 1; an ignored setting changes them by 1e-2 and more
 PROMPTS = {"query": "query : ", "passage": "passage : "}
 Edit = Callable[[Path], Any]
 
 
 def settings() -> list[str]:
-    """From the library: its modules, the keys that they and their models write, and the arguments that they take."""
+    """From the library: its modules, the keys that they and their models write, and their arguments."""
     from sentence_transformers import CrossEncoder, SentenceTransformer, SimilarityFunction
     from sentence_transformers.cross_encoder import modules as pairs
     from sentence_transformers.multi_vector_encoder import modules as several
@@ -45,7 +45,7 @@ def settings() -> list[str]:
     found += [f"Pooling: {mode}" for mode in modules.Pooling.POOLING_MODES]
     arguments = inspect.signature(modules.Transformer.__init__).parameters
     keys = [*modules.Transformer.config_keys, *arguments]
-    left_out = ("self", "model_name_or_path", "backend")  # where it is loaded from, and by whom
+    left_out = ("self", "model_name_or_path", "backend")  # not settings of the model
     found += [f"Transformer: {key}" for key in keys if key not in left_out]
     for name in ("Pooling", "Dense", "LayerNorm", "Normalize", "Dropout"):
         found += [f"{name}: {key}" for key in getattr(modules, name).config_keys]
@@ -59,7 +59,7 @@ def settings() -> list[str]:
 
 
 def rows(work: Path) -> Iterator[Row]:
-    """One row a setting."""
+    """One row per setting."""
     trials = _trials()
     plain = _embedder(work / "plain", [])
     scorer = _scorer(work / "scorer")
@@ -73,7 +73,7 @@ def rows(work: Path) -> Iterator[Row]:
         base = scorer if setting.startswith("CrossEncoder") else plain
         folder = work / str(number)
         before = base
-        if isinstance(trial, tuple):  # modules of its own
+        if isinstance(trial, tuple):  # a trial with its own modules
             before = _embedder(work / f"{number} before", trial[0])
             trial = trial[1]
         shutil.copytree(before, folder)
@@ -182,7 +182,7 @@ def _listed(kind: str, config: dict[str, Any] | None = None) -> Edit:
 
 
 def _adds(make: Callable[[], Any]) -> Edit:
-    """One module more at the end of the folder, its weights included."""
+    """Adds one module with its weights to the folder."""
     return lambda folder: _add(folder, make())
 
 
@@ -205,7 +205,7 @@ def _without_pooling(folder: Path) -> None:
 
 
 def _labels(folder: Path) -> str:
-    """Another model in the folder: one with three labels."""
+    """Replaces the folder's model by one with three labels."""
     import transformers as tf
 
     config = tf.BertConfig(vocab_size=tiny.VOCABULARY, max_position_embeddings=64, num_labels=3, **tiny.SIZES)
@@ -213,7 +213,7 @@ def _labels(folder: Path) -> str:
     return "3"
 
 
-def _as_it_is(folder: Path) -> str:
+def _unchanged(_: Path) -> str:
     return "as the library saves it"
 
 
@@ -232,7 +232,7 @@ def _trials() -> dict[str, Any]:
     message = {"text": text, "message": {**text, "format": "flat"}}
     found: dict[str, Any] = {name: _listed(name.removeprefix("module ")) for name in settings() if "module " in name}
     found |= {
-        "module Transformer": _as_it_is,
+        "module Transformer": _unchanged,
         "module Pooling": _set(pooling, pooling_mode="max"),
         "module Dense": ([mean], _adds(dense())),
         "module LayerNorm": ([mean], _adds(lambda: modules.LayerNorm(32))),

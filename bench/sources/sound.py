@@ -1,4 +1,4 @@
-"""Settings of feature extractors, and forms of recordings."""
+"""Settings of feature extractors, and forms of audio files."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from edgeformer.processing.image import FILE
 
 TITLE = "Sound"
 ABOUT = (
-    "Every argument and attribute of WhisperFeatureExtractor, the features that the runtime computes, then the feature "
-    "extractors of other audio models (their bundles take arrays), then forms of recordings. The references are "
-    "transformers' own extractor, and samples known before they were written."
+    "Every argument and attribute of WhisperFeatureExtractor, whose features the runtime computes, then the "
+    "feature extractors of other audio models (their bundles take arrays), then forms of audio files. The "
+    "references are transformers' own extractor, and samples that were known before they were written."
 )
 TESTS = "tests/processing/test_audio.py"
 RATE = 16000
@@ -39,7 +39,7 @@ VALUES: dict[str, Any] = {
     "n_samples": 7,
     "nb_max_frames": 7,
 }
-# The largest step of a form between values in [-1, 1]; None: it is lossy, and the tone must be right to 5 %.
+# The quantization step of a format for values in [-1, 1]; None: lossy, the tone must be right to 5 %.
 FORMS: dict[str, tuple[str, str, float | None]] = {
     **{f"WAV {kind}": ("WAV", kind, step) for kind, step in (("PCM_U8", 2**-7), ("PCM_16", 2**-15))},
     **{f"WAV {kind}": ("WAV", kind, 2**-23) for kind in ("PCM_24", "PCM_32", "FLOAT", "DOUBLE")},
@@ -62,11 +62,15 @@ OTHERS = {
 
 
 def settings() -> list[str]:
-    """Names of settings, then `extractor NAME`, then forms and troubles of files."""
+    """Names of settings, then `extractor NAME`, then formats and defects of files."""
     import transformers
 
     kind = transformers.WhisperFeatureExtractor
-    own = {*kind().to_dict(), *_arguments(kind), "do_normalize"}  # the last is one of its call, not of its making
+    own = {
+        *kind().to_dict(),
+        *_arguments(kind),
+        "do_normalize",
+    }  # the last is an argument of its call, not of its constructor
     forms = [f"a file of {name}" for name in FORMS] + [f"a file {name}" for name in OTHERS]
     return [*sorted(own - {"feature_extractor_type"}), *(f"extractor {name}" for name in extractors()), *forms]
 
@@ -106,7 +110,7 @@ def _settings(given: Any, shape: Any) -> Any:
 
 
 def _short(message: str) -> str:
-    """A refusal without its advice."""
+    """The error message without the advice."""
     reason = message.partition(" Without ")[0]
     return reason if len(reason) <= 160 else f"{reason[:157]}..."
 
@@ -128,7 +132,7 @@ def _row(setting: str) -> Row:
     )
     found = front.features(samples)
     off = float(np.abs(found - expected).max()) if found.shape == expected.shape else float("inf")
-    if off > 2e-3:  # float32 transforms: see `_prove_sound`
+    if off > 2e-3:  # float32 transforms: see `processors._check_sound`
         return Row(setting, "ignored", f"{shown}: off by {off:.2g}", reference)
     if expected.shape != plain.shape or np.abs(expected - plain).max() > 2e-3:
         return Row(setting, "honoured", f"{shown}: off by {off:.1g}", reference)

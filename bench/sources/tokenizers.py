@@ -1,4 +1,4 @@
-"""Every setting of tokenizer_config.json, and all that a chat template can be given."""
+"""Every setting of tokenizer_config.json, and every argument of a chat template."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from edgeformer.errors import ExportError
 
 TITLE = "Tokenizers and chat templates"
 ABOUT = (
-    "The settings are what transformers' tokenizer classes read of tokenizer_config.json, from their source and their "
+    "The settings that transformers' tokenizer classes read from tokenizer_config.json, found in their source and "
     "signatures; each is set for every class that has it. Compared are the ids with and without special tokens, "
-    "decoded texts, a truncated text, a pair, a chat, a chat of a stranger, and a text cut to the tokenizer's limit. "
-    "Then the arguments of `apply_chat_template` and what its templates can use."
+    "decoded texts, a truncated text, a pair, a chat, a chat with control tokens in its content, and a text cut "
+    "to the tokenizer's limit. Then the arguments of `apply_chat_template` and what its templates can use."
 )
 TESTS = (
     "tests/processing/test_tokenizer_families.py, tests/processing/test_chat_templates.py, "
     "tests/processing/test_tokenizer.py"
 )
 
-# What from_pretrained passes itself, or reads before any class does; none of them is a setting of the file.
+# Arguments that from_pretrained passes itself or reads before any class; not settings of the file.
 _NO_SETTING = {
     *("name_or_path", "is_local", "local_files_only", "files_loaded", "gguf_file", "args", "kwargs", "_commit_hash"),
     *("tokenizer_object", "tokenizer_file", "tokenizer_padding", "tokenizer_truncation", "tokenizer", "vocab"),
@@ -103,7 +103,7 @@ _USES = {
 
 
 def _read_by_source() -> set[str]:
-    """Keys that the classes' own code takes out of the file."""
+    """Keys that the code of the classes reads from the file."""
     code = "".join(
         inspect.getsource(part)
         for part in (
@@ -123,7 +123,7 @@ def _keys() -> list[str]:
 
 
 def settings() -> list[str]:
-    """The keys; then the arguments of apply_chat_template, and what a template can use."""
+    """The keys, then the arguments of apply_chat_template and the features of templates."""
     arguments = [
         name for name in inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters if name != "self"
     ]
@@ -144,7 +144,7 @@ def rows(work: Path) -> Iterator[Row]:
 
 
 class _Bases:
-    """The folder of each class, and what transformers makes of it; None where it makes nothing of plain text."""
+    """(folder, transformers' results) of each class; None if it does not tokenize plain text."""
 
     def __init__(self, work: Path) -> None:
         self.work = work
@@ -262,5 +262,5 @@ def _first_difference(found: list[Any], expected: list[Any]) -> str:
 
 
 def _line(error: Exception) -> str:
-    text = re.sub(r"/\S+/", "", " ".join(str(error).split()))  # the folder's name, without its place
+    text = re.sub(r"/\S+/", "", " ".join(str(error).split()))  # removes paths
     return f"{type(error).__name__}: {text}"[:160]

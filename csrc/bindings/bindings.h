@@ -1,4 +1,4 @@
-// What the files of the Python module share.
+// Common to the files of the Python module edgeformer._native.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -31,10 +31,23 @@ std::string text(const Parts&... parts) {
 }
 
 struct PyEngine {
-  py::object packed;  // the array that the engine's weights lie in, if it did not pack them itself
+  py::object packed;  // the array with the engine's weights, if another engine packed them
   Engine engine;
   PyEngine(ProgramSpec spec, const Kernels& k, int threads, int64_t context, int64_t prefill)
       : engine(std::move(spec), k, threads, context, prefill) {}
+};
+
+// Marks states as in use for the time of a call; refuses a state that another call uses.
+class InUse {
+ public:
+  explicit InUse(const std::vector<State*>& states);
+  ~InUse() { release(); }
+  InUse(const InUse&) = delete;
+  InUse& operator=(const InUse&) = delete;
+
+ private:
+  void release();
+  std::vector<State*> taken_;
 };
 
 struct PyState {
@@ -42,13 +55,18 @@ struct PyState {
   State state;
 };
 
-// bindings_program.cpp: the program as native/engine.py gives it, and its weights. Both refuse with an exception.
+// program.cpp: the program of edgeformer/engines/native/program/program.py, and its weights. Exceptions: errors.py's.
 std::shared_ptr<PyEngine> make_engine(const py::dict& program, int threads, const std::string& isa,
                                       const std::string& kv, int64_t context, int64_t prefill_rows);
-std::vector<bool> pack(PyEngine& self, const std::vector<py::tuple>& pieces);
+std::vector<bool> pack(PyEngine& self, const std::vector<py::object>& items);
 void use_packed(PyEngine& self, const py::array& bytes);
 
-void bind_testing(py::module_& parent);  // bindings_testing.cpp
-void bind_pool(py::module_& testing);    // bindings_pool.cpp
+// forward.cpp
+py::list forward(const std::shared_ptr<PyEngine>& self, const std::vector<PyState*>& states,
+                 const std::vector<py::list>& inputs);
+
+void bind_state(py::module_& m);         // state.cpp
+void bind_testing(py::module_& parent);  // testing.cpp
+void bind_pool(py::module_& testing);    // pool.cpp
 
 }  // namespace edgeformer

@@ -9,12 +9,6 @@
 #include <stdexcept>
 
 namespace edgeformer {
-namespace {
-
-constexpr size_t kAlign = 64;
-constexpr size_t align(size_t x) { return (x + kAlign - 1) / kAlign * kAlign; }
-
-}  // namespace
 
 Engine::Engine(ProgramSpec spec, const Kernels& kernels, int threads, int64_t context, int64_t prefill_rows)
     : spec_(std::move(spec)),
@@ -53,8 +47,7 @@ Engine::Engine(ProgramSpec spec, const Kernels& kernels, int threads, int64_t co
   run_.threads = pool_.threads();
   run_.tensors.resize(spec_.slots.size());
   run_.sizes.resize(spec_.sizes.size());
-  run_.state.resize(spec_.ops.size());
-  for (auto& s : run_.state) s.reserve(4);
+  run_.plans.resize(spec_.ops.size());
   run_.temp.resize(spec_.ops.size());
   run_.scratch.resize(run_.threads);
   run_.weights.resize(spec_.weights.size());
@@ -84,11 +77,11 @@ PackResult Engine::pack(int weight, const PackSource& source, const int64_t* des
 
 size_t Engine::packed_size() const {
   size_t total = 0;
-  for (const WeightSpec& w : spec_.weights) total += align(packed_bytes(w.type, w.n, w.k));
+  for (const WeightSpec& w : spec_.weights) total += aligned(packed_bytes(w.type, w.n, w.k));
   return total;
 }
 
-// One piece of memory for all: most weights are smaller than a huge page.
+// One allocation for all: most weights are smaller than a huge page.
 void Engine::make_weights() {
   const size_t total = packed_size();
   void* p = pages_alloc(total);
@@ -102,7 +95,7 @@ void Engine::use_packed(const uint8_t* at) {
   for (size_t i = 0; i < spec_.weights.size(); ++i) {
     const WeightSpec& w = spec_.weights[i];
     run_.weights[i] = at;
-    at += align(packed_bytes(w.type, w.n, w.k));
+    at += aligned(packed_bytes(w.type, w.n, w.k));
   }
 }
 
@@ -110,104 +103,6 @@ void Engine::in_parallel(int64_t count, FunctionRef<void(int64_t)> work) {
   auto begin = [count](int) { return count; };
   auto chunk = [&work](int, int64_t i, int) { work(i); };
   pool_.run(1, begin, chunk);
-}
-
-void Engine::set_shapes(Run& run, const std::vector<int64_t>& symbols) const {
-  for (size_t i = 0; i < spec_.sizes.size(); ++i) run.sizes[i] = spec_.sizes[i].evaluate(symbols);
-  for (size_t i = 0; i < spec_.slots.size(); ++i) {
-    const SlotSpec& s = spec_.slots[i];
-    Tensor& t = run.tensors[i];
-    t.dtype = s.dtype;
-    t.rank = static_cast<int>(s.shape.size());
-    t.count = 1;
-    for (int a = 0; a < t.rank; ++a) {
-      t.shape[a] = run.sizes[s.shape[a]];
-      if (t.shape[a] < 0) {
-        throw InputProblem("the inputs' sizes leave " + s.name + " with a negative size");
-      }
-      t.count *= t.shape[a];
-    }
-    if (s.is_constant) t.data = const_cast<uint8_t*>(s.constant.data());
-  }
-}
-
-// Places for everything that lives in the arena, first fit; returns its size.
-size_t Engine::lay_out(Run& run, std::vector<size_t>* offsets, std::vector<size_t>* temp, size_t* scratch) const {
-  struct Block {
-    size_t at, bytes;
-    int until;
-  };
-  std::vector<Block> live;  // sorted by place
-  size_t total = 0;
-  const auto take = [&](size_t bytes, int now, int until) {
-    bytes = align(bytes);
-    live.erase(std::remove_if(live.begin(), live.end(), [now](const Block& b) { return b.until < now; }), live.end());
-    size_t at = 0;
-    auto where = live.begin();
-    for (; where != live.end() && where->at < at + bytes; ++where) at = where->at + where->bytes;
-    live.insert(where, {at, bytes, until});
-    total = std::max(total, at + bytes);
-    return at;
-  };
-  offsets->assign(spec_.slots.size(), 0);
-  temp->assign(spec_.ops.size(), 0);
-  *scratch = 0;
-  for (int s : spec_.inputs) (*offsets)[s] = take(run.tensors[s].bytes(), -1, last_use_[s]);
-  for (size_t i = 0; i < spec_.ops.size(); ++i) {
-    const int now = static_cast<int>(i);
-    for (int s : spec_.ops[i].outputs) {
-      if (s >= 0 && direct_output_[s] < 0) (*offsets)[s] = take(run.tensors[s].bytes(), now, last_use_[s]);
-    }
-    (*temp)[i] = take(ops_[i]->temp_bytes(run), now, now);
-    *scratch = std::max(*scratch, align(ops_[i]->scratch_bytes(run)));
-  }
-  return total;
-}
-
-size_t Engine::scratch_bytes(const std::vector<int64_t>& symbols, int64_t rows, int64_t past) {
-  Run run;
-  run.k = &kernels_;
-  run.spec = &spec_;
-  run.threads = pool_.threads();
-  run.sizes.resize(spec_.sizes.size());
-  run.tensors.resize(spec_.slots.size());
-  KvCache none(spec_.caches, context_);
-  run.segments = {{&none, 0, rows, past, 1}};
-  set_shapes(run, symbols);
-  std::vector<size_t> offsets, temp;
-  size_t scratch = 0;
-  const size_t arena = lay_out(run, &offsets, &temp, &scratch);
-  return arena + scratch * run.threads;
-}
-
-// Sizes and memory for a run with these symbols; nothing is allocated when the last run had the same sizes.
-void Engine::prepare(const std::vector<int64_t>& symbols) {
-  set_shapes(run_, symbols);
-  std::vector<int64_t> key = run_.sizes;
-  for (const Segment& s : run_.segments) key.push_back(s.rows);
-  if (key == planned_) return place();
-  planned_.clear();
-  const size_t bytes = lay_out(run_, &offsets_, &temp_, &scratch_bytes_);
-  const size_t wanted = bytes + scratch_bytes_ * run_.threads;
-  constexpr size_t kWorthFreeing = 8 << 20;
-  if (wanted > arena_bytes_ || (arena_bytes_ > kWorthFreeing && wanted < arena_bytes_ / 8)) {
-    arena_.reset();
-    arena_bytes_ = 0;
-    arena_.reset(static_cast<uint8_t*>(std::aligned_alloc(kAlign, align(std::max<size_t>(wanted, kAlign)))));
-    if (!arena_) throw std::bad_alloc();
-    arena_bytes_ = wanted;
-  }
-  scratch_at_ = bytes;
-  planned_ = std::move(key);
-  place();
-}
-
-void Engine::place() {
-  for (size_t s = 0; s < spec_.slots.size(); ++s) {
-    if (!spec_.slots[s].is_constant) run_.tensors[s].data = arena_.get() + offsets_[s];
-  }
-  for (size_t i = 0; i < spec_.ops.size(); ++i) run_.temp[i] = arena_.get() + temp_[i];
-  for (int t = 0; t < run_.threads; ++t) run_.scratch[t] = arena_.get() + scratch_at_ + scratch_bytes_ * t;
 }
 
 void Engine::execute(std::vector<Output>& outputs) {
@@ -240,7 +135,7 @@ void Engine::run_phases() {
   };
   const int phases = static_cast<int>(phases_.size());
   if (!profiling_) return pool_.run(phases, start, work);
-  // begin(p) is the one moment between two phases: what passed since the last one belongs to phase p - 1.
+  // begin(p) runs between two phases: the time since the last one belongs to phase p - 1.
   using Clock = std::chrono::steady_clock;
   Clock::time_point last = Clock::now();
   const auto lap = [&](int phase) {
@@ -276,12 +171,13 @@ void Engine::after_fork() {
   process_ = getpid();
 }
 
-// Rows of any states as one sequence: the program computes each row from that row alone, attention knows the pieces.
-void Engine::run_pieces(const std::vector<Call>& calls, const std::vector<Piece>& pieces,
-                        std::vector<Output>& outputs) {
+// Rows of any states as one sequence: all operations but attention compute a row from that row alone, and attention
+// reads the segments.
+void Engine::run_together(const std::vector<Call>& calls, const std::vector<CallRows>& parts,
+                          std::vector<Output>& outputs) {
   int64_t rows = 0, kept = 0;
   run_.segments.clear();
-  for (const Piece& p : pieces) {
+  for (const CallRows& p : parts) {
     State& state = *calls[p.call].state;
     KvCache* cache = spec_.caches.empty() ? nullptr : state.caches[p.sequence].get();
     if (cache) cache->reserve(p.rows);
@@ -289,7 +185,7 @@ void Engine::run_pieces(const std::vector<Call>& calls, const std::vector<Piece>
     rows += p.rows;
     kept += p.kept;
   }
-  std::vector<int64_t> symbols = calls[pieces[0].call].symbols;
+  std::vector<int64_t> symbols = calls[parts[0].call].symbols;
   symbols[spec_.batch_symbol] = 1;
   symbols[spec_.sequence_symbol] = rows;
   symbols[spec_.kept_symbol] = kept;
@@ -302,7 +198,7 @@ void Engine::run_pieces(const std::vector<Call>& calls, const std::vector<Piece>
     }
     const size_t row_bytes = rows ? t.bytes() / rows : 0;
     uint8_t* to = static_cast<uint8_t*>(t.data);
-    for (const Piece& p : pieces) {
+    for (const CallRows& p : parts) {
       const Call& c = calls[p.call];
       const uint8_t* from = static_cast<const uint8_t*>(c.inputs[i]) + (p.sequence * c.rows + p.first) * row_bytes;
       std::memcpy(to, from, p.rows * row_bytes);
@@ -316,25 +212,25 @@ void Engine::run_pieces(const std::vector<Call>& calls, const std::vector<Piece>
 }
 
 void Engine::run_rows(std::vector<Call>& calls, std::vector<Output>& outputs) {
-  std::vector<Piece> pieces;
+  std::vector<CallRows> parts;
   int64_t room = prefill_rows_;
   const auto flush = [&] {
-    if (!pieces.empty()) run_pieces(calls, pieces, outputs);
-    pieces.clear();
+    if (!parts.empty()) run_together(calls, parts, outputs);
+    parts.clear();
     room = prefill_rows_;
   };
   // Without a cache a sequence cannot be cut: its rows would not see each other.
   const bool can_cut = !spec_.caches.empty();
   for (size_t c = 0; c < calls.size(); ++c) {
     const Call& call = calls[c];
-    const int64_t kept = call.keep == 0 ? call.rows : std::min(call.keep, call.rows);
+    const int64_t kept = call.kept();
     for (int64_t b = 0; b < call.batch; ++b) {
       int64_t first = 0;
       while (first < call.rows) {
         if (room == 0 || (!can_cut && room < call.rows)) flush();
         const int64_t rows = can_cut ? std::min(room, call.rows - first) : call.rows;
         const int64_t last_kept = std::max<int64_t>(0, first + rows - (call.rows - kept));
-        pieces.push_back({static_cast<int>(c), b, first, rows, std::min(rows, last_kept)});
+        parts.push_back({static_cast<int>(c), b, first, rows, std::min(rows, last_kept)});
         first += rows;
         room = std::max<int64_t>(0, room - rows);
       }
@@ -345,7 +241,7 @@ void Engine::run_rows(std::vector<Call>& calls, std::vector<Output>& outputs) {
 
 void Engine::run_alone(Call& call, std::vector<Output>& outputs) {
   run_.segments.clear();
-  const int64_t kept = call.keep == 0 ? call.rows : std::min(call.keep, call.rows);
+  const int64_t kept = call.kept();
   for (int64_t b = 0; b < call.batch; ++b) {
     KvCache* cache = spec_.caches.empty() ? nullptr : call.state->caches[b].get();
     if (cache) cache->reserve(call.rows);

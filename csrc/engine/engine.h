@@ -1,7 +1,21 @@
-// The executor: packed weights, the operations of one program, and `forward`. Immutable but for its working memory,
-// which one forward at a time uses; states are the callers'.
+// The executor: packed weights, the operations of one program, and `forward`.
+//
+//   what                     owner     changes                                 threads
+//   spec, kernels, ops       Engine    never                                   any number read
+//   packed weights           Engine    pack() fills them once; use_packed()    several pack() at once, each its own rows;
+//                            or caller borrows those of another engine         no forward() before all are there
+//   arena, run, partials     Engine    every forward()                         one forward at a time: forward() locks
+//   State (KV caches)        caller    forward() appends, truncate, select     one call at a time: the bindings refuse
+//                                                                              a second one
+//   inputs, output memory    caller    outputs: forward() writes them          not read by others during forward()
+//
+//   method          needs                     throws, and leaves behind
+//   forward         checked calls, weights    InputProblem, std::length_error, std::bad_alloc: no state has changed
+//   pack            rows of `weight`          std::bad_alloc; PackResult::error for values that the type cannot hold
+//   scratch_bytes   symbols of a call         InputProblem for sizes that cannot be
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -21,7 +35,7 @@ namespace edgeformer {
 // What one sequence (or one batch of them) owns.
 struct State {
   std::vector<std::unique_ptr<KvCache>> caches;  // one for each row of the batch axis; made by the first forward
-  std::atomic<int64_t> user{0};                  // the process whose thread is in it, 0 for none
+  std::atomic<int64_t> user{0};                  // the process whose thread uses it, 0 for none
   int64_t length() const { return caches.empty() ? 0 : caches[0]->length(); }
 };
 
@@ -31,8 +45,11 @@ struct Call {
   std::vector<const void*> inputs;           // by ProgramSpec::inputs, contiguous
   std::vector<std::vector<int64_t>> shapes;  // of the inputs
   int64_t batch = 1, rows = 1;               // sequences and rows of each, for programs with states
-  int64_t keep = 0;                          // logits_to_keep
+  int64_t logits_to_keep = 0;                // 0: all
   std::vector<int64_t> symbols;              // of ProgramSpec::symbols
+
+  // Rows of each sequence that Keep keeps.
+  int64_t kept() const { return logits_to_keep == 0 ? rows : std::min(logits_to_keep, rows); }
 };
 
 struct FreePages {
@@ -40,9 +57,12 @@ struct FreePages {
   void operator()(void* p) const { pages_free(p, bytes); }
 };
 
+constexpr size_t kAlign = 64;  // of tensors and packed weights
+constexpr size_t aligned(size_t x) { return (x + kAlign - 1) / kAlign * kAlign; }
+
 class Engine {
  public:
-  // Nothing large is allocated here. threads >= 1. `context`: the most tokens of a state.
+  // Allocates nothing large. threads >= 1. context: most tokens of a state. prefill_rows: most rows of one pass.
   Engine(ProgramSpec spec, const Kernels& kernels, int threads, int64_t context, int64_t prefill_rows);
   ~Engine();
 
@@ -52,34 +72,32 @@ class Engine {
   int64_t context() const { return context_; }
   size_t weight_bytes() const;
   size_t kv_bytes(int64_t tokens) const { return KvCache::bytes_for(spec_.caches, tokens); }
-  // Working memory for these symbols (one state).
+  // Working memory of a call with these symbols, of one state.
   size_t scratch_bytes(const std::vector<int64_t>& symbols, int64_t rows, int64_t past);
 
-  // Packs the rows of a source into weight `weight`; `rounded` where some scale had no exact fp16 value. Several
-  // threads may pack at once, each rows of its own.
+  // Packs the rows of a source into weight `weight`, row i as packed row dest[i].
   PackResult pack(int weight, const PackSource& source, const int64_t* dest);
-  // All packed weights, one behind the other, as the first `pack` makes room for them; null before.
+  // All packed weights, one behind the other; null before the first `pack` or `use_packed`.
   const uint8_t* packed() const { return packed_; }
   size_t packed_size() const;
-  // Takes packed_size() bytes, on a cache line, that another engine of the same program packed. They stay the caller's.
+  // Uses packed_size() bytes at a multiple of 64, packed by an engine of the same program. The caller keeps them alive.
   void use_packed(const uint8_t* at);
   // work(0) ... work(count - 1) by all threads, claimed in this order.
   void in_parallel(int64_t count, FunctionRef<void(int64_t)> work);
 
-  // Nanoseconds spent in each operation since the last call, and the number of runs; counting is on from `on` = true
-  // on.
   struct Profile {
-    std::vector<int64_t> nanoseconds;
+    std::vector<int64_t> nanoseconds;  // in each operation
     int64_t runs = 0;
   };
+  // What was counted since the last call; `on`: whether to count from now on.
   Profile profile(bool on);
 
   std::unique_ptr<KvCache> new_cache() const { return std::make_unique<KvCache>(spec_.caches, context_); }
 
   // The shape of output `output` of a call.
   std::vector<int64_t> output_shape(const Call& call, size_t output) const;
-  // Runs the calls, in order; each state grows by its rows. outputs[o]: room for output o of all calls, one after
-  // another. On an exception no state has changed.
+  // Runs the calls in order; each state grows by its rows. outputs[o]: room for output o of all calls, one after
+  // another.
   void forward(std::vector<Call>& calls, const std::vector<void*>& outputs);
 
  private:
@@ -87,23 +105,27 @@ class Engine {
     uint8_t* data;
     size_t at;
   };
-  struct Piece {  // rows of one sequence of one call that run together
+  // Rows [first, first + rows) of one sequence of a call.
+  struct CallRows {
     int call;
     int64_t sequence, first, rows, kept;
   };
 
+  // engine.cpp
   void run_rows(std::vector<Call>& calls, std::vector<Output>& outputs);
   void run_alone(Call& call, std::vector<Output>& outputs);
-  void run_pieces(const std::vector<Call>& calls, const std::vector<Piece>& pieces, std::vector<Output>& outputs);
+  void run_together(const std::vector<Call>& calls, const std::vector<CallRows>& parts, std::vector<Output>& outputs);
   void execute(std::vector<Output>& outputs);
-  void make_weights();
   void run_phases();
+  void make_weights();
+  int root(int slot) const;
+  void after_fork();
+
+  // memory.cpp
   void prepare(const std::vector<int64_t>& symbols);
   void place();
   void set_shapes(Run& run, const std::vector<int64_t>& symbols) const;
   size_t lay_out(Run& run, std::vector<size_t>* offsets, std::vector<size_t>* temp, size_t* scratch) const;
-  int root(int slot) const;
-  void after_fork();
 
   ProgramSpec spec_;
   Kernels kernels_;
@@ -113,14 +135,14 @@ class Engine {
   std::vector<std::unique_ptr<Op>> ops_;
   std::vector<std::pair<int, int>> phases_;  // (operation, its phase)
   std::vector<int> last_use_;                // by root slot: the last operation that touches it
-  std::vector<int> direct_output_;           // by slot: the output whose memory it writes itself, -1
+  std::vector<int> direct_output_;           // by slot: the output whose memory the operation writes directly, -1
 
-  std::mutex mutex_;  // one forward at a time uses what is below
+  std::mutex mutex_;  // guards everything below
   int64_t process_;
   ThreadPool pool_;
   WorkRanges ranges_;  // of the phase that runs
   Run run_;
-  std::vector<int64_t> planned_;  // sizes and pieces for which run_ is laid out
+  std::vector<int64_t> planned_;  // sizes and rows of segments for which run_ is laid out
   std::vector<size_t> offsets_, temp_;
   std::unique_ptr<uint8_t, void (*)(void*)> arena_;
   bool profiling_ = false;

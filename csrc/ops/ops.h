@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <variant>
 #include <vector>
 
 #include "program/kv_cache.h"
@@ -16,8 +17,26 @@ struct Segment {
   int64_t row;     // first row in this run
   int64_t rows;
   int64_t past;  // tokens in the cache before these rows
-  int64_t kept;  // so many of the last rows are kept by Keep
+  int64_t kept;  // the number of last rows that Keep keeps
 };
+
+// What an operation's begin() decided for its work().
+struct ParallelPlan {
+  int64_t units = 0;  // of the operation
+  int64_t grain = 1;  // units of a chunk
+};
+struct LinearPlan {
+  int64_t row_tile = 0;   // rows of a chunk
+  int64_t units = 0;      // of 32 output columns, of a chunk
+  int64_t row_tiles = 0;  // of the operation
+};
+struct AttentionPlan {
+  bool prefill = false;
+  int64_t kv_chunks = 0;       // most KV chunks of a sequence
+  int64_t split = 0;           // decode: KV chunks of a task, 0: a task takes its whole sequence
+  int64_t tasks_per_work = 1;  // prefill: (sequence, KV head) pairs of one chunk of work
+};
+using Plan = std::variant<ParallelPlan, LinearPlan, AttentionPlan>;
 
 // What one forward works on. One at a time per engine.
 struct Run {
@@ -27,22 +46,30 @@ struct Run {
   std::vector<int64_t> sizes;  // values of ProgramSpec::sizes
   std::vector<Tensor> tensors;
   std::vector<Segment> segments;
-  std::vector<const void*> weights;         // packed
-  std::vector<std::vector<int64_t>> state;  // per operation: what its begin() decided for its work()
-  std::vector<void*> temp;                  // per operation: its temp_bytes(), in the arena
-  std::vector<uint8_t*> scratch;            // per thread: the largest scratch_bytes() of all operations
-  std::vector<float> partials;              // attention over a split sequence; grows with the context
+  std::vector<const void*> weights;  // packed
+  std::vector<Plan> plans;           // per operation
+  std::vector<void*> temp;           // per operation: its temp_bytes(), in the arena
+  std::vector<uint8_t*> scratch;     // per thread: the largest scratch_bytes() of all operations
+  std::vector<float> partials;       // attention over a split sequence; grows with the context
 };
 
+// One operation of a program.
+//
+//   method           called                                 by               may change
+//   temp_bytes       when memory is laid out                one thread       nothing
+//   scratch_bytes    when memory is laid out                one thread       nothing
+//   begin(phase)     in order of phases, after all work of  one thread       its plan, its outputs
+//                    the phase before
+//   work(chunk)      once for each chunk that begin counted any thread       its outputs, its temp, the thread's scratch
 class Op {
  public:
   Op(int index, const OpSpec& spec) : index_(index), spec_(spec) {}
   virtual ~Op() = default;
   virtual int phases() const { return 1; }
-  // Shared memory for the time of this operation, and memory of each thread, for the run's sizes.
+  // Bytes that live as long as this operation runs: common to all threads, and of each thread.
   virtual size_t temp_bytes(const Run&) const { return 0; }
   virtual size_t scratch_bytes(const Run&) const { return 0; }
-  // Serial; returns the number of chunks of work. Small work is done here: it costs no barrier.
+  // Returns the number of chunks of work. Small work is done here: it costs no barrier.
   virtual int64_t begin(Run& run, int phase) const = 0;
   virtual void work(Run&, int /*phase*/, int64_t /*chunk*/, int /*thread*/) const {}
 
@@ -51,7 +78,10 @@ class Op {
   const Tensor& out(const Run& run, int i) const { return run.tensors[spec_.outputs[i]]; }
   bool has_in(int i) const { return i < static_cast<int>(spec_.inputs.size()) && spec_.inputs[i] >= 0; }
   bool has_out(int i) const { return spec_.outputs[i] >= 0; }
-  std::vector<int64_t>& state(Run& run) const { return run.state[index_]; }
+  template <class T>
+  T& plan(Run& run) const {
+    return std::get<T>(run.plans[index_]);
+  }
 
   const int index_;
   const OpSpec& spec_;  // owned by the engine, which outlives its operations
@@ -70,10 +100,25 @@ class ParallelOp : public Op {
   virtual void run_units(Run& run, int64_t begin, int64_t end, int thread) const = 0;
 };
 
-// Throws std::logic_error for a kind that does not exist (the lowering never makes one).
+// Rows of floats to quantize to blocks [block_begin, block_end) of the rows of q from `row` on.
+struct QuantizeArgs {
+  const float* x;  // column 0 of the first row
+  int64_t ldx;     // floats from a row to the next
+  int64_t row, rows;
+  int64_t block_begin, block_end;
+};
+inline void quantize_rows(const Run& run, const Tensor& q, const QuantizeArgs& a) {
+  const int64_t blocks = blocks_of(q.columns());
+  run.k->quantize(a.x, a.ldx, a.rows, q.columns(), q.span(), a.block_begin, a.block_end,
+                  q.xq() + a.row * blocks * kBlock, q.xb() + a.row * blocks);
+}
+
+// The operation of a spec. Throws UnknownName.
 std::unique_ptr<Op> make_op(int index, const OpSpec& spec);
-std::unique_ptr<Op> make_row_op(int index, const OpSpec& spec);        // null for a kind of another file
-std::unique_ptr<Op> make_attention_op(int index, const OpSpec& spec);  //
+// The same for the kinds of one file; null for all others.
+std::unique_ptr<Op> make_row_op(int index, const OpSpec& spec);
+std::unique_ptr<Op> make_linear_op(int index, const OpSpec& spec);
+std::unique_ptr<Op> make_attention_op(int index, const OpSpec& spec);
 std::unique_ptr<Op> make_history_op(int index, const OpSpec& spec);
 std::unique_ptr<Op> make_elementwise_op(int index, const OpSpec& spec);
 std::unique_ptr<Op> make_pointwise_op(int index, const OpSpec& spec);

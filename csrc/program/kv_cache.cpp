@@ -49,8 +49,8 @@ void KvCache::resize_chunks(int64_t count) {
 
 void KvCache::reserve(int64_t tokens) {
   if (tokens < 0 || tokens > limit_ - length_)
-    throw std::length_error("KV cache: " + std::to_string(length_) + " tokens held and " + std::to_string(tokens) +
-                            " more asked for, the limit is " + std::to_string(limit_));
+    throw std::length_error("KV cache: " + std::to_string(length_) + " tokens in the cache and " +
+                            std::to_string(tokens) + " more asked for, the limit is " + std::to_string(limit_));
   const int64_t count = chunks_for(length_ + tokens);
   for (const auto& layer : owned_)
     if (int64_t(layer.size()) < count) return resize_chunks(count);

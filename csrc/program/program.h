@@ -9,14 +9,13 @@
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "program/names.h"
 
 namespace edgeformer {
 
 constexpr int kMaxRank = 8;
 
-enum class DType : int32_t { f32, i64, boolean, quant, quant64, quant128 };
-
-// Something in the caller's arguments, found below the bindings (an id outside its table): becomes InputError.
+// A fault in the caller's arguments that only the engine can see (an id outside its table): becomes InputError.
 struct InputProblem : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -32,8 +31,8 @@ struct SlotSpec {
   std::string name;
   DType dtype = DType::f32;
   std::vector<int> shape;         // indices into ProgramSpec::sizes
-  int view_of = -1;               // shares that slot's memory
-  std::vector<uint8_t> constant;  // its bytes, for a constant
+  int view_of = -1;               // the slot whose memory it uses, -1: its own
+  std::vector<uint8_t> constant;  // the bytes of a constant
   bool is_constant = false;
 };
 
@@ -43,10 +42,13 @@ struct OpSpec {
   std::vector<int> weights;
   std::map<std::string, std::vector<int64_t>> ints;
   std::map<std::string, std::vector<double>> floats;
-  std::map<std::string, std::vector<int>> sizes;  // indices into ProgramSpec::sizes
+  std::map<std::string, std::vector<std::string>> names;  // of enums, see names.h
+  std::map<std::string, std::vector<int>> sizes;          // indices into ProgramSpec::sizes
 
   int64_t integer(const char* name) const { return ints.at(name).at(0); }
+  bool flag(const char* name) const { return integer(name) != 0; }
   float number(const char* name) const { return static_cast<float>(floats.at(name).at(0)); }
+  const std::string& name(const char* key) const { return names.at(key).at(0); }
 };
 
 struct WeightSpec {
@@ -60,10 +62,12 @@ struct ProgramSpec {
   std::vector<SlotSpec> slots;
   std::vector<WeightSpec> weights;
   std::vector<OpSpec> ops;
-  KvType kv = KvType::int8;  // of keys and values that may be integers
+  KvType kv = KvType::int8;  // of keys and values that may be int8
   std::vector<KvLayout> caches;
   std::vector<int> inputs, outputs;  // slots
+  int logits_to_keep = -1;           // the place of that input in `inputs`, -1: the graph has none
   bool row_local = false;            // rows of several states may run as one sequence
+  // Places in `symbols`, -1 for none: batch and sequence of the inputs, rows that Keep keeps, length of the caches.
   int batch_symbol = -1, sequence_symbol = -1, kept_symbol = -1, past_symbol = -1;
 };
 

@@ -36,8 +36,8 @@ class Bundle:
     def open(cls, path: str | os.PathLike[str], check: Literal["sizes", "hashes"] = "sizes") -> Bundle:
         """The bundle at `path`, after checking it.
 
-        `check="sizes"` validates the manifest, every file's size, and where the graph says that its weights lie: about
-        0.1 s for any bundle when it is seen first. `check="hashes"` also reads every byte: SHA-256 of each file, scales
+        `check="sizes"` validates the manifest, every file's size, and the offsets of weights in the graph: about
+        0.1 s for any bundle at its first opening. `check="hashes"` also reads every byte: SHA-256 of each file, scales
         that are NaN or infinite, and 8-bit weights of -128, which the format forbids.
 
         Raises:
@@ -84,11 +84,12 @@ class Bundle:
 
     @property
     def task(self) -> str:
+        """The name of the task: text-generation, text-classification, ..., or another word."""
         return str(self.manifest["task"])
 
     @property
     def vocab_size(self) -> int | None:
-        """Token ids run from 0 to one less; None for a model without tokens."""
+        """The number of token ids; None for a model without tokens."""
         for graph in self.manifest["graphs"].values():
             shape = graph["outputs"].get("logits", {}).get("shape", [])
             decodes = self.task == "text-generation" or any(name.startswith("past_key") for name in graph["inputs"])
@@ -97,13 +98,13 @@ class Bundle:
         return config_number(self.config, "vocab_size")
 
     def positions(self, graph: str = "model") -> int | None:
-        """Tokens that fit the graph's tables of learned positions; None where it has none, or nobody looked."""
+        """Tokens that fit the graph's tables of learned positions; None where it has none or none were looked for."""
         value = self.manifest["graphs"].get(graph, {}).get("positions")
         return value if type(value) is int and value > 0 else None
 
     @property
     def context(self) -> int | None:
-        """Positions that the model was made for: what its tables hold, else what config.json says; None: no limit."""
+        """The context length: the size of the tables of positions, else what config.json says; None for no limit."""
         return self.positions("decoder") or self.positions() or context_length(self.config)
 
     def context_source(self, graph: str = "model") -> str:
@@ -118,7 +119,7 @@ class Bundle:
 
     @property
     def fingerprint(self) -> str:
-        """64 hex digits that change when any file's content does."""
+        """64 hex digits that change with the content of any file: the one fingerprint of a model."""
         text = json.dumps({name: entry["sha256"] for name, entry in sorted(self.manifest["files"].items())})
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -171,11 +172,13 @@ def _is_lfs_pointer(path: Path, size: int) -> bool:
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file as 64 hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def refusal(folder: Path, problems: list[str]) -> BundleError:
+    """One error that lists all problems of a bundle."""
     if len(problems) == 1:
         return BundleError(f"{folder}: {problems[0]}. Export or copy the bundle again.")
     shown = problems[:50]

@@ -1,4 +1,4 @@
-"""What a graph file says about its weights: where they lie, and whether their values are allowed."""
+"""Checks the weights of a graph file: their offsets in the data file, and whether their values are allowed."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _node_tensors(nodes: Any) -> Iterator[onnx.TensorProto]:
 
 
 def graph_problems(folder: Path, file: str, files: Mapping[str, Any], *, values: bool) -> list[str]:
-    """What is wrong with the weights of `folder/file`, one sentence a problem.
+    """The problems of the weights of `folder/file`, one sentence each.
 
     `files` is the manifest's table of sizes. With `values` the numbers are read too: scales must be finite, INT8
     weights must not be -128. Without, a graph in which nothing was wrong is not parsed again as long as it and the
@@ -129,7 +129,7 @@ def stored_bytes(tensor: onnx.TensorProto) -> int | None:
 
     if tensor.data_type == onnx.TensorProto.STRING:
         return None
-    elements = int(math.prod(tensor.dims))  # Python's integers: no product wraps round
+    elements = int(math.prod(tensor.dims))  # Python's integers do not overflow
     bits = _BITS.get(tensor.data_type)
     if bits is None:
         bits = int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize) * 8
@@ -153,9 +153,9 @@ def _place_problem(tensor: onnx.TensorProto, files: Mapping[str, Any]) -> str | 
         return None
     location = place.get("location", "")
     if not plain_name(location):
-        return f"says that its data lies at {location!r}, expected a plain file name inside the folder"
+        return f"has its data at {location!r}, expected a plain file name inside the folder"
     if location not in files:
-        return f"says that its data lies in {location!r}, which is no file of this bundle"
+        return f"has its data in {location!r}, which is no file of this bundle"
     size = files[location]["size"]
     try:
         offset = int(place.get("offset", "0"))

@@ -1,4 +1,4 @@
-"""The context length of a model, as its config.json says it: the one list of the names that it has there."""
+"""The context length in a config.json: the one list of its names there."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_
 
 
 def context_length(config: Mapping[str, Any]) -> int | None:
-    """Positions that the model was made for; None where its config sets no limit."""
+    """The context length that the config names; None where it names none."""
     return config_number(config, *NAMES)
 
 
 def config_number(config: Mapping[str, Any], *names: str) -> int | None:
-    """The first of `names` with a positive whole number, in `config` or in its part for text; None without one."""
+    """The first of `names` with a positive whole number, in `config` or its `text_config`; None without one."""
     for part in (config, config.get("text_config")):
         for name in names:
             value = part.get(name) if isinstance(part, Mapping) else None

@@ -1,4 +1,4 @@
-"""`edgeformer.json`: its strict JSON, and what its fields must be."""
+"""`edgeformer.json`: strict JSON parsing, and the checks of its fields."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read_json(path: Path) -> Json:
         if len(found) != len(pairs):
             names = [name for name, _ in pairs]
             twice = sorted({name for name in names if names.count(name) > 1})
-            raise ValueError(f"the key {twice[0]!r} stands there twice")
+            raise ValueError(f"the key {twice[0]!r} occurs twice")
         return found
 
     def refuse_constant(text: str) -> None:
@@ -55,7 +55,7 @@ def read_json(path: Path) -> Json:
 
 
 def manifest_problems(manifest: object) -> list[str]:
-    """What is wrong with a manifest's content, one sentence a problem; empty when nothing is."""
+    """The problems of a manifest, one sentence each; empty for a valid one."""
     if not isinstance(manifest, dict):
         return [f"{MANIFEST} holds {_word(manifest)}, expected an object"]
     if manifest.get("format") != FORMAT:
@@ -68,7 +68,7 @@ def manifest_problems(manifest: object) -> list[str]:
     problems: list[str] = []
 
     def field(owner: Json, where: str, name: str, *kinds: type) -> Any:
-        """The value, or None after noting why it is not usable. None is fine where NoneType is among the kinds."""
+        """The value; None, with a problem noted, where it is unusable. With NoneType among `kinds` it may be null."""
         if name not in owner:
             problems.append(f"{MANIFEST}: {where}{name} is missing")
             return None

@@ -1,4 +1,4 @@
-"""A graph's inputs as its manifest states them, and the check that a call's arrays fit."""
+"""Names and shapes of a graph's inputs and outputs, and the check that the arrays of a call fit them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ ENCODER = ".encoder."
 KEEP = "logits_to_keep"
 POSITIONS = "position_ids"
 IDS = "input_ids"
+MASK = "attention_mask"
+SOURCE_MASK = "encoder_attention_mask"
+TYPES = "token_type_ids"
 
 Array = np.ndarray[Any, Any]
 
@@ -35,7 +38,7 @@ class Port:
 
 @dataclass(frozen=True)
 class Signature:
-    """All that an engine must know to check a call. `caches` pairs each past input with its present output."""
+    """The inputs and outputs of a graph. `caches` maps each past input to its present output."""
 
     inputs: dict[str, Port]
     outputs: tuple[str, ...]
@@ -51,7 +54,7 @@ class Signature:
         """The signature of one graph of a bundle."""
         table = bundle.manifest["graphs"][graph]
         ports = {name: Port(name, info["dtype"], tuple(info["shape"])) for name, info in table["inputs"].items()}
-        # What an encoder made for the decoder's cross-attention is named like a cache but never grows: an input.
+        # Keys and values of cross-attention are named like a cache but never grow: they are plain inputs.
         caches = {name: PRESENT + name[len(PAST) :] for name in ports if name.startswith(PAST) and ENCODER not in name}
         return cls(
             inputs={name: port for name, port in ports.items() if name not in caches and name != KEEP},
@@ -65,7 +68,7 @@ class Signature:
         )
 
     def check_some(self, given: Mapping[str, Any]) -> dict[str, Array]:
-        """Those arrays alone, C-ordered and of the graph's types; the others may come later.
+        """The given arrays, C-ordered and of the graph's types; the other inputs may come later.
 
         Raises:
             InputError: one is no input of the graph, or does not fit it.
@@ -165,6 +168,6 @@ class Signature:
     def _within(self, last: int, problems: list[str]) -> None:
         if self.context is not None and last >= self.context:
             problems.append(
-                f"position {last} lies past the end: the model was made for {self.context} positions "
+                f"position {last} lies past the end: the model has {self.context} positions "
                 f"({self.context_source}); shorten the text or start a new state"
             )

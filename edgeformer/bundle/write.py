@@ -1,4 +1,4 @@
-"""Write a bundle atomically: a temporary folder beside the target, fsynced, checked, then renamed."""
+"""Writes a bundle atomically: a temporary folder beside the target, fsynced, checked, then renamed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def write_bundle(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
         _put_in_place(temporary, final)
         _fsync(final.parent)
     finally:
-        # What still has the temporary name is the failed attempt, or after an exchange the old bundle.
+        # The temporary name now belongs to the failed attempt or, after an exchange, to the old bundle.
         shutil.rmtree(temporary, ignore_errors=True)
         if lock is not None:
             os.close(lock)
@@ -90,7 +90,7 @@ def seal(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> Json:
 
 
 def check_target(path: str | os.PathLike[str], overwrite: bool) -> None:
-    """Refuses at once what `write_bundle` would refuse at its end.
+    """Refuses early what `write_bundle` would refuse at its end.
 
     Raises:
         BundleError: `path` exists and may not be replaced.
@@ -154,7 +154,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _remove_leftovers(final: Path) -> None:
-    """Clean up after killed writers; a folder whose writer lives is locked and stays."""
+    """Clean up after killed writers; a folder whose writer is still alive is locked and stays."""
     prefix = f".{final.name}.partial-"
     for entry in os.scandir(final.parent):
         if not entry.name.startswith(prefix) or not entry.is_dir(follow_symlinks=False):

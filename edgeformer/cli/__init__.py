@@ -1,25 +1,33 @@
-"""The command line: `edgeformer export | train | run | chat | embed | classify | transcribe | inspect | ...`.
-
-Exit codes: 0 done; 1 a check failed (verify, doctor); 2 wrong arguments or input; 3 the bundle is missing or damaged;
-4 the engine cannot run here; 5 anything else that was refused (disk, export, training); 130 interrupted.
-"""
+"""The command line: `edgeformer export | train | run | chat | embed | classify | transcribe | inspect | ...`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-from edgeformer.errors import BundleError, EdgeformerError, EngineUnavailable, InputError, ParityError, TemplateError
-
-CHECK_FAILED, USAGE, BAD_BUNDLE, NO_ENGINE, REFUSED, INTERRUPTED = 1, 2, 3, 4, 5, 130
-
-_CODES: tuple[tuple[type[EdgeformerError], int], ...] = (
-    (ParityError, CHECK_FAILED),
-    (BundleError, BAD_BUNDLE),
-    (EngineUnavailable, NO_ENGINE),
-    (InputError, USAGE),
-    (TemplateError, USAGE),
+from edgeformer.cli.exit_codes import (
+    BAD_BUNDLE,
+    CHECK_FAILED,
+    DONE,
+    INTERRUPTED,
+    NO_ENGINE,
+    REFUSED,
+    USAGE,
+    exit_code,
 )
+from edgeformer.errors import EdgeformerError
+
+__all__ = [
+    "BAD_BUNDLE",
+    "CHECK_FAILED",
+    "DONE",
+    "INTERRUPTED",
+    "NO_ENGINE",
+    "REFUSED",
+    "USAGE",
+    "exit_code",
+    "main",
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,21 +36,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="edgeformer")
-    except SystemExit as end:  # how the parser ends, also after it explained a wrong option (code 2)
-        return end.code if isinstance(end.code, int) else 0 if end.code is None else _complain(end.code, USAGE)
+    except SystemExit as end:  # the parser ends so, also after its message about a wrong option (code 2)
+        if isinstance(end.code, str):
+            return _fail(end.code, USAGE)
+        return end.code or DONE
     except EdgeformerError as error:
-        return _complain(str(error), exit_code(error))
+        return _fail(str(error), exit_code(error))
     except OSError as error:
-        return _complain(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), REFUSED)
-    return 0
+        return _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), REFUSED)
+    return DONE
 
 
-def exit_code(error: EdgeformerError) -> int:
-    """The exit code that stands for an error."""
-    return next((code for kind, code in _CODES if isinstance(error, kind)), REFUSED)
-
-
-def _complain(message: str, code: int) -> int:
+def _fail(message: str, code: int) -> int:
     from rich.console import Console
     from rich.text import Text
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from edgeformer.cli.console import load_model, stderr
+from edgeformer.cli.options import BenchFlags
+from edgeformer.engines.options import EngineOptions
 from edgeformer.errors import InputError
-from edgeformer.tools.bench import bench
-from edgeformer.tools.bench import profile as profile_model
+from edgeformer.tools.bench import Workload, bench, profile
 
 
-def numbers(text: str | None, flag: str, *, zero: bool = False) -> list[int]:
+def _numbers(text: str | None, flag: str, *, zero: bool = False) -> list[int]:
     """The whole numbers in "1,2,3"; zeros are dropped unless `zero`, so that `-p 0` means no prompt test."""
     if text is None:
         return []
@@ -28,8 +29,22 @@ def numbers(text: str | None, flag: str, *, zero: bool = False) -> list[int]:
     return found if zero else [number for number in found if number]
 
 
-def measure(path: Path, where: Mapping[str, Any], lists: Mapping[str, Any], repetitions: int, *, as_json: bool) -> None:
-    """Measure with a bar on stderr, print the table or JSON to stdout."""
+def _workload(flags: BenchFlags) -> Workload:
+    return Workload(
+        _numbers(flags.prompts, "-p"),
+        _numbers(flags.generated, "-n"),
+        _numbers(flags.depths, "-d", zero=True),
+        flags.repetitions,
+    )
+
+
+def _threads(flags: BenchFlags) -> Sequence[int | None]:
+    return _numbers(flags.threads, "-t") or [None]
+
+
+def print_rates(path: Path, engine: EngineOptions, flags: BenchFlags, *, as_json: bool) -> None:
+    """Measure with a progress bar on stderr; print the table or JSON to stdout."""
+    workload, threads = _workload(flags), _threads(flags)
     columns = (TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         task = bar.add_task("loading", total=None)
@@ -37,12 +52,12 @@ def measure(path: Path, where: Mapping[str, Any], lists: Mapping[str, Any], repe
         def progress(test: str, done: int, total: int) -> None:
             bar.update(task, description=test, completed=done, total=total)
 
-        result = bench(path, repetitions=repetitions, progress=progress, **lists, **where)
+        result = bench(path, workload, engine, threads=threads, progress=progress)
     print(json.dumps(result.as_dict(), indent=2) if as_json else result.markdown())
 
 
-def profile(path: Path, where: Mapping[str, Any], lists: Mapping[str, Any]) -> None:
+def print_profile(path: Path, engine: EngineOptions, flags: BenchFlags) -> None:
     """Print the time by operation for every test, with the first number of threads."""
-    tests = dict(lists)
-    model = load_model(path, {**where, "threads": tests.pop("threads")[0]})
-    print(profile_model(model, **tests))
+    workload, threads = _workload(flags), _threads(flags)
+    model = load_model(path, replace(engine, threads=threads[0]).arguments())
+    print(profile(model, workload))

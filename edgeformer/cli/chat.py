@@ -9,31 +9,30 @@ from pathlib import Path
 from typing import Any
 
 from edgeformer.cli.console import load_model, stderr
+from edgeformer.cli.options import GenerationFlags
 from edgeformer.cli.purpose import require
-from edgeformer.decoding.loop import Session
+from edgeformer.decoding.session import Session
+from edgeformer.engines.options import EngineOptions
 from edgeformer.errors import InputError, TemplateError
 from edgeformer.model import Model
 
-LONGEST = 512  # tokens of an answer where nothing limits it
+LONGEST = 512  # tokens of an answer, if neither a flag nor the bundle limits it
 HELP = "/reset begins again, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
 
-def talk(
-    bundle: Path, where: Mapping[str, Any], system: str | None, settings: Mapping[str, Any], *, quiet: bool
-) -> None:
-    """Read lines, answer each, until /exit or the end of stdin.
+def talk(bundle: Path, engine: EngineOptions, system: str | None, generation: GenerationFlags, *, quiet: bool) -> None:
+    """Answer each line of stdin, until /exit or the end.
 
     Raises:
         TemplateError: the bundle has no chat template.
         InputError: it is no language model.
     """
-    require(bundle, "run")
-    model = load_model(bundle, where)
+    model = load_model(require(bundle, "run"), engine.arguments())
     if model.tokenizer is None or not model.tokenizer.has_chat_template:
         raise TemplateError(f"{bundle} has no chat template, so it is no chat model; use `edgeformer run` with text.")
-    said = model.bundle.generation_config
-    if all(limits.get(name) is None for limits in (settings, said) for name in ("max_new_tokens", "max_length")):
-        settings = {**settings, "max_new_tokens": LONGEST}
+    file, arguments = model.bundle.generation_config, generation.arguments()
+    if all(limits.get(name) is None for limits in (arguments, file) for name in ("max_new_tokens", "max_length")):
+        arguments["max_new_tokens"] = LONGEST
     opening = [] if system is None else [{"role": "system", "content": system}]
     messages, session = list(opening), model.session()
     interactive = sys.stdin.isatty()
@@ -50,17 +49,17 @@ def talk(
         elif line.startswith("/"):
             stderr.print(f"[dim]{HELP}[/dim]" if line == "/help" else f"[dim]unknown command {line}; {HELP}[/dim]")
         elif line:
-            messages = _answer(model, session, [*messages, {"role": "user", "content": line}], settings, quiet)
+            messages = _answer(model, session, [*messages, {"role": "user", "content": line}], arguments, quiet)
 
 
 def _answer(
-    model: Model, session: Session, messages: list[dict[str, str]], settings: Mapping[str, Any], quiet: bool
+    model: Model, session: Session, messages: list[dict[str, str]], arguments: Mapping[str, Any], quiet: bool
 ) -> list[dict[str, str]]:
-    """Stream one answer; the conversation after it. A refused or cut answer leaves a conversation that goes on."""
+    """Stream one answer and return the conversation with it; without the last message if that was refused."""
     parts: list[str] = []
     stream = None
     try:
-        stream = model.stream(messages, session=session, **settings)
+        stream = model.stream(messages, session=session, **arguments)
         for piece in stream:
             parts.append(piece.text)
             print(piece.text, end="", flush=True)

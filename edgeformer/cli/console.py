@@ -1,10 +1,10 @@
-"""What the commands share: where people read (stderr), and how a model is loaded while they wait."""
+"""What the commands share: consoles for stdout and stderr, loading a model with a spinner, reading items."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,17 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from edgeformer.errors import EdgeformerWarning
+from edgeformer.bundle.bundle import Bundle
+from edgeformer.errors import EdgeformerWarning, InputError
 from edgeformer.model import Model, load
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
-stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 140)  # a pipe has no width to fold tables to
+stdout = Console(highlight=False, width=None if sys.stdout.isatty() else 140)  # a pipe has no width: do not fold tables
 
 
 @contextmanager
 def waiting(text: str) -> Iterator[None]:
-    """A spinner on stderr while the block runs; nothing where stderr is no terminal."""
+    """A spinner on stderr while the block runs, if stderr is a terminal."""
     if stderr.is_terminal:
         with stderr.status(text):
             yield
@@ -29,9 +30,10 @@ def waiting(text: str) -> Iterator[None]:
         yield
 
 
-def load_model(bundle: Path, where: Mapping[str, Any]) -> Model:
-    """The model, with a spinner while it loads; warnings stand below it, one line each."""
-    with waiting(f"loading {bundle.name} ..."), warnings.catch_warnings(record=True) as said:
+def load_model(bundle: Path | Bundle, where: Mapping[str, Any]) -> Model:
+    """The model, with a spinner while it loads; warnings are printed afterwards, a line each."""
+    name = bundle.path.name if isinstance(bundle, Bundle) else bundle.name
+    with waiting(f"loading {name} ..."), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", EdgeformerWarning)
         model = load(bundle, **where)
     for warning in said:
@@ -40,10 +42,25 @@ def load_model(bundle: Path, where: Mapping[str, Any]) -> Model:
 
 
 def size(count: int) -> str:
-    """ "12.3 MiB"."""
+    """A number of bytes for people: `12.3 MiB`."""
     value = float(count)
     for unit in ("B", "KiB", "MiB"):
         if value < 1024:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.2f} GiB"
+
+
+def read_items(arguments: Sequence[str]) -> list[str]:
+    """The arguments; if they are `-`, or none and stdin is a pipe, the lines of stdin that are not blank.
+
+    Raises:
+        InputError: there are none.
+    """
+    if list(arguments) == ["-"] or (not arguments and not sys.stdin.isatty()):
+        items = [line for line in sys.stdin.read().splitlines() if line.strip()]
+    else:
+        items = list(arguments)
+    if not items:
+        raise InputError("There is nothing to read; give texts or pictures as arguments, or - and one a line on stdin.")
+    return items

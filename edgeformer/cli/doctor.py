@@ -10,15 +10,15 @@ from pathlib import Path
 import typer
 from rich.markup import escape
 
-from edgeformer.cli import CHECK_FAILED
 from edgeformer.cli.console import stdout, waiting
+from edgeformer.cli.exit_codes import CHECK_FAILED
 from edgeformer.tools.doctor import Finding, examine, examine_bundle
 
 MARKS = {"yes": "[green]yes[/green]", "no": "[red]no [/red]", "warning": "[yellow]!  [/yellow]", "fact": "   "}
 
 
 def report(bundle: Path | None, *, as_json: bool) -> None:
-    """Print the findings as they are made; exit code 1 where no engine can run."""
+    """Print the findings one by one; exit code 1 if no engine can run."""
     findings = []
     for finding in _findings(bundle):
         findings.append(finding)

@@ -1,4 +1,4 @@
-"""`edgeformer export` and `edgeformer train` are `python -m edgeformer.export` and `python -m edgeformer.train`."""
+"""`edgeformer export` and `edgeformer train` run `python -m edgeformer.export` and `python -m edgeformer.train`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ NEEDS = {"export": ("torch", "transformers", "onnxscript", "onnx_ir", "onnxrunti
 
 
 def forward(half: str, arguments: Sequence[str]) -> None:
-    """Run the module with these arguments; it ends the process itself.
+    """Run the module with these arguments; it raises SystemExit.
 
     Raises:
-        EngineUnavailable: its packages are not installed, as on a device they need not be.
+        EngineUnavailable: its packages are not installed.
     """
     missing = [name for name in NEEDS[half] if find_spec(name) is None]
     if missing:

@@ -16,8 +16,8 @@ from edgeformer.cli.console import size, stdout, waiting
 from edgeformer.errors import EngineUnavailable
 
 
-def show(path: Path, *, hashes: bool, as_json: bool) -> None:
-    """Print the manifest: as tables for people, or as it is."""
+def print_bundle(path: Path, *, hashes: bool, as_json: bool) -> None:
+    """Print the manifest as tables, or as JSON."""
     with waiting("reading every byte ..." if hashes else "reading ..."):
         bundle = Bundle.open(path, check="hashes" if hashes else "sizes")
     if as_json:
@@ -53,17 +53,17 @@ def show(path: Path, *, hashes: bool, as_json: bool) -> None:
     stdout.print(table)
 
 
-def show_program(path: Path) -> None:
-    """Print the program that the native engine makes of each graph.
+def print_program(path: Path) -> None:
+    """Print the native engine's program of each graph.
 
     Raises:
-        EngineUnavailable: the native engine is not there, or cannot run a graph.
+        EngineUnavailable: the native engine is not installed, or cannot run a graph.
     """
     bundle = Bundle.open(path)
     try:
         from edgeformer.engines.native import describe
     except ImportError as error:
-        raise EngineUnavailable(f"The native engine is not there ({error}); install edgeformer again.") from error
+        raise EngineUnavailable(f"The native engine is not installed ({error}); install edgeformer again.") from error
     graphs = list(bundle.manifest["graphs"])
     for name in graphs:
         if len(graphs) > 1:
@@ -118,7 +118,7 @@ def _parity(parity: Mapping[str, Any] | None) -> dict[str, str]:
 
 
 def _folded(ports: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Names and types; the layers' caches, which differ only in a number, as one line."""
+    """Names and types; the KV caches of all layers are one line."""
     rows: dict[tuple[str, str], list[int]] = {}
     for name, info in ports.items():
         kind = f"{info['dtype']}[{', '.join(map(str, info['shape']))}]"

@@ -1,4 +1,4 @@
-"""What a bundle is for: which command runs it, and what the others say instead."""
+"""Which command runs a bundle, and the message of the others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from edgeformer.bundle.bundle import Bundle
 from edgeformer.bundle.signature import IDS, PAST, PRESENT
 from edgeformer.errors import InputError
-from edgeformer.tasks.embedding import STATES, VECTORS
+from edgeformer.tasks.embedding import HIDDEN_STATES, VECTORS
 
 LABELLED = ("text-classification", "image-classification", "token-classification")
 
@@ -27,7 +27,7 @@ def command_for(bundle: Bundle, name: str | None = None) -> str:
     item = '"text"' if IDS in inputs else "picture.png" if "pixel_values" in inputs else ""
     if item and bundle.task in LABELLED:
         return f"classify {name} {item}"
-    if item and any(output in outputs for output in (STATES, *VECTORS)):
+    if item and any(output in outputs for output in (HIDDEN_STATES, *VECTORS)):
         return f"embed {name} {item}"
     return f"run {name} --inputs arrays.npz"
 

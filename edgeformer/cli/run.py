@@ -4,69 +4,59 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from edgeformer.cli.console import load_model, stderr
+from edgeformer.cli.options import GenerationFlags, PromptFlags
 from edgeformer.cli.purpose import require
+from edgeformer.engines.options import EngineOptions
 from edgeformer.errors import InputError
 from edgeformer.model import Prompt
 
 
-@dataclass(frozen=True)
-class Asked:
-    """The prompt as the command line gives it."""
+def read_prompt(text: str | None, flags: PromptFlags) -> Prompt:
+    """The prompt: text, token ids or messages. `-`, or no text while stdin is a pipe, reads stdin.
 
-    prompt: str | None
-    ids: str | None
-    chat: bool
-    system: str | None
-
-    def read(self) -> Prompt:
-        """Text, token ids or messages; `-`, or nothing with a pipe, reads stdin."""
-        if self.ids is not None:
-            if self.prompt is not None or self.chat:
-                raise InputError("--ids is a prompt of its own; leave out the text and --chat.")
-            try:
-                return [int(part) for part in self.ids.replace(",", " ").split()]
-            except ValueError:
-                raise InputError(f"--ids is {self.ids!r}, expected whole numbers with commas: 1,2,3.") from None
-        if self.system is not None and not self.chat:
-            raise InputError("--system needs --chat: only a chat has a system message.")
-        text = self.prompt
-        if text == "-" or (text is None and not sys.stdin.isatty()):
-            text = sys.stdin.read()
-        if text is None:
-            raise InputError("There is no prompt; give it as an argument, or - to read it from stdin.")
-        if not self.chat:
-            return text
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return [*system, {"role": "user", "content": text}]
+    Raises:
+        InputError: there is no prompt, or flags exclude each other.
+    """
+    if flags.ids is not None:
+        if text is not None or flags.chat:
+            raise InputError("--ids is a prompt of its own; leave out the text and --chat.")
+        try:
+            return [int(part) for part in flags.ids.replace(",", " ").split()]
+        except ValueError:
+            raise InputError(f"--ids is {flags.ids!r}, expected whole numbers with commas: 1,2,3.") from None
+    if flags.system is not None and not flags.chat:
+        raise InputError("--system needs --chat: only a chat has a system message.")
+    if text == "-" or (text is None and not sys.stdin.isatty()):
+        text = sys.stdin.read()
+    if text is None:
+        raise InputError("There is no prompt; give it as an argument, or - to read it from stdin.")
+    if not flags.chat:
+        return text
+    system = [] if flags.system is None else [{"role": "system", "content": flags.system}]
+    return [*system, {"role": "user", "content": text}]
 
 
-def text(
+def run_prompt(
     bundle: Path,
-    where: Mapping[str, Any],
-    asked: Asked,
-    settings: Mapping[str, Any],
-    beams: int | None,
+    engine: EngineOptions,
+    prompt: Prompt,
+    generation: GenerationFlags,
     *,
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Stream the answer to stdout (ids where the bundle has no tokenizer), then the timings to stderr.
+    """Stream the answer to stdout (ids where the bundle has no tokenizer), then print the timings to stderr.
 
-    Of an encoder-decoder the prompt is the source. A beam search (`beams`, or as the generation_config says) has its
-    text at the end alone.
+    For an encoder-decoder the prompt is the source. A beam search gives its text at the end only.
     """
-    prompt = asked.read()
-    require(bundle, "run")
-    model = load_model(bundle, where)
-    pieces = model.stream(prompt, num_beams=beams, **settings)
+    model = load_model(require(bundle, "run"), engine.arguments())
+    pieces = model.stream(prompt, **generation.arguments())
     if as_json:
         for _ in pieces:
             pass
@@ -89,18 +79,27 @@ def text(
         stderr.print(
             f"[dim]{result.timings} ({model.engine.name}), ended by {result.finish_reason}[/dim]", soft_wrap=True
         )
-        if not result.text and not asked.chat and model.tokenizer is not None and model.tokenizer.has_chat_template:
-            stderr.print("The model had nothing to add to this text. It was made for conversations: try --chat.")
+        chat_model = model.tokenizer is not None and model.tokenizer.has_chat_template
+        if not result.text and chat_model and not _is_chat(prompt):
+            stderr.print("The model added nothing to this text. It was trained on conversations: try --chat.")
 
 
-def arrays(bundle: Path, where: Mapping[str, Any], inputs: Path, outputs: Path | None, *, as_json: bool) -> None:
-    """Run a model that takes arrays; save the outputs, or show them."""
+def _is_chat(prompt: Prompt) -> bool:
+    return not isinstance(prompt, str) and any(isinstance(part, dict) for part in prompt)
+
+
+def run_arrays(bundle: Path, engine: EngineOptions, inputs: Path, outputs: Path | None, *, as_json: bool) -> None:
+    """Run a model on the arrays in `inputs`; print the outputs, or write them to `outputs` (both .npz).
+
+    Raises:
+        InputError: a file is not an .npz file.
+    """
     try:
         with np.load(inputs, allow_pickle=False) as file:
             given = {name: file[name] for name in file.files}
     except (OSError, ValueError) as error:
         raise InputError(f"{inputs} cannot be read as an .npz file: {error}.") from error
-    model = load_model(bundle, where)
+    model = load_model(bundle, engine.arguments())
     found = model(**given)
     if outputs is not None:
         if outputs.suffix != ".npz":

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import typer
+from rich.status import Status
 from rich.table import Table
 
-from edgeformer.cli import CHECK_FAILED
 from edgeformer.cli.console import stderr, stdout
+from edgeformer.cli.exit_codes import CHECK_FAILED
+from edgeformer.engines.options import EngineOptions
 from edgeformer.tools.verify import Report, verify
 
 
-def check(path: Path, engines: Sequence[str], where: Mapping[str, Any], *, as_json: bool) -> None:
-    """Verify on each engine; exit code 1 if any differs."""
-    reports = []
+def check(path: Path, engines: Sequence[str], options: EngineOptions, *, as_json: bool) -> None:
+    """Verify on each engine and print the reports; exit code 1 if an output of one differs."""
+    reports: list[Report] = []
     for engine in engines:
-        with stderr.status("verifying") if stderr.is_terminal else _Silent() as status:
-            reports.append(verify(path, engine, progress=lambda step, s=status: s.update(f"{step} ..."), **where))  # type: ignore[misc, arg-type]
+        with stderr.status("verifying") if stderr.is_terminal else contextlib.nullcontext() as status:
+            show = _shown_in(status)
+            threads, isa, kv = options.threads, options.isa, options.kv
+            reports.append(verify(path, engine, threads, isa=isa, kv=kv, progress=show))  # type: ignore[arg-type]
         if not as_json:
             _show(reports[-1])
     if as_json:
@@ -29,15 +33,8 @@ def check(path: Path, engines: Sequence[str], where: Mapping[str, Any], *, as_js
         raise typer.Exit(CHECK_FAILED)
 
 
-class _Silent:
-    def __enter__(self) -> _Silent:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, text: str) -> None:
-        pass
+def _shown_in(status: Status | None) -> Callable[[str], None]:
+    return lambda step: None if status is None else status.update(f"{step} ...")
 
 
 def _show(report: Report) -> None:

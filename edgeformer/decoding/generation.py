@@ -1,48 +1,28 @@
-"""One generation from its rules: the token loop or the beam search, with one list of logits processors."""
+"""A stream of one answer: from the token loop, or from a beam search when it has ended."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
-
-from edgeformer.decoding.beam import BeamOptions, Finished, beam_search
+from edgeformer.bundle.signature import Array
+from edgeformer.decoding.beam import beam_search
 from edgeformer.decoding.generation_config import GenerationConfig
-from edgeformer.decoding.logits_processors import logits_processors
-from edgeformer.decoding.loop import (
-    GenerationOptions,
-    Limits,
-    Piece,
-    Result,
-    Session,
-    StopFilter,
-    Stream,
-    Timings,
-    checked_prompt,
-    tokens,
-)
+from edgeformer.decoding.limits import Limits
+from edgeformer.decoding.loop import tokens
+from edgeformer.decoding.request import CallOptions, Request
+from edgeformer.decoding.result import Piece, Result, Stream, Timings
+from edgeformer.decoding.session import Session
+from edgeformer.decoding.stop import StopFilter
 from edgeformer.engines.base import Engine, State
 from edgeformer.errors import InputError
 from edgeformer.processing.tokenizer import Tokenizer
 
-Array = np.ndarray[Any, Any]
-
 
 @dataclass(frozen=True)
-class Call:
-    """What one call adds to the rules."""
-
-    seed: int | None = None
-    ignore_eos: bool = False
-    session: Session | None = None  # a beam search makes no use of it
-
-
-@dataclass(frozen=True)
-class Answering:
-    """The engine that answers, and what it answers with."""
+class TextGenerator:
+    """An engine that generates, with its limits and its tokenizer."""
 
     engine: Engine
     limits: Limits
@@ -52,54 +32,43 @@ class Answering:
         self,
         prompt: Sequence[int],
         config: GenerationConfig,
-        call: Call,
+        options: CallOptions,
         new_state: Callable[[int], State],
-        source: Sequence[int] | Array | None,
+        source: Sequence[int] | Array | None = None,
     ) -> Stream:
         """The answer to `prompt`, piece by piece; that of a beam search comes all at its end.
 
-        `new_state` makes the state of a number of sequences; `source` is what the encoder read, if it was tokens.
+        `new_state` makes the state of a number of sequences; `source` holds the token ids that an encoder read, if any.
 
         Raises:
-            InputError: the prompt or the seed is wrong, or there are stop strings and no tokenizer.
+            InputError: the prompt is wrong, or there are stop strings and no tokenizer.
         """
         if config.stop_strings and self.tokenizer is None:
             raise InputError("Stop strings need a tokenizer, and this bundle has no tokenizer; leave them out.")
-        if call.ignore_eos:
-            config = replace(config, eos_token_id=())
-        ids = checked_prompt(prompt, self.limits)
-        options = GenerationOptions.of(config, len(ids), call.seed)
-        processors = logits_processors(config, len(ids), options.max_new_tokens, source)
-        limits = replace(self.limits, eos=frozenset(config.eos_token_id))
+        request = Request.of(prompt, config, self.limits, options, source)
         if config.num_beams > 1:
-            state, search = new_state(config.num_beams), BeamOptions.of(config)
-
-            def find() -> Finished:
-                stopped = self._stopped(options.stop) if options.stop else None
-                return beam_search(self.engine, state, ids, limits, options, search, processors, stopped)
-
-            return Stream(self._found(len(ids), find, options.stop))
-        session = call.session or Session(new_state(1))
+            return Stream(self._beams(request, new_state(config.num_beams)))
+        session = options.session or Session(new_state(1))
         text = self.tokenizer.detokenizer() if self.tokenizer else None
-        return Stream(tokens(self.engine, session, ids, limits, options, text, processors))
+        return Stream(tokens(self.engine, session, request, text))
 
-    def _stopped(self, stops: Sequence[str]) -> Callable[[Sequence[int]], bool]:
-        return lambda ids: any(stop in self._text(ids) for stop in stops)
+    def _beams(self, request: Request, state: State) -> Generator[Piece, None, Result]:
+        began = time.perf_counter()
+        stops = request.config.stop_strings
+
+        def is_stopped(ids: Sequence[int]) -> bool:
+            return any(stop in self._text(ids) for stop in stops)
+
+        best = beam_search(self.engine, state, request, is_stopped if stops else None)
+        seconds = time.perf_counter() - began
+        stop = StopFilter(stops)
+        text = stop.push(self._text(best.ids[:-1] if best.reason == "eos" else best.ids))
+        text += stop.flush()
+        for token in best.ids[:-1]:
+            yield Piece(token, "")
+        yield Piece(best.ids[-1], text, best.reason)
+        timings = Timings(len(request.prompt), 0, 0.0, seconds, len(best.ids), seconds)
+        return Result(text, best.ids, best.reason, timings)
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids) if self.tokenizer else ""
-
-    def _found(
-        self, prompt_length: int, find: Callable[[], Finished], stops: Sequence[str]
-    ) -> Generator[Piece, None, Result]:
-        began = time.perf_counter()
-        found = find()
-        seconds = time.perf_counter() - began
-        filter = StopFilter(stops)
-        text = filter.push(self._text(found.ids[:-1] if found.reason == "eos" else found.ids))
-        text += filter.flush()
-        for id in found.ids[:-1]:
-            yield Piece(id, "")
-        yield Piece(found.ids[-1], text, found.reason)
-        timings = Timings(prompt_length, 0, 0.0, seconds, len(found.ids), seconds)
-        return Result(text, found.ids, found.reason, timings)

@@ -1,8 +1,8 @@
-"""What generation_config.json and the arguments of one call ask of a generation: merged, checked, and named.
+"""Generation settings: generation_config.json and the arguments of one call, merged and checked.
 
 Names, meaning and defaults are those of transformers' GenerationConfig; an argument overrides the file. Every name
-that transformers knows is in one of three places: a field of `GenerationConfig` (followed), `UNSUPPORTED` (said once
-at load and by `Model.explain()`; refused as an argument), or `IRRELEVANT` (no token depends on it here).
+that transformers knows is in one of three places: a field of `GenerationConfig` (followed), `UNSUPPORTED` (a
+warning at load and in `Model.explain()`; refused as an argument), or `IRRELEVANT` (no token depends on it here).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DEFAULT_NEW_TOKENS = 128  # transformers': a max_length of 20
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """The rules of one generation. Made by `of`, which checks them."""
+    """The settings of one generation. Made by `of`, which checks them."""
 
     # length and ends
     max_new_tokens: int | None = None
@@ -64,7 +64,7 @@ class GenerationConfig:
     def of(
         cls, file: Mapping[str, Any], arguments: Mapping[str, Any] | None = None, vocab_size: int | None = None
     ) -> GenerationConfig:
-        """The rules in `file`, overridden by `arguments`; None is no value. The file's sampling settings are checked
+        """The settings in `file`, overridden by `arguments`; None is no value. The file's sampling settings are checked
         where it samples.
 
         A `temperature` argument of 0 is greedy, one above samples, unless `do_sample` is an argument too.
@@ -97,23 +97,25 @@ class GenerationConfig:
         config = cls(**{name: _frozen(name, value, vocab_size) for name, value in both.items() if name in _FIELDS})
         problems = list(_conflicts(config))
         if problems:
-            raise (InputError if given else BundleError)("The rules of generation contradict: " + "; ".join(problems))
+            raise (InputError if given else BundleError)(
+                "The generation settings contradict each other: " + "; ".join(problems)
+            )
         return config
 
     @classmethod
     def for_call(
         cls, file: Mapping[str, Any], arguments: Mapping[str, Any], vocab_size: int | None
     ) -> GenerationConfig:
-        """The same, for text that somebody will read.
+        """As `of`, for a call that generates text.
 
         Raises:
-            InputError: the file asks for a watermark, and the call does not give it up.
+            InputError: the file asks for a watermark, and the call does not switch it off.
         """
         watermark = file.get("watermarking_config")
         if watermark and arguments.get("watermarking_config") is None:
             raise InputError(
                 f"generation_config.json: watermarking_config={watermark!r} is not implemented, and the text would "
-                "bear no watermark. watermarking_config={} generates without one."
+                "have no watermark. watermarking_config={} generates without one."
             )
         return cls.of(file, arguments, vocab_size)
 
@@ -129,14 +131,14 @@ class GenerationConfig:
             return DEFAULT_NEW_TOKENS
         if prompt_length >= self.max_length:
             raise InputError(
-                f"The prompt has {prompt_length} tokens and max_length is {self.max_length}, prompt included: nothing "
-                "may follow. Pass max_new_tokens."
+                f"The prompt has {prompt_length} tokens and max_length is {self.max_length}, prompt included: there "
+                "is no room for an answer. Pass max_new_tokens."
             )
         return self.max_length - prompt_length
 
 
 class Arguments(TypedDict, total=False):
-    """What a call may override; None, or left out, is as generation_config.json says."""
+    """Arguments of a call; None, or left out, means the value of generation_config.json."""
 
     max_new_tokens: int | None
     max_length: int | None
@@ -174,7 +176,7 @@ class Arguments(TypedDict, total=False):
 
 
 def file_settings(bundle: Bundle) -> dict[str, Any]:
-    """What the bundle says of generation; nothing for a model that does not generate.
+    """The generation settings in the bundle; none for a model that does not generate.
 
     Special tokens come from config.json where generation_config.json does not name them at all; null there means none.
     """
@@ -199,7 +201,7 @@ def _conflicts(config: GenerationConfig) -> Iterable[str]:
 
 
 def _frozen(name: str, value: Any, vocab_size: int | None) -> Any:
-    """A checked value as the field holds it; ids that no token has are left out, as transformers does."""
+    """A checked value as the field holds it; unknown token ids are left out, as transformers does."""
     if name == "sequence_bias":
         pairs = value.items() if isinstance(value, dict) else value
         return tuple({tuple(map(int, ids)): float(bias) for ids, bias in pairs}.items())
@@ -207,7 +209,7 @@ def _frozen(name: str, value: Any, vocab_size: int | None) -> Any:
         return tuple(tuple(map(int, ids)) for ids in value)
     if name in ("eos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"):
         ids = dict.fromkeys(map(int, listed(value)))
-        return tuple(id for id in ids if id >= 0 and (vocab_size is None or id < vocab_size))
+        return tuple(token for token in ids if token >= 0 and (vocab_size is None or token < vocab_size))
     if name == "stop_strings":
         return tuple(listed(value))
     if name == "exponential_decay_length_penalty":

@@ -167,7 +167,7 @@ def problems_of(names: Set[str], settings: Mapping[str, Any], vocab_size: int | 
         if not fine(value):
             lines.append(f"{name} is {_short(value)}, expected {expected}")
         elif name in _MUST_BE_KNOWN:
-            unknown = [id for id in _every_id(value) if id < 0 or (vocab_size is not None and id >= vocab_size)]
+            unknown = [i for i in _every_id(value) if i < 0 or (vocab_size is not None and i >= vocab_size)]
             if unknown:
                 known = "numbers of at least 0" if vocab_size is None else f"0 to {vocab_size - 1}"
                 lines.append(f"{name} holds the token id {unknown[0]}, the model knows {known}")
@@ -185,6 +185,7 @@ def _every_id(value: Any) -> Iterable[int]:
 
 
 def listed(value: Any) -> list[Any]:
+    """The value as a list: None is empty, a single value a list of one."""
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
@@ -208,10 +209,10 @@ def notes(file: Mapping[str, Any], vocab_size: int | None = None) -> tuple[str, 
                 lines.append(f"generation_config.json: {name}={value!r} is not implemented: {why}.")
         elif not any(name in known for known in (CHECKS, IRRELEVANT, STARTS)):
             lines.append(f"generation_config.json: {name}={_short(value)} is unknown and not followed.")
-    for id in listed(file.get("eos_token_id")):
-        if type(id) is int and (id < 0 or (vocab_size is not None and id >= vocab_size)):
+    for token in listed(file.get("eos_token_id")):
+        if type(token) is int and (token < 0 or (vocab_size is not None and token >= vocab_size)):
             known = "" if vocab_size is None else f" (0 to {vocab_size - 1})"
-            lines.append(f"eos_token_id={id} is no token of the model{known}: it ends nothing.")
+            lines.append(f"eos_token_id={token} is no token of the model{known}: it ends nothing.")
     return tuple(lines)
 
 

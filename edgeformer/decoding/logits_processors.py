@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
+from edgeformer.bundle.signature import Array
 from edgeformer.decoding import sampling
 from edgeformer.decoding.generation_config import GenerationConfig
 
-Array = np.ndarray[Any, Any]
 Processor = Callable[[Array, Array], Array]
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -66,7 +65,7 @@ def logits_processors(
         # One token that ends nothing must stay for a beam to go on with.
         least = max(2, len(eos) + 1) if config.num_beams > 1 else 1
         made.append(_some_left)
-        made += [partial(_scores_alone, filter) for filter in sampling.filters(config, least)]
+        made += [partial(_without_ids, mask) for mask in sampling.filters(config, least)]
     if config.renormalize_logits:
         made.append(lambda _, scores: log_softmax(scores))
     return tuple(made)
@@ -79,7 +78,7 @@ def process(processors: Iterable[Processor], ids: Array, scores: Array) -> Array
     return scores
 
 
-def _some_left(ids: Array, scores: Array) -> Array:
+def _some_left(_: Array, scores: Array) -> Array:
     """
     Raises:
         EdgeformerError: there is nothing to draw from.
@@ -88,8 +87,8 @@ def _some_left(ids: Array, scores: Array) -> Array:
     return scores
 
 
-def _scores_alone(filter: sampling.Filter, ids: Array, scores: Array) -> Array:
-    return filter(scores)
+def _without_ids(mask: sampling.Filter, _: Array, scores: Array) -> Array:
+    return mask(scores)
 
 
 def _at(length: int, processor: Processor, ids: Array, scores: Array) -> Array:
@@ -103,14 +102,14 @@ def _before(length: int, processor: Processor, ids: Array, scores: Array) -> Arr
 # ---------------------------------------------------------------------------------------------------- forbid and force
 
 
-def forbid(tokens: Sequence[int] | Array, ids: Array, scores: Array) -> Array:
+def forbid(tokens: Sequence[int] | Array, _: Array, scores: Array) -> Array:
     """No token of `tokens` may follow."""
     changed = scores.copy()
     changed[tokens] = -np.inf
     return changed
 
 
-def force(tokens: Sequence[int], ids: Array, scores: Array) -> Array:
+def force(tokens: Sequence[int], _: Array, scores: Array) -> Array:
     """Only `tokens` may follow, all alike."""
     changed = np.full_like(scores, -np.inf)
     changed[tokens] = 0.0
@@ -128,8 +127,8 @@ def encoder_no_repeat_ngram(source: Array, size: int, ids: Array, scores: Array)
     if places <= 0 or len(ids) < size - 1:
         return scores
     same = np.ones(places, bool)
-    for offset, id in enumerate(ids[len(ids) - size + 1 :]):
-        same &= source[offset : offset + places] == id
+    for offset, token in enumerate(ids[len(ids) - size + 1 :]):
+        same &= source[offset : offset + places] == token
     last = source[size - 1 :][same]
     return forbid(last[last < len(scores)], ids, scores) if len(last) else scores
 
@@ -147,6 +146,7 @@ class SequenceBias:
 
     @classmethod
     def of(cls, sequences: Iterable[tuple[tuple[int, ...], float]]) -> SequenceBias:
+        """The processor that adds each bias to the last token of its sequence, after the ones before it."""
         lengths: dict[int, list[tuple[tuple[int, ...], float]]] = {}
         for ids, bias in sequences:
             lengths.setdefault(len(ids) - 1, []).append((ids, bias))
@@ -163,6 +163,7 @@ class SequenceBias:
         return cls(tokens, np.array([bias for _, bias in single], np.float32), longer)
 
     def __call__(self, ids: Array, scores: Array) -> Array:
+        """The scores [vocab] with the biases that fit the end of `ids` added."""
         changed = scores.copy()
         changed[self.tokens] += self.biases
         for before, last, biases in self.longer:
@@ -181,8 +182,8 @@ def repetition_penalty(penalty: float, ids: Array, scores: Array) -> Array:
     return changed
 
 
-def encoder_repetition_penalty(source: Array, penalty: float, ids: Array, scores: Array) -> Array:
-    """The other way round, for the tokens of the source: above 1 they become likelier."""
+def encoder_repetition_penalty(source: Array, penalty: float, _: Array, scores: Array) -> Array:
+    """The inverse, for the tokens of the source: above 1 they become likelier."""
     return repetition_penalty(1 / penalty, source, scores)
 
 
@@ -198,7 +199,7 @@ def exponential_decay(eos: Sequence[int], start: int, factor: float, ids: Array,
     return changed
 
 
-def remove_invalid(ids: Array, scores: Array) -> Array:
+def remove_invalid(_: Array, scores: Array) -> Array:
     """NaN becomes 0, infinities the largest and smallest float32."""
     return np.nan_to_num(scores, nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)
 

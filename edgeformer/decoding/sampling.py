@@ -1,4 +1,4 @@
-"""From scores to a token: the likeliest, or a draw by inverse transform among those that filters leave.
+"""From scores to a token: the most likely one, or a draw by inverse transform sampling after the filters.
 
 The filters are transformers', in its order and with its meaning; a removed token has the score -inf. Formulas:
 `generation/logits_process.py`, with which the tests compare. `least` tokens always stay.
@@ -22,7 +22,7 @@ _TOP_H = 100  # top-h looks at no more tokens than these
 
 
 def filters(config: GenerationConfig, least: int = 1) -> list[Filter]:
-    """What sampling does to the scores before it draws."""
+    """The filters of a generation config, in the order in which they apply."""
     made: list[Filter] = []
     if config.temperature != 1:
         made.append(partial(_divided, config.temperature))
@@ -44,14 +44,14 @@ def filters(config: GenerationConfig, least: int = 1) -> list[Filter]:
 
 
 def choose(scores: Scores, rng: np.random.Generator | None) -> int:
-    """The chosen token id of `scores` [vocab]: a draw with `rng`, the likeliest without.
+    """The chosen token id of `scores` [vocab]: a draw with `rng`, the most likely token without.
 
     Raises:
         EdgeformerError: no token is left.
     """
     best = int(scores.argmax())
     if scores[best] == -np.inf:
-        raise EdgeformerError("The rules of generation forbid every token; loosen them.")
+        raise EdgeformerError("The generation settings forbid every token; relax them.")
     return best if rng is None else draw(scores, rng)
 
 
@@ -71,7 +71,7 @@ def _divided(temperature: float, scores: Scores) -> Scores:
 
 
 def top_h(scores: Scores, p: float) -> Scores:
-    """Only the likeliest tokens whose entropy, summed, stays within `p` times that of the 100 likeliest are left."""
+    """The most likely tokens are left whose summed entropy is within `p` times that of the 100 most likely ones."""
     count = min(_TOP_H, len(scores))
     order = _largest(scores, count)
     probabilities = softmax(scores[order])
@@ -91,7 +91,7 @@ def top_k(scores: Scores, k: int) -> Scores:
 
 
 def top_p(scores: Scores, p: float, least: int = 1) -> Scores:
-    """Only the fewest likeliest tokens whose probabilities reach `p` are left.
+    """Only the fewest most likely tokens whose probabilities reach `p` are left.
 
     transformers sorts the whole vocabulary, 5 ms for 49,152 tokens; here only as many of the largest as are needed.
     """

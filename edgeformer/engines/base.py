@@ -27,12 +27,12 @@ class State(Protocol):
         ...
 
     def fork(self) -> State:
-        """An independent copy: what one does is never seen by the other."""
+        """An independent copy of the state."""
         ...
 
     def select(self, rows: Sequence[int]) -> None:
-        """Sequence i of the batch becomes a copy of what sequence `rows[i]` was; as many as before. Inputs that the
-        state holds stay where they are: a beam search has the same in every row.
+        """Sequence i of the batch becomes a copy of what sequence `rows[i]` was; the batch keeps its size.
+        Static inputs do not move: a beam search has the same ones in every row.
 
         Raises:
             InputError: `rows` has another length than the batch, or names a sequence that is none.
@@ -48,8 +48,8 @@ class Engine(Protocol):
         """`"cpu"`, `"cuda"` or `"native"`."""
         ...
 
-    def new_state(self, held: Arrays | None = None) -> State:
-        """An empty state; `held` are inputs of the graph given once, for all calls with it.
+    def new_state(self, static_inputs: Arrays | None = None) -> State:
+        """An empty state; `static_inputs` are inputs of the graph given once, for all calls with it.
 
         Raises:
             InputError: one of them does not fit the graph.

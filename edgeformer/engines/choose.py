@@ -1,21 +1,22 @@
-"""Choosing an engine for a bundle: in a fixed order, with a reason for each."""
+"""Chooses the engine of a bundle: engines are tried in a fixed order, and each gets a reason."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from edgeformer.bundle.bundle import Bundle
 from edgeformer.engines.base import Engine
 from edgeformer.engines.native.engine import NativeEngine
+from edgeformer.engines.native.options import NativeOptions
 from edgeformer.engines.self_check import recorded_problem, self_check
 from edgeformer.errors import EdgeformerWarning, EngineUnavailable, InputError
 
 EngineName = Literal["auto", "cuda", "native", "cpu"]
 ORDER = ("cuda", "native", "cpu")
-Meanwhile = Callable[[], object]
+WhilePacking = Callable[[], object]
 
 
 # Measured (docs/performance.md, MiniLM in float32): onnxruntime needs 0.91 to 0.97 of the native engine's time.
@@ -23,21 +24,10 @@ FLOAT_AT_ONCE = "float weights without a cache run faster on cpu"
 
 
 @dataclass(frozen=True)
-class NativeOptions:
-    """What only the native engine has."""
-
-    isa: str | None = None
-    kv: str = "auto"
-    context: int | None = None
-    memory_limit: int | None = None
-    kept: bool = True  # use the cache folder
-
-
-@dataclass(frozen=True)
 class Choice:
-    """Which engine runs, and for each one in the order tried, why or why not. `print` it.
+    """The engine that runs, and for each engine in the order tried the reason why or why not. `print` shows it.
 
-    `notes` name what the bundle asks for and does not get from any engine.
+    `notes` name settings of the bundle that no engine follows.
     """
 
     engine: str
@@ -52,7 +42,7 @@ class Choice:
 
 
 def check_arguments(engine: str, threads: int | None, isa: str | None) -> None:
-    """Nothing, where `load` can use these.
+    """Refuses arguments that `load` cannot use.
 
     Raises:
         InputError: one is out of its range, or they contradict each other.
@@ -70,28 +60,28 @@ def choose(
     engine: str,
     threads: int,
     native: NativeOptions,
-    meanwhile: Meanwhile = lambda: None,
+    while_packing: WhilePacking = lambda: None,
     *,
     judged: bool = True,
 ) -> tuple[dict[str, Engine], Choice]:
-    """(an engine for each graph of the bundle, all of one kind; why that kind).
+    """(one engine for each graph of the bundle, all of one kind; the reasons for that kind).
 
-    The native engine calls `meanwhile` once, while weights are packed and the GIL is released. With `judged` an engine
-    whose numbers are wrong, here or when the bundle was exported, counts as one that cannot run; see `self_check`.
+    `while_packing` runs once, while the native engine packs weights with the GIL released. With `judged` an engine that
+    fails the parity check, here or at export, counts as unavailable; see `self_check`.
 
     Raises:
         EngineUnavailable: the engine asked for, or with "auto" every engine, cannot run here.
     """
     asked = "native" if engine == "auto" and native.isa is not None else engine
     if asked != "auto":
-        made = _usable(asked, bundle, threads, native, meanwhile, judged)
+        made = _usable(asked, bundle, threads, native, while_packing, judged)
         why = f"an isa ({native.isa}) was asked for" if engine == "auto" else "it was asked for by name"
         return made, Choice(asked, {asked: _chosen(made, threads, why)})
     reasons: dict[str, str] = {}
     order = _order(bundle)
     for position, name in enumerate(order):
         try:
-            made = _usable(name, bundle, threads, native, meanwhile, judged)
+            made = _usable(name, bundle, threads, native, while_packing, judged)
         except WrongNumbers as error:
             reasons[name] = str(error)
             warnings.warn(f"{bundle.path.name}: {error}", EdgeformerWarning, stacklevel=3)
@@ -109,65 +99,56 @@ def choose(
 
 
 class WrongNumbers(EngineUnavailable):
-    """An engine runs this bundle and gives other numbers than its reference."""
+    """The engine runs this bundle, but its outputs differ from the reference."""
 
 
 def _usable(
-    name: str, bundle: Bundle, threads: int, native: NativeOptions, meanwhile: Meanwhile, judged: bool
+    name: str, bundle: Bundle, threads: int, native: NativeOptions, while_packing: WhilePacking, judged: bool
 ) -> dict[str, Engine]:
     if judged and (recorded := recorded_problem(bundle, name)):
         raise EngineUnavailable(recorded)
-    made = create(name, bundle, threads, native, meanwhile)
+    made = create(name, bundle, threads, native, while_packing)
     if judged and (problem := self_check(bundle, name, made)):
         raise WrongNumbers(problem)
     return made
 
 
 def _order(bundle: Bundle) -> tuple[str, ...]:
-    """The engines in the order to try: `cpu` before `native` where it is the faster one."""
+    """The engines in the order to try: `cpu` before `native` where it is faster."""
     manifest = bundle.manifest
     cached = any("past_key_values" in name for graph in manifest["graphs"].values() for name in graph["inputs"])
     return ("cuda", "cpu", "native") if manifest["quantization"]["scheme"] == "none" and not cached else ORDER
 
 
 def create(
-    name: str, bundle: Bundle, threads: int, native: NativeOptions, meanwhile: Meanwhile = lambda: None
+    name: str, bundle: Bundle, threads: int, native: NativeOptions, while_packing: WhilePacking = lambda: None
 ) -> dict[str, Engine]:
-    """An engine called `name` for each graph of the bundle. See `choose` for `meanwhile`.
+    """An engine called `name` for each graph of the bundle. See `choose` for `while_packing`.
 
     Raises:
         EngineUnavailable: it cannot run one of them here; with several graphs the message names which.
     """
     graphs = list(bundle.manifest["graphs"])
     if name == "native":
-        return {**_native(bundle, graphs, threads, native, meanwhile)}
+        return {**_native(bundle, graphs, threads, native, while_packing)}
     from edgeformer.engines.onnxruntime import OrtEngine, cuda_driver_problem
 
     if name == "cuda":
         problem = cuda_driver_problem()  # cheap, and most machines end here without importing onnxruntime
         if problem:
-            raise EngineUnavailable(f"CUDA is not there: {problem}.")
+            raise EngineUnavailable(f"CUDA is not available: {problem}.")
     return {graph: OrtEngine(bundle, "cuda" if name == "cuda" else "cpu", threads, graph=graph) for graph in graphs}
 
 
 def _native(
-    bundle: Bundle, graphs: list[str], threads: int, options: NativeOptions, meanwhile: Meanwhile
+    bundle: Bundle, graphs: list[str], threads: int, options: NativeOptions, while_packing: WhilePacking
 ) -> dict[str, NativeEngine]:
     made: dict[str, NativeEngine] = {}
     left = options.memory_limit
     for graph in graphs:
         try:
-            made[graph] = NativeEngine.from_bundle(
-                bundle,
-                graph=graph,
-                threads=threads,
-                isa=options.isa,
-                kv=options.kv,
-                context=options.context,
-                memory_limit=left,
-                meanwhile=meanwhile,
-                kept=options.kept,
-            )
+            given = replace(options, threads=threads, memory_limit=left)
+            made[graph] = NativeEngine.create(bundle, graph, given, while_packing)
         except EngineUnavailable as error:
             if len(graphs) == 1:
                 raise

@@ -42,13 +42,13 @@ def installed_wheels() -> dict[str, str]:
 
 
 def both_wheels() -> str | None:
-    """Why this installation cannot be trusted: both wheels are there. None when all is well."""
+    """The problem of an installation that holds both wheels; None where only one is installed."""
     found = installed_wheels()
     if len(found) < 2:
         return None
     names = " and ".join(f"{name} {version}" for name, version in found.items())
     return (
-        f"{names} are both installed; they write the same folder, and whichever came last has overwritten the other. "
+        f"{names} are both installed; they write the same folder, and the last one has overwritten the other. "
         "Uninstall both (pip uninstall -y onnxruntime onnxruntime-gpu), then install one: edgeformer[cpu] or "
         "edgeformer[cuda]"
     )
@@ -81,7 +81,7 @@ def version_of(text: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class OpRun:
-    """One operation of one run: its operator, seconds, and the shapes of its inputs that are no weights."""
+    """One operation of one run: its operator, seconds, and the shapes of its inputs other than weights."""
 
     operator: str
     seconds: float
@@ -91,39 +91,42 @@ class OpRun:
 class OrtState:
     """The KV cache of one sequence, or of one batch of equal length: OrtValues [batch, kv_heads, length, head_dim]."""
 
-    def __init__(self, owner: OrtEngine, held: dict[str, Any] | None = None, batch: int | None = None) -> None:
+    def __init__(self, owner: OrtEngine, static_inputs: dict[str, Any] | None = None, batch: int | None = None) -> None:
         self.owner = owner
         self.lock = threading.Lock()
         self.cache: list[Any] = []  # in the order of the signature's caches; empty before the first token
-        self.held = held or {}  # inputs that stay the same for the whole sequence
-        self._held_batch = batch
+        self.static_inputs = static_inputs or {}  # inputs of the graph that are given once a sequence
+        self._fixed_batch = batch
         self.batch = batch
         self._length = 0
 
     @property
     def length(self) -> int:
+        """Tokens that the cache holds."""
         return self._length
 
     def truncate(self, length: int) -> None:
+        """See `State.truncate`."""
         if not 0 <= length <= self._length:
             raise InputError(f"A state of {self._length} tokens cannot be cut to {length}.")
-        with _held([self]):
+        with _locked([self]):
             if length == 0:
-                self.cache, self.batch = [], self._held_batch
+                self.cache, self.batch = [], self._fixed_batch
             elif length < self._length:
                 self.cache = [self.owner.place(np.ascontiguousarray(v.numpy()[:, :, :length])) for v in self.cache]
             self._length = length
 
     def fork(self) -> OrtState:
-        with _held([self]):
-            copy = OrtState(self.owner, self.held, self._held_batch)
+        """See `State.fork`."""
+        with _locked([self]):
+            copy = OrtState(self.owner, self.static_inputs, self._fixed_batch)
             # Each step makes new OrtValues and never writes into old ones, so both may hold the same.
             copy.cache, copy.batch, copy._length = list(self.cache), self.batch, self._length
             return copy
 
     def select(self, rows: Sequence[int]) -> None:
-        """Sequence i of the batch becomes a copy of what sequence `rows[i]` was; as many as before. Inputs that the
-        state holds stay where they are: a beam search has the same in every row.
+        """Sequence i of the batch becomes a copy of what sequence `rows[i]` was; the batch keeps its size. Static
+        inputs do not move: a beam search has the same ones in every row.
 
         Raises:
             InputError: `rows` has another length than the batch, or names a sequence that is none.
@@ -132,11 +135,11 @@ class OrtState:
             raise InputError(f"A state of {self.batch} sequences cannot select {list(rows)}.")
         if list(rows) == list(range(self.batch)):
             return
-        with _held([self]):
+        with _locked([self]):
             self.cache = [self.owner.place(np.ascontiguousarray(value.numpy()[list(rows)])) for value in self.cache]
 
     def grow(self, cache: list[Any], batch: int, tokens: int) -> None:
-        """Take the cache that a run returned. Called with the lock held."""
+        """Stores the cache that a run returned. The caller holds the lock."""
         self.cache, self.batch, self._length = cache, batch, self._length + tokens
 
 
@@ -184,31 +187,35 @@ class OrtEngine:
 
     @property
     def name(self) -> str:
+        """`"cpu"` or `"cuda"`."""
         return self.provider
 
-    def new_state(self, held: Arrays | None = None) -> OrtState:
-        """An empty state; `held` are inputs of the graph given once, for all calls with it.
+    def new_state(self, static_inputs: Arrays | None = None) -> OrtState:
+        """An empty state; `static_inputs` are inputs of the graph given once, for all calls with it.
 
         Raises:
             InputError: one of them does not fit the graph.
         """
-        if not held:
+        if not static_inputs:
             return OrtState(self)
-        arrays = self.signature.check_some(held)
+        arrays = self.signature.check_some(static_inputs)
         batch = next(iter(arrays.values())).shape[0]
         return OrtState(self, {name: self.place(array) for name, array in arrays.items()}, batch)
 
     def forward(self, batch: Sequence[tuple[Arrays, State]]) -> list[dict[str, np.ndarray]]:
+        """See `Engine.forward`."""
         if os.getpid() != self._pid:
-            raise StateError("This engine was loaded before fork(); its threads are not here. Load it in this process.")
+            raise StateError(
+                "This engine was loaded before fork(); its threads do not exist in this process. Load it here."
+            )
         states: list[OrtState] = []
         for _, state in batch:
             if not isinstance(state, OrtState) or state.owner is not self:
                 raise StateError("The state belongs to another engine; make one with this engine's new_state().")
             states.append(state)
-        with _held(states):
+        with _locked(states):
             checked = [
-                self.signature.check(inputs, state.length, state.batch, state.held)
+                self.signature.check(inputs, state.length, state.batch, state.static_inputs)
                 for (inputs, _), state in zip(batch, states, strict=True)
             ]
             return [self._run(arrays, state) for arrays, state in zip(checked, states, strict=True)]
@@ -233,11 +240,11 @@ class OrtEngine:
         binding = self._session.io_binding()
         value = self._ort.OrtValue.ortvalue_from_numpy
         for name, array in arrays.items():
-            if name != KEEP or int(array) != 0:  # 0 is the graph's own default
+            if name != KEEP or int(array) != 0:  # 0 is the default of the graph
                 binding.bind_ortvalue_input(name, value(array))
-        for name, held in state.held.items():
+        for name, value in state.static_inputs.items():
             if name not in arrays:
-                binding.bind_ortvalue_input(name, held)
+                binding.bind_ortvalue_input(name, value)
         rows = next(iter(arrays.values())).shape[0] if self._caches else 0
         cache = state.cache or [self._empty(name, rows) for name in self._caches]
         for name, past in zip(self._caches, cache, strict=True):
@@ -318,7 +325,7 @@ class OrtEngine:
 
 
 @contextlib.contextmanager
-def _held(states: Sequence[OrtState]) -> Iterator[None]:
+def _locked(states: Sequence[OrtState]) -> Iterator[None]:
     """All states' locks, or StateError at once: two calls on one state would mix their tokens."""
     taken: list[OrtState] = []
     try:
@@ -339,7 +346,7 @@ def _check_version(version: str, bundle: Bundle) -> None:
         why = (
             "older ones have no kernels for opset 23"
             if scheme == "none"
-            else f"older ones run {scheme} weights 15 to 50 times slower, without a word"
+            else f"older ones run {scheme} weights 15 to 50 times slower and do not warn"
         )
         raise EngineUnavailable(
             f"onnxruntime {version} is too old for this bundle: it needs {need[0]}.{need[1]} or newer ({why}). "
@@ -348,20 +355,20 @@ def _check_version(version: str, bundle: Bundle) -> None:
 
 
 def _check_cuda(ort: ModuleType) -> None:
-    """Refuse what cannot become a CUDA session before ONNX Runtime falls back in silence."""
+    """Refuses what cannot become a CUDA session, before ONNX Runtime falls back silently."""
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         reason = both_wheels() or "this onnxruntime is the CPU build; uninstall it, then install edgeformer[cuda]"
-        raise EngineUnavailable(f"CUDA is not there: {reason}.")
+        raise EngineUnavailable(f"CUDA is not available: {reason}.")
     problem = cuda_driver_problem()
     if problem:
-        raise EngineUnavailable(f"CUDA is not there: {problem}.")
+        raise EngineUnavailable(f"CUDA is not available: {problem}.")
     if hasattr(ort, "preload_dlls"):
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find; the session check decides
             ort.preload_dlls()
 
 
 def cuda_driver_problem() -> str | None:
-    """Why the NVIDIA driver offers no device; None when it offers one."""
+    """The reason why the NVIDIA driver offers no device; None where it offers one."""
     import ctypes
 
     for name in ("libcuda.so.1", "nvcuda.dll"):

@@ -1,10 +1,10 @@
-"""The bundle's own reference values, and an engine's outputs for the same inputs beside them; all without torch.
+"""Compares an engine's outputs with the reference values in the bundle, without torch.
 
 `reference.npz` holds `input.NAME`, the outputs `bundle.NAME` that the same graph and weights gave on ONNX Runtime's
 CPU at export, and the float model's own outputs `float.NAME` (of a language model both at the last positions only).
 `reference.tolerance` of the manifest says for each output how far an engine may be from `bundle.NAME` (from
 `float.NAME` where that is missing), as a share of the reference's range, largest minus smallest. The other one is
-shown, not judged: it says what quantization cost, which the export measured.
+shown but has no tolerance: it shows what quantization cost, which the export measured.
 """
 
 from __future__ import annotations
@@ -12,26 +12,22 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from edgeformer.bundle.bundle import Bundle
-from edgeformer.bundle.signature import IDS, PAST, POSITIONS
-from edgeformer.decoding.loop import Limits
+from edgeformer.bundle.signature import IDS, PAST, Array
 from edgeformer.engines.base import Engine
+from edgeformer.engines.feed import encode_source, feed, joined
 from edgeformer.errors import BundleError
-from edgeformer.tasks.seq2seq import EncoderDecoder
 
-Array = np.ndarray[Any, Any]
-
-ANSWER = "decoder_input_ids"  # what an encoder-decoder's reference has decoded
+ANSWER = "decoder_input_ids"  # the decoder's input in the reference of an encoder-decoder
 STEPS = (5, 1, 1, 1, 2)  # tokens a step: a prefill, decoding, a short prefill on a full cache; then what is left
 
 
 @dataclass(frozen=True)
 class Check:
-    """One output compared with one reference, in one way of running. `worst` is a share of the reference's range."""
+    """One output of one run compared with one reference. `worst` is the largest difference / range of the reference."""
 
     output: str
     reference: str
@@ -42,22 +38,25 @@ class Check:
 
     @property
     def passed(self) -> bool:
+        """Whether the difference is within the tolerance, or has none."""
         return self.tolerance is None or self.worst <= self.tolerance  # a NaN is never <=
 
     def __str__(self) -> str:
-        judged = (
-            "not judged" if self.tolerance is None else f"{'at most' if self.passed else 'allowed'} {self.tolerance:g}"
+        verdict = (
+            "no tolerance"
+            if self.tolerance is None
+            else f"{'at most' if self.passed else 'allowed'} {self.tolerance:g}"
         )
         place = f" at {list(self.where)}" if not self.passed else ""
-        return f"{self.output} {self.run} against {self.reference}: {self.worst:.3g} of the range{place} ({judged})"
+        return f"{self.output} {self.run} against {self.reference}: {self.worst:.3g} of the range{place} ({verdict})"
 
 
 def checks(
-    bundle: Bundle, engines: Mapping[str, Engine], progress: Callable[[str], None] = lambda step: None
+    bundle: Bundle, engines: Mapping[str, Engine], progress: Callable[[str], None] = lambda _: None
 ) -> Iterator[Check]:
-    """Every output of every way of running the reference's inputs: in one run, and step by step with a KV cache.
+    """The comparisons of every output: of the reference's inputs in one run, and step by step with a KV cache.
 
-    `engines` has one for each graph of the bundle, as `choose` gives them. `progress` is told each run's name.
+    `engines` has one for each graph of the bundle, as `choose` gives them. `progress` is called with each run's name.
 
     Raises:
         BundleError: there is no reference, it is damaged, or it does not fit the graph.
@@ -69,7 +68,7 @@ def checks(
         outputs = work()
         for (kind, name), expected in references.items():
             if name not in outputs:
-                raise BundleError(f"{bundle.path}: the reference has an output {name!r}, the graph has not.")
+                raise BundleError(f"{bundle.path}: the reference has an output {name!r} that the graph does not have.")
             judged = kind == "bundle" or ("bundle", name) not in references
             allowed = tolerance.get(name) if judged else None
             yield compare(name, kind, run, outputs[name], expected, allowed, last=last)
@@ -78,16 +77,16 @@ def checks(
 def _runs(
     bundle: Bundle, engines: Mapping[str, Engine], inputs: dict[str, Array]
 ) -> dict[str, Callable[[], dict[str, Array]]]:
-    """The ways of running the reference's inputs, each giving the outputs by name."""
+    """The runs of the reference's inputs by name; each returns the outputs by name."""
     if "encoder" in engines:
         if ANSWER not in inputs:
             raise BundleError(f"{bundle.path}: the reference has no {ANSWER}; export the model again.")
         ids, source = inputs[ANSWER], {name: value for name, value in inputs.items() if name != ANSWER}
-        decoder = engines["decoder"]
-        pair = EncoderDecoder(bundle, engines["encoder"], decoder, None, Limits.of(bundle, decoder, "decoder"))
 
         def answer(steps: Sequence[int]) -> dict[str, Array]:
-            return {"logits": pair.logits(pair.encode(source), ids, steps)}
+            static = encode_source(bundle, engines["encoder"], source)
+            decoder = engines["decoder"]
+            return joined(feed(decoder, decoder.new_state(static), {IDS: ids}, chunk=None, steps=steps))
 
         return {"in one run": lambda: answer(()), "step by step": lambda: answer(STEPS)}
     engine = engines["model"]
@@ -95,7 +94,7 @@ def _runs(
         "in one run": lambda: engine.forward([(inputs, engine.new_state())])[0]
     }
     if any(name.startswith(PAST) for name in bundle.manifest["graphs"]["model"]["inputs"]) and IDS in inputs:
-        runs["step by step"] = lambda: stepwise(engine, inputs, STEPS)
+        runs["step by step"] = lambda: joined(feed(engine, engine.new_state(), inputs, chunk=None, steps=STEPS))
     return runs
 
 
@@ -127,7 +126,7 @@ def read_reference(bundle: Bundle) -> tuple[dict[str, Array], dict[tuple[str, st
         raise BundleError(f"{path} cannot be read: {error}. Export or copy the bundle again.") from error
     tolerance = {name: float(value) for name, value in entry["tolerance"].items() if value is not None}
     if not inputs or not any(name in tolerance for _, name in outputs):
-        raise BundleError(f"{path} holds nothing that can be judged: it needs inputs, outputs and a tolerance.")
+        raise BundleError(f"{path} holds nothing to compare: it needs inputs, outputs and a tolerance.")
     return inputs, outputs, tolerance
 
 
@@ -151,16 +150,3 @@ def compare(
     where = (where[0], where[1] + skipped, *where[2:]) if skipped else where
     span = float(wanted.max() - wanted.min()) or 1.0  # a constant output is compared as it is
     return Check(output, kind, run, float(difference.max()) / span, where, tolerance)
-
-
-def stepwise(engine: Engine, inputs: dict[str, Array], steps: Sequence[int]) -> dict[str, Array]:
-    """The outputs of running `inputs` some tokens at a time through one state, joined along the sequence axis."""
-    length = inputs[IDS].shape[1]
-    ends = [int(end) for end in np.cumsum(steps) if end < length] + [length]
-    state, start = engine.new_state(), 0
-    parts: list[dict[str, Array]] = []
-    for end in ends:
-        cut = {name: a[:, start:end] if name in (IDS, POSITIONS) else a for name, a in inputs.items()}
-        parts += engine.forward([(cut, state)])
-        start = end
-    return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}

@@ -1,8 +1,7 @@
-"""Whether an engine gives a bundle's own numbers on this machine: looked at when it is loaded first, then remembered.
+"""The parity check at the first load of a bundle by an engine on this machine; its result is kept in the disk cache.
 
-The exporter checked the engines that it had, on its own machine. A device has another CPU, another kernel table and
-another ONNX Runtime. So the first load of a bundle by an engine runs `reference.npz`, some 24 tokens, and what came
-out is kept in the cache folder under all that it depends on.
+The exporter checked the engines of its own machine. A device has another CPU, another kernel table and another ONNX
+Runtime. So the first load runs `reference.npz`, about 24 tokens. The cache key names all that the result depends on.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from edgeformer.engines.base import Engine
 from edgeformer.engines.reference import Check, checks
 from edgeformer.machine import cpu_name
 
-# An int8 cache keeps each key and value with a scale a token and head: 1/254 of the largest value of a head is the most
-# that one is off by. The reference of float weights has no room for that. Measured on SmolLM2 it moves logits by 0.5 %
-# of their range; a wrong mask, position or weight by 5 % and more.
+# An int8 KV cache has one scale a token and head, so a value errs by at most 1/254 of the largest value of its head.
+# The tolerance of a bundle with float weights does not include that. Measured on SmolLM2 it moves logits by 0.5 % of
+# their range; a wrong mask, position or weight moves them by 5 % and more.
 INT8_CACHE = 2e-2
 
 
 def recorded_problem(bundle: Bundle, name: str) -> str | None:
-    """Why the exporter's own check refused this engine for this bundle; None where it did not."""
+    """The problem that the export recorded for this engine; None where it recorded none."""
     engines = (bundle.manifest.get("parity") or {}).get("engines")
     found = engines.get(name) if isinstance(engines, dict) else None
     if not isinstance(found, dict) or found.get("passed", True) is not False:
@@ -49,33 +48,33 @@ def self_check(bundle: Bundle, name: str, engines: Mapping[str, Engine]) -> str 
     if known is not None:
         return known.decode() or None
     slack = INT8_CACHE if _rounds_cache(bundle, engines) else 0.0
-    failed = [check for check in checks(bundle, engines) if not _fine(check, slack)]
-    problem = "" if not failed else _told(name, failed)
+    failed = [check for check in checks(bundle, engines) if not _passes(check, slack)]
+    problem = "" if not failed else _describe(name, failed)
     disk_cache.write(entry, problem.encode())
     return problem or None
 
 
-def _fine(check: Check, slack: float) -> bool:
+def _passes(check: Check, slack: float) -> bool:
     return check.tolerance is None or check.worst <= check.tolerance + slack  # a NaN is never <=
 
 
 def _rounds_cache(bundle: Bundle, engines: Mapping[str, Engine]) -> bool:
-    """Whether a cache of 8 bits stands under weights of more."""
+    """Whether the KV cache is int8 while the weights are float."""
     return bundle.manifest["quantization"]["scheme"] == "none" and any(
         getattr(engine, "kv", None) == "int8" for engine in engines.values()
     )
 
 
-def _told(name: str, failed: list[Check]) -> str:
+def _describe(name: str, failed: list[Check]) -> str:
     worst = max(failed, key=lambda check: check.worst)
     return (
-        f"the {name} engine gives other numbers than this bundle's reference: {worst}. This is a fault of the engine "
-        "or of this machine; `edgeformer verify` shows it, and another engine may be right."
+        f"the {name} engine differs from this bundle's reference: {worst}. The engine or this machine is at fault; "
+        "`edgeformer verify` shows the details. Another engine may be right."
     )
 
 
 def _entry(bundle: Bundle, name: str, engines: Mapping[str, Engine]) -> str:
-    """The cache entry: a name that changes with the bundle, the engine, its options, its code and the CPU."""
+    """The cache key: it changes with the bundle, the engine, its options, its code and the CPU."""
     options = [
         (graph, *(str(getattr(engine, option, "")) for option in ("isa", "kv")))
         for graph, engine in sorted(engines.items())
@@ -85,7 +84,9 @@ def _entry(bundle: Bundle, name: str, engines: Mapping[str, Engine]) -> str:
 
 
 def _code(name: str) -> list[object]:
-    """What computes: of the native engine its files, which change without a version in an editable installation."""
+    """Identifies the code of an engine. The native one's files count: an editable installation changes them without
+    a new version.
+    """
     if name != "native":
         found = []
         for wheel in ("onnxruntime", "onnxruntime-gpu"):
@@ -94,6 +95,6 @@ def _code(name: str) -> list[object]:
             except PackageNotFoundError:
                 continue
         return [*found]
-    from edgeformer.engines.native.program.prepared import code_identity
+    from edgeformer.engines.native.program.executable import code_identity
 
     return [code_identity()]

@@ -1,6 +1,6 @@
-"""The workshop: from a PyTorch Transformer to a bundle. Needs torch; the device never imports this package.
+"""The exporter: from a PyTorch Transformer to a bundle. Part of the toolchain: needs torch, unlike the runtime.
 
-Its names are loaded when first used, so that `--help` answers without torch.
+Its names are imported when they are first used, so that `--help` does not load torch.
 """
 
 from typing import Any
@@ -10,8 +10,8 @@ __all__ = ["ExportOptions", "export", "language_model", "module_source", "read_r
 _HOME = {
     "ExportOptions": "options",
     "export": "pipeline",
-    "language_model": "sources.hub.hub",  # a transformers model object -> what `export` takes as `traced`
-    "module_source": "sources.user.factory",  # the same of a module of one's own
+    "language_model": "sources.hub.hub",  # a source from a transformers model object
+    "module_source": "sources.user.factory",  # a source from a user-defined module
     "read_recipe": "options",
 }
 

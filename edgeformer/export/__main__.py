@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
-from edgeformer.errors import EdgeformerError
+from edgeformer.cli import INTERRUPTED, REFUSED, USAGE, exit_code
+from edgeformer.errors import EdgeformerError, ExportError
+from edgeformer.export.options import ExportOptions, Flag, make_options, read_recipe
 
 T = TypeVar("T")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -33,148 +38,115 @@ Examples:
 """
 
 
-class Drawn:
-    """Stages as lines with their seconds, long ones with a bar."""
+class ConsoleProgress:
+    """A line for each stage with its seconds, and a bar for long ones."""
 
     def __init__(self) -> None:
         self._stage, self._start = "", time.monotonic()
 
     def stage(self, text: str) -> None:
+        """Ends the stage before, and shows that this one runs."""
         self.end()
         self._stage = text
         if console.is_terminal:
             console.print(f"[dim]·[/] {text} …", end="\r")
 
     def end(self) -> None:
+        """Shows the seconds of the last stage."""
         if self._stage:
             console.print(f"[green]✓[/] {self._stage} [dim]{time.monotonic() - self._start:.1f} s[/]   ")
         self._stage, self._start = "", time.monotonic()
 
     def track(self, items: Iterable[T], name: str) -> Iterable[T]:
+        """Returns `items`, with a bar that shows how many of them have been consumed."""
         bar: Iterable[T] = tqdm(items, desc=f"  {name}", leave=False, file=sys.stderr)
         return bar
 
 
-@app.command(epilog=EXAMPLES)
-def main(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="A .gguf file, a Hugging Face folder or hub name, a checkpoint folder of edgeformer.train, "
-            "module:factory or file.py:factory, or a recipe (.toml).",
-            show_default=False,
-        ),
-    ],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The bundle's folder.")] = None,
-    quantize: Annotated[
-        str | None,
-        typer.Option(
-            help="q4a (4 bits, scale and minimum), q4, q8, keep (GGUF), none. [default: keep for GGUF, else q4a]"
-        ),
-    ] = None,
-    block: Annotated[
-        int | None, typer.Option(help="Weights that share a scale: 16, 32, 64, 128. [default: 32]")
-    ] = None,
-    head: Annotated[
-        str | None,
-        typer.Option(help="The output layer: tied, q4a, q4, q8, none. [default: tied where the model ties it]"),
-    ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="What q4a and q4 weights of a language model are fitted to (GPTQ): samples (the model's own), a text "
-            "file, or none (round to nearest). [default: samples]"
-        ),
-    ] = None,
-    calibration_tokens: Annotated[
-        int | None, typer.Option(help="How many tokens of it. [default: by the model's width, 512 to 16384]")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, or float16 for CUDA. [default: float32]")] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="For a factory: its checkpoint: .safetensors, .pt, .ckpt, or a folder.")
-    ] = None,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(help="A tokenizer's folder, to take instead; for a factory, a tokenizer.json too; or none."),
-    ] = None,
-    adapter: Annotated[
-        Path | None, typer.Option(help="Merge the PEFT adapter in this folder (LoRA, DoRA, IA3, ...) into the model.")
-    ] = None,
-    inputs: Annotated[
-        list[str] | None, typer.Option("--input", help="For a factory: name=dtype\\[axis,...]; named axes are dynamic.")
-    ] = None,
-    output_names: Annotated[
-        list[str] | None, typer.Option("--output-name", help="For a factory: names of its outputs.")
-    ] = None,
-    architecture: Annotated[
-        str | None, typer.Option(help="For a Hugging Face source: its class. [default: as config.json says]")
-    ] = None,
-    task: Annotated[str | None, typer.Option(help="A word for what the model does, for the manifest.")] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="Measure accuracy on this text. [default: Python's language reference]")
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(help="How many tokens of it; 0 to skip. [default: 1024]")] = None,
-    allow_missing: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--allow-missing", help="Tensors that may be missing or unused, as a pattern: 'pooler.*'. May be repeated."
-        ),
-    ] = None,
-    memory_limit: Annotated[
-        str | None, typer.Option(help="Refuse an export that needs more memory: 6G. [default: the machine's]")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")] = False,
-) -> None:
-    """Export SOURCE to a bundle: an ordinary ONNX folder, checked against PyTorch before it gets its name."""
-    given = {
-        "output": output, "quantize": quantize, "block": block, "head": head, "dtype": dtype, "weights": weights,
-        "calibration": calibration, "calibration_tokens": calibration_tokens,
-        "adapter": adapter, "tokenizer": tokenizer,
-        "input": tuple(inputs or ()), "output_names": tuple(output_names or ()), "architecture": architecture,
-        "task": task, "text": text,
-        "tokens": tokens, "overwrite": overwrite or None,
-        "allow_missing": tuple(allow_missing or ()), "memory_limit": memory_limit,
-    }  # fmt: skip
+def main(source: str, **flags: Any) -> None:
+    """Export SOURCE to a bundle: an ordinary ONNX folder, written only if its numbers are those of PyTorch."""
+    given = {name: value for name, value in flags.items() if value is not None and value is not False and value != []}
     try:
-        _run(source, {name: value for name, value in given.items() if value not in (None, ())})
+        options = _options(source, given)
+    except ExportError as error:  # a value or a recipe is wrong; nothing was loaded yet
+        raise _failed(str(error), USAGE) from error
+    try:
+        _run(options)
     except EdgeformerError as error:
-        console.print(f"[red]error:[/] {type(error).__name__}: ", end="")
-        console.print(str(error), markup=False)
-        raise typer.Exit(1) from error
+        raise _failed(f"{type(error).__name__}: {error}", exit_code(error)) from error
+    except OSError as error:
+        raise _failed(str(error), REFUSED) from error
     except KeyboardInterrupt:
         console.print("interrupted; nothing was written.")
-        raise typer.Exit(130) from None
+        raise typer.Exit(INTERRUPTED) from None
 
 
-def _run(source: str, given: dict[str, object]) -> None:
-    # Threads that spin while they wait crawl on a busy machine; read once, when torch loads.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from edgeformer.export.options import make_options, read_recipe  # torch is loaded after --help has had its say
-    from edgeformer.export.pipeline import export
+def _parameters() -> Iterator[inspect.Parameter]:
+    """The parameters of `main` for typer: one for each option of an export, None where it is not given."""
+    hints = get_type_hints(ExportOptions, include_extras=True)
+    for field in dataclasses.fields(ExportOptions):
+        kind, flag = get_args(hints[field.name])
+        assert isinstance(flag, Flag)
+        default = flag.default or (field.default if type(field.default) in (int, str) else None)
+        text = escape(flag.help + (f" [default: {default}]" if default else ""))
+        if field.name == "source":
+            annotation: Any = Annotated[str, typer.Argument(help=text, show_default=False)]
+            yield inspect.Parameter(field.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation)
+            continue
+        names = flag.names or (f"--{field.name.replace('_', '-')}",)
+        annotation = Annotated[_parsed(kind), typer.Option(*names, help=text)]
+        yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
+
+def _parsed(kind: Any) -> Any:
+    """The type that typer parses a flag as, for the type of its option."""
+    if kind is bool:
+        return bool
+    if kind == tuple[str, ...]:
+        return list[str] | None
+    return (kind if isinstance(kind, type) else get_args(kind)[0]) | None
+
+
+main.__signature__ = inspect.Signature(list(_parameters()))  # type: ignore[attr-defined]
+main.__annotations__ = {}
+app.command(epilog=EXAMPLES)(main)
+
+
+def _failed(message: str, code: int) -> typer.Exit:
+    console.print("[red]error:[/] ", end="")
+    console.print(message, markup=False)
+    return typer.Exit(code)
+
+
+def _options(source: str, given: dict[str, Any]) -> ExportOptions:
     if source.endswith(".toml"):
-        options = read_recipe(Path(source), **given)
-    elif "output" not in given:
+        return read_recipe(Path(source), **given)
+    if "output" not in given:
         raise typer.BadParameter("say where the bundle goes: -o FOLDER")
-    else:
-        options = make_options(source=source, **given)
-    drawn = Drawn()
-    manifest = export(options, drawn)
-    drawn.end()
+    return make_options(source=source, **given)
+
+
+def _run(options: ExportOptions) -> None:
+    # OpenMP threads that spin while they wait are slow on a busy machine. torch reads the variable when it is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from edgeformer.export.pipeline import export  # loads torch, which --help does without
+
+    progress = ConsoleProgress()
+    manifest = export(options, progress)
+    progress.end()
     _summary(options.output, manifest)
 
 
-def _summary(path: Path, manifest: dict[str, object]) -> None:
+def _summary(path: Path, manifest: dict[str, Any]) -> None:
     from edgeformer.bundle.bundle import Bundle
     from edgeformer.cli.purpose import command_for
 
     parity, accuracy = manifest["parity"], manifest["accuracy"]
     quantization, files = manifest["quantization"], manifest["files"]
-    assert isinstance(parity, dict) and isinstance(quantization, dict) and isinstance(files, dict)
     table = Table(show_header=False, box=None, pad_edge=False)
     size = sum(entry["size"] for entry in files.values())
     table.add_row("bundle", f"{path} ({size / 1e6:.1f} MB)")
-    if adapter := manifest["provenance"].get("adapter"):  # type: ignore[attr-defined]
+    if adapter := manifest["provenance"].get("adapter"):
         table.add_row("adapter", f"{adapter['name']} ({adapter['method']}, {adapter['layers']} layers), merged")
     table.add_row(
         "weights", f"{quantization['scheme']}, {quantization['bits_per_weight']} bits each, head {quantization['head']}"
@@ -186,14 +158,11 @@ def _summary(path: Path, manifest: dict[str, object]) -> None:
         )
     for name, found in parity.items():
         if found and name != "engines":
-            table.add_row(
-                f"parity, {name}", f"{found['worst']:.1e} of the outputs' range (allowed {found['tolerance']:.0e})"
-            )
+            table.add_row(f"parity, {name}", _difference(found))
     for name, found in parity["engines"].items():
         if found["passed"]:
-            told = f"{found['worst']:.1e} of the outputs' range (allowed {found['tolerance']:.0e})"
-            table.add_row(f"engine {name}", told)
-    if isinstance(accuracy, dict):
+            table.add_row(f"engine {name}", _difference(found))
+    if accuracy:
         table.add_row(
             "accuracy",
             f"perplexity {accuracy['perplexity_float']:.3f} -> {accuracy['perplexity']:.3f}, "
@@ -203,13 +172,17 @@ def _summary(path: Path, manifest: dict[str, object]) -> None:
     console.print(table)
     for name, found in parity["engines"].items():
         if found["passed"] is False:
-            told = f"the engine {name} will not be used for this bundle: {found['problem']}"
             console.print("[bold red]failed:[/] ", end="")
-            console.print(told, markup=False, highlight=False)
-    for note in manifest.get("notes", ()):  # type: ignore[attr-defined]
+            problem = f"the engine {name} will not be used for this bundle: {found['problem']}"
+            console.print(problem, markup=False, highlight=False)
+    for note in manifest.get("notes", ()):
         console.print(f"[yellow]note:[/] {note}", highlight=False)
     run = command_for(Bundle.open(path), str(path)).replace("[", "\\[")
     console.print(f"Next: [bold]edgeformer inspect {path}[/]  or  [bold]edgeformer {run}[/]")
+
+
+def _difference(found: dict[str, Any]) -> str:
+    return f"{found['worst']:.1e} of the outputs' range (allowed {found['tolerance']:.0e})"
 
 
 if __name__ == "__main__":

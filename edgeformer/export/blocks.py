@@ -1,4 +1,4 @@
-"""Block quantization: a weight [N, K] as small integers with one scale (and minimum) for each block along K."""
+"""Block quantization: a weight [N, K] as integers with one scale (and minimum) for each block along K."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from edgeformer.errors import ExportError
 
 F32 = NDArray[np.float32]
-_PIECE = 1 << 18
+_PIECE = 1 << 18  # elements: the dozen temporary arrays of a search stay in the CPU's cache
 MAX_Q8 = 127  # never -128: kernels negate weights, and -(-128) does not fit
 
 
@@ -55,15 +55,15 @@ class Blocks:
         return Blocks(self.scheme, self.block_size, self.q[index], self.scale[index], minimum)
 
     def stored(self) -> tuple[ir.TensorProtocol, F32, F32 | None]:
-        """(q, scale, minimum) as the file holds them: with a minimum, q is centred (q4a: q - 8, minimum + 8 * scale).
+        """(q, scale, minimum) as the file stores them: with a minimum, q is centred (q4a: q - 8, minimum + 8 * scale).
 
-        Centred, the integers have no mean of their own, so that an engine's rounding of the activations costs least.
+        Centred integers have a mean of about 0, so that rounding the activations costs least.
         """
         centre = 0 if self.minimum is None else 16 if self.scheme == "q8" else 8
         minimum = None if self.minimum is None else self.minimum + np.float32(centre) * self.scale
         wide = self.scheme == "q8"
 
-        def centred() -> ir.TensorProtocol:  # made when it is written: a second copy would last to the export's end
+        def centred() -> ir.TensorProtocol:  # lazily: a second copy would live until the end of the export
             q = self.q - np.int8(centre)
             return ir.Tensor(q) if wide else ir.Tensor(q.astype(ml_dtypes.int4), dtype=ir.DataType.INT4)
 
@@ -76,30 +76,32 @@ def _spread(per_block: F32, block_size: int, k: int) -> F32:
 
 
 def _pieces(matrix: NDArray[Any]) -> list[slice]:
-    """Its rows in pieces of about 2**18 elements: a search makes a dozen arrays like its piece; caches hold them."""
+    """Slices of the matrix's rows, of about 2**18 elements each."""
     step = max(1, _PIECE // max(1, matrix.shape[1]))
     return [slice(start, start + step) for start in range(0, max(1, len(matrix)), step)]
 
 
-def check(weight: F32, scheme: str) -> None:
-    """Refuses what no block format can hold.
+def require_quantizable(weight: F32, scheme: str) -> None:
+    """Refuses a weight or a scheme that cannot be quantized.
 
     Raises:
         ExportError: a weight is NaN or infinite, or the scheme is unknown.
     """
     if not all(np.isfinite(weight[rows]).all() for rows in _pieces(weight)):
-        raise ExportError("a weight holds NaN or infinity, which no block format can hold; check the checkpoint.")
+        raise ExportError(
+            "a weight contains NaN or infinity, which no block format can represent; check the checkpoint."
+        )
     if scheme not in _GRIDS:
         raise ExportError(f"unknown quantization {scheme!r}; choose one of {', '.join(_GRIDS)}.")
 
 
 def quantize(weight: F32, scheme: str, block_size: int) -> Blocks:
-    """`weight` float32 [N, K] in blocks of `block_size` along K, each with the scale that loses least in squares.
+    """`weight` float32 [N, K] in blocks of `block_size` along K, each with the scale of the smallest squared error.
 
     Raises:
         ExportError: a weight is NaN or infinite, or the scheme is unknown.
     """
-    check(weight, scheme)
+    require_quantizable(weight, scheme)
     parts = [_quantize_rows(np.ascontiguousarray(weight[rows]), scheme, block_size) for rows in _pieces(weight)]
     q, scale, minimum = (None if part[0] is None else np.concatenate(part) for part in zip(*parts, strict=True))
     assert q is not None and scale is not None
@@ -107,7 +109,7 @@ def quantize(weight: F32, scheme: str, block_size: int) -> Blocks:
 
 
 def _quantize_rows(rows: F32, scheme: str, block_size: int) -> tuple[NDArray[np.int8], F32, F32 | None]:
-    """(q, scale, minimum) as `Blocks` has them."""
+    """(q, scale, minimum) of `Blocks` for these rows."""
     n, k = rows.shape
     padded = -(-k // block_size) * block_size
     blocks = torch.nn.functional.pad(torch.from_numpy(rows), (0, padded - k)).reshape(n, -1, block_size)
@@ -120,28 +122,28 @@ def _quantize_rows(rows: F32, scheme: str, block_size: int) -> tuple[NDArray[np.
     )
 
 
-Grid = tuple[torch.Tensor, torch.Tensor | None]  # a block's (scale, minimum), [..., 1] each: the values it can hold
-LEVELS = {"q8": (-MAX_Q8, MAX_Q8), "q4": (-8, 7), "q4a": (0, 15)}  # the integers of a scheme, both ends included
+Grid = tuple[torch.Tensor, torch.Tensor | None]  # a block's (scale, minimum), [..., 1] each
+INTEGER_RANGE = {"q8": (-MAX_Q8, MAX_Q8), "q4": (-8, 7), "q4a": (0, 15)}  # the integers of a scheme, both ends included
 
 
 def grids(w: torch.Tensor, importance: torch.Tensor, scheme: str, ranges: Sequence[float]) -> Iterator[Grid]:
     """One grid for each of `ranges` and each block of `w` [..., block].
 
-    It is the least-squares fit, float16 as engines pack it, to the integers that the range gives: so many steps from 0
-    to the largest weight (q4; of either sign), or from the least to the largest (q4a). q8 has but one, and reads no
-    range. `importance`, broadcast over `w`, weighs the squares; it is 0 where a block is padded.
+    A range gives integers: that many steps from 0 to the weight of the largest magnitude (q4), or from the smallest to
+    the largest weight (q4a). The grid is the least-squares fit to these integers, in float16 as engines pack it. q8 has
+    one grid and uses no range. `importance`, broadcast over `w`, weights the squared errors; it is 0 for padding.
     """
     yield from _GRIDS[scheme](w, importance, ranges)
 
 
 def nearest(w: torch.Tensor, grid: Grid, scheme: str) -> torch.Tensor:
-    """The integers, as floats, whose values on the grid are nearest to `w`."""
+    """The integers, as floats, whose grid values are nearest to `w`."""
     scale, minimum = grid
-    return _divide(w if minimum is None else w - minimum, scale).round().clamp(*LEVELS[scheme])
+    return _divide(w if minimum is None else w - minimum, scale).round().clamp(*INTEGER_RANGE[scheme])
 
 
 def _half(x: torch.Tensor) -> torch.Tensor:
-    """Nearest float16 value as float32, kept finite: what engines pack."""
+    """The nearest finite float16 value as float32: what engines pack."""
     return x.clamp(-65504, 65504).to(torch.float16).to(torch.float32)
 
 
@@ -149,7 +151,7 @@ def _divide(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale == 0, torch.zeros_like(x), x / torch.where(scale == 0, 1, scale))
 
 
-def _q8(w: torch.Tensor, importance: torch.Tensor, ranges: Sequence[float]) -> Iterator[Grid]:
+def _q8(w: torch.Tensor, importance: torch.Tensor, ranges: Sequence[float]) -> Iterator[Grid]:  # noqa: ARG001
     yield _half(w.abs().amax(-1, keepdim=True) / MAX_Q8), None
 
 
@@ -175,7 +177,7 @@ def _q4a(w: torch.Tensor, importance: torch.Tensor, ranges: Sequence[float]) -> 
 
 
 _GRIDS = {"q8": _q8, "q4": _q4, "q4a": _q4a}
-RANGES = {  # near the whole range: the largest weight becomes -8 or 7, whichever way and whatever scale loses least
+SEARCH_RANGES = {  # around the whole range; a negative one of q4 maps the largest weight to -8, a positive one to 7
     "q8": (MAX_Q8,),
     "q4": (-8.8, -8.4, -8.0, -7.6, -7.2, -6.8, 7.0, 7.4, 7.8),
     "q4a": (13.0, 13.6, 14.2, 14.6, 15.0, 15.4, 15.8, 16.4),
@@ -183,11 +185,11 @@ RANGES = {  # near the whole range: the largest weight becomes -8 or 7, whicheve
 
 
 def _best(w: torch.Tensor, inside: torch.Tensor, scheme: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(q, scale, minimum): per block, the grid on which its nearest integers have the smallest squared error."""
+    """(q, scale, minimum): for each block, those of the grid with the smallest squared error."""
     least = torch.full_like(w[..., :1], torch.inf)
     q, scale, minimum = torch.zeros_like(w), torch.zeros_like(least), torch.zeros_like(least)
     affine = False
-    for grid in grids(w, inside, scheme, RANGES[scheme]):
+    for grid in grids(w, inside, scheme, SEARCH_RANGES[scheme]):
         rounded = nearest(w, grid, scheme) * inside
         off = grid[0] * rounded - w if grid[1] is None else grid[0] * rounded + grid[1] - w
         error = (off * off * inside).sum(-1, keepdim=True)

@@ -1,36 +1,39 @@
-"""The gate for engines: each one that is installed runs the written bundle, and its numbers are compared too."""
+"""The parity gate for engines: each one that is installed runs the written bundle and is compared with PyTorch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from edgeformer.bundle.bundle import Bundle
+from edgeformer.bundle.manifest import read_json
 from edgeformer.engines.base import Engine
-from edgeformer.engines.choose import ORDER, NativeOptions, create
+from edgeformer.engines.choose import ORDER, create
+from edgeformer.engines.native.options import NativeOptions
 from edgeformer.errors import EngineUnavailable, ParityError, first_line
 from edgeformer.export.check import parity
-from edgeformer.export.check.parity import Check
+from edgeformer.export.check.graph_run import open_graphs
+from edgeformer.export.passes.rounding import round_activations
 from edgeformer.export.progress import Progress
-from edgeformer.export.quantize.plan import Quantized
+from edgeformer.export.quantize.weights import QuantizedWeight
+from edgeformer.export.write import save_models
 from edgeformer.machine import default_threads
 
-# Engines round the same activations by the same rule, but float sums in another order let single values fall to the
-# other side of a half, and layers amplify that. So an engine's errors are other draws of the same size. On tiny models
-# the largest of thousands is the same to 5 %; on SmolLM2 in q4, with ids from both ends of its vocabulary, those of
-# onnxruntime and of the native engine are 2.1 and 2.2 times those of the rounded graph. Three times is allowed.
+# Engines round the same activations by the same rule. But float sums in another order change on which side of a half
+# single values lie, and later layers amplify that: the errors of two engines are two draws of the same size. On tiny
+# models the largest of thousands of errors agrees to 5 %; on SmolLM2 in q4, with ids from both ends of its vocabulary,
+# those of onnxruntime and the native engine are 2.1 and 2.2 times those of the rounded graph. Three times is allowed.
 SPREAD = 3.0
 
-Checks = Callable[[Mapping[str, "Running"]], Iterator[Check]]
 
+class EngineRun:
+    """An engine as `parity` runs a graph (`parity.Runs`): its `past` is the engine's state.
 
-class Running:
-    """An engine as `parity` runs a graph: what it returns as past is the engine's state.
-
-    Positions, and how many logits to keep, are given to graphs that take them; an engine refuses what it does not know.
+    `position_ids` and `logits_to_keep` are passed only to graphs that have them: engines refuse unknown inputs.
     """
 
     def __init__(self, engine: Engine, inputs: Collection[str]) -> None:
@@ -38,18 +41,19 @@ class Running:
         self._left_out = {"position_ids", "logits_to_keep"} - set(inputs)
 
     def __call__(self, feeds: Mapping[str, Any], past: Any = None) -> tuple[dict[str, Any], Any]:
+        """(outputs, the state after `feeds`); a new state without `past`."""
         state = self.engine.new_state() if past is None else past
         given = {name: value for name, value in feeds.items() if name not in self._left_out}
         return self.engine.forward([(given, state)])[0], state
 
 
 def engine_gate(
-    folder: Path, content: Mapping[str, Any], checks: Checks, tolerance: float, progress: Progress
+    folder: Path, content: Mapping[str, Any], expected: parity.Expected, tolerance: float, progress: Progress
 ) -> dict[str, Any]:
-    """What each engine gave, for the manifest: {name: {passed, tolerance, worst, where, steps}}.
+    """The result of each engine, for the manifest: {name: {passed, tolerance, worst, where, steps}}.
 
-    `content` is the manifest as far as it is known. An engine that cannot run here has `unavailable` with the reason;
-    one whose numbers are wrong, or that fails, has `passed: false` and the `problem`: `auto` will not take it.
+    `content` is the manifest without the engines' results. An engine that cannot run on this machine has `unavailable`
+    with the reason; one that fails or gives wrong numbers has `passed: false` and the `problem`: `auto` skips it.
 
     Raises:
         ParityError: no engine gives the right numbers.
@@ -58,44 +62,63 @@ def engine_gate(
     found: dict[str, Any] = {}
     for name in ORDER:
         try:
-            engines = create(name, bundle, default_threads(), NativeOptions(kv="float32", kept=False))
+            engines = create(name, bundle, default_threads(), NativeOptions(kv="float32", use_disk_cache=False))
         except EngineUnavailable as error:
             found[name] = {"passed": None, "unavailable": str(error)[:500]}
             continue
         except Exception as error:
-            found[name] = _failed(f"it cannot be loaded: {_told(error)}")
+            found[name] = _failed(f"it cannot be loaded: {_summary(error)}")
             continue
-        running = {g: Running(engine, content["graphs"][g]["inputs"]) for g, engine in engines.items()}
+        runs = {g: EngineRun(engine, content["graphs"][g]["inputs"]) for g, engine in engines.items()}
         progress.stage(f"check the engine {name} against PyTorch")
         try:
-            found[name] = {"passed": True} | parity.gate(checks(running), tolerance)
+            found[name] = {"passed": True} | parity.gate(expected.against(runs), tolerance)
         except ParityError as error:
             found[name] = _failed(str(error))
         except Exception as error:
-            found[name] = _failed(f"it fails: {_told(error)}")
-        del engines, running
+            found[name] = _failed(f"it fails: {_summary(error)}")
+        del engines, runs
     if not any(one["passed"] for one in found.values()):
         problems = "; ".join(f"{name}: {one.get('problem') or one.get('unavailable')}" for name, one in found.items())
         raise ParityError(f"no engine gives PyTorch's numbers for this bundle. {problems}")
     return found
 
 
-def sum_roundings(weights: Sequence[Quantized]) -> tuple[bool, ...]:
-    """The values of `sums` to try with `round_activations`: both only where weights have minima."""
-    return (False, True) if any(w.blocks is not None and w.blocks.minimum is not None for w in weights) else (False,)
+def engine_tolerance(
+    models: Mapping[str, ir.Model],
+    weights: Sequence[QuantizedWeight],
+    block: int,
+    expected: parity.Expected,
+    scratch: Path,
+) -> float:
+    """How much an engine with int8 activations may differ from PyTorch with the dequantized weights.
 
-
-def bound(rounded: Iterator[Check], exact: float = parity.TOLERANCE) -> float:
-    """How far an engine with int8 activations may be off: `SPREAD` times what their rounding alone moves the outputs
-    (`rounded` compares a graph with `passes.rounding` in it to PyTorch), and what float sums may differ by.
+    It is SPREAD * (the largest change that rounding the activations alone makes to the outputs) + parity.TOLERANCE (for
+    float sums in another order). The change is that of the quantized graph with `round_activations`, on onnxruntime.
     """
-    moved = max(check.worst for check in rounded)
-    return SPREAD * (moved if np.isfinite(moved) else 0.0) + exact
+    # Whether sums over a block are rounded too differs between engines. Only weights with minima need them: try both.
+    minima = any(weight.blocks is not None and weight.blocks.minimum is not None for weight in weights)
+    change = max(
+        found.worst
+        for sums in ((False, True) if minima else (False,))
+        for found in _rounded(models, block, expected, scratch / f"rounded-{sums:d}", sums)
+    )
+    return SPREAD * (change if np.isfinite(change) else 0.0) + parity.TOLERANCE
+
+
+def _rounded(
+    models: Mapping[str, ir.Model], block: int, expected: parity.Expected, folder: Path, sums: bool
+) -> Iterator[parity.Comparison]:
+    """Compares the quantized graphs with their activations rounded as engines round them; see `round_activations`."""
+    copies = {name: model.clone() for name, model in models.items()}
+    for copy in copies.values():
+        round_activations(copy, max(32, block), sums=sums)
+    save_models(copies, folder)
+    return expected.against(open_graphs(folder, copies, optimized=False))
 
 
 def _unsealed(folder: Path, content: Mapping[str, Any]) -> Bundle:
-    from edgeformer.bundle.manifest import read_json
-
+    """The bundle in `folder` before its manifest is written."""
     texts = [folder / name for name in ("config.json", "generation_config.json")]
     config, generation = (read_json(path) if path.is_file() else {} for path in texts)
     return Bundle(folder, {**content, "files": {path.name: {} for path in folder.iterdir()}}, config, generation)
@@ -105,5 +128,5 @@ def _failed(problem: str) -> dict[str, Any]:
     return {"passed": False, "problem": problem}
 
 
-def _told(error: Exception) -> str:
+def _summary(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)[:400]}"

@@ -1,4 +1,4 @@
-"""The inputs of a traced module: names, types and axes, and random arrays that fit them."""
+"""The inputs of a traced module: names, types and axes, and random arrays of them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-Dim = int | str
-
 
 @dataclass(frozen=True)
 class Input:
@@ -16,15 +14,15 @@ class Input:
 
     name: str
     dtype: torch.dtype
-    shape: tuple[Dim, ...]
+    shape: tuple[int | str, ...]
     high: int = 2  # integers are drawn from [0, high)
-    unit: int = 1  # the named axes after the first have this many times the size that a check asks for
+    unit: int = 1  # every named axis but the first is this many times as long as the size that a check asks for
 
     def sample(self, sizes: Mapping[str, int], seed: int) -> torch.Tensor:
-        """A random array of this input: [*shape] with the named axes as `sizes` gives them.
+        """A random array of this input: [*shape] with the sizes of its named axes from `sizes`.
 
-        Integers hold both ends of their range, booleans both values, wherever there is room for two. Of a mask's rows
-        the first is whole and the others are padded: on the right, for an odd `seed` on the left.
+        Arrays of two elements or more contain both ends of an integer's range, and both booleans. In a mask the first
+        row has no padding; the others are padded on the right, for an odd `seed` on the left.
         """
         generator = torch.Generator().manual_seed(seed)
         shape = [

@@ -1,4 +1,4 @@
-"""All options of one export: flags of the command line and keys of a recipe have the same names."""
+"""The options of an export. Flags of the command line and keys of a recipe are made from `ExportOptions`."""
 
 from __future__ import annotations
 
@@ -6,45 +6,94 @@ import dataclasses
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from edgeformer.bundle.manifest import SCHEMES
 from edgeformer.errors import ExportError
 from edgeformer.export.sizes import parse_size
 
-SCHEMES = ("q4a", "q4", "q8", "keep", "none")
 HEADS = ("tied", "q4a", "q4", "q8", "none")
-CALIBRATED = ("q4a", "q4")  # eight bits lose too little to be worth it
+CALIBRATED = ("q4a", "q4")  # schemes that calibration helps; eight bits lose too little
 SAMPLES = "samples"
 
 
 @dataclass(frozen=True)
+class Flag:
+    """How the command line shows an option."""
+
+    help: str
+    default: str | None = None  # for the help, where the field's own default does not say it
+    names: tuple[str, ...] = ()  # of the flag, where they are not --FIELD
+
+
+@dataclass(frozen=True)
 class ExportOptions:
-    """One export.
+    """The options of one export.
 
     Raises:
-        ExportError: a value is none of those that the field names.
+        ExportError: a value is not one of those allowed.
     """
 
-    source: str  # a GGUF file, a Hugging Face folder or hub name, a checkpoint folder, or module:factory
-    output: Path
-    quantize: str | None = None  # q4a | q4 | q8 | keep | none; by default keep for GGUF, else q4a
-    block: int = 32  # weights that share a scale: 16 | 32 | 64 | 128
-    head: str | None = None  # tied | q4a | q4 | q8 | none; by default tied if the model ties it, else as `quantize`
-    calibration: str | None = None  # for q4a and q4: samples (the model's own) | none | a text file
-    calibration_tokens: int | None = None  # by default as many as the widest layer needs; see calibrate.enough
-    dtype: str = "float32"  # float32 | float16 (for CUDA)
-    adapter: Path | None = None  # the folder of a PEFT adapter (LoRA, DoRA, IA3, ...) to merge into the model
-    weights: Path | None = None  # for module:factory: .safetensors, or plain tensors in .pt, .ckpt; a folder of shards
-    tokenizer: Path | None = None  # instead of the source's own: a folder; for a factory, a tokenizer.json too; or none
-    input: tuple[str, ...] = ()  # for module:factory: name=dtype[axis,...], for example x=float32[batch,sequence,3]
-    output_names: tuple[str, ...] = ()  # for module:factory: names of what forward returns
-    architecture: str | None = None  # for a Hugging Face source: load this class, not the one that config.json names
-    task: str | None = None  # a word for people and apps: text-generation, forecasting, ...
-    text: Path | None = None  # accuracy is measured on this text; by default on the Python language reference
-    tokens: int = 1024  # how many tokens of it; 0 leaves accuracy unmeasured
-    overwrite: bool = False
-    allow_missing: tuple[str, ...] = ()  # patterns of tensors that may be missing or unused: classifier.*
-    memory_limit: str | int | None = None  # refuse above it: 6G, or bytes; by default what the machine has
+    source: Annotated[
+        str,
+        Flag(
+            "A .gguf file, a Hugging Face folder or hub name, a checkpoint folder of edgeformer.train, "
+            "module:factory or file.py:factory, or a recipe (.toml)."
+        ),
+    ]
+    output: Annotated[Path, Flag("The bundle's folder.", names=("-o", "--output"))]
+    quantize: Annotated[
+        str | None,
+        Flag("q4a (4 bits, scale and minimum), q4, q8, keep (GGUF), none.", default="keep for GGUF, else q4a"),
+    ] = None
+    block: Annotated[int, Flag("Weights that share a scale: 16, 32, 64, 128.")] = 32
+    head: Annotated[
+        str | None,
+        Flag("The output layer: tied, q4a, q4, q8, none.", default="tied if the model ties it, else as --quantize"),
+    ] = None
+    calibration: Annotated[
+        str | None,
+        Flag(
+            "Text that q4a and q4 weights of a language model are fitted to (GPTQ): samples (drawn from the model), a "
+            "text file, or none (round to nearest).",
+            default=SAMPLES,
+        ),
+    ] = None
+    calibration_tokens: Annotated[
+        int | None, Flag("Tokens of calibration text.", default="by the model's width, 512 to 16384")
+    ] = None
+    dtype: Annotated[str, Flag("float32, or float16 for CUDA.")] = "float32"
+    adapter: Annotated[
+        Path | None, Flag("Merge the PEFT adapter in this folder (LoRA, DoRA, IA3, ...) into the model.")
+    ] = None
+    weights: Annotated[
+        Path | None, Flag("For a factory: its checkpoint: .safetensors, .pt, .ckpt, or a folder of shards.")
+    ] = None
+    tokenizer: Annotated[
+        Path | None,
+        Flag("Use the tokenizer in this folder instead; for a factory, also a tokenizer.json; none: no tokenizer."),
+    ] = None
+    input: Annotated[
+        tuple[str, ...],
+        Flag("For a factory: name=dtype[axis,...], such as x=float32[batch,sequence,3]; named axes are dynamic."),
+    ] = ()
+    output_names: Annotated[
+        tuple[str, ...], Flag("For a factory: the name of an output; repeat it for each.", names=("--output-name",))
+    ] = ()
+    architecture: Annotated[
+        str | None, Flag("For a Hugging Face source: the class to load.", default="as config.json says")
+    ] = None
+    task: Annotated[str | None, Flag("The model's task, for the manifest: text-generation, forecasting, ...")] = None
+    text: Annotated[Path | None, Flag("Measure accuracy on this text.", default="Python's language reference")] = None
+    tokens: Annotated[int, Flag("Tokens to measure accuracy on; 0: do not measure it.")] = 1024
+    overwrite: Annotated[bool, Flag("Replace an existing bundle.")] = False
+    allow_missing: Annotated[
+        tuple[str, ...],
+        Flag("A pattern of tensors that may be missing or unused: 'pooler.*'; may be repeated."),
+    ] = ()
+    memory_limit: Annotated[
+        str | int | None, Flag("Refuse an export that needs more memory: 6G.", default="the machine's")
+    ] = None
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -61,7 +110,7 @@ class ExportOptions:
         if self.calibration_tokens is not None and (self.calibration_tokens < 1 or self.calibration == "none"):
             raise ExportError(
                 f"calibration_tokens is {self.calibration_tokens} and calibration is {self.calibration or SAMPLES}; "
-                "expected 1 or more, and a calibration that reads them."
+                "expected 1 or more tokens, and a calibration that uses them."
             )
         fitted = self.calibration_text
         if fitted is not None and self.text is not None and fitted.resolve() == self.text.resolve():
@@ -72,14 +121,14 @@ class ExportOptions:
 
     @property
     def calibration_text(self) -> Path | None:
-        """The user's own text to calibrate on, if one is given."""
+        """The user's calibration text, if one is given."""
         return None if self.calibration in (None, "none", SAMPLES) else Path(self.calibration)
 
     def calibrates(self, scheme: str) -> bool:
-        """Whether some weights are to be calibrated, if linear layers become `scheme`.
+        """Whether some weights are to be calibrated if linear layers are quantized as `scheme`.
 
         Raises:
-            ExportError: calibration is asked for where no weight has four bits to choose.
+            ExportError: calibration is requested, but no weight gets four bits.
         """
         four_bits = scheme in CALIBRATED or self.head in CALIBRATED
         if not four_bits and (self.calibration not in (None, "none") or self.calibration_tokens is not None):
@@ -91,10 +140,10 @@ class ExportOptions:
 
 
 def read_recipe(path: Path, **flags: Any) -> ExportOptions:
-    """The options in a recipe (TOML); `flags` that are not None win over it. Paths are relative to the recipe's folder.
+    """The options in a recipe (TOML file). `flags` that are not None override it; its paths are relative to its folder.
 
     Raises:
-        ExportError: the file is missing, is not TOML, or has a key that no option has.
+        ExportError: the file is missing, is not TOML, or has an unknown key.
     """
     try:
         recipe = tomllib.loads(path.read_text(encoding="utf-8"))

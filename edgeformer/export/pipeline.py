@@ -1,8 +1,9 @@
-"""One export from source to bundle: trace, passes, gate, quantize, gate again, measure, write."""
+"""The export from source to bundle: trace, check, quantize, check again, measure, write, check the engines."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,59 +12,45 @@ import onnx_ir as ir
 
 from edgeformer.bundle.write import check_target, seal, write_bundle
 from edgeformer.errors import ExportError, ParityError
-from edgeformer.export.check import accuracy, parity
-from edgeformer.export.check.graph_run import Graph
-from edgeformer.export.engine_gate import bound, engine_gate, sum_roundings
-from edgeformer.export.graphs.encoder_decoder import TracedPair
-from edgeformer.export.graphs.standard import standard_graph
-from edgeformer.export.options import SAMPLES, ExportOptions
-from edgeformer.export.pair import export_pair
-from edgeformer.export.passes.attention_node import window_masks
-from edgeformer.export.passes.cache_positions import count_past
-from edgeformer.export.passes.causal import name_causality
-from edgeformer.export.passes.edit import infer_shapes
+from edgeformer.export.check import parity
+from edgeformer.export.check.accuracy import measure_accuracy
+from edgeformer.export.check.checks import ModelChecks, checks_of
+from edgeformer.export.check.graph_run import FILES, OrtGraph, open_graphs
+from edgeformer.export.engine_gate import engine_gate, engine_tolerance
+from edgeformer.export.graphs import TracedModel, trace_model
+from edgeformer.export.graphs.traced_model import CAUSAL_ADVICE
+from edgeformer.export.options import ExportOptions
 from edgeformer.export.passes.finish import finish
 from edgeformer.export.passes.float16 import to_float16
-from edgeformer.export.passes.kv_cache import insert_cache, join_cache
-from edgeformer.export.passes.logits import keep_logits
-from edgeformer.export.passes.masks import spread_rows
-from edgeformer.export.passes.rounding import round_activations
 from edgeformer.export.progress import Progress, Silent
-from edgeformer.export.quantize.calibrate import Calibration, calibration
-from edgeformer.export.quantize.plan import Quantized, holding, quantize_graph
-from edgeformer.export.source import Pair, Source
+from edgeformer.export.quantize.calibrate import Calibration, calibrates, calibration
+from edgeformer.export.quantize.dequantized import dequantized_weights
+from edgeformer.export.quantize.plan import Plan, Quantization, quantize_graph
+from edgeformer.export.quantize.weights import QuantizedWeight
+from edgeformer.export.source import AnySource, Source
 from edgeformer.export.sources.generation import generation_notes
 from edgeformer.export.sources.load import load_source
-from edgeformer.export.write import GRAPH, manifest, save_graph, write_reference, write_texts
+from edgeformer.export.write import manifest, save_models, write_reference, write_texts
 
-NO_CACHE = (
-    "No causal attention was recognized, so the graph has no KV cache: every step reads the whole text again. Use "
-    "F.scaled_dot_product_attention(q, k, v, is_causal=True), or softmax(scale * q @ k^T + causal mask) @ v."
+_NO_CACHE = (
+    "No causal attention was recognized, so the graph has no KV cache: every step reads the whole text again. "
+    f"{CAUSAL_ADVICE}"
 )
-
-
-@dataclass(frozen=True)
-class Traced:
-    """A source with its decode-ready float graph: what several exports of one model share."""
-
-    source: Source
-    model: ir.Model
-    layers: int  # attention layers with a cache
-    transposed: frozenset[str]  # names of weights that the graph holds transposed to the module's
 
 
 def export(
     options: ExportOptions,
     progress: Progress | None = None,
-    traced: Source | Traced | Pair | TracedPair | None = None,
+    traced: AnySource | TracedModel | None = None,
 ) -> dict[str, Any]:
     """Writes the bundle that `options` describe and returns its manifest.
 
-    A caller that has the model at hand passes it as `traced`; otherwise `options.source` is loaded.
+    `traced` is a model that the caller has loaded (`module_source`, `language_model`) or traced already; without it
+    `options.source` is loaded.
 
     Raises:
         ExportError: the source cannot be loaded, traced or quantized.
-        ParityError: the graph's numbers are not PyTorch's. Nothing is written.
+        ParityError: the numbers of a graph, or of all engines, are not PyTorch's. Nothing is written.
         BundleError: `options.output` exists and `options.overwrite` is false.
     """
     progress = progress or Silent()
@@ -76,158 +63,163 @@ def export(
             f"adapter is {options.adapter}, and the export merges it into a model that it loads; merge it into yours: "
             "PeftModel.from_pretrained(model, folder).merge_and_unload()."
         )
-    rules = generation_notes(traced if isinstance(traced, Source | Pair) else _untraced(traced))
-    if isinstance(traced, Pair | TracedPair):
-        decoder = (traced if isinstance(traced, Pair) else traced.pair).decoder
-        scheme = _scheme(options, decoder)
-        _calibrates(options, decoder, scheme, layers=0)
-        return export_pair(options, progress, traced, scheme, rules)
+    source = traced.source if isinstance(traced, TracedModel) else traced
+    scheme, notes = _scheme(options, source), generation_notes(source)
+    calibrates(options, scheme, source)  # refuses before the trace, which takes long
     with write_bundle(options.output, overwrite=options.overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
-        if isinstance(traced, Source):
-            _calibrates(options, traced, _scheme(options, traced))
+        if not isinstance(traced, TracedModel):
             progress.stage("trace")
-            traced = float_graph(traced)
-        source, model, scheme = traced.source, traced.model.clone(), _scheme(options, traced.source)
-        half, quantized = options.dtype == "float16", scheme != "none"
-        calibrated = _calibrates(options, source, scheme, traced.layers)
-
-        progress.stage("check the float graph against PyTorch")
-        float_path = (Path(scratch) if half or quantized else folder) / GRAPH
-        save_graph(model, float_path)
-        cached = traced.layers > 0 and source.is_language_model
-        expected = _expected(source, cached)
-        report: dict[str, Any] = {"float": _gate(source, Graph(float_path, mapped=True), expected)}
-        allowed = parity.TOLERANCE
-
-        weights: list[Quantized] = []
-        fitted: Calibration | None = None
-        if quantized:
-            del expected
-            if calibrated:
-                progress.stage("calibrate")
-                fitted = calibration(source, options, model, float_path, progress)
-            weights = quantize_graph(model, source, options, scheme, traced.transposed, progress, fitted)
-            finish(model, f"{source.origin}, quantized {scheme}")
-            path = (Path(scratch) / "quantized" if half else folder) / GRAPH
-            save_graph(model, path)
-            progress.stage("check the quantized graph against PyTorch with the same weights")
-            with holding(source.module, weights):
-                expected = _expected(source, cached)
-            report["dequantized"] = parity.gate(parity.against(Graph(path, optimized=False), expected[0][:1]))
-            progress.stage("measure what int8 activations move")
-            allowed = bound(
-                check
-                for sums in sum_roundings(weights)
-                for check in parity.against(_rounding(model, options.block, Path(scratch), sums), *expected)
-            )
-        if half:
-            to_float16(model)
-            save_graph(model, folder / GRAPH)
-            progress.stage("check the float16 graph")
-            allowed += parity.FLOAT16_TOLERANCE
-            report["float16"] = parity.gate(parity.against(Graph(folder / GRAPH), expected[0][:1]), allowed)
-
-        measured = None
-        if source.is_language_model and options.tokens and (half or quantized):
-            progress.stage("measure accuracy")
-            measured = accuracy.measure(source, float_path, folder / GRAPH, options.text, options.tokens, progress)
-        progress.stage("write")
-        tolerance = write_reference(source, folder, weights, exact=not (half or quantized))
-        write_texts(source, folder)
-        reference = {"file": "reference.npz", "tolerance": tolerance}
-        report = {"dequantized": None, **report}
-        parts: dict[str, Any] = {"parity": report, "accuracy": measured, "reference": reference}
-        notes = [*source.notes, *rules, *([NO_CACHE] if source.is_language_model and not traced.layers else [])]
-        if notes:
-            parts["notes"] = notes
-        if source.processing:
-            parts["processing"] = dict(source.processing)
-        content = manifest(model, source, options, scheme, weights, fitted, **parts)
-        report["engines"] = engine_gate(
-            folder, content, lambda engines: parity.against(engines["model"], *expected), allowed, progress
-        )
-        return seal(folder, content)
+            traced = trace_model(traced)
+        return _export(_Job(options, scheme, notes, progress, folder, Path(scratch)), traced)
 
 
-def _untraced(traced: Traced | TracedPair) -> Source | Pair:
-    return traced.pair if isinstance(traced, TracedPair) else traced.source
-
-
-def float_graph(source: Source) -> Traced:
-    """Traces the module and makes the graph decode-ready.
-
-    Raises:
-        ExportError: the module cannot be traced, or a pass finds what it cannot handle.
-    """
-    model, transposed = standard_graph(source)
-    layers = join_cache(model) if source.past else 0
-    if source.is_language_model and not source.past:
-        name_causality(model)
-        layers = insert_cache(model)
-        count_past(model)
-    spread_rows(model)
-    window_masks(model)
-    if source.is_language_model and layers:
-        keep_logits(model)
-    finish(model, source.origin)
-    infer_shapes(model)
-    return Traced(source, model, layers, frozenset(transposed))
-
-
-Expected = tuple[list[parity.Sample], list[parity.Text]]
-
-
-def _expected(source: Source, cached: bool) -> Expected:
-    """PyTorch's own outputs, for all that is compared with them."""
-    return parity.samples(source), parity.texts(source) if cached else []
-
-
-def _rounding(model: ir.Model, block: int, scratch: Path, sums: bool) -> Graph:
-    """The quantized graph with its activations rounded as engines round them; see `round_activations`."""
-    copy = model.clone()
-    round_activations(copy, max(32, block), sums=sums)
-    path = scratch / f"rounded-{sums:d}" / GRAPH
-    save_graph(copy, path)
-    return Graph(path, optimized=False)
-
-
-def _gate(source: Source, graph: Graph, expected: Expected) -> dict[str, Any]:
-    try:
-        return parity.gate(parity.against(graph, *expected))
-    except ParityError as error:
-        positioned = any(value.name == "position_ids" for value in source.inputs)
-        if positioned or not source.is_language_model or parity.IN_CACHE not in str(error):
-            raise
-        raise ParityError(
-            f"{error} All at once the graph is right, so its positions do not go on where the cache ends: take them as "
-            "an argument, forward(input_ids, position_ids), and use them where they are counted now."
-        ) from error
-
-
-def _calibrates(options: ExportOptions, source: Source, scheme: str, layers: int | None = None) -> bool:
-    """Whether weights are fitted to calibration text; `layers` with a cache are None while that is not known.
-
-    Raises:
-        ExportError: it is asked for where it cannot be done.
-    """
-    wanted = options.calibrates(scheme)
-    asked = wanted and (options.calibration is not None or options.calibration_tokens is not None)
-    if asked and not (source.is_language_model and layers != 0):
-        raise ExportError(
-            "calibration runs a language model with a KV cache on text; this model "
-            f"{'has no cache' if source.is_language_model else f'is made for {source.task}'}. Leave it out: weights "
-            "are then rounded to the nearest."
-        )
-    text = options.calibration_text
-    if asked and text is not None and not text.is_file():
-        raise ExportError(f"there is no text {text} to calibrate on; name a file, or {SAMPLES} or none.")
-    return wanted and source.is_language_model and layers != 0
-
-
-def _scheme(options: ExportOptions, source: Source) -> str:
-    scheme = options.quantize or ("keep" if source.kept else "q4a")
-    if scheme == "keep" and source.kept is None:
+def _scheme(options: ExportOptions, source: AnySource) -> str:
+    """The quantization scheme of linear layers."""
+    kept = source.first.kept
+    scheme = options.quantize or ("keep" if kept else "q4a")
+    if scheme == "keep" and kept is None:
         raise ExportError(
             "--quantize keep is for GGUF files: this source has no blocks of its own; use q4a, q4, q8 or none."
         )
     return scheme
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One export: what is asked for, and where files go."""
+
+    options: ExportOptions
+    scheme: str
+    notes: tuple[str, ...]  # rules of generation_config.json that the bundle does not follow
+    progress: Progress
+    folder: Path  # becomes the bundle
+    scratch: Path  # for graphs that are only measured
+
+    @property
+    def quantized(self) -> bool:
+        return self.scheme != "none"
+
+    @property
+    def half(self) -> bool:
+        return self.options.dtype == "float16"
+
+    @property
+    def exact(self) -> bool:
+        """Whether the bundle is the float32 graph itself."""
+        return not (self.quantized or self.half)
+
+
+def _export(job: _Job, traced: TracedModel) -> dict[str, Any]:
+    """The stages in their order. After each change the graphs are compared with PyTorch, or a ParityError is raised."""
+    source, stage = traced.source, job.progress.stage
+    models = {name: model.clone() for name, model in traced.models.items()}
+    checks = checks_of(source, cached=traced.layers > 0)
+
+    stage("check the float graph against PyTorch")
+    float_folder = job.folder if job.exact else job.scratch
+    save_models(models, float_folder)
+    expected = checks.expected()
+    report: dict[str, Any] = {"dequantized": None}
+    report["float"] = _float_parity(checks, expected, open_graphs(float_folder, models, mapped=True))
+    tolerance = parity.TOLERANCE
+
+    quantization = Quantization(job.scheme)
+    if job.quantized:
+        del expected  # memory: the quantized graph is compared with other outputs
+        quantization = _quantize(job, traced, models, float_folder)
+        expected, report["dequantized"] = _check_quantized(job, checks, models, quantization)
+        stage("measure the error of int8 activations")
+        tolerance = engine_tolerance(models, quantization.weights, job.options.block, expected, job.scratch)
+
+    if job.half:
+        tolerance += parity.FLOAT16_TOLERANCE
+        report["float16"] = _convert_to_float16(job, models, expected, tolerance)
+
+    measured = _accuracy(job, source, float_folder)
+    stage("write")
+    tolerances = write_reference(checks, job.folder, quantization, exact=job.exact)
+    write_texts(source.first, job.folder)
+    reports = {
+        "parity": report,
+        "accuracy": measured,
+        "reference": {"file": "reference.npz", "tolerance": tolerances},
+        **_notes(job, traced),
+    }
+    content = manifest(models, source, job.options, quantization, reports)
+    report["engines"] = engine_gate(job.folder, content, expected, tolerance, job.progress)
+    return seal(job.folder, content)
+
+
+def _float_parity(checks: ModelChecks, expected: parity.Expected, graphs: Mapping[str, OrtGraph]) -> dict[str, Any]:
+    try:
+        return parity.gate(expected.against(graphs))
+    except ParityError as error:
+        if advice := checks.advice(error):
+            raise ParityError(f"{error} {advice}") from error
+        raise
+
+
+def _quantize(job: _Job, traced: TracedModel, models: Mapping[str, ir.Model], float_folder: Path) -> Quantization:
+    """Quantizes the graphs in place; fits weights to calibration text if the model and the options allow it."""
+    source, text = traced.source, _calibration(job, traced, models, float_folder)
+    plan = Plan(job.scheme, job.options.head, job.options.block, traced.transposed, text)
+    weights: list[QuantizedWeight] = []
+    for name, part in source.parts.items():
+        known = {weight.name for weight in weights}  # the graphs of an encoder-decoder share weights
+        weights += [
+            weight for weight in quantize_graph(models[name], part, plan, job.progress) if weight.name not in known
+        ]
+        finish(models[name], f"{part.origin}, quantized {job.scheme}")
+    return Quantization(job.scheme, weights, text)
+
+
+def _calibration(
+    job: _Job, traced: TracedModel, models: Mapping[str, ir.Model], float_folder: Path
+) -> Calibration | None:
+    source = traced.source
+    if not calibrates(job.options, job.scheme, source, traced.layers):
+        return None
+    assert isinstance(source, Source)
+    job.progress.stage("calibrate")
+    return calibration(source, job.options, models["model"], float_folder / FILES["model"], job.progress)
+
+
+def _check_quantized(
+    job: _Job, checks: ModelChecks, models: Mapping[str, ir.Model], quantization: Quantization
+) -> tuple[parity.Expected, dict[str, Any]]:
+    """(PyTorch's outputs with the dequantized weights, the parity report of the quantized graphs)."""
+    folder = job.scratch / "quantized" if job.half else job.folder
+    save_models(models, folder)
+    job.progress.stage("check the quantized graph against PyTorch with the same weights")
+    with dequantized_weights(checks.source.first.module, quantization.weights):
+        expected = checks.expected()
+    return expected, parity.gate(expected.one_sample().against(open_graphs(folder, models, optimized=False)))
+
+
+def _convert_to_float16(
+    job: _Job, models: Mapping[str, ir.Model], expected: parity.Expected, tolerance: float
+) -> dict[str, Any]:
+    """Converts the graphs in place and returns their parity report."""
+    for model in models.values():
+        to_float16(model)
+    save_models(models, job.folder)
+    job.progress.stage("check the float16 graph against PyTorch")
+    return parity.gate(expected.one_sample().against(open_graphs(job.folder, models)), tolerance)
+
+
+def _accuracy(job: _Job, source: AnySource, float_folder: Path) -> dict[str, Any] | None:
+    """The accuracy report of a language model; None for other models, a float32 bundle, or `--tokens 0`."""
+    options = job.options
+    if job.exact or not options.tokens or not (isinstance(source, Source) and source.is_language_model):
+        return None
+    job.progress.stage("measure accuracy")
+    before, after = float_folder / FILES["model"], job.folder / FILES["model"]
+    return measure_accuracy(source, before, after, options.text, options.tokens, job.progress)
+
+
+def _notes(job: _Job, traced: TracedModel) -> dict[str, Any]:
+    """{"notes": limitations of the bundle}, empty if it has none."""
+    source = traced.source.first
+    uncached = isinstance(traced.source, Source) and source.is_language_model and not traced.layers
+    notes = [*source.notes, *job.notes, *([_NO_CACHE] if uncached else [])]
+    return {"notes": notes} if notes else {}

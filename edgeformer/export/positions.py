@@ -1,24 +1,27 @@
-"""How many tokens a model has learned positions for: found by running it, not by what its config says.
+"""The number of tokens a model has learned positions for, measured by running it: configs are often wrong about it.
 
-A table of positions is an embedding whose largest index grows by one with each token, whatever the tokens are. It may
-start behind its padding row (RoBERTa's 514 rows hold 512 tokens), or have more rows than the config counts.
+A table of learned positions is an embedding whose largest index grows by one with each token, for any tokens. Its first
+position may come after a padding row (RoBERTa's 514 rows serve 512 tokens), and it may have rows that the config does
+not count.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edgeformer.export.inputs import axes
-from edgeformer.export.source import Source
+from edgeformer.export.inputs import Input, axes
+
+Forward = Callable[..., Any]  # a module: takes its inputs by name
 
 _LENGTHS = (4, 6, 9)
 
 
 class _Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The largest index that each embedding table was read at."""
+    """Records the largest index with which each embedding table is read."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -33,18 +36,21 @@ class _Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]
             key = (table.data_ptr(), table.shape[0])
             self.found[key] = max(self.found.get(key, 0), int(index.max()))
             if self.found[key] >= table.shape[0]:
-                raise IndexError("beyond the table")
+                raise IndexError("the index is larger than the table")
         return func(*args, **(kwargs or {}))
 
 
-def learned_positions(source: Source) -> int | None:
-    """Tokens that fit the model's tables of positions; None where it has none, or takes no token ids."""
-    if not source.inputs:
+def learned_positions(forward: Forward, inputs: tuple[Input, ...], padding: int | None) -> int | None:
+    """Tokens that fit the model's tables of learned positions; None if it has none, or takes no token ids.
+
+    `padding` is the id of the padding token: some models do not count it as a position.
+    """
+    if not inputs:
         return None
-    ids = source.inputs[0]
+    ids = inputs[0]
     if ids.name != "input_ids" or ids.shape != ("batch", "sequence"):
         return None
-    seen = [found for length in _LENGTHS if (found := _lookups(source, length)) is not None]
+    seen = [found for length in _LENGTHS if (found := _lookups(forward, inputs, padding, length)) is not None]
     if len(seen) != len(_LENGTHS):
         return None
     fits = []
@@ -52,16 +58,17 @@ def learned_positions(source: Source) -> int | None:
         offsets = {found[key] - length + 1 for found, length in zip(seen, _LENGTHS, strict=True)}
         if len(offsets) == 1:
             fits.append(key[1] - offsets.pop())
-    # Tables of relative distances grow alike for short texts, and then no more.
-    return next((length for length in sorted(fits) if _lookups(source, length + 1) is None), None)
+    # Tables of relative distances grow by one with each token too, but only for short texts.
+    return next((length for length in sorted(fits) if _lookups(forward, inputs, padding, length + 1) is None), None)
 
 
-def _lookups(source: Source, length: int) -> dict[tuple[int, int], int] | None:
-    """What a text of `length` equal tokens reads; None where the model does not take it."""
-    sizes = {axis: length if axis == "sequence" else 1 for axis in axes(source.inputs)}
-    feeds = {value.name: value.sample(sizes, 0) for value in source.inputs}
-    ids = source.inputs[0]
-    padding = source.config.get("pad_token_id")
+def _lookups(
+    forward: Forward, inputs: tuple[Input, ...], padding: int | None, length: int
+) -> dict[tuple[int, int], int] | None:
+    """{table: largest index} for a text of `length` equal tokens; None if the model cannot run it."""
+    sizes = {axis: length if axis == "sequence" else 1 for axis in axes(inputs)}
+    feeds = {value.name: value.sample(sizes, 0) for value in inputs}
+    ids = inputs[0]
     token = ids.high - 1 if padding != ids.high - 1 else ids.high - 2
     feeds["input_ids"] = torch.full((1, length), token)
     for name, value in feeds.items():
@@ -72,7 +79,7 @@ def _lookups(source: Source, length: int) -> dict[tuple[int, int], int] | None:
     lookups = _Lookups()
     try:
         with torch.no_grad(), lookups:
-            source.module(**feeds, **source.fixed)
+            forward(**feeds)
     except Exception:
         return None
     return lookups.found

@@ -1,4 +1,4 @@
-"""Where an export says what it does. The command line draws it; a library says nothing."""
+"""Progress reports of an export. The command line draws them; a library call is silent by default."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ T = TypeVar("T")
 
 
 class Progress(Protocol):
-    """Told of each stage, and of each item of a long one."""
+    """Receives the name of each stage, and the items of long ones."""
 
-    def stage(self, text: str) -> None: ...
+    def stage(self, text: str) -> None:
+        """Called when a stage begins."""
 
-    def track(self, items: Iterable[T], name: str) -> Iterable[T]: ...
+    def track(self, items: Iterable[T], name: str) -> Iterable[T]:
+        """Returns `items`, and may show how many of them have been consumed."""
 
 
 class Silent:
-    """Says nothing."""
+    """Shows nothing."""
 
     def stage(self, text: str) -> None:
-        pass
+        """Nothing."""
 
-    def track(self, items: Iterable[T], name: str) -> Iterable[T]:
+    def track(self, items: Iterable[T], name: str) -> Iterable[T]:  # noqa: ARG002  the protocol's
+        """The items."""
         return items

@@ -1,4 +1,4 @@
-"""Libraries without their warnings and progress bars."""
+"""Silences warnings and progress bars of libraries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No warning of any logger and no bar of transformers while the block runs."""
+    """Suppresses warnings of all loggers and progress bars of transformers while the block runs."""
     from transformers.utils import logging as transformers_logging
 
     level = logging.root.manager.disable

@@ -1,7 +1,7 @@
-"""Weights in files without a name, mapped: the system reads them when they are used, and takes their memory back.
+"""Weights in mapped files that have no name: the system reads them when they are used and can evict them from memory.
 
-An export holds a model's weights three times: as PyTorch's, as the float graph's, as what its blocks stand for. In
-files of the temporary folder (`TMPDIR`) that is 12 bytes of disk a parameter; memory would limit a model's size so.
+An export has a model's weights three times: PyTorch's, the float graph's and the dequantized ones. In files of the
+temporary folder (`TMPDIR`) they take 12 bytes of disk for each parameter, and no memory that would limit the model.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from edgeformer.errors import ExportError
 
 
 def on_disk(values: torch.Tensor) -> torch.Tensor:
-    """`values` in a file of their own, mapped privately: writing to the tensor changes memory, not the file.
+    """A copy of `values` in a privately mapped file: writing to the tensor changes memory, not the file.
 
-    The file has no name any more when this returns; it goes when the tensor does, and with the process at the latest.
+    The file is already deleted from its folder; the system frees it when the tensor is freed or the process ends.
 
     Raises:
-        ExportError: the temporary folder has no room for it.
+        ExportError: there is not enough room in the temporary folder.
     """
     if not values.numel():
         return values
@@ -38,9 +38,9 @@ def on_disk(values: torch.Tensor) -> torch.Tensor:
 
 
 def to_disk(module: torch.nn.Module) -> None:
-    """Moves the parameters of `module` to files, one after the other; tied ones stay tied.
+    """Moves the parameters of `module` to mapped files, one after the other; tied parameters stay tied.
 
-    A parameter that is a transposed or strided view stays where it is: what it shares its memory with is not known.
+    A parameter that is a transposed or strided view is not moved: it may share its memory with another tensor.
     """
     moved: dict[tuple[int, torch.Size], torch.Tensor] = {}
     for parameter in module.parameters():
@@ -52,7 +52,7 @@ def to_disk(module: torch.nn.Module) -> None:
 
 
 def put(module: torch.nn.Module, old: torch.Tensor, new: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Every parameter or buffer of `module` over the memory of `old` gets that of `new`; (which, its data before)."""
+    """Replaces the memory `old` by `new` in every parameter and buffer that uses it; returns [(tensor, old data)]."""
     before = [
         (tensor, tensor.data)
         for tensor in itertools.chain(module.parameters(), module.buffers())

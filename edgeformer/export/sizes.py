@@ -1,4 +1,4 @@
-"""Sizes of memory and files, as people write them."""
+"""Sizes of memory and files as text: 6G, 3.2 GiB."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def parse_size(text: str | int | None) -> int | None:
     """Bytes of "6G", "500M", "2.5GiB" or a plain number.
 
     Raises:
-        ExportError: it is none of these, or below one byte.
+        ExportError: it is none of these, or less than one byte.
     """
     if text is None:
         return None
@@ -25,7 +25,7 @@ def parse_size(text: str | int | None) -> int | None:
 
 
 def shown(size: float) -> str:
-    """Bytes for people: 3.2 GiB."""
+    """Bytes as readable text: 3.2 GiB."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"

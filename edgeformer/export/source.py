@@ -1,83 +1,107 @@
-"""What an export starts from: a module with named inputs, and the files that travel with it."""
+"""What an export starts from: a module with named inputs, and the files that are copied into the bundle."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from edgeformer.bundle.context import context_length
 from edgeformer.errors import ExportError
-from edgeformer.export.blocks import Blocks
+from edgeformer.export.blocks import F32, Blocks
 from edgeformer.export.inputs import Input
+from edgeformer.export.positions import learned_positions
 
-F32 = NDArray[np.float32]
+# Tensors and axes of an encoder-decoder's two graphs, as transformers and its ONNX exports name them.
+ENCODER_OUTPUT = "last_hidden_state"  # the encoder's output ...
+ENCODER_STATES = "encoder_hidden_states"  # ... and the decoder's input for it
+ENCODER_MASK = "encoder_attention_mask"  # the decoder's input for the encoder's attention_mask
+SOURCE_AXIS = "source_sequence"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model ready to be traced. `module` is in eval mode, on the CPU, in float32."""
+    """A model that becomes one graph. `module` is in eval mode, on the CPU, in float32."""
 
     module: torch.nn.Module
     inputs: tuple[Input, ...]
     outputs: tuple[str, ...]
     task: str
-    origin: str  # where it came from, for the manifest
+    origin: str  # where the model comes from, for the manifest
     config: Mapping[str, Any] = field(default_factory=dict)
     generation_config: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)  # tokenizer.json, ...
     fixed: Mapping[str, Any] = field(default_factory=dict)  # arguments of forward that are not inputs
     tracing: Callable[[], AbstractContextManager[Any]] = nullcontext  # entered while the module is traced
-    past: str | None = None  # forward's argument for a cache of its own kind, with which it is then traced
-    kept: Callable[[F32], Blocks | None] | None = None  # a weight's own blocks, where the source has them
+    past: str | None = None  # forward's argument for a KV-cache object; the module is then traced with a cache
+    kept: Callable[[F32], Blocks | None] | None = None  # the blocks that a quantized source (GGUF) has for a weight
     license: str | None = None
-    processing: Mapping[str, Any] = field(default_factory=dict)  # what an app does before and after the graph
-    notes: tuple[str, ...] = ()  # what a user of the bundle must know, for the manifest
+    processing: Mapping[str, Any] = field(default_factory=dict)  # pre- and postprocessing, for the manifest
+    notes: tuple[str, ...] = ()  # limitations of the bundle, for the manifest
     adapter: Mapping[str, Any] | None = None  # the adapter that was merged into the module, for the manifest
-    completeness: Mapping[str, Any] = field(default_factory=dict)  # what loading the weights left out, and why
+    completeness: Mapping[str, Any] = field(default_factory=dict)  # tensors that were missing or unused, and why
+
+    @property
+    def first(self) -> Source:
+        """The source whose module, config and files are the bundle's: this one."""
+        return self
+
+    @property
+    def parts(self) -> dict[str, Source]:
+        """{name of the graph: its source}."""
+        return {"model": self}
 
     @property
     def is_language_model(self) -> bool:
-        """Token ids in, logits of the next token out."""
+        """Whether it takes token ids and gives logits of the next token."""
         tokens = self.inputs[0].name == "input_ids" and self.outputs == ("logits",)
         return tokens and self.task == "text-generation"
 
     @cached_property
     def positions(self) -> int | None:
-        """Tokens that fit the module's tables of learned positions; None where it has none."""
-        from edgeformer.export.positions import learned_positions
-
-        return learned_positions(self)
+        """Tokens that fit the module's tables of learned positions; None if it has none."""
+        return learned_positions(partial(self.module, **self.fixed), self.inputs, self.config.get("pad_token_id"))
 
     @property
     def context(self) -> int | None:
-        """Positions that the model was made for; None where neither its tables nor its config set a limit."""
+        """The context length in tokens; None if neither the position tables nor the config set a limit."""
         return self.positions or context_length(self.config)
 
 
 @dataclass(frozen=True)
-class Pair:
-    """An encoder-decoder model: two sources over one module, traced apart.
+class EncoderDecoderSource:
+    """An encoder-decoder model: two sources with one module, each traced to a graph of its own.
 
-    The decoder takes `input_ids` and what the encoder gives, `encoder_hidden_states`, with `encoder_attention_mask`
-    where the encoder has an `attention_mask`.
+    The decoder takes `input_ids` and the encoder's output as `encoder_hidden_states`, and `encoder_attention_mask`
+    if the encoder has an `attention_mask`. Config, files and notes of the bundle are those of the encoder's source.
     """
 
     encoder: Source
     decoder: Source
 
+    @property
+    def first(self) -> Source:
+        """The source whose module, config and files are the bundle's."""
+        return self.encoder
+
+    @property
+    def parts(self) -> dict[str, Source]:
+        """{name of the graph: its source}."""
+        return {"encoder": self.encoder, "decoder": self.decoder}
+
+
+AnySource = Source | EncoderDecoderSource
+
 
 def vocabulary(model: Any) -> int | None:
-    """Token ids that a transformers model both embeds and scores run below this; None where it embeds none.
+    """The number of token ids that a transformers model both embeds and scores; None if it embeds none.
 
-    An embedding may have more rows than the head, for padding or for pictures: no text holds those.
+    An embedding may have more rows than the head (padding, image tokens); no text contains those ids.
     """
     try:
         tables = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -87,7 +111,7 @@ def vocabulary(model: Any) -> int | None:
 
 
 class Positional(torch.nn.Module):
-    """The module with positional tensors in and a tuple of tensors out, as the tracer wants it."""
+    """The module with positional tensors as arguments and a tuple of tensors as result: what the tracer needs."""
 
     PREFIX = "module."
 
@@ -99,6 +123,7 @@ class Positional(torch.nn.Module):
         self._fixed = dict(source.fixed)
 
     def forward(self, *arrays: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The outputs, in the order of the source's; `arrays` are in the order of its inputs."""
         result = self.module(**dict(zip(self._names, arrays, strict=True)), **self._fixed)
         return _as_tuple(result, self._outputs)
 
@@ -119,8 +144,8 @@ def _as_tuple(result: Any, names: Sequence[str]) -> tuple[torch.Tensor, ...]:
     return found
 
 
-def run(source: Source, feeds: Mapping[str, torch.Tensor]) -> dict[str, F32]:
-    """PyTorch's own outputs, the truth that every check compares with."""
+def pytorch_outputs(source: Source, feeds: Mapping[str, torch.Tensor]) -> dict[str, F32]:
+    """PyTorch's outputs in float32: the reference of every check."""
     with torch.no_grad():
         values = Positional(source)(*(feeds[value.name] for value in source.inputs))
     return {name: value.float().numpy() for name, value in zip(source.outputs, values, strict=True)}

@@ -1,10 +1,10 @@
-"""The files of a bundle: graph and weights, texts, reference values, and what the manifest says of them."""
+"""The files of a bundle: graphs and weights, texts, reference values, and the content of the manifest."""
 
 from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,22 @@ import onnx
 import onnx_ir as ir
 
 from edgeformer.export.check import parity
-from edgeformer.export.check.graph_run import Graph
-from edgeformer.export.inputs import axes
+from edgeformer.export.check.checks import ModelChecks
+from edgeformer.export.check.graph_run import FILES, open_graphs
 from edgeformer.export.options import ExportOptions
-from edgeformer.export.quantize.calibrate import Calibration
-from edgeformer.export.quantize.plan import Quantized, holding
-from edgeformer.export.source import Source, run
+from edgeformer.export.quantize.dequantized import dequantized_weights
+from edgeformer.export.quantize.plan import Quantization
+from edgeformer.export.source import AnySource, Source
 
-GRAPH = "model.onnx"
-_REFERENCE_LENGTH = 24
-_REFERENCE_KEPT = 8  # logits of all positions would be megabytes
+
+def save_models(models: Mapping[str, ir.Model], folder: Path) -> None:
+    """Writes the graphs to their files in `folder`, which is made if it is missing."""
+    for name, model in models.items():
+        save_graph(model, folder / FILES[name])
 
 
 def save_graph(model: ir.Model, path: Path) -> None:
-    """Writes the graph, and its weights to `<name>.data` beside it, each at an aligned offset."""
+    """Writes the graph to `path`, and its weights to `<path>.data`, each at an aligned offset."""
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
     ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
@@ -36,7 +38,7 @@ def save_graph(model: ir.Model, path: Path) -> None:
 
 
 def _name_batch(path: Path) -> None:
-    """The first axis is `batch_size` in the file: transformers.js gives its empty cache one row only by that name."""
+    """Names the axis `batch` `batch_size`: only for that name transformers.js gives its empty cache one row."""
     graph = (model := onnx.load(str(path), load_external_data=False)).graph
     for value in (*graph.input, *graph.output, *graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
@@ -45,36 +47,31 @@ def _name_batch(path: Path) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-def write_reference(source: Source, folder: Path, weights: Sequence[Quantized], exact: bool) -> dict[str, float]:
-    """`reference.npz`: one input with PyTorch's outputs and the bundle's; returns what `verify` may differ by.
+def write_reference(checks: ModelChecks, folder: Path, quantization: Quantization, *, exact: bool) -> dict[str, float]:
+    """Writes `reference.npz`: one input, PyTorch's outputs and the bundle's. Returns {output: tolerance of `verify`}.
 
-    A device may order its sums otherwise and round its activations by another rule of the same fineness. So the bound
-    is measured, not guessed: what onnxruntime's int8 activations moved these very outputs (as a fraction of their
-    range), three times: two such engines differ by at most the sum of both errors, and the cache is rounded too. Plus
-    ten times the float gate.
+    A device may order its sums differently and round its activations by another rule of the same precision. So the
+    tolerance of a bundle that is not `exact` (float32) is measured: the change that onnxruntime's int8 activations
+    make to these outputs, as a fraction of their range, times three: two such engines differ by at most the sum of
+    their two errors, and the cache is rounded too. To that, ten times the tolerance of the float gate is added.
     """
-    sizes = {axis: 1 if index == 0 else _REFERENCE_LENGTH for index, axis in enumerate(axes(source.inputs))}
-    if source.is_language_model:
-        feeds = parity.text_feeds(source, sizes, 99)
-    else:
-        feeds = {value.name: value.sample(sizes, 99 + index) for index, value in enumerate(source.inputs)}
-    arrays = {name: value.numpy() for name, value in feeds.items()}
-    found, _ = Graph(folder / GRAPH)(arrays)
-    original = run(source, feeds)
-    moved = 0.0
+    source, inputs = checks.source, checks.reference_inputs()
+    found = checks.in_graphs(inputs, open_graphs(folder, source.parts))
+    original = checks.in_pytorch(inputs)
+    change = 0.0
     if not exact:
-        with holding(source.module, weights):
-            moved = parity.compare("reference", run(source, feeds), found).worst
-    rows = slice(-_REFERENCE_KEPT, None) if source.is_language_model else slice(None)
-    stored: dict[str, Any] = {f"input.{name}": value for name, value in arrays.items()}
+        with dequantized_weights(source.first.module, quantization.weights):
+            change = parity.compare_outputs("reference", checks.in_pytorch(inputs), found).worst
+    rows = checks.reference_rows
+    stored: dict[str, Any] = {f"input.{name}": value.numpy() for name, value in inputs.items()}
     stored |= {f"float.{name}": value[:, rows] for name, value in original.items()}
     stored |= {f"bundle.{name}": value[:, rows] for name, value in found.items()}
     np.savez_compressed(folder / "reference.npz", **stored)
-    return dict.fromkeys(source.outputs, 3 * moved + 10 * parity.TOLERANCE)
+    return dict.fromkeys(original, 3 * change + 10 * parity.TOLERANCE)
 
 
 def write_texts(source: Source, folder: Path) -> None:
-    """config.json, generation_config.json and the tokenizer's files."""
+    """Writes config.json, generation_config.json and the files of the tokenizer and preprocessing."""
     for name, content in (("config.json", source.config), ("generation_config.json", source.generation_config)):
         if content or name == "config.json":
             text = json.dumps(dict(content), indent=2, ensure_ascii=False, default=str)
@@ -84,34 +81,36 @@ def write_texts(source: Source, folder: Path) -> None:
 
 
 def manifest(
-    model: ir.Model,
-    source: Source,
+    models: Mapping[str, ir.Model],
+    source: AnySource,
     options: ExportOptions,
-    scheme: str,
-    weights: Sequence[Quantized],
-    calibration: Calibration | None = None,
-    **reports: Any,
+    quantization: Quantization,
+    reports: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What edgeformer.json says, before its list of files."""
+    """The content of edgeformer.json without its list of files. `reports` are the results of the checks."""
+    first = source.first
     return {
-        "task": source.task,
+        "task": first.task,
         "producer": _versions(),
-        "graphs": {"model": graph_shapes(model, GRAPH, source.positions)},
-        "quantization": _quantization(model, options, scheme, weights) | {"calibration": _fitted(weights, calibration)},
+        "graphs": {name: _graph(models[name], FILES[name], part) for name, part in source.parts.items()},
+        "quantization": _quantization(list(models.values())[-1], options, quantization),
         **reports,
-        **({"completeness": dict(source.completeness)} if source.completeness else {}),
+        **({"processing": dict(first.processing)} if first.processing else {}),
+        **({"completeness": dict(first.completeness)} if first.completeness else {}),
         "provenance": {
-            "source": source.origin,
-            "revision": str(source.config.get("_commit_hash") or ""),
+            "source": first.origin,
+            "revision": str(first.config.get("_commit_hash") or ""),
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
             "recipe": {key: str(value) for key, value in vars(options).items() if value not in (None, (), False)},
-            "license": source.license,
-            **({"adapter": dict(source.adapter)} if source.adapter else {}),
+            "license": first.license,
+            **({"adapter": dict(first.adapter)} if first.adapter else {}),
         },
     }
 
 
-def _quantization(model: ir.Model, options: ExportOptions, scheme: str, weights: Sequence[Quantized]) -> dict[str, Any]:
+def _quantization(model: ir.Model, options: ExportOptions, quantization: Quantization) -> dict[str, Any]:
+    """What the manifest says of the weights; `model` is the graph with the output layer."""
+    weights = quantization.weights
     used = [weight.blocks for weight in weights if weight.blocks is not None]
     size = sum(blocks.q.size for blocks in used)
     bits = sum(blocks.q.size * blocks.bits_per_weight for blocks in used)
@@ -121,27 +120,28 @@ def _quantization(model: ir.Model, options: ExportOptions, scheme: str, weights:
     tied = any(use.node.op_type == "Transpose" for table in tables for use in table.uses())  # type: ignore[union-attr]
     own = next((w.blocks.scheme if w.blocks else options.dtype for w in weights if w.own_head), None)
     return {
-        "scheme": scheme,
-        "block_size": options.block if scheme in ("q4a", "q4", "q8") else None,
+        "scheme": quantization.scheme,
+        "block_size": options.block if quantization.scheme in ("q4a", "q4", "q8") else None,
         "embedding": "q8" if tables else options.dtype,
         "head": own or ("tied" if tied else schemes[-1] if schemes else options.dtype),
         "dtype": options.dtype,
         "bits_per_weight": round(bits / size, 3) if size else (16.0 if options.dtype == "float16" else 32.0),
         "tensors": {name: schemes.count(name) for name in dict.fromkeys(schemes)},
+        "calibration": _calibration(quantization),
     }
 
 
-def _fitted(weights: Sequence[Quantized], calibration: Calibration | None) -> dict[str, Any] | None:
-    count = sum(weight.calibrated for weight in weights)
-    if calibration is None or not count:
+def _calibration(quantization: Quantization) -> dict[str, Any] | None:
+    text, count = quantization.calibration, sum(weight.calibrated for weight in quantization.weights)
+    if text is None or not count:
         return None
-    return {"method": "GPTQ", "tensors": count, "tokens": calibration.ids.size, "source": calibration.source}
+    return {"method": "GPTQ", "tensors": count, "tokens": text.ids.size, "source": text.source}
 
 
-def graph_shapes(model: ir.Model, file: str, positions: int | None = None) -> dict[str, Any]:
-    """One graph of a bundle as the manifest describes it; `positions` are those that it has learned, if it has."""
-    shapes = {"file": file, "inputs": _shapes(model.graph.inputs), "outputs": _shapes(model.graph.outputs)}
-    return shapes if positions is None else shapes | {"positions": positions}
+def _graph(model: ir.Model, file: str, source: Source) -> dict[str, Any]:
+    """One graph as the manifest describes it, with the number of its learned positions if it has some."""
+    described = {"file": file, "inputs": _shapes(model.graph.inputs), "outputs": _shapes(model.graph.outputs)}
+    return described if source.positions is None else described | {"positions": source.positions}
 
 
 def _shapes(values: Iterable[ir.Value]) -> dict[str, Any]:

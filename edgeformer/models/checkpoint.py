@@ -1,4 +1,4 @@
-"""From a checkpoint folder back to a module: config.json names the factory, model.safetensors has the weights."""
+"""Loading a checkpoint folder: config.json names the factory, model.safetensors has the weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from edgeformer.errors import BundleError
 def load_checkpoint(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """(module in eval mode on the CPU in float32, config.json as a dict) of a folder that `edgeformer.train` wrote.
 
-    The factory that config.json names must stand inside `edgeformer.models`: a file never chooses what code runs.
+    The factory must be in `edgeformer.models`, so that a file cannot choose which code runs.
 
     Raises:
         BundleError: a file is missing or damaged, or the weights do not fit the model that config.json describes.
@@ -36,6 +36,11 @@ def load_checkpoint(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder.
+
+    Raises:
+        BundleError: it is missing or damaged.
+    """
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -51,12 +56,17 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def find_factory(config: dict[str, Any], folder: Path) -> Callable[[dict[str, Any]], nn.Module]:
+    """The function that `edgeformer_factory` names.
+
+    Raises:
+        BundleError: it is not a from_config function in edgeformer.models.
+    """
     name = config.get("edgeformer_factory")
     module_name, _, function_name = str(name).partition(":")
     if not module_name.startswith("edgeformer.models."):
         raise BundleError(
             f"edgeformer_factory in {folder / 'config.json'} is {name!r}, expected edgeformer.models.NAME:from_config; "
-            "export a module of your own as package.module:factory instead"
+            "export a user-defined module as package.module:factory instead"
         )
     try:
         factory = getattr(importlib.import_module(module_name), function_name)
@@ -70,6 +80,11 @@ def find_factory(config: dict[str, Any], folder: Path) -> Callable[[dict[str, An
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
+    """Copy the weights in a safetensors file into the module.
+
+    Raises:
+        BundleError: the file is missing or damaged, or its tensors are not those of the module.
+    """
     try:
         weights = load_file(path)
     except FileNotFoundError as error:
@@ -93,7 +108,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 
 def stored_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors that a checkpoint stores, by name: each once, so a tied head only under the embedding's name."""
+    """The tensors of a checkpoint by name. A tied head is stored once, under the embedding's name."""
     return dict(module.named_parameters()) | {
         name: buffer for name, buffer in module.named_buffers() if name in module.state_dict()
     }

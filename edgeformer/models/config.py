@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 def known_fields(cls: type[DataclassInstance], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of `config` that `cls` has a field for; a config.json holds keys of many readers."""
+    """The entries of `config` that `cls` has a field for; a config.json has keys for other programs too."""
     return {field.name: config[field.name] for field in fields(cls) if field.name in config}
 
 
 def require_positive(config: DataclassInstance) -> None:
-    """Raises ValueError: an integer field is not an integer, or is below 1; it names the field and what was found."""
+    """Raises ValueError: an integer field is not an integer, or is below 1; the message has its name and value."""
     for field in fields(config):
         value = getattr(config, field.name)
         if field.type == "int" and (type(value) is not int or value < 1):

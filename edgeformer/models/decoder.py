@@ -1,7 +1,7 @@
 """A small decoder-only language model: RMSNorm, rotary positions, grouped-query attention, SwiGLU, tied head.
 
-There is no cache here: `forward` is the whole sequence at once, and the exporter inserts the cache into the graph.
-Parameter names and `config.json` follow the layout that transformers calls "llama", so a checkpoint opens there too.
+`forward` runs a whole sequence without a KV cache; the exporter inserts the cache into the graph. Parameter names and
+`config.json` are those of "llama" in transformers, which can load a checkpoint too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 (its usual abbreviation)
 from torch import Tensor, nn
 
 from edgeformer.models.config import known_fields, require_positive
@@ -22,7 +22,7 @@ class DecoderConfig:
     """The shape of a decoder; the field names are Hugging Face's.
 
     Raises:
-        ValueError: a size is not positive, or the heads do not divide what they share.
+        ValueError: a size is not positive, or the numbers of heads do not divide each other and hidden_size.
     """
 
     vocab_size: int = 2048
@@ -41,7 +41,7 @@ class DecoderConfig:
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size {self.hidden_size} over num_attention_heads {self.num_attention_heads} must give an even "
-                f"head size (rotary positions turn pairs); take a multiple of {2 * self.num_attention_heads}"
+                f"head size (rotary positions rotate pairs); take a multiple of {2 * self.num_attention_heads}"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -51,14 +51,15 @@ class DecoderConfig:
 
     @property
     def head_dim(self) -> int:
+        """Size of one head."""
         return self.hidden_size // self.num_attention_heads
 
     def to_dict(self) -> dict[str, Any]:
-        """What belongs into `config.json` so that edgeformer, transformers and Optimum rebuild this model."""
+        """The content of `config.json`, for edgeformer, transformers and Optimum."""
         return {
             "task": "text-generation",
             "edgeformer_factory": "edgeformer.models.decoder:from_config",
-            "model_type": "llama",  # the name of this layout, for those who open the file by name
+            "model_type": "llama",  # transformers' name of this layout
             "architectures": ["LlamaForCausalLM"],
             **asdict(self),
             "head_dim": self.head_dim,
@@ -70,12 +71,12 @@ class DecoderConfig:
 
 
 def from_config(config: Mapping[str, Any]) -> CausalLM:
-    """A new, untrained model for a `config.json`; keys it does not know are left alone."""
+    """A new, untrained model for a `config.json`; unknown keys are ignored."""
     return CausalLM(DecoderConfig(**known_fields(DecoderConfig, config)))
 
 
 def rotate_half(x: Tensor) -> Tensor:
-    """(a, b) -> (-b, a) on the two halves of the last axis: a quarter turn of each pair (i, i + head_dim / 2)."""
+    """(a, b) -> (-b, a) on the two halves of the last axis: rotates each pair (i, i + head_dim / 2) by 90 degrees."""
     a, b = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
     return torch.cat((-b, a), dim=-1)
 
@@ -91,10 +92,11 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        # The tracer refuses enable_gqa=True where nothing is grouped.
+        # The tracer refuses enable_gqa=True if both numbers of heads are equal.
         self.grouped = config.num_key_value_heads != config.num_attention_heads
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(batch, sequence, hidden) -> the same shape."""
         heads = (*x.shape[:-1], -1, self.head_dim)
         q = self.q_proj(x).view(heads).transpose(1, 2)  # (batch, heads, sequence, head_dim)
         k = self.k_proj(x).view(heads).transpose(1, 2)  # (batch, kv_heads, sequence, head_dim)
@@ -116,11 +118,14 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(batch, sequence, hidden) -> the same shape."""
         y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return y
 
 
 class Layer(nn.Module):
+    """Pre-norm attention and MLP, each added to its input."""
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -129,6 +134,7 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(batch, sequence, hidden) -> the same shape."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x
@@ -149,10 +155,11 @@ class Decoder(nn.Module):
         self.register_buffer("inverse_frequencies", inverse_frequencies, persistent=False)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        # Angles stay float32 under autocast: bfloat16 cannot tell position 256 from 257.
+        """Hidden states (batch, sequence, hidden) for ids and positions (batch, sequence)."""
+        # Angles stay float32 under autocast: in bfloat16, positions 256 and 257 are equal.
         angles = position_ids[..., None].float() * self.inverse_frequencies  # (batch, sequence, head_dim / 2)
         angles = torch.cat((angles, angles), dim=-1)
-        # One axis for the heads, added last: onnxscript knows a RotaryEmbedding by exactly this order of steps.
+        # The axis of heads is added last: onnxscript's RotaryEmbedding fusion matches exactly this order of operations.
         cos, sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)  # (batch, 1, sequence, head_dim)
         x: Tensor = self.embed_tokens(input_ids)  # (batch, sequence, hidden)
         for layer in self.layers:
@@ -162,7 +169,7 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """Next-token logits of a decoder. Weights start as in GPT-2: N(0, 0.02), smaller where a residual is written."""
+    """Next-token logits of a decoder. Initial weights as in GPT-2: N(0, 0.02), smaller in o_proj and down_proj."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """A sequence encoder for continuous input: sensor readings, prices, features of audio frames.
 
-Every position sees every other one (there is no causal mask), so the graph needs no cache and runs in one call.
+Attention is not causal, so the graph needs no KV cache and runs in one call.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 (its usual abbreviation)
 from torch import Tensor, nn
 
 from edgeformer.errors import InputError
@@ -19,7 +19,7 @@ from edgeformer.models.config import known_fields, require_positive
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The arguments of `Transformer`, as they stand in a config.json.
+    """The arguments of `Transformer`, as in a config.json.
 
     Raises:
         ValueError: a size is not positive, or the heads do not divide `hidden_dim`.
@@ -41,7 +41,7 @@ class EncoderConfig:
             raise ValueError(f"dropout is {self.dropout}, expected 0 <= dropout < 1")
 
     def to_dict(self) -> dict[str, Any]:
-        """What belongs into `config.json` so that the model can be rebuilt from it."""
+        """The content of `config.json`."""
         return {
             "task": "forecasting",
             "edgeformer_factory": "edgeformer.models.encoder:from_config",
@@ -51,15 +51,15 @@ class EncoderConfig:
 
 
 def from_config(config: Mapping[str, Any]) -> Transformer:
-    """A new, untrained model for a `config.json`; keys it does not know are left alone."""
+    """A new, untrained model for a `config.json`; unknown keys are ignored."""
     return Transformer(**asdict(EncoderConfig(**known_fields(EncoderConfig, config))))
 
 
 class EncoderLayer(nn.Module):
     """Pre-norm attention and GELU feed-forward of four times the width, each added to its input.
 
-    Written out instead of nn.TransformerEncoderLayer: that one leaves for a fused path in eval mode, which traces with
-    a frozen sequence length.
+    nn.TransformerEncoderLayer is not used: in eval mode it takes a fused path that traces with a fixed sequence
+    length.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -76,12 +76,14 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(batch, sequence, hidden_dim) -> the same shape."""
         x = x + self.dropout(self.attend(self.attention_norm(x)))
         hidden = F.gelu(self.up_proj(self.feed_forward_norm(x)))  # (batch, sequence, 4 * hidden_dim)
         x = x + self.dropout(self.down_proj(hidden))
         return x
 
     def attend(self, x: Tensor) -> Tensor:
+        """Self-attention; (batch, sequence, hidden_dim) -> the same shape."""
         heads = (*x.shape[:-1], -1, self.head_dim)
         q = self.q_proj(x).view(heads).transpose(1, 2)  # (batch, heads, sequence, head_dim)
         k = self.k_proj(x).view(heads).transpose(1, 2)
@@ -94,7 +96,7 @@ class EncoderLayer(nn.Module):
 class Transformer(nn.Module):
     """A sequence encoder: float [batch, sequence, input_dim] -> float [batch, sequence, output_dim].
 
-    `max_length` is the size of the table of learned positions, so the longest sequence.
+    `max_length` is the longest sequence: the size of the table of learned positions.
 
     Raises:
         ValueError: a size is not positive, or `n_heads` does not divide `hidden_dim`.
@@ -123,15 +125,15 @@ class Transformer(nn.Module):
         nn.init.normal_(self.positions.weight, std=0.02)
 
     def forward(self, input_values: Tensor) -> Tensor:
-        """One output vector a position.
+        """One output vector for each position.
 
         Raises:
             InputError: `input_values` is not [batch, sequence, input_dim], or longer than the table of positions.
         """
-        # While tracing, a comparison would become a fixed bound on the axis; there, the Gather checks the range.
+        # While tracing, a comparison would fix a bound on the axis. In the graph, Gather checks the range.
         if not torch.compiler.is_exporting():
             self.check(input_values)
-        # Looked up by number, not cut by a slice: slice-and-add would freeze or bound the axis in the traced graph.
+        # An embedding lookup, not a slice: a slice would fix or bound the axis in the traced graph.
         numbers = torch.arange(input_values.shape[1], device=input_values.device)  # (sequence,)
         x = self.dropout(self.embedding(input_values) + self.positions(numbers))  # (batch, sequence, hidden_dim)
         for layer in self.layers:
@@ -140,6 +142,7 @@ class Transformer(nn.Module):
         return outputs
 
     def check(self, input_values: Tensor) -> None:
+        """Raises InputError: the shape is wrong; see `forward`."""
         shape = tuple(input_values.shape)
         if len(shape) != 3 or shape[2] != self.config.input_dim:
             raise InputError(f"input_values has shape {shape}, expected [batch, sequence, {self.config.input_dim}]")

@@ -1,1 +1,1 @@
-"""Before and after the graph: tokenizer, chat template, pictures, sound, pooling."""
+"""Model inputs and outputs: tokenizer, chat templates, images, audio, pooling."""

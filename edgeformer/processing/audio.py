@@ -1,4 +1,4 @@
-"""Sound as arrays: reading recordings, changing their rate, and the log-mel features of speech models."""
+"""Audio as arrays: reading recordings, resampling, and the log-mel features of speech models."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from edgeformer.bundle.signature import Array
 from edgeformer.errors import InputError
 
-Array = np.ndarray[Any, Any]
 F32 = np.ndarray[Any, np.dtype[np.float32]]
 
 INSTALL = "pip install 'edgeformer[audio]'"
@@ -23,11 +23,11 @@ _PIPED = 0x7FFF_0000  # bytes
 def read_wav(path: str | os.PathLike[str], rate: int) -> F32:
     """The samples of a recording, mixed to one channel, in [-1, 1], at `rate` samples a second.
 
-    With soundfile installed these are all of libsndfile's formats: WAV (PCM, float, mu-law, extensible), FLAC, MP3,
-    OGG and more; without it, plain PCM WAV.
+    With soundfile installed it reads the formats of libsndfile: WAV (PCM, float, mu-law, extensible), FLAC, MP3, OGG
+    and more; without it, PCM WAV only.
 
     Raises:
-        InputError: the file is missing, of an unknown format, cut short, empty or holds what is no number.
+        InputError: the file is missing, of an unknown format, truncated, empty, or has NaN or infinite samples.
     """
     _complete(path)
     samples, found = _by_soundfile(path) or _by_wave(path)
@@ -46,13 +46,13 @@ def _by_soundfile(path: str | os.PathLike[str]) -> tuple[F32, int] | None:
     """(samples [count, channels], their rate); None where soundfile is not installed."""
     try:
         import soundfile
-    except (ImportError, OSError):  # OSError: there is no libsndfile for it
+    except (ImportError, OSError):  # OSError: libsndfile is missing
         return None
     try:
         with soundfile.SoundFile(os.fspath(path)) as file:
             samples = file.read(dtype="float32", always_2d=True)
             promised, rate = file.frames, file.samplerate
-            streamed = file.format in ("WAV", "WAVEX", "AU")  # these may come from a pipe, without a length
+            streamed = file.format in ("WAV", "WAVEX", "AU")  # written to a pipe, these have no valid length
     except (OSError, RuntimeError, TypeError, ValueError) as error:  # libsndfile's errors are RuntimeErrors
         raise InputError(f"{path} cannot be read as a recording: {error}") from error
     if len(samples) < promised and not streamed:
@@ -73,9 +73,9 @@ def _by_wave(path: str | os.PathLike[str]) -> tuple[F32, int]:
         ) from error
     if width not in (1, 2, 3, 4):
         raise InputError(f"{path} has samples of {width} bytes, expected 1 to 4; for others: {INSTALL}")
-    data = data[: len(data) // (width * channels) * width * channels]  # a pipe's header may promise more than there is
+    data = data[: len(data) // (width * channels) * width * channels]  # the header of piped data may give a larger size
     samples: F32
-    if width == 1:  # the only one without a sign
+    if width == 1:  # 8-bit samples are unsigned, all others signed
         samples = np.frombuffer(data, np.uint8).astype(np.float32) / np.float32(128) - np.float32(1)
     elif width == 3:
         parts = np.frombuffer(data, np.uint8).reshape(-1, 3).astype(np.int32)
@@ -87,12 +87,12 @@ def _by_wave(path: str | os.PathLike[str]) -> tuple[F32, int]:
 
 
 def _complete(path: str | os.PathLike[str]) -> None:
-    """Readers take a WAV file that was cut short for a shorter one, so its chunks are counted here.
+    """Checks that a WAV file is not truncated: the readers take a truncated file as a shorter recording.
 
     Raises:
-        InputError: the data chunk ends behind the end of the file, or there is none.
+        InputError: the data chunk goes past the end of the file, or there is none.
     """
-    if not os.path.isfile(path):  # a pipe is read once; what is not there the readers say
+    if not os.path.isfile(path):  # a pipe can be read only once; a missing file is the readers' error
         return
     try:
         with open(path, "rb") as file:
@@ -101,7 +101,7 @@ def _complete(path: str | os.PathLike[str]) -> None:
             if head[:4] not in (b"RIFF", b"RIFX", b"RF64") or head[8:12] != b"WAVE":
                 return
             order: Literal["little", "big"] = "big" if head[:4] == b"RIFX" else "little"
-            long = 0  # bytes of data that an RF64 file names
+            long = 0  # size of the data in an RF64 file
             while len(chunk := file.read(8)) == 8:
                 length = int.from_bytes(chunk[4:], order)
                 if chunk[:4] == b"ds64":  # https://tech.ebu.ch/docs/tech/tech3306.pdf: bytes of the file, of the data
@@ -111,7 +111,7 @@ def _complete(path: str | os.PathLike[str]) -> None:
                 if chunk[:4] == b"data":
                     present = size - file.tell()
                     length = long or length
-                    # A program that writes to a pipe does not know the length and says about 2 or 4 GiB.
+                    # A program that writes to a pipe does not know the length and writes about 2 or 4 GiB.
                     if length > present and (long or length < _PIPED):
                         raise InputError(
                             f"{path} is cut short: it holds {present:,} bytes of samples, its header says {length:,}; "
@@ -125,7 +125,7 @@ def _complete(path: str | os.PathLike[str]) -> None:
 
 
 def resample(samples: F32, rate: int, wanted: int) -> F32:
-    """`samples` of `rate` a second at `wanted` a second, by soxr.
+    """`samples` of `rate` a second, resampled to `wanted` a second by soxr.
 
     Raises:
         InputError: the rates differ and soxr is not installed.
@@ -143,8 +143,8 @@ def resample(samples: F32, rate: int, wanted: int) -> F32:
     return changed
 
 
-# Settings of a feature extractor that no feature depends on: names, a mask that no graph takes, a normalization that is
-# an argument of its call alone; and what its class computes from the other settings.
+# Settings that do not change the features: names, an attention mask that no graph takes, a normalization that is only
+# an argument of the call. DERIVED ones follow from other settings.
 IRRELEVANT = ("feature_extractor_type", "processor_class", "auto_map", "return_attention_mask", "do_normalize")
 DERIVED = ("n_samples", "nb_max_frames", "mel_filters")
 
@@ -157,13 +157,13 @@ class LogMel:
     sampling_rate: int
     hop_length: int
     n_fft: int
-    chunk_length: float  # seconds that a window is padded or cut to
+    chunk_length: float  # seconds of a window; shorter ones are padded, longer ones cut
     padding_value: float = 0.0
     padding_side: str = "right"
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> LogMel:
-        """The front end that a preprocessor_config.json describes.
+        """The front end of a preprocessor_config.json.
 
         Raises:
             InputError: a setting is missing, unknown, or has an unknown value.
@@ -173,9 +173,9 @@ class LogMel:
         }
         if given.pop("dither", 0.0) != 0.0:
             raise InputError(f"preprocessor_config.json asks for dither={settings['dither']}: random noise.")
-        strange = sorted(set(given) - set(cls.__dataclass_fields__))
-        if strange:
-            listed = ", ".join(f"{name}={given[name]!r}" for name in strange)
+        unknown = sorted(set(given) - set(cls.__dataclass_fields__))
+        if unknown:
+            listed = ", ".join(f"{name}={given[name]!r}" for name in unknown)
             raise InputError(f"preprocessor_config.json asks for {listed[:400]}, which edgeformer does not compute.")
         missing = [name for name in list(cls.__dataclass_fields__)[:5] if name not in given]
         if missing:
@@ -225,8 +225,8 @@ def _filters(bins: int, count: int, rate: int) -> Array:
     return filters
 
 
-_LINEAR = 200.0 / 3  # hertz a mel below 1 kHz
-_STEP = np.log(6.4) / 27.0  # and above, logarithmic
+_LINEAR = 200.0 / 3  # hertz for each mel below 1 kHz
+_STEP = np.log(6.4) / 27.0  # logarithm of the ratio of two mels above 1 kHz
 
 
 def _mel(hertz: float) -> float:

@@ -1,8 +1,7 @@
-"""A conversation in the model's own format: the bundle's chat templates, and what they are given.
+"""Conversations as text: the chat templates of a bundle, and their variables.
 
-The rules are those of transformers' `apply_chat_template`: which of several templates is taken, what becomes of a
-message before the template sees it, how the last message is left open, and how control tokens in a message are told
-from those of the template.
+It follows transformers' `apply_chat_template`: how a template is chosen, how messages are prepared, how the last
+message is continued, and how control tokens of a message are told from those of the template.
 """
 
 from __future__ import annotations
@@ -16,21 +15,21 @@ from edgeformer.errors import InputError, TemplateError
 
 Message = Mapping[str, Any]
 DEFAULT, WITH_TOOLS = "default", "tool_use"
-REASONING = ("reasoning_content", "thinking", "reasoning")  # one thing, under the names that templates read
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the names under which templates read it
 _OPEN = "CONTINUE_FINAL_MESSAGE_TAG "
-# Two characters of a private use plane that stand around a control token which a user wrote.
+# Private-use characters that enclose a control token in the text of a user.
 MARKS = ("\U000f0000", "\U000f0001")
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatRequest:
-    """What a template is given, beside the messages and the tokenizer's special tokens."""
+    """The variables of a template, without the messages and the tokenizer's special tokens."""
 
-    add_generation_prompt: bool | None = None  # None: unless the last message is continued
+    add_generation_prompt: bool | None = None  # None: True unless the last message is continued
     continue_final_message: bool | str = False  # or the field of the message to continue
     tools: Sequence[Mapping[str, Any]] | None = None  # JSON schemas
     documents: Sequence[Mapping[str, Any]] | None = None
-    template: str | None = None  # the name of one, or the text of another
+    template: str | None = None  # the name of a template in the bundle, or a template's text
     variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -52,13 +51,14 @@ class ChatFormat:
 
     @property
     def names(self) -> list[str]:
+        """Names of the templates."""
         return sorted(self._templates)
 
     def source(self, request: ChatRequest) -> str:
-        """The text of the template that `request` asks for.
+        """The text of the template for `request`.
 
         Raises:
-            TemplateError: there is none, or several and none of them is the default.
+            TemplateError: there is none, or none of several is the default.
         """
         if request.template is not None:
             named = self._templates.get(request.template)
@@ -75,11 +75,11 @@ class ChatFormat:
         return found
 
     def render(self, messages: Sequence[Message], request: ChatRequest, control: Collection[str] = ()) -> str:
-        """The messages as text; texts of `control` that come from the user are put between `MARKS`.
+        """The messages as text; `control` tokens that are in messages are put between `MARKS`.
 
         Raises:
             TemplateError: there is no such template, or it refuses the messages.
-            InputError: a message is no mapping with a `role` and a `content`.
+            InputError: a message is not a mapping with a `role` and a `content`.
         """
         check_messages(messages)
         source = self.source(request)
@@ -87,7 +87,7 @@ class ChatFormat:
             from edgeformer.processing.chat_template import ChatTemplate
 
             self._compiled[source] = ChatTemplate(source)
-        # Marked before the rest, so that our own words (the tag of an open message) are never taken for the user's.
+        # Mark first: the tag of a continued message must not be taken for the user's text.
         given = {"tools": request.tools, "documents": request.documents, **request.variables}
         conversation = [{k: v for k, v in _plain(message).items() if v is not None} for message in messages]
         if control:
@@ -107,7 +107,7 @@ class ChatFormat:
 
 
 def check_messages(messages: Any) -> None:
-    """Raises InputError where `messages` is no list of messages."""
+    """Raises InputError: `messages` is not a list of messages."""
     if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence) or not messages:
         raise InputError(
             "The messages are no list, or an empty one; expected [{'role': 'user', 'content': '...'}, ...]."
@@ -115,13 +115,13 @@ def check_messages(messages: Any) -> None:
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InputError(f"Message {index} is {short(message)}, expected a mapping with a 'role' and a 'content'.")
-        said = isinstance(message.get("content"), (str, list, tuple, Mapping))
-        if not said and not any(message.get(name) is not None for name in ("tool_calls", *REASONING)):
+        has_content = isinstance(message.get("content"), (str, list, tuple, Mapping))
+        if not has_content and not any(message.get(name) is not None for name in ("tool_calls", *REASONING)):
             raise InputError(f"Message {index} ({message['role']}) has no 'content' text.")
 
 
 def any_of(texts: Collection[str]) -> re.Pattern[str]:
-    """Matches any of `texts`, the longest first; nothing where there are none."""
+    """Matches any of `texts`, the longest first; nothing if there are none."""
     return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or "(?!)")
 
 
@@ -137,13 +137,13 @@ def _all_mappings(values: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """`value` of plain JSON types. A template is foreign code: no method of a caller's object comes within its reach.
+    """`value` converted to plain JSON types. A template is untrusted code and must not reach methods of objects.
 
-    What is none of them (a picture beside a text, say) becomes its type's name; templates ask only whether it is there.
+    Other values (an image, for example) become the name of their type; templates only test whether they exist.
     """
     if value is None or type(value) in (str, int, float, bool):
         return value
-    if isinstance(value, str):  # a subclass, which brings methods of its own
+    if isinstance(value, str):  # a subclass may have other methods
         return str.__str__(value)
     if isinstance(value, int):
         return int.__int__(value)
@@ -163,7 +163,7 @@ def _plain(value: Any) -> Any:
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with its reasoning under the names that templates read."""
+    """The message with its reasoning under the names of REASONING that templates read."""
     reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
     if reasoning is None:
         return message
@@ -171,7 +171,7 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _marked(value: Any, pattern: re.Pattern[str]) -> Any:
-    """`value` with its control tokens between MARKS; marks that were there are taken out. Keys stay as they are."""
+    """`value` with control tokens between MARKS, after removing existing marks. Keys are unchanged."""
     if isinstance(value, str):
         for mark in MARKS:
             value = value.replace(mark, "")
@@ -184,7 +184,7 @@ def _marked(value: Any, pattern: re.Pattern[str]) -> Any:
 
 
 def _leave_open(conversation: list[dict[str, Any]], wanted: bool | str, source: str) -> str | None:
-    """The text of the last message that is to be continued, which gets a tag at its end; None where none is."""
+    """Appends a tag to the last message if it is to be continued, and returns its text; otherwise None."""
     if not wanted:
         return None
     field = wanted if isinstance(wanted, str) else "content"
@@ -207,9 +207,9 @@ def _leave_open(conversation: list[dict[str, Any]], wanted: bool | str, source: 
 
 
 def _cut_open(text: str, final: str) -> str:
-    """The text before the tag that `_leave_open` put there."""
+    """The text before the tag of `_leave_open`."""
     place = text.rfind(_OPEN.strip())
     if place < 0 or final.strip() not in text:
         raise TemplateError("The chat template changes or leaves out the last message, so it cannot be continued.")
-    kept = text[place:].startswith(_OPEN)  # else the template strips spaces, and the message's own went too
+    kept = text[place:].startswith(_OPEN)  # otherwise the template strips spaces, of the message too
     return text[:place] if kept else text[:place].rstrip()

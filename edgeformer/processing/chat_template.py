@@ -1,7 +1,7 @@
-"""Chat templates: jinja2's immutable sandbox, with bounds on time and size.
+"""Chat templates: jinja2's immutable sandbox, with limits on time and size.
 
-A template comes with a bundle, so it is foreign code. jinja2's sandbox keeps it from Python's internals; the bounds
-here keep it from running or growing without end. Helpers and whitespace rules are those of transformers
+A template comes with a bundle, so it is untrusted code. jinja2's sandbox blocks access to Python's internals; the
+limits here bound time and memory. Helpers and whitespace rules are those of transformers
 (`utils/chat_template_utils.py`), so that a template renders as it does there.
 """
 
@@ -33,8 +33,8 @@ from edgeformer.errors import TemplateError
 T = TypeVar("T")
 
 SECONDS = 5.0  # a real template renders in about a millisecond
-CHARACTERS = 4_000_000  # of any text, list or number of digits that a template makes
-TOTAL = 50 * CHARACTERS  # of all of them together: templates that build a text bit by bit make it again and again
+CHARACTERS = 4_000_000  # length of any text or list, bits of any number
+TOTAL = 50 * CHARACTERS  # of all of them together: appending to a text in a loop makes many copies
 
 
 class ChatTemplate:
@@ -54,7 +54,7 @@ class ChatTemplate:
         """The rendered text.
 
         Raises:
-            TemplateError: the template raises, reads what is not there, or passes the bounds of time or size.
+            TemplateError: the template raises, reads an undefined name, or exceeds a limit of time or size.
         """
         try:
             return _with_deadline(lambda: self._template.render(**variables))
@@ -70,7 +70,7 @@ class ChatTemplate:
 
 @functools.lru_cache(16)
 def literals(source: str) -> str:
-    """All that a template writes by itself: its text and the strings in its code, each ended by a NUL.
+    """The constant texts of a template: its text and the strings in its code, separated by NUL.
 
     Raises:
         TemplateError: the template's syntax is wrong.
@@ -85,10 +85,10 @@ def literals(source: str) -> str:
 
 
 def _with_deadline(work: Callable[[], T]) -> T:
-    """`work()`, stopped by a trace function, the one way to interrupt a loop of Python code in any thread."""
+    """The result of `work()`. A trace function stops it after SECONDS: this works in any thread."""
     end = time.monotonic() + SECONDS
 
-    def watch(frame: FrameType, event: str, argument: object) -> Any:
+    def watch(_frame: FrameType, _event: str, _argument: object) -> Any:
         if time.monotonic() > end:
             raise TemplateError(f"The chat template runs for more than {SECONDS:g} seconds; it was stopped.")
         return watch
@@ -103,7 +103,7 @@ def _with_deadline(work: Callable[[], T]) -> T:
 
 
 class _Spent(threading.local):
-    """Characters that this thread's render has made so far."""
+    """Characters that the render of this thread has produced so far."""
 
     characters = 0
 
@@ -112,10 +112,10 @@ _spent = _Spent()
 
 
 def bounded(value: Any) -> Any:
-    """`value`, if it is not too large, nor all that was made before it in this render.
+    """`value`, counted against the limits of this render.
 
     Raises:
-        TemplateError: it is.
+        TemplateError: a limit is exceeded.
     """
     size = len(value) if isinstance(value, (str, bytes, list, tuple, dict)) else 0
     if isinstance(value, int):
@@ -130,8 +130,8 @@ def _too_large() -> TemplateError:
     return TemplateError(f"The chat template makes a value of more than {CHARACTERS:,} characters; it was stopped.")
 
 
-# What can make much out of little, by the names of str's methods and of jinja2's filters. Their numbers and the lengths
-# of their texts are multiplied to bound the result before it is made.
+# Methods of str and filters of jinja2 whose result may be much longer than their arguments. The product of their
+# numbers and the lengths of their texts is an upper bound of the result.
 _GROWING = {
     "center", "ljust", "rjust", "zfill", "expandtabs", "to_bytes", "do_center", "do_indent", "do_wordwrap", "do_slice",
     "do_batch",
@@ -139,7 +139,7 @@ _GROWING = {
 
 
 def _check_call(function: Any, arguments: Sequence[Any]) -> None:
-    """Refuse a call whose result may be far larger than what goes in, before it is made."""
+    """Refuse a call whose result may be too large, before the call."""
     name = getattr(function, "__name__", "")
     if name not in _GROWING:
         return
@@ -154,14 +154,14 @@ def _check_call(function: Any, arguments: Sequence[Any]) -> None:
 
 
 def _check_format(text: str, arguments: Iterable[Any]) -> None:
-    """Refuse a field width that is large, or that an argument gives."""
+    """Refuse a field width that is large, or that an argument determines."""
     nested = re.search(r"%[^a-zA-Z%]*\*", text) or re.search(r"\{[^}]*\{", text)
     if re.search(r"\d{6}", text) or (nested and any(isinstance(a, int) and abs(a) > 10_000 for a in arguments)):
         raise _too_large()
 
 
 def _replace(text: Any, old: Any, new: Any, count: int | None = None) -> str:
-    """str.replace, refused before it is made when the result is too large."""
+    """str.replace, refused before the call if the result is too large."""
     text, old, new = str(text), str(old), str(new)
     places = text.count(old) if count is None or count < 0 else min(count, text.count(old))
     if len(text) + places * (len(new) - len(old)) > CHARACTERS:
@@ -170,7 +170,7 @@ def _replace(text: Any, old: Any, new: Any, count: int | None = None) -> str:
 
 
 def _join(parts: Iterable[Any], separator: Any = "") -> str:
-    """str.join, stopped when the result grows too large."""
+    """str.join, stopped when the result becomes too large."""
     texts: list[str] = []
     length = 0
     for part in parts:
@@ -184,9 +184,9 @@ def _join(parts: Iterable[Any], separator: Any = "") -> str:
 
 
 class _BoundedCode(CodeGenerator):
-    """Compiles `a ~ b` to a bounded join; jinja2's own has no hook."""
+    """Compiles `a ~ b` to a bounded join; jinja2's compiler has no hook for it."""
 
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802 (jinja2's name)
         self.write("environment.bounded_join((")
         for part in node.nodes:
             self.visit(part, frame)
@@ -241,11 +241,11 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}` marks words for training; here it is its content, in a scope of its own
-    as in transformers.
+    """`{% generation %}...{% endgeneration %}` marks text for training. It renders its content, in a new scope as in
+    transformers.
     """
 
-    tags = {"generation"}  # noqa: RUF012  (jinja2's own way)
+    tags = {"generation"}  # noqa: RUF012  (jinja2's interface)
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         line = next(parser.stream).lineno
@@ -257,7 +257,7 @@ class _Generation(Extension):
 
 
 class _Names(Namespace):
-    """jinja2's namespace, for names that do not begin with an underscore, as in transformers."""
+    """jinja2's namespace without names that begin with an underscore, as in transformers."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # as jinja2's: `self` may be one of the names
         for name in dict(*args[1:], **kwargs):
@@ -275,7 +275,7 @@ def _check_name(name: Any) -> None:
 
 
 class _Dict:
-    """`dict(...)` and `dict.fromkeys(...)`, and nothing else of the class."""
+    """`dict(...)` and `dict.fromkeys(...)` only."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -319,7 +319,7 @@ def _environment() -> _Sandbox:
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = strftime_now
     environment.globals |= {"dict": _Dict(), "namespace": _Names}
-    environment.globals.pop("lipsum", None)  # makes texts without end
+    environment.globals.pop("lipsum", None)  # generates text of any length
     return environment
 
 

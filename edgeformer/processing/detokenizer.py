@@ -1,4 +1,4 @@
-"""Token ids to text, one by one: whole characters only, and the pieces joined are the text of all ids."""
+"""Streaming token ids to text: pieces end at whole characters, and joined they are the text of all ids."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
-# What `clean_up_tokenization_spaces` of tokenizer_config.json asks for: spaces that a word-level tokenizer puts before
-# punctuation and English contractions are taken out, in this order.
+# `clean_up_tokenization_spaces` of tokenizer_config.json: removes the spaces that a word-level tokenizer puts before
+# punctuation and English contractions, in this order.
 _CLEANED = (
     *((f" {mark}", mark) for mark in ".?!,"),
     (" ' ", "'"),
@@ -23,7 +23,7 @@ def clean_up(text: str) -> str:
 
 
 class CleanUp:
-    """`clean_up` of a text that comes in pieces: the results joined are `clean_up` of the whole."""
+    """`clean_up` of a text in pieces: the results joined are `clean_up` of the whole text."""
 
     def __init__(self) -> None:
         self._rest = ""
@@ -38,15 +38,15 @@ class CleanUp:
         return clean_up(text[:end])
 
     def flush(self) -> str:
+        """The cleaned rest of the text."""
         text, self._rest = clean_up(self._rest), ""
         return text
 
 
 def _may_continue(text: str, end: int) -> bool:
-    """Whether a replaced sequence may begin before `end` and go on after it.
+    """Whether a replaced sequence may begin before `end` and end after it.
 
-    Only spaces are ever taken out, so the character before `end` stays: it must be one that a sequence has inside. Of
-    these, a letter is inside a sequence only behind the character that stands before it there.
+    The character before `end` must then be inside a sequence of `_CLEANED`, with the character that precedes it there.
     """
     last, before = text[end - 1], text[end - 2 : end - 1]
     return last in " '" or (last == "n" and before == " ") or (last in "vr" and before == "'")
@@ -55,52 +55,52 @@ def _may_continue(text: str, end: int) -> bool:
 class Detokenizer:
     """Decodes ids one by one; the pieces joined are the text, and no piece ends within a character.
 
-    Characters are often cut over several tokens (byte-level BPE, byte fallback), and the first token of a text may
-    decode otherwise than the same token later (leading spaces). So a short window of the latest ids is decoded as a
-    whole, and what is new in it is given out once it ends with whole characters.
+    A character may be split over several tokens (byte-level BPE, byte fallback), and a token may decode differently at
+    the beginning of a text (leading spaces). So a short window of the latest ids is decoded as a whole, and its new
+    text is returned once it ends with a whole character.
 
-    With byte fallback, one wrong byte makes U+FFFD of all bytes beside it, also of those that were a character. So
-    the bytes of one run are given out together, at the run's end: `is_byte` says which ids are bytes.
+    With byte fallback, one invalid byte turns all adjacent bytes into U+FFFD, also those of valid characters. So the
+    bytes of a run are decoded together, at the end of the run. `is_byte` tells which ids are bytes.
     """
 
-    PATIENCE = 16  # tokens; a character has at most 4 bytes, so what is still broken after these was never text
-    LONGEST_RUN = 64  # bytes of byte fallback that wait for their end: the longest emoji of Unicode have 41
+    PATIENCE = 16  # tokens; a character has at most 4 bytes, so an incomplete one is invalid after these
+    LONGEST_RUN = 64  # bytes of a run of byte fallback; the longest emoji of Unicode have 41
     CONTEXT = 64  # tokens without text that stay in the window
 
     def __init__(
         self,
         decode: Callable[[list[int]], str],
-        is_byte: Callable[[int], bool] = lambda id: False,
+        is_byte: Callable[[int], bool] = lambda _: False,
         clean: bool = False,
     ) -> None:
         self._decode = decode
         self._is_byte = is_byte
         self._clean = CleanUp() if clean else None
-        self._settled: list[int] = []  # the latest ids whose text was given out: context for the next
+        self._settled: list[int] = []  # the latest ids whose text was returned: context for the next
         self._pending: list[int] = []
-        self._sent = 0  # characters of the window's text that were given out
+        self._sent = 0  # characters of the window's text that were returned
         self._in_run = False
 
-    def push(self, id: int) -> str:
+    def push(self, id: int) -> str:  # noqa: A002
         """The text that `id` completes; often empty in the middle of a character."""
         piece = self._next(id)
         return piece if self._clean is None else self._clean.push(piece)
 
     def flush(self) -> str:
-        """What is left at the end of the stream; half a character comes out as U+FFFD."""
+        """The rest of the text; an incomplete character becomes U+FFFD."""
         piece = ""
         if self._pending:
             piece = self._decode(self._settled + self._pending)[self._sent :]
             self._settle()
         return piece if self._clean is None else self._clean.push(piece) + self._clean.flush()
 
-    def _next(self, id: int) -> str:
-        self._pending.append(id)
-        byte = self._is_byte(id)
+    def _next(self, token: int) -> str:
+        self._pending.append(token)
+        byte = self._is_byte(token)
         if byte:
             self._in_run = True
-        if self._in_run and len(self._pending) < self.LONGEST_RUN and (byte or not self._decode([id])):
-            return ""  # a token without text, as a special one that is left out, does not end a run
+        if self._in_run and len(self._pending) < self.LONGEST_RUN and (byte or not self._decode([token])):
+            return ""  # a token without text (a skipped special token) does not end a run
         self._in_run = byte
         text = self._decode(self._settled + self._pending)
         whole = text.rstrip(REPLACEMENT)
@@ -116,10 +116,10 @@ class Detokenizer:
         return new
 
     def _settle(self) -> None:
-        """The pending ids become the window, behind those before them where they have no text of their own.
+        """Make the pending ids the window; append them to it if they have no text.
 
-        A decoder may strip the space before the first token of what it is given: the window must begin with text
-        that stands before the next token, or that token would lose its space.
+        A decoder may strip the space before the first token: the window must contain text before the next token, or
+        that token would lose its space.
         """
         if self._decode(self._pending):
             self._settled = self._pending

@@ -1,7 +1,7 @@
-"""A picture as the array that a vision model takes, after the steps in its preprocessor_config.json.
+"""Image preprocessing by the settings in preprocessor_config.json.
 
-The export writes that file with every setting explicit, and shows on odd pictures that these steps give the numbers of
-transformers' own processor. So what is missing or unknown here is an error, never a default.
+The export writes that file with all settings explicit, and compares these steps with transformers' processor on test
+images. So a missing or unknown setting is an error here; there are no defaults.
 """
 
 from __future__ import annotations
@@ -12,22 +12,20 @@ from typing import Any
 
 import numpy as np
 
+from edgeformer.bundle.signature import Array
 from edgeformer.errors import InputError
 from edgeformer.processing.image_file import read
 from edgeformer.processing.resize import resize
 
-Array = np.ndarray[Any, Any]
-Settings = Mapping[str, Any]
-
 FILE = "preprocessor_config.json"
-SWITCHES = ("do_resize", "do_rescale", "do_normalize")  # must be there
-# Settings that the numbers of a single picture do not depend on: names, labels, batching, devices, and the layout of
-# arrays (arrays are always taken as [height, width, channels]).
+SWITCHES = ("do_resize", "do_rescale", "do_normalize")  # required
+# Settings that do not change the result for one image: names, labels, batching, devices, and the layout of arrays
+# (always [height, width, channels]).
 IRRELEVANT = (
     *("image_processor_type", "feature_extractor_type", "processor_class", "auto_map", "default_to_square", "device"),
     *("disable_grouping", "return_tensors", "image_seq_length", "do_reduce_labels", "ignore_index", "num_labels"),
 )
-# Settings that change nothing at these values, and are known at no other.
+# Settings that have no effect with these values; others are unsupported.
 ONLY: dict[str, tuple[Any, ...]] = {
     "data_format": ("channels_first",),
     "input_data_format": (),
@@ -38,25 +36,25 @@ _SIZES = ({"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edg
 
 
 @dataclass(frozen=True)
-class Steps:
-    """What is done to a picture, in this order. A step that is None or False is left out."""
+class ImageSteps:
+    """The preprocessing steps, in this order. A step that is None or False is skipped."""
 
-    over_white: bool  # alpha is blended over white
+    over_white: bool  # blend alpha over white
     size: Mapping[str, int] | None  # {height, width} | {shortest_edge(, longest_edge)} | {max_height, max_width}
     resample: int  # Pillow's number
-    crop_pct: float | None  # the resized picture is larger by its inverse
-    crop: tuple[int, int] | None  # (height, width) of the middle
+    crop_pct: float | None  # resize to 1 / crop_pct of the size, before the crop
+    crop: tuple[int, int] | None  # (height, width) of the center crop
     factor: float | None
-    offset: bool  # 1 is subtracted after the factor
+    offset: bool  # subtract 1 after the multiplication by factor
     mean: Any
     std: Any  # None: no normalization
-    std_again: bool  # divided by it a second time
-    flip: bool  # BGR
+    std_again: bool  # divide by std a second time
+    flip: bool  # RGB to BGR
     pad: tuple[int, int] | None  # (height, width); zeros at the bottom and right
 
     @classmethod
-    def of(cls, settings: Settings) -> Steps:
-        """The steps that a preprocessor_config.json asks for.
+    def of(cls, settings: Mapping[str, Any]) -> ImageSteps:
+        """The steps of a preprocessor_config.json.
 
         Raises:
             InputError: a setting is missing, unknown, or has an unknown value.
@@ -65,7 +63,7 @@ class Steps:
         missing = [name for name in SWITCHES if name not in given]
         if missing:
             raise InputError(f"{FILE} does not say {', '.join(missing)}; export the model again.")
-        take = _Taken(given)
+        take = _Remaining(given)
         resized, rescaled, normalized = (bool(take.pop(name)) for name in SWITCHES)
         size, resample, pct = take.pop("size"), take.pop("resample"), take.pop("crop_pct")
         crop, crop_size = take.pop("do_center_crop"), take.pop("crop_size")
@@ -73,7 +71,7 @@ class Steps:
         mean, std, again = take.pop("image_mean"), take.pop("image_std"), take.pop("include_top")
         pad, pad_size = take.pop("do_pad"), take.pop("pad_size")
         if not pad and given.get("size_divisor") is not None:
-            take.pop("size_divisor")  # what to pad to
+            take.pop("size_divisor")  # part of padding, which is off
         found = cls(
             over_white=bool(take.pop("do_convert_rgb")),
             size=_size(size) if resized else None,
@@ -93,7 +91,7 @@ class Steps:
 
     @property
     def fixed(self) -> tuple[int, int] | None:
-        """(height, width) that every picture ends with; None where it depends on the picture."""
+        """(height, width) of every result; None if it depends on the image."""
         if self.pad is not None:
             return self.pad
         if self.crop is not None:
@@ -108,7 +106,7 @@ class Steps:
         """float32 [channels, height, width] of uint8 [height, width, channels].
 
         Raises:
-            InputError: the picture is too narrow, or larger than what it is padded to.
+            InputError: the image is too narrow, or larger than the padded size.
         """
         if self.size is not None:
             image = self._resized(image, self.size)
@@ -131,14 +129,14 @@ class Steps:
         if self.crop_pct is None:
             return resize(image, target(image.shape, size), self.resample)
         short = size.get("shortest_edge")
-        if self.crop is not None:  # larger by 1 / crop_pct; the crop that follows takes its middle
+        if self.crop is not None:  # larger by 1 / crop_pct; the center crop follows
             larger = {name: int(edge / self.crop_pct) for name, edge in size.items()}
             if size.get("height") == size.get("width"):
                 larger = {"shortest_edge": larger.get("shortest_edge") or larger["height"]}
             return resize(image, target(image.shape, larger), self.resample)
         if short is None:
             raise InputError(f"{FILE} gives crop_pct with the size {dict(size)}, expected shortest_edge.")
-        if short >= 384:  # squashed, not cropped: https://github.com/facebookresearch/ConvNeXt, datasets.py
+        if short >= 384:  # resized without cropping: https://github.com/facebookresearch/ConvNeXt, datasets.py
             return resize(image, (short, short), self.resample)
         image = resize(image, shortest(image.shape, int(short / self.crop_pct)), self.resample)
         return center_crop(image, (short, short))
@@ -150,10 +148,10 @@ class Steps:
         return row
 
 
-class _Taken:
-    """Settings that are taken out one by one, so that what nobody knows is left."""
+class _Remaining:
+    """Settings that are read one by one; those that remain are unknown."""
 
-    def __init__(self, given: Settings) -> None:
+    def __init__(self, given: Mapping[str, Any]) -> None:
         self.left = dict(given)
 
     def pop(self, name: str) -> Any:
@@ -165,26 +163,26 @@ class _Taken:
         return kind(value)
 
     def nothing_left(self) -> None:
-        # A setting that is switched off asks for nothing; whether that is so, the export tries out.
-        strange = {
+        # A setting that is switched off has no effect; the export compares the result with transformers.
+        unknown = {
             name: value
             for name, value in self.left.items()
             if value is not False and value not in ONLY.get(name, ()) and value not in ("", [], {})
         }
-        if strange:
-            listed = ", ".join(f"{name}={value!r}" for name, value in sorted(strange.items()))
+        if unknown:
+            listed = ", ".join(f"{name}={value!r}" for name, value in sorted(unknown.items()))
             raise InputError(f"{FILE} asks for {listed[:400]}, which edgeformer does not compute.")
 
 
-def pixels(item: Any, settings: Settings | Steps, shape: tuple[int | str, ...]) -> Array:
-    """float32 [channels, height, width] of a picture: a path, a Pillow image, or an array [height, width(, channels)].
+def pixels(item: Any, settings: Mapping[str, Any] | ImageSteps, shape: tuple[int | str, ...]) -> Array:
+    """float32 [channels, height, width] of an image: a path, a Pillow image, or an array [height, width(, channels)].
 
-    `shape` is what the graph takes.
+    `shape` is that of the graph's input.
 
     Raises:
-        InputError: it is none of these, or the steps end in another size than the graph takes.
+        InputError: it is none of these, or the result has another size than the graph's input.
     """
-    steps = settings if isinstance(settings, Steps) else Steps.of(settings)
+    steps = settings if isinstance(settings, ImageSteps) else ImageSteps.of(settings)
     array = steps(read(item, int(shape[0]), over_white=steps.over_white))
     if any(isinstance(want, int) and want != got for want, got in zip(shape, array.shape, strict=True)):
         raise InputError(
@@ -203,7 +201,7 @@ def _whole(value: Any) -> bool:
 
 
 def _size(size: Any) -> Mapping[str, int]:
-    """A size by its edges."""
+    """A size as a mapping of its edges."""
     if isinstance(size, Mapping):
         edges = {name: value for name, value in size.items() if value is not None}
         if set(edges) in _SIZES and all(_whole(value) for value in edges.values()):
@@ -243,7 +241,7 @@ def target(current: Sequence[int], size: Mapping[str, int]) -> tuple[int, int]:
         return int(height * scale), int(width * scale)
     if "longest_edge" not in size:
         return shortest(current, size["shortest_edge"])
-    # The shorter edge, unless the longer one then exceeds its limit: then that one, and the shorter is rounded.
+    # By the shorter edge; if the longer one would exceed its limit, by the longer one, with the shorter rounded.
     limit, edge = size["longest_edge"], float(size["shortest_edge"])
     short = size["shortest_edge"]
     if max(height, width) / min(height, width) * edge > limit:
@@ -255,13 +253,13 @@ def target(current: Sequence[int], size: Mapping[str, int]) -> tuple[int, int]:
 
 
 def shortest(current: Sequence[int], edge: int) -> tuple[int, int]:
-    """(height, width) with the shorter edge given, in the proportions of [height, width, ...]."""
+    """(height, width) with the shorter edge `edge` and the aspect ratio of [height, width, ...]."""
     height, width = current[:2]
     return (int(edge * height / width), edge) if width <= height else (edge, int(edge * width / height))
 
 
 def center_crop(image: Array, size: tuple[int, int]) -> Array:
-    """The middle of the picture; zeros where it is smaller."""
+    """The center of the image; zeros outside of it."""
     height, width = size
     top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
     if top >= 0 and left >= 0:

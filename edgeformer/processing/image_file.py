@@ -1,8 +1,8 @@
-"""A picture as bytes [height, width, channels], from a file, a Pillow image or an array.
+"""An image as uint8 [height, width, channels], from a file, a Pillow image or an array.
 
-A file is opened as transformers' `load_image` opens it: turned upright as its EXIF orientation says, first frame, alpha
-dropped. A Pillow image is taken as an image processor takes it: as its pixels lie, with alpha over white where the
-settings say `do_convert_rgb`. What only loses numbers on the way to bytes is refused.
+A file is read as by transformers' `load_image`: EXIF orientation applied, first frame, alpha dropped. A Pillow image is
+read as by an image processor: without its orientation, alpha blended over white with `do_convert_rgb`. Images of more
+than 8 bits a channel are refused.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from edgeformer.bundle.signature import Array
 from edgeformer.errors import InputError
 
-Array = np.ndarray[Any, Any]
-
 INSTALL = "pip install 'edgeformer[image]'"
-# Pillow's modes with more than 8 bits a channel: its conversion to RGB cuts every value above 255 to white.
+# Pillow's modes of more than 8 bits a channel: its conversion to RGB clips all values above 255.
 _DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -57,7 +56,7 @@ def _blended(array: Array, over_white: bool) -> Array:
     if not over_white:
         raise InputError(
             f"The picture is uint8{list(array.shape)}, with an alpha channel, and the model's settings do not say "
-            "what becomes of it (no do_convert_rgb); give [height, width, 3]."
+            "how to remove it (no do_convert_rgb); give [height, width, 3]."
         )
     alpha = array[..., 3:] / 255
     blended: Array = np.round(alpha * array[..., :3] + (1 - alpha) * 255).astype(np.uint8)
@@ -75,7 +74,7 @@ def _open(path: str | os.PathLike[str], channels: int, over_white: bool) -> Arra
         with Image.open(path) as image:
             _shallow(image, str(path))
             upright = ImageOps.exif_transpose(image)
-            # This drops alpha, but keeps the one transparent colour that a palette or a PNG file may name.
+            # This drops alpha; a palette's or PNG file's transparent colour keeps its RGB value.
             return _bytes(upright.convert("RGB") if channels == 3 else upright, str(path), channels, over_white)
     except InputError:
         raise
@@ -84,7 +83,7 @@ def _open(path: str | os.PathLike[str], channels: int, over_white: bool) -> Arra
             f"{path} has more pixels than Pillow opens: {error} Make it smaller, or raise "
             "PIL.Image.MAX_IMAGE_PIXELS if you trust it."
         ) from error
-    # SyntaxError and EOFError are how Pillow's decoders say that a file is damaged.
+    # Pillow's decoders raise SyntaxError and EOFError for damaged files.
     except (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, KeyError) as error:
         raise InputError(f"{path} cannot be read as a picture: {error}.") from error
 

@@ -1,4 +1,4 @@
-"""From the states of tokens to one vector a text, and from vectors and logits to scores."""
+"""Pooling of hidden states to one vector for each text; similarity, activation and softmax."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from edgeformer.bundle.signature import Array
 from edgeformer.errors import InputError
 
-Array = np.ndarray[Any, Any]
 Pooling = Literal["mean", "cls", "max", "last", "mean_sqrt_len", "weightedmean"]
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 SIMILARITIES = get_args(Similarity)
@@ -26,7 +26,7 @@ _TINY = 1e-12  # shorter vectors are divided by it, as torch.nn.functional.norma
 
 
 def modes_of(pooling: str | Sequence[str]) -> tuple[str, ...]:
-    """The modes whose vectors are joined.
+    """The pooling modes; their vectors are concatenated.
 
     Raises:
         InputError: one is unknown, or there is none.
@@ -38,9 +38,9 @@ def modes_of(pooling: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def pool(states: Array, mask: Array | None, modes: Sequence[str], pooled: Array | None = None) -> Array:
-    """float32 [batch, len(modes) * size] of the states [batch, length, size].
+    """float32 [batch, len(modes) * size] of the hidden states [batch, length, size].
 
-    `mask` [batch, length] is 0 at padding. `pooled`, of the same shape, is also 0 at tokens that are left out (a
+    `mask` [batch, length] is 0 at padding. `pooled`, of the same shape, is 0 also at tokens to exclude (those of a
     prompt). The formulas are those of sentence-transformers' Pooling.
     """
     seen = np.ones(states.shape[:2], np.int64) if mask is None else mask
@@ -54,7 +54,7 @@ def _pool_one(mode: str, states: Array, mask: Array, seen: Array) -> Array:
     if mode == "cls":
         vectors = states[rows, mask.argmax(1)]
         return vectors
-    if mode == "last":  # of no token at all: zeros
+    if mode == "last":  # zeros if there is no token
         last = (places * mask).max(1)
         vectors = states[rows, last] * mask[rows, last, None].astype(np.float32)
         return vectors
@@ -62,7 +62,7 @@ def _pool_one(mode: str, states: Array, mask: Array, seen: Array) -> Array:
         vectors = np.where(mask[..., None] > 0, states, -np.inf).max(1)
         return vectors
     weights = mask.astype(np.float32)
-    if mode == "weightedmean":  # 1, 2, 3, ... from the first token that is no padding
+    if mode == "weightedmean":  # 1, 2, 3, ... from the first token that is not padding
         weights = weights * (places + 1 - seen.argmax(1)[:, None]).astype(np.float32)
     count = np.maximum(weights.sum(-1, keepdims=True), np.float32(1e-9))
     vectors = (states * weights[..., None]).sum(1) / (np.sqrt(count) if mode == "mean_sqrt_len" else count)
@@ -70,13 +70,13 @@ def _pool_one(mode: str, states: Array, mask: Array, seen: Array) -> Array:
 
 
 def unit(vectors: Array) -> Array:
-    """Each row at length 1."""
+    """Each row divided by its length."""
     found: Array = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), _TINY)
     return found
 
 
 def similarity(a: Any, b: Any, function: str) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """float32 [len(a), len(b)]: higher is more alike. Distances are negative.
+    """float32 [len(a), len(b)]: higher is more similar. Distances are negated.
 
     Raises:
         InputError: the function is unknown, or the vectors are of different sizes.
@@ -98,7 +98,7 @@ def similarity(a: Any, b: Any, function: str) -> np.ndarray[Any, np.dtype[np.flo
 
 
 def activate(logits: Array, name: str) -> Array:
-    """The scores that the activation `name` makes of logits."""
+    """The logits after the activation `name`."""
     functions: dict[str, Callable[[Array], Array]] = {
         "identity": lambda x: x,
         "sigmoid": _sigmoid,
@@ -111,11 +111,11 @@ def activate(logits: Array, name: str) -> Array:
 
 
 def _sigmoid(x: Array) -> Array:
-    return np.exp(-np.logaddexp(-x, 0))  # without overflow at either end
+    return np.exp(-np.logaddexp(-x, 0))  # does not overflow
 
 
 def softmax(logits: Array) -> Array:
-    """Over the last axis."""
+    """Softmax over the last axis."""
     powers = np.exp(logits - logits.max(-1, keepdims=True))
-    shares: Array = powers / powers.sum(-1, keepdims=True)
-    return shares
+    scores: Array = powers / powers.sum(-1, keepdims=True)
+    return scores

@@ -1,22 +1,20 @@
-"""Resizing a picture of bytes with the result of Pillow 13, bit for bit, so that a device needs no Pillow.
+"""Resizing 8-bit images with the bits of Pillow 13, so that a device needs no Pillow.
 
-A separable filter, widened where the picture shrinks. Weights are fixed-point numbers of 22 bits and each of the two
+A separable filter, widened when the image is reduced. Weights are fixed-point numbers of 22 bits, and each of the two
 passes rounds to bytes: https://pillow.readthedocs.io/en/stable/handbook/concepts.html#filters
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
+from edgeformer.bundle.signature import Array
 from edgeformer.errors import InputError
 
-Array = np.ndarray[Any, Any]
-
 NEAREST = 0
-_ONE = 1 << 22  # fixed point: 8 bits of value and 2 bits of headroom of a 32-bit sum are left
+_ONE = 1 << 22  # 22 bits leave 8 bits of value and 2 bits of headroom in a 32-bit sum
 
 
 def resize(image: Array, size: tuple[int, int], resample: int) -> Array:
@@ -37,7 +35,7 @@ def resize(image: Array, size: tuple[int, int], resample: int) -> Array:
         nearest: Array = image[_nearest(image.shape[0], height)][:, _nearest(image.shape[1], width)]
         return nearest
     lost, narrowed = image.shape[0] - height, image.shape[1] - width
-    # Each pass rounds, so their order shows. Pillow begins with the columns of a picture that loses far more rows.
+    # Each pass rounds, so their order matters. Pillow resizes the rows first if the height is reduced far more.
     # https://github.com/python-pillow/Pillow/pull/9549, since 13.0
     tall_first = lost > 0 and lost > 2 * narrowed
     for axis in (0, 1) if tall_first else (1, 0):
@@ -47,7 +45,7 @@ def resize(image: Array, size: tuple[int, int], resample: int) -> Array:
 
 
 def _nearest(before: int, after: int) -> Array:
-    """[after]: which old row each new row is; positions are summed step by step, as rounding makes a difference."""
+    """int64 [after]: the old row of each new row. Positions are summed step by step, for the same rounding."""
     step = before / after
     positions = np.full(after, step)
     positions[0] = step * 0.5
@@ -59,24 +57,24 @@ def _along_first(image: Array, after: int, resample: int) -> Array:
     flat = np.ascontiguousarray(image).reshape(len(image), -1)
     out = np.empty((after, flat.shape[1]), np.uint8)
     for row, (first, weights) in enumerate(_windows(len(image), after, resample)):
-        # Integers below 2**53 in float64: the product is exact whatever the order of its sum.
+        # Integers below 2**53 in float64: the sum is exact in any order.
         total = weights @ flat[first : first + len(weights)].astype(np.float64)
         out[row] = np.floor((total + _ONE // 2) / _ONE).clip(0, 255)
     return out.reshape(after, *image.shape[1:])
 
 
 def _windows(before: int, after: int, resample: int) -> list[tuple[int, Array]]:
-    """For each new row (the first old row that it sees, fixed-point weights from there on)."""
+    """For each new row: (the first old row, fixed-point weights from there on)."""
     kernel, support = FILTERS[resample]
     scale = before / after
-    stretch = max(scale, 1.0)  # shrinking averages over all rows that a new one covers
+    stretch = max(scale, 1.0)  # a reduction averages over all rows that a new one covers
     found = []
     for row in range(after):
         center = (row + 0.5) * scale
         first = max(int(center - support * stretch + 0.5), 0)
         last = min(int(center + support * stretch + 0.5), before)
         weights = kernel((np.arange(first, last) - center + 0.5) * (1.0 / stretch))
-        weights = weights / np.add.accumulate(weights)[-1]  # summed in order, as each weight is rounded afterwards
+        weights = weights / np.add.accumulate(weights)[-1]  # summed in order, for the same rounding
         found.append((first, np.trunc(weights * _ONE + np.copysign(0.5, weights))))
     return found
 
@@ -104,7 +102,7 @@ def _lanczos(x: Array) -> Array:
     return np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0.0)
 
 
-# Pillow's number -> (kernel, how far it reaches).
+# Pillow's number -> (kernel, its support).
 FILTERS: dict[int, tuple[Callable[[Array], Array], float]] = {
     1: (_lanczos, 3.0),
     2: (_triangle, 1.0),

@@ -1,4 +1,4 @@
-"""Text to token ids and back: the bundle's `tokenizer.json`, the settings beside it, and its chat format."""
+"""Text to token ids and back: `tokenizer.json`, `tokenizer_config.json` and the chat templates of a bundle."""
 
 from __future__ import annotations
 
@@ -25,46 +25,46 @@ class Encoded:
 
     ids: list[int]
     type_ids: list[int]  # 1 for the second text of a pair
-    offsets: list[tuple[int, int]]  # the characters that it stands for
-    special: list[int]  # 1 for tokens that stand for no characters
-    words: list[int | None]  # the number of the word that it is a part of
+    offsets: list[tuple[int, int]]  # characters of the text
+    special: list[int]  # 1 for special tokens
+    words: list[int | None]  # index of the word
 
 
 class Tokenizer:
     """A bundle's tokenizer. Immutable; threads may share it.
 
-    `settings` is `tokenizer_config.json`. Of it count `split_special_tokens`, `truncation_side`, `pad_token`,
-    `clean_up_tokenization_spaces`, `chat_control_tokens` and the special tokens; all else that transformers makes of
-    the file is in `tokenizer.json` already, where its `save_pretrained` puts it. `template` stands above the settings'.
+    `settings` is `tokenizer_config.json`. Used are `split_special_tokens`, `truncation_side`, `pad_token`,
+    `clean_up_tokenization_spaces`, `chat_control_tokens` and the special tokens; the other settings are already in
+    `tokenizer.json`, where transformers' `save_pretrained` writes them. `template` overrides that of the settings.
     """
 
     def __init__(self, backend: Any, settings: Mapping[str, Any], template: str | None = None) -> None:
-        # The file may ask for both; whoever cuts or pads a text here says so.
+        # tokenizer.json may switch on both; here they are arguments of each call.
         backend.no_padding()
         backend.no_truncation()
         self._splits = bool(settings.get("split_special_tokens", False))
         backend.encode_special_tokens = self._splits
         self._backend = backend
         self._more_special = _more_special(settings)
-        # A tokenizer whose class gives no types leaves them to the model: all 0, those of a second text too.
+        # Without token types in its class, the model's default is 0, also for a second text.
         self.gives_types = "token_type_ids" in settings.get("model_input_names", ("token_type_ids",))
         self._variants: dict[tuple[int | None, bool], Any] = {(None, self._splits): backend}
         self._side = settings.get("truncation_side", "right")
         self._cleans = bool(settings.get("clean_up_tokenization_spaces")) and (
-            type(backend.model).__name__ != "BPE"  # transformers leaves byte pairs alone: their spaces are the text's
+            type(backend.model).__name__ != "BPE"  # as transformers: in BPE, spaces are part of the text
             or bool(settings.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"))
         )
         self._falls_back = '"ByteFallback"' in _decoder(backend)
         self.special_tokens = _special_tokens(settings)
         pad = self.special_tokens.get("pad_token")
         self.pad_id: int | None = None if pad is None else backend.token_to_id(pad)
-        self._fill = self.special_tokens.get("fill_token")  # Code Llama's class makes an infilling prompt of it
+        self._fill = self.special_tokens.get("fill_token")  # Code Llama: marks an infilling prompt
         self._control = settings.get("chat_control_tokens")
         self.chat = ChatFormat(_templates(settings, template), self.special_tokens)
 
     @classmethod
     def of(cls, bundle: Bundle) -> Tokenizer | None:
-        """The bundle's tokenizer; None where the bundle has none (its prompts are token ids).
+        """The bundle's tokenizer; None if it has none (prompts are token ids).
 
         Raises:
             BundleError: `tokenizer.json` is damaged.
@@ -74,7 +74,7 @@ class Tokenizer:
 
     @classmethod
     def read(cls, path: Path, settings: Path | None, template: Path | None) -> Tokenizer:
-        """The tokenizer in `path`, with `tokenizer_config.json` and `chat_template.jinja` where there are such files.
+        """The tokenizer in `path`, with `tokenizer_config.json` and `chat_template.jinja` if they exist.
 
         Raises:
             BundleError: a file is damaged.
@@ -88,24 +88,24 @@ class Tokenizer:
         return cls(backend, read_json(settings) if settings else {}, _text(template) if template else None)
 
     def encode(self, text: str, add_special_tokens: bool = True, split_special_tokens: bool | None = None) -> list[int]:
-        """Token ids; with `add_special_tokens` also the begin and end tokens that the tokenizer itself adds.
+        """Token ids; with `add_special_tokens` also the tokenizer's begin and end tokens.
 
-        As in transformers, a special token's text within `text` becomes that token; with `split_special_tokens` it is
-        text as any other. The default is the tokenizer's own setting, which is nearly always False.
+        As in transformers, the text of a special token becomes that token; with `split_special_tokens` it is encoded as
+        text. The default is the tokenizer's setting, which is nearly always False.
         """
         if not isinstance(text, str):
             raise InputError(f"The text is {type(text).__name__}, expected str.")
         if self._fill is not None and self._fill in text:
-            raise InputError(f"{self._fill} asks for infilling, which is not done here; write the model's own prompt.")
+            raise InputError(f"{self._fill} asks for infilling, which is unsupported; write the model's own prompt.")
         backend = self._variant(None, self._splits if split_special_tokens is None else split_special_tokens)
         ids: list[int] = _encoded(lambda: backend.encode(text, add_special_tokens=add_special_tokens)).ids
         return ids
 
     def encode_for_encoder(self, text: str | tuple[str, str], max_length: int | None = None) -> Encoded:
-        """A text, or two, as an encoder takes it: with special tokens, cut to `max_length` tokens.
+        """A text or a pair of texts for an encoder: with special tokens, truncated to `max_length` tokens.
 
         Raises:
-            InputError: it is neither text nor a pair of texts.
+            InputError: `text` is neither.
         """
         pair = isinstance(text, tuple) and len(text) == 2 and all(isinstance(part, str) for part in text)
         if not isinstance(text, str) and not pair:
@@ -116,20 +116,21 @@ class Tokenizer:
         return Encoded(found.ids, types, found.offsets, found.special_tokens_mask, found.word_ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        """The text of `ids`; invalid UTF-8 becomes U+FFFD."""
         text = self._decode(ids, skip_special_tokens)
         return clean_up(text) if self._cleans else text
 
-    def token(self, id: int) -> str | None:
-        """The entry of the vocabulary as it is stored; None where there is none."""
+    def token(self, id: int) -> str | None:  # noqa: A002
+        """The vocabulary's entry; None if there is none."""
         text: str | None = self._backend.id_to_token(id)
         return text
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Ids of the tokens that tokenizer_config.json calls special."""
+        """Ids of the special tokens in tokenizer_config.json."""
         more = [*self._more_special, *self.special_tokens.values()]
-        return frozenset(id for token in more if (id := self._backend.token_to_id(token)) is not None)
+        found = map(self._backend.token_to_id, more)
+        return frozenset(number for number in found if number is not None)
 
     @property
     def size(self) -> int:
@@ -138,7 +139,7 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether there is one for messages alone; others may have names."""
+        """Whether there is a default template, which takes messages only."""
         return DEFAULT in self.chat.names
 
     def render_chat(
@@ -155,17 +156,18 @@ class Tokenizer:
         """The messages in the model's own chat format, as transformers' `apply_chat_template` renders them.
 
         Args:
-            add_generation_prompt: Ends with what begins an answer; None: unless the last message is continued.
-            continue_final_message: Leaves the last message open, for the model to go on with; or names the field of
-                it that is continued (`reasoning_content`).
-            tools: JSON schemas of functions. A bundle with a template `tool_use` takes that one for them.
+            messages: Mappings with `role` and `content`.
+            add_generation_prompt: Append the beginning of an answer. None: yes, unless the last message is continued.
+            continue_final_message: The model continues the last message, or the field of it with this name
+                (`reasoning_content`).
+            tools: JSON schemas of functions. The template `tool_use` is used for them, if the bundle has it.
             documents: Mappings, usually with `title` and `text`.
-            template: The name of one of the bundle's templates, or the text of another.
-            variables: What else the template reads (`enable_thinking`, ...).
+            template: The name of a template of the bundle, or the text of a template.
+            variables: Other variables of the template (`enable_thinking`, ...).
 
         Raises:
             TemplateError: the bundle has no such template, or it refuses the messages.
-            InputError: a message is no mapping with a `role` and a `content`.
+            InputError: a message is not a mapping with a `role` and a `content`.
         """
         request = ChatRequest(add_generation_prompt, continue_final_message, tools, documents, template, variables)
         return self.chat.render(messages, request)
@@ -182,12 +184,11 @@ class Tokenizer:
         template: str | None = None,
         **variables: Any,
     ) -> list[int]:
-        """Token ids of the messages in the model's chat format; see `render_chat`. The template says where they begin,
-        so no other begin token is added.
+        """Token ids of the messages in the model's chat format; see `render_chat` for the arguments.
 
-        As in transformers, the rendered text is encoded as a whole: the text of a special token inside a message
-        becomes that token. With `sanitize_control_tokens` it stays text, and only the template writes such tokens:
-        the choice for messages of strangers.
+        The template writes the begin token; none is added. As in transformers, the rendered text is encoded as a whole:
+        the text of a special token in a message becomes that token. With `sanitize_control_tokens` it stays text, and
+        only the template writes such tokens: use it for untrusted messages.
 
         Raises:
             TemplateError: as `render_chat`.
@@ -210,12 +211,12 @@ class Tokenizer:
         text: str = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
 
-    def _is_byte(self, id: int) -> bool:
-        token = self.token(id) if self._falls_back else None
+    def _is_byte(self, number: int) -> bool:
+        token = self.token(number) if self._falls_back else None
         return token is not None and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
     def _variant(self, max_length: int | None, splits: bool) -> Any:
-        """The backend that cuts to `max_length` tokens and splits special tokens: both are states of a backend."""
+        """A backend that truncates to `max_length` and splits special tokens or not: both are settings of a backend."""
         key = (max_length, splits)
         if key not in self._variants:
             copy = type(self._backend).from_str(self._backend.to_str())
@@ -243,7 +244,7 @@ class Tokenizer:
         """Token ids of a rendered text in which MARKS stand around control tokens that are text."""
         begin, end = MARKS
         added = any_of([token.content for token in self._backend.get_added_tokens_decoder().values()])
-        # Text, a marked token, text, a marked token, ..., text; None for a mark whose other half the template cut off.
+        # Text, a marked token, text, a marked token, ..., text; None for a mark without its other half.
         parts = re.split(f"{begin}({added.pattern}){end}|[{begin}{end}]", text)
         ids = self.encode(parts[0], add_special_tokens=False)
         for index, part in enumerate(parts[1:], 1):
@@ -252,9 +253,9 @@ class Tokenizer:
         return ids
 
     def _inner_ids(self, part: str, encode: Callable[[str], list[int]]) -> list[int]:
-        """Token ids of a part that does not begin the text: encoded behind a newline, without the newline's ids.
+        """Token ids of a part inside the text: encoded after a newline, without the newline's ids.
 
-        At the beginning of a text, tokenizers of SentencePiece's kind would add a space.
+        SentencePiece tokenizers would add a space at the beginning of a text.
         """
         newline = self._text_ids("\n")
         ids = encode("\n" + part)
@@ -264,7 +265,7 @@ class Tokenizer:
         return self.encode(text, add_special_tokens=False)
 
     def _plain_ids(self, text: str) -> list[int]:
-        """Token ids of the text alone: no added token is looked for, special or not."""
+        """Token ids of the text without matching added tokens, special or not."""
         backend = self._backend
         token = text.removeprefix("\n")
         if backend.normalizer is not None:
@@ -286,7 +287,7 @@ def _encoded(encode: Callable[[], Any]) -> Any:
 
 
 def _decoder(backend: Any) -> str:
-    """The backend's decoder as JSON; empty where it has none."""
+    """The backend's decoder as JSON; empty if it has none."""
     if backend.decoder is None:
         return ""
     state: bytes = backend.decoder.__getstate__()
@@ -294,7 +295,7 @@ def _decoder(backend: Any) -> str:
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """name -> text of the special tokens that a template may read, those of this model alone too."""
+    """Name -> text of the special tokens that a template may read, those of this model alone too."""
     named = {name: value for name, value in settings.items() if name.endswith("_token")}
     for group in ("model_specific_special_tokens", "extra_special_tokens"):
         named |= settings[group] if isinstance(settings.get(group), dict) else {}
@@ -307,7 +308,7 @@ def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _more_special(settings: Mapping[str, Any]) -> list[str]:
-    """Special tokens that have no name, or a name of the model's own."""
+    """Special tokens without a name, or with a model-specific one."""
     found = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     listed = found.values() if isinstance(found, Mapping) else found
     texts = (token.get("content") if isinstance(token, Mapping) else token for token in listed)
@@ -315,7 +316,7 @@ def _more_special(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _templates(settings: Mapping[str, Any], file: str | None) -> dict[str, str]:
-    """name -> template. A file stands above the settings, which have one, or a list of several with names."""
+    """Name -> template. A file stands above the settings, which have one, or a list of several with names."""
     value = settings.get("chat_template")
     if isinstance(value, list):
         value = {part.get("name"): part.get("template") for part in value if isinstance(part, Mapping)}

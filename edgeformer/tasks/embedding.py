@@ -1,4 +1,4 @@
-"""What an app wants of an encoder: one vector a text or picture, and labels with their scores."""
+"""Encoders: one vector for each text or picture, and labels with their scores."""
 
 from __future__ import annotations
 
@@ -9,23 +9,20 @@ from typing import Any
 import numpy as np
 
 from edgeformer.bundle.bundle import Bundle
-from edgeformer.bundle.signature import IDS
+from edgeformer.bundle.signature import IDS, MASK, TYPES, Array
 from edgeformer.engines.base import Engine
 from edgeformer.errors import BundleError, InputError
 from edgeformer.processing.pooling import activate, modes_of, pool, softmax, unit
 from edgeformer.processing.tokenizer import Encoded, Tokenizer
 
-Array = np.ndarray[Any, Any]
-MASK = "attention_mask"
 POOLED = "pooling_mask"  # 0 at tokens that a graph with its own pooling leaves out: those of a prompt
-TYPES = "token_type_ids"
 VECTORS = ("sentence_embedding", "text_embeds", "image_embeds")  # outputs that are one vector already
-STATES = "last_hidden_state"
+HIDDEN_STATES = "last_hidden_state"
 
 
 @dataclass(frozen=True)
 class Label:
-    """A label of the model's config and its probability; of a cross-encoder, what its own activation gives."""
+    """A label of the model's config and its probability; for a cross-encoder the value of its activation."""
 
     label: str
     score: float
@@ -44,7 +41,7 @@ class Entity:
 
 @dataclass(frozen=True)
 class Ranked:
-    """A document by its place in the list that was ranked, and its score."""
+    """A document: its index in the ranked list, and its score."""
 
     index: int
     score: float
@@ -52,7 +49,7 @@ class Ranked:
 
 @dataclass(frozen=True)
 class EmbedOptions:
-    """How vectors are made of states; what is None is the bundle's own.
+    """How hidden states become vectors; None means the setting of the bundle.
 
     Raises:
         InputError: a value is out of its range.
@@ -74,7 +71,7 @@ class EmbedOptions:
 
 @dataclass(frozen=True)
 class Encoder:
-    """An engine with what its bundle says about the work before and after it."""
+    """An encoder: its engine, and the bundle's settings of what comes before and after the graph."""
 
     bundle: Bundle
     engine: Engine
@@ -82,16 +79,19 @@ class Encoder:
 
     @property
     def inputs(self) -> Mapping[str, Any]:
+        """The inputs of the graph by name, as the manifest describes them."""
         ports: Mapping[str, Any] = self.bundle.manifest["graphs"]["model"]["inputs"]
         return ports
 
     @property
     def outputs(self) -> Mapping[str, Any]:
+        """The outputs of the graph by name, as the manifest describes them."""
         ports: Mapping[str, Any] = self.bundle.manifest["graphs"]["model"]["outputs"]
         return ports
 
     @property
     def processing(self) -> Mapping[str, Any]:
+        """The manifest's settings of pooling, normalization, prompts and lengths."""
         settings: Mapping[str, Any] = self.bundle.manifest.get("processing") or {}
         return settings
 
@@ -99,13 +99,13 @@ class Encoder:
         self, items: Sequence[Any], options: EmbedOptions, batch_size: int
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
         """float32 [len(items), size]; see `Model.embed`."""
-        name = next((name for name in (*VECTORS, STATES) if name in self.outputs), None)
+        name = next((name for name in (*VECTORS, HIDDEN_STATES) if name in self.outputs), None)
         if name is None:
             raise InputError(
                 f"{self.bundle.path} is a {self.bundle.task} model and gives {', '.join(self.outputs)}; embeddings "
-                f"need an output {STATES} or {VECTORS[0]}."
+                f"need an output {HIDDEN_STATES} or {VECTORS[0]}."
             )
-        if options.pooling is not None and name != STATES:
+        if options.pooling is not None and name != HIDDEN_STATES:
             raise InputError(
                 f"{self.bundle.path} gives {name}, one vector an item, so there is nothing to pool; leave pooling out."
             )
@@ -190,6 +190,7 @@ class Encoder:
         return found
 
     def label(self, index: int) -> str:
+        """The name of a label, from config.json."""
         names = self.bundle.config.get("id2label") or {}
         return str(names.get(str(index), f"LABEL_{index}"))
 
@@ -229,10 +230,10 @@ class Encoder:
         if prompt:
             raise InputError(f"{self.bundle.path} takes no text, so there is no place for the prompt {prompt!r}.")
         if "pixel_values" in self.inputs:
-            from edgeformer.processing.image import Steps, pixels
+            from edgeformer.processing.image import ImageSteps, pixels
 
             shape = self.inputs["pixel_values"]["shape"]
-            steps = Steps.of(self._preprocessor())
+            steps = ImageSteps.of(self._preprocessor())
             for start in range(0, len(items), batch_size):
                 part = items[start : start + batch_size]
                 arrays = np.stack([pixels(item, steps, tuple(shape[1:])) for item in part])

@@ -1,21 +1,19 @@
-"""What a Model offers of an encoder: vectors, labels, scores of pairs."""
+"""The methods of a Model that is an encoder: vectors, labels, scores of pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgeformer.errors import InputError
 from edgeformer.processing.pooling import ACTIVATIONS, Pooling, Similarity, similarity
+from edgeformer.tasks.choose import Task
 from edgeformer.tasks.embedding import EmbedOptions, Encoder, Entity, Label, Ranked
 
 if TYPE_CHECKING:
     from edgeformer.bundle.bundle import Bundle
-    from edgeformer.engines.base import Engine
-    from edgeformer.processing.tokenizer import Tokenizer
 
 F32 = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -24,14 +22,7 @@ class EncoderMethods:
     """The part of `Model` that does not generate."""
 
     bundle: Bundle
-    engine: Engine
-    tokenizer: Tokenizer | None
-    _encoder: Engine | None
-
-    @property
-    def is_language_model(self) -> bool:
-        """Whether the graph goes on with a text."""
-        raise NotImplementedError
+    _task: Task
 
     def embed(
         self,
@@ -46,8 +37,8 @@ class EncoderMethods:
     ) -> F32:
         """One vector for each text or picture, float32 [len(items), size].
 
-        Texts may be pairs of them; pictures are paths, Pillow images, or uint8 [height, width, 3]. What is None is the
-        bundle's own: the `prompt` that stands before each text (`prompt_name` names one of the bundle's; `prompt=""`
+        Texts may be pairs of them; pictures are paths, Pillow images, or uint8 [height, width, 3]. None means the
+        setting of the bundle: the `prompt` before each text (`prompt_name` selects one of the bundle; `prompt=""`
         leaves it out), `pooling` (several are joined), and whether to `normalize` to length 1. A model that gives one
         vector is not pooled. The first `dimensions` are kept, as Matryoshka models allow it; these are at length 1
         only with `normalize=True`, as in sentence-transformers.
@@ -133,8 +124,8 @@ class EncoderMethods:
         order = np.argsort(-scores, kind="stable")[:top_k]
         return [Ranked(int(i), float(scores[i])) for i in order]
 
-    @cached_property
+    @property
     def _encoding(self) -> Encoder:
-        if self._encoder is not None or self.is_language_model:
+        if not isinstance(self._task, Encoder):
             raise InputError(f"{self.bundle.path} is a {self.bundle.task} model: it generates, and has no such method.")
-        return Encoder(self.bundle, self.engine, self.tokenizer)
+        return self._task

@@ -1,1 +1,1 @@
-"""What looks at bundles and machines: doctor, bench, verify."""
+"""Tools for bundles and machines: doctor, bench, verify."""

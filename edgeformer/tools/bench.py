@@ -1,7 +1,7 @@
 """How fast a bundle runs here: prompt processing and token generation, in llama-bench's terms.
 
-`pp512` is a prompt of 512 random tokens, `tg128` are 128 tokens one by one; `@ d1024` means on top of 1024 tokens that
-are in the cache already. Loading, tokenizing and sampling are not in the times. One unmeasured run comes first.
+`pp512` is a prompt of 512 random tokens. `tg128` are 128 tokens one by one. `@ d1024` means that the KV cache already
+holds 1024 tokens. The times exclude loading, tokenizing and sampling. A warm-up run comes first.
 """
 
 from __future__ import annotations
@@ -11,23 +11,27 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
 import edgeformer
-from edgeformer.bundle.signature import IDS, KEEP
-from edgeformer.decoding.loop import CHUNK, Limits
+from edgeformer.bundle.signature import IDS
+from edgeformer.decoding.limits import Limits
 from edgeformer.engines.base import Engine, State
+from edgeformer.engines.feed import CHUNK, feed
+from edgeformer.engines.options import EngineOptions
 from edgeformer.errors import EngineUnavailable, InputError
 from edgeformer.machine import cpu_name, peak_memory
-from edgeformer.model import EngineName, Model, load
+from edgeformer.model import Model, load
+
+Kind = Literal["pp", "tg"]  # prompt processing, token generation
 
 
 @dataclass(frozen=True)
 class Row:
-    """One test: its rates in tokens/s, one a repetition."""
+    """The rates of one test in tokens/s, one for each repetition."""
 
     test: str
     engine: str
@@ -36,14 +40,16 @@ class Row:
 
     @property
     def median(self) -> float:
+        """The middle of the rates."""
         return statistics.median(self.rates)
 
     @property
     def spread(self) -> float:
-        """Half of the distance from the slowest to the fastest repetition, as a share of the median."""
+        """Half of the distance from the slowest to the fastest repetition, as a fraction of the median."""
         return (max(self.rates) - min(self.rates)) / 2 / self.median
 
     def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
         return {
             "test": self.test,
             "engine": self.engine,
@@ -66,6 +72,7 @@ class Benchmark:
     rows: tuple[Row, ...]
 
     def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
         return {
             "bundle": self.bundle,
             "machine": self.machine,
@@ -100,66 +107,102 @@ class Benchmark:
         return "\n".join([line(head), rule, *map(line, body), "", note])
 
 
-def bench(
-    path: str | os.PathLike[str],
-    *,
-    engine: EngineName = "auto",
-    threads: Sequence[int | None] = (None,),
-    prompts: Sequence[int] = (512,),
-    generated: Sequence[int] = (128,),
-    depths: Sequence[int] = (0,),
-    repetitions: int = 5,
-    isa: str | None = None,
-    kv: str = "auto",
-    context: int | None = None,
-    progress: Callable[[str, int, int], None] = lambda test, done, total: None,
-) -> Benchmark:
-    """Rates of every test in prompts and generated, at every depth, for every number of threads.
-
-    `progress` is told (test, runs done, runs in all).
+@dataclass(frozen=True)
+class Workload:
+    """The tests to run: each prompt length and each number of generated tokens, at each depth.
 
     Raises:
-        InputError: a count is out of range, the model is no language model, or a test does not fit its context.
+        InputError: a count is out of range, or there is no test.
+    """
+
+    prompts: Sequence[int] = (512,)
+    generated: Sequence[int] = (128,)
+    depths: Sequence[int] = (0,)
+    repetitions: int = 5
+
+    def __post_init__(self) -> None:
+        for name, least in (("prompts", 1), ("generated", 1), ("depths", 0)):
+            values = getattr(self, name)
+            if any(type(value) is not int or value < least for value in values):
+                raise InputError(f"{name} is {list(values)}, expected whole numbers of at least {least}.")
+        if type(self.repetitions) is not int or self.repetitions < 1:
+            raise InputError(f"repetitions is {self.repetitions!r}, expected a whole number of at least 1.")
+        if not self.tests:
+            raise InputError("There is nothing to measure: give at least one prompt or generation length.")
+
+    @property
+    def tests(self) -> list[Test]:
+        """Depth by depth, prompts before generation."""
+        kinds: tuple[tuple[Kind, Sequence[int]], ...] = (("pp", self.prompts), ("tg", self.generated))
+        return [Test(kind, count, depth) for depth in self.depths for kind, counts in kinds for count in counts]
+
+
+@dataclass(frozen=True)
+class Test:
+    """One test: "pp" is a prompt of `tokens` tokens, "tg" generates them one by one, with `depth` tokens before."""
+
+    __test__ = False  # pytest: not a class of tests
+
+    kind: Kind
+    tokens: int
+    depth: int
+
+    @property
+    def name(self) -> str:
+        """`pp512`, or `tg128 @ d1024`."""
+        return f"{self.kind}{self.tokens}" + (f" @ d{self.depth}" if self.depth else "")
+
+
+def bench(
+    path: str | os.PathLike[str],
+    workload: Workload | None = None,
+    engine: EngineOptions | None = None,
+    *,
+    threads: Sequence[int | None] = (None,),
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Benchmark:
+    """Rates of every test of `workload`, for every number of threads (None: the physical cores).
+
+    `progress` is called with (test, runs done, runs in all).
+
+    Raises:
+        InputError: the model is no language model, or a test does not fit its context.
         BundleError, EngineUnavailable: as `load`.
     """
-    for name, values, least in (("prompts", prompts, 1), ("generated", generated, 1), ("depths", depths, 0)):
-        if any(type(value) is not int or value < least for value in values):
-            raise InputError(f"{name} is {list(values)}, expected whole numbers of at least {least}.")
-    if type(repetitions) is not int or repetitions < 1:
-        raise InputError(f"repetitions is {repetitions!r}, expected a whole number of at least 1.")
-    tests = _tests(prompts, generated, depths)
+    workload, engine = workload or Workload(), engine or EngineOptions()
     if not threads:
         raise InputError("There is nothing to measure: give at least one number of threads.")
+    tests = workload.tests
     rows: list[Row] = []
-    total, done = len(tests) * len(threads) * (repetitions + 1), 0
+    total, done = len(tests) * len(threads) * (workload.repetitions + 1), 0
     for count in threads:
         began = time.perf_counter()
-        model = load(path, engine, count, isa=isa, kv=kv, context=context)
+        model = load(path, **replace(engine, threads=count).arguments())
         seconds = time.perf_counter() - began
         if not model.is_language_model:
             raise InputError(f"{path} is a {model.bundle.task} model; bench measures language models.")
         _check_fit(model, tests)
-        for kind, tokens, depth in tests:
-            name = _name(kind, tokens, depth)
-            base = _filled(model, depth)
+        for test in tests:
+            base = _filled(model, test.depth)
             rates = []
-            for repetition in range(repetitions + 1):  # the first only warms up
-                progress(name, done, total)
-                rate = _measure(model, base.fork(), kind, tokens)
+            for repetition in range(workload.repetitions + 1):  # the first is a warm-up
+                if progress is not None:
+                    progress(test.name, done, total)
+                rate = _measure(model, base.fork(), test)
                 done += 1
                 if repetition:
                     rates.append(rate)
-            rows.append(Row(name, model.engine.name, getattr(model.engine, "threads", count), tuple(rates)))
-    progress("", done, total)
+            rows.append(Row(test.name, model.engine.name, getattr(model.engine, "threads", count), tuple(rates)))
+    if progress is not None:
+        progress("", done, total)
     return Benchmark(_bundle_facts(model), _machine_facts(model), seconds, peak_memory(), tuple(rows))
 
 
-def profile(
-    model: Model, prompts: Sequence[int] = (512,), generated: Sequence[int] = (128,), depths: Sequence[int] = (0,)
-) -> str:
-    """A table of the time by operation for each test, and above it what memory gives on this machine.
+def profile(model: Model, workload: Workload | None = None) -> str:
+    """A table of the time by operation for each test, below the measured memory bandwidth of this machine.
 
-    The limit is a plain read of 256 MiB by as many threads; weights that fit in the last cache may pass it.
+    The bandwidth is that of reading 256 MiB with as many threads. Weights that fit in the last-level cache may be
+    read faster. `workload.repetitions` is not used.
 
     Raises:
         EngineUnavailable: the engine has no profile.
@@ -170,46 +213,34 @@ def profile(
         raise EngineUnavailable(f"The {model.engine.name} engine has no profile; use --engine native.")
     from edgeformer._native import testing
 
-    tests = _tests(prompts, generated, depths)
+    tests = (workload or Workload()).tests
     _check_fit(model, tests)
     size = 1 << 28
     limit = max(size / testing.memory_read(engine.threads, size) / 1e9 for _ in range(3))
     threads = f"{engine.threads} thread{'s' if engine.threads > 1 else ''}"
     parts = [f"{threads}, {engine.isa} kernels; a plain read of memory: {limit:.1f} GB/s"]
-    for kind, tokens, depth in tests:
-        base = _filled(model, depth)
-        _measure(model, base.fork(), kind, tokens)  # warms up
+    for test in tests:
+        base = _filled(model, test.depth)
+        _measure(model, base.fork(), test)  # warm-up
         with engine.profile() as report:
-            rate = _measure(model, base.fork(), kind, tokens)
-        rows = tokens // report.runs  # of one pass
+            rate = _measure(model, base.fork(), test)
+        rows = test.tokens // report.runs  # of one pass
         batch, sequence = engine.program.row_symbols
-        sizes = dict.fromkeys(engine.program.symbols, 1) | {batch: 1, sequence: rows, engine.program.past_symbol: depth}
-        title = f"{_name(kind, tokens, depth)}: {rate:.1f} tokens/s, {report.runs} passes of {rows} tokens"
+        sizes = dict.fromkeys(engine.program.symbols, 1)
+        sizes |= {batch: 1, sequence: rows, engine.program.past_symbol: test.depth}
+        title = f"{test.name}: {rate:.1f} tokens/s, {report.runs} passes of {rows} tokens"
         parts += ["", title, report.table(sizes, limit)]
     return "\n".join(parts)
-
-
-def _tests(prompts: Sequence[int], generated: Sequence[int], depths: Sequence[int]) -> list[tuple[str, int, int]]:
-    """(kind, tokens, depth) of every test."""
-    kinds = (("pp", prompts), ("tg", generated))
-    tests = [(kind, count, depth) for depth in depths for kind, counts in kinds for count in counts]
-    if not tests:
-        raise InputError("There is nothing to measure: give at least one prompt or generation length.")
-    return tests
-
-
-def _name(kind: str, tokens: int, depth: int) -> str:
-    return f"{kind}{tokens}" + (f" @ d{depth}" if depth else "")
 
 
 def _cells(row: Row) -> tuple[str, str]:
     return f"{row.median:.1f}", f"± {100 * row.spread:.1f} %"
 
 
-def _check_fit(model: Model, tests: Sequence[tuple[str, int, int]]) -> None:
+def _check_fit(model: Model, tests: Sequence[Test]) -> None:
     limits = Limits.of(model.bundle, model.engine)
     context = limits.context
-    longest = max(tokens + depth for _, tokens, depth in tests)
+    longest = max(test.tokens + test.depth for test in tests)
     if context is not None and longest > context:
         raise InputError(
             f"The largest test needs {longest} positions, the limit is {context} ({limits.context_reason}); "
@@ -224,25 +255,22 @@ def _filled(model: Model, depth: int) -> State:
     return state
 
 
-def _measure(model: Model, state: State, kind: str, tokens: int) -> float:
+def _measure(model: Model, state: State, test: Test) -> float:
     """Tokens a second of one repetition."""
-    ids, limits, engine = _random_ids(model, tokens), Limits.of(model.bundle, model.engine), model.engine
+    ids, limits, engine = _random_ids(model, test.tokens), Limits.of(model.bundle, model.engine), model.engine
     began = time.perf_counter()
-    if kind == "pp":
+    if test.kind == "pp":
         _feed(engine, state, ids, limits)
     else:
-        for start in range(tokens):
+        for start in range(test.tokens):
             _feed(engine, state, ids[start : start + 1], limits)
-    return tokens / (time.perf_counter() - began)
+    return test.tokens / (time.perf_counter() - began)
 
 
 def _feed(engine: Engine, state: State, ids: np.ndarray[Any, Any], limits: Limits) -> None:
-    step = CHUNK if limits.cached else len(ids)
-    for start in range(0, len(ids), step):
-        inputs: dict[str, Any] = {IDS: ids[None, start : start + step]}
-        if limits.keeps_logits:
-            inputs[KEEP] = np.array(1, np.int64)
-        engine.forward([(inputs, state)])
+    keep, chunk = (1 if limits.keeps_logits else None), (CHUNK if limits.cached else None)
+    for _ in feed(engine, state, {IDS: ids[None]}, chunk=chunk, keep=keep):
+        pass
 
 
 def _random_ids(model: Model, count: int) -> np.ndarray[Any, Any]:

@@ -1,4 +1,4 @@
-"""What this machine can run, and why not the rest."""
+"""Checks of this machine and installation: which engines run, and why the others do not."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Finding:
 
 
 def examine() -> Iterator[Finding]:
-    """Findings about this machine and this installation, as they are made."""
+    """Yields findings about this machine and this installation."""
     yield Finding("edgeformer", "fact", f"{edgeformer.__version__} in {Path(edgeformer.__file__).parent}")
     yield Finding("python", "fact", f"{platform.python_version()} ({sys.executable})")
     yield Finding("system", "fact", f"{platform.system()} {platform.release()} {platform.machine()}")
@@ -55,11 +55,11 @@ def examine() -> Iterator[Finding]:
     yield from _onnxruntime()
     yield from _cuda()
     yield from _native()
-    yield from _workshop()
+    yield from _toolchain()
 
 
 def examine_bundle(path: str | os.PathLike[str]) -> Iterator[Finding]:
-    """Which engines load the bundle at `path`, and on ONNX Runtime's CPU whether its quantized weights are fused.
+    """Yields which engines load the bundle at `path`, and whether ONNX Runtime's CPU fuses its quantized weights.
 
     Raises:
         BundleError: the bundle is damaged.
@@ -81,10 +81,10 @@ def examine_bundle(path: str | os.PathLike[str]) -> Iterator[Finding]:
 
 
 def fused_weights(bundle: Bundle) -> tuple[int, int]:
-    """(fused, unfused): how many quantized linears ONNX Runtime's CPU runs on its own kernel, and how many it does not.
+    """(fused, unfused): the quantized linears that ONNX Runtime's CPU runs with MatMulNBits, and the others.
 
-    Measured by profiling one step: nothing cheaper shows it. An unfused one is dequantized whole at every step, which
-    is 15 to 50 times slower.
+    From the profile of one step; there is no cheaper way to find out. An unfused weight is dequantized at every step,
+    which is 15 to 50 times slower.
     """
     with tempfile.TemporaryDirectory(prefix="edgeformer-") as folder:
         engine = OrtEngine(bundle, "cpu", 1, profile=Path(folder))
@@ -95,7 +95,7 @@ def fused_weights(bundle: Bundle) -> tuple[int, int]:
         engine.forward([(inputs, engine.new_state())])
         runs = engine.end_profile()
     fused = sum(run.operator == "MatMulNBits" for run in runs)
-    # Rows looked up in an embedding have a batch axis and are dequantized as they should be; a weight is a matrix.
+    # Rows of an embedding have a batch axis and have to be dequantized; a weight has two axes.
     whole = sum(run.operator == "DequantizeLinear" and len(run.shapes[0]) == 2 for run in runs)
     return fused, whole
 
@@ -105,7 +105,7 @@ def _fusion(bundle: Bundle) -> Iterator[Finding]:
         return
     fused, unfused = fused_weights(bundle)
     if unfused:
-        text = f"{unfused} quantized linears are not fused ({fused} are): each is unpacked whole at every token"
+        text = f"{unfused} quantized linears are not fused ({fused} are): each is dequantized at every token"
         yield Finding("engine cpu", "warning", text)
     else:
         yield Finding("engine cpu", "yes", f"all {fused} quantized linears are fused")
@@ -114,7 +114,7 @@ def _fusion(bundle: Bundle) -> Iterator[Finding]:
 def _cache() -> Finding:
     place, (entries, size) = disk_cache.folder(), disk_cache.size()
     if place is None:
-        return Finding("cache", "fact", "none: EDGEFORMER_CACHE is set to nothing")
+        return Finding("cache", "fact", "none: EDGEFORMER_CACHE is empty")
     return Finding("cache", "fact", f"{place}: {entries} entries, {_mib(size)}; it may be deleted at any time")
 
 
@@ -164,9 +164,9 @@ def _native() -> Iterator[Finding]:
         return
     usable, built = extension.isas(), extension.built_isas()
     features = sorted(name for name, there in extension.cpu_features().items() if there)
-    yield Finding("cpu features", "fact", ", ".join(features) or "none that matter here")
+    yield Finding("cpu features", "fact", ", ".join(features) or "none that the kernels use")
     missing = [isa for isa in built if isa not in usable]
-    rest = f"; built for {', '.join(missing)} too, which this CPU has not" if missing else ""
+    rest = f"; built for {', '.join(missing)} too, which this CPU does not have" if missing else ""
     forced = os.environ.get("EDGEFORMER_ISA")
     if forced and forced not in usable:
         text = f"EDGEFORMER_ISA={forced} cannot be used here; usable are {', '.join(usable)}"
@@ -174,12 +174,14 @@ def _native() -> Iterator[Finding]:
         return
     chosen = f"; EDGEFORMER_ISA={forced} is set" if forced else ""
     if find_spec("edgeformer.engines.native.engine") is None:
-        yield Finding("engine native", "no", "the extension is there, the engine's Python part is not; install again")
+        yield Finding(
+            "engine native", "no", "the extension is installed, the Python part of the engine is not; install again"
+        )
         return
     yield Finding("engine native", "yes", f"kernels: {', '.join(usable)}{rest}{chosen}")
 
 
-def _workshop() -> Iterator[Finding]:
+def _toolchain() -> Iterator[Finding]:
     for what, extra, names in (
         ("export", "export", ("torch", "transformers", "onnxscript", "safetensors", "gguf")),
         ("training", "train", ("torch", "accelerate", "safetensors", "matplotlib")),
@@ -189,7 +191,7 @@ def _workshop() -> Iterator[Finding]:
             text = f"{', '.join(missing)} not installed; install edgeformer[{extra}] (not needed on a device)"
             yield Finding(what, "no", text)
         else:
-            yield Finding(what, "yes", "all packages are there")
+            yield Finding(what, "yes", "all packages are installed")
 
 
 def _try_provider(module: Any, provider: str) -> str | None:

@@ -8,14 +8,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from edgeformer.bundle.bundle import Bundle
-from edgeformer.engines.choose import EngineName, NativeOptions, check_arguments, choose
+from edgeformer.engines.choose import EngineName, check_arguments, choose
+from edgeformer.engines.native.options import NativeOptions
 from edgeformer.engines.reference import Check, checks
 from edgeformer.machine import default_threads
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify` found."""
+    """The result of `verify`."""
 
     path: str
     engine: str
@@ -23,9 +24,11 @@ class Report:
 
     @property
     def passed(self) -> bool:
+        """Whether every check is within its tolerance."""
         return all(check.passed for check in self.checks)
 
     def as_dict(self) -> dict[str, Any]:
+        """The report as plain data, for JSON."""
         checks = [asdict(check) | {"passed": check.passed} for check in self.checks]
         return {"path": self.path, "engine": self.engine, "passed": self.passed, "checks": checks}
 
@@ -37,13 +40,13 @@ def verify(
     *,
     isa: str | None = None,
     kv: str = "float32",
-    progress: Callable[[str], None] = lambda step: None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """The reference run on this machine's engine, as a whole and step by step with the KV cache.
+    """The parity report of an engine on this machine: the reference in one run, and step by step with the KV cache.
 
     All hashes are checked first. The native engine's cache is float32 unless `kv` says "int8": the reference knows no
-    quantized cache, and its tolerance has no room for one where the weights are float. `progress` is told each
-    step's name. An engine that `load` would refuse for its numbers is run all the same: this is where they are shown.
+    quantized cache, and its tolerance has no room for one where the weights are float. `progress` is called with
+    each step's name. An engine that `load` refuses for its outputs runs here all the same, so that they can be seen.
 
     Raises:
         BundleError: the bundle is damaged, or holds no reference that can be judged.

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgeformer.cli import exit_code
+from edgeformer.cli.exit_codes import DONE, INTERRUPTED, REFUSED, USAGE, exit_code
+from edgeformer.cli.options import option, with_options
 from edgeformer.errors import EdgeformerError, TrainingError
 from edgeformer.train.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
-    from edgeformer.train.loop import Report
+    from edgeformer.train.loop import TrainingReport
 
 EPILOG = """
 Examples:
@@ -35,50 +37,80 @@ Examples:
 """
 
 
+@dataclass(frozen=True)
+class RecipeFlags:
+    """Keys of the recipe that have a flag."""
+
+    data: list[str] | None = option(None, "Text files, pydoc, a CSV file, or seasonal.")  # noqa: RUF009 (a field)
+    column: str | None = option(None, "Column of the CSV file.")
+    steps: int | None = option(None, "Optimizer steps.")
+    batch_size: int | None = option(None, "Sequences a step, over all processes.")
+    learning_rate: float | None = option(None, "Highest learning rate.")
+    seed: int | None = option(None, "Decides weights, order of data, dropout.")
+    settings: list[str] | None = option(None, "Any key: SECTION.KEY=VALUE.", flags=("--set",))  # noqa: RUF009 (a field)
+
+    def overrides(self) -> dict[str, Any]:
+        """The given keys of the recipe, such as "train.steps". Those of --set win.
+
+        Raises:
+            TrainingError: a --set is not SECTION.KEY=VALUE.
+        """
+        flags = {"data.column": self.column}
+        flags |= {f"train.{name}": getattr(self, name) for name in ("steps", "batch_size", "learning_rate", "seed")}
+        given: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
+        if self.data:
+            given["data.source"] = self.data[0] if len(self.data) == 1 else self.data
+        return given | dict(map(parse_setting, self.settings or []))
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """Arguments of `train`."""
+
+    resume: bool = option(False, "Go on from the last checkpoint in --out.", flags=("--resume",))
+    overwrite: bool = option(False, "Start again in a folder that holds a run.", flags=("--overwrite",))
+    stop_at: int | None = option(None, "Stop at this step, with a checkpoint to resume from.")
+    cpu: bool = option(False, "Leave the GPU alone.", flags=("--cpu",))
+
+
+@with_options
 def command(
     recipe: Annotated[
         str, typer.Argument(metavar="RECIPE", help="A TOML file, or a preset: demo-text, demo-forecast.")
     ],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Checkpoint folder.  [default: runs/RECIPE]")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="Text files, pydoc, a CSV file, or seasonal.")] = None,
-    column: Annotated[str | None, typer.Option(help="Column of the CSV file.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences a step, over all processes.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Decides weights, order of data, dropout.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="Any key: SECTION.KEY=VALUE.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again in a folder that holds a run.")] = False,
-    stop_at: Annotated[int | None, typer.Option(help="Stop at this step, with a checkpoint to resume from.")] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Leave the GPU alone.")] = False,
+    *,
+    changes: RecipeFlags,
+    flags: RunFlags,
 ) -> None:
     """Train a small Transformer: a language model on text, or a sequence encoder that forecasts a series.
 
     Ctrl-C finishes the step, writes a checkpoint and ends with code 130; --resume goes on from there, bit for bit.
     """
-    flags = {
-        "data.column": column,
-        "train.steps": steps,
-        "train.batch_size": batch_size,
-        "train.learning_rate": learning_rate,
-        "train.seed": seed,
-    }
     try:
-        overrides: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
-        if data:
-            overrides["data.source"] = data[0] if len(data) == 1 else data
-        overrides |= dict(map(parse_setting, settings or []))
-        loaded = load_recipe(recipe, overrides)
-        folder = out or Path("runs") / Path(recipe).stem
-        code = run(loaded, folder, resume=resume, overwrite=overwrite, stop_at=stop_at, cpu=cpu)
+        loaded = load_recipe(recipe, changes.overrides())
+    except TrainingError as error:  # a flag or the recipe is wrong; nothing was loaded yet
+        raise _failed(error, USAGE) from None
+    folder = out or Path("runs") / Path(recipe).stem
+    try:
+        code = run(loaded, folder, flags)
     except EdgeformerError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(exit_code(error)) from None
+        raise _failed(error, exit_code(error)) from None
+    except OSError as error:
+        raise _failed(error, REFUSED) from None
+    except KeyboardInterrupt:  # before the first step, or the second Ctrl-C
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(INTERRUPTED) from None
     raise typer.Exit(code)
 
 
+def _failed(error: Exception, code: int) -> typer.Exit:
+    typer.secho(f"error: {error}", fg="red", err=True)
+    return typer.Exit(code)
+
+
 def parse_setting(text: str) -> tuple[str, Any]:
-    """("train.steps", 10) of "train.steps=10": the value is JSON where it reads as JSON, otherwise the text itself."""
+    """("train.steps", 10) for "train.steps=10". A value that is not JSON is a string."""
     key, equals, value = text.partition("=")
     if not equals or "." not in key:
         raise TrainingError(f"--set {text}: expected SECTION.KEY=VALUE, such as train.steps=100")
@@ -88,20 +120,20 @@ def parse_setting(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def run(recipe: Recipe, folder: Path, *, resume: bool, overwrite: bool, stop_at: int | None, cpu: bool) -> int:
-    """Train, tell what came out; the exit code: 0, or 130 after Ctrl-C."""
-    # Read when torch loads. Threads that spin while they wait (the default) double a run's time on a busy machine.
+def run(recipe: Recipe, folder: Path, flags: RunFlags) -> int:
+    """Train and print the result; returns the exit code: 0, or 130 after Ctrl-C."""
+    # OpenMP threads that spin while they wait (the default) double a run's time on a busy machine. Read by torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Torch costs seconds, which --help and a mistake in a recipe should not.
+    # Imported here: torch takes seconds to load, which --help and a wrong recipe need not wait for.
     from accelerate import PartialState
 
     from edgeformer.train.loop import train
 
     interrupts: list[int] = []
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
+    def interrupt(number: int, _frame: FrameType | None) -> None:
         if interrupts:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait for the step
+            raise KeyboardInterrupt  # the second Ctrl-C ends the run at once
         interrupts.append(number)
 
     before = signal.signal(signal.SIGINT, interrupt)
@@ -109,21 +141,19 @@ def run(recipe: Recipe, folder: Path, *, resume: bool, overwrite: bool, stop_at:
         report = train(
             recipe,
             folder,
-            resume=resume,
-            overwrite=overwrite,
-            stop_at=stop_at,
-            cpu=cpu,
+            **vars(flags),
             progress_bar=True,
             should_stop=lambda: bool(interrupts),
         )
     finally:
         signal.signal(signal.SIGINT, before)
     if PartialState().is_main_process:
-        tell(report)
-    return 130 if interrupts else 0
+        print_report(report)
+    return INTERRUPTED if interrupts else DONE
 
 
-def tell(report: Report) -> None:
+def print_report(report: TrainingReport) -> None:
+    """Print the losses, the checkpoint's folder and the command to export it."""
     name, value = report.baseline
     if report.step < report.steps:
         typer.echo(f"stopped at step {report.step} of {report.steps}; --resume goes on from there")

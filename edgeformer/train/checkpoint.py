@@ -1,10 +1,10 @@
-"""What a run leaves on disk. Everything is safetensors, JSON or CSV; nothing is ever pickled.
+"""The checkpoint folder of a run. All files are safetensors, JSON or CSV; nothing is pickled.
 
     config.json  model.safetensors  tokenizer.json ...   an ordinary checkpoint folder, ready to be exported
-    training.safetensors                                 all that resuming needs: weights, moments, step, loss history
+    training.safetensors                                 for resuming: weights, moments, step, loss history
 
-Each file is replaced atomically, and none depends on another one's step: resuming reads training.safetensors alone,
-exporting never reads it. So a run that is killed at any moment leaves a folder that both can use.
+Each file is replaced atomically, and none depends on the step of another one: resuming reads training.safetensors
+only, exporting never reads it. So a run may be killed at any moment, and both still work.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from torch.optim import Optimizer
 from edgeformer.errors import TrainingError
 from edgeformer.models.checkpoint import stored_tensors
 
-FORMAT = "edgeformer-training-1"
+TRAINING_FORMAT = "edgeformer-training-1"
 STATE_FILE = "training.safetensors"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that `path` is always the old content or the new one, whole, whatever happens in between.
+    """Write a file so that `path` always holds the complete old content or the complete new one.
 
     Raises:
-        TrainingError: the file system refuses (disk full, no permission); the old file is still there.
+        TrainingError: the file system refuses (disk full, no permission); the old file is unchanged.
     """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
@@ -54,8 +54,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a run has come: `history` is float64 [n, 4]: step, training loss, validation loss, learning rate."""
+class SavedRun:
+    """A run at one step. `history` is float64 [n, 4]: step, training loss, validation loss, learning rate."""
 
     step: int
     history: np.ndarray
@@ -63,36 +63,36 @@ class Progress:
     fingerprint: str
 
 
-def save_checkpoint(folder: Path, module: nn.Module, optimizer: Optimizer, progress: Progress) -> None:
-    """Write both safetensors files and loss.csv; the module's parameter names tie the moments to their weights."""
+def save_checkpoint(folder: Path, module: nn.Module, optimizer: Optimizer, saved: SavedRun) -> None:
+    """Write both safetensors files and loss.csv. Moments are stored under the names of their parameters."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in stored_tensors(module).items()}
     state = {f"model.{name}": tensor for name, tensor in weights.items()}
     for name, parameter in module.named_parameters():
         for key, value in optimizer.state[parameter].items():
             state[f"optimizer.{name}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    state["history"] = torch.from_numpy(progress.history)
+    state["history"] = torch.from_numpy(saved.history)
     metadata = {
-        "format": FORMAT,
-        "step": str(progress.step),
-        "recipe": json.dumps(progress.recipe),
-        "fingerprint": progress.fingerprint,
+        "format": TRAINING_FORMAT,
+        "step": str(saved.step),
+        "recipe": json.dumps(saved.recipe),
+        "fingerprint": saved.fingerprint,
         "torch": torch.__version__,
     }
     write_atomically(folder / STATE_FILE, save(state, metadata))
-    write_atomically(folder / "model.safetensors", save(weights, {"format": "pt", "step": str(progress.step)}))
+    write_atomically(folder / "model.safetensors", save(weights, {"format": "pt", "step": str(saved.step)}))
     rows = ["step,training_loss,validation_loss,learning_rate"]
     rows += [
         f"{int(step)}," + ",".join("" if np.isnan(value) else f"{value:.6g}" for value in values)
-        for step, *values in progress.history.tolist()
+        for step, *values in saved.history.tolist()
     ]
     write_atomically(folder / "loss.csv", ("\n".join(rows) + "\n").encode())
 
 
-def load_progress(folder: Path) -> tuple[Progress, dict[str, Tensor]]:
-    """How far the run in `folder` has come, and its tensors for `restore`.
+def load_run(folder: Path) -> tuple[SavedRun, dict[str, Tensor]]:
+    """The run in `folder`, and its tensors for `restore`.
 
     Raises:
-        TrainingError: there is no run, or its file is cut or of another format.
+        TrainingError: there is no run, or its file is truncated or of another format.
     """
     path = folder / STATE_FILE
     if not path.is_file():
@@ -103,20 +103,20 @@ def load_progress(folder: Path) -> tuple[Progress, dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{path} is damaged: {error}; start again with --overwrite") from error
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != TRAINING_FORMAT:
         raise TrainingError(
-            f"{path} has format {metadata.get('format')!r}, expected {FORMAT!r}; start again with --overwrite"
+            f"{path} has format {metadata.get('format')!r}, expected {TRAINING_FORMAT!r}; start again with --overwrite"
         )
     try:
         history = tensors.pop("history").numpy()
-        progress = Progress(int(metadata["step"]), history, json.loads(metadata["recipe"]), metadata["fingerprint"])
+        saved = SavedRun(int(metadata["step"]), history, json.loads(metadata["recipe"]), metadata["fingerprint"])
     except (KeyError, ValueError) as error:
         raise TrainingError(f"{path} is damaged: {error!r} in its header; start again with --overwrite") from error
-    return progress, tensors
+    return saved, tensors
 
 
 def restore(module: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Put the saved weights and moments back, bit for bit.
+    """Copy the saved weights and moments into the module and the optimizer, bit for bit.
 
     Raises:
         TrainingError: the tensors are not those of this model and optimizer.

@@ -13,18 +13,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 (its usual abbreviation)
 from torch import Tensor, nn
 
 from edgeformer.errors import TrainingError
 from edgeformer.models.encoder import EncoderConfig, Transformer
-from edgeformer.train.picture import forecast_picture
+from edgeformer.train.picture import Forecast, forecast_picture
 from edgeformer.train.recipe import SeriesData, check_keys
 from edgeformer.train.task import Batch, Pick, spread
 
 
 def seasonal_series(hours: int, seed: int) -> np.ndarray:
-    """float64 [hours]: the power a small town draws, in kW, made up: day, working week, seasons, weather, noise."""
+    """float64 [hours]: synthetic power of a small town in kW, with a day, a week, seasons, weather and noise."""
     rng = np.random.default_rng(seed)
     t = np.arange(hours)
     day, weekend = 2 * np.pi * t / 24, t // 24 % 7 >= 5
@@ -40,10 +40,10 @@ def seasonal_series(hours: int, seed: int) -> np.ndarray:
 
 
 def read_column(path: str, column: str) -> np.ndarray:
-    """float64 [n]: one column of a CSV file with a header; the first that is all numbers if `column` is empty.
+    """float64 [n]: one column of a CSV file with a header; if `column` is empty, the first that is all numbers.
 
     Raises:
-        TrainingError: the file or the column is missing, or a cell is no finite number (it names the line).
+        TrainingError: the file or the column is missing, or a cell is not a finite number (the message has its line).
     """
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -69,6 +69,7 @@ def read_column(path: str, column: str) -> np.ndarray:
 
 
 def is_number(cell: str) -> bool:
+    """Whether the cell is a finite number."""
     try:
         return math.isfinite(float(cell))
     except ValueError:
@@ -86,12 +87,12 @@ class ForecastTask:
 
     def __init__(self, data: SeriesData, model: Mapping[str, Any], seed: int) -> None:
         self.data = data
-        made_here = data.source == "seasonal"
-        self.series = seasonal_series(data.hours, seed) if made_here else read_column(data.source, data.column)
-        self.label = "power, kW (synthetic)" if made_here else data.column or Path(data.source).stem
+        synthetic = data.source == "seasonal"
+        self.series = seasonal_series(data.hours, seed) if synthetic else read_column(data.source, data.column)
+        self.label = "power, kW (synthetic)" if synthetic else data.column or Path(data.source).stem
         self.cut_at = round(len(self.series) * (1 - data.validation_fraction))
         window = data.context_length + data.prediction_length
-        # The context of the first forecast may lie before the cut: what is forecast has never been trained on.
+        # The context of the first forecast may be training data; the forecast values are not.
         self.validation_starts = np.arange(self.cut_at - data.context_length, len(self.series) - window + 1)
         self.windows = self.cut_at - window + 1
         if self.windows < 1 or not len(self.validation_starts):
@@ -109,10 +110,11 @@ class ForecastTask:
         self.fingerprint = hashlib.sha256(self.series.tobytes()).hexdigest()
 
     def make_config(self, model: Mapping[str, Any]) -> EncoderConfig:
-        decided = {"input_dim": 1, "output_dim": self.data.prediction_length}
-        check_keys(model, [name for name in asdict(EncoderConfig()) if name not in decided], "[model]")
+        """The model's config: `model` with the sizes of the data."""
+        from_data = {"input_dim": 1, "output_dim": self.data.prediction_length}
+        check_keys(model, [name for name in asdict(EncoderConfig()) if name not in from_data], "[model]")
         try:
-            config = EncoderConfig(**decided, **model)
+            config = EncoderConfig(**from_data, **model)
         except (TypeError, ValueError) as error:
             raise TrainingError(f"[model] cannot be built: {error}") from error
         if config.max_length < self.data.context_length:
@@ -122,6 +124,7 @@ class ForecastTask:
         return config
 
     def naive_loss(self) -> float:
+        """Validation loss of repeating the last period."""
         guess, truth = [], []
         for start in self.validation_starts:
             context, target = self.window(int(start))
@@ -130,40 +133,47 @@ class ForecastTask:
         return float(np.mean((np.array(guess) - np.array(truth)) ** 2))
 
     def window(self, start: int) -> tuple[np.ndarray, np.ndarray]:
+        """(context, target): the standardized values from `start` on."""
         middle = start + self.data.context_length
         return self.values[start:middle], self.values[middle : middle + self.data.prediction_length]
 
     def model(self) -> Transformer:
+        """See TrainingTask."""
         return Transformer(**asdict(self.config))
 
     def files(self) -> dict[str, str]:
+        """See TrainingTask."""
         scale = {
             "context_length": self.data.context_length,
             "prediction_length": self.data.prediction_length,
-            "mean": self.mean,  # the model sees (value - mean) / std and gives the same
+            "mean": self.mean,  # the model takes and gives (value - mean) / std
             "std": self.std,
         }
         return {"config.json": json.dumps(self.config.to_dict() | scale, indent=2) + "\n"}
 
     def batch(self, picks: list[Pick]) -> Batch:
+        """See TrainingTask."""
         return self.cut([pick.window for pick in picks])
 
     def validation(self, batch_size: int, batches: int) -> Iterator[Batch]:
+        """See TrainingTask."""
         starts = self.validation_starts[spread(len(self.validation_starts), batch_size * batches)]
         for first in range(0, len(starts), batch_size):
             yield self.cut(starts[first : first + batch_size].tolist())
 
     def cut(self, starts: list[int]) -> Batch:
+        """The windows that begin at `starts`."""
         contexts, targets = zip(*map(self.window, starts), strict=True)
         inputs = torch.from_numpy(np.stack(contexts))[..., None]  # (batch, context_length, 1)
         return Batch({"input_values": inputs}, torch.from_numpy(np.stack(targets)))
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return F.mse_loss(outputs[:, -1], targets)  # only the last position has read the whole context
+        """See TrainingTask."""
+        return F.mse_loss(outputs[:, -1], targets)  # the forecast of the last position
 
     @torch.inference_mode()
     def finish(self, model: nn.Module, folder: Path) -> dict[str, Any]:
-        """Forecast the validation part, one prediction_length after the other, and draw it against the truth."""
+        """Forecast the validation part in steps of prediction_length; draw forecast.png."""
         device = next(model.parameters()).device
         starts = self.validation_starts[:: self.data.prediction_length]
         contexts = np.stack([self.window(int(start))[0] for start in starts])
@@ -175,7 +185,6 @@ class ForecastTask:
         error = float(np.abs(forecast - truth).mean())
         naive_error = float(np.abs(naive * self.std + self.mean - truth).mean())
         history = self.series[first - self.data.context_length : first]
-        forecast_picture(
-            folder / "forecast.png", history, truth, forecast, self.data.prediction_length, self.label, naive_error
-        )
+        drawn = Forecast(history, truth, forecast, self.data.prediction_length, self.label, naive_error)
+        forecast_picture(folder / "forecast.png", drawn)
         return {"mean absolute error": error, f"error of {self.baseline[0]}": naive_error}

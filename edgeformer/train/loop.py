@@ -18,22 +18,22 @@ from torch import nn
 from tqdm import tqdm
 
 from edgeformer.errors import TrainingError
-from edgeformer.train.checkpoint import STATE_FILE, Progress, load_progress, restore, save_checkpoint, write_atomically
+from edgeformer.train.checkpoint import STATE_FILE, SavedRun, load_run, restore, save_checkpoint, write_atomically
 from edgeformer.train.forecast import ForecastTask
 from edgeformer.train.picture import loss_picture
 from edgeformer.train.recipe import Recipe, SeriesData, TrainOptions, differences
-from edgeformer.train.task import Task, picks
+from edgeformer.train.task import TrainingTask, picks
 from edgeformer.train.text import TextTask
 
-MADE_HERE = (
+CHECKPOINT_FILES = (
     *(STATE_FILE, "model.safetensors", "config.json", "generation_config.json", "tokenizer.json"),
     *("tokenizer_config.json", "loss.csv", "loss.png", "sample.txt", "forecast.png"),
 )
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a run came to. Losses are NaN where nothing was measured; `shown` is what the task has to show."""
+class TrainingReport:
+    """The result of a run. Losses are NaN where nothing was measured; `shown` is the result of the task's `finish`."""
 
     folder: Path
     step: int
@@ -56,18 +56,18 @@ def train(
     cpu: bool = False,
     progress_bar: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Report:
-    """Train what `recipe` says and leave a checkpoint in `folder`; `edgeformer.train.checkpoint` lists the files.
+) -> TrainingReport:
+    """Train the model of `recipe` and write a checkpoint to `folder`; `edgeformer.train.checkpoint` lists the files.
 
-    `resume` goes on from the last checkpoint in `folder`. On the same machine, with the same numbers of threads and
-    processes, the result has the bits of a run that was never interrupted. `stop_at` (a step) and `should_stop`
-    (asked once a step) end the run early, with a checkpoint. Under torchrun each process calls this.
+    `resume` continues from the last checkpoint in `folder`. On the same machine, with the same numbers of threads and
+    processes, the result has the same bits as an uninterrupted run. `stop_at` (a step) and `should_stop` (called once
+    a step) end the run early, with a checkpoint. Under torchrun each process calls this.
 
     Raises:
         TrainingError: the recipe, the data and `folder` do not fit each other, or the loss is no longer a number.
     """
     options, folder = recipe.train, Path(folder)
-    saved, tensors = load_progress(folder) if resume else (None, {})
+    saved, tensors = load_run(folder) if resume else (None, {})
     if saved and (changed := differences(saved.recipe, recipe.to_dict())):
         raise TrainingError(
             f"cannot resume {folder} with another recipe ({'; '.join(changed)}); use --overwrite to start again"
@@ -79,11 +79,11 @@ def train(
     if stop_at is not None and stop_at < 1:
         raise TrainingError(f"stop_at is {stop_at}, expected at least 1")
 
-    # Devices and processes. Accelerate keeps its choices for the life of the process; a second run makes its own.
+    # Devices and processes. Accelerate keeps its state until the process ends; reset it for a second run.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision(options.precision, cpu))
-    processes, rank, chief = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
-    share, rest = divmod(options.batch_size, processes * options.gradient_accumulation_steps)
+    processes, rank, is_main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
+    local_batch, rest = divmod(options.batch_size, processes * options.gradient_accumulation_steps)
     if rest:
         raise TrainingError(
             f"train.batch_size {options.batch_size} is not a multiple of {processes} processes "
@@ -103,14 +103,18 @@ def train(
     if saved:
         restore(module, optimizer, tensors, folder)
         step, history = saved.step, saved.history
-    if chief:
+    if is_main:
         prepare_folder(folder, task, fresh=saved is None)
 
     # The loop.
     started, last = time.perf_counter(), min(options.steps, stop_at if stop_at is not None else options.steps)
     validation_loss = next((loss for loss in history[::-1, 2] if not np.isnan(loss)), math.nan)
     bar = tqdm(
-        total=options.steps, initial=step, desc=folder.resolve().name, unit="step", disable=not (progress_bar and chief)
+        total=options.steps,
+        initial=step,
+        desc=folder.resolve().name,
+        unit="step",
+        disable=not (progress_bar and is_main),
     )
     rows: list[tuple[float, float, float, float]] = []
     if step == 0:
@@ -119,17 +123,17 @@ def train(
     stopped = False
     with bar:
         while step < last and not stopped:
-            # All that is random in a step comes from (seed, step, rank): resuming needs the step's number, no state.
+            # Random numbers depend only on (seed, step, rank): resuming needs no generator state.
             torch.manual_seed(step_seed(options.seed, step, rank))
             rate = learning_rate(step, options)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             loss = torch.zeros((), device=accelerator.device)
             for part in range(options.gradient_accumulation_steps):
-                first = step * options.batch_size + (part * processes + rank) * share
-                batch = task.batch(picks(options.seed, first, share, task.windows))
+                first = step * options.batch_size + (part * processes + rank) * local_batch
+                batch = task.batch(picks(options.seed, first, local_batch, task.windows))
                 inputs = {name: value.to(accelerator.device) for name, value in batch.inputs.items()}
-                wait = part + 1 < options.gradient_accumulation_steps  # gradients travel once a step
+                wait = part + 1 < options.gradient_accumulation_steps  # reduce gradients once a step
                 with accelerator.no_sync(model) if wait else nullcontext():
                     part_loss = task.loss(model(**inputs), batch.targets.to(accelerator.device))
                     accelerator.backward(part_loss / options.gradient_accumulation_steps)
@@ -147,25 +151,25 @@ def train(
                 )
             if should_stop():
                 accelerator.set_trigger()
-            stopped = accelerator.check_trigger()  # one process that stops stops all
+            stopped = accelerator.check_trigger()  # if one process stops, all do
             if step % options.eval_every == 0 or step == options.steps:
                 validation_loss = checked = validate(task, module, accelerator, options)
             rows.append((step, training_loss, checked, rate))
             if step % options.save_every == 0 or step == last or stopped:
                 history, rows = np.concatenate([history, np.array(rows)]), []
-                if chief:
-                    progress = Progress(step, history, recipe.to_dict(), task.fingerprint)
-                    save_checkpoint(folder, module, optimizer, progress)
+                if is_main:
+                    run = SavedRun(step, history, recipe.to_dict(), task.fingerprint)
+                    save_checkpoint(folder, module, optimizer, run)
             bar.set_postfix(loss=f"{training_loss:.3f}", validation=f"{validation_loss:.3f}", refresh=False)
             bar.update()
 
-    # What there is to see.
+    # Pictures and samples.
     shown: dict[str, Any] = {}
-    if chief and len(history):
+    if is_main and len(history):
         loss_picture(folder / "loss.png", history, task.loss_name, task.baseline)
         shown = task.finish(module.eval(), folder)
     accelerator.wait_for_everyone()
-    return Report(
+    return TrainingReport(
         folder=folder,
         step=step,
         steps=options.steps,
@@ -179,24 +183,25 @@ def train(
 
 
 def mixed_precision(precision: str, cpu: bool) -> str:
-    """bfloat16 where it helps, on a GPU that computes in it: weights and moments stay float32 in any case."""
+    """Accelerate's mixed_precision: "auto" is bfloat16 on a GPU that has it. Weights and moments are float32."""
     on_gpu = torch.cuda.is_available() and not cpu and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if precision == "bfloat16" or (precision == "auto" and on_gpu) else "no"
 
 
-def make_task(recipe: Recipe, tokenizer_json: str | None) -> Task:
+def make_task(recipe: Recipe, tokenizer_json: str | None) -> TrainingTask:
+    """The task of a recipe; `tokenizer_json` is the tokenizer of the run to resume, if it has one."""
     if isinstance(recipe.data, SeriesData):
         return ForecastTask(recipe.data, recipe.model, recipe.train.seed)
     return TextTask(recipe.data, recipe.model, recipe.train.seed, tokenizer_json)
 
 
 def read_tokenizer(folder: Path) -> str | None:
-    """The tokenizer that the run in `folder` began with; None if its task has none."""
+    """The text of tokenizer.json in `folder`; None if there is none."""
     path = folder / "tokenizer.json"
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
-def require_same_data(task: Task, accelerator: Accelerator) -> None:
+def require_same_data(task: TrainingTask, accelerator: Accelerator) -> None:
     """Raises TrainingError: the processes read different texts or trained different tokenizers on them."""
     mine = torch.tensor([int(task.fingerprint[:15], 16)], device=accelerator.device)
     if len(set(accelerator.gather(mine).tolist())) > 1:
@@ -204,7 +209,7 @@ def require_same_data(task: Task, accelerator: Accelerator) -> None:
 
 
 def make_optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
-    """AdamW (https://arxiv.org/abs/1711.05101); matrices decay, biases and norms do not."""
+    """AdamW (https://arxiv.org/abs/1711.05101) with weight decay for matrices only, not for biases and norms."""
     matrices = [parameter for parameter in module.parameters() if parameter.ndim >= 2]
     vectors = [parameter for parameter in module.parameters() if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -215,18 +220,19 @@ def learning_rate(step: int, options: TrainOptions) -> float:
     """Linear warm-up, then half a cosine from `learning_rate` down to `final_learning_rate` at the last step."""
     if step < options.warmup_steps:
         return options.learning_rate * (step + 1) / options.warmup_steps
-    way = (step - options.warmup_steps) / max(1, options.steps - 1 - options.warmup_steps)
-    fall = options.learning_rate - options.final_learning_rate
-    return options.final_learning_rate + fall * (1 + math.cos(math.pi * min(1.0, way))) / 2
+    progress = (step - options.warmup_steps) / max(1, options.steps - 1 - options.warmup_steps)
+    drop = options.learning_rate - options.final_learning_rate
+    return options.final_learning_rate + drop * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of one step on one process."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
 
 @torch.no_grad()
-def validate(task: Task, module: nn.Module, accelerator: Accelerator, options: TrainOptions) -> float:
-    """The mean loss over the validation windows. Every process computes all of them: they are few."""
+def validate(task: TrainingTask, module: nn.Module, accelerator: Accelerator, options: TrainOptions) -> float:
+    """The mean loss over the validation windows. Every process computes all of them, as they are few."""
     module.eval()
     total, count = 0.0, 0
     for batch in task.validation(options.batch_size, options.eval_batches):
@@ -239,11 +245,11 @@ def validate(task: Task, module: nn.Module, accelerator: Accelerator, options: T
     return total / count
 
 
-def prepare_folder(folder: Path, task: Task, *, fresh: bool) -> None:
-    """Write the files that stay the same during a run; a fresh run first removes what an earlier one left."""
+def prepare_folder(folder: Path, task: TrainingTask, *, fresh: bool) -> None:
+    """Write the files that stay the same during a run; a fresh run first removes the files of an earlier one."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in MADE_HERE if fresh else ():
+        for name in CHECKPOINT_FILES if fresh else ():
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise TrainingError(f"{folder} cannot be written: {error.strerror}; choose another --out") from error

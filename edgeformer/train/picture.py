@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ INK, GREY, BLUE, ORANGE = "#22272e", "#8a929c", "#2f6fb5", "#e07a1f"
 
 @contextmanager
 def styled(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
-    """A figure that is written to `path` when the block ends. No pyplot: nothing global, no window, any thread."""
+    """A figure that is written to `path` when the block ends. Without pyplot, so without global state or a display."""
     style: Any = {
         "font.size": 10.5,
         "axes.edgecolor": GREY,
@@ -46,7 +47,7 @@ def styled(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
 
 
 def loss_picture(path: Path, history: np.ndarray, loss_name: str, baseline: tuple[str, float]) -> None:
-    """Training and validation loss over the steps, and what a guess without a model would lose.
+    """Draw training and validation loss over the steps, and the loss of the baseline.
 
     `history` is float64 [n, 4]: step, training loss, validation loss, learning rate; NaN where nothing was measured.
     """
@@ -88,7 +89,7 @@ def loss_picture(path: Path, history: np.ndarray, loss_name: str, baseline: tupl
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a window of a twentieth of the run around each step, narrower at both ends, so that it never lags."""
+    """Centered moving average over a twentieth of the run, with a narrower window at both ends."""
     half = len(values) // 40
     sums = np.concatenate([[0.0], np.cumsum(values)])
     reach = np.minimum(half, np.minimum(np.arange(len(values)), np.arange(len(values))[::-1]))  # (steps,)
@@ -97,21 +98,21 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return means
 
 
-def forecast_picture(
-    path: Path,
-    history: np.ndarray,
-    truth: np.ndarray,
-    forecast: np.ndarray,
-    horizon: int,
-    label: str,
-    naive_error: float,
-    *,
-    windows: int = 10,
-) -> None:
-    """A stretch of truth and forecast (each float [n], the first `windows` horizons are drawn), and the errors below.
+@dataclass(frozen=True)
+class Forecast:
+    """A series of forecasts of `horizon` steps each; every one knows the truth up to its own start."""
 
-    `history` is what was known before the first forecast; each forecast then knows the truth up to its own start.
-    """
+    history: np.ndarray  # float [m], before the first forecast
+    truth: np.ndarray  # float [n]
+    forecast: np.ndarray  # float [n]
+    horizon: int
+    label: str  # of the values
+    naive_error: float  # mean absolute error of repeating the last period
+
+
+def forecast_picture(path: Path, drawn: Forecast, *, windows: int = 10) -> None:
+    """Draw the first `windows` forecasts with the truth, and the errors below."""
+    history, truth, forecast, horizon = drawn.history, drawn.truth, drawn.forecast, drawn.horizon
     error = float(np.abs(forecast - truth).mean())
     shown = min(len(truth), windows * horizon)
     time = np.arange(shown)
@@ -126,10 +127,10 @@ def forecast_picture(
         above.axvline(0, color=GREY, linewidth=1)
         above.set_title("Forecast against truth, on data never trained on", pad=28)
         above.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.98), ncols=3)
-        above.set_ylabel(label)
+        above.set_ylabel(drawn.label)
         below.bar(time, (forecast - truth)[:shown], width=1.0, color=ORANGE, alpha=0.75)
         below.hlines(0, 0, shown, color=INK, linewidth=0.8)
-        errors = f"mean error {error:.2f}\nby repeating the last period {naive_error:.2f}"
+        errors = f"mean error {error:.2f}\nby repeating the last period {drawn.naive_error:.2f}"
         below.text(0.01, 0.5, errors, transform=below.transAxes, va="center", linespacing=1.5)
         below.set(xlabel="steps since the end of the training part; each shade is one forecast", ylabel="error")
         below.set_xlim(-len(history), shown)

@@ -1,8 +1,8 @@
-"""A recipe: everything that decides what a training run computes, read from a TOML file.
+"""A recipe: all that determines the result of a training run, read from a TOML file.
 
 task = "text"            # or "forecast"
 [data]                   # TextData or SeriesData
-[model]                  # DecoderConfig or EncoderConfig, less the sizes that the data decides
+[model]                  # DecoderConfig or EncoderConfig, without the sizes that follow from the data
 [train]                  # TrainOptions
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TextData:
-    """Text to learn: `source` is "pydoc" (the language reference every Python carries) or paths of UTF-8 files."""
+    """Text to learn: `source` is "pydoc" (Python's language reference) or paths of UTF-8 files."""
 
     source: str | tuple[str, ...] = "pydoc"
     vocab_size: int = 2048
@@ -46,7 +46,7 @@ class TextData:
 
 @dataclass(frozen=True)
 class SeriesData:
-    """A series to forecast: `source` is "seasonal" (made here, seeded) or the path of a CSV file with a header."""
+    """A series to forecast: `source` is "seasonal" (synthetic, seeded) or the path of a CSV file with a header."""
 
     source: str = "seasonal"
     column: str = ""
@@ -67,7 +67,7 @@ class SeriesData:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How to train. `batch_size` counts the sequences of one step over all processes and accumulation steps."""
+    """How to train. `batch_size` is the sequences of one step over all processes and accumulation steps."""
 
     steps: int = 1000
     batch_size: int = 16
@@ -97,7 +97,7 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run. The sizes of `model` are checked when the model is built, where the data's sizes are known."""
+    """One training run. `model` is checked when the model is built: its sizes depend on the data."""
 
     task: str
     data: TextData | SeriesData
@@ -105,6 +105,7 @@ class Recipe:
     train: TrainOptions = field(default_factory=TrainOptions)
 
     def to_dict(self) -> dict[str, Any]:
+        """The recipe as nested dicts, for JSON."""
         return {"task": self.task, "data": asdict(self.data), "model": dict(self.model), "train": asdict(self.train)}
 
 
@@ -114,21 +115,23 @@ PRESETS = resources.files("edgeformer.train") / "recipes"
 
 
 def require(holds: bool, name: str, found: object, expected: str) -> None:
+    """Raises TrainingError unless `holds`."""
     if not holds:
         raise TrainingError(f"{name} is {found!r}, expected {expected}")
 
 
 def preset_names() -> list[str]:
+    """Names of the recipes in this package."""
     return sorted(entry.name.removesuffix(".toml") for entry in PRESETS.iterdir() if entry.name.endswith(".toml"))
 
 
 def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe of a TOML file, or of a preset by its name, with dotted `overrides` such as {"train.steps": 10}.
 
-    Relative paths in a file's `data.source` start at the file's folder; those in `overrides` at the current one.
+    Relative paths in a file's `data.source` are relative to that file; those in `overrides` to the current folder.
 
     Raises:
-        TrainingError: no such file or preset, no TOML, or a key or value that the recipe does not have.
+        TrainingError: no such file or preset, no TOML, or an unknown key or wrong value.
     """
     path = Path(name)
     if str(name) in preset_names():
@@ -152,7 +155,7 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 
 def anchor_sources(table: dict[str, Any], folder: Path) -> None:
-    """Join `folder` before each relative path of data.source; the names of built-in data stay."""
+    """Make relative paths of data.source relative to `folder`; names of built-in data are unchanged."""
     data = table.get("data")
     source = data.get("source") if isinstance(data, dict) else None
     if isinstance(source, str) and source not in ("pydoc", "seasonal"):
@@ -162,7 +165,11 @@ def anchor_sources(table: dict[str, Any], folder: Path) -> None:
 
 
 def make_recipe(table: Mapping[str, Any]) -> Recipe:
-    """The recipe that a nested dict describes; every unknown key, wrong type or value is a TrainingError."""
+    """The recipe in nested dicts.
+
+    Raises:
+        TrainingError: a key is unknown, or a value is of the wrong type or out of range.
+    """
     task = table.get("task")
     require(task in DATA, "task", task, f"one of {', '.join(DATA)}")
     check_keys(table, ["task", "data", "model", "train"], "the recipe")
@@ -177,6 +184,7 @@ def make_recipe(table: Mapping[str, Any]) -> Recipe:
 
 
 def read_table(cls: type[Table], table: Mapping[str, Any], name: str) -> Table:
+    """The dataclass `cls` with the values of a TOML table."""
     kinds = {one.name: type(one.default) for one in fields(cls) if one.default is not MISSING}
     check_keys(table, list(kinds), f"[{name}]")
     values: dict[str, Any] = {}
@@ -192,6 +200,7 @@ def read_table(cls: type[Table], table: Mapping[str, Any], name: str) -> Table:
 
 
 def check_keys(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """Raises TrainingError: `table` has a key that is not `known`."""
     for key in table:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
@@ -200,7 +209,7 @@ def check_keys(table: Mapping[str, Any], known: Sequence[str], where: str) -> No
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What two recipes' dicts disagree on, as "train.steps: 100, now 200"; where the data lies is not compared."""
+    """The differences of two recipes' dicts, as "train.steps: 100, now 200"; `data.source` is not compared."""
     found = []
     for section in sorted({*old, *new}):
         a, b = old.get(section), new.get(section)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 (its usual abbreviation)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ END = "<|endoftext|>"
 
 
 def read_documents(source: str | tuple[str, ...]) -> list[str]:
-    """The texts of a source, one string a file or topic.
+    """The texts of a source, one string for each file or topic.
 
     Raises:
         TrainingError: a file is missing, unreadable or not UTF-8.
@@ -44,8 +44,11 @@ def read_documents(source: str | tuple[str, ...]) -> list[str]:
 
 
 def read_pydoc() -> list[str]:
-    """The language reference of this Python, by topic. A fifth of it stands there twice (a statement's page is also a
-    part of "compound", say), which would let a model be tested on what it has read: each paragraph is kept once."""
+    """Python's language reference, by topic, with each paragraph once.
+
+    A fifth of the text is there twice (the page of a statement is also a part of "compound"), so that validation text
+    could be in the training text too.
+    """
     from pydoc_data.topics import topics
 
     seen: set[str] = set()
@@ -59,7 +62,7 @@ def read_pydoc() -> list[str]:
 
 
 def split_documents(documents: list[str], validation_fraction: float) -> tuple[list[str], list[str]]:
-    """For training and for validation: the beginning and the end of each document, so that both know every subject."""
+    """(training, validation): the beginning and the end of each document, so that both cover all subjects."""
     cuts = [round(len(document) * (1 - validation_fraction)) for document in documents]
     train = [document[:cut] for document, cut in zip(documents, cuts, strict=True)]
     validation = [document[cut:] for document, cut in zip(documents, cuts, strict=True)]
@@ -67,7 +70,7 @@ def split_documents(documents: list[str], validation_fraction: float) -> tuple[l
 
 
 def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer: every text can be encoded, and decodes to itself."""
+    """A byte-level BPE tokenizer: it encodes any text without loss."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -82,13 +85,13 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, documents: list[str], end: int) -> np.ndarray:
-    """int32 [n]: all documents in a row, the end marker after each."""
+    """int32 [n]: the ids of all documents, each followed by the end token."""
     ids = [np.array([*tokenizer.encode(document).ids, end], np.int32) for document in documents]
     return np.concatenate(ids) if ids else np.zeros(0, np.int32)
 
 
 class TextTask:
-    """Next-token prediction. `tokenizer_json` of an earlier run is used as it is; otherwise one is trained.
+    """Next-token prediction. `tokenizer_json` is the tokenizer of the run to resume; None trains one.
 
     Raises:
         TrainingError: a file cannot be read, the text is too short, or the model's sizes do not fit.
@@ -107,7 +110,7 @@ class TextTask:
         end = self.tokenizer.token_to_id(END)
         if end is None:
             raise TrainingError(
-                f"tokenizer.json has no {END}, so it is not that of this run; restore it or start again"
+                f"tokenizer.json has no {END}, so it is not the tokenizer of this run; restore it or start again"
             )
         self.end = end
         self.train_ids = encode(self.tokenizer, train_documents, end)
@@ -119,15 +122,16 @@ class TextTask:
                     f"a window needs {data.sequence_length + 1}; give more text or a smaller data.sequence_length"
                 )
         self.config = self.make_config(model)
-        # One window less than fits, so that each pass can start at another offset and cut the text elsewhere.
+        # One window less than fits, so that each pass can start at another offset.
         self.windows = max(1, (len(self.train_ids) - 1) // data.sequence_length - 1)
         self.baseline = ("unigram guess", self.unigram_loss())
         self.fingerprint = hashlib.sha256(self.train_ids.tobytes() + b"|" + self.validation_ids.tobytes()).hexdigest()
 
     def make_config(self, model: Mapping[str, Any]) -> DecoderConfig:
+        """The model's config: `model` with the vocabulary's size."""
         known = asdict(DecoderConfig())
-        decided = ["vocab_size"]  # by the tokenizer
-        check_keys(model, [name for name in known if name not in decided], "[model]")
+        from_data = ["vocab_size"]  # of the tokenizer
+        check_keys(model, [name for name in known if name not in from_data], "[model]")
         sizes = {"max_position_embeddings": max(512, self.data.sequence_length)} | dict(model)
         try:
             config = DecoderConfig(vocab_size=self.tokenizer.get_vocab_size(), **sizes)
@@ -141,14 +145,16 @@ class TextTask:
         return config
 
     def unigram_loss(self) -> float:
-        """Validation loss in nats of the best guess that ignores context: training frequencies, one added to each."""
+        """Validation loss in nats of unigram frequencies of the training text, with add-one smoothing."""
         counts = np.bincount(self.train_ids, minlength=self.config.vocab_size) + 1.0
         return float(-np.log(counts / counts.sum())[self.validation_ids].mean())
 
     def model(self) -> CausalLM:
+        """See TrainingTask."""
         return CausalLM(self.config)
 
     def files(self) -> dict[str, str]:
+        """See TrainingTask."""
         markers = {"bos_token_id": self.end, "eos_token_id": self.end}
         tokenizer_config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -165,21 +171,25 @@ class TextTask:
         }
 
     def batch(self, picks: list[Pick]) -> Batch:
+        """See TrainingTask."""
         return self.cut(
             self.train_ids, [self.offset(pick.epoch) + pick.window * self.data.sequence_length for pick in picks]
         )
 
     def offset(self, epoch: int) -> int:
+        """The first token of pass `epoch`."""
         slack = len(self.train_ids) - 1 - self.windows * self.data.sequence_length
         return int(np.random.default_rng([self.seed, epoch, 1]).integers(min(self.data.sequence_length, slack + 1)))
 
     def validation(self, batch_size: int, batches: int) -> Iterator[Batch]:
+        """See TrainingTask."""
         length = self.data.sequence_length
         starts = spread((len(self.validation_ids) - 1) // length, batch_size * batches) * length
         for first in range(0, len(starts), batch_size):
             yield self.cut(self.validation_ids, starts[first : first + batch_size].tolist())
 
     def cut(self, ids: np.ndarray, starts: list[int]) -> Batch:
+        """The windows of `ids` that begin at `starts`."""
         length = self.data.sequence_length
         rows = np.stack([ids[start : start + length + 1] for start in starts]).astype(np.int64)  # (batch, length + 1)
         positions = torch.arange(length).expand(len(starts), length)
@@ -187,16 +197,18 @@ class TextTask:
         return Batch(inputs, torch.from_numpy(rows[:, 1:].copy()))
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """See TrainingTask."""
         return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
 
     def finish(self, model: nn.Module, folder: Path) -> dict[str, Any]:
+        """Write sample.txt."""
         text = self.sample(model)
         (folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
         return {"sample": text}
 
     @torch.inference_mode()
     def sample(self, model: nn.Module, temperature: float = 0.7, top_k: int = 40) -> str:
-        """The prompt and what the model writes after it: a look at the training, without cache and without speed."""
+        """The prompt and its sampled continuation, computed without a KV cache."""
         device = next(model.parameters()).device
         generator = torch.Generator().manual_seed(self.seed)
         ids: list[int] = list(self.tokenizer.encode(self.data.prompt).ids) or [self.end]

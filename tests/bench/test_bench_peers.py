@@ -126,7 +126,7 @@ class Fake:
     def logits(self, ids: list[int]) -> np.ndarray:
         return self.table[ids] + self.noise * np.sin(np.arange(self.table.shape[1]))
 
-    def generate(self, prompts: list[list[int]], new: int) -> tuple[list[float], list[int]]:
+    def generate(self, _prompts: list[list[int]], new: int) -> tuple[list[float], list[int]]:
         return [measure.time.perf_counter() for _ in range(new - 1)], [0]
 
 
@@ -245,7 +245,7 @@ def test_a_share_above_the_memory_limit_stays_in_the_picture(monkeypatch, tmp_pa
     plots = pytest.importorskip("bench.peers.plots")
     numbers, drawn = saved(), []
     numbers["measured"][OURS]["2"]["decode"]["median"] = 350.0  # of 250 that memory gives
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plots, "_save", lambda figure, _: drawn.append(figure))
     plots._share(numbers, tmp_path / "x.png", "")
     (pane,) = drawn[0].axes
     shares = [point[1] for dots in pane.collections for point in dots.get_offsets()]
@@ -299,16 +299,16 @@ def test_pages_are_written_between_their_marks(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(pages, "PAGE", page)
     monkeypatch.setattr(pages, "IMAGES", tmp_path / "images")
     other = saved() | {"machine": {"cpu": "Another CPU", "system": "Linux", "date": "2025-01-01"}, "threads": [2]}
-    monkeypatch.setattr(pages, "elsewhere", lambda name: [other])
     numbers = saved()
+    monkeypatch.setattr(pages, "runs", lambda _: [numbers, other])
     before = copy.deepcopy(numbers)
     pages.write(numbers)
     assert numbers == before
     readme, text = (tmp_path / "README.md").read_text(), page.read_text()
     assert readme.startswith("above\n") and readme.endswith("below\n") and "old" not in readme
     assert "| **edgeformer keep (the GGUF's blocks)** | x 1.002 | 200 (100) |" in readme
-    assert "| A CPU, 2026-01-01 | edgeformer keep (the GGUF's blocks) | x 2.50 (2.00) |" in readme
-    assert "| Another CPU, 2025-01-01 | edgeformer keep (the GGUF's blocks) | x 2.50 |" in readme
+    assert "| edgeformer keep (the GGUF's blocks); A CPU, 2026-01-01 | x 2.50 (2.00) |" in text
+    assert "| edgeformer keep (the GGUF's blocks); Another CPU, 2025-01-01 | x 2.50 |" in text
     assert "### On another machine: Another CPU" in text
     assert "x 1.300" in text and text.endswith("below\n")
     for line in (*readme.splitlines(), *text.splitlines()):
@@ -339,9 +339,8 @@ def test_medians_are_over_the_rounds_used() -> None:
     contestant = next(c for c in ALL if c.project == "llama.cpp")
     taken = [Round([Turn(contestant.key, 2, result(0.0, value=v))]) for v in (40.0, 90.0, 50.0)]
     found = results.collect(taken, [contestant], [2])[contestant.key]["2"]
-    assert found["decode"] == {"median": 50.0, "values": [40.0, 90.0, 50.0]}
+    assert found["decode"] == {"median": 50.0, "min": 40.0, "max": 90.0, "n": 3}
     assert found["short_mib"]["median"] == 100.0 and found["load_s"]["median"] == 0.5
-    assert rounds.median([]) is None
 
 
 def test_every_contestant_has_its_own_name_and_runner() -> None:
@@ -360,7 +359,24 @@ def test_what_another_machine_measured_is_kept_beside(tmp_path: Path, monkeypatc
     for cpu, number in (("Chip (R) A", 1), ("Chip (R) A", 2), ("Chip B, 2 cores", 3)):
         monkeypatch.setattr(report, "machine", lambda cpu=cpu: {"cpu": cpu})
         report.save("peers", {"number": number})
-    assert json.loads((tmp_path / "peers.json").read_text())["number"] == 3
-    assert [other["number"] for other in report.elsewhere("peers")] == [2], "the last of the first machine"
-    assert (tmp_path / "chip-r-a" / "peers.json").is_file()
-    assert report.elsewhere("encoders") == []
+    assert [run["number"] for run in report.runs("peers")] == [3, 2], "the last of each machine, the newest first"
+    assert report.runs("encoders") == []
+
+
+def test_a_summary_holds_no_rounds_and_json_holds_a_summary_a_line() -> None:
+    found = {"decode": report.summary([90.949579, 80.0, 100.0])}
+    assert found == {"decode": {"median": 90.94958, "min": 80.0, "max": 100.0, "n": 3}}
+    text = report.compact([{"measured": {str(i): found for i in range(3)}, "empty": {}}])
+    assert json.loads(text) == [{"measured": {str(i): found for i in range(3)}, "empty": {}}]
+    assert sum("median" in line for line in text.splitlines()) == 3
+    with pytest.raises(ValueError, match="no numbers"):
+        report.summary([])
+
+
+def test_what_the_public_loop_keeps_is_compared_round_by_round() -> None:
+    keys = [f"{results.OURS} {name}" for name in (results.STREAM, results.ENGINE)]
+    pairs = ((90.0, 100.0), (45.0, 50.0), (60.0, 80.0))
+    taken = [Round([Turn(k, 2, result(0.0, value=v)) for k, v in zip(keys, pair, strict=True)]) for pair in pairs]
+    assert results.kept_by_stream(taken, [1, 2]) == {"2": {"median": 0.9, "min": 0.75, "max": 0.9, "n": 3}}
+    assert {*keys} <= {c.key for c in ALL}
+    assert "keeps 99.4% with 2 threads of" in pages.stream_line(saved())

@@ -138,9 +138,9 @@ def test_an_export_that_does_not_fit_into_memory_is_not_begun(tmp_path: Path, mo
     began: list[str] = []
     monkeypatch.setattr(models, "OUT", tmp_path)
     monkeypatch.setattr(models, "ROOT", tmp_path)
-    monkeypatch.setattr(random_models, "float_folder", lambda shape: tmp_path)
+    monkeypatch.setattr(random_models, "float_folder", lambda _: tmp_path)
     monkeypatch.setattr(
-        sizes, "run", lambda command, log, variables, what: began.append(what) or Path(command[5]).mkdir()
+        sizes, "run", lambda command, _log, _variables, what: began.append(what) or Path(command[5]).mkdir()
     )
     monkeypatch.setattr(sizes, "available_gib", lambda: 12.0)
     with pytest.raises(SetupFailed, match="the export of 3B takes about 16 GiB of memory, 12 are free"):

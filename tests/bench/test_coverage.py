@@ -112,7 +112,7 @@ class Loaded:
     def logits(self, prompt):
         return self.table[len(prompt)]
 
-    def generate(self, prompt, **options):
+    def generate(self, _prompt, **_options):
         return self
 
 
@@ -168,11 +168,11 @@ def test_the_page_names_every_model_its_cause_and_its_commit():
     text = page(rows)
     assert "**1 of 3 work on `cpu`, 0 of them on `native` too.**" in text
     assert "| one | One | yes | no | TopK |" in text
-    assert "| two |  | no | no | keeps a recurrent or convolution state (state-space, linear attention): no" in text
+    assert "| two |  | no | no | has a recurrent or convolution state (state-space, linear attention)" in text
     flat = " ".join(text.split())
     assert "Made from commit aaaa of 2026-11-29, with transformers 5.24.0: 2 rows." in flat
     assert "1 row is from commit bbbb of 2026-11-28, with transformers 5.24.0. The remarks say which." in flat
-    assert text.rstrip().endswith("no key-value cache can hold it; from commit bbbb of 2026-11-28 |")
+    assert text.rstrip().endswith("which is no KV cache; from commit bbbb of 2026-11-28 |")
 
 
 def test_the_parts_of_a_composite_config_are_shrunk_too():
@@ -184,8 +184,12 @@ def test_the_parts_of_a_composite_config_are_shrunk_too():
 @pytest.mark.parametrize(
     ("stage", "cause", "told"),
     [
-        ("export", "ExportError: X keeps a recurrent or convolution state", "keeps a recurrent or convolution state"),
-        ("export", "ExportError: X does not run with a plain key-value cache: IndexError", "more than keys and values"),
+        ("export", "ExportError: X keeps a recurrent or convolution state", "has a recurrent or convolution state"),
+        (
+            "export",
+            "ExportError: X does not run with a plain key-value cache: IndexError",
+            "more state than keys and values",
+        ),
         ("build", "ImportError: TimmWrapperModel requires the timm library", "needs the package timm"),
         ("build", "ValueError: unknown", "not examined: .*(ValueError: unknown)"),
         ("export", "ValueError: unknown", "^ValueError: unknown$"),

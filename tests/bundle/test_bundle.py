@@ -107,7 +107,7 @@ def test_every_damaged_file_is_in_one_message(lm, copy_of):
         ("", "not valid JSON"),
         ("<!DOCTYPE html>", "not valid JSON"),
         ("[]", "holds a list, expected an object"),
-        ('{"format": "edgeformer", "format": "edgeformer"}', "'format' stands there twice"),
+        ('{"format": "edgeformer", "format": "edgeformer"}', "'format' occurs twice"),
         ('{"format": NaN}', "NaN is not JSON"),
         ("[" * 100_000, "nested too deeply"),
         ("version https://git-lfs.github.com/spec/v1\n", "not valid JSON"),

@@ -1,4 +1,4 @@
-"""The command line as scripts and people meet it: output, exit codes, no traceback for a user's mistake."""
+"""The command line: output, exit codes, one message and no traceback for a user's mistake."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def test_doctor_fails_where_no_engine_runs(edgeformer, monkeypatch):
         (["run", "FORECAST", "x", "-e", "cpu"], 2, "is a forecasting model"),
         (["run", "nowhere", "x"], 3, "does not exist"),
         (["inspect", "DAMAGED"], 3, "2 problems"),
-        (["run", "LM", "x", "-e", "cuda"], 4, "CUDA is not there"),
+        (["run", "LM", "x", "-e", "cuda"], 4, "CUDA is not available"),
         (["bench", "LM", "-p", "x"], 2, "expected whole numbers"),
         (["bench", "LM", "-n", "-3"], 2, "at least 0"),
         (["bench", "LM", "-e", "cpu"], 2, "needs 512 positions"),
@@ -294,11 +294,11 @@ def test_a_disk_error_is_a_message(edgeformer, bundles, tmp_path):
     assert "No such file or directory" in err
 
 
-def test_a_defect_is_not_dressed_up_as_a_users_mistake(lm, monkeypatch):
-    def broken(*args, **kwargs):
+def test_a_defect_gives_a_traceback(lm, monkeypatch):
+    def broken(*_, **__):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("edgeformer.cli.run.text", broken)
+    monkeypatch.setattr("edgeformer.cli.run.run_prompt", broken)
     with pytest.raises(ZeroDivisionError):
         main(["run", str(lm), "x"])
 
@@ -310,7 +310,7 @@ def test_help_names_all_commands_and_starts_fast():
     resource = pytest.importorskip("resource")
 
     def timed():
-        """Processor time: what a machine that does nothing else would take, however busy this one is."""
+        """Processor time in seconds, which does not depend on the load of the machine."""
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         process = _process("--help")
         out = process.communicate(timeout=60)[0]
@@ -337,7 +337,7 @@ def test_the_version(edgeformer):
 
 
 @pytest.mark.parametrize("half", ["export", "train"])
-def test_the_workshop_is_forwarded_to_with_its_own_options(half):
+def test_export_and_train_have_their_own_options(half):
     pytest.importorskip("torch")
     process = _process(half, "--help")
     out, err = process.communicate(timeout=120)
@@ -349,7 +349,7 @@ def test_the_workshop_is_forwarded_to_with_its_own_options(half):
     assert "frobnicate" in out + err
 
 
-def test_without_its_packages_the_workshop_says_what_to_install(edgeformer, monkeypatch):
+def test_without_the_toolchains_packages_a_message_says_what_to_install(edgeformer, monkeypatch):
     monkeypatch.setattr("edgeformer.cli.forward.find_spec", lambda name: None if name == "torch" else object())
     code, _, err = edgeformer("export", "x", "-o", "y")
     assert code == 4
@@ -358,14 +358,14 @@ def test_without_its_packages_the_workshop_says_what_to_install(edgeformer, monk
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_ctrl_c_ends_with_130_and_no_traceback(lm):
-    # A suite in a shell's background was started deaf to Ctrl-C, and what it starts would be too.
+    # A shell starts background jobs with SIGINT ignored, and child processes inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = _process("chat", lm, "-n", 4, "-e", "cpu", stdin=subprocess.PIPE)  # waits for the next line
     signal.signal(signal.SIGINT, before)
     process.stdin.write("hello\n")
     process.stdin.flush()
     assert process.stderr.readline().startswith("prompt ")
-    for _ in range(10):  # an interrupt that falls into a finalizer of the last answer is lost, as Python's page says
+    for _ in range(10):  # Python ignores an interrupt that is raised inside a finalizer
         time.sleep(1)
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -376,7 +376,7 @@ def test_ctrl_c_ends_with_130_and_no_traceback(lm):
     assert err.strip() == "interrupted"
 
 
-def test_a_reader_that_goes_away_is_no_traceback(lm):
+def test_a_closed_pipe_is_no_traceback(lm):
     process = _process(
         "run", lm, "hello", "-n", 200, "-e", "cpu", "--ignore-eos", env={**os.environ, "PYTHONUNBUFFERED": "1"}
     )

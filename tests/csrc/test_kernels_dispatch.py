@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeformer.engines.native.program import program
+from edgeformer.engines.native.ir.weight import WEIGHT_TYPES
 
 native = pytest.importorskip("edgeformer._native")
 testing = native.testing
@@ -31,7 +31,7 @@ def test_a_named_isa_is_the_one_that_runs(isa: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_weight_types_have_the_same_numbers_in_python() -> None:
-    assert program.WEIGHT_TYPES == testing.WEIGHT_TYPES
+    assert WEIGHT_TYPES == testing.WEIGHT_TYPES
 
 
 def test_an_unknown_isa_is_refused_with_the_usable_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,9 @@ from onnx import numpy_helper
 from support import tiny
 
 import edgeformer
-from edgeformer.decoding import loop as generate
-from edgeformer.decoding.loop import Session, StopFilter
+from edgeformer.decoding import loop
+from edgeformer.decoding.session import Session
+from edgeformer.decoding.stop import StopFilter
 from edgeformer.errors import EdgeformerError, InputError
 from edgeformer.model import load
 
@@ -44,7 +45,7 @@ def test_greedy_tokens_are_those_of_a_plain_loop(bundles, bundle):
 @pytest.mark.parametrize("chunk", [1, 3, 7, 8, 512])
 def test_a_prompt_in_chunks_gives_the_same_tokens(model, monkeypatch, chunk):
     expected = model.generate(PROMPT, max_new_tokens=12, ignore_eos=True).ids
-    monkeypatch.setattr(generate, "CHUNK", chunk)
+    monkeypatch.setattr(loop, "CHUNK", chunk)
     assert model.generate(PROMPT, max_new_tokens=12, ignore_eos=True).ids == expected
 
 
@@ -167,8 +168,8 @@ def test_a_stop_string_that_does_not_come_hides_nothing(model):
     ],
 )
 def test_the_stop_filter(stops, pieces, expected):
-    filter = StopFilter(stops)
-    assert "".join(map(filter.push, pieces)) + ("" if filter.found() else filter.flush()) == expected
+    stop = StopFilter(stops)
+    assert "".join(map(stop.push, pieces)) + ("" if stop.found() else stop.flush()) == expected
 
 
 def test_the_stop_filter_against_a_plain_search():
@@ -177,10 +178,10 @@ def test_the_stop_filter_against_a_plain_search():
         text = "".join(rng.choice(list("ab"), 12))
         stops = ["".join(rng.choice(list("ab"), rng.integers(1, 5))) for _ in range(2)]
         cuts = np.sort(rng.integers(0, 13, 4))
-        filter = StopFilter(stops)
-        pieces = [filter.push(text[a:b]) for a, b in zip([0, *cuts], [*cuts, 12], strict=True)]
-        shown = "".join(pieces) + ("" if filter.found() else filter.flush())
-        ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+        stop = StopFilter(stops)
+        pieces = [stop.push(text[a:b]) for a, b in zip([0, *cuts], [*cuts, 12], strict=True)]
+        shown = "".join(pieces) + ("" if stop.found() else stop.flush())
+        ends = [(text.find(one) + len(one), text.find(one)) for one in stops if one in text]
         assert shown == (text[: min(ends)[1]] if ends else text)
 
 

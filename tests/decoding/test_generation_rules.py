@@ -317,7 +317,7 @@ def test_every_field_of_transformers_is_followed_named_or_irrelevant():
     ids=str,
 )
 def test_the_file_says_what_language_is_spoken_and_what_to_do(generators, said, expected):
-    from edgeformer.tasks.seq2seq import speech_prompt
+    from edgeformer.tasks.speech import speech_prompt
 
     tokens = {"lang_to_id": {"<|en|>": 20, "<|de|>": 21}, "task_to_id": {"transcribe": 31, "translate": 32}}
     pair = generators("whisper").with_settings(tokens | said).pair

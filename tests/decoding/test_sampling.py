@@ -7,10 +7,13 @@ import pytest
 
 from edgeformer.decoding import sampling
 from edgeformer.decoding.generation_config import GenerationConfig
+from edgeformer.decoding.limits import Limits
 from edgeformer.decoding.logits_processors import repetition_penalty
-from edgeformer.decoding.loop import GenerationOptions
+from edgeformer.decoding.request import CallOptions, Request
 from edgeformer.decoding.sampling import choose
 from edgeformer.errors import EdgeformerError, InputError
+
+ANY_LENGTH = Limits(True, True, None, "", None, frozenset(), None)
 
 RNG = np.random.default_rng
 
@@ -75,7 +78,7 @@ def test_a_seed_decides_the_draws():
     scores = _logits(0)
 
     def draws(seed):
-        rng = GenerationOptions(1, do_sample=True, seed=seed).rng()
+        rng = Request([1], GenerationConfig(do_sample=True), ANY_LENGTH, 1, seed=seed).rng()
         return [choose(scores, rng) for _ in range(20)]
 
     assert draws(1) == draws(1)
@@ -98,8 +101,8 @@ def test_logits_that_are_all_removed_raise_and_one_left_is_taken():
     scores[7] = -3.0
     config = GenerationConfig(do_sample=True, top_p=0.5, top_k=3, min_p=0.5, typical_p=0.5, top_h=0.5, eta_cutoff=0.5)
     left = scores
-    for filter in sampling.filters(config):
-        left = filter(left)
+    for mask in sampling.filters(config):
+        left = mask(left)
     assert choose(left, RNG(0)) == choose(scores, None) == 7
 
 
@@ -130,7 +133,7 @@ def test_arguments_out_of_range_are_refused(name, bad):
 @pytest.mark.parametrize("seed", [-1, 1.0, True])
 def test_a_wrong_seed_is_refused(seed):
     with pytest.raises(InputError, match="seed is"):
-        GenerationOptions(1, seed=seed)
+        CallOptions(seed)
 
 
 def test_all_wrong_arguments_are_in_one_message():

@@ -229,9 +229,7 @@ def test_axes_of_one_name_must_agree(float_engine):
 def test_the_context_is_a_limit_that_is_named(float_engine):
     state = float_engine.new_state()
     _logits(float_engine, state, np.full((1, tiny.POSITIONS), 5))  # exactly full
-    with pytest.raises(
-        InputError, match=r"position 256 lies past the end: the model was made for 256 positions \(max_po"
-    ):
+    with pytest.raises(InputError, match=r"position 256 lies past the end: the model has 256 positions \(max_po"):
         _logits(float_engine, state, [[5]])
     with pytest.raises(InputError, match="position 256"):
         _logits(float_engine, float_engine.new_state(), [[5]], position_ids=[[256]])

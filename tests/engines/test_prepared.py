@@ -1,4 +1,4 @@
-"""What a load keeps for the next one: the same engine from it, and never an old one for a new model."""
+"""The disk cache of programs and packed weights: the same engine from it, and never an old one for a new model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from edgeformer.errors import BundleError, EngineUnavailable
 native = pytest.importorskip("edgeformer._native", reason="the native extension is not built")
 
 from edgeformer.engines.native.engine import NativeEngine
-from edgeformer.engines.native.program import lowering, packing, prepared
+from edgeformer.engines.native.program import executable, lowering, packing
 
 
 @pytest.fixture
@@ -59,7 +59,8 @@ def test_the_second_engine_is_the_first_one_without_lowering(bundles, name, cach
     assert len(lowered) == 3
 
 
-def test_an_encoder_keeps_its_types_and_names(bundles, cache_folder, lowered):
+@pytest.mark.usefixtures("cache_folder")
+def test_an_encoder_keeps_its_types_and_names(bundles, lowered):
     rng = np.random.default_rng(0)
     once, again = (edgeformer.load(bundles / "forecast", engine="native", threads=1) for _ in range(2))
     assert len(lowered) == 1
@@ -73,7 +74,8 @@ def test_an_encoder_keeps_its_types_and_names(bundles, cache_folder, lowered):
         again(other=x[name])
 
 
-def test_other_weights_are_another_model(q8, tmp_path, cache_folder, lowered):
+@pytest.mark.usefixtures("cache_folder")
+def test_other_weights_are_another_model(q8, tmp_path, lowered):
     """The same graph and sizes, other values: what the engine computes is theirs."""
     bundle = tmp_path / "bundle"
     shutil.copytree(q8, bundle)
@@ -92,7 +94,8 @@ def test_other_weights_are_another_model(q8, tmp_path, cache_folder, lowered):
     np.testing.assert_array_equal(after[0], again[0])
 
 
-def test_bundles_that_differ_in_their_weights_alone_are_told_apart(q8, tmp_path, cache_folder, lowered):
+@pytest.mark.usefixtures("cache_folder")
+def test_bundles_that_differ_only_in_their_weights_have_two_entries(q8, tmp_path, lowered):
     """Equal graphs, sizes and times, as archives with normalized times have them: the manifests differ."""
     answers = []
     for name, change in (("one", 0), ("other", 1)):
@@ -114,8 +117,8 @@ def test_bundles_that_differ_in_their_weights_alone_are_told_apart(q8, tmp_path,
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda entry: entry[: len(entry) // 2], lambda entry: b"", lambda entry: entry[:-1] + bytes([entry[-1] ^ 1])],
-    ids=["cut short", "empty", "a bit turned"],
+    [lambda entry: entry[: len(entry) // 2], lambda _: b"", lambda entry: entry[:-1] + bytes([entry[-1] ^ 1])],
+    ids=["cut short", "empty", "a bit flipped"],
 )
 def test_a_damaged_entry_is_none(q8, cache_folder, lowered, damage):
     before = answer(NativeEngine.from_bundle(q8, threads=1))
@@ -130,20 +133,20 @@ def test_a_damaged_entry_is_none(q8, cache_folder, lowered, damage):
 
 def test_changed_code_lowers_again(q8, cache_folder, lowered, monkeypatch):
     NativeEngine.from_bundle(q8, threads=1)
-    monkeypatch.setattr(prepared, "code_identity", lambda: b"other")
+    monkeypatch.setattr(executable, "code_identity", lambda: b"other")
     NativeEngine.from_bundle(q8, threads=1)
     assert len(lowered) == 2 and len(programs(cache_folder)) == 2
 
 
-def test_what_is_large_is_not_kept(q8, cache_folder, lowered, monkeypatch):
-    monkeypatch.setattr(prepared, "LARGEST_KEPT", 10)
+def test_a_large_program_is_not_cached(q8, cache_folder, lowered, monkeypatch):
+    monkeypatch.setattr(executable, "LARGEST_CACHED", 10)
     for _ in range(2):
         NativeEngine.from_bundle(q8, threads=1)
     assert len(lowered) == 2 and programs(cache_folder) == []
 
 
-def test_what_cannot_be_lowered_is_not_kept(q8, cache_folder, monkeypatch):
-    def refuse(path):
+def test_a_graph_that_cannot_be_lowered_is_not_cached(q8, cache_folder, monkeypatch):
+    def refuse(_):
         raise EngineUnavailable("1 node cannot be lowered: Frobnicate")
 
     monkeypatch.setattr(lowering, "lower_bundle", refuse)
@@ -153,7 +156,8 @@ def test_what_cannot_be_lowered_is_not_kept(q8, cache_folder, monkeypatch):
     assert programs(cache_folder) == []
 
 
-def test_a_second_load_imports_no_onnx(q8, cache_folder):
+@pytest.mark.usefixtures("cache_folder")
+def test_a_second_load_imports_no_onnx(q8):
     code = (
         "import json, sys, edgeformer\n"
         f"model = edgeformer.load({str(q8)!r}, engine='native', threads=1)\n"
@@ -168,8 +172,9 @@ def test_a_second_load_imports_no_onnx(q8, cache_folder):
     assert one == other
 
 
-def test_a_fault_of_the_graph_is_found_at_every_load(q8, tmp_path, cache_folder):
-    """That a graph was checked is kept with the sizes of the files, not with its name."""
+@pytest.mark.usefixtures("cache_folder")
+def test_a_fault_of_the_graph_is_found_at_every_load(q8, tmp_path):
+    """The cached result of a check belongs to the sizes of the files, not to their names."""
     bundle = tmp_path / "bundle"
     shutil.copytree(q8, bundle)
     edgeformer.load(bundle)
@@ -183,7 +188,8 @@ def test_a_fault_of_the_graph_is_found_at_every_load(q8, tmp_path, cache_folder)
             edgeformer.load(bundle)
 
 
-def test_a_damaged_tokenizer_is_told_while_the_weights_are_packed(q8, tmp_path, cache_folder):
+@pytest.mark.usefixtures("cache_folder")
+def test_a_damaged_tokenizer_is_reported_while_the_weights_are_packed(q8, tmp_path):
     bundle = tmp_path / "bundle"
     shutil.copytree(q8, bundle)
     path = bundle / "tokenizer.json"
@@ -201,9 +207,9 @@ def packed(monkeypatch):
     """One entry for each engine that packed its weights itself."""
     seen, whole = [], packing.pack
 
-    def pack(native, p, meanwhile):
-        seen.append(p.entry)
-        return whole(native, p, meanwhile)
+    def pack(native, e, while_packing):
+        seen.append(e.cache_key)
+        return whole(native, e, while_packing)
 
     monkeypatch.setattr(packing, "pack", pack)
     return seen
@@ -243,7 +249,7 @@ def test_damaged_packed_weights_are_packed_again(q8, cache_folder, packed, place
 
 
 def test_packed_weights_of_another_program_are_refused(q8, cache_folder, packed):
-    """The note fits and the size does not: never, unless the code that names entries is wrong."""
+    """The note fits and the size does not: only a fault in the cache key can cause it."""
     engine_of(q8)
     (entry,) = cache_folder.glob("*.packed")
     data, note = disk_cache.read_mapped(entry.name)
@@ -253,7 +259,8 @@ def test_packed_weights_of_another_program_are_refused(q8, cache_folder, packed)
     assert len(packed) == 2
 
 
-def test_packed_weights_of_other_weights_are_packed_again(copy_of, q8, cache_folder, packed):
+@pytest.mark.usefixtures("cache_folder")
+def test_packed_weights_of_other_weights_are_packed_again(copy_of, q8, packed):
     """The same graph, manifest and size; only the file's time tells."""
     bundle = copy_of(q8)
     before = answer(engine_of(bundle))
@@ -269,10 +276,10 @@ def test_packed_weights_of_other_weights_are_packed_again(copy_of, q8, cache_fol
     np.testing.assert_array_equal(after[0], again[0])
 
 
-def test_the_extension_says_what_packed_weights_it_takes(q8, packed):
+def test_packed_weights_of_the_wrong_size_or_alignment_are_refused(q8):
     given = engine_of(q8)._native.packed()
     assert not given.flags.writeable and given.ctypes.data % 64 == 0
-    plain = prepared.prepare(q8 / "model.onnx")
+    plain = executable.load_executable(q8 / "model.onnx")
     fresh = native.Engine(plain.program, 1, "", "int8", 64, 64)
     assert len(fresh.packed()) == 0
     room = np.empty(len(given) + 128, np.uint8)
@@ -283,5 +290,5 @@ def test_the_extension_says_what_packed_weights_it_takes(q8, packed):
     fresh.use_packed(given)
     with pytest.raises(edgeformer.InputError, match="has its weights already"):
         fresh.use_packed(given)
-    with pytest.raises(edgeformer.InputError, match="another's to write"):
+    with pytest.raises(edgeformer.InputError, match="belong to another one"):
         fresh.pack([])

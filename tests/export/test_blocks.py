@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="the workshop half needs torch")
-gguf = pytest.importorskip("gguf", reason="the workshop half needs gguf")
+pytest.importorskip("torch", reason="the toolchain needs torch")
+gguf = pytest.importorskip("gguf", reason="the toolchain needs gguf")
 
 from gguf import quants
 
 from edgeformer.errors import ExportError
 from edgeformer.export.blocks import Blocks, quantize
-from edgeformer.export.sources.gguf.kept import _READERS, KeptRows, read_matrices
+from edgeformer.export.sources.gguf.kept_blocks import _READERS, KeptRows, read_matrices
 
 SCHEMES = ("q8", "q4", "q4a")
 

@@ -1,4 +1,4 @@
-"""Calibration: GPTQ's integers against the plain loop, inputs against PyTorch's hooks, samples against the model."""
+"""Calibration: GPTQ's integers against a plain loop, inputs against PyTorch's hooks, samples against the model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import json
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the workshop half needs torch")
-pytest.importorskip("transformers", reason="the workshop half needs transformers")
+torch = pytest.importorskip("torch", reason="the toolchain needs torch")
+pytest.importorskip("transformers", reason="the toolchain needs transformers")
 pytest.importorskip("onnxruntime", reason="calibration runs the graph on onnxruntime")
 
 from support import tiny
@@ -18,8 +18,8 @@ from edgeformer.bundle.bundle import Bundle
 from edgeformer.errors import ExportError
 from edgeformer.export import ExportOptions, blocks, export, read_recipe
 from edgeformer.export.check import accuracy
+from edgeformer.export.graphs import trace_model
 from edgeformer.export.passes.linear import linears
-from edgeformer.export.pipeline import float_graph
 from edgeformer.export.progress import Silent
 from edgeformer.export.quantize import calibrate, gptq
 from edgeformer.export.sources.hub.hub import language_model
@@ -44,8 +44,11 @@ def hessian(x: np.ndarray) -> torch.Tensor:
 
 
 def textbook(row: np.ndarray, h: np.ndarray, scale: np.ndarray, minimum: np.ndarray, low: int, high: int):
-    """(integers [K], loss) of one row: Optimal Brain Quantization in column order, in float64, as equations (2) and (3)
-    of the paper stand there: the inverse of what is left is made anew at each column. `scale` and `minimum` are [K]."""
+    """(integers [K], loss) of one row: Optimal Brain Quantization in column order, in float64.
+
+    Equations (2) and (3) of the GPTQ paper, with the inverse for the remaining columns computed anew at each column.
+    `scale` and `minimum` are [K].
+    """
     left, q, loss = row.astype(np.float64), np.zeros(len(row), int), 0.0
     for j in range(len(row)):
         inverse = np.linalg.inv(h[j:, j:])
@@ -65,7 +68,7 @@ def damped(h: torch.Tensor, damping: float = gptq.DAMPING) -> np.ndarray:
 @pytest.mark.parametrize("scheme", FOUR_BITS)
 def test_the_integers_are_those_of_the_textbook_loop(scheme, k, block_size):
     w, h = weights(9, k), hessian(correlated(300, k))
-    found = gptq.quantize(w, gptq.inverse_factor(h), scheme, block_size)
+    found = gptq.fit_blocks(w, gptq.inverse_factor(h), scheme, block_size)
     low, high = {"q4": (-8, 7), "q4a": (0, 15)}[scheme]
     scale = np.repeat(found.scale, block_size, axis=1)[:, :k].astype(np.float64)
     none = np.zeros_like(scale)
@@ -79,21 +82,21 @@ def test_the_integers_are_those_of_the_textbook_loop(scheme, k, block_size):
 
 
 @pytest.mark.parametrize("scheme", FOUR_BITS)
-def test_of_the_scales_on_offer_the_one_with_the_least_loss_is_taken(scheme):
-    """One block, so that its loss is all of it; every scale on offer is tried by the textbook's loop."""
+def test_the_candidate_scale_with_the_least_loss_is_taken(scheme):
+    """One block, so that its loss is the whole loss; every candidate scale is tried by the textbook's loop."""
     w, h = weights(6, 32), hessian(correlated(200, 32))
     factor = gptq.inverse_factor(h)
-    found = gptq.quantize(w, factor, scheme, 32)
+    found = gptq.fit_blocks(w, factor, scheme, 32)
     low, high = {"q4": (-8, 7), "q4a": (0, 15)}[scheme]
-    offered = list(blocks.grids(torch.from_numpy(w), factor.diagonal() ** -2.0, scheme, gptq._RANGES[scheme]))
-    assert len(offered) >= 8
+    candidates = list(blocks.grids(torch.from_numpy(w), factor.diagonal() ** -2.0, scheme, gptq._RANGES[scheme]))
+    assert len(candidates) >= 8
     for row in range(len(w)):
 
         def loss(scale, minimum, row=row):
             full = [np.full(32, value, np.float64) for value in (scale, minimum)]
             return textbook(w[row], damped(h), *full, low, high)[1]
 
-        every = [loss(float(s[row, 0]), 0.0 if m is None else float(m[row, 0])) for s, m in offered]
+        every = [loss(float(s[row, 0]), 0.0 if m is None else float(m[row, 0])) for s, m in candidates]
         taken = loss(found.scale[row, 0], 0.0 if found.minimum is None else found.minimum[row, 0])
         # float32 in the search: two scales may tie there to a part in a million
         assert taken <= min(every) * (1 + 1e-5) < max(every)
@@ -102,11 +105,11 @@ def test_of_the_scales_on_offer_the_one_with_the_least_loss_is_taken(scheme):
 @pytest.mark.parametrize("scheme", FOUR_BITS)
 def test_outputs_on_the_calibration_inputs_lose_less_than_by_rounding(scheme):
     x, w = correlated(500, 128), weights(48, 128)
-    fitted = gptq.quantize(w, gptq.inverse_factor(hessian(x)), scheme, 32)
+    fitted = gptq.fit_blocks(w, gptq.inverse_factor(hessian(x)), scheme, 32)
     rounded = blocks.quantize(w, scheme, 32)
     lost = [((x @ (w - found.dequantize()).T) ** 2).sum() for found in (fitted, rounded)]
     assert lost[0] < 0.5 * lost[1]
-    alone = gptq.quantize(w, gptq.inverse_factor(torch.eye(128)), scheme, 32)
+    alone = gptq.fit_blocks(w, gptq.inverse_factor(torch.eye(128)), scheme, 32)
     np.testing.assert_allclose(alone.dequantize(), rounded.dequantize(), atol=0.5 * np.abs(rounded.scale).max() * 15)
     off = [((w - found.dequantize()) ** 2).sum() for found in (alone, rounded)]
     # Inputs that do not correlate leave nothing to make good. Only the ranges searched are not the same.
@@ -120,7 +123,7 @@ def test_inputs_that_are_always_zero_leave_a_weight_near_where_it_was(scheme):
     w = weights(5, 64)
     w[2] = 0
     for seen in (x, np.zeros_like(x)):
-        found = gptq.quantize(w, gptq.inverse_factor(hessian(seen)), scheme, 32)
+        found = gptq.fit_blocks(w, gptq.inverse_factor(hessian(seen)), scheme, 32)
         assert np.isfinite(found.dequantize()).all()
         step = np.repeat(np.abs(found.scale), 32, axis=1)
         dead = [3, 40] if seen is x else slice(None)
@@ -131,9 +134,9 @@ def test_inputs_that_are_always_zero_leave_a_weight_near_where_it_was(scheme):
 
 def test_rows_do_not_depend_on_each_other(monkeypatch):
     w, factor = weights(11, 64), gptq.inverse_factor(hessian(correlated(200, 64)))
-    whole = gptq.quantize(w, factor, "q4a", 32)
+    whole = gptq.fit_blocks(w, factor, "q4a", 32)
     monkeypatch.setattr(gptq, "_ROWS", 4)
-    pieces = gptq.quantize(w, factor, "q4a", 32)
+    pieces = gptq.fit_blocks(w, factor, "q4a", 32)
     np.testing.assert_array_equal(whole.q, pieces.q)
 
 
@@ -141,7 +144,7 @@ def test_a_weight_that_is_not_finite_is_refused():
     w = weights(3, 32)
     w[1, 2] = np.nan
     with pytest.raises(ExportError, match="NaN"):
-        gptq.quantize(w, gptq.inverse_factor(torch.eye(32)), "q4", 32)
+        gptq.fit_blocks(w, gptq.inverse_factor(torch.eye(32)), "q4", 32)
 
 
 def test_inputs_that_are_not_finite_are_refused():
@@ -160,22 +163,22 @@ def graph(traced, tmp_path_factory):
 
     def get(name):
         path = tmp_path_factory.mktemp(name) / "model.onnx"
-        save_graph(traced(name).model.clone(), path)
+        save_graph(traced(name).models["model"].clone(), path)
         return traced(name), path
 
     return get
 
 
-@pytest.mark.parametrize("held", [1 << 30, 4 * 64 * 64], ids=["one group", "a group for each"])
+@pytest.mark.parametrize("memory", [1 << 30, 4 * 64 * 64], ids=["one group", "a group for each"])
 @pytest.mark.parametrize("name", ["qwen3", "gpt_neox"])
-def test_hessians_are_those_of_pytorchs_own_inputs(name, held, graph, monkeypatch):
-    monkeypatch.setattr(calibrate, "_HELD", held)
+def test_hessians_are_those_of_pytorchs_own_inputs(name, memory, graph, monkeypatch):
+    monkeypatch.setattr(calibrate, "_MEMORY", memory)
     shared, path = graph(name)
     ids = np.random.default_rng(3).integers(0, 120, (3, 20))
     seen: dict[str, torch.Tensor] = {}
     module = shared.source.module
     hooks = [
-        part.register_forward_pre_hook(lambda part, given, key=key: seen.update({f"{key}.weight": given[0]}))
+        part.register_forward_pre_hook(lambda _, given, key=key: seen.update({f"{key}.weight": given[0]}))
         for key, part in module.named_modules()
         if isinstance(part, torch.nn.Linear)
     ]
@@ -183,12 +186,12 @@ def test_hessians_are_those_of_pytorchs_own_inputs(name, held, graph, monkeypatc
         module(torch.from_numpy(ids))
     for hook in hooks:
         hook.remove()
-    layers = {layer.weight.name: layer for layer in linears(shared.model)}
+    layers = {layer.weight.name: layer for layer in linears(shared.models["model"])}
     assert layers.keys() == seen.keys()
     sizes = {(layer.x.name,): layer.weight.shape[1] for layer in layers.values()}
     text = calibrate.Calibration(path, ids, "test")
     groups = list(calibrate.hessians(text, sizes, Silent()))
-    assert len(groups) == (1 if held == 1 << 30 else len(sizes))
+    assert len(groups) == (1 if memory == 1 << 30 else len(sizes))
     found = {key: value for group in groups for key, value in group.items()}
     for weight, layer in layers.items():
         x = seen[weight].flatten(0, -2).double()
@@ -219,7 +222,7 @@ def test_own_samples_follow_the_models_distribution(graph):
 
 
 @pytest.fixture(scope="module")
-def with_tokenizer(traced, tmp_path_factory):
+def with_tokenizer(traced):
     """Tiny Qwen3 with a byte-level tokenizer whose ids are cut to its vocabulary."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -275,7 +278,7 @@ def test_a_tied_heads_own_copy_is_calibrated_and_its_table_is_not(tmp_path):
     config = transformers.AutoConfig.for_model(
         "qwen3", **architectures.CONFIGS["qwen3"] | {"tie_word_embeddings": True}
     )
-    shared = float_graph(language_model(transformers.AutoModelForCausalLM.from_config(config).eval(), "tied"))
+    shared = trace_model(language_model(transformers.AutoModelForCausalLM.from_config(config).eval(), "tied"))
     found = {}
     for name in ("none", "samples"):
         options = ExportOptions("x", tmp_path / name, quantize="q8", head="q4", calibration=name, tokens=0)
@@ -287,7 +290,7 @@ def test_a_tied_heads_own_copy_is_calibrated_and_its_table_is_not(tmp_path):
     assert sorted({q.dtype.name for q in found["none"].values()}) == ["int4", "int8"]
 
 
-def test_a_text_of_the_users_is_what_is_calibrated_on(with_tokenizer, tmp_path, monkeypatch):
+def test_a_users_text_is_calibrated_on(with_tokenizer, tmp_path, monkeypatch):
     seen = []
     original = calibrate.hessians
     from edgeformer.export.quantize import plan
@@ -303,8 +306,10 @@ def test_a_text_of_the_users_is_what_is_calibrated_on(with_tokenizer, tmp_path, 
             ExportOptions("x", tmp_path / name, quantize="q4", tokens=0, **options), traced=with_tokenizer
         )
         found[name] = integers(tmp_path / name)
-    told = manifest["quantization"]["calibration"]
-    assert (told["source"], told["tokens"]) == ("mine.txt", 256), "whole sequences of half the model's 128 positions"
+    report = manifest["quantization"]["calibration"]
+    assert (report["source"], report["tokens"]) == ("mine.txt", 256), (
+        "whole sequences of half the model's 128 positions"
+    )
     expected = accuracy.read_tokens(with_tokenizer.source, tmp_path / "mine.txt", 300)[:256]
     np.testing.assert_array_equal(seen[1].ravel(), expected)
     assert any((q != found["text"][name]).any() for name, q in found["own"].items())
@@ -324,7 +329,7 @@ def test_the_text_that_measures_accuracy_is_not_calibrated_on(with_tokenizer, tm
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"quantize": "q8", "calibration": "samples"}, "with q8 no weight"),
         ({"quantize": "none", "calibration": "samples"}, "with none no weight"),
@@ -333,8 +338,8 @@ def test_the_text_that_measures_accuracy_is_not_calibrated_on(with_tokenizer, tm
         ({"calibration": __file__}, "no tokenizer"),
     ],
 )
-def test_calibration_is_refused_where_it_makes_no_sense(options, told, traced, tmp_path):
-    with pytest.raises(ExportError, match=told):
+def test_calibration_is_refused_where_it_makes_no_sense(options, message, traced, tmp_path):
+    with pytest.raises(ExportError, match=message):
         export(ExportOptions("x", tmp_path / "b", **options), traced=traced("qwen3"))
     assert list(tmp_path.iterdir()) == []
 
@@ -367,7 +372,7 @@ def test_a_model_that_is_no_language_model_is_rounded_unless_calibration_is_aske
         export(asked, traced=source)
 
 
-def test_a_recipe_says_it_too(tmp_path):
+def test_a_recipe_can_set_calibration(tmp_path):
     recipe = tmp_path / "small.toml"
     recipe.write_text('source = "x"\ncalibration = "mine.txt"\ncalibration_tokens = 2048\n')
     options = read_recipe(recipe)
@@ -376,7 +381,7 @@ def test_a_recipe_says_it_too(tmp_path):
     assert read_recipe(recipe).calibration == "none"
 
 
-def test_the_manifest_is_one_that_bundles_open_with(traced, tmp_path):
+def test_the_manifest_opens_as_a_bundle(traced, tmp_path):
     export(ExportOptions("x", tmp_path / "b", quantize="q4", tokens=0), traced=traced("qwen3"))
     stored = json.loads((tmp_path / "b" / "edgeformer.json").read_text())
     assert Bundle.open(tmp_path / "b").manifest["quantization"] == stored["quantization"]

@@ -1,13 +1,13 @@
-"""The passes that make room for any architecture: what the graph was, what it is, and the same numbers."""
+"""The passes that cover any architecture: the graph before and after, and that the numbers are the same."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the workshop half needs torch")
-pytest.importorskip("onnx_ir", reason="the workshop half needs onnx-ir")
-pytest.importorskip("onnxruntime", reason="the workshop half needs onnxruntime")
+torch = pytest.importorskip("torch", reason="the toolchain needs torch")
+pytest.importorskip("onnx_ir", reason="the toolchain needs onnx-ir")
+pytest.importorskip("onnxruntime", reason="the toolchain needs onnxruntime")
 
 from support.graphs import ops, parse, run
 
@@ -17,7 +17,7 @@ from edgeformer.export.passes.kv_cache import join_cache
 from edgeformer.export.passes.masked_assignment import masked_assignments
 from edgeformer.export.passes.masks import drop_true, spread_rows
 from edgeformer.export.passes.names import merge_tied
-from edgeformer.export.passes.slices import own_slices
+from edgeformer.export.passes.slices import slice_parameters
 from edgeformer.export.passes.softmax import fuse_softmax
 
 RNG = np.random.default_rng(0)
@@ -63,7 +63,7 @@ def test_an_experts_slice_becomes_a_parameter_of_its_own():
         i=np.array(2),
     )
     before = run(model, x=x)[0]
-    own_slices(model)
+    slice_parameters(model)
     assert "Gather" not in ops(model)
     assert list(model.graph.initializers) == ["experts.2"]
     np.testing.assert_array_equal(run(model, x=x)[0], before)

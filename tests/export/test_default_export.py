@@ -1,8 +1,7 @@
-"""The export without an option, of models whose caches or contexts are not as most have them, to the end and running.
+"""The default export of models with unusual caches or contexts.
 
-Of other caches: latent attention keeps one compressed vector a token, and its next linear layer reads the cache itself;
-a decoder-only Whisper has a context that its config calls `max_target_positions`; Moshi embeds one token more than its
-head can score.
+Latent attention caches one compressed vector for each token, and a linear layer reads the cache itself; a decoder-only
+Whisper calls its context `max_target_positions`; Moshi embeds one token more than its head can score.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from edgeformer.bundle.context import NAMES, context_length
 from edgeformer.engines.native.engine import NativeEngine
 from edgeformer.errors import ExportError
 from edgeformer.export import ExportOptions, export
+from edgeformer.export.graphs import trace_model
 from edgeformer.export.passes.linear import linears
-from edgeformer.export.pipeline import float_graph
 from edgeformer.export.progress import Silent
 from edgeformer.export.quantize import calibrate
 from edgeformer.export.source import Source
@@ -43,14 +42,14 @@ def traced():
 
     def get(name):
         if name not in made:
-            made[name] = float_graph(language_model(tiny(name), name))
+            made[name] = trace_model(language_model(tiny(name), name))
         return made[name]
 
     return get
 
 
 @pytest.mark.parametrize("name", UNUSUAL)
-def test_the_default_export_ends_and_runs(name, traced, tmp_path):
+def test_the_default_export_gives_a_bundle_that_runs(name, traced, tmp_path):
     manifest = export(ExportOptions(name, tmp_path / "bundle"), traced=traced(name))
     assert manifest["quantization"]["scheme"] == "q4a"
     assert "calibration" in str(manifest["quantization"])
@@ -67,15 +66,15 @@ def test_the_default_export_ends_and_runs(name, traced, tmp_path):
 
 
 def test_a_layer_that_reads_the_cache_itself_has_its_own_inputs(traced, tmp_path):
-    """A latent's up-projection: its input is a cache's output, and PyTorch's hooks say what it should have been."""
+    """A latent's up-projection: its input is an output of the cache; the reference is from PyTorch's hooks."""
     shared, path = traced("minicpm3"), tmp_path / "model.onnx"
-    save_graph(shared.model.clone(), path)
-    layers = {layer.weight.name: layer for layer in linears(shared.model)}
+    save_graph(shared.models["model"].clone(), path)
+    layers = {layer.weight.name: layer for layer in linears(shared.models["model"])}
     reading = {name: layer for name, layer in layers.items() if str(layer.x.name).startswith("present.")}
     assert len(reading) == 2, "one up-projection a layer reads the cache; if none does, this test is about nothing"
     seen = {}
     hooks = [
-        part.register_forward_pre_hook(lambda part, given, key=key: seen.update({f"{key}.weight": given[0]}))
+        part.register_forward_pre_hook(lambda _, given, key=key: seen.update({f"{key}.weight": given[0]}))
         for key, part in shared.source.module.named_modules()
         if isinstance(part, torch.nn.Linear)
     ]
@@ -94,8 +93,8 @@ def test_a_layer_that_reads_the_cache_itself_has_its_own_inputs(traced, tmp_path
 
 
 @pytest.mark.parametrize("field", NAMES)
-def test_every_name_of_a_context_is_known_in_all_places(field, copy_of, reseal, lm):
-    """The exporter, the bundle and the native engine ask one function."""
+def test_every_config_name_of_the_context_length_is_known_everywhere(field, copy_of, reseal, lm):
+    """The exporter, the bundle and the native engine use one function."""
     assert context_length({field: 48}) == context_length({"text_config": {field: 48}}) == 48
     assert context_length({field: None, "vocab_size": 48}) is None
     assert context_length({field: True}) is context_length({field: -1}) is None
@@ -109,10 +108,10 @@ def test_every_name_of_a_context_is_known_in_all_places(field, copy_of, reseal, 
     assert NativeEngine.from_bundle(bundle, threads=1).context == 48
 
 
-def test_calibration_behind_the_end_of_the_positions_says_so(traced, tmp_path, monkeypatch):
-    """A table of 256 positions that ends before the context that the config names, and is not seen to be one."""
+def test_calibration_text_longer_than_the_positions_is_refused(traced, tmp_path, monkeypatch):
+    """A table of 256 positions, shorter than the context in the config, that `learned_positions` does not find."""
     monkeypatch.setattr(calibrate, "LENGTH", 300)
-    monkeypatch.setattr("edgeformer.export.positions.learned_positions", lambda source: None)
+    monkeypatch.setattr("edgeformer.export.source.learned_positions", lambda *_: None)
     shared = traced("whisper")
     wrong = dataclasses.replace(shared.source, config={**shared.source.config, "max_target_positions": 4096})
     with pytest.raises(ExportError, match=r"does not run on calibration text of 257 tokens .*--calibration none"):

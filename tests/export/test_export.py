@@ -1,7 +1,8 @@
-"""The road from PyTorch to a bundle: parity for unlike architectures, refusals, and that nothing half-written stays."""
+"""Exports from PyTorch to a bundle: parity for different architectures, refusals, and no partly written bundles."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import textwrap
 from pathlib import Path
@@ -24,19 +25,19 @@ from edgeformer.errors import BundleError, ExportError, ParityError
 from edgeformer.export import ExportOptions, export, read_recipe
 from edgeformer.export.check import parity
 from edgeformer.export.sources.load import load_source
-from edgeformer.export.sources.texts import compact_tokenizer
+from edgeformer.export.sources.tokenizer_export import compact_tokenizer
 
 PROMPTS = ([1, 17, 33, 90, 5], [1, 4], [1, 110, 3, 3, 3, 64, 12])
 
 
 @pytest.mark.parametrize("scheme", ["none", "q4a"])
 @pytest.mark.parametrize("name", architectures.CONFIGS)
-def test_every_architecture_goes_the_same_road(name, scheme, traced, tmp_path):
+def test_every_architecture_is_exported_by_the_same_pipeline(name, scheme, traced, tmp_path):
     shared = traced(name)
     manifest = export(ExportOptions(name, tmp_path / name, quantize=scheme, tokens=64), traced=shared)
     assert manifest["parity"]["float"]["worst"] <= 1e-4
     assert (manifest["parity"]["dequantized"] or {"worst": 0})["worst"] <= 1e-4
-    long = parity.pieces(67)  # the longest that fits in 128 positions; at once, with three logits kept, in pieces
+    long = parity.long_pieces(67)  # the longest that fits in 128 positions; at once, with three logits kept, in pieces
     assert len(manifest["parity"]["float"]["steps"]) == 3 + 2 * 5 + 2 + len(long)
     assert {name: found["passed"] for name, found in manifest["parity"]["engines"].items() if name != "cuda"} == {
         "native": True,
@@ -58,7 +59,7 @@ def test_every_architecture_goes_the_same_road(name, scheme, traced, tmp_path):
 
 @pytest.mark.parametrize("scheme", ["q4", "q4a", "q8"])
 def test_onnxruntime_fuses_every_quantized_linear(scheme, traced, tmp_path):
-    """One MatMulNBits a linear ran: an unfused one would be right, and fifteen times slower, without a word."""
+    """Each linear ran as one MatMulNBits: an unfused one gives the same numbers, fifteen times slower."""
     shared = traced("qwen3")
     export(ExportOptions("x", tmp_path / "b", quantize=scheme, tokens=0), traced=shared)
     options = ort.SessionOptions()
@@ -122,17 +123,17 @@ def test_float16_bundles_have_float16_caches(traced, tmp_path):
 
 def test_a_wrong_float_graph_writes_nothing(traced, tmp_path):
     shared = traced("qwen3")
-    model = shared.model.clone()
+    model = shared.models["model"].clone()
     attributes = next(node for node in model.graph if node.op_type == "Attention").attributes
     attributes["scale"] = ir.AttrFloat32("scale", attributes["scale"].value * 1.05)
-    wrong = type(shared)(shared.source, model, shared.layers, shared.transposed)
+    wrong = dataclasses.replace(shared, models={"model": model})
     with pytest.raises(ParityError, match=r"logits\[\d+, \d+, \d+\].*allowed 1e-04"):
         export(ExportOptions("x", tmp_path / "b", quantize="none"), traced=wrong)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_quantization_does_not_excuse_a_wrong_graph(traced, tmp_path, monkeypatch):
-    """The integers of one weight are changed after the plan was made: only the second gate can see it."""
+    """The integers of one weight are changed after quantization: only the check of the quantized graph can see it."""
     from edgeformer.export.quantize import plan
 
     original = plan.quantize_linears
@@ -152,20 +153,20 @@ def test_quantization_does_not_excuse_a_wrong_graph(traced, tmp_path, monkeypatc
 
 def test_compare_refuses_shape_nan_and_difference():
     reference = {"y": np.arange(6, dtype=np.float32).reshape(2, 3)}
-    assert parity.compare("x", reference, reference).worst == 0
+    assert parity.compare_outputs("x", reference, reference).worst == 0
     with pytest.raises(ParityError, match="shape"):
-        parity.compare("x", reference, {"y": np.zeros((2, 2))})
+        parity.compare_outputs("x", reference, {"y": np.zeros((2, 2))})
     with pytest.raises(ParityError, match="nothing"):
-        parity.compare("x", reference, {})
+        parity.compare_outputs("x", reference, {})
     off = reference["y"].copy()
     off[1, 2] += 0.01
-    assert parity.compare("x", reference, {"y": off}).worst == pytest.approx(0.01 / 5, rel=1e-3)
+    assert parity.compare_outputs("x", reference, {"y": off}).worst == pytest.approx(0.01 / 5, rel=1e-3)
     off[0, 0] = np.nan
     with pytest.raises(ParityError, match=r"y\[0, 0\]"):
-        parity.gate(iter([parity.compare("x", reference, {"y": off})]))
+        parity.gate(iter([parity.compare_outputs("x", reference, {"y": off})]))
 
 
-# ---------------------------------------------------------------------------------------- own modules
+# ---------------------------------------------------------------------------------------- user-defined modules
 
 OWN = """
 import torch
@@ -205,7 +206,7 @@ def own(tmp_path):
 SPEC = ("x=float32[batch,sequence,4]",)
 
 
-def test_a_module_of_ones_own_with_safetensors_weights(own, tmp_path):
+def test_a_user_defined_module_with_safetensors_weights(own, tmp_path):
     from safetensors.torch import save_file
 
     source = load_source(ExportOptions(f"{own}:good", tmp_path / "b", input=SPEC))
@@ -223,7 +224,7 @@ def test_a_module_of_ones_own_with_safetensors_weights(own, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("factory", "inputs", "told"),
+    ("factory", "inputs", "message"),
     [
         ("good", (), r"inputs of unknown shape: x.*--input x=float32\[batch,sequence,3\]"),
         ("good", ("x=float32",), "cannot be read"),
@@ -235,8 +236,8 @@ def test_a_module_of_ones_own_with_safetensors_weights(own, tmp_path):
         ("missing", SPEC, "missing"),
     ],
 )
-def test_what_goes_wrong_with_a_module_is_said(own, tmp_path, factory, inputs, told):
-    with pytest.raises(ExportError, match=told):
+def test_a_module_that_cannot_be_exported_is_explained(own, tmp_path, factory, inputs, message):
+    with pytest.raises(ExportError, match=message):
         export(ExportOptions(f"{own}:{factory}", tmp_path / "b", input=inputs, quantize="none"))
     assert not (tmp_path / "b").exists()
 
@@ -284,18 +285,18 @@ def test_a_compact_tokenizer_is_the_same_tokenizer(bytewise):
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "message"),
     [
         ("no/such/folder/x.gguf", "does not exist"),
         (".", "config.json"),
-        ("someone/not-a-model-anyone-has", "hub could not give it"),
+        ("someone/not-a-model-anyone-has", "hub did not return it"),
         ("no.such.module:factory", "No module named"),
     ],
 )
-def test_a_source_that_is_not_there_is_refused(source, told, tmp_path):
+def test_a_source_that_does_not_exist_is_refused(source, message, tmp_path):
     if source == ".":
         source = str(tmp_path)
-    with pytest.raises(ExportError, match=told):
+    with pytest.raises(ExportError, match=message):
         export(ExportOptions(source, tmp_path / "b"))
     assert not (tmp_path / "b").exists()
 

@@ -1,4 +1,4 @@
-"""An export holds no second float copy of the model: measured in processes of their own, stage by stage."""
+"""An export keeps no second float copy of the model in memory: measured in separate processes, stage by stage."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="the workshop half needs torch")
-transformers = pytest.importorskip("transformers", reason="the workshop half needs transformers")
+torch = pytest.importorskip("torch", reason="the toolchain needs torch")
+transformers = pytest.importorskip("transformers", reason="the toolchain needs transformers")
 pytest.importorskip("onnxruntime", reason="the exporter's checks need onnxruntime")
 
 # Bytes of anonymous memory that a parameter costs at each stage's worst moment. Float weights are in mapped files, so:
@@ -39,9 +39,9 @@ def anonymous():
 
 def sample():
     while not done.wait(0.003):
-        name, held = stage[0], anonymous()
+        name, used = stage[0], anonymous()
         if stage[0] == name:  # else it was measured between two stages
-            peaks[name] = max(peaks.get(name, 0), held)
+            peaks[name] = max(peaks.get(name, 0), used)
 
 class Stages:
     def stage(self, text):
@@ -75,7 +75,7 @@ def folder(path: Path, size: int) -> tuple[Path, int]:
 
 
 def peaks(source: Path, output: Path) -> dict[str, int]:
-    """Anonymous bytes at the worst moment of each stage; memory that is freed goes back at once, by glibc's setting."""
+    """Peak anonymous bytes of each stage; glibc is set to return freed memory at once."""
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", EXPORT, str(source), str(output)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -84,8 +84,8 @@ def peaks(source: Path, output: Path) -> dict[str, int]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_an_export_holds_no_second_float_copy(tmp_path):
-    """Of two exports that differ in their widths alone: so what both take, libraries and graphs, drops out."""
+def test_an_export_keeps_no_second_float_copy(tmp_path):
+    """The difference of two exports that differ only in width: what libraries and graphs need cancels out."""
     (small, few), (large, many) = folder(tmp_path / "small", 64), folder(tmp_path / "large", 896)
     fixed, found = peaks(small, tmp_path / "a"), peaks(large, tmp_path / "b")
     for name, bound in BOUNDS.items():

@@ -1,4 +1,4 @@
-"""The gate refuses what is wrong: one planted fault for each kind, in the graph or in an engine."""
+"""The parity gate refuses wrong numbers: one planted fault of each kind, in the graph or in an engine."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from edgeformer import disk_cache as cache
 from edgeformer.engines.native.engine import NativeEngine
 from edgeformer.errors import EdgeformerWarning, EngineUnavailable, ParityError
 from edgeformer.export import ExportOptions, export, module_source
-from edgeformer.export.check import parity
+from edgeformer.export.check import one_graph, parity
+from edgeformer.export.graphs import trace_model
 from edgeformer.export.inputs import Input
 from edgeformer.export.passes.edit import constant, nodes
-from edgeformer.export.pipeline import float_graph
 from edgeformer.export.sources.hub.heads import encoder_source
 from edgeformer.export.sources.hub.hub import language_model
 
@@ -47,13 +47,13 @@ class Scan(nn.Module):
 def made(name):
     """The traced float graph of one of the sources that faults are planted into."""
     if name == "decoder":
-        return float_graph(language_model(architectures.make("mistral"), "tiny"))
+        return trace_model(language_model(architectures.make("mistral"), "tiny"))
     if name == "own":
-        return float_graph(module_source(Scan(), ExportOptions("x", "x"), "Scan"))
+        return trace_model(module_source(Scan(), ExportOptions("x", "x"), "Scan"))
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     model = tf.BertModel(tf.BertConfig(vocab_size=60, max_position_embeddings=64, **sizes))
-    return float_graph(encoder_source(model, "tiny", "feature-extraction", {}))
+    return trace_model(encoder_source(model, "tiny", "feature-extraction", {}))
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def swapped_height_and_width(model):
 
 
 def frozen_size(model):
-    other_input(model, "Div", 1, lambda tape, size: constant(model, "size", np.array(5, np.float32)))
+    other_input(model, "Div", 1, lambda *_: constant(model, "size", np.array(5, np.float32)))
 
 
 def ignored_bool(model):
@@ -172,8 +172,8 @@ FAULTS = {
 )
 def test_a_planted_fault_is_refused(sources, name, fault, tmp_path):
     right = sources[name]
-    wrong = dataclasses.replace(right, model=right.model.clone())
-    fault(wrong.model)
+    wrong = dataclasses.replace(right, models={"model": right.models["model"].clone()})
+    fault(wrong.models["model"])
     with pytest.raises(ParityError):
         export(ExportOptions(name, tmp_path / "b", **FLOAT), traced=wrong)
     assert not (tmp_path / "b").exists()
@@ -206,14 +206,14 @@ def test_a_sample_covers_the_range_of_its_input(seed):
 
 
 def test_every_axis_of_a_sample_has_its_own_size(sources):
-    for sample in parity.samples(sources["own"].source):
+    for sample in one_graph.samples(sources["own"].source):
         batch, height, width = sample.feeds["x"].shape
         assert len({height, width, batch}) == 3
 
 
 @pytest.mark.parametrize("length", [37, 67, 139, 267, 523, 1100])
 def test_pieces_step_across_every_border(length):
-    pieces = parity.pieces(length)
+    pieces = parity.long_pieces(length)
     assert sum(pieces) == length
     assert min(pieces) >= 1
     ends = set(np.cumsum(pieces))
@@ -254,7 +254,7 @@ class Broken(NativeEngine):
 def long_decoder():
     sizes = architectures._COMMON | {"max_position_embeddings": 200}
     torch.manual_seed(0)
-    return float_graph(language_model(tf.LlamaForCausalLM(tf.LlamaConfig(**sizes)).eval(), "tiny"))
+    return trace_model(language_model(tf.LlamaForCausalLM(tf.LlamaConfig(**sizes)).eval(), "tiny"))
 
 
 @pytest.mark.parametrize(("fault", "word"), [(Late, "139 tokens at once"), (Off, "off by"), (Broken, "no kernel")])
@@ -297,13 +297,14 @@ def test_an_export_without_any_right_engine_is_refused(long_decoder, tmp_path, m
 # ------------------------------------------------------------------------------------------ the first load here
 
 
-def test_the_first_load_moves_auto_on_and_says_so(lm, cache_folder, monkeypatch):
+@pytest.mark.usefixtures("cache_folder")
+def test_the_first_load_moves_auto_on_and_warns(lm, monkeypatch):
     monkeypatch.setattr("edgeformer.engines.choose.NativeEngine", Off)
-    with pytest.warns(EdgeformerWarning, match="native engine gives other numbers"):
+    with pytest.warns(EdgeformerWarning, match="native engine differs from"):
         model = edgeformer.load(lm)
     assert model.engine.name == "cpu"
-    assert "gives other numbers" in str(model.explain())
-    with pytest.raises(EngineUnavailable, match="gives other numbers"):
+    assert "differs from this bundle" in str(model.explain())
+    with pytest.raises(EngineUnavailable, match="differs from this bundle"):
         edgeformer.load(lm, engine="native")
 
 
@@ -314,8 +315,9 @@ def test_verify_shows_the_numbers_of_an_engine_that_load_refuses(lm, monkeypatch
     assert not verify(lm, "native").passed
 
 
+@pytest.mark.usefixtures("cache_folder")
 @pytest.mark.parametrize("engine", ["native", "cpu"])
-def test_a_machine_is_checked_once(lm, engine, cache_folder, monkeypatch):
+def test_a_machine_is_checked_once(lm, engine, monkeypatch):
     runs = []
     real = edgeformer.engines.self_check.checks
     monkeypatch.setattr("edgeformer.engines.self_check.checks", lambda *given: runs.append(given) or real(*given))
@@ -327,7 +329,8 @@ def test_a_machine_is_checked_once(lm, engine, cache_folder, monkeypatch):
     assert len(runs) == 2
 
 
-def test_other_weights_are_checked_anew(lm, copy_of, reseal, cache_folder):
+@pytest.mark.usefixtures("cache_folder")
+def test_other_weights_are_checked_anew(lm, copy_of, reseal):
     edgeformer.load(lm, engine="cpu")
     damaged = copy_of(lm)
     with np.load(damaged / "reference.npz") as file:
@@ -339,7 +342,7 @@ def test_other_weights_are_checked_anew(lm, copy_of, reseal, cache_folder):
         edgeformer.load(damaged, engine="cpu")
 
 
-def test_a_damaged_memory_of_the_check_is_made_again(lm, cache_folder):
+def test_a_damaged_cache_entry_of_the_check_is_made_again(lm, cache_folder):
     edgeformer.load(lm, engine="cpu")
     (entry,) = cache_folder.glob("*.parity")
     entry.write_bytes(b"damaged")

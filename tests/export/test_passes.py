@@ -1,12 +1,12 @@
-"""Each graph pass on a small graph: what it was, what it is, and that the numbers are the same."""
+"""Each graph pass on a small graph: the graph before and after, and that the numbers are the same."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="the workshop half needs torch")
-pytest.importorskip("onnx_ir", reason="the workshop half needs onnx-ir")
+pytest.importorskip("torch", reason="the toolchain needs torch")
+pytest.importorskip("onnx_ir", reason="the toolchain needs onnx-ir")
 
 from support.graphs import ops, parse, run
 
@@ -209,9 +209,9 @@ def test_a_quantized_linear_is_its_dequantized_weight(scheme, k, block_size):
 @pytest.mark.parametrize("k", [128, 100])
 @pytest.mark.parametrize("scheme", ["q4", "q4a", "q8"])
 def test_a_quantized_linear_takes_no_rows(scheme, k):
-    """The rows of an expert that no token chose."""
+    """The rows of an expert that no token selected."""
     model = parse(TWO.replace("K", str(k)), w=floats(8, k), v=floats(4, k))
-    quantize_linears(model, lambda name, weight: quantize(weight.const_value.numpy(), scheme, 32))
+    quantize_linears(model, lambda _, weight: quantize(weight.const_value.numpy(), scheme, 32))
     finish(model, "")
     assert [y.shape for y in run(model, x=floats(2, 0, k))] == [(2, 0, 8), (2, 0, 4)]
 
@@ -221,7 +221,7 @@ def test_a_quantized_embedding_looks_up_dequantized_rows(scheme):
     table = floats(20, 96)
     model = parse("(int64[b,s] ids) => (float[b,s,96] y) { y = Gather(table, ids) }", table=table)
     blocks = quantize(table, scheme, 32)
-    quantize_embeddings(model, lambda name, _: blocks)
+    quantize_embeddings(model, lambda *_: blocks)
     finish(model, "")
     assert ops(model)[:2] == ["Gather", "Gather"], "rows are gathered before they are dequantized"
     ids = np.array([[0, 19, 3], [7, 7, 1]])
@@ -239,8 +239,8 @@ def test_a_tied_table_is_stored_once():
         table=table,
     )
     blocks = quantize(table, "q8", 32)
-    quantize_linears(model, lambda name, _: blocks)
-    quantize_embeddings(model, lambda name, _: blocks)
+    quantize_linears(model, lambda *_: blocks)
+    quantize_embeddings(model, lambda *_: blocks)
     finish(model, "")
     large = [name for name, value in model.graph.initializers.items() if value.const_value.size >= 40]
     assert sorted(large) == ["table.q", "table.scale"]

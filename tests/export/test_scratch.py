@@ -1,4 +1,4 @@
-"""Weights in mapped files: the same values, tied as before, and put back as they were."""
+"""Weights in mapped files: the same values, tied as before, and restored afterwards."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the workshop half needs torch")
+torch = pytest.importorskip("torch", reason="the toolchain needs torch")
 
 from edgeformer.errors import ExportError
 from edgeformer.export.blocks import quantize
-from edgeformer.export.quantize.plan import Quantized, holding
+from edgeformer.export.quantize.dequantized import dequantized_weights
+from edgeformer.export.quantize.weights import QuantizedWeight
 from edgeformer.export.scratch import on_disk, to_disk
 
 
@@ -31,7 +32,7 @@ class Tied(torch.nn.Module):
 
 
 def mappings(folder: Path) -> int:
-    """Files of `folder` that this process maps, of those that have no name any more."""
+    """How many deleted files of `folder` this process maps."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     return sum(str(folder) in line and "(deleted)" in line for line in lines)
 
@@ -45,7 +46,7 @@ def test_values_in_a_file_are_the_values(dtype):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_a_file_goes_with_its_tensor_and_writing_does_not_reach_it(tmp_path, monkeypatch):
+def test_a_file_is_freed_with_its_tensor_and_writing_does_not_change_it(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     found = on_disk(torch.zeros(4096))
     assert mappings(tmp_path) == 1 and not list(tmp_path.iterdir())
@@ -56,7 +57,7 @@ def test_a_file_goes_with_its_tensor_and_writing_does_not_reach_it(tmp_path, mon
     assert mappings(tmp_path) == 0
 
 
-def test_a_full_disk_is_told_in_bytes():
+def test_a_full_disk_is_reported_in_bytes():
     resource = pytest.importorskip("resource", reason="limits a file's size as a full disk would")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
@@ -67,7 +68,7 @@ def test_a_full_disk_is_told_in_bytes():
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_what_is_tied_stays_tied():
+def test_tied_parameters_stay_tied():
     module = Tied()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     old = module.embedding.weight.data_ptr()
@@ -78,7 +79,7 @@ def test_what_is_tied_stays_tied():
 
 
 @pytest.mark.parametrize("mapped", [False, True])
-def test_holding_gives_the_blocks_values_and_puts_back_the_very_same_memory(mapped):
+def test_dequantized_weights_are_the_blocks_values_and_the_same_memory_is_restored(mapped):
     module = Tied()
     if mapped:
         to_disk(module)
@@ -87,11 +88,11 @@ def test_holding_gives_the_blocks_values_and_puts_back_the_very_same_memory(mapp
     table = quantize(module.embedding.weight.detach().numpy(), "q8", 32)
     own, slice_ = (quantize(value.detach().numpy(), "q4", 32) for value in (module.head.weight, module.stack[1]))
     weights = [
-        Quantized("embedding.weight", table),
-        Quantized("embedding.weight", own, own_head=True),
-        Quantized("stack.1", slice_),
+        QuantizedWeight("embedding.weight", table),
+        QuantizedWeight("embedding.weight", own, own_head=True),
+        QuantizedWeight("stack.1", slice_),
     ]
-    with contextlib.suppress(KeyError), holding(module, weights):
+    with contextlib.suppress(KeyError), dequantized_weights(module, weights):
         np.testing.assert_array_equal(module.embedding.weight.detach(), table.dequantize())
         np.testing.assert_array_equal(module.head.weight.detach(), own.dequantize())
         np.testing.assert_array_equal(module.stack[1].detach(), slice_.dequantize())

@@ -308,7 +308,7 @@ def test_a_feature_extractor_in_a_nested_config_is_found():
     }
     read = lambda file: json.dumps(nested).encode() if file == "processor_config.json" else None  # noqa: E731
     assert json.loads(sound_settings(read)["preprocessor_config.json"])["return_attention_mask"] is True
-    assert sound_settings(lambda file: None) == {}
+    assert sound_settings(lambda _: None) == {}
 
 
 @pytest.mark.parametrize("name", ["feature_size", "sampling_rate", "hop_length", "n_fft", "chunk_length"])

@@ -16,7 +16,7 @@ from support import tokenizer_families as families
 from support.tokenizer_files import folder_read, runtime_of
 
 from edgeformer.errors import InputError, TemplateError
-from edgeformer.export.sources import texts
+from edgeformer.export.sources import tokenizer_export
 from edgeformer.processing.chat import MARKS
 
 CHATML = (
@@ -98,7 +98,7 @@ class Pair:
         for name, text in files.items():
             (folder / "hf" / name.replace("__", ".")).write_text(text)
         self.theirs = tf.AutoTokenizer.from_pretrained(folder / "hf")
-        self.files = texts.tokenizer_files(str(folder / "hf"), folder_read(folder / "hf"))
+        self.files = tokenizer_export.tokenizer_files(str(folder / "hf"), folder_read(folder / "hf"))
         self.ours = runtime_of(self.files, folder / "bundle")
 
     def both(self, chat, prompt=True, **more):
@@ -218,7 +218,7 @@ def test_templates_with_names_travel_and_are_chosen_as_in_transformers(tmp_path,
         folder = tmp_path / "hf"
         assert (folder / "additional_chat_templates" / "rag.jinja").is_file()
     theirs = tf.AutoTokenizer.from_pretrained(folder)
-    files = texts.tokenizer_files(str(folder), folder_read(folder))
+    files = tokenizer_export.tokenizer_files(str(folder), folder_read(folder))
     assert sorted(files) == ["tokenizer.json", "tokenizer_config.json"]  # a bundle is flat
     pair.theirs, pair.ours = theirs, runtime_of(files, tmp_path / "other")
     for more in ({}, {"tools": [SCHEMA]}, {"chat_template": "rag"}, {"chat_template": "rag", "tools": [SCHEMA]},
@@ -274,7 +274,8 @@ def test_a_list_of_control_tokens_is_taken_from_the_settings(tmp_path):
     made.chat_control_tokens = ["<think>"]
     made.save_pretrained(tmp_path / "hf")
     theirs = tf.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    ours = runtime_of(texts.tokenizer_files(str(tmp_path / "hf"), folder_read(tmp_path / "hf")), tmp_path / "b")
+    files = tokenizer_export.tokenizer_files(str(tmp_path / "hf"), folder_read(tmp_path / "hf"))
+    ours = runtime_of(files, tmp_path / "b")
     chat = [{"role": "user", "content": "<think>"}]
     expected = theirs.apply_chat_template(chat, sanitize_control_tokens=True, return_dict=False)
     assert ours.encode_chat(chat, False, sanitize_control_tokens=True) == expected

@@ -17,7 +17,7 @@ from bench.sources import images as sweep
 from edgeformer.errors import ExportError, InputError
 from edgeformer.export import ExportOptions, export
 from edgeformer.export.sources.hub.processors import image_settings
-from edgeformer.processing.image import Steps, pixels
+from edgeformer.processing.image import ImageSteps, pixels
 from edgeformer.processing.image_file import read
 from edgeformer.processing.resize import resize
 
@@ -32,7 +32,7 @@ def reading(settings, name="preprocessor_config.json"):
 
 def steps_of(settings, channels=3):
     """The runtime's steps, as the export writes them to a bundle."""
-    return Steps.of(json.loads(image_settings(reading(settings), channels)["preprocessor_config.json"]))
+    return ImageSteps.of(json.loads(image_settings(reading(settings), channels)["preprocessor_config.json"]))
 
 
 def reference(settings, item, tmp_path):
@@ -145,7 +145,7 @@ def test_what_the_runtime_does_not_compute_is_refused_by_name(named, settings):
 
 
 def test_settings_that_fit_no_picture_of_the_model_are_refused():
-    with pytest.raises(ExportError, match=r"takes no picture at all: .* 3 means or deviations for 1 channels"):
+    with pytest.raises(ExportError, match=r"takes no test image: .* 3 means or deviations for 1 channels"):
         image_settings(reading(VIT | {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}), 1)
 
 
@@ -161,10 +161,10 @@ def test_older_names_of_a_class_are_known(named):
 @pytest.mark.parametrize("name", ["do_resize", "do_rescale", "do_normalize"])
 def test_a_setting_that_a_bundle_leaves_out_is_no_default(name):
     settings = json.loads(image_settings(reading(VIT), 3)["preprocessor_config.json"])
-    assert Steps.of(settings)
+    assert ImageSteps.of(settings)
     del settings[name]
     with pytest.raises(InputError, match=name):
-        Steps.of(settings)
+        ImageSteps.of(settings)
 
 
 def test_the_sweep_tries_every_setting_of_every_image_processor():
@@ -186,11 +186,11 @@ def test_a_bundle_has_every_setting_of_a_nested_config_and_gives_transformers_la
     assert settings["image_mean"] == [0.1, 0.2, 0.3] and settings["do_normalize"] is True
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(NOISE[..., :3]).save(tmp_path / "turned.png", exif=exif)
-    expected = reference(nested["image_processor"], str(tmp_path / "turned.png"), tmp_path)
+    Image.fromarray(NOISE[..., :3]).save(tmp_path / "rotated.png", exif=exif)
+    expected = reference(nested["image_processor"], str(tmp_path / "rotated.png"), tmp_path)
     with torch.no_grad():
         shares = model(torch.from_numpy(expected)[None]).logits.softmax(-1)[0]
-    (found,) = edgeformer.load(tmp_path / "bundle", engine="cpu").classify([tmp_path / "turned.png"])
+    (found,) = edgeformer.load(tmp_path / "bundle", engine="cpu").classify([tmp_path / "rotated.png"])
     assert {label.label: round(label.score, 4) for label in found} == {
         config.id2label[index]: round(float(share), 4) for index, share in enumerate(shares)
     }
@@ -243,7 +243,7 @@ def test_odd_files_are_opened_as_transformers_opens_them(kind, tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photo_is_turned_upright_as_its_file_says(orientation, tmp_path):
+def test_the_exif_orientation_is_applied(orientation, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(NOISE[..., :3]).save(tmp_path / "photo.png", exif=exif)

@@ -1,4 +1,4 @@
-"""Text, ids, chat templates (transformers is the witness), bounds on foreign templates, and streams of characters."""
+"""Text, ids, chat templates (transformers is the reference), limits for untrusted templates, and streaming."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def tokenizer(lm):
 
 
 @pytest.fixture(scope="module")
-def witness(lm):
+def reference(lm):
     transformers = pytest.importorskip("transformers")
     return transformers.PreTrainedTokenizerFast.from_pretrained(str(lm))
 
 
 @pytest.mark.parametrize("text", ["hello world", "", " ", "Größe 東京 🙂", "a" * 10_000, "<|im_start|>user", "\0\n\t"])
-def test_text_is_encoded_and_decoded_as_transformers_does(tokenizer, witness, text):
+def test_text_is_encoded_and_decoded_as_transformers_does(tokenizer, reference, text):
     ids = tokenizer.encode(text)
-    assert ids == witness.encode(text)
+    assert ids == reference.encode(text)
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
-    assert tokenizer.decode(ids) == witness.decode(ids, skip_special_tokens=True)
+    assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
 
 
 def test_wrong_text_and_ids_are_refused(tokenizer):
@@ -54,10 +54,10 @@ def test_wrong_text_and_ids_are_refused(tokenizer):
 
 
 @pytest.mark.parametrize("prompt", [True, False])
-def test_the_chat_format_is_that_of_transformers(tokenizer, witness, prompt):
-    expected = witness.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=prompt)
+def test_the_chat_format_is_that_of_transformers(tokenizer, reference, prompt):
+    expected = reference.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=prompt)
     assert tokenizer.render_chat(MESSAGES, prompt) == expected
-    ids = witness.apply_chat_template(MESSAGES, add_generation_prompt=prompt, return_dict=False)
+    ids = reference.apply_chat_template(MESSAGES, add_generation_prompt=prompt, return_dict=False)
     assert tokenizer.encode_chat(MESSAGES, prompt) == ids
 
 

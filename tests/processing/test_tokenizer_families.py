@@ -19,7 +19,7 @@ from support.tokenizer_files import folder_read, runtime_of
 
 from edgeformer.errors import ExportError, InputError, ParityError
 from edgeformer.export import ExportOptions
-from edgeformer.export.sources import texts
+from edgeformer.export.sources import tokenizer_export
 from edgeformer.export.sources.load import load_source
 from edgeformer.processing.detokenizer import REPLACEMENT, CleanUp, clean_up
 from edgeformer.processing.tokenizer import Tokenizer
@@ -27,7 +27,7 @@ from edgeformer.processing.tokenizer import Tokenizer
 
 def bundled(folder: Path, place: Path) -> tuple[Tokenizer, tf.PreTrainedTokenizerBase]:
     """The runtime's tokenizer of a Hugging Face folder, and transformers' own."""
-    runtime = runtime_of(texts.tokenizer_files(str(folder), folder_read(folder)), place)
+    runtime = runtime_of(tokenizer_export.tokenizer_files(str(folder), folder_read(folder)), place)
     return runtime, tf.AutoTokenizer.from_pretrained(folder)
 
 
@@ -99,7 +99,7 @@ def test_lone_surrogates_are_refused(made, name):
 
 def streamed(runtime: Tokenizer, ids) -> list[str]:
     stream = runtime.detokenizer()
-    return [*(stream.push(id) for id in ids), stream.flush()]
+    return [*(stream.push(token) for token in ids), stream.flush()]
 
 
 @every_family
@@ -119,7 +119,8 @@ def test_a_streamed_text_is_whole_characters_and_the_decoded_text(made, name):
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_ids_stream_to_what_they_decode_to(made, name, data):
     runtime, _ = made(name)
-    special = [id for id, token in runtime._backend.get_added_tokens_decoder().items() if token.special]
+    added = runtime._backend.get_added_tokens_decoder()
+    special = [number for number, token in added.items() if token.special]
     one = st.integers(0, runtime.size - 1) | st.sampled_from(special or [0])
     ids = data.draw(st.lists(one, max_size=40))
     assert "".join(streamed(runtime, ids)) == runtime.decode(ids)
@@ -301,9 +302,9 @@ def test_a_tokenizer_that_differs_is_refused_with_the_text_and_both_results(tmp_
     made = families.FAMILIES["Llama, legacy" if fault == "another end" else "Llama"]()
     made.chat_template = "{{ messages[0].content }}"
     made.save_pretrained(tmp_path)
-    files = texts.tokenizer_files(str(tmp_path), folder_read(tmp_path))
+    files = tokenizer_export.tokenizer_files(str(tmp_path), folder_read(tmp_path))
     theirs = tf.AutoTokenizer.from_pretrained(tmp_path)
-    texts.check(theirs, files, "of the test")
+    tokenizer_export.check_tokenizer(theirs, files, "of the test")
     written, config = json.loads(files["tokenizer.json"]), json.loads(files["tokenizer_config.json"])
     if fault == "another merge":
         written["model"]["merges"].pop(0)
@@ -317,4 +318,4 @@ def test_a_tokenizer_that_differs_is_refused_with_the_text_and_both_results(tmp_
         files["chat_template.jinja"] = b"{{ messages[0].content }}!"
     files |= {"tokenizer.json": json.dumps(written).encode(), "tokenizer_config.json": json.dumps(config).encode()}
     with pytest.raises(ParityError, match=r"for .* transformers gives .*, and the bundle would give"):
-        texts.check(theirs, files, "of the test")
+        tokenizer_export.check_tokenizer(theirs, files, "of the test")

@@ -1,4 +1,4 @@
-"""What tests of adapters share: the source that the exporter makes, and changes to an adapter's file."""
+"""Helpers for tests of adapters: the exporter's source, and edits of an adapter's file."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import numpy as np
 from edgeformer.export import ExportOptions
 from edgeformer.export.sources.load import load_source
 
-# The same sums in another order: see bench/sources/adapters.py.
+# For the same sums in another order: see bench/sources/adapters.py.
 BOUND = 1e-5
 
 
 def source_of(trained):
-    """The base with the adapter merged, as the exporter traces it."""
+    """The source of the base with the adapter merged."""
     return load_source(ExportOptions(str(trained.base), trained.folder / "none", adapter=trained.folder))
 
 
@@ -22,7 +22,7 @@ def off(found, expected):
 
 
 def rewrite(folder, change):
-    """`change` of the tensors in the folder's file."""
+    """Applies `change` to the tensors in the folder's file."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(folder / "adapter_model.safetensors")

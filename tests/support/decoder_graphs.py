@@ -1,4 +1,4 @@
-"""Graphs as exporters write them, node by node: quantized linears, a decoder layer, rotations and masks."""
+"""Graphs as exporters write them, built node by node: quantized linears, a decoder layer, rotations and masks."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def fp16(x):
 
 
 def quantized(g, x, scheme, n=48, k=64, block=32):
-    """x @ W.T in the bundle's form for the scheme; random integers, scales that float16 holds."""
+    """x @ W.T in the bundle's pattern for the scheme; random integers, scales that float16 holds exactly."""
     blocks = -(-k // block)
     s = fp16(RNG.uniform(0.01, 0.1, (n, blocks)))
     q = RNG.integers(-7, 8, (n, k)).astype(np.int8)
@@ -98,7 +98,7 @@ def heads(g, x, n):
     return g("Transpose", g("Reshape", x, np.array([0, 0, n, 16])), perm=[0, 2, 1, 3])
 
 
-def decoder_layer(g, mask="", rotate=lambda g, x, n: g("RotaryEmbedding", x, "cos", "sin"), norm=False, **attrs):
+def decoder_layer(g, mask="", rotate=lambda g, x: g("RotaryEmbedding", x, "cos", "sin"), norm=False, **attrs):
     def linear(x, n, k=64):
         return quantized(g, x, "q4a", n=n, k=k)
 
@@ -106,7 +106,7 @@ def decoder_layer(g, mask="", rotate=lambda g, x, n: g("RotaryEmbedding", x, "co
         rows = g("Reshape", linear(normed, n * 16), np.array([0, 0, n, 16]))
         if norm:
             rows = g("RMSNormalization", rows, np.ones(16, np.float32), epsilon=1e-6)
-        return rotate(g, g("Transpose", rows, perm=[0, 2, 1, 3]), n)
+        return rotate(g, g("Transpose", rows, perm=[0, 2, 1, 3]))
 
     normed = g("RMSNormalization", "x", np.ones(64, np.float32), epsilon=1e-6)
     q, k, v = part(4), part(2), heads(g, linear(normed, 32), 2)
@@ -119,7 +119,7 @@ def decoder_layer(g, mask="", rotate=lambda g, x, n: g("RotaryEmbedding", x, "co
     return g("Add", h, down), key, value
 
 
-def partial(g, x, n):
+def partial(g, x):
     end = np.array([INT64_MAX])
     head = g("Slice", x, np.array([0]), np.array([8]), np.array([3]))
     rest = g("Slice", x, np.array([8]), end, np.array([3]))
@@ -136,7 +136,7 @@ def window_mask(g, window=5, swap=False, op="Less"):
     return g(op, g("Sub", k, q) if swap else g("Sub", q, k), np.array(window))
 
 
-def spelled_attention(g, q, k, v, mask=None, divide=4.0):
+def decomposed_attention(g, q, k, v, mask=None, divide=4.0):
     scores = g("Div", g("MatMul", q, g("Transpose", k, perm=[0, 1, 3, 2])), divide)
     return g("MatMul", g("Softmax", g("Add", scores, mask) if mask else scores, axis=-1), v)
 
@@ -155,7 +155,8 @@ def cut(g, x, start, stop, step=1):
     return g("Slice", x, np.array([start]), np.array([stop]), np.array([3]), np.array([step]))
 
 
-def turned(g, x, interleaved, wrong=False):
+def quarter_rotation(g, x, interleaved, wrong=False):
+    """x rotated by 90 degrees in each plane; `wrong`: the other way."""
     if not interleaved:
         first, second = cut(g, x, 0, 8), cut(g, x, 8, 16)
         return g("Concat", first, g("Neg", second), axis=-1) if wrong else g("Concat", g("Neg", second), first, axis=-1)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from edgeformer.engines.native.engine import NativeEngine
-from edgeformer.engines.native.program.packing import pieces
-from edgeformer.engines.native.program.prepared import prepare
+from edgeformer.engines.native.program.executable import load_executable
+from edgeformer.engines.native.program.packing import weight_rows
 
 LANES = 16  # rows of a panel
 
@@ -39,8 +39,8 @@ def dump(bundle: Path, out: Path, kv: str, prompts: list[np.ndarray], steps: int
     """Write the file; the hashes of the logits of prompts one after another (last positions) and of `steps` greedy
     tokens, as the extension of this machine computes them with its best table."""
     engine = NativeEngine.from_bundle(bundle, threads=2, kv=kv)
-    prepared = prepare(bundle / "model.onnx")
-    plain = prepared.program
+    executable = load_executable(bundle / "model.onnx")
+    plain = executable.program
     w = Writer()
     w.integers(kv == "float32")
     w.integers(len(plain["symbols"]))
@@ -50,60 +50,66 @@ def dump(bundle: Path, out: Path, kv: str, prompts: list[np.ndarray], steps: int
     for code in plain["sizes"]:
         w.list(code)
     w.integers(len(plain["slots"]))
-    for name, dtype, shape, view_of, constant in plain["slots"]:
-        w.blob(name)
-        w.integers(dtype)
-        w.list(shape)
-        w.integers(view_of, constant is not None)
-        w.blob(constant)
+    for slot in plain["slots"]:
+        w.blob(slot["name"])
+        w.blob(slot["dtype"])
+        w.list(slot["shape"])
+        w.integers(slot["view_of"], slot["constant"] is not None)
+        w.blob(slot["constant"])
     w.integers(len(plain["weights"]))
     for weight in plain["weights"]:
-        w.list(weight)
+        w.blob(weight["type"])
+        w.integers(weight["n"], weight["k"])
     w.integers(len(plain["ops"]))
-    for kind, inputs, outputs, weights, ints, floats, sizes in plain["ops"]:
-        w.blob(kind)
-        for slots in (inputs, outputs, weights):
+    for op in plain["ops"]:
+        w.blob(op["kind"])
+        for slots in (op["inputs"], op["outputs"], op["weights"]):
             w.list(slots)
-        w.integers(len(ints))
-        for name, values in ints.items():
+        w.integers(len(op["ints"]))
+        for name, values in op["ints"].items():
             w.blob(name)
             w.list(values)
-        w.integers(len(floats))
-        for name, values in floats.items():
+        w.integers(len(op["floats"]))
+        for name, values in op["floats"].items():
             w.blob(name)
             w.integers(len(values))
             w.bytes += struct.pack(f"<{len(values)}d", *values)
-        w.integers(len(sizes))
-        for name, values in sizes.items():
+        w.integers(len(op["names"]))
+        for name, values in op["names"].items():
+            w.blob(name)
+            w.integers(len(values))
+            for value in values:
+                w.blob(value)
+        w.integers(len(op["sizes"]))
+        for name, values in op["sizes"].items():
             w.blob(name)
             w.list(values)
     w.integers(len(plain["caches"]))
     for cache in plain["caches"]:
-        w.list(cache)
+        w.list(cache[key] for key in ("kv_heads", "head_dim", "value_dim", "plain"))
     w.list(plain["inputs"])
     w.list(plain["outputs"])
     w.integers(*(plain[name] for name in ("row_local", "batch", "sequence", "kept", "past")))
-    packed = [piece for number in range(len(prepared.weights)) for piece in pieces(number, prepared)]
+    packed = [part for number in range(len(executable.weights)) for part in weight_rows(number, executable)]
     w.integers(len(packed))
-    for number, _, q, scale, minimum, rows, block, first, half, _ in packed:
-        if minimum is not None:
-            minimum = minimum - 8 * scale
-        dest = first + np.arange(rows)
-        if half:  # panels of gate and up in turn
-            dest = dest // LANES * 2 * LANES + dest % LANES + (LANES if half == 2 else 0)
-        w.integers(number)
-        for array in (q, scale, minimum):
+    for part in packed:
+        minimum = None if part.min is None else part.min - 8 * part.scale
+        dest = part.first_row + np.arange(part.rows)
+        if part.role != "all":  # panels of gate and up alternate
+            dest = dest // LANES * 2 * LANES + dest % LANES + (LANES if part.role == "up" else 0)
+        w.integers(part.weight)
+        for array in (part.q, part.scale, minimum):
             w.blob(array)
-        w.integers(rows, block)
+        w.integers(part.rows, part.block)
         w.list(dest)
     w.integers(len(prompts) + steps)
     state, ids, hashes = engine.new_state(), np.empty((1, 0), np.int64), []
     for given in [*prompts, *[None] * steps]:
         ids = ids if given is None else given
-        row, keep = engine._arrays({"input_ids": ids, "logits_to_keep": 1}, state)
-        batch, sequence = prepared.rows
-        values = {batch: 1, sequence: ids.shape[1], "kept": 1, prepared.past: state.length, "logits_to_keep": 1}
-        w.integers(ids.shape[1], keep)
+        row = engine._inputs_of({"input_ids": ids, "logits_to_keep": 1}, state)
+        batch, sequence = executable.rows
+        values = {batch: 1, sequence: ids.shape[1], "kept": 1, executable.past: state.length, "logits_to_keep": 1}
+        w.integers(ids.shape[1], 1)
         w.list(values[name] for name in plain["symbols"])
         w.integers(len(row))
         for array in row:

@@ -1,4 +1,4 @@
-"""Tiny GGUF files of several structures, written with the gguf package: what the tests and the sweep change."""
+"""Tiny GGUF files of several architectures, written with the gguf package, for tests and the sweep."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IDS = [BOS, *range(40, 76)]
 
 
 def keys(arch="llama", **more):
-    """The keys of a tiny model of `arch`; `more` replaces some (dots written as `__`), None removes them."""
+    """The metadata of a tiny model of `arch`; `more` replaces keys (with `__` for dots), None removes one."""
     layer_norm = arch in ("stablelm", "starcoder2", "gpt2")
     found = {
         "general.type": "model",
@@ -58,7 +58,7 @@ def keys(arch="llama", **more):
 
 
 def tensors(arch="llama", seed=0, layers=LAYERS, size=None):
-    """Random float32 tensors of that structure, in PyTorch's order of axes."""
+    """Random float32 tensors of `arch`, in PyTorch's order of axes."""
     rng = np.random.default_rng(seed)
     size = size or (16 if arch in ("qwen3", "qwen3moe") else 8)
     q, kv = HEADS * size, (HEADS if arch == "gpt2" else GROUPS) * size
@@ -113,17 +113,17 @@ def tensors(arch="llama", seed=0, layers=LAYERS, size=None):
     return {name: value.astype(np.float32) for name, value in found.items()}
 
 
-def write(path, metadata, values, arch="llama", kind=None, kinds=None, raw=()):
-    """A file with `metadata` (None leaves a key out) and `values`; matrices as `kind`, or as `kinds` has it by name.
+def write(path, metadata, values, arch="llama", kind=None, raw=()):
+    """Writes a file with `metadata` (without keys that are None) and the tensors `values`; returns its path.
 
-    `raw` gives the types of those values that are bytes already.
+    `kind` is the type of all matrices, or {name: type} of some. `raw` has the types of values that are bytes already.
     """
     writer = gguf.GGUFWriter(path, metadata.get("general.architecture", arch))
     for key, value in metadata.items():
-        if value is not None and key != "general.architecture":  # the writer's own
+        if value is not None and key != "general.architecture":  # the writer sets it
             writer.add_custom_alignment(value) if key == "general.alignment" else add(writer, key, value)
     for name, value in values.items():
-        wanted = (kinds or {}).get(name, kind)
+        wanted = kind.get(name) if isinstance(kind, dict) else kind
         if name in raw:
             writer.add_tensor(name, value, raw_dtype=raw[name])
         elif wanted is None or value.ndim < 2:
@@ -139,7 +139,7 @@ def write(path, metadata, values, arch="llama", kind=None, kinds=None, raw=()):
 
 
 def add(writer, key, value):
-    """`value` as the type that converters write: unsigned for numbers of 0 or more, float32, ..."""
+    """Writes `value` with the type that converters use: unsigned for integers of 0 or more, float32, ..."""
     kinds = gguf.GGUFValueType
     if isinstance(value, bool):
         writer.add_bool(key, value)
@@ -149,14 +149,14 @@ def add(writer, key, value):
         writer.add_float32(key, value)
     elif isinstance(value, str):
         writer.add_string(key, value)
-    elif isinstance(value, tuple):  # (value, name of its type)
+    elif isinstance(value, tuple):  # (value, type name)
         writer.add_key_value(key, value[0], kinds[value[1]])
     else:
         writer.add_array(key, value)
 
 
 def split(folder, metadata, values, arch="llama", kind=None, count=2):
-    """The same model as shards, in the form of llama.cpp's gguf-split; their paths."""
+    """Writes the model as shards in the format of llama.cpp's gguf-split; returns their paths."""
     names, paths = list(values), []
     for number in range(count):
         part = {"split.no": (number, "UINT16"), "split.count": (count, "UINT16")}

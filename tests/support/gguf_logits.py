@@ -1,4 +1,4 @@
-"""How far the logits of a GGUF file's source are from those of the numpy reference."""
+"""The difference between the logits of a GGUF file's source and of the numpy reference."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import torch
 from support import gguf_files
 from support.gguf_reference import Reference
 
-from edgeformer.export.sources.gguf.load import gguf_source
+from edgeformer.export.sources.gguf.gguf_source import gguf_source
 
-# float32 rounds at u = 2**-24 = 6e-8. A dot product of up to 64 terms errs by about sqrt(64) u of its terms, 5e-7.
-# About 20 of them come one after the other in two layers, some of them cancelling: 1e-5 of the largest logit.
+# float32 rounds at u = 2**-24 = 6e-8. A dot product of up to 64 terms has an error of about sqrt(64) u of its terms,
+# 5e-7. Two layers have about 20 of them in sequence, some with cancellation: 1e-5 of the largest logit.
 TOLERANCE = 2e-5
 
 
 def difference(path, *shards):
-    """The largest difference of the source's logits from the reference's, as a part of the largest logit."""
+    """The largest difference between the logits of source and reference, relative to the largest logit."""
     source = gguf_source(path)
     with torch.no_grad():
         got = source.module(torch.tensor([gguf_files.IDS])).logits[0].numpy()

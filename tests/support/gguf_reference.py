@@ -1,8 +1,8 @@
-"""A decoder in numpy float64 that reads a GGUF file by itself: the reference for what the exporter makes of one.
+"""A decoder in numpy float64 that reads a GGUF file itself: the reference for the exporter's GGUF source.
 
 It shares no code with the exporter or transformers: sizes, positions, scales, windows, experts and caps come from the
-keys, the shape of a block from the tensors that are present. What a file does not say and llama.cpp has in its code is
-named in the tables below, by architecture. Semantics: the GGUF specification and llama.cpp's graphs.
+keys, the layout of a block from the tensors in the file. The tables below have what only llama.cpp's code defines, by
+architecture. Semantics: the GGUF specification and llama.cpp's graphs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 NEIGHBOURS = ("llama",)  # pairs of a head that rotate together: (0, 1), (2, 3), ...; else (0, d/2), (1, d/2 + 1), ...
 GELU = ("gemma2", "gemma3", "starcoder2", "gpt2")
 SCALED_EMBEDDING = ("gemma2", "gemma3")  # by the square root of the hidden size
-PATTERN = {"gemma2": 2, "gemma3": 6}  # every so many layers one has no window
+PATTERN = {"gemma2": 2, "gemma3": 6}  # one in so many layers has no window
 WINDOW_BASE = {"gemma3": 10000.0}  # the rotary base of layers with a window
 NORMALIZED_EXPERTS = ("qwen3moe",)
 GATED_SHARED = ("qwen2moe",)
@@ -103,7 +103,7 @@ class Reference:
         return layer % pattern < pattern - 1 if pattern else True
 
     def rotate(self, a, windowed):
-        """`a` [length, heads, size] with its first `rotated` values turned by the position."""
+        """`a` [length, heads, size] with its first `rotated` values rotated by the position."""
         base, plain = self("rope.freq_base", 10000.0), windowed and self.arch in WINDOW_BASE
         if plain:
             base = self("rope.freq_base_swa", WINDOW_BASE[self.arch])
@@ -129,10 +129,10 @@ class Reference:
         return out
 
     def yarn(self, theta, factor, base):
-        """Low frequencies are stretched, high ones stay, with a ramp between (arXiv 2309.00071)."""
+        """YaRN: low frequencies are stretched, high ones unchanged, with a ramp between (arXiv 2309.00071)."""
         trained = self("rope.scaling.original_context_length", self("context_length"))
 
-        def pair(turns):  # which turns so often over the trained length
+        def pair(turns):  # the pair that rotates this many times over the trained length
             return self.rotated * np.log(trained / (turns * 2 * np.pi)) / (2 * np.log(base))
 
         low = max(0, np.floor(pair(self("rope.scaling.yarn_beta_fast", 32.0))))

@@ -10,9 +10,9 @@ OURS, PEER, LOSSY = "edgeformer keep (the GGUF's blocks)", "llama.cpp Q8_0", "ll
 def saved() -> dict:
     def numbers(speed: float) -> dict:
         return {
-            "decode": {"median": speed, "values": [speed]},
-            "first": {"median": 3 / speed, "values": [3 / speed]},
-            "short_mib": {"median": 150.0, "values": [150.0]},
+            "decode": {"median": speed},
+            "first": {"median": 3 / speed},
+            "short_mib": {"median": 150.0},
         }
 
     def quality(ratio: float) -> dict:
@@ -22,7 +22,7 @@ def saved() -> dict:
     return {
         "machine": {"cpu": "A CPU", "system": "Linux", "date": "2026-01-01"},
         "threads": [1, 2],
-        "rounds": {"taken": 6, "used": 5, "disturbed": [["x"], [], [], [], [], []]},
+        "rounds": {"taken": 6, "used": 5, "disturbed": 1},
         "undisturbed": True,
         "limit_cores_of_others": LIMIT,
         "contestants": {
@@ -30,7 +30,8 @@ def saved() -> dict:
         },
         "absent": {"OpenVINO GenAI int8": "pip failed: no wheel"},
         "quality": {OURS: quality(1.002), PEER: quality(1.001), LOSSY: quality(1.3)},
-        "memory": {"1": [{"gb_s": 12.0}], "2": [{"gb_s": 25.0}]},
+        "memory": {"1": {"max": 12.0}, "2": {"max": 25.0}},
+        "kept_by_stream": {"2": {"median": 0.994}},
         "measured": {
             key: {"2": numbers(two), "1": numbers(one), "versions": {"p": "1"}} for key, (two, one) in speeds.items()
         },

@@ -63,7 +63,7 @@ def roberta() -> tf.PreTrainedTokenizerBase:
 
 
 def sentencepiece_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Pieces and merges of SentencePiece's kind, with all bytes."""
+    """Pieces and merges as in SentencePiece, with all byte tokens."""
     special = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -78,7 +78,7 @@ def llama(**more: Any) -> tf.PreTrainedTokenizerBase:
 
 
 def llama2_json() -> tf.PreTrainedTokenizerBase:
-    """As Llama 2's own tokenizer.json: the space is put in by the normalizer, which is also "legacy"."""
+    """As Llama 2's tokenizer.json: the normalizer adds the space, which is also "legacy"."""
     vocab, merges = sentencepiece_bpe()
     backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -154,7 +154,7 @@ def characters() -> tf.PreTrainedTokenizerBase:
 
 
 def suffixed() -> tf.PreTrainedTokenizerBase:
-    """Byte pairs of words that end in `</w>`, as CLIP's and the first GPT's."""
+    """BPE of words that end in `</w>`, as in CLIP and the first GPT."""
     backend = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
     backend.normalizer = normalizers.BertNormalizer()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -198,7 +198,7 @@ FAMILIES: dict[str, Callable[[], tf.PreTrainedTokenizerBase]] = {
 
 
 def save(name: str, folder: Path, **settings: Any) -> Path:
-    """The folder of the family `name`; `settings` are put into its tokenizer_config.json."""
+    """The folder of the family `name` with `settings` in its tokenizer_config.json."""
     FAMILIES[name]().save_pretrained(folder)
     return change(folder, **settings)
 

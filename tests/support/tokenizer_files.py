@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgeformer.export.sources import texts
+from edgeformer.export.sources import tokenizer_export
 from edgeformer.processing.tokenizer import Tokenizer
 
 
@@ -17,5 +17,5 @@ def runtime_of(files, folder: Path) -> Tokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         (folder / name).write_bytes(data)
-    paths = [folder / name if name in files else None for name in texts.TOKENIZER_FILES]
+    paths = [folder / name if name in files else None for name in tokenizer_export.TOKENIZER_FILES]
     return Tokenizer.read(*paths)

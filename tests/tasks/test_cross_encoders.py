@@ -14,7 +14,7 @@ import edgeformer
 from edgeformer.errors import ExportError, InputError
 from edgeformer.export import ExportOptions, export
 
-pytest.importorskip("sentence_transformers", reason="pip install 'edgeformer[witness]'")
+pytest.importorskip("sentence_transformers", reason="pip install 'edgeformer[reference]'")
 
 from sentence_transformers import CrossEncoder
 from sentence_transformers.cross_encoder import modules as library
@@ -179,20 +179,20 @@ def logit_score(folder):
 
 
 REFUSED = {
-    "a language model's score": (logit_score, "asks for LogitScore"),
+    "a language model's score": (logit_score, "lists LogitScore"),
     "a language model": (
         lambda folder: tiny.change(folder, "sentence_bert_config.json", transformer_task="text-generation"),
         "transformer_task is 'text-generation'",
     ),
     "code of the model": (
         lambda folder: tiny.change(folder, "config_sentence_transformers.json", activation_fn="mine.Act"),
-        "'mine.Act' is no class of torch.nn",
+        "'mine.Act' is not a class of torch.nn",
     ),
     "another activation": (
         lambda folder: tiny.change(
             folder, "config_sentence_transformers.json", activation_fn="torch.nn.modules.activation.Hardtanh"
         ),
-        "Hardtanh' is not known here",
+        "Hardtanh' is unsupported",
     ),
 }
 
@@ -203,7 +203,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_known_is_refused_by_name(name, folder, tmp_path):
+def test_unsupported_settings_are_refused_by_name(name, folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "folder")
     edit, message = REFUSED[name]
     edit(copy)

@@ -1,4 +1,4 @@
-"""Encoder-decoders: two graphs, caches of both kinds, greedy and beam search as transformers'; and one that learned."""
+"""Encoder-decoders: two graphs, self- and cross-attention caches, greedy and beam search as in transformers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import transformers as tf
 
 import edgeformer
 from edgeformer.errors import EngineUnavailable, ExportError, InputError, ParityError
-from edgeformer.export.graphs import encoder_decoder as seq2seq
-from edgeformer.export.graphs.encoder_decoder import pair_source
+from edgeformer.export.graphs import encoder_decoder
 from edgeformer.export.options import ExportOptions
 from edgeformer.export.pipeline import export
+from edgeformer.export.sources.hub.encoder_decoder_source import Decoding, encoder_decoder_source
 from edgeformer.export.sources.hub.hub import language_model
 from edgeformer.tools.verify import verify
 
@@ -65,7 +65,7 @@ SEARCHES = (
 
 
 def lively(model):
-    """Larger weights, so that random models do not always say the same; and several ends, so that beams finish."""
+    """Larger weights, so that random models give different answers; several end tokens, so that beams finish."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -80,7 +80,7 @@ def test_a_bundle_generates_what_transformers_does(name, tmp_path):
     torch.manual_seed(0)
     model = lively(MODELS[name]())
     options = ExportOptions(source=name, output=tmp_path / "bundle", quantize="none")
-    manifest = export(options, traced=pair_source(model, name, "text2text-generation"))
+    manifest = export(options, traced=encoder_decoder_source(model, name, "text2text-generation"))
     assert manifest["parity"]["float"]["worst"] < 1e-5
     engines = [edgeformer.load(tmp_path / "bundle", **options) for options in ENGINES.values()]
     answers = set()
@@ -94,10 +94,10 @@ def test_a_bundle_generates_what_transformers_does(name, tmp_path):
                 assert found == expected[: len(found)], loaded
                 assert set(expected[len(found) :]) <= {model.config.pad_token_id}
             answers.add(tuple(found))
-    assert len(answers) > 4, "these weights say nothing"
+    assert len(answers) > 4, "these weights always give the same answers"
 
 
-def test_a_folder_becomes_two_graphs_with_keys_and_values_of_the_source_computed_once(tmp_path):
+def test_a_folder_becomes_two_graphs_and_the_encoder_computes_the_cross_attention_keys(tmp_path):
     torch.manual_seed(0)
     MODELS["BART"]().save_pretrained(tmp_path / "folder")
     export(ExportOptions(source=str(tmp_path / "folder"), output=tmp_path / "bundle", quantize="q8"))
@@ -118,21 +118,21 @@ def test_a_folder_becomes_two_graphs_with_keys_and_values_of_the_source_computed
 
 def test_positions_that_forget_the_past_are_refused(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    pair = pair_source(lively(MODELS["BART"]()), "bart", "text2text-generation")
-    monkeypatch.setattr(seq2seq, "count_past", lambda model: 0)
+    pair = encoder_decoder_source(lively(MODELS["BART"]()), "bart", "text2text-generation")
+    monkeypatch.setattr(encoder_decoder, "count_past", lambda _: 0)
     with pytest.raises(ParityError, match="decoder in steps"):
         export(ExportOptions(source="bart", output=tmp_path / "bundle", quantize="none"), traced=pair)
     assert not (tmp_path / "bundle").exists()
 
 
-def test_a_decoder_that_mixes_source_and_answer_otherwise_is_refused(tmp_path):
-    class Mixing(seq2seq.Decoding):
+def test_a_decoder_that_mixes_source_and_answer_outside_attention_is_refused(tmp_path):
+    class Mixing(Decoding):
         def forward(self, input_ids, encoder_hidden_states, encoder_attention_mask=None):
             logits = super().forward(input_ids, encoder_hidden_states, encoder_attention_mask)
             return logits + input_ids[:, :1, None] * encoder_hidden_states[:, :1, :1]
 
     torch.manual_seed(0)
-    pair = pair_source(t5(), "t5", "text2text-generation")
+    pair = encoder_decoder_source(t5(), "t5", "text2text-generation")
     mixing = Mixing(pair.decoder.module.model)
     broken = replace(pair, decoder=replace(pair.decoder, module=mixing))
     with pytest.raises(ExportError):
@@ -157,14 +157,14 @@ def test_a_language_model_searches_beams_too(tmp_path):
         loaded.generate(ids, num_beams=-1)
 
 
-# ------------------------------------------------------------------------------------------------- one that has learned
+# ------------------------------------------------------------------------------------------------- a trained model
 
 MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
 LETTERS = " .-0123456789abcdefghijklmnopqrstuvwxyz"
 
 
 def dates(rng: random.Random, count: int) -> list[tuple[str, str]]:
-    """(a date as people write it, the date as machines do)"""
+    """[(a date as people write it, the same in ISO 8601)]."""
     made = []
     for _ in range(count):
         day, month, year = rng.randint(1, 28), rng.randint(1, 12), rng.randint(1970, 2039)
@@ -175,10 +175,10 @@ def dates(rng: random.Random, count: int) -> list[tuple[str, str]]:
 
 
 def letters_tokenizer() -> tf.PreTrainedTokenizerFast:
-    """One token a letter, `</s>` at the end."""
+    """A tokenizer with one token for each letter and `</s>` at the end."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-    vocabulary = {token: id for id, token in enumerate(["<pad>", "</s>", *LETTERS])}
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "</s>", *LETTERS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     backend.decoder = decoders.Fuse()
@@ -257,7 +257,7 @@ def test_a_bundle_is_verified_without_torch_and_a_wrong_one_fails(scheme, engine
     assert not verify(wrong, engine).passed
 
 
-def test_what_cannot_run_says_so(exported):
+def test_calls_that_the_task_does_not_support_are_refused(exported):
     model = edgeformer.load(exported("none"))
     with pytest.raises(InputError, match="has no logits"):
         model.logits([1, 2])
@@ -299,20 +299,20 @@ def test_auto_takes_native_where_both_graphs_lower_and_says_which_does_not(expor
         edgeformer.load(bundle, engine="native")
 
 
-def test_states_of_several_sequences_change_places(exported):
+def test_states_of_several_sequences_are_reordered(exported):
     for options in ENGINES.values():
         model = edgeformer.load(exported("none"), **options)
         ids = np.array([model.tokenizer.encode("1 mar 2001")] * 3)
-        held = model.pair.encode({"input_ids": ids, "attention_mask": np.ones_like(ids)})
+        static = model.pair.encode({"input_ids": ids, "attention_mask": np.ones_like(ids)})
         first, last = np.array([[0, 5], [0, 6], [0, 7]]), np.array([[9], [10], [11]])
 
-        def after(rows, held=held, model=model, first=first, last=last):
-            """The last logits where sequence i went on from what sequence rows[i] was."""
-            state = model.engine.new_state(held)
+        def after(rows, static=static, model=model, first=first, last=last):
+            """The last logits if sequence i continues from the state of sequence rows[i]."""
+            state = model.engine.new_state(static)
             model.engine.forward([({"input_ids": first[list(rows)]}, state)])
             return model.engine.forward([({"input_ids": last}, state)])[0]["logits"][:, -1]
 
-        state = model.engine.new_state(held)
+        state = model.engine.new_state(static)
         model.engine.forward([({"input_ids": first}, state)])
         for wrong in ((0, 1), (0, 1, 3), (0, 1, -1)):
             with pytest.raises(InputError, match="select"):

@@ -118,7 +118,7 @@ def speech(tmp_path_factory):
 def tokenizer() -> tf.PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    vocabulary = {token: id for id, token in enumerate(["<pad>", "</s>", "<s>", *WORDS])}
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "</s>", "<s>", *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     return tf.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", bos_token="<s>")
@@ -184,7 +184,7 @@ def test_a_tiny_whisper_learns_digits_and_its_bundle_hears_the_same(scheme, reco
         for index, loaded in enumerate(engines):
             found = loaded.transcribe(samples)
             right[index] += found.text == " ".join(WORDS[digit] for digit in digits)
-            same[index] += found.ids == [id for id in expected if id >= FIRST]
+            same[index] += found.ids == [token for token in expected if token >= FIRST]
     assert min(right) >= 36, f"{right} of 40 recordings of voices never heard are right on {engines}"
     assert min(same) >= (40 if scheme == "none" else 38), f"{same} of 40 transcripts are PyTorch's on {engines}"
 

@@ -1,4 +1,4 @@
-"""The benchmark: the tests that llama-bench has, honest counts, tables that read."""
+"""The benchmark: the tests of llama-bench, the tokens that reach the engine, tables and JSON."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import re
 import pytest
 
 from edgeformer.engines.native.profile import Profile
+from edgeformer.engines.options import EngineOptions
 from edgeformer.errors import EngineUnavailable, InputError
 from edgeformer.model import load
 from edgeformer.tools import bench as module
-from edgeformer.tools.bench import Row, bench
+from edgeformer.tools.bench import Row, Workload, bench
+
+CPU = EngineOptions("cpu")
 
 
 @pytest.fixture(scope="module")
 def result(q8):
-    return bench(q8, engine="cpu", prompts=[32, 8], generated=[6], depths=[0, 20], repetitions=3, threads=[1, 2])
+    return bench(q8, Workload([32, 8], [6], [0, 20], 3), CPU, threads=[1, 2])
 
 
 def test_every_test_is_a_row_for_every_depth_and_thread_count(result):
@@ -66,22 +69,15 @@ def test_what_is_run_is_what_the_row_says(q8, monkeypatch):
         return model
 
     monkeypatch.setattr(module, "load", counting)
-    bench(q8, engine="cpu", prompts=[8], generated=[3], depths=[5], repetitions=2, threads=[1])
+    bench(q8, Workload([8], [3], [5], 2), CPU, threads=[1])
     steps = [(1, 5, 1), (1, 6, 1), (1, 7, 1)]
     assert calls == [(5, 0, 1), *[(8, 5, 1)] * 3, (5, 0, 1), *steps * 3]
 
 
 def test_progress_counts_to_the_end(q8):
     seen = []
-    bench(
-        q8,
-        engine="cpu",
-        prompts=[4],
-        generated=[],
-        repetitions=2,
-        threads=[1],
-        progress=lambda *step: seen.append(step),
-    )
+    workload = Workload(prompts=[4], generated=[], repetitions=2)
+    bench(q8, workload, CPU, threads=[1], progress=lambda *step: seen.append(step))
     assert [done for _, done, _ in seen] == [0, 1, 2, 3]
     assert seen[-1] == ("", 3, 3)
 
@@ -99,12 +95,12 @@ def test_progress_counts_to_the_end(q8):
 )
 def test_what_cannot_be_measured_is_refused(q8, options, expected):
     with pytest.raises(InputError, match=expected):
-        bench(q8, engine="cpu", **({"prompts": [4], "generated": [2]} | options))
+        bench(q8, Workload(**({"prompts": [4], "generated": [2]} | options)), CPU)
 
 
 def test_a_model_without_tokens_is_refused(bundles):
     with pytest.raises(InputError, match="is a forecasting model"):
-        bench(bundles / "forecast", engine="cpu")
+        bench(bundles / "forecast", engine=CPU)
 
 
 def test_an_engine_without_a_profile_says_so(q8):
@@ -115,7 +111,7 @@ def test_an_engine_without_a_profile_says_so(q8):
 def test_the_native_engines_profile_is_printed(q8):
     pytest.importorskip("edgeformer._native")
     model = load(q8, "native", threads=1)
-    text = module.profile(model, prompts=[6], generated=[3], depths=[4])
+    text = module.profile(model, Workload([6], [3], [4]))
     head, prompt, generated = text.split("\n\n")
     assert re.match(rf"1 thread, {model.engine.isa} kernels; a plain read of memory: \d+\.\d GB/s", head)
     assert re.match(r"pp6 @ d4: \S+ tokens/s, 1 passes of 6 tokens\n", prompt)
@@ -134,8 +130,8 @@ def test_a_profile_counts_bytes_and_multiply_adds(q8):
     weights = engine.program.weights
     rows = dict.fromkeys(engine.program.symbols, 1) | {engine.program.row_symbols[1]: 7}
     for op in linears:
-        held = [weights[w] for w in op.weights]
-        assert report.weight_bytes(op) == sum(-(-w.n // 16) * -(-w.k // 32) * 544 for w in held), (
+        packed = [weights[w] for w in op.weights]
+        assert report.weight_bytes(op) == sum(-(-w.n // 16) * -(-w.k // 32) * 544 for w in packed), (
             "16 rows x 32 + scales"
         )
     head = max(linears, key=lambda op: sum(weights[w].n for w in op.weights))

@@ -42,7 +42,7 @@ def test_a_provider_that_is_offered_but_does_not_run_is_no():
         SessionOptions = onnxruntime.SessionOptions
 
         @staticmethod
-        def InferenceSession(model, options, providers):
+        def InferenceSession(model, options, providers):  # noqa: N802 (onnxruntime's name)
             return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     problem = doctor._try_provider(Pretending, "CUDAExecutionProvider")
@@ -50,7 +50,7 @@ def test_a_provider_that_is_offered_but_does_not_run_is_no():
     assert doctor._try_provider(onnxruntime, "CPUExecutionProvider") is None
 
 
-def test_no_onnxruntime_is_said(monkeypatch):
+def test_a_missing_onnxruntime_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     found = _topics()
     assert found["onnxruntime"].verdict == found["engine cpu"].verdict == "no"
@@ -68,7 +68,7 @@ def test_both_wheels_are_a_warning(monkeypatch):
     assert any(f.verdict == "warning" and "both installed" in f.text for f in examine())
 
 
-def test_a_missing_extension_is_said(monkeypatch):
+def test_a_missing_extension_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "edgeformer._native", None)
     monkeypatch.delattr("edgeformer._native", raising=False)
     finding = _topics()["engine native"]
@@ -76,7 +76,7 @@ def test_a_missing_extension_is_said(monkeypatch):
     assert "not built" in finding.text
 
 
-def test_a_forced_isa_that_cannot_run_is_said(monkeypatch):
+def test_a_forced_isa_that_cannot_run_is_reported(monkeypatch):
     pytest.importorskip("edgeformer._native")
     monkeypatch.setenv("EDGEFORMER_ISA", "avx9000")
     finding = _topics()["engine native"]
@@ -84,7 +84,7 @@ def test_a_forced_isa_that_cannot_run_is_said(monkeypatch):
     assert "EDGEFORMER_ISA=avx9000 cannot be used here" in finding.text
 
 
-def test_missing_workshop_packages_are_named(monkeypatch):
+def test_missing_toolchain_packages_are_named(monkeypatch):
     monkeypatch.setattr(doctor, "find_spec", lambda name: None if name == "torch" else object())
     found = _topics()
     assert found["export"].verdict == found["training"].verdict == "no"

@@ -26,14 +26,14 @@ from tokenizers import Tokenizer
 import edgeformer.train.checkpoint as checkpoint_module
 from edgeformer.errors import TrainingError
 from edgeformer.models import load_checkpoint
-from edgeformer.train.loop import Report, learning_rate, train
+from edgeformer.train.loop import TrainingReport, learning_rate, train
 from edgeformer.train.recipe import TrainOptions, make_recipe
 from edgeformer.train.task import picks
 
 BASES = {"text": TEXT, "forecast": FORECAST}
 
 
-def run(table: dict[str, Any], folder: Path, **options: Any) -> Report:
+def run(table: dict[str, Any], folder: Path, **options: Any) -> TrainingReport:
     return train(make_recipe(table), folder, cpu=True, **options)
 
 
@@ -46,17 +46,17 @@ def short(base: dict[str, Any], tmp_path: Path, **changes: Any) -> dict[str, Any
 
 
 @pytest.fixture(scope="module")
-def text_run(tmp_path_factory: pytest.TempPathFactory) -> Report:
+def text_run(tmp_path_factory: pytest.TempPathFactory) -> TrainingReport:
     folder = tmp_path_factory.mktemp("text")
     return run(recipe_table(TEXT, data__source=text_file(folder)), folder / "run")
 
 
 @pytest.fixture(scope="module")
-def forecast_run(tmp_path_factory: pytest.TempPathFactory) -> Report:
+def forecast_run(tmp_path_factory: pytest.TempPathFactory) -> TrainingReport:
     return run(FORECAST, tmp_path_factory.mktemp("forecast") / "run")
 
 
-def test_text_model_learns_more_than_the_frequency_of_tokens(text_run: Report) -> None:
+def test_text_model_learns_more_than_the_frequency_of_tokens(text_run: TrainingReport) -> None:
     name, unigram = text_run.baseline
     assert name == "unigram guess"
     assert 3.5 < unigram < math.log(320)
@@ -64,13 +64,13 @@ def test_text_model_learns_more_than_the_frequency_of_tokens(text_run: Report) -
     assert text_run.step == text_run.steps == 300
 
 
-def test_forecast_beats_repeating_the_last_day(forecast_run: Report) -> None:
+def test_forecast_beats_repeating_the_last_day(forecast_run: TrainingReport) -> None:
     _, naive = forecast_run.baseline
     assert forecast_run.validation_loss < 0.75 * naive
     assert forecast_run.shown["mean absolute error"] < forecast_run.shown["error of repeating the last 24 values"]
 
 
-def test_text_checkpoint_is_a_folder_that_others_open(text_run: Report) -> None:
+def test_text_checkpoint_is_a_folder_that_others_open(text_run: TrainingReport) -> None:
     transformers = pytest.importorskip("transformers")
     folder = text_run.folder
     module, config = load_checkpoint(folder)
@@ -91,7 +91,7 @@ def test_text_checkpoint_is_a_folder_that_others_open(text_run: Report) -> None:
     torch.testing.assert_close(logits, twin(ids).logits, rtol=0, atol=1e-4)
 
 
-def test_forecast_checkpoint_says_how_values_are_scaled(forecast_run: Report) -> None:
+def test_forecast_checkpoint_says_how_values_are_scaled(forecast_run: TrainingReport) -> None:
     module, config = load_checkpoint(forecast_run.folder)
     assert config["task"] == "forecasting"
     assert (config["context_length"], config["prediction_length"]) == (24, 12)
@@ -100,7 +100,7 @@ def test_forecast_checkpoint_says_how_values_are_scaled(forecast_run: Report) ->
     assert module(input_values=torch.zeros(1, 24, 1)).shape == (1, 24, 12)
 
 
-def test_run_leaves_a_curve_and_something_to_see(text_run: Report, forecast_run: Report) -> None:
+def test_run_leaves_a_curve_and_something_to_see(text_run: TrainingReport, forecast_run: TrainingReport) -> None:
     for report, extra in ((text_run, "sample.txt"), (forecast_run, "forecast.png")):
         rows = list(csv.DictReader((report.folder / "loss.csv").open()))
         assert [int(row["step"]) for row in rows] == list(range(report.steps + 1))

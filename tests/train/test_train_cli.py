@@ -48,16 +48,16 @@ def test_help_has_examples_and_does_not_wait_for_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        (["nothing.toml"], "error: no recipe nothing.toml"),
-        (["demo-text", "--data", "nothing.txt"], "error: text nothing.txt cannot be read"),
-        (["demo-text", "--set", "steps"], "expected SECTION.KEY=VALUE"),
-        (["demo-text", "--set", "train.stepz=4"], "did you mean 'steps'"),
+        (["nothing.toml"], 2, "error: no recipe nothing.toml"),
+        (["demo-text", "--data", "nothing.txt"], 5, "error: text nothing.txt cannot be read"),
+        (["demo-text", "--set", "steps"], 2, "expected SECTION.KEY=VALUE"),
+        (["demo-text", "--set", "train.stepz=4"], 2, "did you mean 'steps'"),
     ],
 )
-def test_mistake_is_one_message_and_no_traceback(arguments: list[str], message: str, tmp_path: Path) -> None:
-    assert message in cli(*arguments, "-o", tmp_path / "run", code=5)
+def test_mistake_is_one_message_and_no_traceback(arguments: list[str], code: int, message: str, tmp_path: Path) -> None:
+    assert message in cli(*arguments, "-o", tmp_path / "run", code=code)
 
 
 def test_interrupted_run_keeps_its_step_and_resumes(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
     PEER_PYTHON measure.py with_NAME JOB.json
 
 Runs inside the peer's environment, so it needs nothing but the standard library and numpy. Every number comes from the
-times at which new tokens were there: `first` = from the call to the first token, `decode` = the tokens after it.
+times at which new tokens were available: `first` = from the call to the first token, `decode` = the tokens after it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Runner(Protocol):
     def generate(self, prompts: Sequence[Sequence[int]], new: int) -> tuple[list[float], list[int]]:
         """Greedy decoding of all prompts together from an empty cache, end tokens ignored.
 
-        Returns when each of the `new` steps was done (time.perf_counter), and the first prompt's new tokens.
+        Returns the times at which the `new` steps ended (time.perf_counter), and the first prompt's new tokens.
         """
         ...
 
@@ -39,7 +39,7 @@ class Runner(Protocol):
 
 
 def busy_ticks(stat: str) -> int:
-    """Ticks that the CPUs of `stat` (the text of /proc/stat) were not idle, stolen ones included."""
+    """Ticks in which the CPUs were busy, stolen ones included; `stat` is the text of /proc/stat."""
     values = stat.split("\n", 1)[0].split()[1:]
     return sum(int(values[i]) for i in BUSY)
 
@@ -77,7 +77,7 @@ def status_mib(field: str) -> float:
 
 
 def rate(kind: str, began: float, times: Sequence[float], prompts: Sequence[Sequence[int]]) -> float:
-    """What a test is about, from the times of its steps: see `measure`."""
+    """The value of a test from the times of its steps: see `measure`."""
     if kind == "first":
         return times[0] - began
     if kind == "prefill":
@@ -92,8 +92,8 @@ def measure(runner: Any, job: dict[str, Any]) -> dict[str, Any]:
 
     A test is {name, kind, runs: [[[ids]]], new}: kind "first" (seconds to the first token), "prefill" (prompt tokens a
     second, the first new token included) or "decode" (new tokens a second over all prompts, without the first step).
-    The prompts of its runs follow each other until they have taken `ENOUGH` seconds, so that a fast peer's number is
-    not that of a few tenths of a second, as good or bad as the host's other guests made them.
+    The prompts of its runs follow each other until they have taken `ENOUGH` seconds, so that the number of
+    a fast peer does not depend on a few tenths of a second, when another guest of the host may have been busy.
     An encoder's tests are of kind "encode": see there.
     """
     found: dict[str, Any] = {}
@@ -136,7 +136,7 @@ def encode(runner: Any, test: dict[str, Any]) -> dict[str, Any]:
 
     A test is {name, kind: "encode", ids: [[ids] of one length], seconds, reference}. The first call is not timed; then
     calls follow each other for `seconds`, at least three. `reference` is a .npy file of the float model's vectors
-    [texts, size], of length 1; the cosines are to them, the mean's and the worst text's.
+    [texts, size], normalized; the cosines to them are the mean and the worst text's.
     """
     import numpy as np
 
@@ -144,7 +144,7 @@ def encode(runner: Any, test: dict[str, Any]) -> dict[str, Any]:
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
     vectors = np.asarray(runner.encode(feeds)).astype(np.float64).mean(1)  # (texts, tokens, size); nothing is padded
     cosines = (vectors * np.load(test["reference"])).sum(-1) / np.linalg.norm(vectors, axis=-1)
-    others, times = Others(), []
+    others, times = Others(), list[float]()
     while len(times) < 3 or sum(times) < test["seconds"]:
         began = time.perf_counter()
         runner.encode(feeds)
@@ -164,7 +164,7 @@ def encode(runner: Any, test: dict[str, Any]) -> dict[str, Any]:
 def quality(runner: Any, job: dict[str, Any]) -> dict[str, Any]:
     """Perplexity, mean KL (float model's distribution to this one, nats) and equal next tokens.
 
-    Scored as the exporter scores: each window starts afresh, its first half only gives context. `reference` is a .npy
+    Scored as in the exporter: windows are independent; the first half of each is only context. `reference` is a .npy
     file of the float model's log-probabilities [tokens, vocab] for the second halves.
     """
     import numpy as np
@@ -220,7 +220,7 @@ def main() -> None:
     result["others"] = others.cores()
     result["peak_mib"] = status_mib("VmHWM")
     print(json.dumps(result), file=out, flush=True)
-    os._exit(0)  # no destructor's time or crash belongs to the measurement
+    os._exit(0)  # neither time nor crash of a destructor counts
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def versions() -> dict[str, str]:
 
 
 def _best_isa() -> str:
-    from edgeformer import _native  # type: ignore[attr-defined]
+    from edgeformer import _native
 
     return str(_native.isas()[0])
 

@@ -1,4 +1,4 @@
-"""The native engine: a bundle's graph, lowered and run by our own C++, without torch and without onnxruntime."""
+"""The native engine: lowers a bundle's graph and runs it in C++, without torch and without onnxruntime."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgeformer.bundle.context import context_length
+from edgeformer.bundle.manifest import MANIFEST
 from edgeformer.engines.native.ir.graph import Array
+from edgeformer.engines.native.options import NativeOptions
+from edgeformer.engines.native.program.executable import Executable, load_executable
 from edgeformer.engines.native.program.packing import give_weights
-from edgeformer.engines.native.program.prepared import Prepared, prepare
+from edgeformer.engines.native.program.program import KEEP_INPUT
 from edgeformer.engines.native.state import NativeState, saved_parts
 from edgeformer.errors import EngineUnavailable, InputError, StateError
 
 if TYPE_CHECKING:
+    from edgeformer import _native
+    from edgeformer.bundle.bundle import Bundle
     from edgeformer.engines.native.profile import Profile
     from edgeformer.engines.native.program.program import Program
 
@@ -46,7 +50,7 @@ class Memory:
         return self.weights + self.kv + self.scratch
 
     def __add__(self, other: Memory) -> Memory:
-        """What two engines need together, when both work."""
+        """What two engines need together, if both run."""
         return Memory(
             self.weights + other.weights,
             self.kv + other.kv,
@@ -58,30 +62,29 @@ class Memory:
 class NativeEngine:
     """Runs one graph of a bundle. Immutable; many threads may share it, each with states of its own.
 
-    Made by `from_bundle`. Calls of several threads take turns; within a call all `threads` work together.
+    Made by `from_bundle` or `create`. Calls of several threads run one after another; in a call all `threads` work.
     """
 
-    def __init__(self, native: Any, prepared: Prepared, path: Path) -> None:
+    name = "native"
+
+    def __init__(self, native: _native.Engine, executable: Executable, path: Path, fingerprint: str) -> None:
         self._native = native
         self._path = path
-        self._fingerprint = _fingerprint(path)
-        self._dtypes = prepared.dtypes
-        self._defaults = prepared.defaults
-        self._keep = prepared.keep
-        self._inputs = [(name, NUMPY[dtype], shape) for name, dtype, shape in prepared.inputs]
-        self._outputs = prepared.outputs
-        self._symbols = list(prepared.program["symbols"])
-        self._rows, self._past, self._batch_local = prepared.rows, prepared.past, prepared.batch_local
-        self.kv = "float32"  # how the cache holds keys and values
+        self._fingerprint = fingerprint
+        self._dtypes = executable.dtypes
+        self._defaults = executable.defaults
+        self._inputs = [(name, NUMPY[dtype], shape) for name, dtype, shape in executable.inputs]
+        self._outputs = executable.outputs
+        self._symbols = list(executable.program["symbols"])
+        self._rows, self._past, self._batch_local = executable.rows, executable.past, executable.batch_local
+        self.kv = "float32"  # the type of keys and values in the cache
         self.cache = ""  # the type of the cache and why, for people; "" without one
-        self.rounded = 0  # weights with scales that float16 does not hold exactly, packed as the nearest
-
-    name = "native"
+        self.rounded = 0  # weights with scales that are not exact in float16: rounded to nearest
 
     @classmethod
     def from_bundle(
         cls,
-        bundle: Any,
+        bundle: Bundle | str | os.PathLike[str],
         *,
         graph: str = "model",
         threads: int | None = None,
@@ -89,50 +92,61 @@ class NativeEngine:
         kv: str = "auto",
         context: int | None = None,
         memory_limit: int | None = None,
-        meanwhile: Callable[[], object] = lambda: None,
-        kept: bool = True,
     ) -> NativeEngine:
-        """The engine for the graph `graph` of `bundle` (a Bundle, or the path of a bundle or of an .onnx file).
+        """The engine for the graph `graph` of `bundle`; see `create`, and `NativeOptions` for the options."""
+        options = NativeOptions(isa, kv, context, memory_limit, threads=threads)
+        return cls.create(bundle, graph, options)
 
-        Args:
-            threads: default: the CPUs this process may use.
-            isa: a kernel table by name; default: EDGEFORMER_ISA, else the best that this CPU runs.
-            kv: the cache's type: "int8" (one scale a token and head), "float32", or "auto": int8 where weights are
-                quantized, else float32, for int8 moves logits by about 0.5 % of their range.
-            context: most tokens of a state; default: the bundle's context length, at most 4096.
-            memory_limit: bytes that weights, one state at full context and working memory may take together.
-            meanwhile: called once; while the weights are packed, which leaves Python free.
-            kept: read and write the entries of the cache folder; without, the bundle leaves no trace there.
+    @classmethod
+    def create(
+        cls,
+        bundle: Bundle | str | os.PathLike[str],
+        graph: str,
+        options: NativeOptions,
+        while_packing: Callable[[], object] = lambda: None,
+    ) -> NativeEngine:
+        """The engine for one graph of a bundle (a Bundle, or the path of a bundle or of an .onnx file).
+
+        `while_packing` is called once, while other threads pack the weights and the GIL is free.
 
         Raises:
             EngineUnavailable: the extension is missing, the graph has nodes that cannot be lowered (all are named),
                 the table does not run here, or the memory would pass `memory_limit` (nothing is allocated then).
             BundleError: the graph or its weights cannot be read.
         """
-        native = _extension()
-        path, limit = _graph_path(bundle, graph)
-        prepared = prepare(path, kept=kept)
-        kind, why = _cache_type(kv, prepared)
-        tokens = context if context is not None else limit
-        worker_count = threads if threads is not None else len(os.sched_getaffinity(0))
-        built = native.Engine(prepared.program, worker_count, isa or "", kind, int(tokens), PREFILL_ROWS)
-        engine = cls(built, prepared, path)
+        try:
+            import edgeformer._native as extension
+        except ImportError as e:
+            raise EngineUnavailable(
+                f"the native extension is not installed ({e}); "
+                "install edgeformer with a C++17 compiler, or use engine='cpu'"
+            ) from e
+        path, opened = graph_file(bundle, graph)
+        executable = load_executable(path, use_disk_cache=options.use_disk_cache)
+        kind, why = _cache_type(options.kv, executable)
+        context = options.context if options.context is not None else _default_context(opened, graph)
+        threads = options.threads if options.threads is not None else len(os.sched_getaffinity(0))
+        native = extension.Engine(executable.program, threads, options.isa or "", kind, int(context), PREFILL_ROWS)
+        engine = cls(native, executable, path, _fingerprint(path, opened))
         engine.kv = kind
-        plain = [reads for *_, reads in prepared.program["caches"]]
+        plain = [cache["plain"] for cache in executable.program["caches"]]
         if plain:
             engine.cache = "float32 cache: the graph reads it itself" if all(plain) else f"{kind} cache: {why}"
-        if memory_limit is not None:
-            need = engine.memory()
-            if need.total > memory_limit:
-                raise EngineUnavailable(
-                    f"the model needs {need.total:,} bytes ({need.weights:,} of weights, {need.kv:,} of cache for "
-                    f"{need.context:,} tokens, {need.scratch:,} to work in), the limit is {memory_limit:,}; "
-                    "load with a smaller context, or export with fewer bits"
-                )
-        native.trim_memory()  # of reading the graph
-        engine.rounded = give_weights(built, prepared, meanwhile)
-        native.trim_memory()  # of what was read meanwhile, before the weights are in use
+        if options.memory_limit is not None:
+            engine._check_memory(options.memory_limit)
+        extension.trim_memory()  # what reading the graph took
+        engine.rounded = give_weights(native, executable, while_packing)
+        extension.trim_memory()  # what `while_packing` took, before the weights are in use
         return engine
+
+    def _check_memory(self, limit: int) -> None:
+        need = self.memory()
+        if need.total > limit:
+            raise EngineUnavailable(
+                f"the model needs {need.total:,} bytes ({need.weights:,} of weights, {need.kv:,} of cache for "
+                f"{need.context:,} tokens, {need.scratch:,} to work in), the limit is {limit:,}; "
+                "load with a smaller context, or export with fewer bits"
+            )
 
     @property
     def isa(self) -> str:
@@ -151,15 +165,15 @@ class NativeEngine:
 
     @cached_property
     def program(self) -> Program:
-        """The lowered program, from the graph once more; `edgeformer.engines.native.describe` prints it."""
+        """The lowered program, made from the graph again; `edgeformer.engines.native.describe` prints it."""
         from edgeformer.engines.native.program.lowering import lower_bundle
 
         return lower_bundle(self._path)[0]
 
     def memory(self, context: int | None = None) -> Memory:
-        """Bytes needed for one state of `context` tokens (default: the engine's limit); Python itself comes on top.
+        """Bytes needed for one state of `context` tokens (default: the engine's limit), without Python itself.
 
-        Other dynamic axes of the inputs (the source of a decoder) count as `context` long too.
+        Other dynamic axes of the inputs (the source of a decoder) count as `context` long.
         """
         tokens = self.context if context is None else context
         rows = min(PREFILL_ROWS, tokens)
@@ -178,7 +192,7 @@ class NativeEngine:
     def profile(self) -> Iterator[Profile]:
         """Count the time of every operation of the calls made inside; the Profile is filled at the end.
 
-        Threads count as one: the times are of the wall clock, and add up to the time inside the engine.
+        Times are of the wall clock, not summed over threads; their sum is the time in the engine.
         """
         from edgeformer.engines.native.profile import Profile
 
@@ -189,9 +203,9 @@ class NativeEngine:
         finally:
             report.nanoseconds, report.runs = self._native.profile(False)
 
-    def new_state(self, held: Mapping[str, Array] | None = None) -> NativeState:
+    def new_state(self, static_inputs: Mapping[str, Array] | None = None) -> NativeState:
         """An empty state. Its memory grows in chunks as tokens come. See `edgeformer.engines.base.Engine.new_state`."""
-        given = held or {}
+        given = static_inputs or {}
         self._require_known(given)
         arrays = {n: _fitting(n, given[n], dtype, shape) for n, dtype, shape in self._inputs if n in given}
         return NativeState(self._native.new_state(), self._fingerprint, arrays)
@@ -208,19 +222,17 @@ class NativeEngine:
 
     def forward(self, batch: Sequence[tuple[Mapping[str, Array], Any]]) -> list[dict[str, Array]]:
         """See `edgeformer.engines.base.Engine.forward`."""
-        states, inputs, keeps = [], [], []
+        states, inputs = [], []
         for arrays, state in batch:
             if not isinstance(state, NativeState):
                 raise StateError(f"a state of {type(state).__name__} was given, expected one made by this engine")
             states.append(state._state)
-            row, keep = self._arrays(arrays, state)
-            inputs.append(row)
-            keeps.append(keep)
-        if len(inputs) == 1 and (pieces := self._pieces(inputs[0])):
-            parts = [self._native.forward(states, [piece], keeps)[0] for piece in pieces]
+            inputs.append(self._inputs_of(arrays, state))
+        if len(inputs) == 1 and (slices := self._batch_slices(inputs[0])):
+            parts = [self._native.forward(states, [part])[0] for part in slices]
             results = [[np.concatenate(arrays) for arrays in zip(*parts, strict=True)]]
         else:
-            results = self._native.forward(states, inputs, keeps)
+            results = self._native.forward(states, inputs)
         out = []
         for row in results:
             named = dict(zip(self._outputs, row, strict=True))
@@ -231,26 +243,24 @@ class NativeEngine:
             out.append(named)
         return out
 
-    def _arrays(self, arrays: Mapping[str, Array], state: NativeState) -> tuple[list[Array], int]:
-        """The inputs in the program's order and types, and logits_to_keep; what may be left out is filled in."""
+    def _inputs_of(self, arrays: Mapping[str, Array], state: NativeState) -> list[Array]:
+        """All inputs in the program's order and types: given in the call, static, or defaults."""
         self._require_known(arrays)
-        keep = int(np.asarray(arrays.get("logits_to_keep", 0)))
         row: list[Array] = []
         for name, dtype, shape in self._inputs:
-            if name == self._keep:
-                row.append(np.asarray(keep, np.int64))
-                continue
             given = arrays.get(name)
             if given is None:
-                given = state._held.get(name)
+                given = state._static_inputs.get(name)
             if given is None:
                 given = self._default(name, arrays, state)
+            elif name == KEEP_INPUT:
+                given = np.asarray(int(np.asarray(given)), np.int64)
             row.append(_fitting(name, given, dtype, shape))
-        return row, keep
+        return row
 
-    def _pieces(self, row: Sequence[Array]) -> list[list[Array]]:
+    def _batch_slices(self, row: Sequence[Array]) -> list[list[Array]]:
         """A large batch as batches of about PREFILL_ROWS rows, whose values stay in the CPU's caches from one operation
-        to the next; none where the batch is small or its items may meet.
+        to the next; [] if the batch is small, or if its items may depend on each other.
         """
         if not self._batch_local:
             return []
@@ -262,7 +272,7 @@ class NativeEngine:
         ]
         counts, lengths = ({n for size, n in axes if size == name} for name in (batch, sequence))
         if len(counts) != 1 or len(lengths) != 1:
-            return []  # sizes that do not fit each other: the engine says so
+            return []  # sizes that contradict each other: the engine reports them
         count, step = counts.pop(), max(1, PREFILL_ROWS // max(1, lengths.pop()))
         if count <= step:
             return []
@@ -273,7 +283,7 @@ class NativeEngine:
         ]
 
     def _require_known(self, arrays: Mapping[str, Array]) -> None:
-        unknown = arrays.keys() - {name for name, _, _ in self._inputs} - {"logits_to_keep"}
+        unknown = arrays.keys() - {name for name, _, _ in self._inputs} - {KEEP_INPUT}
         if unknown:
             raise InputError(
                 f"unknown input(s) {', '.join(map(repr, sorted(unknown)))}; this graph takes {self._names()}"
@@ -283,6 +293,8 @@ class NativeEngine:
         return ", ".join(name for name, _, _ in self._inputs)
 
     def _default(self, name: str, arrays: Mapping[str, Array], state: NativeState) -> Array:
+        if name == KEEP_INPUT:
+            return np.asarray(0, np.int64)  # all
         if name in self._defaults:
             return np.asarray(self._defaults[name], np.int64)
         if name == "position_ids" and arrays.get("input_ids") is not None:
@@ -308,47 +320,50 @@ def _fitting(name: str, given: Any, dtype: Any, shape: Sequence[Any]) -> Array:
     return np.ascontiguousarray(array, dtype) if array.ndim else np.asarray(array, dtype)
 
 
-def _cache_type(kv: str, prepared: Prepared) -> tuple[str, str]:
+def _cache_type(kv: str, executable: Executable) -> tuple[str, str]:
     """("int8" or "float32", why)
 
     Raises:
-        InputError: `kv` is none of KV.
+        InputError: `kv` is not one of KV.
     """
     if kv not in KV:
         raise InputError(f"kv is {kv!r}, expected {', '.join(KV)}.")
     if kv != "auto":
         return kv, "asked for"
-    quantized = any(weight.type != "f32" for weight in prepared.weights)
+    quantized = any(weight.type != "f32" for weight in executable.weights)
     return ("int8", "its weights are quantized") if quantized else ("float32", "its weights are float")
 
 
-def _extension() -> Any:
-    try:
-        return import_module("edgeformer._native")
-    except ImportError as e:
-        raise EngineUnavailable(
-            f"the native extension is not installed ({e}); "
-            "install edgeformer with a C++17 compiler, or use engine='cpu'"
-        ) from e
-
-
-def _graph_path(bundle: Any, graph: str) -> tuple[Path, int]:
-    """The graph's file, and the most tokens of a state."""
+def graph_file(bundle: Bundle | str | os.PathLike[str], graph: str) -> tuple[Path, Bundle | None]:
+    """The file of one graph, and its bundle; None for the path of an .onnx file, or of a folder without a manifest."""
     if isinstance(bundle, str | os.PathLike):
         path = Path(bundle)
         if path.is_file():
-            return path, DEFAULT_CONTEXT
-        if not (path / "edgeformer.json").is_file() and (path / f"{graph}.onnx").is_file():
-            return path / f"{graph}.onnx", DEFAULT_CONTEXT
+            return path, None
+        if not (path / MANIFEST).is_file() and (path / f"{graph}.onnx").is_file():
+            return path / f"{graph}.onnx", None
         from edgeformer.bundle.bundle import Bundle
 
         bundle = Bundle.open(path)
-    limit = bundle.positions(graph) or context_length(bundle.config) or DEFAULT_CONTEXT
-    return Path(bundle.graph_path(graph)), min(limit, DEFAULT_CONTEXT)
+    return Path(bundle.graph_path(graph)), bundle
 
 
-def _fingerprint(path: Path) -> str:
-    """Identifies the graph and (by size and a sample) its weights: a state belongs to one model."""
+def _default_context(bundle: Bundle | None, graph: str) -> int:
+    """The most tokens of a state: the bundle's context length, at most DEFAULT_CONTEXT."""
+    limit = bundle and (bundle.positions(graph) or context_length(bundle.config))
+    return min(limit or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+
+
+def _fingerprint(path: Path, bundle: Bundle | None) -> str:
+    """Identifies one model, which a saved state belongs to: 64 hex digits.
+
+    Of a bundle from the manifest's hashes of the graph and its weights; else from the graph's content, and the size and
+    a sample of its weights.
+    """
+    if bundle is not None:
+        files = bundle.manifest["files"]
+        hashes = [files[name]["sha256"] for name in (path.name, f"{path.name}.data") if name in files]
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
     digest = hashlib.sha256(path.read_bytes())
     data = path.with_name(path.name + ".data")
     if data.is_file():

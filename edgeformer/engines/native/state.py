@@ -1,26 +1,31 @@
-"""What one sequence owns, in memory and as bytes."""
+"""The state of the native engine: the KV cache of one sequence, in memory and as bytes."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from edgeformer.engines.native.ir.graph import Array
 from edgeformer.errors import StateError
+
+if TYPE_CHECKING:
+    from edgeformer import _native
 
 _STATE_MAGIC = b"edgeformer-state 1\n"
 
 
 class NativeState:
-    """What one sequence (or one batch of them) owns: its KV cache. See `edgeformer.engines.base.State`."""
+    """The KV cache of one sequence, or of one batch of them. See `edgeformer.engines.base.State`."""
 
-    __slots__ = ("_fingerprint", "_held", "_state")
+    __slots__ = ("_fingerprint", "_state", "_static_inputs")
 
-    def __init__(self, state: Any, fingerprint: str, held: Mapping[str, Array] | None = None) -> None:
+    def __init__(
+        self, state: _native.State, fingerprint: str, static_inputs: Mapping[str, Array] | None = None
+    ) -> None:
         self._state = state
         self._fingerprint = fingerprint
-        self._held = held or {}  # inputs that stay the same for the whole sequence
+        self._static_inputs = static_inputs or {}  # inputs that are given once a sequence
 
     @property
     def length(self) -> int:
@@ -42,15 +47,16 @@ class NativeState:
         self._state.truncate(int(length))
 
     def fork(self) -> NativeState:
-        """An independent copy: what one does is never seen by the other."""
-        return NativeState(self._state.fork(), self._fingerprint, self._held)
+        """An independent copy."""
+        return NativeState(self._state.fork(), self._fingerprint, self._static_inputs)
 
     def select(self, rows: Sequence[int]) -> None:
-        """Sequence i of the batch becomes a copy of what sequence `rows[i]` was; as many as before. Inputs that the
-        state holds stay where they are: a beam search has the same in every row.
+        """Sequence i of the batch becomes a copy of what sequence `rows[i]` was; as many as before.
+
+        Static inputs do not change: a beam search has the same in every row.
 
         Raises:
-            InputError: `rows` has another length than the batch, or names a sequence that is none.
+            InputError: `rows` has another length than the batch, or a number that no sequence has.
             StateError: the state is in use by another call.
         """
         if list(rows) != list(range(self._state.batch)):
@@ -60,17 +66,18 @@ class NativeState:
         """The state as bytes, for `NativeEngine.state_from_bytes` of an engine of the same bundle and kv type.
 
         Raises:
-            StateError: it holds inputs of its own (what an encoder made), which are not written.
+            StateError: it has static inputs (what an encoder made), which are not saved.
         """
-        if self._held:
-            raise StateError(f"a state that holds {', '.join(self._held)} cannot be saved; encode the source again")
+        if self._static_inputs:
+            names = ", ".join(self._static_inputs)
+            raise StateError(f"a state with the static inputs {names} cannot be saved; encode the source again")
         parts = self._state.save()
         header = {"model": self._fingerprint, "parts": [len(p) for p in parts]}
         return _STATE_MAGIC + json.dumps(header).encode() + b"\n" + b"".join(parts)
 
 
 def saved_parts(data: bytes, fingerprint: str) -> list[bytes]:
-    """What `NativeState.to_bytes` wrote, for the C++ state to load.
+    """The KV caches in what `NativeState.to_bytes` wrote, for the C++ state to load.
 
     Raises:
         StateError: it was written for a model with another fingerprint, or is damaged.

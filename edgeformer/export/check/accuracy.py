@@ -1,4 +1,4 @@
-"""What quantization cost, as the engines really run it: perplexity, KL divergence, and agreement on the next token."""
+"""The accuracy that quantization costs, measured on the bundle's graph: perplexity, KL divergence, same next token."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeformer.errors import ExportError
-from edgeformer.export.check.graph_run import Graph
+from edgeformer.export.check.graph_run import OrtGraph
 from edgeformer.export.progress import Progress
 from edgeformer.export.source import Source
 
-WINDOW = 512  # tokens of context, as the perplexity tools of the field use by default
+_WINDOW = 512  # tokens of context, the default of llama.cpp's perplexity tool
 
 
 @dataclass
@@ -26,18 +26,18 @@ class _Sums:
     agree: int = 0
 
 
-def measure(
+def measure_accuracy(
     source: Source, float_graph: Path, graph: Path, text: Path | None, tokens: int, progress: Progress
 ) -> dict[str, Any]:
     """Both graphs on the same tokens: {tokens, perplexity_float, perplexity, mean_kl, top1_agreement, text}.
 
-    Each window of 512 tokens starts afresh; the first half of a window only gives context. KL is that of the float
-    model's next-token distribution to the bundle's, in nats, its mean over the scored tokens.
+    Each window of 512 tokens starts with an empty cache; its first half is context only and is not scored. `mean_kl`
+    is KL(float || bundle) of the next-token distributions in nats, averaged over the scored tokens.
     """
     ids, name = _tokens(source, text, tokens)
-    window = min(WINDOW, len(ids), source.context or WINDOW)
+    window = min(_WINDOW, len(ids), source.context or _WINDOW)
     starts = range(0, len(ids) - window + 1, window)
-    reference, quantized = Graph(float_graph, mapped=True), Graph(graph)
+    reference, quantized = OrtGraph(float_graph, mapped=True), OrtGraph(graph)
     sums = _Sums()
     for start in progress.track(starts, "accuracy"):
         piece = ids[start : start + window][None]
@@ -45,7 +45,7 @@ def measure(
         skip = window // 2
         expected = _log_softmax(reference(feeds)[0]["logits"][0, skip - 1 : -1])
         found = _log_softmax(quantized(feeds)[0]["logits"][0, skip - 1 : -1])
-        # An embedding may have more rows than the head, for padding say: no model can score such a token.
+        # An embedding may have more rows than the head (padding): such a token has no logit.
         scored = piece[0, skip:] < expected.shape[-1]
         expected, found, targets = expected[scored], found[scored], piece[0, skip:][scored]
         rows = np.arange(len(targets))
@@ -72,7 +72,7 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def _tokens(source: Source, path: Path | None, count: int) -> tuple[NDArray[np.int64], str]:
-    """(token ids [count], what they are): of the text if there is a tokenizer, else random and named so."""
+    """(token ids [count], their source for the manifest): of the text if there is a tokenizer, else random."""
     if path is not None:
         return read_tokens(source, path, count), path.name
     if "tokenizer.json" not in source.files:
@@ -108,7 +108,7 @@ def _encode(source: Source, text: str, count: int, name: str) -> NDArray[np.int6
 
 
 def _language_reference() -> str:
-    """Prose that every Python has."""
+    """English prose that every Python installation contains."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))

@@ -1,32 +1,32 @@
-"""The written graph on plain onnxruntime, without edgeformer's runtime: an independent reference for the checks."""
+"""Graph files on plain onnxruntime, without edgeformer's runtime: an independent reference for the checks."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 
+from edgeformer.bundle.signature import Array
 from edgeformer.errors import ExportError
 
-Array = NDArray[Any]
+# name of the graph -> its file; an encoder-decoder's are named as in Hugging Face's ONNX folders
+FILES = {"model": "model.onnx", "encoder": "encoder_model.onnx", "decoder": "decoder_model.onnx"}
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 
-class Graph:
-    """One graph file. `optimized=False` runs each operator as written, so that weights really are dequantized.
+class OrtGraph:
+    """A graph file that can be run. `optimized=False` runs each operator as written: weights really are dequantized.
 
-    `mapped` leaves weights where they are, in the mapped file: none is transposed or packed ahead, which would be a
-    copy of each. It is for float graphs; that integers become onnxruntime's own kernels takes such a copy.
+    `mapped` reads the weights from the mapped file: onnxruntime neither transposes nor packs them beforehand, which
+    would copy each. Use it for float graphs; the kernels for integer weights need that copy.
     """
 
     def __init__(self, path: Path, *, optimized: bool = True, mapped: bool = False) -> None:
         options = ort.SessionOptions()
-        options.enable_cpu_mem_arena = False  # the arena keeps what a run took, a dequantized head for one
+        options.enable_cpu_mem_arena = False  # the arena would keep all memory that a run needed
         options.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
@@ -48,14 +48,14 @@ class Graph:
             ) from error
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
-        # Of an encoder-decoder's cache, what the encoder made is an input like any other: it does not grow.
+        # The encoder's keys and values are a decoder's inputs named like a cache, but they do not grow.
         pasts = (name for name in self.inputs if name.startswith("past_key_values."))
         self.past = [name for name in pasts if name.replace("past_key_values", "present") in self.outputs]
 
     def __call__(
         self, feeds: Mapping[str, Array], past: Mapping[str, Array] | None = None
     ) -> tuple[dict[str, Array], dict[str, Array]]:
-        """(outputs, present) for `feeds` after `past` (empty when None); present is keyed like past."""
+        """(outputs, present) for `feeds` after `past` (None: an empty one); present has the names of past."""
         batch = next(iter(feeds.values())).shape[0]
         cache = dict(past) if past is not None else {name: self._empty(name, batch) for name in self.past}
         wanted = {name: value for name, value in feeds.items() if name in self.inputs or name == "logits_to_keep"}
@@ -70,14 +70,14 @@ class Graph:
         return outputs, present
 
     def values(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Every output under its own name, what goes into a cache too, for `feeds` after an empty past."""
+        """Every output under its own name, those of the cache too, for `feeds` after an empty past."""
         batch = next(iter(feeds.values())).shape[0]
         given = {name: value for name, value in feeds.items() if name in self.inputs}
         values = self.session.run(None, {**given, **self.empty_past(batch)})
         return dict(zip(self.outputs, values, strict=True))
 
     def empty_past(self, batch: int) -> dict[str, Array]:
-        """Empty arrays for all inputs that are a cache, also of a graph that was cut off before it gives one."""
+        """Empty arrays for all inputs that are a cache, also of a graph that was cut before its presents."""
         return {name: self._empty(name, batch) for name in self.inputs if name.startswith("past_key_values.")}
 
     def _empty(self, name: str, batch: int) -> Array:
@@ -88,3 +88,10 @@ class Graph:
 
 def _wide(value: Array) -> Array:
     return value.astype(np.float32) if value.dtype == np.float16 else value
+
+
+def open_graphs(
+    folder: Path, names: Iterable[str], *, optimized: bool = True, mapped: bool = False
+) -> dict[str, OrtGraph]:
+    """{name: graph} of a model's files in `folder`; for the options see `OrtGraph`."""
+    return {name: OrtGraph(folder / FILES[name], optimized=optimized, mapped=mapped) for name in names}

@@ -1,4 +1,4 @@
-"""A source's graph in standard operators: what every model goes through, alone or as one half of a pair."""
+"""The passes that every graph goes through, whichever model it belongs to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgeformer.export.passes.masks import drop_true
 from edgeformer.export.passes.names import merge_tied, restore_names
 from edgeformer.export.passes.reshape import drop_reshapes
 from edgeformer.export.passes.rotary import full_angles
-from edgeformer.export.passes.slices import own_slices
+from edgeformer.export.passes.slices import slice_parameters
 from edgeformer.export.passes.softmax import fuse_softmax
 from edgeformer.export.source import Positional, Source
 from edgeformer.export.trace.cache_interface import with_past
@@ -20,10 +20,10 @@ from edgeformer.export.trace.trace import trace
 
 
 def standard_graph(source: Source) -> tuple[ir.Model, set[str]]:
-    """(the traced graph, names of weights that it holds transposed to the module's); no cache is in it yet.
+    """(the traced graph without a KV cache, names of weights that it stores transposed compared with the module).
 
     Raises:
-        ExportError: the module cannot be traced, or a pass finds what it cannot handle.
+        ExportError: the module cannot be traced, or a pass does not support a node; the message names it.
     """
     stepper = with_past(source) if source.past else None
     with source.tracing():
@@ -32,10 +32,10 @@ def standard_graph(source: Source) -> tuple[ir.Model, set[str]]:
         else:
             model = trace(stepper.module, stepper.inputs, stepper.outputs)
     state = source.module.state_dict()
-    buffers = dict(source.module.named_buffers())  # those that no checkpoint stores have names too
+    buffers = dict(source.module.named_buffers())  # non-persistent ones are not in the state dict
     restore_names(model, state.keys() | buffers.keys(), Positional.PREFIX)
     merge_tied(model, state)
-    own_slices(model)
+    slice_parameters(model)
     drop_true(model)
     masked_assignments(model)
     drop_reshapes(model)

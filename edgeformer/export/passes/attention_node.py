@@ -1,4 +1,4 @@
-"""The traced attention node becomes the standard operator; a sliding window becomes its mask."""
+"""`edgeformer::Attention` -> `Attention`; a sliding window -> its mask input."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import onnx_ir.passes.common as common
 from onnx_ir.tape import Tape
 
 from edgeformer.export.passes.edit import constant, integers, nodes, replace
-from edgeformer.export.trace.attention_interface import CAUSAL, DOMAIN
+from edgeformer.export.trace.attention_interface import CAUSAL_MASK, DOMAIN
 
-WINDOW = "window"  # an attribute that stays on the standard node until `window_masks` has made the mask of it
+WINDOW_ATTRIBUTE = "window"  # not of the standard; on the node only until `window_masks` adds the mask
 
 
 def standard_attention(model: ir.Model) -> None:
-    """`edgeformer::Attention(q, k, v)` -> `Attention(q, k, v)`, its window left as an attribute for `window_masks`."""
+    """`edgeformer::Attention(q, k, v, mask)` -> `Attention(q, k, v, mask)`; a window stays an attribute for now.
+
+    `CausalMask` as the mask -> `is_causal=1`. Other uses of `CausalMask(q_pos, k_pos)` -> `LessOrEqual(k_pos, q_pos)`.
+    """
     for node in nodes(model, "Attention", domain=DOMAIN):
         attributes: dict[str, int | float] = {
             "is_causal": integers(node, "is_causal"),
@@ -23,15 +26,15 @@ def standard_attention(model: ir.Model) -> None:
         if softcap := float(node.attributes["softcap"].value):
             attributes["softcap"] = softcap
         if window := integers(node, "window"):
-            attributes[WINDOW] = window
+            attributes[WINDOW_ATTRIBUTE] = window
         inputs = list(node.inputs)
         mask = inputs[3].producer() if len(inputs) > 3 and inputs[3] is not None else None
-        if mask is not None and mask.op_type == CAUSAL and mask.domain == DOMAIN:
+        if mask is not None and mask.op_type == CAUSAL_MASK and mask.domain == DOMAIN:
             del inputs[3]
             attributes["is_causal"] = 1
         tape = Tape()
         replace(model, node, tape, tape.op("Attention", inputs, attributes))
-    for node in nodes(model, CAUSAL, domain=DOMAIN):
+    for node in nodes(model, CAUSAL_MASK, domain=DOMAIN):
         if node.outputs[0].uses():
             q_pos, k_pos = node.inputs
             tape = Tape()
@@ -43,14 +46,14 @@ def standard_attention(model: ir.Model) -> None:
 
 
 def window_masks(model: ir.Model) -> None:
-    """Nodes with a window get `attn_mask = (query position - key position) < window`, bool [sequence, total].
+    """`Attention(window=W)` -> `Attention(attn_mask = q_pos - k_pos < W)`, the mask bool [sequence, total].
 
-    Positions are those of the cache: keys 0 .. past + sequence - 1, queries the last `sequence` of them. Causality
-    stays an attribute. (ONNX Attention-23: a boolean mask keeps where it is true, broadcast over batch and heads.)
+    Keys have the positions 0 .. past + sequence - 1, queries the last `sequence` of them. `is_causal` stays an
+    attribute. (ONNX Attention-23: keys are kept where a boolean mask is true; it broadcasts over batch and heads.)
     """
     for node in nodes(model, "Attention"):
-        window = integers(node, WINDOW)
-        node.attributes.pop(WINDOW, None)
+        window = integers(node, WINDOW_ATTRIBUTE)
+        node.attributes.pop(WINDOW_ATTRIBUTE, None)
         if window:
             tape = Tape()
             mask = _window_mask(model, tape, node, window)
@@ -66,7 +69,7 @@ def _window_mask(model: ir.Model, tape: Tape, node: ir.Node, window: int) -> ir.
 
 
 def positions(model: ir.Model, tape: Tape, node: ir.Node) -> tuple[ir.Value, ir.Value]:
-    """Positions of an Attention's queries [sequence, 1] and keys [1, total]: the last query stands at the last key."""
+    """Positions of an Attention's queries [sequence, 1] and keys [1, total], bottom-right aligned."""
 
     def number(value: int) -> ir.Value:
         return constant(model, f"number_{value}", np.array(value, np.int64))

@@ -1,9 +1,9 @@
-"""Positions that a model counts itself go on counting where the cache ends.
+"""Positions computed from the sequence length S -> positions that start after the P tokens in the KV cache.
 
-A forward without a cache numbers its tokens 0 .. S-1: for position embeddings, and for what it adds to attention
-scores by distance. With P tokens in the cache the same tokens are P .. P+S-1, and the keys 0 .. P+S-1. So everything
-that is computed from S alone is computed from P+S, and of each query axis the last S rows are taken. The rows are
-taken as early as the operators allow, so that a single token costs one row, not a square.
+A forward without a cache numbers its tokens 0 .. S-1, for position embeddings and for biases by distance. With P tokens
+in the cache, the new tokens have positions P .. P+S-1 and the keys 0 .. P+S-1. So this pass computes every value that
+depends only on S for P+S instead, and slices the last S rows of each query axis. It slices as early as the operators
+allow, so a decode step computes one row, not a [P+1, P+1] matrix.
 """
 
 from __future__ import annotations
@@ -17,67 +17,38 @@ from onnx_ir.tape import Tape
 from edgeformer.export.passes.edit import constant, nodes
 
 SEQUENCE = "sequence"
-_BY_ELEMENT = frozenset(
-    [
-        "Abs",
-        "Add",
-        "And",
-        "BitShift",
-        "Cast",
-        "Ceil",
-        "Clip",
-        "Cos",
-        "Div",
-        "Equal",
-        "Exp",
-        "Floor",
-        "Greater",
-        "GreaterOrEqual",
-        "Identity",
-        "Less",
-        "LessOrEqual",
-        "Log",
-        "Max",
-        "Min",
-        "Mod",
-        "Mul",
-        "Neg",
-        "Not",
-        "Or",
-        "Pow",
-        "Round",
-        "Sign",
-        "Sin",
-        "Sqrt",
-        "Sub",
-        "Where",
-    ]
-)
-_COUNTERS = ("Range", "CumSum", "NonZero")  # what turns a length into positions
+_ELEMENTWISE = (
+    "Abs", "Add", "And", "BitShift", "Cast", "Ceil", "Clip", "Cos", "Div", "Equal", "Exp", "Floor", "Greater",
+    "GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Log", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pow",
+    "Round", "Sign", "Sin", "Sqrt", "Sub", "Where",
+)  # fmt: skip
+_COUNTERS = ("Range", "CumSum", "NonZero")  # operators that make positions of a length
 
 
 def count_past(model: ir.Model) -> int:
-    """Makes positions aware of the cache that `insert_cache` added; returns how many values were rewritten."""
+    """Adds the length of the KV cache to all positions that the graph computes; returns how many were rewritten."""
     cache = next((value for value in model.graph.inputs if str(value.name).startswith("past_key_values.")), None)
     if cache is None:
         return 0
     tape = Tape()
-    past = tape.op("Shape", [cache], {"start": 2, "end": 3})  # [1], ahead of all other nodes
+    past = tape.op("Shape", [cache], {"start": 2, "end": 3})  # [1], before all other nodes
     model.graph.insert_before(model.graph[0], tape.nodes)
-    pass_ = _Rewriter(model, past)
-    return pass_.counted_tokens() + pass_.counted_lengths()
+    rewriter = _Rewriter(model, past)
+    return rewriter.running_counts() + rewriter.ranges()
 
 
 class _Rewriter:
-    def __init__(self, model: ir.Model, past: ir.Value) -> None:
-        self.model, self.past = model, past
-        self.of_length = _values_of_length(model)
-        self.full: dict[ir.Value, ir.Value] = {}
-        self.rows: dict[tuple[ir.Value, int], ir.Value] = {}
-        self.scalar: ir.Value | None = None
+    """Rewrites values for P+S tokens; each value once."""
 
-    def counted_tokens(self) -> int:
-        """A running count over the tokens themselves (those that are no padding, say) starts at P."""
+    def __init__(self, model: ir.Model, past: ir.Value) -> None:
+        self.model, self.past = model, past  # past: P, int64 [1]
+        self.of_length = _values_of_length(model)
+        self.full: dict[ir.Value, ir.Value] = {}  # value -> its value for P+S tokens
+        self.rows: dict[tuple[ir.Value, int], ir.Value] = {}  # (value, axis) -> the last S rows of that
+        self.scalar: ir.Value | None = None  # P, int64 []
+
+    def running_counts(self) -> int:
+        """`CumSum(mask)` -> `Add(CumSum(mask), P)`: a running count over the tokens, such as those without padding."""
         done = 0
         for node in nodes(self.model, "CumSum"):
             value = node.outputs[0]
@@ -92,8 +63,8 @@ class _Rewriter:
             done += 1
         return done
 
-    def counted_lengths(self) -> int:
-        """Every value that is computed from the length alone, by way of a Range, and read by the rest of the graph."""
+    def ranges(self) -> int:
+        """Rewrites every value that is computed from S alone through a Range, where the rest of the graph reads it."""
         done = 0
         for node in tuple(self.model.graph):
             for output in node.outputs:
@@ -117,14 +88,14 @@ class _Rewriter:
         reader.replace_input_with(index, new)
 
     def _take(self, tape: Tape, value: ir.Value, axis: int) -> ir.Value:
-        """`value` for P+S tokens, of which `axis` has only the last S."""
+        """The last S rows along `axis` of `value` computed for P+S tokens."""
         if (value, axis) in self.rows:
             return self.rows[value, axis]
         node = value.producer()
         rank = len(value.shape or ())
         new: ir.Value | None = None
-        if node is not None and node.op_type in _BY_ELEMENT:
-            new = self._again(tape, node, lambda v: axis - (rank - len(v.shape or ())))
+        if node is not None and node.op_type in _ELEMENTWISE:
+            new = self._elementwise(tape, node, lambda v: axis - (rank - len(v.shape or ())))
         elif node is not None and node.op_type == "Range":
             start, limit, step = (self._grow(tape, v) for v in node.inputs if v is not None)
             new = tape.op("Range", [tape.op("Add", [start, self._number(tape)]), limit, step])
@@ -141,8 +112,8 @@ class _Rewriter:
         self.rows[value, axis] = _like(new, value)
         return new
 
-    def _again(self, tape: Tape, node: ir.Node, axis_of: Callable[[ir.Value], int]) -> ir.Value:
-        """An operator on elements: each input that has the axis is cut there, the others broadcast as before."""
+    def _elementwise(self, tape: Tape, node: ir.Node, axis_of: Callable[[ir.Value], int]) -> ir.Value:
+        """The elementwise operator on the last S rows of each input that has the axis; the others broadcast."""
         inputs: list[ir.Value | None] = []
         for value in node.inputs:
             if value is None or value not in self.of_length:
@@ -154,7 +125,7 @@ class _Rewriter:
         return tape.op(node.op_type, inputs, dict(node.attributes))
 
     def _grow(self, tape: Tape, value: ir.Value) -> ir.Value:
-        """`value` as it is for P+S tokens."""
+        """`value` computed for P+S tokens."""
         if value not in self.of_length:
             return value
         if value not in self.full:
@@ -192,7 +163,7 @@ class _Rewriter:
 
 
 def _values_of_length(model: ir.Model) -> dict[ir.Value, bool]:
-    """Values that are computed from sizes and constants alone; true where positions were counted on the way."""
+    """{value computed only from sizes and constants: whether a Range, CumSum or NonZero is among its operators}."""
     found: dict[ir.Value, bool] = {}
     for node in model.graph:
         inputs = [value for value in node.inputs if value is not None]

@@ -1,4 +1,4 @@
-"""A mask that is an array, and says no more than `no key after its query`, becomes the attribute `is_causal`."""
+"""`Attention(mask)` with a causal mask -> `Attention(is_causal=1)`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import onnxruntime as ort
 from edgeformer.export.passes.edit import nodes
 
 _SIZES = ((2, 5), (3, 8))  # (first axis, all other named axes)
-_HIDDEN = -1e4
+_HIDDEN = -1e4  # a float mask at or below this hides the key
 
 
 def name_causality(model: ir.Model) -> None:
-    """Masks are computed, not recognized by how they are written: at two lengths, from random inputs.
+    """`Attention(q, k, v, mask)` -> `Attention(q, k, v, is_causal=1)` where the mask is causal.
 
-    Hidden exactly above the diagonal and zero elsewhere: the mask is dropped. Hidden there, and elsewhere a bias that
-    depends on the lengths alone (by distance, say): it stays beside the attribute, for `count_past` to go on counting.
-    What depends on values (padding) is no rule of positions and stays as it is.
+    The pass does not match patterns: it computes each mask at two lengths from random inputs. If the mask hides exactly
+    what lies above the diagonal and is 0 elsewhere, it is removed. If it also has a bias that depends on lengths only
+    (by distance, say), the mask stays beside `is_causal`, for `count_past`. A mask that depends on input values, such
+    as padding, is left unchanged.
     """
     known: dict[ir.Value, tuple[bool, bool]] = {}
     for node in nodes(model, "Attention"):
@@ -26,7 +27,7 @@ def name_causality(model: ir.Model) -> None:
         if mask is None or (len(node.inputs) > 4 and node.inputs[4] is not None):
             continue
         if mask not in known:
-            known[mask] = _rule(model, mask)
+            known[mask] = _causality(model, mask)
         causal, biased = known[mask]
         if causal:
             node.attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
@@ -35,8 +36,8 @@ def name_causality(model: ir.Model) -> None:
     common.RemoveUnusedNodesPass()(model)
 
 
-def _rule(model: ir.Model, mask: ir.Value) -> tuple[bool, bool]:
-    """(causal, with a bias)"""
+def _causality(model: ir.Model, mask: ir.Value) -> tuple[bool, bool]:
+    """(the mask is causal, it has a bias too)."""
     biased = False
     for first, other in _SIZES:
         found, again = (_value(model, mask, first, other, seed) for seed in (0, 1))
@@ -54,7 +55,7 @@ def _rule(model: ir.Model, mask: ir.Value) -> tuple[bool, bool]:
 
 
 def _value(model: ir.Model, mask: ir.Value, first: int, other: int, seed: int) -> np.ndarray | None:
-    """The mask at these sizes; None where it cannot be computed by itself."""
+    """The mask at these sizes; None where onnxruntime cannot compute it apart from the rest of the graph."""
     wanted, part = mask.name, model.clone()
     if mask.is_initializer() and mask.const_value is not None:
         return mask.const_value.numpy()
@@ -81,6 +82,6 @@ def _value(model: ir.Model, mask: ir.Value, first: int, other: int, seed: int) -
         session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
         names = {value.name for value in session.get_inputs()}
         result: np.ndarray = session.run(None, {name: value for name, value in feeds.items() if name in names})[0]
-    except Exception:  # whatever cannot run alone is no plain rule of positions
+    except Exception:  # a mask that cannot be computed alone does not depend on positions only
         return None
     return result

@@ -1,4 +1,4 @@
-"""Sums of products over one index, said as matrix products: engines run, quantize and fuse those."""
+"""`Einsum` -> `MatMul`, which engines quantize and fuse."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from edgeformer.export.passes.edit import nodes, replace
 
 
 def plain_products(model: ir.Model) -> None:
-    """`Einsum(a, b)` becomes MatMul between Transposes, where each operand has one free index and both share one sum.
+    """`Einsum(a, b)` -> `Transpose(MatMul(Transpose(a), Transpose(b)))`, with only the Transposes that are needed.
 
-    "bhqd,bhkd->bhqk" is MatMul(a, Transpose(b)); other einsums stay as they are.
+    Rewritten are equations with one free index in each operand and one summed index: "bhqd,bhkd->bhqk" becomes
+    MatMul(a, Transpose(b)). Other equations stay Einsum.
     """
     for node in nodes(model, "Einsum"):
         equation = node.attributes["equation"].value
@@ -42,11 +43,12 @@ def plain_products(model: ir.Model) -> None:
 def _order(
     tape: Tape, value: ir.Value | None, now: str, wanted: str, sizes: dict[str, int | ir.SymbolicDim]
 ) -> ir.Value:
+    """`value` with the axes `now` transposed to the order `wanted`; axes are letters of the equation."""
     assert value is not None
     if now == wanted:
         return value
-    turned = tape.op("Transpose", [value], {"perm": [now.index(letter) for letter in wanted]})
-    return _typed(turned, value, wanted, sizes)
+    transposed = tape.op("Transpose", [value], {"perm": [now.index(letter) for letter in wanted]})
+    return _typed(transposed, value, wanted, sizes)
 
 
 def _typed(value: ir.Value, like: ir.Value, letters: str, sizes: dict[str, int | ir.SymbolicDim]) -> ir.Value:

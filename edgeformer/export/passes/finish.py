@@ -1,4 +1,4 @@
-"""The last pass: only what the standard needs stays in the file."""
+"""The last pass: standard operators only, sorted nodes, no metadata."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from edgeformer.export.trace.trace import IR_VERSION, OPSET
 
 
 def finish(model: ir.Model, description: str) -> None:
-    """Sorts, merges, names and strips; sets opset 23 and IR 10.
+    """Merges common subexpressions, sorts and names nodes, removes metadata; sets opset 23 and IR version 10.
 
     Raises:
-        ExportError: an operator outside the standard is left in the graph.
+        ExportError: the graph has an operator outside the ONNX standard.
     """
     for tidy in (
         common.CommonSubexpressionEliminationPass(),
@@ -24,7 +24,10 @@ def finish(model: ir.Model, description: str) -> None:
         tidy(model)
     foreign = sorted({f"{node.domain}::{node.op_type}" for node in model.graph if node.domain not in ("", "ai.onnx")})
     if foreign or model.functions:
-        raise ExportError(f"the graph holds operators outside the ONNX standard: {', '.join(foreign) or 'functions'}.")
+        raise ExportError(
+            f"the graph has operators outside the ONNX standard: {', '.join(foreign) or 'functions'}; expected "
+            "standard ones only. Replace what makes them in the module's forward."
+        )
     model.opset_imports.clear()
     model.opset_imports[""] = OPSET
     model.ir_version = IR_VERSION

@@ -1,4 +1,4 @@
-"""A graph in half precision, for GPUs: weights, activations, cache; positions stay float32 up to cos and sin."""
+"""float32 -> float16, for GPUs: weights, activations and KV cache; rotary angles stay float32 up to Cos and Sin."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ _F32, _F16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
 
 def to_float16(model: ir.Model) -> None:
-    """Every float32 value becomes float16, except those that only lead to Cos and Sin: an angle of some thousands
-    has no digit left behind the point in half precision."""
+    """Every float32 value -> float16, except those that only Cos and Sin depend on.
+
+    Those stay float32: in half precision an angle above 1024 is rounded to whole numbers.
+    """
     angles = ancestors([node for node in model.graph if node.op_type in ("Cos", "Sin")])
     for node in nodes(model, "Cos", "Sin"):
         tape = Tape()
@@ -34,7 +36,7 @@ def to_float16(model: ir.Model) -> None:
             node.attributes["to"] = ir.AttrInt64("to", int(_F16))
         for output in node.outputs:
             if output.dtype == _F32:
-                output.type = ir.TensorType(_F16)  # a clone of the graph shares the old one
+                output.type = ir.TensorType(_F16)  # a new object: clones of the graph share the type
 
 
 def _halve(value: ir.Value) -> None:
@@ -42,7 +44,7 @@ def _halve(value: ir.Value) -> None:
     if value.const_value is not None:
         limit, wide = np.float32(65504), value.const_value
 
-        def half() -> ir.TensorProtocol:  # made when it is written: of all weights together it would be another copy
+        def half() -> ir.TensorProtocol:  # converted when it is written: memory never has a second copy of all weights
             return ir.Tensor(np.clip(wide.numpy(), -limit, limit).astype(np.float16))
 
         value.const_value = ir.LazyTensor(half, _F16, ir.Shape(wide.shape.numpy()), name=value.name)

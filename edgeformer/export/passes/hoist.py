@@ -1,8 +1,8 @@
-"""What depends on the encoder's output alone is computed once, by the encoder.
+"""Moves the subgraph that depends only on the encoder's output from the decoder's graph to the encoder's.
 
-In a decoder that is traced with `encoder_hidden_states` as an input, each cross-attention projects them anew to keys
-and values, which no decoded token can change. Whatever hangs on that input and on no other is moved to the end of the
-encoder's graph; where the rest of the decoder reads it, the decoder gets an input and the encoder an output.
+In a traced decoder, each cross-attention projects `encoder_hidden_states` to keys and values at every step, though no
+decoded token changes them. After this pass the encoder computes them once, as outputs, and the decoder takes them as
+inputs.
 """
 
 from __future__ import annotations
@@ -15,21 +15,20 @@ import onnx_ir.passes.common as common
 
 from edgeformer.errors import ExportError
 from edgeformer.export.passes.edit import nodes
-
-STATES = "encoder_hidden_states"
+from edgeformer.export.source import ENCODER_STATES
 
 
 def hoist(encoder: ir.Model, decoder: ir.Model, result: str) -> dict[str, str]:
-    """Moves the nodes, in place; returns the new outputs of the encoder and the inputs of the decoder they feed.
+    """Moves the nodes, in place; returns {new output of the encoder: input of the decoder that it feeds}.
 
-    `result` names the encoder's output that `encoder_hidden_states` was. Keys and values of the i-th cross-attention
-    are called `present.{i}.encoder.key|value` and `past_key_values.{i}.encoder.key|value`; anything else
-    `encoder.{n}` on both sides.
+    `result` is the encoder's output that `encoder_hidden_states` stands for. Keys and values of the i-th
+    cross-attention are named `present.{i}.encoder.key|value` in the encoder and `past_key_values.{i}.encoder.key|value`
+    in the decoder; other values are named `encoder.{n}` in both.
 
     Raises:
-        ExportError: the decoder reads the encoder's output in a way that cannot be moved.
+        ExportError: a node of the decoder reads the encoder's output together with decoded tokens.
     """
-    states = _named(decoder.graph.inputs, STATES)
+    states = _named(decoder.graph.inputs, ENCODER_STATES)
     output = _named(encoder.graph.outputs, result)
     movable = _movable(decoder, states)
     crossing = [
@@ -52,17 +51,20 @@ def hoist(encoder: ir.Model, decoder: ir.Model, result: str) -> dict[str, str]:
                 use.node.replace_input_with(use.idx, entry)
         wires[given] = taken
     common.RemoveUnusedNodesPass()(decoder)
-    _measure_elsewhere(decoder, {value for value, made in movable.items() if made})
+    _redirect_sizes(decoder, {value for value, made in movable.items() if made})
     common.RemoveUnusedNodesPass()(decoder)
     if states.uses():
         readers = ", ".join(sorted({use.node.op_type for use in states.uses()}))
-        raise ExportError(f"the decoder reads {STATES} by {readers}, which depends on decoded tokens too.")
+        raise ExportError(
+            f"the decoder reads {ENCODER_STATES} in {readers}, together with decoded tokens; expected "
+            "nodes that depend on the encoder's output only, such as the projections of a cross-attention."
+        )
     decoder.graph.inputs.remove(states)
     return wires
 
 
 def _movable(decoder: ir.Model, states: ir.Value) -> dict[ir.Value, bool]:
-    """Values the encoder's side can compute; true where the encoder's output is in them, false for mere sizes."""
+    """{value that the encoder can compute: True if it depends on the encoder's output, False for sizes}."""
     known = {_symbol(dim) for dim in states.shape or ()}
     found: dict[ir.Value, bool] = {states: True}
     for node in decoder.graph:
@@ -81,7 +83,7 @@ def _movable(decoder: ir.Model, states: ir.Value) -> dict[ir.Value, bool]:
 def _copy(
     encoder: ir.Model, decoder: ir.Model, states: ir.Value, output: ir.Value, crossing: list[ir.Value]
 ) -> dict[ir.Value, ir.Value]:
-    """Recreates what `crossing` needs at the end of the encoder; old value -> new value."""
+    """Appends to the encoder copies of the nodes that `crossing` depends on; returns {old value: its copy}."""
     made: dict[ir.Value, ir.Value] = {states: output}
     needed: set[ir.Node] = set()
     queue = [value.producer() for value in crossing]
@@ -115,7 +117,7 @@ def _constant(encoder: ir.Model, value: ir.Value) -> ir.Value:
     while (known := encoder.graph.initializers.get(name)) is not None or name in taken:
         if known is not None and _same_content(known, value):
             return known
-        name = f"decoder.{name}"  # both graphs were numbered from 0
+        name = f"decoder.{name}"  # names of both graphs are numbered from 0
     copy = ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
     encoder.graph.register_initializer(copy)
     return copy
@@ -127,18 +129,20 @@ def _same_content(one: ir.Value, other: ir.Value) -> bool:
 
 
 def _same_dims_of(node: ir.Node, output: ir.Value) -> dict[str, ir.Attr]:
-    """Attributes of a Shape of `output` that measures the axes which `node` measures."""
+    """Attributes for a Shape of `output` that returns the same sizes as the Shape `node`, matched by axis name."""
     wanted = [_symbol(dim) for dim in _measured(node)]
     dims = [_symbol(dim) for dim in output.shape or ()]
     for start in range(len(dims)):
         if dims[start : start + len(wanted)] == wanted:
             end = start + len(wanted)
             return {"start": ir.AttrInt64("start", start), "end": ir.AttrInt64("end", end)}
-    raise ExportError(f"the axes {', '.join(map(str, wanted))} are not beside each other in the encoder's output.")
+    raise ExportError(
+        f"the encoder's output has axes {dims}; expected {', '.join(map(str, wanted))} next to each other."
+    )
 
 
-def _measure_elsewhere(decoder: ir.Model, moved: set[ir.Value]) -> None:
-    """Sizes that were read off a value which the encoder makes now are read off an input that has the same axis."""
+def _redirect_sizes(decoder: ir.Model, moved: set[ir.Value]) -> None:
+    """`Shape(moved value)` -> `Shape(input of the decoder with the same axis)`."""
     for node in nodes(decoder, "Shape"):
         dims = [_symbol(dim) for dim in _measured(node)]
         if node.inputs[0] not in moved or len(dims) != 1:
@@ -154,7 +158,7 @@ def _measure_elsewhere(decoder: ir.Model, moved: set[ir.Value]) -> None:
 
 
 def _names(decoder: ir.Model, crossing: list[ir.Value]) -> list[tuple[str, str]]:
-    """(encoder's output, decoder's input) for each value."""
+    """The (encoder's output, decoder's input) names of each value."""
     attentions = [
         node
         for node in decoder.graph
@@ -170,7 +174,7 @@ def _names(decoder: ir.Model, crossing: list[ir.Value]) -> list[tuple[str, str]]
 
 
 def _measured(shape: ir.Node) -> list[int | ir.SymbolicDim]:
-    """The axes that a Shape node measures; none where they are not known."""
+    """The axes whose sizes a Shape node returns; [] if its input has no known shape."""
     source = shape.inputs[0]
     if source is None or source.shape is None:
         return []

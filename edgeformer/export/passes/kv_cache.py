@@ -1,4 +1,4 @@
-"""The KV cache: every causal Attention gains its past as inputs and its present as outputs."""
+"""`Attention(q, k, v)` -> `Attention(q, k, v, past_key, past_value)` with outputs present_key and present_value."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from edgeformer.export.trace.cache_interface import APPEND
 
 
 def insert_cache(model: ir.Model) -> int:
-    """Inputs `past_key_values.{i}.key|value` [batch, kv_heads, past_sequence, head_dim], outputs `present.{i}.*`.
+    """Adds a KV cache to every causal Attention; returns how many there are (0: an encoder, the graph is unchanged).
 
-    Names and shapes are those of Hugging Face's ONNX decoders. Returns the number of layers with a cache; 0 leaves the
-    graph as it was (an encoder).
+    The inputs are `past_key_values.{i}.key|value` [batch, kv_heads, past_sequence, head_dim], the outputs
+    `present.{i}.key|value`: names and shapes of Hugging Face's ONNX decoders.
 
     Raises:
-        ExportError: a causal attention has keys whose head count or size is not fixed.
+        ExportError: the keys of a causal Attention have no fixed number of heads or head size.
     """
     causal = [node for node in nodes(model, "Attention") if integers(node, "is_causal")]
     for layer, node in enumerate(causal):
@@ -29,7 +29,7 @@ def insert_cache(model: ir.Model) -> int:
             shape = source.shape
             if shape is None or len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
                 raise ExportError(
-                    f"attention {layer}: the {part} has shape {shape}; a KV cache needs [batch, heads, sequence, size] "
+                    f"attention {layer}: the {part} has shape {shape}; expected [batch, heads, sequence, size] "
                     "with fixed heads and size."
                 )
             dims = [shape[0], shape[1], "past_sequence", shape[3]]
@@ -44,10 +44,13 @@ def insert_cache(model: ir.Model) -> int:
 
 
 def join_cache(model: ir.Model) -> int:
-    """The same for a graph traced with its past: `edgeformer::Append(new, past)` moves into its Attention.
+    """`Attention(q, Append(k, past_k), Append(v, past_v))` -> `Attention(q, k, v, past_k, past_v)`, for cached traces.
 
-    A later Attention on the same keys and values reads the first one's present, with its causality as a mask. An
-    Append that no Attention takes becomes `Concat(past, new)`. Returns the number of layers with a cache.
+    A later Attention on the same keys and values reads the first one's present outputs; its causality becomes a mask.
+    Any other `edgeformer::Append(new, past)` becomes `Concat(past, new)`. Returns the number of layers with a cache.
+
+    Raises:
+        ExportError: such a later Attention has a mask and is causal.
     """
     appends = {node.outputs[0]: node for node in nodes(model, APPEND, domain=DOMAIN)}
     for node in nodes(model, "Attention"):
@@ -69,7 +72,7 @@ def join_cache(model: ir.Model) -> int:
 
 
 def _read_before(node: ir.Node, appends: tuple[ir.Node, ir.Node]) -> bool:
-    """Whether the queries or the mask of an Attention are made from the joined keys or values themselves."""
+    """Whether the queries or the mask of the Attention depend on an output of `appends`."""
     queue = [value for index, value in enumerate(node.inputs) if index not in (1, 2)]
     seen: set[ir.Node] = set()
     while queue:
@@ -91,17 +94,19 @@ def _move_into(model: ir.Model, node: ir.Node, key: ir.Node, value: ir.Node) -> 
         node.replace_input_with(index + 3, append.inputs[1])
         present, joined = node.outputs[index], append.outputs[0]
         present.name, present.shape, present.type = f"{joined.name}.joined", joined.shape, joined.type
-        redirect(model, joined, present)
+        redirect(joined, present)
         model.graph.remove(append, safe=True)
 
 
 def _causal_mask(model: ir.Model, node: ir.Node) -> None:
-    """`is_causal` of an Attention without a past of its own, whose last query is as old as its last key, as a mask."""
+    """`Attention(is_causal=1)` without past inputs -> `Attention(mask)`, bottom-right aligned."""
     tape = Tape()
     q_pos, k_pos = positions(model, tape, node)
     seen = tape.op("LessOrEqual", [k_pos, q_pos])
     if len(node.inputs) > 3 and node.inputs[3] is not None:
-        raise ExportError("an attention on another's keys and values has a mask beside its causality.")
+        raise ExportError(
+            "an attention that reads another layer's keys and values is causal and has a mask; expected one of both."
+        )
     model.graph.insert_before(node, tape.nodes)
     node.resize_inputs(max(4, len(node.inputs)))
     node.replace_input_with(3, seen)
@@ -110,7 +115,9 @@ def _causal_mask(model: ir.Model, node: ir.Node) -> None:
 
 def _with_cache(node: ir.Node, pasts: list[ir.Value], presents: list[ir.Value]) -> None:
     if len(node.inputs) > 4 and any(node.inputs[4:6]):
-        raise ExportError("this attention has a cache of its own; export the module without one.")
+        raise ExportError(
+            "an attention of the traced module already has past inputs; export the module without a cache."
+        )
     node.resize_inputs(6)
     node.replace_input_with(4, pasts[0])
     node.replace_input_with(5, pasts[1])

@@ -1,4 +1,4 @@
-"""Every linear layer takes one form: `MatMul(x, Transpose(W)) (+ bias)`, with W [N, K] as `nn.Linear` holds it."""
+"""Gemm and MatMul with a constant matrix -> `MatMul(x, Transpose(W)) (+ bias)`, with W [N, K] as in `nn.Linear`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edgeformer.export.passes.reshape import same_dims
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear layer of a graph in the canonical form."""
+    """One linear layer of a graph: `MatMul(x, Transpose(weight))`."""
 
     node: ir.Node  # the MatMul
     x: ir.Value  # [..., K]
@@ -29,7 +29,7 @@ class Linear:
 
 
 def linears(model: ir.Model) -> Iterator[Linear]:
-    """The linear layers whose weight is a float parameter, in order."""
+    """The linear layers with a float32 weight, in order."""
     for node in nodes(model, "MatMul"):
         transpose = producer(node.inputs[1], "Transpose")
         weight = transpose.inputs[0] if transpose is not None else None
@@ -38,10 +38,10 @@ def linears(model: ir.Model) -> Iterator[Linear]:
 
 
 def canonical_linears(model: ir.Model) -> set[str]:
-    """Rewrites Gemm and MatMul with a constant matrix; returns the names of the weights that had to be transposed.
+    """`Gemm(x, W, b)`, `MatMul(x, W)` -> `MatMul(x, Transpose(W)) + b`; returns the weights that were transposed.
 
-    `Gemm` comes from two-dimensional calls, and from layers that store [K, N]; the reshapes that flattened the leading
-    axes for its sake go away with it.
+    A Gemm comes from a two-dimensional call, or from a layer that stores [K, N]. The Reshapes that flatten its leading
+    axes and restore them are removed too.
     """
     transposed: dict[str, ir.Value] = {}
     for node in nodes(model, "Gemm", "MatMul"):
@@ -69,7 +69,7 @@ def _is_plain(gemm: ir.Node) -> bool:
 
 
 def _as_rows(model: ir.Model, weight: ir.Value, transposed: dict[str, ir.Value]) -> ir.Value:
-    """The [K, N] `weight` as an initializer [N, K] under the same name."""
+    """An initializer [N, K] under the name of the [K, N] `weight`."""
     name = weight.name
     assert name is not None
     if name not in transposed:
@@ -77,8 +77,8 @@ def _as_rows(model: ir.Model, weight: ir.Value, transposed: dict[str, ir.Value])
         assert matrix is not None and shape is not None
         others = len(weight.uses()) > 1
         if not others:
-            weight.name = f"{name}.columns"  # unused from here on, and removed with the dead nodes
-        # Turned whenever it is read: all of them at once would be another copy of the model.
+            weight.name = f"{name}.columns"  # unused now; removed with the dead nodes
+        # Transposed at each read: memory never has a second copy of all weights.
         rows = ir.LazyTensor(
             lambda: ir.Tensor(np.ascontiguousarray(matrix.numpy().T)), ir.DataType.FLOAT, ir.Shape(shape[::-1])
         )
@@ -87,8 +87,7 @@ def _as_rows(model: ir.Model, weight: ir.Value, transposed: dict[str, ir.Value])
 
 
 def _matmul(tape: Tape, x: ir.Value | None, weight: ir.Value) -> ir.Value:
-    turned = tape.op("Transpose", [weight], {"perm": [1, 0]})
-    return tape.op("MatMul", [x, turned])
+    return tape.op("MatMul", [x, tape.op("Transpose", [weight], {"perm": [1, 0]})])
 
 
 def _replace_gemm(model: ir.Model, gemm: ir.Node, weight: ir.Value) -> None:
@@ -106,7 +105,7 @@ def _replace_gemm(model: ir.Model, gemm: ir.Node, weight: ir.Value) -> None:
 
 
 def _rows(model: ir.Model, tape: Tape, before: ir.Value | None, after: ir.Value) -> ir.Value | None:
-    """`before` with the leading axes of `after`, where flattening between them changed nothing; else None."""
+    """`before` with its inner axes joined to K, if its leading axes are those of `after`; else None."""
     if before is None or before.shape is None or after.shape is None:
         return None
     lead = len(after.shape) - 1
@@ -114,7 +113,7 @@ def _rows(model: ir.Model, tape: Tape, before: ir.Value | None, after: ir.Value)
         return None
     if len(before.shape) == lead + 1:
         return before
-    inner = before.shape[lead:]  # heads and head size, say, which the flattening joined
+    inner = before.shape[lead:]  # for example heads and head size
     if not all(isinstance(dim, int) for dim in inner):
         return None
     joined = int(np.prod([int(dim) for dim in inner]))  # type: ignore[arg-type]

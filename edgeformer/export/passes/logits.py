@@ -1,4 +1,4 @@
-"""`logits_to_keep`: the last positions alone go through the final norm and the head."""
+"""Adds the input `logits_to_keep`: the final norm and the head then compute only the last positions."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from onnx_ir.tape import Tape
 from edgeformer.errors import ExportError
 from edgeformer.export.passes.edit import constant, producer
 
-NAME = "logits_to_keep"
+LOGITS_TO_KEEP = "logits_to_keep"
 _ROWWISE = ("Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Clip")
 _NORMS = ("RMSNormalization", "LayerNormalization")
 
 
 def keep_logits(model: ir.Model) -> None:
-    """Adds the optional input `logits_to_keep` (int64 scalar, default 0 = all) and slices the hidden states by it.
+    """`head(norm(x))` -> `head(norm(x[:, -logits_to_keep:]))`, with the new input int64 [], by default 0.
 
-    An input that is an initializer too is optional in ONNX (IR >= 4), so plain runtimes need not know it. The slice
-    `[-keep:]` has Python's and transformers' meaning of 0.
+    The input is an initializer too, which makes it optional in ONNX (IR >= 4): other runtimes need not feed it. 0 keeps
+    all positions, as in Python's `[-0:]` and in transformers.
 
     Raises:
-        ExportError: no linear head stands before `logits`.
+        ExportError: `logits` is not computed by a linear head.
     """
     logits = next(value for value in model.graph.outputs if value.name == "logits")
     hidden, reader = _hidden_states(logits)
-    keep = ir.Value(name=NAME, shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
-    keep.const_value = ir.Tensor(np.array(0, np.int64), name=NAME)
+    keep = ir.Value(name=LOGITS_TO_KEEP, shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
+    keep.const_value = ir.Tensor(np.array(0, np.int64), name=LOGITS_TO_KEEP)
     model.graph.inputs.append(keep)
     model.graph.register_initializer(keep)
     tape = Tape()
@@ -42,14 +42,15 @@ def keep_logits(model: ir.Model) -> None:
 
 
 def _hidden_states(logits: ir.Value) -> tuple[ir.Value, ir.Node]:
-    """The last hidden states and the node that reads them: back through what acts on each row alone."""
+    """(the last hidden states, the norm or head that reads them), searched back through row-wise operators."""
     node = logits.producer()
     while node is not None and node.op_type in _ROWWISE:
         computed = [value for value in node.inputs if value is not None and not value.is_initializer()]
         node = computed[0].producer() if len(computed) == 1 else None
     if node is None or node.op_type != "MatMul" or node.inputs[0] is None:
         raise ExportError(
-            "`logits` are not made by a linear head, so single positions cannot be kept; end in nn.Linear."
+            "`logits` is not computed by a linear head, so the input `logits_to_keep` cannot be added; end the "
+            "model in nn.Linear."
         )
     norm = producer(node.inputs[0], *_NORMS)
     if norm is not None and len(norm.outputs[0].uses()) == 1 and norm.inputs[0] is not None:

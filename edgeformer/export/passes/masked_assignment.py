@@ -1,8 +1,7 @@
-"""What a module does with the elements that a mask selects, `x[mask] = f(y[mask])`, said for all of them with Where.
+"""`x[mask] = f(y[mask])`, traced as NonZero, GatherND and ScatterND -> `Where(mask, f(y), x)`.
 
-The exporter writes such lines as NonZero, GatherND and ScatterND: tensors whose sizes depend on values, which engines
-run apart from the rest or not at all. Where f treats every selected element (or row) alone, f of all of them and a
-Where give the same numbers.
+Tensors whose sizes depend on values are slow or unsupported in engines. Where f computes each selected element (or row)
+independently, f of all elements and a Where give the same numbers.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ _ELEMENTWISE = (
 
 @dataclass
 class _Dense:
-    """Rebuilds f on all elements: `axes` of the mask stand where the selected elements' one axis stood."""
+    """Rebuilds f on all elements: the axes of the mask replace the one axis of the selected elements."""
 
     mask: ir.Value
-    axes: int
+    axes: int  # of the mask
     tape: Tape
 
     def value(self, selected: ir.Value | None) -> ir.Value | None:
-        """`selected` as it would be with nothing selected away; None if it mixes the selected elements."""
+        """`selected` computed for all elements; None if an operator mixes the selected elements."""
         node = None if selected is None else selected.producer()
         if selected is None or node is None or node.domain != "" or selected.shape is None:
             return None
@@ -44,7 +43,7 @@ class _Dense:
             return data if same and fits else None
         if node.op_type in _ELEMENTWISE:
             inputs = [self._operand(value, len(rest)) for value in node.inputs]
-        elif node.op_type == "MatMul":  # a matrix on the right treats rows alone
+        elif node.op_type == "MatMul":  # with a matrix on the right, rows are independent
             weight = _fixed_rank(node.inputs[1])
             inputs = [self.value(node.inputs[0]) if rest and weight == 2 else None, node.inputs[1]]
         elif node.op_type in ("LayerNormalization", "RMSNormalization") and integers(node, "axis", -1) == -1 and rest:
@@ -69,9 +68,9 @@ class _Dense:
 
 
 def masked_assignments(model: ir.Model) -> None:
-    """`ScatterND(x, NonZero(mask), f(GatherND(y, NonZero(mask))))` becomes `Where(mask, f(y), x)`.
+    """`ScatterND(x, NonZero(mask), f(GatherND(y, NonZero(mask))))` -> `Where(mask, f(y), x)`.
 
-    f may also be one number. What mixes the selected elements with each other stays as it is.
+    f may also be a constant. An f that mixes the selected elements is left unchanged.
     """
     changed = False
     for node in nodes(model, "ScatterND"):
@@ -106,14 +105,14 @@ def masked_assignments(model: ir.Model) -> None:
 
 
 def _scattered(indices: ir.Value | None) -> ir.Value | None:
-    """The mask whose true places `indices` [count, rank] are."""
-    turned = producer(indices, "Transpose")
-    found = producer(turned.inputs[0], "NonZero") if turned is not None else None
+    """The mask of `indices` [count, rank] = Transpose(NonZero(mask)); None if they are computed otherwise."""
+    transpose = producer(indices, "Transpose")
+    found = producer(transpose.inputs[0], "NonZero") if transpose is not None else None
     return None if found is None else found.inputs[0]
 
 
 def _selects(indices: ir.Value | None) -> ir.Value | None:
-    """The same for a GatherND: of a mask with one axis, the places may have gone through views of the one list."""
+    """The mask of a GatherND's indices; those of a one-dimensional mask may pass through views."""
     mask = _scattered(indices)
     if mask is not None:
         return mask
@@ -126,9 +125,9 @@ def _selects(indices: ir.Value | None) -> ir.Value | None:
 
 
 def _root(mask: ir.Value) -> ir.Value:
-    """The mask before it was spread over further axes behind its own."""
-    spread = producer(mask, "Expand")
-    value = mask if spread is None or spread.inputs[0] is None else spread.inputs[0]
+    """The mask before it was expanded over more trailing axes."""
+    expand = producer(mask, "Expand")
+    value = mask if expand is None or expand.inputs[0] is None else expand.inputs[0]
     while (node := producer(value, "Unsqueeze")) is not None and node.inputs[0] is not None:
         axes, inner = array(node.inputs[1]), node.inputs[0]
         rank = None if inner.shape is None else len(inner.shape)
@@ -139,22 +138,22 @@ def _root(mask: ir.Value) -> ir.Value:
         ):
             break
         value = inner
-    if spread is None or value.shape is None:
+    if expand is None or value.shape is None:
         return value
-    like = producer(spread.inputs[1], "Shape")  # the exporter spreads to the shape of what is written to
+    like = producer(expand.inputs[1], "Shape")  # the exporter expands to the shape of the tensor that is assigned to
     target = mask.shape if like is None or like.inputs[0] is None else like.inputs[0].shape
     return value if target is not None and list(value.shape) == list(target)[: len(value.shape)] else mask
 
 
 def _without_sizes(value: ir.Value) -> ir.Value:
-    """What the Expand and Reshape to the number of selected elements were given."""
+    """`value` before any Expand and Reshape to the number of selected elements."""
     while (node := producer(value, "Reshape", "Expand")) is not None and node.inputs[0] is not None:
         value = node.inputs[0]
     return value
 
 
 def _fixed_rank(value: ir.Value | None) -> int | None:
-    """The number of axes of a weight, perhaps transposed; None for anything that is computed of inputs."""
-    turned = producer(value, "Transpose")
-    content = array(value if turned is None else turned.inputs[0])
+    """The rank of a constant, transposed or not; None for a computed value."""
+    transpose = producer(value, "Transpose")
+    content = array(value if transpose is None else transpose.inputs[0])
     return None if content is None else content.ndim

@@ -1,4 +1,4 @@
-"""Masks as plain as they can be said."""
+"""Simplifies masks and gives them the shape that onnxruntime takes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from edgeformer.export.passes.edit import array, constant, nodes, redirect
 
 
 def drop_true(model: ir.Model) -> None:
-    """`And(x, true)` becomes `x`: transformers starts its rules from there, and engines read rules, not arrays."""
+    """`And(x, true)` -> `x`: transformers builds its masks from a constant true."""
     for node in nodes(model, "And"):
         for one, other in ((0, 1), (1, 0)):
             true, rest = array(node.inputs[one]), node.inputs[other]
             if true is not None and true.size == 1 and bool(true.all()) and rest is not None:
-                redirect(model, node.outputs[0], rest)
+                redirect(node.outputs[0], rest)
                 model.graph.remove(node, safe=True)
                 break
     common.RemoveUnusedNodesPass()(model)
 
 
 def spread_rows(model: ir.Model) -> None:
-    """A mask [.., 1, keys] is spread over the queries: onnxruntime (1.25 to 1.32) refuses to broadcast that axis."""
+    """`Attention(mask [.., 1, keys])` -> `Attention(Expand(mask) [.., queries, keys])`.
+
+    onnxruntime (1.25 to 1.32) does not broadcast a mask over the queries.
+    """
     for node in nodes(model, "Attention"):
         mask, q = node.inputs[3] if len(node.inputs) > 3 else None, node.inputs[0]
         narrow = mask is not None and mask.shape is not None and (len(mask.shape) < 2 or mask.shape[-2] == 1)

@@ -1,4 +1,4 @@
-"""Parameters carry the names of the module's state dict, and tied ones are one."""
+"""Gives initializers the names of the module's state dict and merges tied ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def restore_names(model: ir.Model, parameters: Collection[str], prefix: str) -> None:
-    """`module.decoder.weight` (as seen through a wrapper) becomes `decoder.weight`; others are left alone."""
+    """Initializer `module.decoder.weight` (traced in a wrapper) -> `decoder.weight`; only names in `parameters`."""
     known = set(parameters)
     for name, value in tuple(model.graph.initializers.items()):
         plain = name.removeprefix(prefix)
@@ -21,7 +21,7 @@ def restore_names(model: ir.Model, parameters: Collection[str], prefix: str) -> 
 
 
 def merge_tied(model: ir.Model, parameters: Mapping[str, torch.Tensor]) -> None:
-    """Initializers that are one tensor of the module under two names (an embedding and its head) become one."""
+    """Initializers that share one tensor of the module, such as an embedding and its tied head -> one initializer."""
     first: dict[tuple[int, tuple[int, ...]], ir.Value] = {}
     for name, value in tuple(model.graph.initializers.items()):
         if name not in parameters or parameters[name].numel() == 0:

@@ -1,11 +1,11 @@
-"""Linear layers and embeddings in blocks of small integers, in the form that onnxruntime fuses to its own kernels.
+"""Linear layers and embeddings -> block-quantized weights, in the patterns that onnxruntime fuses to MatMulNBits.
 
     linear     MatMul(x, DequantizeLinear(Transpose(Q), Transpose(S), axis=0))                 q4, q8
                + MatMul(ReduceSum(blocks of x), Transpose(M))                                 q4a
     embedding  DequantizeLinear(Gather(Q, ids), Gather(S, ids), axis=-1)
 
-The Transpose must stand before the DequantizeLinear: only then does onnxruntime (>= 1.25) make MatMulNBits of it; in
-any other order the weight is dequantized at every step, 15 to 18 times slower than float.
+The Transpose must come before the DequantizeLinear: only then onnxruntime (>= 1.25) fuses it to MatMulNBits. In any
+other order the weight is dequantized at every step, 15 to 18 times slower than float.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from edgeformer.export.blocks import Blocks
 from edgeformer.export.passes.edit import constant, infer_shapes, initializer, nodes, replace
 from edgeformer.export.passes.linear import Linear, linears
 
-BlocksOf = Callable[[str, ir.Value], Blocks | None]  # (parameter name, initializer) -> its blocks, or None to leave it
+BlocksOf = Callable[[str, ir.Value], Blocks | None]  # (parameter name, initializer) -> its blocks; None: keep it float
 
 
 def quantize_linears(model: ir.Model, blocks_of: BlocksOf) -> None:
-    """Replaces the float weight of every linear layer for which `blocks_of` has blocks."""
+    """Float weight of a linear layer -> the blocks that `blocks_of` returns for it."""
     sums: dict[tuple[ir.Value, int], ir.Value] = {}
     for linear in tuple(linears(model)):
         assert linear.weight.name is not None
@@ -34,8 +34,8 @@ def quantize_linears(model: ir.Model, blocks_of: BlocksOf) -> None:
             continue
         tape = Tape()
         q, scale, minimum = _store(model, linear.weight.name, blocks)
-        turned = [tape.op("Transpose", [part], {"perm": [1, 0]}) for part in (q, scale)]
-        weight = tape.op("DequantizeLinear", turned, {"axis": 0, "block_size": blocks.block_size})  # [K, N]
+        transposed = [tape.op("Transpose", [part], {"perm": [1, 0]}) for part in (q, scale)]
+        weight = tape.op("DequantizeLinear", transposed, {"axis": 0, "block_size": blocks.block_size})  # [K, N]
         y = tape.op("MatMul", [linear.x, weight])
         if minimum is not None:
             key = (linear.x, blocks.block_size)
@@ -48,7 +48,7 @@ def quantize_linears(model: ir.Model, blocks_of: BlocksOf) -> None:
 
 
 def quantize_embeddings(model: ir.Model, blocks_of: BlocksOf) -> None:
-    """Replaces the float table of every `Gather(table, ids)` for which `blocks_of` has blocks."""
+    """Float table of a `Gather(table, ids)` -> the blocks that `blocks_of` returns for it."""
     for node in nodes(model, "Gather"):
         table, ids = node.inputs
         if table is None or table.name is None or ids is None or not table.is_initializer():
@@ -63,7 +63,7 @@ def quantize_embeddings(model: ir.Model, blocks_of: BlocksOf) -> None:
 
 
 def tables(model: ir.Model) -> list[ir.Value]:
-    """The float tables of token embeddings: looked up by an input of the graph, or shared with a head. Each once."""
+    """The float tables of token embeddings, each once: those indexed by a graph input, or tied to a head."""
     return list(dict.fromkeys(node.inputs[0] for node in _lookups(model) if node.inputs[0] is not None))
 
 
@@ -80,7 +80,7 @@ def _lookups(model: ir.Model) -> list[ir.Node]:
 
 
 def _embedding(model: ir.Model, tape: Tape, name: str, ids: ir.Value, blocks: Blocks) -> ir.Value:
-    """Gather first, on int8 rows: Gather takes no int4, and only the looked-up rows are to be dequantized."""
+    """Dequantized rows `ids` of a table. Gather comes first, so only those rows are dequantized; it takes no int4."""
     if blocks.scheme != "q8":
         blocks = Blocks("q8", blocks.block_size, blocks.q, blocks.scale, blocks.minimum)
     q, scale, minimum = _store(model, name, blocks)
@@ -97,8 +97,10 @@ def _embedding(model: ir.Model, tape: Tape, name: str, ids: ir.Value, blocks: Bl
 
 
 def _store(model: ir.Model, name: str, blocks: Blocks) -> tuple[ir.Value, ir.Value, ir.Value | None]:
-    """Initializers `name.q`, `name.scale` and, if there is one, `name.minimum`. A table that a tied head shares is
-    stored once; a head in a form of its own is `name.head.*`."""
+    """Initializers `name.q`, `name.scale` and, for q4a, `name.minimum`.
+
+    A table that is tied to a head is stored once; a head that is quantized otherwise is `name.head.*`.
+    """
     q, scale, minimum = blocks.stored()
     known = model.graph.initializers.get(f"{name}.q")
     if known is not None:
@@ -114,7 +116,7 @@ def _register(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir.Value
 
 
 def _block_sums(model: ir.Model, linear: Linear, block_size: int) -> ir.Value:
-    """[..., K / block_size]: the sums of x over each block, made where x is made, shared by all its linears."""
+    """The sums of x over each block, [..., K / block_size]; all linear layers that read x share them."""
     x, k = linear.x, linear.weight.shape[1]  # type: ignore[index]
     assert x.shape is not None and isinstance(k, int)
     tape = Tape()
@@ -123,7 +125,7 @@ def _block_sums(model: ir.Model, linear: Linear, block_size: int) -> ir.Value:
         pads = np.zeros(2 * (lead + 1), np.int64)
         pads[-1] = missing
         source = tape.op("Pad", [x, constant(model, f"pad_{lead}_{missing}", pads)])
-    count = (k + missing) // block_size  # said, not -1: x may have no rows, those of an expert that no token chose
+    count = (k + missing) // block_size  # not -1: x may have 0 rows, for an expert that no token selected
     shape = constant(model, f"split_{lead}_{count}_{block_size}", np.array([0] * lead + [count, block_size], np.int64))
     split = tape.op("Reshape", [source, shape])
     total = tape.op("ReduceSum", [split, constant(model, "axis_last", np.array([-1], np.int64))], {"keepdims": 0})

@@ -1,4 +1,4 @@
-"""Rotary embeddings whose angles are the same for every sequence."""
+"""RotaryEmbedding with cos and sin of batch size 1 -> with those of the input's batch size."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from edgeformer.export.passes.edit import constant, nodes
 
 
 def full_angles(model: ir.Model) -> None:
-    """`cos` and `sin` [1, sequence, size] become [batch, sequence, size].
+    """`RotaryEmbedding(x, cos, sin)` -> `RotaryEmbedding(x, Expand(cos), Expand(sin))` [batch, sequence, size].
 
-    ONNX RotaryEmbedding-23 wants them for every sequence, where PyTorch broadcasts: a model that counts its positions
-    itself, instead of being given them, has them once.
+    A model that computes positions itself has cos and sin [1, sequence, size], which PyTorch broadcasts; ONNX
+    RotaryEmbedding-23 does not.
     """
     expanded: dict[ir.Value, ir.Value] = {}
     for node in nodes(model, "RotaryEmbedding"):
         x, caches = node.inputs[0], node.inputs[1:3]
         if len(node.inputs) > 3 and node.inputs[3] is not None:
-            continue  # tables with an index: no batch in them
+            continue  # with position_ids, cos and sin are tables without a batch axis
         for index, cache in enumerate(caches, start=1):
             once = cache is not None and cache.shape is not None and len(cache.shape) == 3 and cache.shape[0] == 1
             if not once or cache is None or x is None or (x.shape is not None and x.shape[0] == 1):

@@ -1,11 +1,9 @@
-"""What int8 activations cost, in standard operators: the measure that bounds how far an engine may be off.
+"""x -> round(x / s) * s: simulates int8 activations in a float graph, to bound the error that an engine may have.
 
 Engines multiply quantized weights with activations that they round to int8 with one scale a block (llama.cpp's Q8_0,
-onnxruntime's accuracy level 4, our native kernels). This pass writes that rounding into a float copy of the graph:
-
-    x -> round(x / s) * s,   s = max |x| over the block / 127
-
-Run without optimizations, such a graph is off from the exact one by what this rounding alone moves the outputs.
+onnxruntime's accuracy level 4, the native kernels). This pass adds that rounding, s = max |x| over the block / 127, in
+standard operators. The outputs of the graph, run without optimizations, then differ from the exact ones only by the
+effect of the rounding.
 """
 
 from __future__ import annotations
@@ -16,14 +14,15 @@ from onnx_ir.tape import Tape
 
 from edgeformer.export.passes.edit import constant, nodes
 
-LEVELS = 127
+_LEVELS = 127
 
 
 def round_activations(model: ir.Model, block: int, *, sums: bool = False) -> int:
-    """Rounds what every product with quantized weights reads, in blocks of `block` columns; returns how many values.
+    """`MatMul(x, DequantizeLinear(W))` -> `MatMul(rounded x, ...)`; returns how many values are rounded.
 
-    The minima of q4a multiply sums of activations: those as they are, or with `sums` the rounded ones; engines do
-    either. Where no cache is, also what Attention reads is rounded, a row at a time: the native engine attends in int8.
+    Blocks have `block` columns. The minima of q4a multiply sums of activations: exact ones, or with `sums` those of the
+    rounded values; engines do either. In graphs without a KV cache the inputs of Attention are rounded too, one scale a
+    row, since the native engine computes attention in int8 there.
     """
     rounded: dict[ir.Value, ir.Value] = {}
     cached = any(str(value.name).startswith("past_key_values.") for value in model.graph.inputs)
@@ -48,7 +47,7 @@ def round_activations(model: ir.Model, block: int, *, sums: bool = False) -> int
 
 
 def _rounded(model: ir.Model, x: ir.Value, block: int | None, done: dict[ir.Value, ir.Value]) -> ir.Value:
-    """`x` rounded, once for all its readers; the nodes that do it stand behind its own."""
+    """`x` rounded; the nodes are inserted once, after the node that computes x."""
     if x in done:
         return done[x]
     tape = Tape()
@@ -58,7 +57,7 @@ def _rounded(model: ir.Model, x: ir.Value, block: int | None, done: dict[ir.Valu
         blocks = tape.op("Reshape", [x, constant(model, f"rounding_{block}", np.array([-1, block], np.int64))])
     largest = tape.op("ReduceMax", [tape.op("Abs", [blocks]), last], {"keepdims": 1})
     smallest = constant(model, "rounding_least", np.array(1e-30, np.float32))  # a block of zeros has the scale 0
-    levels = constant(model, "rounding_levels", np.array(LEVELS, np.float32))
+    levels = constant(model, "rounding_levels", np.array(_LEVELS, np.float32))
     scale = tape.op("Max", [tape.op("Div", [largest, levels]), smallest])
     y = tape.op("Mul", [tape.op("Round", [tape.op("Div", [blocks, scale])]), scale])
     if block is not None:

@@ -1,4 +1,4 @@
-"""Weights that are one slice of a larger parameter: an expert's matrix in the stack of all experts'."""
+"""A constant slice of a parameter, such as one expert's matrix in the stack of all experts -> an initializer."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import onnx_ir.passes.common as common
 from edgeformer.export.passes.edit import array, initializer, integers, nodes, redirect
 
 
-def own_slices(model: ir.Model) -> None:
-    """`Gather(parameter [E, N, K], constant scalar e)` becomes an initializer `parameter.e` [N, K].
+def slice_parameters(model: ir.Model) -> None:
+    """`Gather(parameter [E, N, K], constant scalar e)` -> an initializer `parameter.e` [N, K].
 
-    So the slice is a matrix like any linear layer's; `plan` finds it in the module by its name.
+    It can then be quantized like the weight of any linear layer; `quantize.plan` finds it in the module by its name.
     """
     for node in nodes(model, "Gather"):
         stack, index = node.inputs[0], array(node.inputs[1])
@@ -25,6 +25,6 @@ def own_slices(model: ir.Model) -> None:
         found = model.graph.initializers.get(name)
         if found is None:
             found = initializer(model, name, ir.Tensor(np.ascontiguousarray(content[int(index)]), name=name))
-        redirect(model, node.outputs[0], found)
+        redirect(node.outputs[0], found)
         model.graph.remove(node, safe=True)
     common.RemoveUnusedNodesPass()(model)

@@ -1,7 +1,7 @@
-"""Attention written by hand, `softmax(scale * q @ k^T + mask) @ v`, becomes one Attention node.
+"""`MatMul(Softmax(scale * MatMul(q, Transpose(k)) + mask), v)` -> `Attention(q, k, v, mask)`.
 
-Between the first product and the softmax may stand products and quotients with numbers, sums with masks or biases,
-`where(seen, scores, -inf)`, and views that split or join batch and heads.
+Between the first MatMul and the Softmax the pass accepts Mul and Div by a constant, Add of masks or biases,
+`Where(seen, scores, -inf)`, and views that split or join batch and heads.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from onnx_ir.tape import Tape
 from edgeformer.export.passes.edit import array, constant, integers, nodes, producer, replace
 from edgeformer.export.passes.reshape import same_dims
 
-_HIDDEN = -1e4  # what masks add to, or put in place of, a score that is not to be seen; some write -1e4, most -inf
+_HIDDEN = -1e4  # at or below this a mask hides the key; models write -1e4, the smallest float or -inf
 
 
 @dataclass
 class _Scores:
-    """scale * product + sum of `added`, seen where all `seen` are true and none of `hidden`."""
+    """scale * product + sum of `added`; a key is seen where all of `seen` are true and none of `hidden`."""
 
-    product: ir.Node  # the MatMul of queries and turned keys
+    product: ir.Node  # MatMul(q, Transpose(k))
     scale: float = 1.0
     added: list[ir.Value] = field(default_factory=list)
     seen: list[ir.Value] = field(default_factory=list)
@@ -31,23 +31,23 @@ class _Scores:
 
 
 def fuse_softmax(model: ir.Model) -> int:
-    """Fuses every such pattern; returns how many there were."""
+    """Fuses every decomposed attention; returns how many."""
     count = 0
     for node in nodes(model, "Softmax"):
         rank = None if node.outputs[0].shape is None else len(node.outputs[0].shape)
         if rank is None or integers(node, "axis", -1) not in (-1, rank - 1):
             continue
-        mixing = _mixing(node.outputs[0])
-        scores = None if mixing is None else _scores(node.inputs[0])
-        if mixing is not None and scores is not None:
-            count += _fuse(model, scores, mixing)
+        product = _value_product(node.outputs[0])
+        scores = None if product is None else _scores(node.inputs[0])
+        if product is not None and scores is not None:
+            count += _fuse(model, scores, product)
     if count:
         common.RemoveUnusedNodesPass()(model)
     return count
 
 
-def _mixing(weights: ir.Value) -> ir.Node | None:
-    """The MatMul of the softmax and the values."""
+def _value_product(weights: ir.Value) -> ir.Node | None:
+    """The MatMul of the softmax's output and v; None if the softmax has another use."""
     uses = tuple(weights.uses())
     if len(uses) != 1 or weights.is_graph_output():
         return None
@@ -56,12 +56,12 @@ def _mixing(weights: ir.Value) -> ir.Node | None:
         return node
     view = node.op_type == "Reshape" and index == 0 and _same_matrix(weights, node.outputs[0])
     if view or node.op_type in ("Cast", "Identity", "Dropout"):
-        return _mixing(node.outputs[0])
+        return _value_product(node.outputs[0])
     return None
 
 
 def _scores(value: ir.Value | None, factor: float = 1.0) -> _Scores | None:
-    """`factor` is what the operators already passed, nearer to the softmax, multiply by."""
+    """The scores that `value` is, searched back to the MatMul; `factor` is the product of the scales passed so far."""
     node = None if value is None else value.producer()
     if node is None or value is None or len(value.uses()) != 1:
         return None
@@ -97,33 +97,34 @@ def _scores(value: ir.Value | None, factor: float = 1.0) -> _Scores | None:
     return None
 
 
-def _fuse(model: ir.Model, scores: _Scores, mixing: ir.Node) -> bool:
+def _fuse(model: ir.Model, scores: _Scores, product: ir.Node) -> bool:
+    """Replaces `product`, the MatMul with v, by an Attention; False where the head counts are not known."""
     tape = Tape()
-    q = _four(model, tape, scores.product.inputs[0])
-    turned = _four(model, tape, scores.product.inputs[1])
-    v = _four(model, tape, mixing.inputs[1])
-    if q is None or turned is None or v is None:
+    q = _split_heads(model, tape, scores.product.inputs[0])
+    transposed = _split_heads(model, tape, scores.product.inputs[1])
+    v = _split_heads(model, tape, product.inputs[1])
+    if q is None or transposed is None or v is None:
         return False
-    k = _turn(tape, turned)
+    k = _transpose(tape, transposed)
     heads = [value.shape[1] if value.shape is not None else None for value in (q, k, v)]
     if heads[1] != heads[2] or not isinstance(heads[0], int) or not isinstance(heads[1], int) or heads[0] % heads[1]:
         return False
     joined = len(scores.product.outputs[0].shape or ()) == 3 and scores.product.inputs[0] is not q
-    mask = _mask(model, tape, scores, q, k, heads[0], joined)
+    mask = _mask(model, tape, scores, q, k, heads[0] if joined else None)
     y = tape.op("Attention", [q, k, v] if mask is None else [q, k, v, mask], {"is_causal": 0, "scale": scores.scale})
-    y.type = mixing.outputs[0].type
+    y.type = product.outputs[0].type
     assert q.shape is not None and v.shape is not None
     y.shape = ir.Shape([*q.shape[:3], v.shape[3]])
-    if len(mixing.outputs[0].shape or ()) == 3:  # [batch * heads, sequence, size], as it was
+    if len(product.outputs[0].shape or ()) == 3:  # [batch * heads, sequence, size] before
         tail = tape.op("Shape", [y], {"start": 2})
         size = tape.op("Concat", [constant(model, "any", np.array([-1], np.int64)), tail], {"axis": 0})
         y = tape.op("Reshape", [y, size])
-    replace(model, mixing, tape, y)
+    replace(model, product, tape, y)
     return True
 
 
-def _four(model: ir.Model, tape: Tape, value: ir.Value | None) -> ir.Value | None:
-    """The value as [batch, heads, rows, columns]: itself, or what a view joined to [batch * heads, rows, columns]."""
+def _split_heads(model: ir.Model, tape: Tape, value: ir.Value | None) -> ir.Value | None:
+    """`value` as [batch, heads, rows, columns], undoing a view to [batch * heads, rows, columns]; else None."""
     if value is None or value.shape is None:
         return None
     if len(value.shape) == 4:
@@ -135,13 +136,13 @@ def _four(model: ir.Model, tape: Tape, value: ir.Value | None) -> ir.Value | Non
         if source is not None and source.shape is not None and len(source.shape) == 4 and _same_matrix(source, value):
             return source
         return None
-    turn = producer(value, "Transpose")
-    if turn is not None and list(turn.attributes["perm"].value) == [0, 2, 1]:
-        inner = _four(model, tape, turn.inputs[0])
-        return None if inner is None else _turn(tape, inner)
+    transpose = producer(value, "Transpose")
+    if transpose is not None and list(transpose.attributes["perm"].value) == [0, 2, 1]:
+        inner = _split_heads(model, tape, transpose.inputs[0])
+        return None if inner is None else _transpose(tape, inner)
     scaled = producer(value, "Mul", "Div")
     if scaled is not None and (content := array(scaled.inputs[1])) is not None and content.size == 1:
-        inner = _four(model, tape, scaled.inputs[0])
+        inner = _split_heads(model, tape, scaled.inputs[0])
         if inner is None:
             return None
         result = tape.op(scaled.op_type, [inner, scaled.inputs[1]])
@@ -154,8 +155,8 @@ def _four(model: ir.Model, tape: Tape, value: ir.Value | None) -> ir.Value | Non
     return single
 
 
-def _turn(tape: Tape, value: ir.Value) -> ir.Value:
-    """The value with its last two axes exchanged; a Transpose before it is taken into account."""
+def _transpose(tape: Tape, value: ir.Value) -> ir.Value:
+    """`value` with its last two axes swapped; joined with a Transpose that computes it."""
     made = producer(value, "Transpose")
     perm, source = [0, 1, 3, 2], value
     if made is not None and made.inputs[0] is not None:
@@ -163,24 +164,25 @@ def _turn(tape: Tape, value: ir.Value) -> ir.Value:
         perm, source = [before[i] for i in perm], made.inputs[0]
     if perm == [0, 1, 2, 3]:
         return source
-    turned = tape.op("Transpose", [source], {"perm": perm})
+    transposed = tape.op("Transpose", [source], {"perm": perm})
     assert value.shape is not None
-    turned.shape, turned.type = ir.Shape([*value.shape[:2], value.shape[3], value.shape[2]]), value.type
-    return turned
+    transposed.shape, transposed.type = ir.Shape([*value.shape[:2], value.shape[3], value.shape[2]]), value.type
+    return transposed
 
 
-def _mask(
-    model: ir.Model, tape: Tape, scores: _Scores, q: ir.Value, k: ir.Value, heads: int, joined: bool
-) -> ir.Value | None:
-    """One mask [.., sequence, total] for the node: boolean where it only hides, else what is added to the scores."""
+def _mask(model: ir.Model, tape: Tape, scores: _Scores, q: ir.Value, k: ir.Value, heads: int | None) -> ir.Value | None:
+    """One mask [.., sequence, total] of all conditions and biases: bool without biases, else float; None for no mask.
+
+    `heads` is given if the scores join batch and heads: [batch * heads, rows, columns].
+    """
     conditions = [*scores.seen, *(_boolean(tape, "Not", value) for value in scores.hidden)]
     seen: ir.Value | None = None
     for condition in conditions:
-        wide = _split(model, tape, condition, heads, joined)
+        wide = _split(model, tape, condition, heads)
         seen = wide if seen is None else _boolean(tape, "And", seen, wide)
     total: ir.Value | None = None
     for bias in scores.added:
-        wide = _split(model, tape, bias, heads, joined)
+        wide = _split(model, tape, bias, heads)
         total = wide if total is None else _broadcast(tape.op("Add", [total, wide]), total.type, total, wide)
     if total is not None and seen is not None:
         low = constant(model, "hidden", np.array(np.finfo(np.float32).min))
@@ -188,7 +190,7 @@ def _mask(
     mask = seen if total is None else total
     if mask is None or _has_rows(mask, q):
         return mask
-    # onnxruntime (1.25 to 1.32) refuses a mask that is to be broadcast over the queries.
+    # onnxruntime (1.25 to 1.32) does not broadcast a mask over the queries.
     lengths = [tape.op("Shape", [value], {"start": 2, "end": 3}) for value in (q, k)]
     size = tape.op("Concat", [constant(model, "ones_2", np.array([1, 1], np.int64)), *lengths], {"axis": 0})
     return tape.op("Expand", [mask, size])
@@ -199,9 +201,9 @@ def _has_rows(mask: ir.Value, q: ir.Value) -> bool:
     return known and str(mask.shape[-2]) == str(q.shape[2])  # type: ignore[index]
 
 
-def _split(model: ir.Model, tape: Tape, value: ir.Value, heads: int, joined: bool) -> ir.Value:
-    """A mask of [batch * heads, rows, columns] as [batch, heads, rows, columns]; any other as it is."""
-    if not joined or value.shape is None or len(value.shape) != 3 or value.shape[0] == 1:
+def _split(model: ir.Model, tape: Tape, value: ir.Value, heads: int | None) -> ir.Value:
+    """A mask [batch * heads, rows, columns] reshaped to [batch, heads, rows, columns]; any other unchanged."""
+    if heads is None or value.shape is None or len(value.shape) != 3 or value.shape[0] == 1:
         return value
     lead = constant(model, f"any_{heads}", np.array([-1, heads], np.int64))
     size = tape.op("Concat", [lead, tape.op("Shape", [value], {"start": 1})], {"axis": 0})
@@ -215,7 +217,7 @@ def _boolean(tape: Tape, op: str, *values: ir.Value) -> ir.Value:
 
 
 def _broadcast(result: ir.Value, kind: ir.TypeProtocol | None, *values: ir.Value) -> ir.Value:
-    """`result` with its type, and the shape that its operands broadcast to, where theirs are known."""
+    """`result` with this type, and with the shape that `values` broadcast to if their shapes are known."""
     result.type = kind
     shapes: list[list[int | ir.SymbolicDim]] = [list(value.shape) for value in values if value.shape is not None]
     if len(shapes) == len(values):
@@ -226,7 +228,7 @@ def _broadcast(result: ir.Value, kind: ir.TypeProtocol | None, *values: ir.Value
 
 
 def _same_matrix(before: ir.Value, after: ir.Value) -> bool:
-    """Whether a view leaves the last two axes alone."""
+    """Whether a view keeps the last two axes."""
     if before.shape is None or after.shape is None or min(len(before.shape), len(after.shape)) < 2:
         return False
     return same_dims(ir.Shape(before.shape[-2:]), ir.Shape(after.shape[-2:]))

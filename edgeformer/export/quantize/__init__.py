@@ -1,1 +1,1 @@
-"""Which weight is quantized how, and what its integers are fitted to."""
+"""Quantization of linear layers and embeddings, with calibration (GPTQ)."""

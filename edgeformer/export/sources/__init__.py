@@ -1,1 +1,1 @@
-"""Where models come from: Hugging Face folders, GGUF files, sentence-transformers, user-defined modules, adapters."""
+"""Loads models: Hugging Face and sentence-transformers folders, GGUF files, user-defined modules, adapters."""

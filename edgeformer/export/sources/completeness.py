@@ -1,7 +1,7 @@
-"""Whether a source gave every tensor of the model, and the model took every tensor of the source.
+"""Checks that a source has every tensor of the model, and that the model uses every tensor of the source.
 
-A loader reports what it did as a `Loaded`; `require_complete` refuses what is left over and returns what
-edgeformer.json says of the rest.
+A loader reports what it did as a `Loaded`; `require_complete` rejects missing and unused tensors and returns the record
+for edgeformer.json.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 
 from edgeformer.errors import ExportError
 
-WRAPPERS = {  # prefix of tensor names -> what puts it there
+WRAPPER_PREFIXES = {  # prefix of tensor names -> what adds it
     "_fsdp_wrapped_module.": "FullyShardedDataParallel",
     "base_model.model.": "PEFT",
     "_orig_mod.": "torch.compile",
     "module.": "DataParallel or DistributedDataParallel",
     "model.": "Lightning, or an attribute named model",
 }
-# These words wrappers put inside of names too, where a part of the model was wrapped; no other module has them.
-INSIDE = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Wrappers of a part of the model add these inside of names; no other module has them.
+INNER_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _SHOWN = 4  # names in a message
 _LAYER = re.compile(r"\.\d+\.")
 _QUANTIZED = re.compile(
@@ -36,7 +36,7 @@ _ADAPTER = re.compile(r"\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|b
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A tensor whose shape is not the model's."""
+    """A tensor whose shape differs from the model's."""
 
     name: str
     found: tuple[int, ...]
@@ -45,33 +45,33 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What loading a source into a model did. Names are the model's where the model has the tensor, else the source's.
+    """The result of loading a source into a model. Names are the model's where it has the tensor, else the source's.
 
-    `missing` and `unexpected` are what nobody explains; what a library declares as not needed belongs to `ignorable`.
+    Tensors that a library declares as not needed are in `ignorable`, not in `missing` or `unexpected`.
     """
 
-    missing: Sequence[str] = ()  # the model has them, the source does not: their values are random
-    unexpected: Sequence[str] = ()  # the source has them, the model does not: their values are lost
+    missing: Sequence[str] = ()  # in the model only: their values are random
+    unexpected: Sequence[str] = ()  # in the source only: their values are lost
     mismatched: Sequence[Mismatch] = ()
-    tied: Mapping[str, str] = field(default_factory=dict)  # a tensor that is not stored -> the one whose values it has
-    ignorable: Sequence[str] = ()  # in the source, and of no use by the library's own declaration
-    derived: Sequence[str] = ()  # of the model, not stored, computed by its constructor
-    tensors: int = 0  # that the source has
-    stored: Sequence[str] = ()  # all names in the source, as it has them: for the reason in the message
-    notes: Sequence[str] = ()  # what was done to make the names fit
+    tied: Mapping[str, str] = field(default_factory=dict)  # tensor that is not stored -> stored tensor with its values
+    ignorable: Sequence[str] = ()  # in the source; the library declares that they are not needed
+    derived: Sequence[str] = ()  # in the model, computed by its constructor
+    tensors: int = 0  # in the source
+    stored: Sequence[str] = ()  # all names in the source, unchanged: the message takes its reason from them
+    notes: Sequence[str] = ()  # how names were changed
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is left over on either side."""
+        """Whether no tensor is missing, unused or of another shape."""
         return not (self.missing or self.unexpected or self.mismatched)
 
 
 def require_complete(loaded: Loaded, source: str, model: str, allow: Sequence[str] = ()) -> dict[str, Any]:
-    """What edgeformer.json says of the load: {tensors: how many, missing: [], unused: []}, and where there are any
+    """The record of the load for edgeformer.json: {tensors: how many, missing: [], unused: []} and non-empty ones of
     {tied, derived, ignored, notes, allowed}.
 
-    `allow` has patterns as the shell's (`classifier.*`) of tensors that may be missing, or may be left unused; only
-    they stand in `missing` and `unused`. A shape that does not fit is never allowed.
+    `allow` has shell patterns (`classifier.*`) of tensors that may be missing or unused; only these appear in `missing`
+    and `unused`. Another shape is never allowed.
 
     Raises:
         ExportError: a tensor is missing, unused or of another shape; or a pattern of `allow` matches none of them.
@@ -83,7 +83,7 @@ def require_complete(loaded: Loaded, source: str, model: str, allow: Sequence[st
     problems = []
     if missing:
         problems.append(
-            f"{_count(missing)} of {model} {_is(missing)} not in it, and would keep random values: {_names(missing)}"
+            f"{_count(missing)} of {model} {_is(missing)} not in it and would keep random values: {_names(missing)}"
         )
     if unexpected:
         problems.append(f"{_count(unexpected)} of it {_is(unexpected)} not used by {model}: {_names(unexpected)}")
@@ -94,11 +94,11 @@ def require_complete(loaded: Loaded, source: str, model: str, allow: Sequence[st
         reason = _reason(loaded, missing, unexpected)
         flags = " ".join(f"--allow-missing '{p}'" for p in _patterns([*missing, *unexpected]))
         fits = _mostly_fits(loaded) and not loaded.mismatched
-        fix = f" To export it all the same: {flags}." if flags and fits else ""
+        fix = f" To export it anyway: {flags}." if flags and fits else ""
         raise ExportError(f"{source} does not fit {model}: {'; '.join(problems)}. {reason}{fix}")
     if useless:
         raise ExportError(
-            f"--allow-missing {useless[0]!r} matches no tensor that is missing or unused in {source}; leave it out."
+            f"--allow-missing {useless[0]!r} matches no tensor that is missing or unused in {source}; remove it."
         )
     found: dict[str, Any] = {
         "allowed": list(allow),
@@ -107,14 +107,12 @@ def require_complete(loaded: Loaded, source: str, model: str, allow: Sequence[st
         "ignored": sorted(loaded.ignorable, key=_natural),
         "notes": list(loaded.notes),
     }
-    told = {"tensors": loaded.tensors, "missing": allowed_missing, "unused": allowed_unused}
-    return told | {key: value for key, value in found.items() if value}
+    record = {"tensors": loaded.tensors, "missing": allowed_missing, "unused": allowed_unused}
+    return record | {key: value for key, value in found.items() if value}
 
 
 def require_finite(module: torch.nn.Module, source: str) -> None:
-    """Refuses weights that are not numbers.
-
-    An infinity in a buffer is allowed: masks hold them.
+    """Rejects weights that are NaN or infinite. Infinities in buffers are allowed: masks have them.
 
     Raises:
         ExportError: a parameter has a NaN or an infinity, or a buffer a NaN; the message names the first few.
@@ -138,32 +136,34 @@ def require_finite(module: torch.nn.Module, source: str) -> None:
 
 
 def _sum(values: torch.Tensor) -> torch.Tensor:
-    """Finite where all values are: a cheap first look that makes no copy. It may overflow; then one looks closely."""
+    """The sum, finite only if all values are. It needs no copy; it may overflow, so the caller tests again."""
     return values.detach().sum(dtype=torch.float32)
 
 
 def unwrap(names: Iterable[str], expected: Iterable[str]) -> tuple[dict[str, str], str] | None:
-    """({name in the source: the model's}, what was stripped, in words) where the prefixes of wrappers are all that
-    keeps `names` from being exactly the `expected` ones; None where that is not so.
+    """({name in the source: name in the model}, a note) if removing wrapper prefixes makes `names` equal `expected`;
+    else None.
     """
     found, wanted = list(names), set(expected)
     if len(found) != len(wanted):
         return None
-    for inner in (found, [INSIDE.sub("", name) for name in found]):
+    for inner in (found, [INNER_WRAPPERS.sub("", name) for name in found]):
         for prefix in common_prefixes(inner):
             stripped = [name.removeprefix(prefix) for name in inner]
             if set(stripped) == wanted:
-                inside = {part for name in found for part in INSIDE.findall(name)} if inner is not found else set()
-                said = " and ".join(repr(part) for part in (prefix, *sorted(inside)) if part)
-                return dict(zip(found, stripped, strict=True)), f"{said} stripped from the names of the checkpoint"
+                inside = (
+                    {part for name in found for part in INNER_WRAPPERS.findall(name)} if inner is not found else set()
+                )
+                removed = " and ".join(repr(part) for part in (prefix, *sorted(inside)) if part)
+                return dict(zip(found, stripped, strict=True)), f"{removed} stripped from the names of the checkpoint"
     return None
 
 
 def common_prefixes(names: Sequence[str]) -> list[str]:
-    """What can be stripped of all names: nothing, then wrapper after wrapper ("module.", "module.model.")."""
+    """Prefixes common to all names, the shortest first: "", "module.", "module.model."."""
     found, rest = [""], list(names)
     while rest:
-        steps = [*WRAPPERS, rest[0].partition(".")[0] + "."]
+        steps = [*WRAPPER_PREFIXES, rest[0].partition(".")[0] + "."]
         step = next((step for step in steps if all(name.startswith(step) for name in rest)), None)
         if step is None:
             break
@@ -172,50 +172,50 @@ def common_prefixes(names: Sequence[str]) -> list[str]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------- words of a message
+# --------------------------------------------------------------------------------------------------------- the message
 
 
 def _reason(loaded: Loaded, missing: Sequence[str], unexpected: Sequence[str]) -> str:
-    """The likely cause of what is left over, and what to do; one sentence or two."""
+    """The likely cause of the missing or unused tensors, and what to do."""
     stored = list(loaded.stored) or list(unexpected)
     if any(_ADAPTER.search(name) for name in unexpected):
         return (
-            "The file is an adapter, or has one in it: merge it with peft (model.merge_and_unload()) and save the "
-            "result, or name the base model as the source and the adapter's folder with --adapter."
+            "The file is an adapter or contains one: merge it with peft (model.merge_and_unload()) and save the "
+            "result, or pass the base model as the source and the adapter's folder with --adapter."
         )
     if any(_QUANTIZED.search(name) for name in unexpected):
         return (
             "The names are those of quantized weights (GPTQ, AWQ, bitsandbytes, FP8): export the original model, or "
             "save a dequantized one."
         )
-    wrapper = next((w for w in WRAPPERS if all(name.startswith(w) for name in unexpected)), None)
+    wrapper = next((w for w in WRAPPER_PREFIXES if all(name.startswith(w) for name in unexpected)), None)
     if missing and unexpected and wrapper is not None and not all(name.startswith(wrapper) for name in missing):
         return (
-            f"The names have a trainer's prefix, {wrapper!r} ({WRAPPERS[wrapper]}), and do not fit without it either: "
-            "save the state_dict() of the module inside."
+            f"The names have the prefix {wrapper!r} ({WRAPPER_PREFIXES[wrapper]}) and do not fit without it either: "
+            "save the state_dict() of the wrapped module."
         )
     tops = {name.partition(".")[0] for name in stored}
     if missing and all(name.partition(".")[0] not in tops for name in missing) and _mostly_fits(loaded):
         if all(name.startswith("lm_head.") for name in missing):
             return (
                 "The output layer is not stored: if the model ties it to its embedding, config.json must say "
-                '"tie_word_embeddings": true; else take a checkpoint that has it.'
+                '"tie_word_embeddings": true; otherwise use a checkpoint that has it.'
             )
         return (
-            "The checkpoint has no such head: it is a base model, or one for another task. Take the checkpoint that "
-            "was trained for this task, or name the class that it holds with --architecture."
+            "The checkpoint has no such head: it is a base model, or one for another task. Use a checkpoint that was "
+            "trained for this task, or pass the class of this one with --architecture."
         )
     if missing and not unexpected and any(_LAYER.search(name) for name in missing):
         return "A shard is missing, the file is cut short, or config.json describes a larger model."
     if unexpected and not missing and not loaded.mismatched:
         if any(_LAYER.search(name) for name in unexpected):
-            return "config.json describes a smaller model than the checkpoint holds, or another class of it."
-        return "The checkpoint holds a part that this class does not have: name its own class with --architecture."
-    return "The checkpoint is of another model, or of another version of it."
+            return "config.json describes a smaller model than the checkpoint, or another class of it."
+        return "The checkpoint has a part that this class does not have: pass its class with --architecture."
+    return "The checkpoint belongs to another model, or to another version of it."
 
 
 def _mostly_fits(loaded: Loaded) -> bool:
-    """Whether more of the source is used than the model misses: then it is the right one, but for a part."""
+    """Whether fewer tensors are missing than used: then the checkpoint is the right one except for a part."""
     return len(loaded.missing) < loaded.tensors - len(loaded.unexpected)
 
 
@@ -230,7 +230,7 @@ def _split(names: Sequence[str], allow: Sequence[str]) -> tuple[list[str], list[
 
 
 def _patterns(names: Sequence[str]) -> list[str]:
-    """Few patterns that match the names: each module's own, or `top.*` where there are many."""
+    """At most a few patterns that match the names: one a module, or `top.*` if there are many modules; else []."""
     owners = list(dict.fromkeys(f"{name.rpartition('.')[0]}.*" if "." in name else name for name in names))
     if len(owners) > _SHOWN:
         owners = list(dict.fromkeys(f"{name.partition('.')[0]}.*" if "." in name else name for name in names))
@@ -238,7 +238,7 @@ def _patterns(names: Sequence[str]) -> list[str]:
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """Sorts layer 2 before layer 10."""
+    """A sort key that puts layer 2 before layer 10."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
 

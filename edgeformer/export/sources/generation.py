@@ -1,4 +1,4 @@
-"""generation_config.json on its way into a bundle: every rule of it is followed, or said not to be."""
+"""generation_config.json for a bundle: fields that the runtime does not apply become notes of the manifest."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 from edgeformer.decoding.generation_config import GenerationConfig
 from edgeformer.decoding.generation_fields import notes
 from edgeformer.errors import BundleError, ExportError
-from edgeformer.export.source import Pair, Source
+from edgeformer.export.source import EncoderDecoderSource, Source
 
 
 def generation_settings(config: Any) -> dict[str, Any]:
-    """What a transformers GenerationConfig sets, as JSON can say it; nothing of None."""
+    """The fields of a transformers GenerationConfig that differ from its defaults, as JSON values; {} for None."""
     if config is None:
         return {}
-    said = config.to_diff_dict()
-    settings = {name: value.to_dict() if hasattr(value, "to_dict") else value for name, value in said.items()}
-    # transformers asks generation_config alone; without a word of it, config.json would be asked here.
+    changed = config.to_diff_dict()
+    settings = {name: value.to_dict() if hasattr(value, "to_dict") else value for name, value in changed.items()}
+    # transformers reads generation_config only; without an entry here, the runtime would read config.json.
     settings.setdefault("eos_token_id", None)
     bias = settings.get("sequence_bias")
     if isinstance(bias, dict):
@@ -25,15 +25,15 @@ def generation_settings(config: Any) -> dict[str, Any]:
     return settings
 
 
-def generation_notes(source: Source | Pair) -> tuple[str, ...]:
-    """The rules of the source's generation_config that a bundle does not follow, for its manifest.
+def generation_notes(source: Source | EncoderDecoderSource) -> tuple[str, ...]:
+    """Notes for the manifest: fields of the source's generation_config that the runtime does not apply.
 
     Raises:
-        ExportError: a rule's value is out of its range.
+        ExportError: a field's value is out of range.
     """
-    first = source.encoder if isinstance(source, Pair) else source
+    first = source.encoder if isinstance(source, EncoderDecoderSource) else source
     settings: Mapping[str, Any] = first.generation_config
-    if not settings or not (isinstance(source, Pair) or source.is_language_model):
+    if not settings or not (isinstance(source, EncoderDecoderSource) or source.is_language_model):
         return ()
     size = first.config.get("vocab_size")
     vocabulary = size if type(size) is int else None

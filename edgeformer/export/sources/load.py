@@ -1,4 +1,4 @@
-"""Which kind of source a name stands for: a GGUF file, a folder, a factory, a name on the hub."""
+"""Loads the source of an export: a GGUF file, a folder, a factory, or a model on the hub."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from edgeformer.export.options import ExportOptions
 from edgeformer.export.progress import Progress, Silent
 from edgeformer.export.scratch import to_disk
 from edgeformer.export.sizes import parse_size
-from edgeformer.export.source import Pair, Source
+from edgeformer.export.source import EncoderDecoderSource, Source
 from edgeformer.export.sources.adapters.adapter import supplied_names, with_adapter
-from edgeformer.export.sources.adapters.adapter_folder import SETTINGS, read_adapter, read_settings
+from edgeformer.export.sources.adapters.adapter_folder import ADAPTER_CONFIG, read_adapter, read_adapter_config
 from edgeformer.export.sources.completeness import require_finite
-from edgeformer.export.sources.gguf.load import gguf_source
+from edgeformer.export.sources.gguf.gguf_source import gguf_source
 from edgeformer.export.sources.gguf.shards import open_gguf
 from edgeformer.export.sources.hub.hub import folder_source, hub_source
 from edgeformer.export.sources.hub.hub_weights import LoadRules
@@ -22,12 +22,12 @@ from edgeformer.export.sources.user.factory import checkpoint_source, factory_so
 from edgeformer.models.checkpoint import read_config
 
 
-def load_source(options: ExportOptions, progress: Progress | None = None) -> Source | Pair:
-    """The source that `options.source` names, with `options.adapter` merged into it; its weights are mapped files.
+def load_source(options: ExportOptions, progress: Progress | None = None) -> Source | EncoderDecoderSource:
+    """The source that `options.source` names, with `options.adapter` merged; its weights are memory-mapped files.
 
     Raises:
-        ExportError: it is none of the known kinds, or cannot be loaded; its weights are not complete, not finite, or
-            more than there is room for. The message says which and why.
+        ExportError: the source is of an unsupported kind or cannot be loaded; its weights are incomplete, not finite,
+            or need more memory or disk than there is. The message has the details.
     """
 
     def room(parameters: int) -> None:
@@ -36,25 +36,29 @@ def load_source(options: ExportOptions, progress: Progress | None = None) -> Sou
     adapter = None if options.adapter is None else read_adapter(options.adapter)
     supplied = frozenset() if adapter is None else supplied_names(adapter)
     source = _base_source(options, LoadRules(options.allow_missing, room, supplied=supplied))
-    if getattr(source.encoder.module if isinstance(source, Pair) else source.module, "_hf_peft_config_loaded", False):
+    if getattr(
+        source.encoder.module if isinstance(source, EncoderDecoderSource) else source.module,
+        "_hf_peft_config_loaded",
+        False,
+    ):
         raise ExportError(
-            f"{options.source} is a PEFT adapter: name its base model as the source, and it by --adapter."
+            f"{options.source} is a PEFT adapter: pass its base model as the source, and the adapter with --adapter."
         )
     if adapter is not None:
         source = with_adapter(source, adapter, Path(options.source))
-    module = (source.encoder if isinstance(source, Pair) else source).module
+    module = (source.encoder if isinstance(source, EncoderDecoderSource) else source).module
     require_finite(module, options.source)
     to_disk(module)
     return source
 
 
-def _base_source(options: ExportOptions, rules: LoadRules) -> Source | Pair:
+def _base_source(options: ExportOptions, rules: LoadRules) -> Source | EncoderDecoderSource:
     name, path = options.source, Path(options.source)
-    if (path / SETTINGS).is_file():
+    if (path / ADAPTER_CONFIG).is_file():
         raise ExportError(_adapter_as_source(path))
     given = [flag for flag, value in (("--weights", options.weights), ("--input", options.input)) if value]
     if given and (":" not in name or path.exists()):
-        raise ExportError(f"{given[0]} is for module:factory; {name} brings its own.")
+        raise ExportError(f"{given[0]} is for module:factory; {name} has its own. Remove the option.")
     if path.suffix.lower() == ".gguf" and (path.is_file() or _is_pattern(path)):
         return gguf_source(_whole_gguf(path), rules, options.tokenizer)
     if (path / "config.json").is_file() or (path / "modules.json").is_file():
@@ -77,12 +81,12 @@ def _is_pattern(path: Path) -> bool:
 
 
 def _whole_gguf(path: Path) -> Path:
-    """The file, or the first of the shards that a pattern (`NAME-*-of-00003.gguf`) names.
+    """The file, or the first of the shards that a pattern (`NAME-*-of-00003.gguf`) matches.
 
-    One shard alone does not name a model, though the others are found by it: who passes it may not know of them.
+    A single shard is rejected even if the others are beside it: the user may not know of them.
 
     Raises:
-        ExportError: the path is a single shard, or the pattern is not that of all shards of one model.
+        ExportError: the path is a single shard, or the pattern does not match all shards of one model.
     """
     found = sorted(path.parent.glob(path.name)) if _is_pattern(path) else [path]
     if not found:
@@ -97,7 +101,7 @@ def _whole_gguf(path: Path) -> Path:
             f"'{found[0].with_name(pattern)}'."
         )
     raise ExportError(
-        f"{path.name} is one of {len(shards)} shards of a model, not a model; all are there. Name the whole in quotes: "
+        f"{path.name} is one of {len(shards)} shards of a model; expected all of them. Name the whole in quotes: "
         f"'{path.with_name(pattern)}'."
     )
 
@@ -105,19 +109,21 @@ def _whole_gguf(path: Path) -> Path:
 def _adapter_as_source(path: Path) -> str:
     if (path / "config.json").is_file():
         return (
-            f"{path} holds a model and a PEFT adapter ({SETTINGS}), and transformers would load the adapter's base "
-            "instead of that model. Move the adapter's files to a folder of their own: name it by --adapter to merge "
-            "it, or leave it away if the model is merged already."
+            f"{path} holds a model and a PEFT adapter ({ADAPTER_CONFIG}): transformers would load the adapter's base "
+            "instead of that model. Move the adapter's files to another folder, and pass that with --adapter to merge "
+            "it. If the model is merged already, export it without."
         )
-    base = read_settings(path).get("base_model_name_or_path") or "BASE"
-    return f"{path} is a PEFT adapter: name its base model as the source: {base} --adapter {path}"
+    base = read_adapter_config(path).get("base_model_name_or_path") or "BASE"
+    return f"{path} is a PEFT adapter: name its base model as the source: {base} --adapter {path}."
 
 
-def _folder_source(path: Path, options: ExportOptions, rules: LoadRules) -> Source | Pair:
+def _folder_source(path: Path, options: ExportOptions, rules: LoadRules) -> Source | EncoderDecoderSource:
     if "edgeformer_factory" in read_config(path):
         if rules.allow:
-            raise ExportError(f"--allow-missing is for other sources; {path} is of edgeformer.train, which writes all.")
+            raise ExportError(
+                f"--allow-missing is for other sources; {path} is from edgeformer.train, which writes all."
+            )
         if options.tokenizer is not None:
-            raise ExportError(f"--tokenizer is not for a checkpoint folder; {path} brings its own.")
+            raise ExportError(f"--tokenizer is not for checkpoint folders; {path} has its own. Remove the option.")
         return checkpoint_source(path, rules)
     return folder_source(path, options.architecture, rules, options.tokenizer)

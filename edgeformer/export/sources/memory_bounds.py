@@ -1,7 +1,7 @@
-"""What an export needs of memory and disk, said and compared with what there is before it begins.
+"""Memory and disk that an export needs, compared with what the machine has before the export begins.
 
-And a source cannot ask for more than it holds: a config that claims a million layers beside a small file is refused
-before any of them is made.
+Also rejects a config that describes a far larger model than its weights, before any layer is made: a damaged or hostile
+config must not exhaust memory.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from edgeformer.errors import ExportError
 from edgeformer.export.progress import Progress
 from edgeformer.export.sizes import shown
 
-# Bytes of memory a parameter costs at the worst moment, as tests/export/test_export_memory.py measures: int8 blocks
-# with a scale for 32 (1.125), all linears in float32 inside of onnxruntime (4), the largest matrix in passing (1.5).
+# Bytes of memory per parameter at the peak, measured by tests/export/test_export_memory.py: int8 blocks of 32 with a
+# scale (1.125), all linear layers in float32 inside onnxruntime (4), copies of the largest matrix (1.5).
 MEMORY_EACH = 1.125 + 4 + 1.5
 MEMORY_FIXED = 700 << 20  # torch, transformers and onnxruntime with their threads, and the graph of a small model
-SCRATCH_EACH = 12  # in the temporary folder: PyTorch's weights, the float graph's, what the blocks stand for
+SCRATCH_EACH = 12  # in the temporary folder: the weights of PyTorch, of the float graph, and the dequantized ones
 BUNDLE_EACH = 4  # a float32 bundle; quantized ones are smaller
 
-# A model may have more parameters than its file has numbers: tied tensors that are untied, tables that are computed.
+# A model may have more elements than its file: tied tensors that are untied, tables that are computed.
 _MORE = 4
-_SPARE = 1 << 22  # elements, 16 MiB: tables of a tiny model
+_SPARE = 1 << 22  # elements (16 MiB of float32): tables of a tiny model
 _SPARE_TENSORS = 1 << 12
 _COUNTS = re.compile(
     r"(^|_)(n|num)_.*(layers?|blocks?|labels|experts|heads?|groups|stages|buckets)$|_layers?$|^n_layers?$|^num_layers$"
     r"|^depth$|block_count$|expert_count$|head_count$|^(vocab|hidden|intermediate|embedding|ffn)_size$|_dim$"
 )
-_SMALL = 1 << 16  # a count up to this is no danger: a list of so many entries takes a megabyte
-_POSITIONS = re.compile(r"position|context|max_|_length$|window")  # they size no weights that a file would not hold
+_SMALL = 1 << 16  # smaller counts are harmless: a list of that length takes a megabyte
+_POSITIONS = re.compile(r"position|context|max_|_length$|window")  # these size no layers
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that an export of so many parameters needs."""
+    """Bytes that an export of `parameters` needs at most."""
 
     parameters: int
     memory: int
@@ -63,7 +63,7 @@ class Need:
 
 
 def need_of(parameters: int) -> Need:
-    """What an export of a model with so many parameters needs at most."""
+    """The memory and disk that an export of a model with this many parameters needs at most."""
     return Need(
         parameters,
         int(MEMORY_EACH * parameters) + MEMORY_FIXED,
@@ -73,10 +73,10 @@ def need_of(parameters: int) -> Need:
 
 
 def require_room(parameters: int, output: Path, limit: int | None, progress: Progress) -> Need:
-    """Says what the export needs; `limit` bytes of memory stand for the machine's.
+    """Reports what the export needs and checks it; `limit` (bytes) replaces the machine's memory.
 
     Raises:
-        ExportError: that is more than there is.
+        ExportError: the export needs more memory or disk than there is.
     """
     need = need_of(parameters)
     progress.stage(f"needs for {need}")
@@ -90,7 +90,7 @@ def require_room(parameters: int, output: Path, limit: int | None, progress: Pro
     scratch, place = Path(tempfile.gettempdir()), _existing(Path(output))
     together = scratch.stat().st_dev == place.stat().st_dev
     for folder, wanted, what in (
-        (scratch, need.scratch + (need.bundle if together else 0), "name a folder with more room by TMPDIR"),
+        (scratch, need.scratch + (need.bundle if together else 0), "set TMPDIR to a folder with more space"),
         (place, 0 if together else need.bundle, "choose another --output"),
     ):
         free = shutil.disk_usage(folder).free
@@ -103,12 +103,12 @@ def require_room(parameters: int, output: Path, limit: int | None, progress: Pro
 
 
 def require_plausible(config: Mapping[str, Any], shapes: Iterable[tuple[int, ...]], source: str) -> None:
-    """Refuses a config that counts more layers, labels or rows than a file with these tensors can fill.
+    """Rejects a config with far more layers, labels or rows than a file with tensors of these `shapes` can have.
 
-    It is looked at before a library reads it, for some make lists as long as the config says.
+    Runs before a library reads the config: some allocate lists of these lengths.
 
     Raises:
-        ExportError: a count is far beyond the file; the message names the first few.
+        ExportError: a count is far too large; the message names the first few.
     """
     sizes = list(shapes)
     most = max([_SMALL, len(sizes), *(max(shape, default=0) for shape in sizes)])
@@ -119,25 +119,25 @@ def require_plausible(config: Mapping[str, Any], shapes: Iterable[tuple[int, ...
     ]
     if bad:
         raise ExportError(
-            f"{source} claims more than its weights can hold: {', '.join(bad[:4])}, but it has {len(sizes):,} tensors "
-            f"of at most {max((max(s, default=0) for s in sizes), default=0):,} rows. The config belongs to another "
-            "model, or is broken."
+            f"{source} describes a larger model than its weights: {', '.join(bad[:4])}, but it has {len(sizes):,} "
+            f"tensors of at most {max((max(s, default=0) for s in sizes), default=0):,} rows. The config belongs to "
+            "another model or is damaged."
         )
 
 
 @contextlib.contextmanager
 def construction(elements: int, tensors: int, source: str) -> Iterator[None]:
-    """While it is entered, a model that is made on the meta device may not outgrow a source of so many elements.
+    """A context in which a model made on the meta device may be at most a few times as large as its source.
 
-    Only this thread's tensors are counted.
+    `elements` and `tensors` are those of the source. Only this thread's tensors are counted.
 
     Raises:
-        ExportError: it does.
+        ExportError: the model is larger.
     """
     most, many, thread = _MORE * elements + _SPARE, _MORE * tensors + _SPARE_TENSORS, threading.get_ident()
     made = [0, 0]
 
-    def count(module: torch.nn.Module, name: str, value: torch.Tensor | None) -> None:
+    def count(_: torch.nn.Module, __: str, value: torch.Tensor | None) -> None:
         if value is None or value.device.type != "meta" or threading.get_ident() != thread:
             return
         made[0] += value.numel()
@@ -171,6 +171,6 @@ def _integers(value: Any, place: str, depth: int = 0) -> Iterator[tuple[str, int
 
 
 def _existing(path: Path) -> Path:
-    """The nearest folder of `path` that is there."""
+    """The nearest existing parent of `path`, or `path` itself."""
     path = path.resolve()
     return next(parent for parent in (path, *path.parents) if parent.is_dir())

@@ -1,1 +1,1 @@
-"""From an `nn.Module` to a traced ONNX graph, and the interfaces that make transformers models traceable."""
+"""Traces an `nn.Module` to an ONNX graph; has the attention, cache and expert functions that transformers calls."""

@@ -1,8 +1,7 @@
-"""How attention reaches the graph as one node: the adapter to transformers, and the node's own vocabulary.
+"""Attention and mask functions for transformers: each attention is traced as one node, `edgeformer::Attention`.
 
-A transformers model hands queries, keys and values to a function that it looks up by name, and asks another for its
-mask. Both are registered here, so that no model needs code of its own. The node they leave, `edgeformer::Attention`,
-lives only between the trace and the attention pass, which turns it into the standard operator.
+transformers looks up the attention function and the mask function of a model by name. Both are registered here, so no
+model needs code of its own. The pass `standard_attention` replaces the custom node with the standard operator.
 """
 
 from __future__ import annotations
@@ -14,27 +13,29 @@ import torch
 
 from edgeformer.errors import ExportError
 
-NAME = "edgeformer"  # causality and windows are attributes of the node; for models that decode
-MASKED = "edgeformer_masked"  # every mask is an array; for models that run as a whole
-PAST = "edgeformer_past"  # traced with a past: every mask is an array of positions, which may count from it
-DOMAIN = "edgeformer"
-CAUSAL = "CausalMask"  # a node: (query positions, key positions) -> where a query sees a key
+# The implementations, by the names that `model.set_attn_implementation` takes.
+CAUSAL_ATTENTION = "edgeformer"  # causality and windows are attributes of the node; for decoders without a cache class
+MASKED_ATTENTION = "edgeformer_masked"  # every mask is an array; for encoders
+CACHED_ATTENTION = "edgeformer_past"  # for decoders traced with a KV cache: masks are computed from positions
+
+DOMAIN = "edgeformer"  # of the custom operators
+CAUSAL_MASK = "CausalMask"  # custom operator: (query positions [S], key positions [T]) -> bool [1, 1, S, T]
 
 
 def register() -> None:
-    """Makes the implementations known to transformers; may be called again."""
+    """Registers the attention and mask functions with transformers; calling it again does no harm."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    for name in (NAME, MASKED, PAST):
+    for name in (CAUSAL_ATTENTION, MASKED_ATTENTION, CACHED_ATTENTION):
         AttentionInterface.register(name, _attention)
-    AttentionMaskInterface.register(NAME, _mask_of_sources)
-    AttentionMaskInterface.register(MASKED, _mask)
-    AttentionMaskInterface.register(PAST, _mask_after_past)
+    AttentionMaskInterface.register(CAUSAL_ATTENTION, _padding_mask)
+    AttentionMaskInterface.register(MASKED_ATTENTION, _mask)
+    AttentionMaskInterface.register(CACHED_ATTENTION, _mask_after_past)
 
 
-def _mask_of_sources(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
-    """None for causal masks; of a source that is attended to as a whole, its padding."""
-    # Only transformers' makers of bidirectional masks pass this option.
+def _padding_mask(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+    """The padding mask of bidirectional attention; None for a causal mask, which becomes attributes of the node."""
+    # Only transformers' functions for bidirectional masks pass this option.
     return _mask(attention_mask=attention_mask, **kwargs) if "allow_is_bidirectional_skip" in kwargs else None
 
 
@@ -47,9 +48,9 @@ def _mask_after_past(
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """bool [1, 1, q_length, kv_length] for any rule of positions.
+    """The mask of a step with a KV cache, bool [1, 1, q_length, kv_length], for any function of positions.
 
-    Plain causality is a node of its own: where an Attention reads it, it becomes the attribute.
+    A plain causal mask is traced as a custom node; where an Attention reads it, it becomes `is_causal=1`.
     """
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
@@ -59,7 +60,7 @@ def _mask_after_past(
     queries, keys = torch.arange(q_length) + q_offset, torch.arange(kv_length) + kv_offset
     if mask_function is causal_mask_function:
         seen: torch.Tensor = torch.onnx.ops.symbolic(
-            f"{DOMAIN}::{CAUSAL}", [queries, keys], dtype=torch.bool, shape=[1, 1, q_length, kv_length], version=1
+            f"{DOMAIN}::{CAUSAL_MASK}", [queries, keys], dtype=torch.bool, shape=[1, 1, q_length, kv_length], version=1
         )
     else:
         origin = torch.zeros((1, 1, 1, 1), dtype=torch.int64)
@@ -75,9 +76,9 @@ def _mask(
     attention_mask: torch.Tensor | None = None,  # [B, kv_length], False at padding
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """bool [B, 1, q_length, kv_length], True where a query sees a key; None where each sees all.
+    """The mask bool [B, 1, q_length, kv_length], True where a query attends to a key; None for full attention.
 
-    Expanded over the queries: onnxruntime (1.25 to 1.32) refuses a mask that is to be broadcast over them.
+    Expanded over the queries: onnxruntime (1.25 to 1.32) rejects a mask that needs broadcasting over them.
     """
     from transformers.masking_utils import bidirectional_mask_function
 
@@ -105,20 +106,23 @@ def _attention(
     sliding_window: int | None = None,
     position_bias: torch.Tensor | None = None,
     s_aux: torch.Tensor | None = None,
-    **kwargs: Any,
+    **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """[B, S, H, Dv], as transformers' attention functions return it.
+    """Attention output [B, S, H, Dv] and no weights, as transformers' attention functions return them.
 
-    `position_bias` ([1, H, S, T], added to the scores) and `attention_mask` become one mask of the node; without an
-    `attention_mask` a causal module stays causal by attribute. `s_aux` ([H]) is a score for each head that takes its
-    share of the softmax and has no value.
+    `position_bias` ([1, H, S, T], added to the scores) and `attention_mask` become one mask input of the node. Without
+    an `attention_mask`, a causal module gets `is_causal=1`. `s_aux` ([H]) is the attention sink: one score a head that
+    takes part in the softmax and has no value.
+
+    Raises:
+        ExportError: a causal module passes a mask array, or has sinks and no mask array.
     """
-    road = getattr(getattr(module, "config", None), "_attn_implementation", NAME)
-    causal = bool(getattr(module, "is_causal", road != MASKED) if is_causal is None else is_causal)
-    if causal and attention_mask is not None and road == NAME:
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", CAUSAL_ATTENTION)
+    causal = bool(getattr(module, "is_causal", implementation != MASKED_ATTENTION) if is_causal is None else is_causal)
+    if causal and attention_mask is not None and implementation == CAUSAL_ATTENTION:
         raise ExportError(
-            f"{type(module).__name__} passes its own attention mask of shape {tuple(attention_mask.shape)}; only "
-            "causal masks and sliding windows are known here."
+            f"{type(module).__name__} passes an attention mask of shape {tuple(attention_mask.shape)}; expected a "
+            "causal mask or a sliding window, the only masks that this trace supports."
         )
     causal &= attention_mask is None
     mask = _with_bias(attention_mask, position_bias)
@@ -131,7 +135,7 @@ def _attention(
             "is_causal": int(causal),
             "scale": float(query.shape[-1] ** -0.5 if scaling is None else scaling),
             "softcap": float(softcap or 0.0),
-            "window": int(sliding_window or 0) if causal else 0,  # else it is in the mask
+            "window": int(sliding_window or 0) if causal else 0,  # otherwise the mask has it
         },
         dtype=query.dtype,
         shape=[*query.shape[:3], value.shape[3]],
@@ -156,9 +160,9 @@ def _with_sink(
     causal: bool,
     sink: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(key, value, mask) with one more key at the end, zero like its value; the mask adds the sink's score to it."""
+    """(key, value, mask) with one more key and value, both zero, at the end; the mask adds the sink's score there."""
     if causal:
-        raise ExportError("attention sinks need the causal mask as an array; this model gives none.")
+        raise ExportError("the model has attention sinks but passes no causal mask; sinks need the mask as an array.")
     seen = torch.zeros(1, 1, query.shape[2], key.shape[2], dtype=query.dtype) if mask is None else mask
     added = _with_bias(seen, torch.zeros((), dtype=query.dtype)) if seen.dtype == torch.bool else seen
     assert added is not None

@@ -1,9 +1,9 @@
-"""A transformers decoder traced with its past: the model itself says what its masks and positions are after a prefill.
+"""Traces a transformers decoder with a KV cache, so its own code computes masks and positions after a prefill.
 
-transformers hands every attention's keys and values to a cache object. The one here takes its past from inputs of the
-trace and leaves a node, `edgeformer::Append(new, past)`, where the two are joined; a pass makes of it the cache inputs
-and outputs of the standard Attention, or a plain Concat. So ALiBi, chunks, windows and positions that a model counts
-for itself come out right at every length, without code of their own.
+transformers passes the keys and values of every attention to a cache object. The cache class here reads the past from
+inputs of the trace, and traces `edgeformer::Append(new, past)` where it joins both. The pass `join_cache` makes of that
+node the cache inputs and outputs of the standard Attention, or a Concat. So ALiBi, chunked attention, sliding windows
+and positions that a model counts itself are right at every length, without code for each.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ APPEND = "Append"
 
 @dataclass(frozen=True)
 class Cached:
-    """What is traced in place of a source's module: the same forward, with a past and a present."""
+    """The module that is traced in place of a source's: the same forward, with past inputs and present outputs."""
 
     module: torch.nn.Module
     inputs: tuple[Input, ...]
@@ -45,7 +45,7 @@ def with_past(source: Source) -> Cached:
     """`source` with inputs `past_key_values.{i}.key|value` and outputs `present.{i}.key|value`.
 
     Raises:
-        ExportError: the model keeps something else than keys and values, which no cache of theirs can hold.
+        ExportError: the model's cache has more than keys and values, or the model does not run with this cache.
     """
     layers = _layers(source)
     inputs, outputs = list(source.inputs), list(source.outputs)
@@ -58,43 +58,45 @@ def with_past(source: Source) -> Cached:
 
 
 def _layers(source: Source) -> list[_Layer]:
-    """The caches that one forward of the module fills, in the order of its layers."""
+    """The layers whose cache one forward of the module fills, in order."""
     feeds = {value.name: value.sample({"batch": 2, "sequence": 3}, 0) for value in source.inputs}
     cache = _cache({})
     try:
         with torch.no_grad():
             source.module(**feeds, **_with_cache(source, cache))
     except Exception as error:
-        name, told = type(source.module).__name__, str(error).strip().splitlines()
+        name, summary = type(source.module).__name__, str(error).strip().splitlines()
         lines = [frame.line or "" for frame in traceback.extract_tb(error.__traceback__)]
-        asked = " ".join((str(error), *lines))
-        if any(word in asked for word in ("LinearAttention", "conv_state", "recurrent", "has_previous_state")):
+        text = " ".join((str(error), *lines))
+        if any(word in text for word in ("LinearAttention", "conv_state", "recurrent", "has_previous_state")):
             raise ExportError(
-                f"{name} keeps a recurrent or convolution state beside keys and values (a state-space or linear "
-                "attention model), which is not a Transformer's cache; it cannot be exported."
+                f"{name} has a recurrent or convolution state beside keys and values (a state-space or linear "
+                "attention model); expected a KV cache only. It cannot be exported."
             ) from error
-        if "update_indexer" in asked or "compression" in asked:
+        if "update_indexer" in text or "compression" in text:
             raise ExportError(
                 f"{name} caches an index or compressed blocks beside keys and values (sparse attention that selects "
-                "its keys), which no standard operator can hold; it cannot be exported."
+                "its keys); expected a KV cache only, since no standard operator has more. It cannot be exported."
             ) from error
         raise ExportError(
-            f"{name} does not run with a plain key-value cache: {type(error).__name__}: {(told or [''])[0][:300]}"
+            f"{name} does not run with a plain key-value cache: {type(error).__name__}: {(summary or [''])[0][:300]}"
         ) from error
     found = []
     for index, layer in enumerate(cache.layers):
         if layer.updates > 1:
-            raise ExportError(f"{type(source.module).__name__} fills the cache of layer {index} more than once a step.")
+            raise ExportError(
+                f"{type(source.module).__name__} fills the cache of layer {index} twice a step; expected once."
+            )
         if layer.updates:
             shapes = layer.keys.shape, layer.values.shape
             if any(len(shape) != 4 for shape in shapes):
-                raise ExportError(f"layer {index} caches keys and values of shapes {shapes}; expected four axes.")
+                raise ExportError(f"layer {index} caches keys and values of shapes {shapes}; expected four axes each.")
             found.append(_Layer(index, (shapes[0][1], shapes[1][1]), (shapes[0][3], shapes[1][3])))
     return found
 
 
 class _Stepper(torch.nn.Module):
-    """The source's module, fed with positional arrays: its inputs, then (key, value) of every layer with a cache."""
+    """The source's module with positional arguments: its inputs, then (key, value) of every layer with a cache."""
 
     def __init__(self, source: Source, indices: tuple[int, ...]) -> None:
         super().__init__()
@@ -112,24 +114,24 @@ class _Stepper(torch.nn.Module):
 
 
 def _with_cache(source: Source, cache: Any) -> dict[str, Any]:
-    """The arguments of the source's forward that are not its inputs, `cache` among them."""
-    assert source.past is not None, "only a module that takes a cache is traced with one"
+    """The arguments of the source's forward that are not graph inputs, `cache` included."""
+    assert source.past is not None, "the module takes no cache"
     return {**source.fixed, "use_cache": True, source.past: cache}
 
 
 def _cache(past: Mapping[int, Sequence[torch.Tensor]]) -> Any:
-    """A cache for transformers: layer -> (key, value) of the past; layers without one start empty."""
+    """A transformers cache from {layer: (key, value) of the past}; layers without a past start empty."""
     from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
     class Layer(DynamicLayer):
-        """Joins the past and the new by one node each; counts how often it was asked to."""
+        """Joins past and new keys, and values, by one node each; `updates` counts the calls of `update`."""
 
         def __init__(self, pair: Sequence[torch.Tensor] | None, length: Any) -> None:
             super().__init__()  # type: ignore[no-untyped-call]
             self.pair, self.length, self.updates = pair, length, 0
 
         def update(
-            self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+            self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
         ) -> tuple[torch.Tensor, torch.Tensor]:
             self.updates += 1
             self.is_initialized = True
@@ -140,7 +142,7 @@ def _cache(past: Mapping[int, Sequence[torch.Tensor]]) -> Any:
             return self.keys, self.values
 
         def get_seq_length(self) -> Any:
-            # After an update, as before it in the models that ask late: the tokens in the cache by then.
+            # Tokens in the cache at the time of the call: some models ask before `update`, some after it.
             return self.length if self.updates == 0 or self.keys is None else self.keys.shape[2]
 
         def get_mask_sizes(self, query_length: int) -> tuple[Any, int]:

@@ -1,9 +1,8 @@
-"""How mixtures of experts reach the graph: every expert runs on every token, and its weight is zero where not chosen.
+"""Mixture-of-experts function for transformers: every expert runs on every token, unselected experts with weight 0.
 
-transformers looks the function up by name. A choice that depends on values cannot be a branch in a graph, and gathering
-the chosen experts' matrices for each token would copy gigabytes in a prefill. Run this way an expert is an ordinary
-linear layer, which quantizes and runs as any other does, on every engine; the price is the time of the experts that
-were not chosen.
+A graph cannot branch on values, and gathering the selected experts' matrices for each token would copy gigabytes in a
+prefill. Computed this way each expert is an ordinary linear layer, which every engine quantizes and runs like any
+other. The cost is the time of the unselected experts.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ from typing import Any
 
 import torch
 
-NAME = "edgeformer"
+EXPERTS = "edgeformer"  # the name that `model.set_experts_implementation` takes
 
 
 def register() -> None:
-    """Makes `experts_implementation="edgeformer"` known to transformers; may be called again."""
+    """Registers `experts_implementation="edgeformer"` with transformers; calling it again does no harm."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    ALL_EXPERTS_FUNCTIONS.register(NAME, _every_expert)
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _every_expert)
 
 
 def _every_expert(
@@ -28,9 +27,9 @@ def _every_expert(
     top_k_index: torch.Tensor,  # [tokens, k]
     top_k_weights: torch.Tensor,  # [tokens, k]
 ) -> torch.Tensor:
-    """[tokens, hidden]: sum over the chosen experts of weight * expert(token).
+    """The sum over the selected experts of weight * expert(token), [tokens, hidden].
 
-    An index that no expert has (a null expert) weighs nothing, as in transformers' own functions.
+    An index without an expert (a null expert) adds nothing, as in transformers' own functions.
     """
     total = torch.zeros_like(hidden_states)
     for number in range(self.num_experts):

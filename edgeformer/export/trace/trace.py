@@ -1,4 +1,4 @@
-"""From an `nn.Module` to a clean ONNX graph: one trace, then constants folded and Transformer operators fused."""
+"""Traces an `nn.Module` to an ONNX graph, then folds constants and fuses Transformer operators."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from edgeformer.export.inputs import Input, axes
 OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding; from 25 on onnxruntime expands Attention
 IR_VERSION = 10
 
-# Different and none of them 1: the tracer would merge axes of equal size and freeze an axis of size 1.
+# All different and none 1: the tracer merges axes of equal size and freezes an axis of size 1.
 _SAMPLE_SIZES = (2, 7, 5, 11, 13)
 
 
 def trace(module: torch.nn.Module, inputs: tuple[Input, ...], outputs: tuple[str, ...]) -> ir.Model:
-    """The graph of `module(*inputs)` at opset 23, parameters under their own names, every named axis dynamic.
+    """The graph of `module(*inputs)` at opset 23; parameters keep their names, every named axis is dynamic.
 
     Raises:
-        ExportError: the module cannot be traced, or the trace froze an axis; the message names it and the fix.
+        ExportError: the module cannot be traced, or the trace froze an axis; the message names the cause and a fix.
     """
     sizes = dict(zip(axes(inputs), _SAMPLE_SIZES, strict=False))
     sample = tuple(value.sample(sizes, seed) for seed, value in enumerate(inputs))
-    # A past may be empty; of the others the tracer takes for granted that they are not 0 or 1, and should know it.
+    # A past may be empty. The tracer assumes that other axes are neither 0 nor 1, so the lower bound says it.
     dims = {name: torch.export.Dim.DYNAMIC(min=0 if name.startswith("past") else 2) for name in sizes}
     dynamic = tuple({i: dims[dim] for i, dim in enumerate(value.shape) if isinstance(dim, str)} for value in inputs)
     exported = None
@@ -70,9 +70,11 @@ def trace(module: torch.nn.Module, inputs: tuple[Input, ...], outputs: tuple[str
 def _exported(
     module: torch.nn.Module, sample: tuple[torch.Tensor, ...], dynamic_shapes: Any, any_size: bool
 ) -> torch.export.ExportedProgram:
-    """Conditions on sizes that the solver cannot settle become run-time assertions, and those are dropped: the parity
-    gate tries other sizes anyway. `any_size` has the tracer reckon with sizes of 0 and 1, as torch.onnx's own capture
-    does; there are sums of sizes that it calls contradictory then.
+    """The exported program of `module`.
+
+    Conditions on sizes that the solver cannot decide become run-time assertions and are dropped: the parity check runs
+    other sizes anyway. With `any_size` the tracer allows sizes of 0 and 1, as torch.onnx's own capture does; it then
+    rejects some sums of sizes as inconsistent.
     """
     with experimental.patch(backed_size_oblivious=any_size):  # type: ignore[attr-defined]
         return torch.export.export(
@@ -85,7 +87,7 @@ def _exported(
 
 
 def optimize(model: ir.Model) -> None:
-    """Folds constants, fuses norms, rotary embeddings and gelus, merges common subexpressions; in place."""
+    """Folds constants, fuses norms, rotary embeddings and GELUs, merges common subexpressions; in place."""
     optimizer.optimize_ir(model, output_size_limit=1 << 20, should_fold=_keep_parameters)
     rewriter.onnx_fusions.fuse(model)
     for tidy in (common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass()):
@@ -93,7 +95,7 @@ def optimize(model: ir.Model) -> None:
 
 
 def _keep_parameters(node: ir.Node) -> bool | None:
-    """A parameter is never folded away: its name and its [N, K] layout are what quantization and parity go by."""
+    """False for nodes that must not be folded: quantization and parity need parameters by name, in layout [N, K]."""
     touched = [value for value in node.inputs if value is not None and value.is_initializer()]
     large = any(value.shape is not None and len(value.shape) >= 2 for value in touched)
     return False if large and node.op_type in ("Transpose", "Reshape", "Cast", "Mul", "Add", "Gather") else None
@@ -104,10 +106,10 @@ def _takes_star_args(module: torch.nn.Module) -> bool:
 
 
 def _name_axes(model: ir.Model, inputs: tuple[Input, ...]) -> None:
-    """Gives the graph's axes the names of `inputs`.
+    """Renames the graph's axes as `inputs` names them.
 
     Raises:
-        ExportError: an axis that should be dynamic has a fixed size: the tracer freezes them without a word.
+        ExportError: an axis that should be dynamic has a fixed size; the tracer freezes axes without an error.
     """
     frozen, names = [], {}
     for value, wanted in zip(model.graph.inputs, inputs, strict=True):
@@ -129,7 +131,7 @@ def _name_axes(model: ir.Model, inputs: tuple[Input, ...]) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter prints progress, warns about its own internals, and dumps whole graphs when it fails."""
+    """Silences the exporter: it prints progress, warns about its internals, and dumps whole graphs when it fails."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -146,18 +148,18 @@ def _quiet() -> Iterator[None]:
 
 _FROZEN = (
     "The forward uses this size as a Python number: a loop over it (`for t in range(x.shape[1])`), an `if` on it, "
-    "int(), or a parameter of just that length. Say the loop as one tensor operation, and cut tables to x.shape[1]."
+    "int(), or a parameter of exactly that length. Write the loop as one tensor operation; slice tables to x.shape[1]."
 )
 _STATIC = re.compile(r"inferred a static shape of (\d+) for dimension inputs(?:\['\w+'\])?\[(\d+)\]\.shape\[(\d+)\]")
 _NAMED = re.compile(r"inferred a static shape of (\d+) for dimension inputs\['(\w+)'\]\.shape\[(\d+)\]")
 
 _LIBRARY = re.compile(r"/torch/|/edgeformer/export/|<|/contextlib\.py|/onnxscript/")
 
-_CAUSES = (  # words of the tracer, or the function where it stopped -> what to tell
+_CAUSES = (  # (words in the tracer's error, or the function where it stopped) -> (cause; what to do)
     (
         (".numpy() is not supported", "Cannot access data pointer", "convert a SymFloat", "fake tensor to numpy"),
-        "the forward leaves PyTorch (.numpy(), a NumPy or Python function on values), and a graph cannot follow; use "
-        "torch operations for it",
+        "the forward leaves PyTorch (.numpy(), a NumPy or Python function on values), which cannot be traced; use "
+        "torch operations instead",
     ),
     (
         ("complex-valued", "ComplexFloat", "complex64", "view_as_complex", "aten.complex", "aten.polar"),
@@ -170,17 +172,17 @@ _CAUSES = (  # words of the tracer, or the function where it stopped -> what to 
     ),
     (
         ("torch._dynamo.exc.Unsupported", "graph break", "skip_frame", "torch.compiler.disable"),
-        "the forward calls something that breaks the graph (a generator, a C function, torch.compiler.disable); take "
-        "it out of the forward",
+        "the forward calls something that breaks the graph (a generator, a C function, torch.compiler.disable); "
+        "remove it from the forward",
     ),
     (
         ("_detect_is_causal_mask",),
-        "PyTorch's layers compare a mask's values to see whether it is causal; say it: is_causal=True to "
+        "PyTorch's layers compare a mask's values to see whether it is causal; pass is_causal=True to "
         "nn.TransformerEncoder, tgt_is_causal=True to nn.TransformerDecoder and nn.Transformer",
     ),
     (
         ("Could not guard on data-dependent", "data-dependent", "Eq(u", "GuardOnDataDependent"),
-        "the forward branches on the values of a tensor, which a graph cannot; use torch.where or a mask",
+        "the forward branches on the values of a tensor, which a graph cannot do; use torch.where or a mask",
     ),
     (
         ("Constraints violated", "specialized", "ConstraintViolationError", "dynamic_shapes"),
@@ -188,13 +190,13 @@ _CAUSES = (  # words of the tracer, or the function where it stopped -> what to 
     ),
     (
         ("Unsupported", "No decompositions registered", "ConversionError", "No ONNX function found"),
-        "the forward uses an operation that has no ONNX form",
+        "the forward uses an operation that has no ONNX equivalent",
     ),
 )
 
 
 def _explain(error: Exception, inputs: tuple[Input, ...], exported: torch.export.ExportedProgram | None = None) -> str:
-    """One readable message: the likely cause with its fix, and the last line of user code that the tracer names."""
+    """The error message: the likely cause with a fix, and the last line of user code that the tracer names."""
     chain: list[BaseException] = []
     cursor: BaseException | None = error
     while cursor is not None and cursor not in chain:
@@ -207,27 +209,27 @@ def _explain(error: Exception, inputs: tuple[Input, ...], exported: torch.export
     stopped = {frame.name for e in chain for frame in traceback.extract_tb(e.__traceback__)}
     if frozen := _frozen(text, inputs):
         return f"{frozen}. {_FROZEN}"
-    cause = next((told for words, told in _CAUSES if any(w in text or w in stopped for w in words)), None)
+    cause = next((advice for words, advice in _CAUSES if any(w in text or w in stopped for w in words)), None)
     first = first_line(root) or type(root).__name__
     where = _user_line(chain) or (_line_of(exported, text) if exported is not None else None)
-    told = f"the module cannot be traced{f' ({where})' if where else ''}: {type(root).__name__}: {first[:300]}."
-    return f"{told} Likely: {cause}." if cause else told
+    message = f"the module cannot be traced{f' ({where})' if where else ''}: {type(root).__name__}: {first[:300]}."
+    return f"{message} Likely: {cause}." if cause else message
 
 
 def _frozen(text: str, inputs: tuple[Input, ...]) -> str:
-    """The axes that the tracer found to be of one size, in the words of `inputs`; empty if it found none."""
+    """The axes that the tracer found to have a fixed size, by the names of `inputs`; "" if there are none."""
     by_name = {value.name: value for value in inputs}
     found = [(inputs[int(index)], int(axis), size) for size, index, axis in _STATIC.findall(text)]
     found += [(by_name[name], int(axis), size) for size, name, axis in _NAMED.findall(text) if name in by_name]
-    told = [
+    axes_frozen = [
         f"axis {axis} ({value.shape[axis]!r}) of input {value.name!r} was frozen at {size}"
         for value, axis, size in found
     ]
-    return "; ".join(dict.fromkeys(told))
+    return "; ".join(dict.fromkeys(axes_frozen))
 
 
 def _line_of(exported: torch.export.ExportedProgram, text: str) -> str | None:
-    """file:line of the user's code that calls the operator which `text` says has no ONNX form."""
+    """`file:line` of the user code that calls the operator which `text` names as having no ONNX equivalent."""
     named = re.search(r"op='(\w+\.\w+)', overload", text)
     for node in exported.graph.nodes if named else ():
         value = node.meta.get("val")
@@ -241,7 +243,7 @@ def _line_of(exported: torch.export.ExportedProgram, text: str) -> str | None:
 
 
 def _user_line(chain: list[BaseException]) -> str | None:
-    """file:line of the deepest frame outside torch in any traceback of the chain."""
+    """`file:line` of the deepest frame outside torch in any traceback of the chain."""
     found = None
     for error in chain:
         step = error.__traceback__

@@ -70,7 +70,7 @@ ProgramSpec read(Reader& in, KvType kv) {
   for (int64_t n = in.integer(); n > 0; n--) {
     SlotSpec s;
     s.name = in.text();
-    s.dtype = static_cast<DType>(in.integer());
+    s.dtype = value_named(kDTypes, "slot type", in.text());
     s.shape = in.list<int>();
     s.view_of = static_cast<int>(in.integer());
     s.is_constant = in.integer() != 0;
@@ -78,8 +78,9 @@ ProgramSpec read(Reader& in, KvType kv) {
     p.slots.push_back(std::move(s));
   }
   for (int64_t n = in.integer(); n > 0; n--) {
-    const auto w = in.list<int64_t>();
-    p.weights.push_back({static_cast<WeightType>(w.at(0)), w.at(1), w.at(2)});
+    const WeightType type = weight_type_named(in.text());
+    const int64_t rows = in.integer();
+    p.weights.push_back({type, rows, in.integer()});
   }
   for (int64_t n = in.integer(); n > 0; n--) {
     OpSpec op;
@@ -94,6 +95,10 @@ ProgramSpec read(Reader& in, KvType kv) {
     for (int64_t i = in.integer(); i > 0; i--) {
       auto& values = op.floats[in.text()];
       for (int64_t j = in.integer(); j > 0; j--) values.push_back(in.number());
+    }
+    for (int64_t i = in.integer(); i > 0; i--) {
+      auto& values = op.names[in.text()];
+      for (int64_t j = in.integer(); j > 0; j--) values.push_back(in.text());
     }
     for (int64_t i = in.integer(); i > 0; i--) {
       const std::string name = in.text();
@@ -135,7 +140,7 @@ void call(Reader& in, Engine& engine, State& state) {
   Call c;
   c.state = &state;
   c.rows = in.integer();
-  c.keep = in.integer();
+  c.logits_to_keep = in.integer();
   c.symbols = in.list<int64_t>();
   std::vector<std::vector<uint8_t>> inputs;
   for (int64_t n = in.integer(); n > 0; n--) inputs.push_back(in.blob());

@@ -83,10 +83,10 @@ def test_the_engine_is_clean_under_thread_sanitizer(runners, dumps) -> None:
 
 
 def test_tokens_that_share_bytes_and_not_a_thread_are_seen_by_thread_sanitizer(runners, dumps, tmp_path: Path) -> None:
-    right = (ROOT / "csrc" / "ops" / "ops_attention.cpp").read_text()
+    right = (ROOT / "csrc" / "ops" / "attention_append.cpp").read_text()
     wrong = right.replace("r <= s.k_row ? s.k_row : r + (s.past + r - s.k_row) % 2;", "std::max(r, s.k_row);")
     assert wrong != right
-    (tmp_path / "ops_attention.cpp").write_text(wrong)
-    results = under_thread_sanitizer(runners, dumps, tmp_path / "ops_attention.cpp")
+    (tmp_path / "attention_append.cpp").write_text(wrong)
+    results = under_thread_sanitizer(runners, dumps, tmp_path / "attention_append.cpp")
     race = next((r.stderr for r in results if "WARNING: ThreadSanitizer: data race" in r.stderr), "no run saw a race")
     assert "put_every_second" in race

@@ -1,4 +1,4 @@
-"""The passes from graph to program, one by one, on small graphs: what each must recognize and what it must leave."""
+"""The passes from graph to program on small graphs: which patterns each must fuse, and which it must not."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_gate_and_up_are_one_linear_and_its_output_is_quantized_where_it_is_made
     p = program(g, ROWS, y)
     assert kinds(p) == ["quantize", "linear", "linear"]
     assert p.ops[1].ints["gated"] == [1]
-    assert p.ops[1].outputs[0] == -1, "nobody wants the gated product as floats"
+    assert p.ops[1].outputs[0] == -1, "no operation reads the gated product as floats"
     assert p.ops[2].inputs[3] == p.inputs["x"], "the residual is added by the last linear"
 
 
@@ -172,7 +172,7 @@ def test_an_output_of_the_graph_keeps_its_own_linear():
     assert kinds(p) == ["quantize", "linear", "binary"]
 
 
-def test_a_fused_qkv_weight_is_cut_by_rows_not_by_columns_at_run_time():
+def test_a_fused_qkv_weight_is_split_by_rows_before_run_time():
     g = Builder()
     qkv = g("Add", quantized(g, "x", "q8", n=96), RNG.standard_normal(96).astype(np.float32))
     heads = g("Reshape", qkv, np.array([0, 0, 4, 24]))
@@ -197,7 +197,7 @@ def test_embedding_factor_and_tied_head_use_one_packed_matrix():
 # -- norms and activations --------------------------------------------------------------------------------------------
 
 
-def rms_by_hand(g, x, variant):
+def decomposed_rms_norm(g, x, variant):
     mean = g("ReduceMean", g("Pow", x, 2.0) if variant == "pow" else g("Mul", x, x), np.array([-1]))
     shifted = g("Add", mean, 1e-6)
     if variant == "pow":
@@ -206,16 +206,16 @@ def rms_by_hand(g, x, variant):
 
 
 @pytest.mark.parametrize("variant", ["pow", "div", "rsqrt"])
-def test_a_norm_in_small_steps_is_one_norm(variant):
+def test_a_decomposed_rms_norm_is_one_norm(variant):
     g = Builder()
-    y = g("Mul", g.value(np.ones(64, np.float32)), rms_by_hand(g, "x", variant))
+    y = g("Mul", g.value(np.ones(64, np.float32)), decomposed_rms_norm(g, "x", variant))
     p = program(g, ROWS, y)
     assert kinds(p) == ["norm"]
-    assert p.ops[0].ints["layer"] == [0]
+    assert p.ops[0].names["kind"] == ["rms"]
     assert p.ops[0].inputs[1] >= 0
 
 
-def test_a_layer_norm_in_small_steps_is_one_norm():
+def test_a_decomposed_layer_norm_is_one_norm():
     g = Builder()
     centred = g("Sub", "x", g("ReduceMean", "x", np.array([-1])))
     variance = g("ReduceMean", g("Mul", centred, centred), np.array([-1]))
@@ -223,7 +223,7 @@ def test_a_layer_norm_in_small_steps_is_one_norm():
     y = g("Add", g("Mul", y, np.ones(64, np.float32)), np.zeros(64, np.float32))
     p = program(g, ROWS, y)
     assert kinds(p) == ["norm"]
-    assert p.ops[0].ints["layer"] == [1]
+    assert p.ops[0].names["kind"] == ["layer"]
 
 
 def test_the_mean_of_another_axis_is_no_norm():
@@ -233,7 +233,7 @@ def test_the_mean_of_another_axis_is_no_norm():
     assert "norm" not in kinds(program(g, ROWS, y))
 
 
-def spell(g, name, x):
+def decomposed(g, name, x):
     if name == "silu":
         return g("Mul", g("Sigmoid", x), x)
     if name == "quick_gelu":
@@ -247,14 +247,14 @@ def spell(g, name, x):
 
 
 @pytest.mark.parametrize("name", ["silu", "quick_gelu", "gelu", "gelu_tanh", "relu2"])
-def test_an_activation_in_small_steps_is_one_operation(name):
+def test_a_decomposed_activation_is_one_operation(name):
     g = Builder()
-    p = program(g, ROWS, spell(g, name, "x"))
+    p = program(g, ROWS, decomposed(g, name, "x"))
     assert kinds(p) == ["unary"]
     assert p.ops[0].note == name
 
 
-def test_what_only_looks_like_an_activation_stays_as_it_is():
+def test_a_function_that_is_almost_an_activation_is_not_fused():
     g = Builder()
     y = g("Mul", "x", g("Sigmoid", g("Mul", "x", 1.7)))  # not 1.702
     assert kinds(program(g, ROWS, y)) == ["binary", "unary", "binary"]
@@ -266,7 +266,7 @@ def test_equal_computations_are_done_once():
     assert kinds(program(g, ROWS, y)) == ["binary", "unary", "binary"]
 
 
-def test_what_nobody_reads_and_what_is_constant_costs_nothing():
+def test_unused_and_constant_nodes_are_not_computed():
     g = Builder()
     g("Exp", "x")
     y = g("Add", "x", g("Sqrt", g("Add", np.full(64, 3, np.float32), 1.0)))
@@ -286,7 +286,7 @@ def last_rows(g, x):
     return g("Slice", x, start, np.array([INT64_MAX]), np.array([1]))
 
 
-def test_only_the_kept_rows_go_through_what_follows():
+def test_only_the_kept_rows_are_computed_after_keep():
     g = Builder()
     y = quantized(g, last_rows(g, "x"), "q8", n=48)
     p = program(g, {**ROWS, **KEEP}, y)
@@ -295,7 +295,7 @@ def test_only_the_kept_rows_go_through_what_follows():
     assert p.row_local
 
 
-def test_rows_are_kept_as_early_as_the_last_attention():
+def test_keep_moves_up_to_the_last_attention():
     g = Builder()
     y, key, value = decoder_layer(g)
     p = program(g, {**LM, **KEEP}, quantized(g, last_rows(g, y), "q8"), key, value)
@@ -307,11 +307,11 @@ def test_rows_are_kept_as_early_as_the_last_attention():
 
 
 def rows_that_are_read(g, h):
-    """(what only the last rows of are wanted, all outputs beside it)"""
+    """(a value of which only the last rows are kept, the other outputs)"""
     return g("Relu", h), [h]
 
 
-def rows_that_meet(g, h):
+def rows_that_are_mixed(g, h):
     return g("Sub", h, g("ReduceMax", h, np.array([1]), keepdims=1)), []
 
 
@@ -319,8 +319,8 @@ def rows_of_a_lower_rank(g, h):
     return g("Add", h, g("ReduceSum", h, np.array([0]), keepdims=0)), []
 
 
-@pytest.mark.parametrize("case", [rows_that_are_read, rows_that_meet, rows_of_a_lower_rank])
-def test_rows_that_something_else_needs_are_computed_first(case):
+@pytest.mark.parametrize("case", [rows_that_are_read, rows_that_are_mixed, rows_of_a_lower_rank])
+def test_rows_with_another_reader_are_computed_before_keep(case):
     g = Builder()
     h = g("Exp", "x")
     y, others = case(g, h)

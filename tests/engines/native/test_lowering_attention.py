@@ -1,4 +1,4 @@
-"""Attention from graph to program: caches, masks and rotations, as one node and in small steps."""
+"""Attention from graph to program: caches, masks and rotations, as operators and in decomposed forms."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from support.decoder_graphs import (
     Builder,
     F,
     decoder_layer,
+    decomposed_attention,
     heads,
     kinds,
     partial,
     program,
     quantized,
-    spelled_attention,
+    quarter_rotation,
     table,
-    turned,
     window_mask,
 )
 
@@ -41,7 +41,7 @@ def test_head_norms_before_the_rotation_are_folded():
     g = Builder()
     p = program(g, LM, *decoder_layer(g, norm=True))
     assert kinds(p) == SEVEN
-    assert p.ops[2].ints["q_norm"] == p.ops[2].ints["k_norm"] == [1]
+    assert p.ops[2].names["q_norm"] == p.ops[2].names["k_norm"] == ["rms"]
 
 
 def test_partial_rotation_is_folded():
@@ -71,27 +71,27 @@ def test_a_mask_that_is_no_window_is_given_to_the_kernel():
     assert not p.row_local, "a mask of positions is of one state only"
 
 
-def test_attention_output_in_heads_stays_right_where_nobody_joins_them():
+def test_attention_output_that_is_not_joined_to_rows_stays_in_heads():
     g = Builder()
     q, k, v = (heads(g, "x", 4) for _ in range(3))
     p = program(g, ROWS, g("Attention", q, k, v))
     assert kinds(p) == ["attend", "transpose"]
 
 
-def test_attention_in_small_steps_with_a_joined_cache_is_one_operation():
-    """softmax(q k^T / 4 + mask) v where k, v = Concat(past, new): the mask's rule, cache and scale are found."""
+def test_decomposed_attention_with_a_joined_cache_is_one_operation():
+    """softmax(q k^T / 4 + mask) v where k, v = Concat(past, new): causality, cache and scale are found."""
     g = Builder()
     q, new_k, new_v = (heads(g, quantized(g, "x", "q8", n=32), 2) for _ in range(3))
     k, v = g("Concat", "pk", new_k, axis=2), g("Concat", "pv", new_v, axis=2)
-    y = spelled_attention(g, q, k, v, g("Where", window_mask(g, op="LessOrEqual"), 0.0, -3e38))
+    y = decomposed_attention(g, q, k, v, g("Where", window_mask(g, op="LessOrEqual"), 0.0, -3e38))
     rows = g("Reshape", g("Transpose", y, perm=[0, 2, 1, 3]), np.array([0, 0, 32]))
     inputs = {n: LM[n] for n in ("x", "pk", "pv")}
-    causal_free = program(g, inputs, rows, k, v)
-    assert "attend" in kinds(causal_free) and "matmul" not in kinds(causal_free)
-    attend = next(op for op in causal_free.ops if op.kind == "attend")
+    p = program(g, inputs, rows, k, v)
+    assert "attend" in kinds(p) and "matmul" not in kinds(p)
+    attend = next(op for op in p.ops if op.kind == "attend")
     assert attend.floats["scale"] == [0.25]
     assert attend.ints["layer"] == [0]
-    assert list(causal_free.outputs) == [rows]
+    assert list(p.outputs) == [rows]
 
 
 def test_a_cache_that_the_graph_reads_itself_is_a_history():
@@ -112,23 +112,23 @@ def test_products_and_sums_of_scalars_are_no_rotation():
     program(g, ROWS, g("Mul", "x", scaled))
 
 
-def test_a_cache_read_in_any_other_form_is_refused_by_name():
+def test_a_cache_input_with_an_unsupported_consumer_is_refused_by_name():
     g = Builder()
     y = g("Add", "x", g("ReduceSum", "past_key_values.0.key", np.array([0, 1, 2, 3]), keepdims=0))
     with pytest.raises(EngineUnavailable, match=r"past_key_values\.0\.key"):
         program(g, {"x": LM["x"], "past_key_values.0.key": LM["pk"]}, y)
 
 
-# -- rotations in small steps -----------------------------------------------------------------------------------------
+# -- decomposed rotations --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_a_rotation_in_small_steps_is_folded_into_attention(interleaved):
+def test_a_decomposed_rotation_is_folded_into_attention(interleaved):
     g = Builder()
     tables = table(g, interleaved)
 
-    def rotate(g, x, n):
-        return g("Add", g("Mul", x, tables[0]), g("Mul", turned(g, x, interleaved), tables[1]))
+    def rotate(g, x):
+        return g("Add", g("Mul", x, tables[0]), g("Mul", quarter_rotation(g, x, interleaved), tables[1]))
 
     inputs = {k: v for k, v in LM.items() if k not in ("cos", "sin")} | {"angle": LM["cos"]}
     p = program(g, inputs, *decoder_layer(g, rotate=rotate))
@@ -140,12 +140,12 @@ def test_a_rotation_in_small_steps_is_folded_into_attention(interleaved):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_a_turn_the_other_way_is_no_rotation(interleaved):
+def test_a_rotation_the_other_way_is_not_folded(interleaved):
     g = Builder()
     tables = table(g, interleaved)
 
-    def rotate(g, x, n):
-        return g("Add", g("Mul", x, tables[0]), g("Mul", turned(g, x, interleaved, wrong=True), tables[1]))
+    def rotate(g, x):
+        return g("Add", g("Mul", x, tables[0]), g("Mul", quarter_rotation(g, x, interleaved, wrong=True), tables[1]))
 
     inputs = {k: v for k, v in LM.items() if k not in ("cos", "sin")} | {"angle": LM["cos"]}
     p = program(g, inputs, *decoder_layer(g, rotate=rotate))

@@ -1,13 +1,13 @@
-"""Exported architectures on the native engine: float with parity, quantized as near as int8 activations allow."""
+"""Exported architectures on the native engine: parity in float; quantized, errors like onnxruntime's int8 kernels."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the workshop half needs torch")
-pytest.importorskip("transformers", reason="the workshop half needs transformers")
-ort = pytest.importorskip("onnxruntime", reason="the witness is onnxruntime")
+torch = pytest.importorskip("torch", reason="the toolchain needs torch")
+pytest.importorskip("transformers", reason="the toolchain needs transformers")
+ort = pytest.importorskip("onnxruntime", reason="the reference is onnxruntime")
 pytest.importorskip("edgeformer._native", reason="the native extension is not built")
 
 from support import architectures
@@ -56,10 +56,10 @@ def steps(engine, cuts):
     return np.concatenate(out, axis=1)
 
 
-def as_near(got, exact, witness):
-    """`got` errs from `exact` at most 1.5 times as much as `witness` does (rms): both round activations to int8, but
+def assert_as_near(got, exact, reference):
+    """`got` errs from `exact` at most 1.5 times as much as `reference` does (rms): both round activations to int8, but
     not the same ones in the same way, and on this few logits the rms itself scatters."""
-    error, allowed = np.sqrt(np.mean((got - exact) ** 2)), np.sqrt(np.mean((witness - exact) ** 2))
+    error, allowed = np.sqrt(np.mean((got - exact) ** 2)), np.sqrt(np.mean((reference - exact) ** 2))
     assert error <= 1.5 * allowed, f"rms error {error:.3g}, onnxruntime's own int8 kernels {allowed:.3g}"
 
 
@@ -82,7 +82,7 @@ def test_quantized_bundles_are_as_near_as_onnxruntimes_int8(name, scheme, bundle
         pytest.skip("q4's form differs from q8's in the integers only; two architectures show it")
     path = bundle(name, scheme)
     engine = NativeEngine.from_bundle(path, threads=2, kv="float32")
-    as_near(steps(engine, (13,)), on_onnxruntime(path, exact=True), on_onnxruntime(path, exact=False))
+    assert_as_near(steps(engine, (13,)), on_onnxruntime(path, exact=True), on_onnxruntime(path, exact=False))
 
 
 @pytest.mark.parametrize("name", architectures.CONFIGS)
@@ -101,18 +101,16 @@ def test_decoders_are_fused_and_their_states_run_together(name, bundle):
 def test_the_comparison_refuses_twice_the_error():
     exact = np.zeros(1000)
     noise = np.random.default_rng(0).standard_normal(1000)
-    as_near(noise, exact, -noise)
+    assert_as_near(noise, exact, -noise)
     with pytest.raises(AssertionError, match="rms error"):
-        as_near(2 * noise, exact, noise)
+        assert_as_near(2 * noise, exact, noise)
 
 
 def test_both_graphs_of_an_encoder_decoder_run(tmp_path):
-    """Cross-attention reads what the encoder made, the decoder's own cache grows, a padding mask hides the end."""
+    """Cross-attention reads the encoder's output, the decoder's own cache grows, a padding mask hides the end."""
     import transformers
 
-    from edgeformer.export.graphs.encoder_decoder import pair_source
-    from edgeformer.export.pair import export_pair
-    from edgeformer.export.progress import Silent
+    from edgeformer.export.sources.hub.encoder_decoder_source import encoder_decoder_source
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 120, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "max_position_embeddings": 64}
@@ -126,9 +124,9 @@ def test_both_graphs_of_an_encoder_decoder_run(tmp_path):
         decoder_start_token_id=1,
         forced_eos_token_id=None,
     )
-    source = pair_source(transformers.BartForConditionalGeneration(config), "tiny", "text-generation")
+    source = encoder_decoder_source(transformers.BartForConditionalGeneration(config), "tiny", "text-generation")
     path = tmp_path / "pair"
-    export_pair(ExportOptions("tiny", path, quantize="none", tokens=0), Silent(), source, "none")
+    export(ExportOptions("tiny", path, quantize="none", tokens=0), traced=source)
 
     def session(name):
         options = ort.SessionOptions()

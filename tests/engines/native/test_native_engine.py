@@ -18,6 +18,7 @@ native = pytest.importorskip("edgeformer._native", reason="the native extension 
 from edgeformer.bundle.bundle import Bundle
 from edgeformer.engines.native import describe
 from edgeformer.engines.native.engine import NativeEngine
+from edgeformer.engines.native.ir import functions
 from edgeformer.errors import EngineUnavailable, InputError
 
 
@@ -114,6 +115,20 @@ def test_every_isa_and_thread_count_gives_the_same_bits(q8):
     assert len(found) == 1
 
 
+def test_split_attention_whose_output_blocks_are_not_those_of_heads_is_quantized(tmp_path, monkeypatch):
+    """A head group's 16 columns are half a block, so the output is quantized after all parts of all heads are merged:
+    here by all threads, since 8 rows over 18 KV chunks are more than one thread merges."""
+    monkeypatch.setattr(tiny, "POSITIONS", 2400)
+    tiny.write_lm(tmp_path / "long", scheme="q8")
+    ids, found = np.random.default_rng(0).integers(0, 90, (1, 2300)), set()
+    for threads in (1, 2, 3):
+        engine = NativeEngine.from_bundle(tmp_path / "long", threads=threads, context=2400)
+        state = engine.new_state()
+        logits(engine, ids[:, :2292], state, logits_to_keep=1)
+        found.add(logits(engine, ids[:, 2292:], state).tobytes())
+    assert len(found) == 1
+
+
 def test_a_prompt_longer_than_one_pass_gives_the_bits_of_its_steps(lm, monkeypatch):
     import edgeformer.engines.native.engine as module
 
@@ -196,7 +211,7 @@ def test_another_batch_size_in_a_state_is_refused(engine):
     ("name", "kv", "why"),
     [("float", "float32", "float"), ("float16", "float32", "float"), ("q8", "int8", "quantized")],
 )
-def test_the_cache_is_as_exact_as_the_weights_unless_it_is_asked_for(name, kv, why, bundles):
+def test_the_cache_type_follows_the_weights_unless_it_is_given(name, kv, why, bundles):
     import edgeformer
 
     other = "int8" if kv == "float32" else "float32"
@@ -208,7 +223,7 @@ def test_the_cache_is_as_exact_as_the_weights_unless_it_is_asked_for(name, kv, w
     assert f"{other} cache: asked for" in str(found[other].explain())
 
 
-def test_a_model_without_a_cache_says_nothing_of_one(bundles):
+def test_a_model_without_a_cache_does_not_mention_one(bundles):
     import edgeformer
 
     assert "cache" not in str(edgeformer.load(bundles / "forecast", "native").explain())
@@ -271,6 +286,38 @@ def test_memory_is_predicted(engine):
     state = engine.new_state()
     logits(engine, np.zeros((1, 100), np.int64), state)
     assert state.nbytes <= small.kv
+
+
+def test_programs_use_the_names_of_the_extension():
+    """A program carries names, and csrc/program/names.h maps them: the lists of both languages are the same."""
+    from edgeformer.engines.native.ir.weight import WEIGHT_TYPES
+    from edgeformer.engines.native.program import emit
+    from edgeformer.engines.native.program.program import LANES
+
+    mine = {
+        "unary": functions.UNARY_FUNCTIONS,
+        "binary": tuple(emit.ELEMENTWISE.values()),
+        "pointwise": functions.POINTWISE_FUNCTIONS,
+        "reduce": emit.REDUCTIONS,
+        "scatter": emit.SCATTERS,
+        "weight": WEIGHT_TYPES,
+    }
+    assert {kind: set(native.NAMES[kind]) for kind in mine} == {kind: set(names) for kind, names in mine.items()}
+    assert native.LANES == LANES
+
+
+@pytest.mark.parametrize("part", ["slots", "weights", "ops", "functions"])
+def test_an_unknown_name_in_a_program_is_refused(part, q8):
+    from edgeformer.engines.native.program.executable import load_executable
+
+    program = load_executable(q8 / "model.onnx").program
+    if part == "functions":
+        next(op for op in program["ops"] if op["kind"] == "linear")["names"]["activation"][0] = "frob"
+    else:
+        key = {"slots": "dtype", "weights": "type", "ops": "kind"}[part]
+        program[part][0] = program[part][0] | {key: "frob"}
+    with pytest.raises(EngineUnavailable, match="'frob', which this build does not know"):
+        native.Engine(program, 1, "", "int8", 64, 64)
 
 
 def test_the_program_is_described(q8):

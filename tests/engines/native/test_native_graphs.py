@@ -1,4 +1,4 @@
-"""Small decoder graphs in many spellings, run in steps by the native engine, against onnx's evaluator at once."""
+"""Small decoder graphs in fused and decomposed forms: steps of the native engine against one run of onnx's."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ LM, Builder = decoder_graphs.LM, decoder_graphs.Builder
 ROWS, BATCH = 11, 2
 
 
-def float_linear(g, x, scheme, n=48, k=64, block=32):
+def float_linear(g, x, _scheme="", n=48, k=64):
+    """Instead of `decoder_graphs.quantized`: x @ W with float weights."""
     return g("MatMul", x, (np.random.default_rng(len(g.nodes)).standard_normal((k, n)) / np.sqrt(k)).astype(np.float32))
 
 
-def rotate_half(g, x, n):
+def rotate_half(g, x):
     cos, sin = decoder_graphs.table(g, False)
-    return g("Add", g("Mul", x, cos), g("Mul", decoder_graphs.turned(g, x, False), sin))
+    return g("Add", g("Mul", x, cos), g("Mul", decoder_graphs.quarter_rotation(g, x, False), sin))
 
 
-def rotate_pairs(g, x, n):
+def rotate_pairs(g, x):
     cos, sin = decoder_graphs.table(g, True)
-    return g("Add", g("Mul", x, cos), g("Mul", decoder_graphs.turned(g, x, True), sin))
+    return g("Add", g("Mul", x, cos), g("Mul", decoder_graphs.quarter_rotation(g, x, True), sin))
 
 
 def layer(**options):
@@ -39,16 +40,16 @@ def layer(**options):
     return make
 
 
-def spelled(causal):
+def decomposed(causal):
     def make(g):
-        q, new_k, new_v = (decoder_graphs.heads(g, float_linear(g, "x", "", n=32), 2) for _ in range(3))
+        q, new_k, new_v = (decoder_graphs.heads(g, float_linear(g, "x", n=32), 2) for _ in range(3))
         k, v = g("Concat", "pk", new_k, axis=2), g("Concat", "pv", new_v, axis=2)
         mask = (
             g("Where", decoder_graphs.window_mask(g, window=0, swap=True, op="LessOrEqual"), 0.0, -3e38)
             if causal
             else None
         )
-        y = decoder_graphs.spelled_attention(g, q, k, v, mask)
+        y = decoder_graphs.decomposed_attention(g, q, k, v, mask)
         return g("Reshape", g("Transpose", y, perm=[0, 2, 1, 3]), np.array([0, 0, 32])), k, v
 
     return make
@@ -56,8 +57,8 @@ def spelled(causal):
 
 def shared_history(g):
     """A second Attention on the first one's keys and values, and a sum of the keys: the joined tensors are read."""
-    q, q2 = (decoder_graphs.heads(g, float_linear(g, "x", "", n=64), 4) for _ in range(2))
-    k, v = (decoder_graphs.heads(g, float_linear(g, "x", "", n=32), 2) for _ in range(2))
+    q, q2 = (decoder_graphs.heads(g, float_linear(g, "x", n=64), 4) for _ in range(2))
+    k, v = (decoder_graphs.heads(g, float_linear(g, "x", n=32), 2) for _ in range(2))
     y, key, value = g("Attention", q, k, v, "", "pk", "pv", outputs=3, is_causal=1)
     seen = decoder_graphs.window_mask(g, window=0, swap=True, op="LessOrEqual")
     second = g("Attention", q2, key, value, seen)
@@ -70,12 +71,12 @@ CASES = {
     "scale_and_softcap": layer(scale=0.1, softcap=3.0),
     "head_norms": layer(norm=True),
     "partial_rotation": layer(rotate=decoder_graphs.partial),
-    "interleaved_operator": layer(rotate=lambda g, x, n: g("RotaryEmbedding", x, "cos", "sin", interleaved=1)),
-    "spelled_rotation": layer(rotate=rotate_half),
-    "spelled_interleaved_rotation": layer(rotate=rotate_pairs),
+    "interleaved_operator": layer(rotate=lambda g, x: g("RotaryEmbedding", x, "cos", "sin", interleaved=1)),
+    "decomposed_rotation": layer(rotate=rotate_half),
+    "decomposed_interleaved_rotation": layer(rotate=rotate_pairs),
     "window": layer(mask=lambda g: decoder_graphs.window_mask(g, window=3)),
     "mask_that_is_no_window": layer(mask=lambda g: decoder_graphs.window_mask(g, window=-1, swap=True)),
-    "spelled_attention": spelled(causal=True),
+    "decomposed_attention": decomposed(causal=True),
     "shared_history": shared_history,
 }
 
@@ -113,7 +114,7 @@ def test_steps_agree_with_onnx_at_once(case, tmp_path, monkeypatch):
         np.testing.assert_allclose(got, expected, atol=80 * 2**-24 * np.ptp(expected))
 
 
-def test_the_comparison_sees_a_window_that_is_one_too_wide(tmp_path, monkeypatch):
+def test_the_comparison_sees_a_window_that_is_one_too_wide(monkeypatch):
     monkeypatch.setattr(decoder_graphs, "quantized", float_linear)
     results = []
     for window in (3, 4):
@@ -129,7 +130,7 @@ def test_the_comparison_sees_a_window_that_is_one_too_wide(tmp_path, monkeypatch
 
 
 def test_eight_bits_with_a_minimum_run_as_two_products(tmp_path):
-    """Five-bit GGUF weights: INT8 q - 16 with a float minimum a block, said as a second product on block sums."""
+    """Five-bit GGUF weights: INT8 q - 16 with a float minimum a block, as a second product on block sums."""
     g = Builder()
     rng = np.random.default_rng(0)
     q = rng.integers(-16, 16, (48, 64)).astype(np.int8)

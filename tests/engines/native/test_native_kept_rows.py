@@ -25,7 +25,7 @@ def last(g, x):
 
 
 def heads(g, x, *shape):
-    """x as [batch, sequence, *shape], its first axis of heads reversed: Keep does not move up past that."""
+    """x as [batch, sequence, *shape], its first axis of heads reversed: Keep does not move up past the reversal."""
     split = g("Reshape", x, np.array([0, 0, *shape]))
     return g("Slice", split, np.array([-1]), np.array([-99]), np.array([2]), np.array([-1]))
 
@@ -34,13 +34,13 @@ def flat(g, x):
     return g("Reshape", x, np.array([0, 0, 64]))
 
 
-# name -> the kept rows of some value. Keep moves up through row-wise operations, so that it meets values with heads.
+# name -> the kept rows of a value. Keep moves up through row-wise operations, so it is applied to values with heads.
 CASES = {
     "one_row_a_token": lambda g: last(g, g("Exp", "x")),
     "heads": lambda g: last(g, heads(g, "x", 4, 16)),
     "heads_in_groups": lambda g: last(g, heads(g, "x", 2, 2, 16)),
     "joined_heads": lambda g: last(g, flat(g, g("Tanh", heads(g, "x", 4, 16)))),
-    # what made XGLM and DiffLlama wrong: attention in small steps ends in a Transpose that has heads
+    # a former error with XGLM and DiffLlama: decomposed attention ends in a Transpose that has heads
     "transposed_heads": lambda g: last(g, flat(g, g("Transpose", heads(g, "x", 4, 16), perm=[0, 1, 3, 2]))),
     "norm_of_each_head": lambda g: last(
         g, flat(g, g("RMSNormalization", heads(g, "x", 4, 16), np.ones(16, np.float32), epsilon=1e-6))
@@ -50,7 +50,7 @@ CASES = {
         g, g("Add", "x", flat(g, g("Mul", heads(g, "x", 4, 16), heads(g, g("Tanh", "x"), 4, 16))))
     ),
     "token_ids": lambda g: g("Cast", last(g, "ids"), to=F),
-    "a_table_of_positions": lambda g: last(g, g("Neg", "table")),  # no rows of tokens: axis 0 is 1
+    "a_table_of_positions": lambda g: last(g, g("Neg", "table")),  # its rows are not tokens: axis 0 is 1
 }
 
 

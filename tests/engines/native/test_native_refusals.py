@@ -1,4 +1,4 @@
-"""Graphs that the native engine has no kernel for, and inputs that do not fit: refused, and each by its name."""
+"""Unsupported graphs and wrong inputs are refused, and the error names each."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_form_without_a_kernel_is_refused_by_name(case, tmp_path):
         NativeEngine.from_bundle(tmp_path / "m.onnx")
 
 
-def test_a_norm_that_also_gives_its_mean_is_refused(tmp_path):
+def test_a_norm_with_a_second_output_is_refused(tmp_path):
     nodes = [helper.make_node("LayerNormalization", ["x", "w"], ["y", "mean"])]
     model = model_of(nodes, XS, {"y": np.float32, "mean": np.float32}, {"w": POSITIVE[0, 0]})
     onnx.save(model, tmp_path / "m.onnx")

@@ -102,7 +102,8 @@ def test_peak_memory_is_the_weights_the_cache_and_little_more(bundle):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_the_second_process_maps_its_weights(bundle, cache_folder):
+@pytest.mark.usefixtures("cache_folder")
+def test_the_second_process_maps_its_weights(bundle):
     """Memory that is a process's own holds no weights then, and what it computes is the same."""
     code = f"""
         import json, re

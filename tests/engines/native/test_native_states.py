@@ -1,4 +1,4 @@
-"""States of the native engine: what they hold, forks, bytes, threads and forked processes."""
+"""States of the native engine: length, forks, bytes, threads and forked processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def engine(q8):
     return NativeEngine.from_bundle(q8, threads=2)
 
 
-def test_a_fork_and_its_source_never_meet(engine):
+def test_a_fork_and_its_source_are_independent(engine):
     state = engine.new_state()
     logits(engine, IDS[:, :6], state)
     copy = state.fork()
@@ -46,7 +46,7 @@ def test_truncate_forgets(engine):
             state.truncate(wrong)
 
 
-def test_a_state_goes_through_bytes(engine, q8, lm):
+def test_a_state_is_restored_from_bytes(engine, q8, lm):
     state = engine.new_state()
     logits(engine, IDS[:, :6], state)
     data = state.to_bytes()
@@ -78,7 +78,7 @@ def test_one_state_twice_in_a_batch_is_refused(engine):
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("pasts", [(0,), (1,), (7,), (1, 4, 7)], ids=str)
 def test_a_prompt_goes_on_at_any_position_with_any_number_of_threads(q8, pasts, threads):
-    """Two tokens share bytes of the int8 cache, and threads that divide the new ones must not divide such a pair."""
+    """Two tokens share bytes of the int8 cache, and two threads must not write one such pair."""
     rng = np.random.default_rng(len(pasts))
     starts = [rng.integers(0, 90, (1, past)) for past in pasts]
     ids = [rng.integers(0, 90, (1, 90 + i)) for i in range(len(pasts))]  # 90, 91, 92: sequences begin at odd rows too
@@ -96,7 +96,7 @@ def test_a_prompt_goes_on_at_any_position_with_any_number_of_threads(q8, pasts, 
     assert [int((run(engine) != expected).any(-1).sum()) for _ in range(20)] == [0] * 20
 
 
-def test_threads_with_states_of_their_own_do_not_meet(engine):
+def test_threads_with_separate_states_are_independent(engine):
     ids = np.random.default_rng(0).integers(0, 90, (1, 50))
     expected, wrong = logits(engine, ids), []
 
@@ -114,7 +114,7 @@ def test_threads_with_states_of_their_own_do_not_meet(engine):
 
 
 def test_one_state_in_two_threads_raises(engine):
-    """One thread computes without pause; whoever touches its state meanwhile is told so, and harms nothing."""
+    """One thread computes without pause. A call of another thread on its state raises, and changes nothing."""
     ids = np.random.default_rng(0).integers(0, 90, (1, 250))
     expected, state, stop, wrong = logits(engine, ids), engine.new_state(), threading.Event(), []
 
@@ -193,3 +193,12 @@ def test_a_forked_child_works(q8):
         sys.exit(max(codes, key=abs))
     """)
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_the_fingerprint_of_a_bundle_comes_from_its_manifest(engine, q8, lm):
+    """No reading of weights, and the same for a Bundle and its path; a bare graph file has its own."""
+    from edgeformer.bundle.bundle import Bundle
+
+    assert NativeEngine.from_bundle(Bundle.open(q8), threads=1)._fingerprint == engine._fingerprint
+    assert NativeEngine.from_bundle(lm, threads=1)._fingerprint != engine._fingerprint
+    assert NativeEngine.from_bundle(q8 / "model.onnx", threads=1)._fingerprint != engine._fingerprint

@@ -1,4 +1,4 @@
-"""Weights with a scale for 64 or 128 columns: when they are taken as wide blocks, and that the numbers stay right."""
+"""Weights with one scale for 64 or 128 columns: when they are wide blocks, and that the numbers stay right."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def wide(g, x, n, k=256, block=None, scheme=None):
 
 
 class Rounding(graphs.Builder):
-    """Says in ONNX what the engine does to a linear's input: integers up to 127 with a scale for so many columns."""
+    """Rounds a linear's input in ONNX as the engine does: integers up to 127 with one scale for `span` columns."""
 
     def rounded(self, x, k, span):
         parts = self("Reshape", x, np.array([0, 0, k // span, span]))
@@ -35,14 +35,14 @@ class Rounding(graphs.Builder):
 
 
 def feed_forward(g):
-    """Every place where activations are quantized: behind a norm, behind a product's activation, alone."""
+    """Every operation that quantizes its output: a norm, a linear with an activation, `quantize` alone."""
     h = g("RMSNormalization", "x", np.ones(256, np.float32), epsilon=1e-6)
     y = g("Gelu", wide(g, h, 384))
     return g("Add", "x", g("Tanh", wide(g, y, 256, k=384)))
 
 
 def attends(heads):
-    """Attention whose output is quantized, head by head where their columns are whole blocks, or after all of them."""
+    """Attention whose output is quantized: head by head where a head is whole blocks, else after all heads."""
 
     def make(g):
         q, k, v = (
@@ -100,7 +100,7 @@ def test_an_input_is_quantized_in_one_way_for_all_its_linears(tmp_path):
 
 
 @pytest.mark.parametrize(("scheme", "k"), [("q8", 192), ("q4", 96)])
-def test_columns_that_are_no_whole_blocks_stay_blocks_of_32(tmp_path, scheme, k):
+def test_columns_that_are_not_whole_blocks_keep_blocks_of_32(tmp_path, scheme, k):
     g = graphs.Builder()
     g.scheme = scheme
     onnx.save(g.model({"x": (graphs.F, ["batch", "sequence", k])}, [wide(g, "x", 48, k=k)]), tmp_path / "m.onnx")
@@ -112,8 +112,8 @@ def test_a_table_that_a_head_shares_is_packed_once(tmp_path):
     q = g.value(rng.integers(-127, 128, (40, 128)).astype(np.int8))
     scale = g.value(graphs.fp16(rng.uniform(0.001, 0.01, (40, 1))))
     x = g("DequantizeLinear", g("Gather", q, "ids"), g("Gather", scale, "ids"), axis=-1, block_size=128)
-    turned = [g("Transpose", part, perm=[1, 0]) for part in (q, scale)]
-    y = g("MatMul", g("Tanh", x), g("DequantizeLinear", *turned, axis=0, block_size=128))
+    transposed = [g("Transpose", part, perm=[1, 0]) for part in (q, scale)]
+    y = g("MatMul", g("Tanh", x), g("DequantizeLinear", *transposed, axis=0, block_size=128))
     model = g.model({"ids": (graphs.I64, ["batch", "sequence"])}, [y])
     onnx.save(model, tmp_path / "m.onnx")
     e = NativeEngine.from_bundle(tmp_path / "m.onnx", threads=1)
@@ -132,7 +132,7 @@ def test_a_table_that_a_head_shares_is_packed_once(tmp_path):
 @pytest.mark.parametrize("scheme", ["q4", "q8"])
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 @pytest.mark.parametrize("isa", native.isas())
-def test_rows_have_the_same_bits_on_every_isa_and_in_every_company(tmp_path, make, scheme, isa):
+def test_rows_have_the_same_bits_on_every_isa_and_in_every_batch(tmp_path, make, scheme, isa):
     e = engine(tmp_path, make, scheme, isa=isa)
     assert set(types(e)) == {TYPES[scheme]}
     reference = NativeEngine.from_bundle(tmp_path / "model.onnx", threads=1, isa="scalar")
@@ -146,7 +146,7 @@ def test_rows_have_the_same_bits_on_every_isa_and_in_every_company(tmp_path, mak
 
 @pytest.mark.parametrize("scheme", ["q4", "q8"])
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-def test_the_numbers_are_those_of_rounded_activations(tmp_path, make, scheme):
+def test_the_result_is_that_of_rounded_activations(tmp_path, make, scheme):
     e = engine(tmp_path, make, scheme, kv="float32")
     x = sample(3, 31)
     (found,) = run(e, x)

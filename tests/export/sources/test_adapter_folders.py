@@ -29,7 +29,7 @@ from edgeformer.export.sources.load import load_source
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """Where base models are made once."""
+    """The folder of the base models, made once."""
     return tmp_path_factory.mktemp("adapters")
 
 
@@ -59,7 +59,7 @@ def resized(work, name, rows, save=True, **options):
 @pytest.mark.parametrize(
     "options", [{}, {"modules_to_save": ["embed_tokens", "lm_head"]}, {"trainable_token_indices": [64, 65, 66]}]
 )
-def test_added_tokens_get_the_rows_that_were_trained(options, work, tmp_path):
+def test_added_tokens_get_the_rows_that_were_trained(options, work):
     trained = resized(work, f"resized-{len(options)}-{next(iter(options), '')}", 67, **options)
     source = source_of(trained)
     with torch.no_grad():
@@ -69,19 +69,19 @@ def test_added_tokens_get_the_rows_that_were_trained(options, work, tmp_path):
     assert "67 rows as in the adapter" in source.notes[0]
 
 
-def test_rows_that_are_nowhere_are_refused(work):
+def test_missing_embedding_rows_are_refused(work):
     trained = resized(work, "lost-rows", 67, save=False, trainable_token_indices=[64, 65, 66])
     with pytest.raises(ExportError):
         source_of(trained)
 
 
-def test_a_tokenizer_of_more_tokens_than_rows_is_refused(lora):
+def test_a_tokenizer_with_more_tokens_than_rows_is_refused(lora):
     tiny.tokenizer(lora.folder)
     with pytest.raises(ExportError, match=r"with id 3\d\d, and the model has 64 embeddings.*save_embedding_layers"):
         source_of(lora)
 
 
-def test_texts_in_the_adapters_folder_win(work, tmp_path):
+def test_the_tokenizer_in_the_adapters_folder_replaces_the_bases(work):
     tiny.tokenizer(base_folder("tied", work))
     trained = resized(work, "texts", 330)
     tiny.tokenizer(trained.folder)
@@ -98,28 +98,28 @@ def test_texts_in_the_adapters_folder_win(work, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["modules.json", "preprocessor_config.json"])
-def test_processing_that_is_not_the_bases_is_refused(name, lora):
-    """A folder of sentence-transformers, say, with another pooling than the base's."""
+def test_preprocessing_that_differs_from_the_bases_is_refused(name, lora):
+    """For example a sentence-transformers folder with another pooling than the base's."""
     (lora.folder / name).write_text('{"a": 1}')
-    with pytest.raises(ExportError, match=f"has a {name} of its own, which is not the base's"):
+    with pytest.raises(ExportError, match=f"has a {name} that differs from the base's"):
         source_of(lora)
-    if name != "modules.json":  # the base would be another model with it
+    if name != "modules.json":  # with it the base would be another model
         (lora.base / name).write_text('{ "a": 1 }')
         source_of(lora)
 
 
-def test_what_is_odd_about_the_folder_is_told(lora, work):
+def test_unusual_files_in_the_folder_are_noted(lora, work):
     train(Try(), work, "beside")
     edit(lora.folder, {"base_model_name_or_path": "someone/larger-model"})
     (work / "beside").rename(lora.folder / "second")
     (lora.folder / "config.json").write_text("{}")
     source = source_of(lora)
     assert any("trained on someone/larger-model; it was merged into folder base-llama" in n for n in source.notes)
-    assert any("more adapters in second; they are not merged" in note for note in source.notes)
+    assert any("other adapters in second; they are not merged" in note for note in source.notes)
     assert any("config.json in the adapter's folder is not read" in note for note in source.notes)
 
 
-def test_an_untrained_adapter_is_told(lora):
+def test_an_untrained_adapter_is_noted(lora):
     rewrite(lora.folder, lambda t: t.update({n: torch.zeros_like(v) for n, v in t.items() if "lora_B" in n}))
     assert any("changes no output" in note for note in source_of(lora).notes)
 
@@ -133,7 +133,7 @@ def test_blocks_of_a_gguf_file_are_not_kept(lora):
 
 
 def test_ids_stay_below_what_the_head_scores(lora):
-    """An embedding may have more rows than the head, and an adapter changes nothing about it."""
+    """An embedding may have more rows than the head, with an adapter too."""
     with quiet():
         model = load(lora.base)
         rows, width = model.lm_head.weight.shape
@@ -142,8 +142,8 @@ def test_ids_stay_below_what_the_head_scores(lora):
     assert source.inputs[0].high == rows - 4
 
 
-def test_an_adapters_rules_of_generation_are_read_as_the_bases_are(lora):
-    """transformers asks no other file for an end that generation_config.json does not name."""
+def test_an_adapters_generation_config_is_read_like_the_bases(lora):
+    """transformers reads no other file for an EOS token that generation_config.json does not have."""
     tf.GenerationConfig(do_sample=True, top_k=7).save_pretrained(lora.folder)
     given = source_of(lora).generation_config
     assert given["top_k"] == 7
@@ -151,7 +151,7 @@ def test_an_adapters_rules_of_generation_are_read_as_the_bases_are(lora):
 
 
 def trained_head(kind, config, options, place, **feeds):
-    """(base folder, adapter folder, the outputs of PEFT's model) of a model that is no language model."""
+    """(base folder, adapter folder, outputs of PEFT's model) of a model that is not a language model."""
     torch.manual_seed(0)
     with quiet():
         base = kind(config).eval()
@@ -172,7 +172,7 @@ BERT = {
 }  # fmt: skip
 
 
-def test_a_trained_classifier_head_comes_along(tmp_path):
+def test_a_trained_classifier_head_is_exported(tmp_path):
     feeds = {"input_ids": torch.tensor([IDS]), "attention_mask": torch.ones(1, len(IDS), dtype=torch.int64)}
     options = {"target_modules": ["query"], "task_type": "SEQ_CLS"}
     config = tf.BertConfig(**BERT)
@@ -186,7 +186,7 @@ def test_a_trained_classifier_head_comes_along(tmp_path):
         load_source(ExportOptions(str(tmp_path / "two"), tmp_path / "b", adapter=tmp_path / "adapter"))
 
 
-def test_an_encoder_decoder_has_it_in_both_graphs(tmp_path):
+def test_an_encoder_decoder_has_the_adapter_in_both_graphs(tmp_path):
     sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
     config = tf.T5Config(**sizes, decoder_start_token_id=0)
     feeds = {"input_ids": torch.tensor([IDS]), "decoder_input_ids": torch.tensor([[0, 4, 9]])}

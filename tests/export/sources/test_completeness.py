@@ -1,4 +1,4 @@
-"""Every weight of the model comes from the source, and every weight of the source is used; or the export stops."""
+"""Every weight of the model comes from the source and every weight of the source is used, or the export stops."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import sys
 import pytest
 from support import tiny
 
-torch = pytest.importorskip("torch", reason="the workshop half needs torch")
-transformers = pytest.importorskip("transformers", reason="the workshop half needs transformers")
+torch = pytest.importorskip("torch", reason="the toolchain needs torch")
+transformers = pytest.importorskip("transformers", reason="the toolchain needs transformers")
 
 from bench.sources import _hub_checkpoints as hub
-from bench.sources import _own_checkpoints as own
+from bench.sources import _user_checkpoints as user
 from edgeformer.errors import ExportError
 from edgeformer.export import ExportOptions
 from edgeformer.export.sources.load import load_source
 
-HUB, OWN = list(hub.situations()), list(own.situations())
+HUB, OWN = list(hub.situations()), list(user.situations())
 
 
 @pytest.mark.parametrize("situation", HUB, ids=[s.name for s in HUB])
-def test_a_model_folder_loads_whole_or_is_refused_by_name(situation, tmp_path):
+def test_a_model_folder_loads_completely_or_is_refused_by_name(situation, tmp_path):
     check(situation, tmp_path)
 
 
 @pytest.mark.parametrize("situation", OWN, ids=[s.name for s in OWN])
-def test_a_checkpoint_of_a_training_loop_loads_whole_or_is_refused_by_name(situation, tmp_path):
+def test_a_checkpoint_of_a_training_loop_loads_completely_or_is_refused_by_name(situation, tmp_path):
     check(situation, tmp_path)
 
 
@@ -50,7 +50,7 @@ HUB_CACHE = """
 import sys
 from edgeformer.errors import ExportError
 from edgeformer.export import ExportOptions
-from edgeformer.export.sources import load_source
+from edgeformer.export.sources.load import load_source
 
 for name in ("tiny/whole", "tiny/sharded", "tiny/headless", "tiny/nothing"):
     try:
@@ -61,7 +61,7 @@ for name in ("tiny/whole", "tiny/sharded", "tiny/headless", "tiny/nothing"):
 
 
 def test_a_model_of_the_hub_is_checked_as_a_folder_is(tmp_path):
-    """The hub's cache, written as the hub's own client lays it out; read in a process that knows no other."""
+    """Uses a hub cache in the layout of the hub's client, in a process with no other cache."""
     for name, keep, more in (
         ("whole", "", {}),
         ("sharded", "", hub.SHARDS),
@@ -82,11 +82,11 @@ def test_a_model_of_the_hub_is_checked_as_a_folder_is(tmp_path):
     whole, sharded, headless, nothing = done.stdout.splitlines()
     assert (whole, sharded) == ("tiny/whole 21", "tiny/sharded 21")
     assert "1 tensor of LlamaForCausalLM is not in it" in headless
-    assert "the hub could not give it" in nothing
+    assert "the hub did not return it" in nothing
 
 
 class Versioned(torch.nn.Linear):
-    """Its first version stored weights with the other sign."""
+    """A module whose version 1 stored weights with the opposite sign."""
 
     _version = 2
 
@@ -97,19 +97,19 @@ class Versioned(torch.nn.Linear):
 
 
 def test_the_versions_of_modules_are_kept(tmp_path):
-    """torch.save keeps them beside a state_dict, and modules read older layouts by them."""
-    from edgeformer.export.sources.user.user_weights import load_weights
+    """torch.save stores them with a state_dict; modules need them to read older layouts."""
+    from edgeformer.export.sources.user.user_weights import load_user_weights
 
     right, module = Versioned(3, 4), Versioned(3, 4)
     torch.save(right.state_dict(), tmp_path / "w.pt")
-    load_weights(module, tmp_path / "w.pt")
+    load_user_weights(module, tmp_path / "w.pt")
     same_tensors(module, right)
 
 
 @pytest.mark.parametrize("option", ["weights", "input", "allow_missing"])
-def test_an_option_that_a_source_has_no_use_for_is_refused(option, tmp_path):
+def test_an_option_for_another_kind_of_source_is_refused(option, tmp_path):
     if option == "allow_missing":
-        (tmp_path / "own.py").write_text(own.SOURCE)
+        (tmp_path / "own.py").write_text(user.SOURCE)
         options = {"source": f"{tmp_path / 'own.py'}:make", "allow_missing": ("x.*",)}
     else:
         options = {
@@ -121,7 +121,7 @@ def test_an_option_that_a_source_has_no_use_for_is_refused(option, tmp_path):
 
 
 def test_a_bundle_of_stripped_names_has_the_numbers_of_the_model(tmp_path):
-    """From the trainer's file to the bundle's logits, and its manifest says what was done."""
+    """Compares the bundle's logits with the model's; the manifest notes the removed prefix."""
     import edgeformer
     from edgeformer.export import export
 
@@ -136,8 +136,8 @@ def test_a_bundle_of_stripped_names_has_the_numbers_of_the_model(tmp_path):
     assert abs(found - expected[:, -found.shape[1] :]).max() < 1e-5 * abs(expected).max()  # as parity.TOLERANCE
 
 
-def test_a_head_of_its_own_stays_so_in_the_bundle(tmp_path):
-    """The config ties it, the file does not: the bundle has the file's numbers, and its config says so."""
+def test_an_untied_head_stays_untied_in_the_bundle(tmp_path):
+    """The config ties it, the file does not: the bundle has the file's values, and its config is untied."""
     from edgeformer.export import export
 
     name = hub.saved(hub.tied, hub._with(lm_head__weight=hub._other_head()))(tmp_path)

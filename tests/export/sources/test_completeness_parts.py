@@ -1,4 +1,4 @@
-"""Weights that a checkpoint may lack: those that nothing reads, and those that an adapter brings."""
+"""Weights that a checkpoint may lack: unread ones, and those that an adapter has."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from edgeformer.errors import ExportError
 from edgeformer.export import ExportOptions
-from edgeformer.export.source import run
+from edgeformer.export.source import pytorch_outputs
 from edgeformer.export.sources.load import load_source
 
 SIZES = {
@@ -29,7 +29,7 @@ MODULES = [
 
 
 def without(folder, prefix):
-    """The checkpoint in `folder` without the tensors whose names begin so."""
+    """Removes the tensors with these name prefixes from the checkpoint in `folder`."""
     path = folder / "model.safetensors"
     state = {name: value for name, value in load_file(path).items() if not name.startswith(prefix)}
     save_file(state, path, metadata={"format": "pt"})
@@ -79,6 +79,7 @@ def test_a_head_may_come_from_the_adapter(tmp_path):
     feeds = {value.name: value.sample({"batch": 2, "sequence": 7}, i) for i, value in enumerate(source.inputs)}
     with torch.no_grad():
         expected = trained(**feeds).logits.numpy()
-    np.testing.assert_allclose(run(source, feeds)["logits"], expected, atol=1e-5)  # merged and unmerged sums
+    found = pytorch_outputs(source, feeds)["logits"]
+    np.testing.assert_allclose(found, expected, atol=1e-5)  # merged and unmerged sums
     with pytest.raises(ExportError, match="classifier"):
         load_source(ExportOptions(str(tmp_path / "base"), tmp_path / "b"))

@@ -1,4 +1,4 @@
-"""GGUF files through the whole export: the bundle's logits against the numpy reference, and what its manifest says."""
+"""GGUF files through the whole export: the bundle's logits against the numpy reference, and its manifest."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from support.gguf_reference import Reference
 import edgeformer
 from edgeformer.errors import ExportError
 from edgeformer.export import ExportOptions, export
-from edgeformer.export.sources.gguf.load import gguf_source
+from edgeformer.export.sources.gguf.gguf_source import gguf_source
 
-# The gate between PyTorch and the graph in float32; the reference is within 2e-5 of PyTorch (test_gguf_settings.py).
+# The gate between PyTorch and the graph in float32; the reference is within 2e-5 of PyTorch (test_gguf_config.py).
 TOLERANCE = 1e-4
 
 
@@ -49,7 +49,7 @@ def test_a_float_bundle_has_the_logits_of_the_reference(arch, tmp_path):
 
 
 def test_shards_give_the_bundle_of_the_whole_file(tmp_path):
-    """The same blocks, and so the same bits."""
+    """Equal blocks give equal bits."""
     values = gguf_files.tensors()
     whole = gguf_files.write(tmp_path / "whole.gguf", gguf_files.keys(), values, kind="Q8_0")
     parts = gguf_files.split(tmp_path, gguf_files.keys(), values, kind="Q8_0")
@@ -77,7 +77,7 @@ def test_a_file_without_blocks_is_quantized_as_a_float_model_and_says_so(tmp_pat
 def test_a_file_of_several_types_keeps_what_it_can_and_names_the_rest(tmp_path):
     values = gguf_files.tensors()
     kinds = {name: "Q8_0" for name, value in values.items() if value.ndim == 2} | {"blk.0.ffn_up.weight": "BF16"}
-    path = gguf_files.write(tmp_path / "m.gguf", gguf_files.keys(), values, kinds=kinds)
+    path = gguf_files.write(tmp_path / "m.gguf", gguf_files.keys(), values, kind=kinds)
     manifest, model = bundle_of(path, tmp_path / "b")
     assert manifest["quantization"]["tensors"]["q8"] >= 15
     assert any("1 BF16 (blk.0.ffn_up.weight)" in note for note in manifest["notes"])

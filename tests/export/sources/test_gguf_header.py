@@ -1,4 +1,4 @@
-"""Headers of GGUF files: the same as the gguf package reads, and every false size refused before it is believed."""
+"""Headers of GGUF files: equal to what the gguf package reads; wrong sizes are refused before they are used."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_flipped_bytes_never_end_in_another_error(plain):
             continue
 
 
-def test_a_key_or_a_tensor_that_stands_twice_is_refused(plain, tmp_path):
+def test_a_duplicate_key_or_tensor_is_refused(plain, tmp_path):
     twice = plain.read_bytes().replace(b"llama.block_count", b"llama.rope.freqxx")  # of equal length
     twice = twice.replace(b"llama.rope.freqxx", b"llama.embedding_l").replace(b"blk.1.attn_norm", b"blk.0.attn_norm")
     (tmp_path / "t.gguf").write_bytes(twice)
@@ -96,7 +96,7 @@ def test_tensors_that_overlap_are_refused(plain):
     first, second = header.tensors[:2]
     raw = bytearray(plain.read_bytes())
     at = raw.index(second.name.encode()) + len(second.name) + 4 + 8 * len(second.shape) + 4
-    raw[at : at + 8] = struct.pack("<Q", 0)  # where the first lies
+    raw[at : at + 8] = struct.pack("<Q", 0)  # the offset of the first
     plain.write_bytes(raw)
     with pytest.raises(ExportError, match="overlap"):
         read_header(plain)

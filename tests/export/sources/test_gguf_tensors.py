@@ -14,13 +14,13 @@ from support.gguf_logits import TOLERANCE, difference
 
 from bench.sources import gguf as sweep
 from edgeformer.errors import ExportError
-from edgeformer.export.sources.gguf.load import gguf_source
+from edgeformer.export.sources.gguf.gguf_source import gguf_source
 
 UNREADABLE = ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64", "Q1_0")
 
 
 @pytest.mark.parametrize("name", sweep.TENSORS)
-def test_a_tensor_beside_the_weights_is_honoured_or_refused(name, tmp_path):
+def test_an_additional_tensor_is_used_or_refused(name, tmp_path):
     row = sweep._tensor(f"tensor {name}", tmp_path)
     assert row.outcome == ("honoured" if "rope" in name else "refused"), row.detail
 
@@ -54,8 +54,8 @@ def test_long_factors_limit_the_bundle_to_the_trained_length(tmp_path):
     assert any("rope_factors_long" in note and "not 256" in note for note in source.notes)
 
 
-def test_a_head_of_its_own_is_not_taken_for_the_table(tmp_path):
-    """A structure that has none refuses it; one that may have either takes what the file has."""
+def test_an_untied_head_is_not_replaced_by_the_embedding(tmp_path):
+    """An architecture without one refuses it; one with an optional head uses it."""
     for arch, values in (("gemma2", gguf_files.tensors("gemma2")), ("qwen2", gguf_files.tensors("qwen2"))):
         values["output.weight"] = values["token_embd.weight"][::-1].copy()
         path = gguf_files.write(tmp_path / "m.gguf", gguf_files.keys(arch), values, arch)

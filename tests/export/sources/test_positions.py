@@ -1,4 +1,4 @@
-"""How many tokens fit a model: what its tables of positions hold, not what its config says."""
+"""The longest text of a model: counted from its tables of positions, not read from its config."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import transformers as tf
 import edgeformer
 from edgeformer.errors import InputError
 from edgeformer.export import ExportOptions, export
-from edgeformer.export.positions import learned_positions
 from edgeformer.export.sources.hub.heads import encoder_source
 from edgeformer.export.sources.hub.hub import language_model
 
@@ -70,7 +69,7 @@ DECODERS = {
 def test_an_encoders_table_is_counted_behind_its_padding(name):
     make, expected = ENCODERS[name]
     model = make().eval()
-    assert learned_positions(encoder_source(model, name)) == expected
+    assert encoder_source(model, name).positions == expected
     if expected is not None:  # PyTorch agrees: one token more is an error
         token = torch.full((1, expected + 1), 90)
         with torch.no_grad():
@@ -83,7 +82,7 @@ def test_an_encoders_table_is_counted_behind_its_padding(name):
 def test_a_decoders_table_is_counted_too(name):
     make, expected = DECODERS[name]
     source = language_model(make(), name)
-    assert learned_positions(source) == expected
+    assert source.positions == expected
     assert source.context == 40
 
 
@@ -102,8 +101,8 @@ def test_a_longer_text_is_refused_with_the_numbers(tmp_path):
 
 
 def test_long_texts_are_cut_to_what_the_table_holds(tmp_path):
-    """Nothing in the folder says 32: the config and the library say 34, which are the table's rows, and it fails."""
-    library = pytest.importorskip("sentence_transformers", reason="pip install 'edgeformer[witness]'")
+    """The config and the library have 34, the rows of the table, which is too long: 32 tokens fit."""
+    library = pytest.importorskip("sentence_transformers", reason="pip install 'edgeformer[reference]'")
     from bench.sources import _sentences as tiny
 
     tiny.saved(tmp_path / "folder", tiny.base(tmp_path / "base", tiny.roberta, length=512))

@@ -1,4 +1,4 @@
-"""sentence-transformers folders give that library's own vectors: its modules, prompts, lengths and similarities."""
+"""sentence-transformers folders give the library's vectors: modules, prompts, lengths and similarities."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import edgeformer
 from edgeformer.errors import ExportError, InputError
 from edgeformer.export import ExportOptions, export
 
-pytest.importorskip("sentence_transformers", reason="pip install 'edgeformer[witness]'")
+pytest.importorskip("sentence_transformers", reason="pip install 'edgeformer[reference]'")
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as library
@@ -161,7 +161,7 @@ def test_the_command_line_takes_prompts_and_shows_them(plain, edgeformer):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """(the library's model, the bundle): weights after the pooling, and the prompt left out of it."""
+    """(the library's model, the bundle): weights after the pooling, which excludes the prompt."""
     place = tmp_path_factory.mktemp("whole")
     after = [
         library.Pooling(32, ("mean", "lasttoken", "cls", "weightedmean"), include_prompt=False),
@@ -243,7 +243,7 @@ def old_pooling(folder):
 
 
 def no_pooling_mode(folder):
-    """All flags off is the mean, for the library."""
+    """With all flags off the library computes the mean."""
     tiny.change(folder, "1_Pooling/config.json", pooling_mode=None, pooling_mode_max_tokens=False)
 
 
@@ -346,8 +346,8 @@ def test_a_folder_is_read_as_the_library_reads_it(name, tmp_path):
         assert off(model.embed(texts), expected) < CLOSE * max(1, np.abs(expected).max())
 
 
-def test_reading_bites(tmp_path):
-    """Two of the cases above with the setting taken out again: the comparison sees it."""
+def test_the_comparison_detects_a_missing_setting(tmp_path):
+    """Two of the cases above without their setting: the comparison fails."""
     for name, file, values in (
         ("low", "sentence_bert_config.json", {"do_lower_case": True}),
         ("short", "sentence_bert_config.json", {"max_seq_length": 5}),
@@ -387,16 +387,16 @@ def dense_with(**values):
 
 MESSAGE = {"message": {"method": "forward", "method_output_name": "last_hidden_state", "format": "flat"}}
 REFUSED = {
-    "code of the model": (listed("custom_st.Transformer"), r"custom_st\.Transformer, code that comes with the model"),
-    "an unknown module": (listed("sentence_transformers.models.CNN"), "asks for CNN"),
-    "a sparse module": (listed("sentence_transformers.sparse_encoder.models.SpladePooling"), "asks for SpladePooling"),
+    "code of the model": (listed("custom_st.Transformer"), r"custom_st\.Transformer, code of the model's author"),
+    "an unknown module": (listed("sentence_transformers.models.CNN"), "lists CNN"),
+    "a sparse module": (listed("sentence_transformers.sparse_encoder.models.SpladePooling"), "lists SpladePooling"),
     "a router": (only_first("Router"), "lists Router; expected one Transformer"),
     "a static embedding": (only_first("StaticEmbedding"), "lists StaticEmbedding"),
     "a sparse model": (model_file(model_type="SparseEncoder"), "model_type is SparseEncoder"),
     "no such prompt": (model_file(default_prompt_name="search"), "default_prompt_name is 'search'"),
     "no such similarity": (model_file(similarity_fn_name="maxsim"), "similarity_fn_name is 'maxsim'"),
     "a size of 0": (model_file(truncate_dim=0), "truncate_dim is 0"),
-    "a newer package": (model_file(requirements={"transformers": ">=99"}), "asks for transformers >=99"),
+    "a newer package": (model_file(requirements={"transformers": ">=99"}), "requirements has transformers >=99"),
     "a task": (transformer(transformer_task="fill-mask"), "transformer_task is 'fill-mask'"),
     "chat messages": (transformer(modality_config=MESSAGE), "has 'message'"),
     "query expansion": (transformer(query_expansion={"length": 32}), "sets query_expansion"),
@@ -406,7 +406,7 @@ REFUSED = {
     "an unknown key": (transformer(pool_twice=True), "sets pool_twice = True"),
     "an unknown pooling": (
         lambda folder: tiny.change(folder, "1_Pooling/config.json", pooling_mode="median"),
-        "asks for pooling median",
+        "pooling mode is median",
     ),
     "an unknown pooling's key": (
         lambda folder: tiny.change(folder, "1_Pooling/config.json", pooling_mode_median_tokens=True),
@@ -415,12 +415,12 @@ REFUSED = {
     "an unknown Dense's key": (dense_with(rank=4), "sets rank = 4"),
     "an activation of the model": (
         dense_with(activation_function="custom.Act"),
-        "'custom.Act' is no class of torch.nn",
+        "'custom.Act' is not a class of torch.nn",
     ),
-    "a feature that nobody makes": (dense_with(module_input_name="all_layers"), "do not give a sentence_embedding"),
-    "other sizes": (dense_with(out_features=9), "are not those of its config.json"),
+    "a feature that nobody makes": (dense_with(module_input_name="all_layers"), "do not return a sentence_embedding"),
+    "other sizes": (dense_with(out_features=9), "do not fit its config.json"),
     "no weights": (lambda folder: (folder / "2_Dense/model.safetensors").unlink(), "neither model.safetensors nor"),
-    "no pooling": (lambda folder: (listed("sentence_transformers.models.Dropout", "3"))(folder), "do not give a"),
+    "no pooling": (lambda folder: (listed("sentence_transformers.models.Dropout", "3"))(folder), "do not return a"),
 }
 
 
@@ -432,7 +432,7 @@ def with_dense(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_known_is_refused_by_name(name, with_dense, tmp_path):
+def test_unsupported_settings_are_refused_by_name(name, with_dense, tmp_path):
     folder = shutil.copytree(with_dense, tmp_path / "folder")
     edit, message = REFUSED[name]
     edit(folder)

@@ -1,4 +1,4 @@
-"""Modules of one's own: what exports, what gets a cache, and what each broken one is told."""
+"""User-defined modules: which export, which get a KV cache, and the message for each broken one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the workshop half needs torch")
+torch = pytest.importorskip("torch", reason="the toolchain needs torch")
 ort = pytest.importorskip("onnxruntime", reason="the exporter's checks need onnxruntime")
 
-import torch.nn.functional as F
 from torch import nn
 
 import edgeformer
@@ -25,20 +24,20 @@ VOCAB, WIDTH, HEADS = 61, 32, 4
 
 
 def fill(scores, v, length, table):
-    return F.softmax(scores.masked_fill(table[:, :, :length, :length] == 0, float("-inf")), -1) @ v
+    return nn.functional.softmax(scores.masked_fill(table[:, :, :length, :length] == 0, float("-inf")), -1) @ v
 
 
-def added(scores, v, length, table):
+def added(scores, v, length, _):
     return torch.softmax(scores + torch.triu(torch.full((length, length), float("-inf")), 1), -1) @ v
 
 
-def summed(scores, v, length, table):
+def summed(scores, v, length, _):
     seen = torch.ones(length, length, dtype=torch.bool).tril()
     return torch.einsum("bhqk,bhkd->bhqd", torch.where(seen, scores, -1e9).softmax(-1), v)
 
 
-def by_distance(scores, v, length, table):
-    """ALiBi: less the further away, by a slope for each head."""
+def by_distance(scores, v, length, _):
+    """ALiBi: a bias by distance, with one slope per head."""
     place = torch.arange(length)
     slopes = 2.0 ** -torch.arange(1, HEADS + 1).float()
     bias = -(place[:, None] - place[None, :]).abs().float() * slopes[:, None, None]
@@ -46,12 +45,12 @@ def by_distance(scores, v, length, table):
     return (scores + bias + hidden).softmax(-1) @ v
 
 
-def two_ways(scores, v, length, table):
+def two_ways(scores, v, *_):
     return scores.softmax(-1) @ v
 
 
 class ByHand(nn.Module):
-    """One attention, written as people write it; `mix` goes from the scores to the mixed values."""
+    """A decomposed attention; `mix` maps (scores, v) to the output."""
 
     def __init__(self, mix, positions=True):
         super().__init__()
@@ -74,7 +73,7 @@ class ByHand(nn.Module):
 
 
 class Counting(ByHand):
-    """The same without `position_ids`: it counts for itself."""
+    """The same without `position_ids`: it computes positions itself."""
 
     def forward(self, input_ids):
         return self.logits(self.tokens(input_ids) + self.places(torch.arange(input_ids.shape[1])))
@@ -129,7 +128,7 @@ def test_causal_attention_gets_a_cache_however_it_is_written(name, tmp_path):
     assert model.generate([1, 5, 9], max_new_tokens=12, ignore_eos=True).ids == greedy(module, [1, 5, 9], 12)
 
 
-def test_attention_in_both_directions_has_no_cache_and_that_is_said(tmp_path):
+def test_bidirectional_attention_has_no_cache_and_a_note(tmp_path):
     module = ByHand(two_ways).eval()
     manifest, model = bundle(module, tmp_path)
     assert not any(name.startswith("past") for name in manifest["graphs"]["model"]["inputs"])
@@ -199,16 +198,16 @@ def test_layers_of_pytorch_export_with_dynamic_batch_and_length(kind, tmp_path):
 
 TOLD = {
     "Loop": r"axis 1 \('sequence'\) of input 'x' was frozen at \d+\. .*a loop over it",
-    "Table": r"axis 1 \('sequence'\) of input 'x' was frozen at 7\. .*cut tables",
+    "Table": r"axis 1 \('sequence'\) of input 'x' was frozen at 7\. .*slice tables",
     "SizeBranch": r"An `if` on a size is decided once",
     "ValueBranch": r"broken\.py:\d+.*branches on the values of a tensor.*torch\.where",
     "GuessedMask": r"compare a mask's values.*is_causal=True to nn\.TransformerEncoder",
     "NoShapes": r"inputs of unknown shape: x.*--input x=float32",
-    "OwnPositions": r"do not go on where the cache ends.*forward\(input_ids, position_ids\)",
+    "OwnPositions": r"cached tokens.*forward\(input_ids, position_ids\)",
     "Complex": r"broken\.py:\d+.*complex numbers, which ONNX does not have.*cos and sin",
     "GraphBreak": r"broken\.py:\d+.*leaves PyTorch \(\.numpy\(\).*use torch operations",
     "Wrapper": r"Wrapper\.forward\(\*args.*names no argument.*export the module inside",
-    "scripted": r"TorchScript.*return the nn\.Module itself",
+    "scripted": r"TorchScript.*return the nn\.Module before",
     "UnknownInput": r"forward has no argument mask; it has x",
     "Random": r"other numbers.*the same inputs.*dropout with training=True",
     "no_such_layer": r"torch\.nn has no TransformerLayer: write nn\.TransformerEncoderLayer",
@@ -249,7 +248,7 @@ def test_the_digits_example_is_as_right_as_pytorch(tmp_path):
     assert abs(reference - found) <= 0.01
 
 
-def test_a_factory_takes_a_tokenizer_along(tmp_path, monkeypatch):
+def test_a_factory_may_have_a_tokenizer(tmp_path, monkeypatch):
     from support import tiny
 
     (tmp_path / "letters").mkdir()
@@ -261,7 +260,7 @@ def test_a_factory_takes_a_tokenizer_along(tmp_path, monkeypatch):
         model = edgeformer.load(tmp_path / "bundle", engine="cpu")
         ids = model.tokenizer.encode("hello world")
         assert model.generate("hello world", max_new_tokens=5).ids == model.generate(ids, max_new_tokens=5).ids
-    for wrong, told in ((tmp_path / "mine.py", "is no tokenizer.json"), (tmp_path, "no folder with one")):
+    for wrong, told in ((tmp_path / "mine.py", "is neither a tokenizer.json"), (tmp_path, "nor a folder with one")):
         options = ExportOptions(f"{tmp_path / 'mine.py'}:make", tmp_path / "other", tokenizer=wrong)
         with pytest.raises(edgeformer.ExportError, match=told):
             export(options)

@@ -1,1 +1,1 @@
-"""The graph as the passes see it: nodes, symbolic sizes, shapes, weights."""
+"""The graph that passes rewrite: nodes, symbolic sizes, shapes, weights, parameters of internal operators."""

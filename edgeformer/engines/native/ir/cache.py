@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """One layer's key and value cache: names of the graph's inputs and outputs, and the sizes of a token's part.
+    """One layer's KV cache: names of the graph's inputs and outputs, and sizes of a token's keys and values.
 
-    `plain`: the graph reads the joined tensor itself, so it is kept as floats, one tensor (`past_value`) a cache.
+    `plain`: a History, which the graph reads as a tensor. It is kept as float32, one tensor (`past_value`) instead of
+    two.
     """
 
     past_key: str

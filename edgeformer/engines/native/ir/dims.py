@@ -1,8 +1,8 @@
-"""Tensor sizes as integer polynomials over named symbols, so that a shape chain becomes one expression.
+"""Tensor sizes as integer polynomials over named symbols, so that a chain of shape operators becomes one expression.
 
 A size is an `int` when it is known, else a `Dim`. `batch * sequence`, `past + sequence` and `(h - 16) // 16 + 1`
 are all sizes; two sizes are equal exactly when their normal forms are. Symbols stand for the sizes of the graph's
-inputs (never negative) and for the values of its scalar integer inputs (which may be anything).
+inputs (never negative) and for the values of its scalar integer inputs (which may be negative).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ INT64_MAX = 2**63 - 1
 
 
 class Atom:
-    """What a polynomial is made of: a symbol (`op == "sym"`) or a function of sizes (`div`, `min`, `max`, `clip`)."""
+    """A factor in a polynomial: a symbol (`op == "sym"`) or a function of sizes (`div`, `min`, `max`, `clip`)."""
 
     __slots__ = ("args", "key", "op")
 
@@ -46,11 +46,11 @@ class Atom:
             return min(a, b)
         if self.op == "max":
             return max(a, b)
-        return min(max(a + b if a < 0 else a, 0), b)  # clip: the start or end of a Slice of an axis of size b
+        return min(max(a + b if a < 0 else a, 0), b)  # clip: the start or end `a` of a Slice of an axis of size b
 
 
 class Dim:
-    """A polynomial that is not a constant; made by `symbol` and by arithmetic, immutable."""
+    """A polynomial that is not a constant. Immutable; made by `symbol` and by arithmetic."""
 
     __slots__ = ("terms",)
 
@@ -97,7 +97,7 @@ class Dim:
     __rmul__ = __mul__
 
     def is_symbol(self) -> bool:
-        """It is one input's size itself, not computed from any."""
+        """Whether it is one symbol, not an expression."""
         return len(self.terms) == 1 and self.terms[0][1] == 1 and [a.op for a in self.terms[0][0]] == ["sym"]
 
 
@@ -106,7 +106,7 @@ Shape = tuple[Size, ...]
 
 
 def symbol(name: str) -> Size:
-    """The size called `name`."""
+    """The size with the name `name`."""
     return Dim({(Atom("sym", name),): 1})
 
 
@@ -119,7 +119,7 @@ def mentions(size: Size, name: str) -> bool:
 
 
 def function(op: str, *args: Size) -> Size:
-    """`op` (`div`, `min`, `max`, `clip`) of two sizes, computed now when both are known."""
+    """`op` (`div`, `min`, `max`, `clip`) of two sizes; an int where both are ints."""
     atom = Atom(op, *args)
     if all(isinstance(a, int) for a in args):
         return atom.evaluate({})
@@ -192,7 +192,7 @@ def floor_div(a: Size, b: Size) -> Size:
                 return _whole_and_rest(a, b) if isinstance(b, int) and b > 0 else function("div", a, b)
             quotient[tuple(rest)] = c // factor
         return _simplest(quotient)
-    # A polynomial divisor: the only case met is (divisor * something known by one of its monomials).
+    # A polynomial divisor: exact only where one monomial shows that `a` is a multiple of it.
     for m1, c1 in _terms(a).items():
         for m2, c2 in divisor.items():
             if c1 % c2 == 0 and all(m1.count(x) >= m2.count(x) for x in m2):
@@ -206,8 +206,9 @@ def floor_div(a: Size, b: Size) -> Size:
 
 
 def _whole_and_rest(a: Size, b: int) -> Size:
-    """`a // b` in the one form that all its spellings have: `(n - 1) // 2 + 1` is `(n + 1) // 2`, a quotient of a
-    quotient is one quotient. So two ways to count the frames that convolutions leave are known to be equal.
+    """`a // b` in a normal form: `(n - 1) // 2 + 1` becomes `(n + 1) // 2`, a quotient of a quotient one quotient.
+
+    So two ways to count the frames after convolutions compare as equal.
     """
     whole = _simplest({m: c // b for m, c in _terms(a).items()})
     rest = _simplest({m: c % b for m, c in _terms(a).items()})
@@ -222,7 +223,7 @@ def _whole_and_rest(a: Size, b: int) -> Size:
 
 
 def clip(value: Size, size: Size, signed: frozenset[str] = frozenset()) -> Size:
-    """Where a Slice's start or end `value` falls on an axis of `size`: negative counts from the end, then [0, size]."""
+    """A Slice's start or end `value` on an axis of `size`: negative counts from the end; then limited to [0, size]."""
     if isinstance(value, int):
         if value >= INT64_MAX // 2:
             return size

@@ -1,7 +1,7 @@
 """model.onnx as a small graph of named values: nodes, constants (mapped, not copied), inputs and outputs.
 
-Needs `onnx` to parse the file (imported when a graph is read), nothing else. A constant's bytes stay in the mapped
-weights file until somebody reads them, so reading a graph costs milliseconds whatever the model's size.
+Needs `onnx` only to parse the file; it is imported when a graph is read. A constant's bytes stay in the mapped
+weights file until they are read, so reading a graph takes milliseconds whatever the model's size.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgeformer.engines.native.ir.cache import Cache
 from edgeformer.engines.native.ir.dims import Shape, Size, symbol
 from edgeformer.errors import BundleError, EngineUnavailable
 
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, np.dtype[Any]]
 
 # onnx.TensorProto.DataType -> our name; the numbers are part of the file format.
-DTYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64"}
-DTYPES |= {16: "bfloat16", 21: "uint4", 22: "int4"}
+ONNX_DTYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64"}
+ONNX_DTYPES |= {16: "bfloat16", 21: "uint4", 22: "int4"}
 HALF_BYTES = ("int4", "uint4")
-# The engine computes with float32, int64 and bool; other widths exist in files and at the graph's edges only.
-INSIDE = {"float16": "float32", "bfloat16": "float32", "float64": "float32", "int32": "int64", "uint8": "int64"}
+# What other types are computed as: the program has float32, int64 and bool tensors only.
+COMPUTE_DTYPES = {"float16": "float32", "bfloat16": "float32", "float64": "float32", "int32": "int64", "uint8": "int64"}
 
 
 @dataclass(slots=True)
@@ -70,7 +71,7 @@ class Node:
 
 @dataclass(slots=True)
 class Info:
-    """What is known of a value before running: its type, its shape, and its numbers where they are sizes."""
+    """What is known of a value before running: its type, its shape, and its elements where they are sizes."""
 
     dtype: str
     shape: Shape
@@ -92,7 +93,8 @@ class Graph:
             self.info.setdefault(name, constant_info(c))
         self.producers: dict[str, Node] = {}
         self.users: dict[str, list[Node]] = {}
-        self.io_dtypes = {n: i.dtype for n, i in inputs.items()}  # as in the file; inside, all floats are float32
+        self.io_dtypes = {n: i.dtype for n, i in inputs.items()}  # as in the file; computed as COMPUTE_DTYPES
+        self.caches: list[Cache] = []  # in layer order; filled by the pass `attention_rows`
         self.defaults: dict[str, int] = {}  # scalar inputs that may be left out
         self.files: dict[str, Array] = {}  # the mapped weights files
         self._names = 0
@@ -100,7 +102,7 @@ class Graph:
         self.index()
 
     def index(self) -> None:
-        """Recompute producers and users; to be called after `nodes` changed."""
+        """Compute producers and users again; call it after a change of `nodes`."""
         self.producers = {out: n for n in self.nodes for out in n.outputs if out}
         self.users = {}
         for n in self.nodes:
@@ -109,7 +111,7 @@ class Graph:
                     self.users.setdefault(name, []).append(n)
 
     def fresh(self, hint: str) -> str:
-        """A value name that nobody uses."""
+        """A new value name."""
         self._names += 1
         return f"{hint}:{self._names}"
 
@@ -147,7 +149,7 @@ class Graph:
         return self.info[name].shape
 
     def emit(self, op: str, inputs: list[str], info: Info, hint: str, **attrs: Any) -> str:
-        """Name of the result of a new node. Its place comes with `finish`."""
+        """Add a node; returns the name of its result. `finish` puts it in its place."""
         name = self.fresh(hint)
         node = Node(op, inputs, [name], attrs)
         self.info[name] = info
@@ -159,7 +161,7 @@ class Graph:
         return name
 
     def rewire(self, old: str, new: str) -> None:
-        """Let `old` be another name of `new`: its readers read `new`; an output of the graph becomes a View of it."""
+        """Readers of `old` read `new` instead; if `old` is an output of the graph, it becomes a View of `new`."""
         for n in self.users.pop(old, []):
             n.inputs = [new if i == old else i for i in n.inputs]
             self.users.setdefault(new, []).append(n)
@@ -169,7 +171,7 @@ class Graph:
                 if i in self.users:
                     self.users[i] = [u for u in self.users[i] if u is not node]
             if old in self.outputs:
-                self.nodes.remove(node)  # else nobody reads it, and `finish` drops it
+                self.nodes.remove(node)  # else no node reads it, and `finish` drops it
         if old in self.outputs:
             view = Node("View", [new], [old])
             self.nodes.append(view)
@@ -177,7 +179,7 @@ class Graph:
             self.users.setdefault(new, []).append(view)
 
     def finish(self) -> None:
-        """Drop what nobody reads and put the nodes back in an order in which they can run."""
+        """Drop nodes whose outputs no node reads, and sort the others so that producers come first."""
         if self._structure() == self._finished:  # most passes find nothing in most graphs
             return
         keep: list[Node] = []
@@ -214,10 +216,10 @@ def constant_info(c: Constant) -> Info:
 
 
 def read_graph(path: Path) -> Graph:
-    """The graph in the file `path`, its weights mapped from the file beside it.
+    """The graph of the file `path`; its weights are mapped from the file beside it.
 
     Raises:
-        BundleError: the file is no ONNX graph, or a weight lies outside its weights file.
+        BundleError: the file is no ONNX graph, or a weight is not inside its weights file.
         EngineUnavailable: it uses an operator set or a tensor type that the native engine does not know.
     """
     import onnx
@@ -231,7 +233,7 @@ def read_graph(path: Path) -> Graph:
 
 
 def graph_of(model: onnx.ModelProto, folder: Path | None = None) -> Graph:
-    """The graph of a parsed model; `folder` is where external weights lie."""
+    """The graph of a parsed model; `folder` holds its external weights."""
     opset = {o.domain: o.version for o in model.opset_import}.get("", 0)
     if opset < 13:
         raise EngineUnavailable(f"the graph has opset {opset}, the native engine reads 13 and later; export it again")
@@ -252,16 +254,16 @@ def graph_of(model: onnx.ModelProto, folder: Path | None = None) -> Graph:
         tensor = v.type.tensor_type
         dims = [d.dim_value if d.HasField("dim_value") else symbol(d.dim_param or f"{v.name}.{i}") for i, d in
                 enumerate(tensor.shape.dim)]  # fmt: skip
-        dtype = DTYPES.get(tensor.elem_type, f"type {tensor.elem_type}")
+        dtype = ONNX_DTYPES.get(tensor.elem_type, f"type {tensor.elem_type}")
         if v.name in constants:
             if dtype != "int64" or dims:
                 continue  # an initializer listed among the inputs, as old files do: a plain constant
             defaults[v.name] = int(constants.pop(v.name).data)  # an input that may be left out
         is_size = dtype == "int64" and not dims
         io_dtypes[v.name] = dtype
-        inputs[v.name] = Info(INSIDE.get(dtype, dtype), tuple(dims), (symbol(v.name),) if is_size else None)
+        inputs[v.name] = Info(COMPUTE_DTYPES.get(dtype, dtype), tuple(dims), (symbol(v.name),) if is_size else None)
     for o in model.graph.output:
-        io_dtypes[o.name] = DTYPES.get(o.type.tensor_type.elem_type, "unknown")
+        io_dtypes[o.name] = ONNX_DTYPES.get(o.type.tensor_type.elem_type, "unknown")
     graph = Graph(nodes, constants, inputs, [o.name for o in model.graph.output])
     graph.io_dtypes, graph.defaults, graph.files = io_dtypes, defaults, maps.files
     return graph
@@ -294,7 +296,7 @@ class _Maps:
 def _constant(t: onnx.TensorProto, maps: _Maps) -> Constant:
     import onnx
 
-    dtype = DTYPES.get(t.data_type)
+    dtype = ONNX_DTYPES.get(t.data_type)
     if dtype is None:
         raise EngineUnavailable(f"constant {t.name} has ONNX type {t.data_type}, which the native engine does not read")
     shape = tuple(t.dims)

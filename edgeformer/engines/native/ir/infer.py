@@ -1,6 +1,6 @@
 """Types, shapes and, for sizes, values of everything in a graph, in one walk (`infer`).
 
-The rules of operators that compute are here, those of operators that move data in `shape_rules`.
+The rules of operators that compute are here, those of operators that only move data in `shape_rules`.
 """
 
 from __future__ import annotations
@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from edgeformer.engines.native.ir.dims import Shape, Size, evaluate, floor_div, function, product
-from edgeformer.engines.native.ir.graph import DTYPES, INSIDE, Graph, Info, Node
-from edgeformer.engines.native.ir.shape_rules import RULES, broadcast, ints, rule, values
+from edgeformer.engines.native.ir.functions import POINTWISE_OPS, UNARY_OPS
+from edgeformer.engines.native.ir.graph import COMPUTE_DTYPES, ONNX_DTYPES, Graph, Info, Node
+from edgeformer.engines.native.ir.shape_rules import SHAPE_RULES, broadcast, ints, shape_rule, values
 from edgeformer.errors import EngineUnavailable
 
 
 def infer(g: Graph) -> list[Node]:
-    """Fill `g.info` for the outputs of every node; returns the nodes whose operator or shapes are beyond us.
+    """Fill `g.info` for the outputs of every node; returns the nodes whose operator or shapes are unsupported.
 
-    Values behind such a node have no entry, and the nodes that read them are skipped, not reported.
+    Outputs of such a node have no entry, and the nodes that read them are skipped, not reported.
     """
     unsupported = []
     for node in g.nodes:
@@ -25,7 +26,7 @@ def infer(g: Graph) -> list[Node]:
         if any(i and i not in g.info for i in node.inputs):
             continue
         try:
-            infos = RULES[node.op](g, node)
+            infos = SHAPE_RULES[node.op](g, node)
         except (KeyError, EngineUnavailable, IndexError, TypeError, ValueError, ZeroDivisionError):
             unsupported.append(node)
             continue
@@ -49,7 +50,7 @@ def _pairs(g: Graph, node: Node) -> list[tuple[Size, ...]] | None:
     return list(zip(*(v * n if len(v) == 1 else v for v in found if v is not None), strict=False))
 
 
-@rule("Add", "Sub", "Mul", "Div", "Mod", "Min", "Max")
+@shape_rule("Add", "Sub", "Mul", "Div", "Mod", "Min", "Max")
 def _arithmetic(g: Graph, node: Node) -> list[Info]:
     out = _elementwise(g, node)
     pairs = _pairs(g, node) if out.dtype == "int64" and len(node.inputs) == 2 else None
@@ -67,65 +68,31 @@ def _arithmetic(g: Graph, node: Node) -> list[Info]:
     return [out]
 
 
-@rule("Pow", "PRelu")
+@shape_rule("Pow", "PRelu")
 def _like_both(g: Graph, node: Node) -> list[Info]:
     return [_elementwise(g, node)]
 
 
-@rule("Neg", "Abs", "Sign")
+@shape_rule("Neg", "Abs", "Sign")
 def _negative(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     value = tuple(-v for v in info.value) if info.value is not None and node.op == "Neg" else None
     return [Info(info.dtype, info.shape, value)]
 
 
-UNARY = (
-    "Sqrt",
-    "Exp",
-    "Log",
-    "Reciprocal",
-    "Sigmoid",
-    "Tanh",
-    "Erf",
-    "Sin",
-    "Cos",
-    "Relu",
-    "Gelu",
-    "Softplus",
-    "Floor",
-    "Ceil",
-    "Round",
-    "Clip",
-    "Elu",
-    "Selu",
-    "Celu",
-    "HardSwish",
-    "HardSigmoid",
-    "LeakyRelu",
-    "ThresholdedRelu",
-    "Pointwise",
-    "Softmax",
-    "LogSoftmax",
-    "Trilu",
-    "CumSum",
-    "Identity",
-    "Dropout",
-    "Mish",
-    "Softsign",
-    "Swish",
-    "Silu",
-    "QuickGelu",
-    "Unary",
-)
+LIKE_FIRST = (
+    *UNARY_OPS, *POINTWISE_OPS, "Gelu", "Clip", "Softmax", "LogSoftmax", "Trilu", "CumSum", "Identity", "Dropout",
+)  # fmt: skip
+OTHER_RULES = ("Neg", "Abs", "Sign", "IsNaN", "IsInf")
 
 
-@rule(*UNARY)
+@shape_rule(*(op for op in LIKE_FIRST if op not in OTHER_RULES))
 def _like_first(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     return [Info(info.dtype, info.shape, info.value if node.op == "Identity" else None)] * 2
 
 
-@rule("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Not", "IsNaN", "IsInf")
+@shape_rule("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Not", "IsNaN", "IsInf")
 def _logical(g: Graph, node: Node) -> list[Info]:
     out = _elementwise(g, node, "bool")
     pairs = _pairs(g, node) if node.op == "Equal" else None
@@ -139,7 +106,7 @@ def _sizes_differ(a: Size, b: Size) -> bool:
     return -1 in (a, b) or (isinstance(a, int) and isinstance(b, int))
 
 
-@rule("Where")
+@shape_rule("Where")
 def _where(g: Graph, node: Node) -> list[Info]:
     cond, a, b = (g.info[i] for i in node.inputs)
     value = None
@@ -150,20 +117,20 @@ def _where(g: Graph, node: Node) -> list[Info]:
     return [Info(a.dtype, broadcast(cond.shape, a.shape, b.shape), value)]
 
 
-@rule("Cast")
+@shape_rule("Cast")
 def _cast(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
-    dtype = DTYPES[node.attrs["to"]]
-    dtype = INSIDE.get(dtype, dtype)
+    dtype = ONNX_DTYPES[node.attrs["to"]]
+    dtype = COMPUTE_DTYPES.get(dtype, dtype)
     return [Info(dtype, info.shape, info.value if dtype == "int64" else None)]
 
 
-@rule("CastLike")
+@shape_rule("CastLike")
 def _cast_like(g: Graph, node: Node) -> list[Info]:
     return [Info(g.info[node.inputs[1]].dtype, g.shape(node.inputs[0]))]
 
 
-@rule(
+@shape_rule(
     "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare",
     "ArgMax", "ArgMin",
 )  # fmt: skip
@@ -190,7 +157,7 @@ def reduce_axes(g: Graph, node: Node) -> tuple[int, ...]:
     return tuple(a % rank for a in axes)
 
 
-@rule("TopK")
+@shape_rule("TopK")
 def _top_k(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     axis = node.attrs.get("axis", -1) % len(info.shape)
@@ -199,13 +166,13 @@ def _top_k(g: Graph, node: Node) -> list[Info]:
     return [Info(info.dtype, shape), Info("int64", shape)]
 
 
-@rule("ScatterElements", "ScatterND")
+@shape_rule("ScatterElements", "ScatterND")
 def _scatter(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     return [Info(info.dtype, info.shape)]
 
 
-@rule("MatMul")
+@shape_rule("MatMul")
 def _matmul(g: Graph, node: Node) -> list[Info]:
     a, b = g.shape(node.inputs[0]), g.shape(node.inputs[1])
     a2, b2 = (a if len(a) > 1 else (1, *a)), (b if len(b) > 1 else (*b, 1))
@@ -214,19 +181,19 @@ def _matmul(g: Graph, node: Node) -> list[Info]:
     return [Info("float32", shape)]
 
 
-@rule("Gemm")
+@shape_rule("Gemm")
 def _gemm(g: Graph, node: Node) -> list[Info]:
     a, b = g.shape(node.inputs[0]), g.shape(node.inputs[1])
     rows = a[1] if node.attrs.get("transA") else a[0]
     return [Info("float32", (rows, b[0] if node.attrs.get("transB") else b[1]))]
 
 
-@rule("DequantizeLinear")
+@shape_rule("DequantizeLinear")
 def _dequantize(g: Graph, node: Node) -> list[Info]:
     return [Info("float32", g.shape(node.inputs[0]))]
 
 
-@rule("RMSNormalization", "LayerNormalization", "GroupNormalization", "InstanceNormalization", "RotaryEmbedding")
+@shape_rule("RMSNormalization", "LayerNormalization", "GroupNormalization", "InstanceNormalization", "RotaryEmbedding")
 def _norm(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     if len(node.outputs) == 1:
@@ -235,7 +202,7 @@ def _norm(g: Graph, node: Node) -> list[Info]:
     return [info] + [Info("float32", tuple(1 if i >= axis else d for i, d in enumerate(info.shape)))] * 2
 
 
-@rule("Attention")
+@shape_rule("Attention")
 def _attention(g: Graph, node: Node) -> list[Info]:
     q, k, v = (g.shape(i) for i in node.inputs[:3])
     if len(q) == 3:
@@ -254,7 +221,7 @@ def _attention(g: Graph, node: Node) -> list[Info]:
     return infos
 
 
-@rule("Conv")
+@shape_rule("Conv")
 def _conv(g: Graph, node: Node) -> list[Info]:
     x, w = g.shape(node.inputs[0]), g.shape(node.inputs[1])
     kernel, stride, dilation, pads = conv_geometry(g, node)

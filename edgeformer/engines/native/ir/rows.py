@@ -1,5 +1,7 @@
-"""Whether a program treats each token's row alone, so that rows of several states may run as one sequence, and whether
-it treats each item of a batch alone, so that a large batch may run in pieces."""
+"""Whether a graph is row local (each token's row alone) or batch local (each item of a batch alone).
+
+Rows of several states then run as one sequence; a large batch runs in pieces.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,9 @@ def row_symbols(g: Graph) -> tuple[str, str]:
 
 
 def is_row_local(g: Graph, batch: str, sequence: str) -> bool:
-    """True when every value is free of sizes, or has rows [batch, sequence or kept, ...] (or batch * sequence first),
-    and every node computes a row from the same row. Attention is the exception: it knows the sequences.
+    """Whether every node computes each row from the same row of its inputs, attention excepted.
+
+    A value then has rows [batch, sequence or kept, ...] (or batch * sequence first), or no symbolic sizes.
     """
     rows = _Rows(symbol(batch), symbol(sequence))
     if not all(rows.lead(i.shape) or i.value is not None for i in g.inputs.values()):
@@ -27,8 +30,9 @@ def is_row_local(g: Graph, batch: str, sequence: str) -> bool:
 
 
 def is_batch_local(g: Graph, batch: str) -> bool:
-    """True when every value is free of the batch or has it as its first axis only, the outputs have it, and every node
-    computes an item from the same item.
+    """Whether every node computes each item of the batch from the same item of its inputs.
+
+    A value then has the batch as its first axis and nowhere else, or not at all; every output has it.
     """
     items = _Items(symbol(batch), symbol(batch))
     values = [i.shape for i in g.inputs.values()]
@@ -46,8 +50,9 @@ class _Rows:
         self.flat = tuple(batch * s for s in self.lengths)
 
     def lead(self, shape: Shape) -> int:
-        """How many leading axes count the rows: [batch, length, ...] 2, [batch, 1, length, ...] 3, [batch * length,
-        ...] 1; 0 where the shape is free of symbols; -1 for anything else.
+        """How many leading axes count the rows; 0 for a shape without symbols; -1 for any other shape.
+
+        [batch, length, ...]: 2; [batch, 1, length, ...]: 3; [batch * length, ...]: 1.
         """
         if not any(isinstance(d, Dim) for d in shape):
             return 0
@@ -89,7 +94,7 @@ class _Rows:
         return False
 
     def attends(self, g: Graph, node: Node) -> bool:
-        """Attention knows the sequences of rows; a mask need not go by rows."""
+        """Attention gets the sequences of rows from the engine; a mask tensor may depend on other rows."""
         q, k, v = (g.shape(i) for i in node.inputs[:3])
         return not node.input(3) and q[:2] == k[:2] == v[:2]
 
@@ -101,7 +106,7 @@ class _Rows:
 
 
 class _Items(_Rows):
-    """The same questions about the items of a batch: [batch, ...] 1, free of the batch 0, anything else -1."""
+    """The same for items of a batch: `lead` is 1 for [batch, ...], 0 for a shape without the batch, else -1."""
 
     def lead(self, shape: Shape) -> int:
         name = str(self.batch)
@@ -116,22 +121,6 @@ class _Items(_Rows):
 
 
 BROADCAST = (
-    "Add",
-    "Sub",
-    "Mul",
-    "Div",
-    "Pow",
-    "Min",
-    "Max",
-    "Mod",
-    "Equal",
-    "Less",
-    "LessOrEqual",
-    "Greater",
-    "GreaterOrEqual",
-    "And",
-    "Or",
-    "Xor",
-    "Where",
-    "Expand",
-)
+    "Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "Mod", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual",
+    "And", "Or", "Xor", "Where", "Expand",
+)  # fmt: skip

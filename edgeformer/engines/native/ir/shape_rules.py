@@ -1,7 +1,7 @@
-"""Shape rules of the operators that only move or measure data, and the registry that `infer` walks.
+"""Shape rules of the operators that only move or measure data, and the registry that `infer` uses.
 
-Integer tensors of rank 0 and 1 carry their elements as sizes, so Shape -> Gather -> Concat -> Reshape chains end as
-the shapes they compute and the chain's nodes can go. Operators follow the ONNX operator specification.
+Integer tensors of rank 0 and 1 carry their elements as sizes. So the result of Shape -> Gather -> Concat -> Reshape is
+known, and the chain's nodes are not needed. Operators follow the ONNX operator specification.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from collections.abc import Callable
 import numpy as np
 
 from edgeformer.engines.native.ir.dims import Dim, Shape, Size, clip, floor_div, product
-from edgeformer.engines.native.ir.graph import INSIDE, Graph, Info, Node
+from edgeformer.engines.native.ir.graph import COMPUTE_DTYPES, Graph, Info, Node
 from edgeformer.errors import EngineUnavailable
 
-Rule = Callable[[Graph, Node], list[Info]]
-RULES: dict[str, Rule] = {}
+ShapeRule = Callable[[Graph, Node], list[Info]]
+SHAPE_RULES: dict[str, ShapeRule] = {}
 KEEP_VALUES = 64  # an integer tensor longer than this is data, not a shape
 
 
-def rule(*ops: str) -> Callable[[Rule], Rule]:
+def shape_rule(*ops: str) -> Callable[[ShapeRule], ShapeRule]:
     """Register the shape rule of some operators."""
 
-    def register(f: Rule) -> Rule:
-        RULES.update(dict.fromkeys(ops, f))
+    def register(f: ShapeRule) -> ShapeRule:
+        SHAPE_RULES.update(dict.fromkeys(ops, f))
         return f
 
     return register
@@ -38,7 +38,7 @@ def values(g: Graph, name: str) -> tuple[Size, ...]:
 
 
 def ints(g: Graph, node: Node, i: int, attr: str) -> tuple[int, ...] | None:
-    """Constant integers that stand in input `i` (newer operator sets) or in an attribute; None when absent."""
+    """Constant integers of input `i` (newer operator sets) or of an attribute; None when absent."""
     if node.input(i):
         found = values(g, node.input(i))
         if not all(isinstance(v, int) for v in found):
@@ -48,8 +48,10 @@ def ints(g: Graph, node: Node, i: int, attr: str) -> tuple[int, ...] | None:
 
 
 def broadcast(*shapes: Shape) -> Shape:
-    """The shape of an elementwise result. Two different symbolic sizes are taken as equal if neither is 1: what runs
-    checks it. The plainer one is kept, `sequence` rather than what padding and cutting left of it.
+    """The shape of an elementwise result.
+
+    Two different symbolic sizes are taken as equal if neither is 1; the engine checks it when it runs. A plain symbol
+    is preferred: `sequence` rather than an expression of padding and slicing.
     """
     rank = max(map(len, shapes))
     out: list[Size] = []
@@ -65,18 +67,18 @@ def broadcast(*shapes: Shape) -> Shape:
     return tuple(out)
 
 
-@rule("Shape")
+@shape_rule("Shape")
 def _shape(g: Graph, node: Node) -> list[Info]:
     shape = g.shape(node.inputs[0])[slice(node.attrs.get("start", 0), node.attrs.get("end"))]
     return [Info("int64", (len(shape),), shape)]
 
 
-@rule("Size")
+@shape_rule("Size")
 def _size(g: Graph, node: Node) -> list[Info]:
     return [Info("int64", (), (product(g.shape(node.inputs[0])),))]
 
 
-@rule("Gather")
+@shape_rule("Gather")
 def _gather(g: Graph, node: Node) -> list[Info]:
     data, index = (g.info[i] for i in node.inputs)
     axis = node.attrs.get("axis", 0) % len(data.shape)
@@ -86,12 +88,12 @@ def _gather(g: Graph, node: Node) -> list[Info]:
     return [Info(data.dtype, (*data.shape[:axis], *index.shape, *data.shape[axis + 1 :]), value)]
 
 
-@rule("GatherElements")
+@shape_rule("GatherElements")
 def _gather_elements(g: Graph, node: Node) -> list[Info]:
     return [Info(g.info[node.inputs[0]].dtype, g.shape(node.inputs[1]))]
 
 
-@rule("GatherND")
+@shape_rule("GatherND")
 def _gather_nd(g: Graph, node: Node) -> list[Info]:
     data, index = (g.info[i] for i in node.inputs)
     b, last = node.attrs.get("batch_dims", 0), index.shape[-1]
@@ -100,7 +102,7 @@ def _gather_nd(g: Graph, node: Node) -> list[Info]:
     return [Info(data.dtype, index.shape[:-1] + data.shape[b + last :])]
 
 
-@rule("Concat")
+@shape_rule("Concat")
 def _concat(g: Graph, node: Node) -> list[Info]:
     infos = [g.info[i] for i in node.inputs]
     axis = node.attrs["axis"] % len(infos[0].shape)
@@ -117,7 +119,7 @@ def _concat(g: Graph, node: Node) -> list[Info]:
     return [Info(infos[0].dtype, tuple(shape), value)]
 
 
-@rule("Slice")
+@shape_rule("Slice")
 def _slice(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     starts, ends, axes, steps = slice_bounds(g, node)
@@ -132,7 +134,7 @@ def _slice(g: Graph, node: Node) -> list[Info]:
         elif isinstance(s, int) and (s == -1 or s >= 2**31) and isinstance(e, int) and e <= -(2**31):
             shape[axis] = floor_div(shape[axis] + (-step - 1), -step)
         else:
-            raise EngineUnavailable("Slice that walks backwards needs known bounds")
+            raise EngineUnavailable("Slice with a negative step needs known bounds")
         if value is not None:
             value = value[s:e:step] if isinstance(s, int) and isinstance(e, int) else None
     return [Info(info.dtype, tuple(shape), value)]
@@ -147,7 +149,7 @@ def slice_bounds(g: Graph, node: Node) -> tuple[tuple[Size, ...], tuple[Size, ..
     return starts, ends, tuple(a % rank for a in axes), steps
 
 
-@rule("Split")
+@shape_rule("Split")
 def _split(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     axis = node.attrs.get("axis", 0) % len(info.shape)
@@ -168,7 +170,7 @@ def split_sizes(g: Graph, node: Node) -> tuple[int, ...]:
     return tuple(min(part, total - i * part) for i in range(n))
 
 
-@rule("Reshape")
+@shape_rule("Reshape")
 def _reshape(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     target = list(values(g, node.inputs[1]))
@@ -182,21 +184,21 @@ def _reshape(g: Graph, node: Node) -> list[Info]:
     return [Info(info.dtype, tuple(target), info.value if len(target) <= 1 else None)]
 
 
-@rule("Flatten")
+@shape_rule("Flatten")
 def _flatten(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     axis = node.attrs.get("axis", 1)
     return [Info(info.dtype, (product(info.shape[:axis]), product(info.shape[axis:])))]
 
 
-@rule("Transpose")
+@shape_rule("Transpose")
 def _transpose(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     perm = node.attrs.get("perm") or list(range(len(info.shape)))[::-1]
     return [Info(info.dtype, tuple(info.shape[p] for p in perm), info.value if len(perm) <= 1 else None)]
 
 
-@rule("Unsqueeze")
+@shape_rule("Unsqueeze")
 def _unsqueeze(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     axes = ints(g, node, 1, "axes") or ()
@@ -207,7 +209,7 @@ def _unsqueeze(g: Graph, node: Node) -> list[Info]:
     return [Info(info.dtype, tuple(shape), info.value if rank <= 1 else None)]
 
 
-@rule("Squeeze")
+@shape_rule("Squeeze")
 def _squeeze(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     axes = ints(g, node, 1, "axes")
@@ -216,7 +218,7 @@ def _squeeze(g: Graph, node: Node) -> list[Info]:
     return [Info(info.dtype, shape, info.value)]
 
 
-@rule("Expand")
+@shape_rule("Expand")
 def _expand(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     shape = broadcast(info.shape, values(g, node.inputs[1]))
@@ -226,17 +228,17 @@ def _expand(g: Graph, node: Node) -> list[Info]:
     return [Info(info.dtype, shape, value if len(shape) <= 1 and value and shape in ((), (len(value),)) else None)]
 
 
-@rule("Tile")
+@shape_rule("Tile")
 def _tile(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     return [Info(info.dtype, tuple(a * b for a, b in zip(info.shape, values(g, node.inputs[1]), strict=True)))]
 
 
-@rule("ConstantOfShape")
+@shape_rule("ConstantOfShape")
 def _constant_of_shape(g: Graph, node: Node) -> list[Info]:
     shape = values(g, node.inputs[0])
     fill = node.attrs.get("value")
-    dtype = INSIDE.get(fill.dtype, fill.dtype) if fill is not None else "float32"
+    dtype = COMPUTE_DTYPES.get(fill.dtype, fill.dtype) if fill is not None else "float32"
     number = fill.array().reshape(-1)[0] if fill is not None else 0
     value = None
     if dtype in ("int64", "bool") and (shape == () or (len(shape) == 1 and isinstance(shape[0], int))):
@@ -246,7 +248,7 @@ def _constant_of_shape(g: Graph, node: Node) -> list[Info]:
     return [Info(dtype, shape, value)]
 
 
-@rule("Range")
+@shape_rule("Range")
 def _range(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     if info.dtype != "int64":
@@ -263,7 +265,7 @@ def _range(g: Graph, node: Node) -> list[Info]:
     return [Info("int64", (floor_div(way + (abs(stride) - 1), abs(stride)),))]
 
 
-@rule("Pad")
+@shape_rule("Pad")
 def _pad(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     pads, axes = pad_amounts(g, node)
@@ -280,9 +282,9 @@ def pad_amounts(g: Graph, node: Node) -> tuple[tuple[Size, ...], tuple[int, ...]
     return values(g, node.inputs[1]), tuple(a % rank for a in axes)
 
 
-@rule("Resize")
+@shape_rule("Resize")
 def _resize(g: Graph, node: Node) -> list[Info]:
-    """To sizes: all of them, or of some axes."""
+    """Resize to given sizes, of all axes or of some."""
     info = g.info[node.inputs[0]]
     if node.attrs.get("keep_aspect_ratio_policy", "stretch") != "stretch":
         raise EngineUnavailable("Resize that keeps the aspect ratio")

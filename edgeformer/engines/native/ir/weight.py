@@ -1,4 +1,4 @@
-"""A weight matrix of the graph as the file holds it, before it is packed."""
+"""A weight matrix as the file stores it, before it is packed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ WEIGHT_TYPES = ("q4a", "q4", "q4x64", "q8", "q8x16", "q8x128", "f32")  # csrc/ke
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A constant matrix W[n, k] as the file holds it; nothing is read until it is packed.
+    """A constant matrix W[n, k] as the file stores it; its bytes are not read until it is packed.
 
     type: one of WEIGHT_TYPES. q, scale, min: names of constants; q is stored [n, k], or [k, n] when
-    `transposed`. selected: the rows of q that are meant, in order; None for all.
+    `transposed`. selected: the rows of q that W consists of, in order; None for all.
     """
 
     type: str

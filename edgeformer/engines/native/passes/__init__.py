@@ -1,69 +1,84 @@
-"""Graph passes of the native engine, in the order in which `lower` runs them."""
+"""Graph passes of the native engine; `PASSES` is their order."""
 
 from __future__ import annotations
 
 from edgeformer.engines.native.ir.cache import Cache
-from edgeformer.engines.native.ir.graph import Graph, Node
+from edgeformer.engines.native.ir.graph import Graph, Node, Pass
 from edgeformer.engines.native.passes import (
+    activations,
     attention,
-    elementwise,
     fuse,
+    kept_rows,
     linear,
     mask,
-    norm_forms,
+    norms,
     rotation,
     simplify,
     wide,
 )
 from edgeformer.errors import EngineUnavailable
 
+# After `simplify.normalize`. A comment says why the order matters; a pass is repeated where the passes between
+# make new work for it.
+PASSES: tuple[Pass, ...] = (
+    # Weights: before constants are folded, which would dequantize them.
+    linear.linears,
+    linear.embeddings,
+    simplify.fold_constants,
+    simplify.common_subexpressions,
+    simplify.views,
+    # Patterns on [batch, heads, sequence, size], the layout of the graph. Attention first, then its mask, then its
+    # cache: a cache may join an attention only when its causality is known.
+    attention.decomposed_attention,
+    mask.position_masks,
+    attention.joined_caches,
+    norms.norm_variants,
+    norms.norms,
+    activations.decomposed_activations,
+    rotation.decomposed_rotations,
+    rotation.rotations,
+    # From here on, rows [batch, sequence, ...]: the Transposes around attention cancel.
+    attention.attention_rows,
+    simplify.fold_constants,
+    simplify.views,
+    simplify.transposes,
+    rotation.partial_rotations,
+    linear.embeddings,
+    linear.biases,
+    linear.splits,
+    simplify.common_subexpressions,
+    simplify.views,
+    norms.norms,
+    norms.flat_norm_weights,
+    attention.fold_into_attention,
+    # Fusion, when all Linears are known: `linear_inputs` first, for the others compare inputs by name; a residual
+    # after activation and factor, as the kernel adds it last.
+    kept_rows.keep_rows,
+    fuse.linear_inputs,
+    fuse.linear_activations,
+    fuse.gates,
+    fuse.linear_factors,
+    fuse.residuals,
+    kept_rows.keep_rows_early,
+    fuse.group_linears,
+    simplify.views,
+    # Last: it looks at all Linears of an input.
+    wide.wide_blocks,
+)
+
 
 def lower(g: Graph) -> list[Cache]:
     """Rewrite the graph to fused operators; returns the KV caches in layer order.
 
     Raises:
-        EngineUnavailable: nodes whose operator or shapes are unknown, all of them named.
+        EngineUnavailable: nodes whose operator or shapes are unsupported, all of them named.
     """
     unsupported = simplify.normalize(g)
     if unsupported:
         raise unsupported_nodes(unsupported)
-    linear.linears(g)
-    linear.embeddings(g)
-    simplify.fold_constants(g)
-    simplify.common_subexpressions(g)
-    simplify.views(g)
-    attention.spelled_attention(g)
-    mask.position_masks(g)
-    attention.joined_caches(g)
-    norm_forms.norm_forms(g)
-    elementwise.norms(g)
-    elementwise.activations(g)
-    rotation.spelled_rotations(g)
-    attention.rotations(g)
-    caches = attention.attention_rows(g)
-    simplify.fold_constants(g)
-    simplify.views(g)
-    simplify.transposes(g)
-    attention.partial_rotations(g)
-    linear.embeddings(g)
-    linear.biases(g)
-    linear.splits(g)
-    simplify.common_subexpressions(g)
-    simplify.views(g)
-    elementwise.norms(g)
-    elementwise.scalar_vectors(g)
-    attention.fold_into_attention(g)
-    fuse.keep_rows(g)
-    fuse.linear_inputs(g)
-    fuse.activations(g)
-    fuse.gates(g)
-    fuse.factors(g)
-    fuse.residuals(g)
-    fuse.early_rows(g)
-    fuse.share_inputs(g)
-    simplify.views(g)
-    wide.wide_blocks(g)
-    return caches
+    for run in PASSES:
+        run(g)
+    return g.caches
 
 
 def unsupported_nodes(nodes: list[Node], what: str = "") -> EngineUnavailable:

@@ -2,167 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 
 from edgeformer.engines.native.ir.cache import Cache
-from edgeformer.engines.native.ir.dims import Shape, Size
+from edgeformer.engines.native.ir.dims import Size
 from edgeformer.engines.native.ir.graph import Graph, Info, Node
+from edgeformer.engines.native.ir.ops import ATTEND_INPUTS, AttendSpec, HeadSteps
 
 
-def rotations(g: Graph) -> None:
-    """RotaryEmbedding becomes Rope on [batch, sequence, heads, head_dim]: attrs rotary, interleaved."""
-    for node in list(g.nodes):
-        if node.op == "RotaryEmbedding":
-            _rotation(g, node)
-    g.finish()
-
-
-def _rotation(g: Graph, node: Node) -> None:
-    x = node.inputs[0]
-    shape = g.shape(x)
-    if len(shape) == 4:
-        b, h, s, d = shape
-        rows = g.emit("Transpose", [x], Info("float32", (b, s, h, d)), x, perm=[0, 2, 1, 3])
-    else:
-        b, s, width = shape
-        h = node.attrs.get("num_heads", 0)
-        if not isinstance(width, int) or not h or width % h:
-            return
-        d = width // h
-        rows = g.emit("View", [x], Info("float32", (b, s, h, d)), x)
-    if not isinstance(d, int):
-        return
-    rotary = node.attrs.get("rotary_embedding_dim", 0) or d
-    tables = [_table(g, i, node.input(3), (b, s, rotary // 2)) for i in node.inputs[1:3]]
-    interleaved = bool(node.attrs.get("interleaved", 0))
-    out = g.emit("Rope", [rows, *tables], Info("float32", (b, s, h, d)), x, rotary=rotary, interleaved=interleaved)
-    back = ("Transpose", {"perm": [0, 2, 1, 3]}) if len(shape) == 4 else ("View", {})
-    node.op, node.inputs, node.attrs = back[0], [out], dict(back[1])
-
-
-def _table(g: Graph, name: str, positions: str, shape: Shape) -> str:
-    """Cosines or sines of each row, [batch, sequence, rotary / 2]."""
-    if positions:
-        name = g.emit("Gather", [name, positions], Info("float32", shape), name, axis=0)
-    if g.shape(name) != shape:
-        source = g.shape(name)
-        wide = (1,) * (3 - len(source)) + source
-        if wide != source:
-            name = g.emit("View", [name], Info("float32", wide), name)
-        name = g.emit("Expand", [name], Info("float32", shape), name)
-    return name
-
-
-def partial_rotations(g: Graph) -> None:
-    """Concat(Rope(x[..., :r]), x[..., r:]) is a Rope of x that turns the first r columns of each head."""
-    for node in list(g.nodes):
-        if node.op != "Concat" or len(node.inputs) != 2:
-            continue
-        rope, rest = g.producer(node.inputs[0], "Rope"), g.producer(node.inputs[1], "Slice")
-        rank = len(g.shape(node.outputs[0]))
-        if rope is None or rest is None or node.attrs["axis"] % rank != rank - 1:
-            continue
-        head = g.producer(rope.inputs[0], "Slice")
-        if head is None or head.inputs != rest.inputs or g.only_user(node.inputs[0]) is not node:
-            continue
-        turned = _last_columns(g, head)
-        kept = _last_columns(g, rest)
-        width = g.shape(head.inputs[0])[-1]
-        if turned is None or kept is None or turned[0] != 0 or turned[1] != kept[0] or kept[1] != width:
-            continue
-        if rope.attrs["rotary"] != turned[1]:
-            continue
-        node.op, node.attrs = "Rope", {"rotary": turned[1], "interleaved": rope.attrs["interleaved"]}
-        node.inputs = [head.inputs[0], *rope.inputs[1:]]
-    g.finish()
-
-
-def _last_columns(g: Graph, cut: Node) -> tuple[int, int] | None:
-    shape = g.shape(cut.inputs[0])
-    bounds = (cut.attrs["starts"][0], cut.attrs["ends"][0], shape[-1])
-    if cut.attrs["axes"] != (len(shape) - 1,) or cut.attrs["steps"] != (1,):
-        return None
-    if not all(isinstance(v, int) for v in bounds):
-        return None
-    start, stop, _ = slice(bounds[0], bounds[1]).indices(bounds[2])  # type: ignore[arg-type]
-    return start, stop
-
-
-def attention_rows(g: Graph) -> list[Cache]:
-    """Attention becomes Attend on rows. Returns the caches, in the order of their `layer` attribute (-1: no cache).
-
-    Attend inputs: q, k, v, mask, cos_q, sin_q, cos_k, sin_k, q_norm, q_norm_bias, k_norm, k_norm_bias ("" for none).
-    """
-    caches: list[Cache] = []
-    for node in list(g.nodes):
-        if node.op == "Attention" and node.input(4) and any(g.users.get(o) for o in node.outputs[1:3]):
-            _join(g, node)
-    for node in list(g.nodes):
-        if node.op == "Attention":
-            _attend(g, node, caches)
-        elif node.op == "Concat":
-            _history(g, node, caches)
-    gone = {name for c in caches for name in (c.present_key, c.present_value)}
-    g.outputs = [o for o in g.outputs if o not in gone]
-    for c in caches:
-        for name in (c.past_key, c.past_value):
-            g.inputs.pop(name, None)
-    g.finish()
-    return caches
-
-
-def _join(g: Graph, node: Node) -> None:
-    """An Attention whose joined keys or values others read too: the joining becomes nodes of its own."""
-    past = g.shape(node.inputs[4])[2]
-    for i in (1, 2):
-        joined = Node("Concat", [node.inputs[3 + i], node.inputs[i]], [node.outputs[i]], {"axis": 2})
-        b, h, s, d = g.shape(node.inputs[i])
-        g.info[node.outputs[i]] = Info("float32", (b, h, s + past, d))
-        g.nodes.append(joined)
-        g.producers[node.outputs[i]] = joined
-        g.users.setdefault(node.inputs[i], []).append(joined)
-        node.inputs[i] = node.outputs[i]
-    node.inputs[4:6] = ["", ""]
-    node.attrs["at_end"] = 1  # the last query is as old as the last key
-    del node.outputs[1:]
-    g.index()
-
-
-def _history(g: Graph, node: Node, caches: list[Cache]) -> None:
-    """Concat(past, new) on the sequence axis becomes History(new): appends to a cache and reads all of it."""
-    past, new = node.inputs[0], node.inputs[-1]
-    if past not in g.inputs or node.outputs[0] not in g.outputs or len(node.inputs) != 2 or node.attrs["axis"] != 2:
-        return
-    _, h, _, d = g.shape(new)
-    if not isinstance(h, int) or not isinstance(d, int) or len(g.users.get(past, [])) != 1:
-        return
-    node.op, node.inputs, node.attrs = "History", [new], {"layer": len(caches)}
-    caches.append(Cache("", past, "", node.outputs[0], h, 1, d, plain=True))
-
-
-def joined_caches(g: Graph) -> None:
-    """Attention on Concat(past, new) keys and values that nobody else reads takes the pasts as inputs."""
-    for node in list(g.nodes):
-        if node.op != "Attention" or node.input(4):
-            continue
-        if node.attrs.get("is_causal", 0) != node.attrs.get("at_end", 0):
-            continue  # its causality counts from the first key, a cache's from the last
-        joins = [g.producer(i, "Concat") for i in node.inputs[1:3]]
-        if any(j is None or len(j.inputs) != 2 or j.attrs["axis"] != 2 or j.inputs[0] not in g.inputs for j in joins):
-            continue
-        if any(g.users.get(j.outputs[0], []) != [node] or j.outputs[0] not in g.outputs for j in joins if j):
-            continue
-        node.inputs += [""] * (6 - len(node.inputs))
-        for i, j in enumerate(joins, start=1):
-            assert j is not None
-            node.inputs[i], node.inputs[3 + i] = j.inputs[1], j.inputs[0]
-            node.outputs.append(j.outputs[0])
-            g.nodes.remove(j)
-        g.index()
-
-
-def spelled_attention(g: Graph) -> None:
-    """MatMul(Softmax(MatMul(q, k^T) * scale + mask), v) on [batch, heads, sequence, size] becomes Attention."""
+def decomposed_attention(g: Graph) -> None:
+    """MatMul(Softmax(MatMul(q, k^T) * scale + mask), v) on [batch, heads, sequence, size] -> Attention."""
     for node in list(g.nodes):
         if node.op != "MatMul" or len(g.shape(node.outputs[0])) != 4:
             continue
@@ -200,13 +51,87 @@ def _scores(g: Graph, name: str) -> tuple[str, str, float] | None:
         node = g.producers.get(node.inputs[0])
     if node is None or node.op != "MatMul":
         return None
-    turned = g.producer(node.inputs[1], "Transpose")
-    if turned is None or turned.attrs.get("perm") != [0, 1, 3, 2]:
+    transposed = g.producer(node.inputs[1], "Transpose")
+    if transposed is None or transposed.attrs.get("perm") != [0, 1, 3, 2]:
         return None
-    return node.inputs[0], turned.inputs[0], scale
+    return node.inputs[0], transposed.inputs[0], scale
 
 
-def _attend(g: Graph, node: Node, caches: list[Cache]) -> None:
+def joined_caches(g: Graph) -> None:
+    """Attention(q, Concat(past_key, k), Concat(past_value, v)) -> Attention(q, k, v, "", past_key, past_value).
+
+    Only where no other node reads the joined keys and values.
+    """
+    for node in list(g.nodes):
+        if node.op != "Attention" or node.input(4):
+            continue
+        if node.attrs.get("is_causal", 0) != node.attrs.get("at_end", 0):
+            continue  # its causal alignment is top-left, that of a cache bottom-right
+        joins = [g.producer(i, "Concat") for i in node.inputs[1:3]]
+        if any(j is None or len(j.inputs) != 2 or j.attrs["axis"] != 2 or j.inputs[0] not in g.inputs for j in joins):
+            continue
+        if any(g.users.get(j.outputs[0], []) != [node] or j.outputs[0] not in g.outputs for j in joins if j):
+            continue
+        node.inputs += [""] * (6 - len(node.inputs))
+        for i, j in enumerate(joins, start=1):
+            assert j is not None
+            node.inputs[i], node.inputs[3 + i] = j.inputs[1], j.inputs[0]
+            node.outputs.append(j.outputs[0])
+            g.nodes.remove(j)
+        g.index()
+
+
+def attention_rows(g: Graph) -> None:
+    """Attention -> Attend on rows between Transposes; Concat(past, new) with other readers -> History(new).
+
+    Attend has the inputs ATTEND_INPUTS and an AttendSpec. Fills `g.caches`; their inputs and outputs leave the graph.
+    """
+    for node in list(g.nodes):
+        if node.op == "Attention" and node.input(4) and any(g.users.get(o) for o in node.outputs[1:3]):
+            _separate_join(g, node)
+    for node in list(g.nodes):
+        if node.op == "Attention":
+            _attend(g, node)
+        elif node.op == "Concat":
+            _history(g, node)
+    presents = {name for c in g.caches for name in (c.present_key, c.present_value)}
+    g.outputs = [o for o in g.outputs if o not in presents]
+    for c in g.caches:
+        for name in (c.past_key, c.past_value):
+            g.inputs.pop(name, None)
+    g.finish()
+
+
+def _separate_join(g: Graph, node: Node) -> None:
+    """Give an Attention whose joined keys or values other nodes read too a Concat node for each."""
+    past = g.shape(node.inputs[4])[2]
+    for i in (1, 2):
+        joined = Node("Concat", [node.inputs[3 + i], node.inputs[i]], [node.outputs[i]], {"axis": 2})
+        b, h, s, d = g.shape(node.inputs[i])
+        g.info[node.outputs[i]] = Info("float32", (b, h, s + past, d))
+        g.nodes.append(joined)
+        g.producers[node.outputs[i]] = joined
+        g.users.setdefault(node.inputs[i], []).append(joined)
+        node.inputs[i] = node.outputs[i]
+    node.inputs[4:6] = ["", ""]
+    node.attrs["at_end"] = 1  # bottom-right causal alignment, as with a cache
+    del node.outputs[1:]
+    g.index()
+
+
+def _history(g: Graph, node: Node) -> None:
+    """Concat(past, new) on the sequence axis becomes History(new): appends to a cache and reads all of it."""
+    past, new = node.inputs[0], node.inputs[-1]
+    if past not in g.inputs or node.outputs[0] not in g.outputs or len(node.inputs) != 2 or node.attrs["axis"] != 2:
+        return
+    _, h, _, d = g.shape(new)
+    if not isinstance(h, int) or not isinstance(d, int) or len(g.users.get(past, [])) != 1:
+        return
+    node.op, node.inputs, node.attrs = "History", [new], {"layer": len(g.caches)}
+    g.caches.append(Cache("", past, "", node.outputs[0], h, 1, d, plain=True))
+
+
+def _attend(g: Graph, node: Node) -> None:
     if node.attrs.get("qk_matmul_output_mode", 0) or node.input(6) or any(node.outputs[3:]):
         return
     shapes = [g.shape(i) for i in node.inputs[:3]]
@@ -230,23 +155,27 @@ def _attend(g: Graph, node: Node, caches: list[Cache]) -> None:
         pasts, presents = node.inputs[4:6], node.outputs[1:3]
         if any(p not in g.inputs for p in pasts) or any(g.users.get(p, []) for p in presents):
             return
-        layer = len(caches)
-        caches.append(Cache(pasts[0], pasts[1], presents[0], presents[1], kv_heads, dim, v_dim))
+        layer = len(g.caches)
+        g.caches.append(Cache(pasts[0], pasts[1], presents[0], presents[1], kv_heads, dim, v_dim))
     elif node.attrs.get("is_causal", 0) and shapes[0][-2] != shapes[1][-2] and not node.attrs.get("at_end", 0):
-        return  # causal attention of unequal lengths without a cache: engines disagree on its meaning
+        return  # causal attention of unequal lengths without a cache: engines differ in its alignment
     rows = [_to_rows(g, i, four) for i in node.inputs[:3]]
     mask = _mask(g, node.input(3), (shapes[0][0], shapes[0][-2]))
     b, s = g.shape(rows[0])[:2]
-    info = Info("float32", (b, s, heads * v_dim))
-    attrs = {
-        "heads": heads, "kv_heads": kv_heads, "head_dim": dim, "value_dim": v_dim, "layer": layer,
-        "scale": float(node.attrs.get("scale", 0.0) or dim**-0.5),
-        "softcap": float(node.attrs.get("softcap", 0.0)), "causal": bool(node.attrs.get("is_causal", 0)),
-        "at_end": bool(node.attrs.get("at_end", 0)),
-        "window": int(node.attrs.get("window", 0)), "rotary": 0, "interleaved": False,
-        "rotary_k": 0, "interleaved_k": False, "q_norm": "", "q_eps": 0.0, "k_norm": "", "k_eps": 0.0,
-    }  # fmt: skip
-    out = g.emit("Attend", [*rows, mask] + [""] * 8, info, node.outputs[0], **attrs)
+    spec = AttendSpec(
+        heads,
+        kv_heads,
+        dim,
+        v_dim,
+        layer,
+        scale=float(node.attrs.get("scale", 0.0) or dim**-0.5),
+        softcap=float(node.attrs.get("softcap", 0.0)),
+        causal=bool(node.attrs.get("is_causal", 0)),
+        at_end=bool(node.attrs.get("at_end", 0)),
+        window=int(node.attrs.get("window", 0)),
+    )
+    inputs = [*rows, mask] + [""] * (len(ATTEND_INPUTS) - 4)
+    out = g.emit("Attend", inputs, Info("float32", (b, s, heads * v_dim)), node.outputs[0], attend=spec)
     if four:
         out = g.emit("View", [out], Info("float32", (b, s, heads, v_dim)), out)
         node.op, node.inputs, node.attrs = "Transpose", [out], {"perm": [0, 2, 1, 3]}
@@ -280,40 +209,55 @@ def _mask(g: Graph, name: str, rows: tuple[Size, Size]) -> str:
     return name
 
 
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Indices of the inputs of q or k: its rows, its tables (cos, then sin), its norm (weight, then bias)."""
+
+    rows: int
+    tables: int
+    norm: int
+
+
+_Q = _Places(*(ATTEND_INPUTS.index(name) for name in ("q", "q_cos", "q_norm")))
+_K = _Places(*(ATTEND_INPUTS.index(name) for name in ("k", "k_cos", "k_norm")))
+
+
 def fold_into_attention(g: Graph) -> None:
-    """Rotation of q and k, and a norm over each of their heads before it, are done by the Attend that reads them."""
+    """Attend(Rope(Norm(q)), Rope(Norm(k)), v) -> Attend(q, k, v) that does these steps; either may be missing."""
     for node in g.nodes:
         if node.op == "Attend":
-            _fold(g, node, 0, "rotary", "interleaved", 4, "q_norm", "q_eps", 8)
-            _fold(g, node, 1, "rotary_k", "interleaved_k", 6, "k_norm", "k_eps", 10)
+            spec = node.attrs["attend"]
+            node.attrs["attend"] = replace(spec, q=_fold(g, node, _Q), k=_fold(g, node, _K))
     g.finish()
 
 
-def _fold(
-    g: Graph, node: Node, i: int, rotary: str, interleaved: str, table: int, norm: str, eps: str, vector: int
-) -> None:
-    """Input i of `node`: look through its Views for Rope, then for Norm, each read by nobody else."""
-    name, dim = node.inputs[i], node.attrs["head_dim"]
+def _fold(g: Graph, node: Node, at: _Places) -> HeadSteps:
+    """The steps before one input of `node`, which becomes what they read: through Views a Rope, then a Norm.
+
+    Only steps whose result no other node reads.
+    """
+    name, dim, steps = node.inputs[at.rows], node.attrs["attend"].head_dim, HeadSteps()
     x = _through_views(g, name, node)
     rope = g.producer(x, "Rope") if x else None
     if rope is not None and g.shape(x)[-1] == dim:
-        node.attrs[rotary], node.attrs[interleaved] = rope.attrs["rotary"], rope.attrs["interleaved"]
-        node.inputs[table : table + 2] = rope.inputs[1:3]
+        steps = replace(steps, rotary=rope.attrs["rotary"], interleaved=rope.attrs["interleaved"])
+        node.inputs[at.tables : at.tables + 2] = rope.inputs[1:3]
         name = rope.inputs[0]
         x = _through_views(g, name, rope)
-    n = g.producer(x, "Norm") if x else None
-    if n is not None and g.shape(x)[-1] == dim:
-        node.attrs[norm], node.attrs[eps] = n.attrs["kind"], n.attrs["eps"]
-        node.inputs[vector : vector + 2] = n.inputs[1:3]
-        name = n.inputs[0]
-    if name != node.inputs[i]:
-        rows = g.shape(node.inputs[i])
-        node.inputs[i] = name if g.shape(name) == rows else g.emit("View", [name], Info("float32", rows), name)
-        g.users.setdefault(node.inputs[i], []).append(node)
+    norm = g.producer(x, "Norm") if x else None
+    if norm is not None and g.shape(x)[-1] == dim:
+        steps = replace(steps, norm=norm.attrs["kind"], eps=norm.attrs["eps"])
+        node.inputs[at.norm : at.norm + 2] = norm.inputs[1:3]
+        name = norm.inputs[0]
+    if name != node.inputs[at.rows]:
+        shape = g.shape(node.inputs[at.rows])
+        node.inputs[at.rows] = name if g.shape(name) == shape else g.emit("View", [name], Info("float32", shape), name)
+        g.users.setdefault(node.inputs[at.rows], []).append(node)
+    return steps
 
 
 def _through_views(g: Graph, name: str, user: Node) -> str:
-    """The value behind Views of `name`, "" if anybody but `user` reads one of them."""
+    """The value behind Views of `name`; "" if a node other than `user` reads one of them."""
     while g.only_user(name) is user:
         view = g.producer(name, "View")
         if view is None:

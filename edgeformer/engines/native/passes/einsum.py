@@ -1,20 +1,21 @@
-"""Einsum as matrix products between Transposes and Views (ONNX operator Einsum; numpy's rules)."""
+"""Einsum -> matrix products between Transposes and Views (ONNX operator Einsum; numpy's rules)."""
 
 from __future__ import annotations
 
 from string import ascii_letters
+from typing import NamedTuple
 
 from edgeformer.engines.native.ir.dims import Shape, Size, product
 from edgeformer.engines.native.ir.graph import Graph, Info, Node
-from edgeformer.engines.native.ir.shape_rules import rule
+from edgeformer.engines.native.ir.shape_rules import shape_rule
 from edgeformer.errors import EngineUnavailable
 
 
 def terms(g: Graph, node: Node) -> tuple[list[str], str]:
-    """The letters of each operand's axes, and of the result's; what an ellipsis stands for gets free ones."""
+    """The letters of the axes of each operand and of the result; axes of an ellipsis get unused letters."""
     left, arrow, out = str(node.attrs["equation"]).replace(" ", "").partition("->")
     operands = left.split(",")
-    if not arrow:  # without a result, it has the letters that stand once, sorted, behind the ellipsis
+    if not arrow:  # no result given: the letters that occur once, sorted, behind the ellipsis
         once = sorted(x for x in set(left) - {",", "."} if left.count(x) == 1)
         out = "..." * ("..." in left) + "".join(once)
     spare = "".join(x for x in ascii_letters if x not in left)
@@ -29,7 +30,7 @@ def terms(g: Graph, node: Node) -> tuple[list[str], str]:
     return operands, out
 
 
-@rule("Einsum")
+@shape_rule("Einsum")
 def _shape(g: Graph, node: Node) -> list[Info]:
     operands, out = terms(g, node)
     sizes: dict[str, Size] = {}
@@ -43,41 +44,46 @@ def _shape(g: Graph, node: Node) -> list[Info]:
     return [Info("float32", tuple(sizes[letter] for letter in out))]
 
 
+class _Operand(NamedTuple):
+    """A value and the letters of its axes."""
+
+    name: str
+    letters: str
+
+
 def products(g: Graph, node: Node) -> None:
-    """Rewrites one Einsum: the operands are joined one after the other, each time by one MatMul."""
+    """Einsum of n operands -> n - 1 MatMuls, one operand after the other."""
     operands, out = terms(g, node)
     sizes = {
         x: s for name, term in zip(node.inputs, operands, strict=True) for x, s in zip(term, g.shape(name), strict=True)
     }
-    pending = list(zip(node.inputs, operands, strict=True))
-    made, letters = pending.pop(0)
+    pending = [_Operand(*pair) for pair in zip(node.inputs, operands, strict=True)]
+    made = pending.pop(0)
     while pending:
-        name, term = pending.pop(0)
-        kept = set(out).union(*(t for _, t in pending))
-        made, letters = _sum(g, made, letters, kept | set(term))
-        name, term = _sum(g, name, term, kept | set(letters))
-        made, letters = _product(g, made, letters, name, term, kept, sizes)
-    made, letters = _sum(g, made, letters, set(out))
-    node.op, node.inputs, node.attrs = "View", [_ordered(g, made, letters, out)], {}
+        other = pending.pop(0)
+        kept = set(out).union(*(operand.letters for operand in pending))
+        made = _sum(g, made, kept | set(other.letters))
+        other = _sum(g, other, kept | set(made.letters))
+        made = _product(g, made, other, kept, sizes)
+    made = _sum(g, made, set(out))
+    node.op, node.inputs, node.attrs = "View", [_ordered(g, made, out)], {}
 
 
-def _sum(g: Graph, name: str, letters: str, kept: set[str]) -> tuple[str, str]:
-    axes = tuple(i for i, x in enumerate(letters) if x not in kept)
+def _sum(g: Graph, x: _Operand, kept: set[str]) -> _Operand:
+    axes = tuple(i for i, letter in enumerate(x.letters) if letter not in kept)
     if not axes:
-        return name, letters
-    shape = g.shape(name)
-    info = Info("float32", tuple(d for i, d in enumerate(shape) if i not in axes))
-    return g.emit("Reduce", [name], info, name, fn="sum", axes=axes), "".join(x for x in letters if x in kept)
+        return x
+    info = Info("float32", tuple(d for i, d in enumerate(g.shape(x.name)) if i not in axes))
+    name = g.emit("Reduce", [x.name], info, x.name, fn="sum", axes=axes)
+    return _Operand(name, "".join(letter for letter in x.letters if letter in kept))
 
 
-def _product(
-    g: Graph, a: str, first: str, b: str, second: str, kept: set[str], sizes: dict[str, Size]
-) -> tuple[str, str]:
-    """a and b multiplied, summed over the letters that both have and nobody keeps."""
-    batch = "".join(x for x in first if x in second and x in kept)
-    summed = "".join(x for x in first if x in second and x not in kept)
-    left = "".join(x for x in first if x not in second)
-    right = "".join(x for x in second if x not in first)
+def _product(g: Graph, a: _Operand, b: _Operand, kept: set[str], sizes: dict[str, Size]) -> _Operand:
+    """The product of `a` and `b`, summed over the letters that both have and that are not in `kept`."""
+    batch = "".join(x for x in a.letters if x in b.letters and x in kept)
+    summed = "".join(x for x in a.letters if x in b.letters and x not in kept)
+    left = "".join(x for x in a.letters if x not in b.letters)
+    right = "".join(x for x in b.letters if x not in a.letters)
 
     def shape(letters: str) -> Shape:
         return tuple(sizes[x] for x in letters)
@@ -85,16 +91,18 @@ def _product(
     k, n = product(shape(summed)), product(shape(right))
     rows = shape(left) or (1,)  # without a batch, the rows keep their axes: then it may be a Linear
     rows = (*shape(batch), product(rows)) if batch else rows
-    a = _view(g, _ordered(g, a, first, batch + left + summed), (*rows, k))
-    b = _view(g, _ordered(g, b, second, batch + summed + right), (*shape(batch), k, n))
-    made = g.emit("MatMul", [a, b], Info("float32", (*rows, n)), a)
-    return _view(g, made, shape(batch + left + right)), batch + left + right
+    first = _view(g, _ordered(g, a, batch + left + summed), (*rows, k))
+    second = _view(g, _ordered(g, b, batch + summed + right), (*shape(batch), k, n))
+    made = g.emit("MatMul", [first, second], Info("float32", (*rows, n)), first)
+    return _Operand(_view(g, made, shape(batch + left + right)), batch + left + right)
 
 
-def _ordered(g: Graph, name: str, now: str, wanted: str) -> str:
-    if now == wanted:
+def _ordered(g: Graph, x: _Operand, letters: str) -> str:
+    """The name of `x` with its axes in the order of `letters`."""
+    name = x.name
+    if x.letters == letters:
         return name
-    perm = [now.index(x) for x in wanted]
+    perm = [x.letters.index(letter) for letter in letters]
     if name in g.constants:
         return g.add_constant(name, g.constants[name].array().transpose(perm))
     return g.emit("Transpose", [name], Info("float32", tuple(g.shape(name)[p] for p in perm)), name, perm=perm)
@@ -103,6 +111,6 @@ def _ordered(g: Graph, name: str, now: str, wanted: str) -> str:
 def _view(g: Graph, name: str, shape: Shape) -> str:
     if g.shape(name) == shape:
         return name
-    if name in g.constants:  # now, so that the pass that looks for Linears sees a matrix
+    if name in g.constants:  # reshaped now, so that `linear.linears` sees a constant matrix
         return g.add_constant(name, g.constants[name].array().reshape(shape))
     return g.emit("View", [name], Info("float32", shape), name)

@@ -1,21 +1,23 @@
-"""Linear layers: every product with a constant matrix becomes one Linear node, every table look-up one Embed node.
+"""Linear layers: a product with a constant matrix becomes one Linear node, a look-up in a table one Embed node.
 
-The forms are those of the bundle (see docs/native.md): a MatMul with DequantizeLinear of a transposed INT4 or INT8
+The patterns are those of the bundle (see docs/native.md): a MatMul with DequantizeLinear of a transposed INT4 or INT8
 weight, with the float minimum of q4a as a second small product on block sums; and plain float weights.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from edgeformer.engines.native.ir.graph import Array, Graph, Info, Node
+from edgeformer.engines.native.ir.ops import LinearSpec
 from edgeformer.engines.native.ir.weight import Weight
 
 
 def linears(g: Graph) -> None:
-    """MatMul and Gemm with a constant become Linear(x); attrs: `weight` (a Weight) and `bias` (a constant or "")."""
+    """MatMul(x, W^T) and Gemm(x, W, bias) with a constant W -> Linear(x) with a LinearSpec as attrs["linear"]."""
     for node in list(g.nodes):
         if node.op == "MatMul":
             _matmul(g, node)
@@ -29,7 +31,7 @@ def linears(g: Graph) -> None:
 
 
 def _set_linear(node: Node, x: str, weight: Weight, bias: str = "") -> None:
-    node.op, node.inputs, node.attrs = "Linear", [x], {"weight": weight, "bias": bias}
+    node.op, node.inputs, node.attrs = "Linear", [x], {"linear": LinearSpec(weight, bias)}
 
 
 def _matmul(g: Graph, node: Node) -> None:
@@ -67,7 +69,7 @@ def _transposed_constant(g: Graph, name: str) -> str | None:
 
 
 def float_weight(g: Graph, name: str) -> Weight | None:
-    """The weight in a constant [k, n], in a Transpose of one [n, k], or in a form that can be dequantized now."""
+    """The weight in a constant [k, n], in a Transpose of one [n, k], or in a DequantizeLinear that is computed now."""
     source = _transposed_constant(g, name)
     if source is not None and g.constants[source].dtype in ("float32", "float16"):
         n, k = g.constants[source].shape
@@ -82,7 +84,7 @@ def float_weight(g: Graph, name: str) -> Weight | None:
 
 
 def _dequantized(g: Graph, dq: Node) -> Weight | None:
-    """Any constant DequantizeLinear, computed now and kept as floats: right, four to eight times as large."""
+    """Any constant DequantizeLinear, computed now and kept as floats: correct, four to eight times as large."""
     arrays: list[Array | None] = []
     for name in dq.inputs:
         source = _transposed_constant(g, name)
@@ -127,18 +129,19 @@ def _affine(g: Graph, node: Node) -> None:
     for main, other, name in ((parts[0], parts[1], node.inputs[0]), (parts[1], parts[0], node.inputs[1])):
         if main is None or other is None or g.only_user(name) is not node:
             continue
-        w, m = main.attrs["weight"], other.attrs["weight"]
+        spec, minima = main.attrs["linear"], other.attrs["linear"]
+        w, m = spec.weight, minima.weight
         if w.type != "q4" or m.type != "f32" or m.transposed or m.k != -(-w.k // w.block) or m.n != w.n:
             continue
-        if other.attrs["bias"] or _block_sums_of(g, other.inputs[0], w.block) != main.inputs[0]:
+        if minima.bias or _block_sums_of(g, other.inputs[0], w.block) != main.inputs[0]:
             continue
         weight = Weight("q4a", w.q, w.n, w.k, w.block, w.scale, m.q, selected=w.selected)
-        _set_linear(node, main.inputs[0], weight, main.attrs["bias"])
+        _set_linear(node, main.inputs[0], weight, spec.bias)
         return
 
 
 def _block_sums_of(g: Graph, name: str, block: int) -> str | None:
-    """x when `name` is the sums of x over blocks of its last axis (padded with zeros where needed)."""
+    """The value over blocks of whose last axis (padded with zeros where needed) `name` is the sums; else None."""
     total = g.producer(name, "Reduce")
     if total is None or total.attrs["fn"] != "sum":
         view = g.producer(name, "View")  # keepdims=1 and a Reshape
@@ -159,23 +162,27 @@ def _block_sums_of(g: Graph, name: str, block: int) -> str | None:
 
 
 def biases(g: Graph) -> None:
-    """Add of a constant vector after a Linear becomes its bias."""
+    """Add(Linear(x), b) with a constant vector b -> Linear(x) with a bias."""
     for node in list(g.nodes):
         if node.op != "Add":
             continue
         for x, b in (node.inputs, node.inputs[::-1]):
             linear, c = g.producer(x, "Linear"), g.constants.get(b)
-            if linear is None or c is None or g.only_user(x) is not node or linear.attrs["bias"]:
+            if linear is None or c is None or g.only_user(x) is not node or linear.attrs["linear"].bias:
                 continue
-            if c.size == linear.attrs["weight"].n and c.shape[-1:] == (c.size,) and "fn" not in linear.attrs:
-                linear.attrs["bias"] = b
+            spec = linear.attrs["linear"]
+            if c.size == spec.weight.n and c.shape[-1:] == (c.size,):
+                linear.attrs["linear"] = replace(spec, bias=b)
                 g.rewire(node.outputs[0], x)
                 break
     g.finish()
 
 
 def embeddings(g: Graph) -> None:
-    """Gather of rows of a constant table becomes Embed(ids), attrs `weight`: the same packed matrix as a tied head."""
+    """Gather(table, ids), perhaps dequantized and times a number -> Embed(ids); attrs: weight (a Weight), scale.
+
+    A head that is tied to the table uses the same packed matrix.
+    """
     for node in list(g.nodes):
         if node.op == "DequantizeLinear":
             _quantized_table(g, node)
@@ -221,7 +228,10 @@ def _quantized_table(g: Graph, node: Node) -> None:
 
 
 def splits(g: Graph) -> None:
-    """Slices of a Linear's columns become Linears of their own if nobody else reads it (fused QKV, gate and up)."""
+    """Slice(Linear(x)), of the last axis -> Linear(x) of those rows of the weight: fused QKV, fused gate and up.
+
+    Only where Slices alone read the Linear, directly or through a View.
+    """
     for node in list(g.nodes):
         if node.op != "Linear" or node.outputs[0] in g.outputs:
             continue
@@ -229,18 +239,18 @@ def splits(g: Graph) -> None:
         for u in g.users.get(node.outputs[0], []):
             inner = g.users.get(u.outputs[0], []) if u.op == "View" and u.outputs[0] not in g.outputs else []
             users += inner if inner and all(i.op == "Slice" for i in inner) else [u]
-        cuts = [_columns(g, u, node.attrs["weight"].n) for u in users]
+        spec: LinearSpec = node.attrs["linear"]
+        cuts = [_columns(g, u, spec.weight.n) for u in users]
         if not users or any(c is None for c in cuts):
             continue
         for user, runs in zip(users, cuts, strict=True):
             assert runs is not None
-            weight = node.attrs["weight"].part(runs)
-            bias = node.attrs["bias"]
+            weight, bias = spec.weight.part(runs), spec.bias
             if bias:
                 vector = g.constants[bias].data.reshape(-1)
                 bias = g.add_constant(bias, np.concatenate([vector[a:b] for a, b in runs]).astype(np.float32))
             info = Info("float32", (*g.shape(node.outputs[0])[:-1], weight.n))
-            new = g.emit("Linear", node.inputs[:], info, user.outputs[0], weight=weight, bias=bias)
+            new = g.emit("Linear", node.inputs[:], info, user.outputs[0], linear=LinearSpec(weight, bias))
             _as_view(g, user, new)
     g.finish()
 
@@ -253,7 +263,7 @@ def _as_view(g: Graph, node: Node, source: str) -> None:
 
 
 def _columns(g: Graph, user: Node, n: int) -> list[tuple[int, int]] | None:
-    """The runs of a Linear's n columns that a Slice (of it or of a View of it) takes."""
+    """The (start, stop) runs of a Linear's n columns that a Slice of it, or of a View of it, takes; None if unknown."""
     if user.op != "Slice" or len(user.attrs["axes"]) != 1 or user.attrs["steps"] != (1,):
         return None
     shape = g.shape(user.inputs[0])

@@ -1,8 +1,8 @@
-"""Passes that make a graph small and uniform before any pattern is looked for.
+"""Passes that make a graph small and uniform, so that patterns have few forms.
 
-After `normalize` these operators stand for whole families: View (Reshape, Squeeze, Unsqueeze, Flatten, Identity: the
-same numbers in the same order under another shape), Slice with its bounds as attributes (Split too), Sizes (integers
-made of sizes), Fill, Range, Unary, and Reduce* with axes as attributes.
+`normalize` replaces families of operators by one: View (Reshape, Squeeze, Unsqueeze, Flatten, Identity: the same
+numbers in the same order under another shape), Slice with its bounds as attributes (Split too), Sizes (integers
+computed from sizes), Fill, Range, Unary, Pointwise, and Reduce with axes as attributes.
 """
 
 from __future__ import annotations
@@ -12,31 +12,18 @@ from typing import Any
 import numpy as np
 
 from edgeformer.engines.native.ir.dims import INT64_MAX, Size
-from edgeformer.engines.native.ir.graph import INSIDE, Constant, Graph, Info, Node
+from edgeformer.engines.native.ir.functions import POINTWISE_OPS, UNARY_OPS
+from edgeformer.engines.native.ir.graph import COMPUTE_DTYPES, Constant, Graph, Info, Node
 from edgeformer.engines.native.ir.infer import infer, reduce_axes
 from edgeformer.engines.native.ir.shape_rules import broadcast, pad_amounts, slice_bounds, split_sizes
 from edgeformer.engines.native.passes import einsum
 
-UNARY = {
-    "Sqrt": "sqrt", "Exp": "exp", "Log": "log", "Reciprocal": "reciprocal", "Sigmoid": "sigmoid", "Tanh": "tanh",
-    "Erf": "erf", "Sin": "sin", "Cos": "cos", "Relu": "relu", "Softplus": "softplus", "Neg": "neg", "Abs": "abs",
-}  # fmt: skip
-# Functions of one element that ops_pointwise.cpp has: name, and ONNX's defaults of the two attributes they read.
-POINTWISE: dict[str, tuple[str, tuple[tuple[str, float], ...]]] = {
-    "Floor": ("floor", ()), "Ceil": ("ceil", ()), "Round": ("round", ()), "Sign": ("sign", ()),
-    "LeakyRelu": ("leaky_relu", (("alpha", 0.01),)), "Elu": ("elu", (("alpha", 1.0),)),
-    "Selu": ("selu", (("alpha", 1.67326319217681884765625), ("gamma", 1.05070102214813232421875))),
-    "Celu": ("celu", (("alpha", 1.0),)), "HardSigmoid": ("hard_sigmoid", (("alpha", 0.2), ("beta", 0.5))),
-    "HardSwish": ("hard_swish", ()), "ThresholdedRelu": ("thresholded_relu", (("alpha", 1.0),)),
-    "Softsign": ("softsign", ()), "Mish": ("mish", ()), "Swish": ("swish", (("alpha", 1.0),)),
-    "IsNaN": ("is_nan", ()), "IsInf": ("is_inf", (("detect_negative", 1), ("detect_positive", 1))),
-}  # fmt: skip
 REDUCE = ("Mean", "Sum", "Max", "Min", "Prod", "L1", "L2", "SumSquare")
-FOLD_LIMIT = 1 << 22  # elements; larger results of constants are left to the pass that packs weights
+FOLD_LIMIT = 1 << 22  # elements: larger constants are weights, which are packed later
 
 
 def normalize(g: Graph) -> list[Node]:
-    """Rewrite every node whose extra inputs are sizes or constants; returns the nodes that cannot be understood."""
+    """Reshape, Split, ReduceMean, Sqrt, ... -> View, Slice, Reduce, Unary, ...; returns the unsupported nodes."""
     unsupported = infer(g)
     if unsupported:
         return unsupported
@@ -75,7 +62,7 @@ def _normalize_node(g: Graph, node: Node) -> None:
         _range(g, node)
     elif node.op == "Resize" and g.shape(node.inputs[0]) == out.shape:
         if node.attrs.get("coordinate_transformation_mode") != "tf_crop_and_resize":
-            _become(node, "View", node.inputs[:1])  # to the size that it has
+            _become(node, "View", node.inputs[:1])  # to the size it already has
     elif node.op == "Tile":
         _become(node, "Tile", node.inputs[:1])
     elif node.op == "Pad":
@@ -85,15 +72,15 @@ def _normalize_node(g: Graph, node: Node) -> None:
         _become(node, "Pad", node.inputs[:1], pads=amounts, axes=axes, value=fill, mode=mode)
     elif node.op.removeprefix("Reduce") in REDUCE and node.op.startswith("Reduce"):
         _become(node, "Reduce", node.inputs[:1], fn=node.op[6:].lower(), axes=reduce_axes(g, node))
-    elif node.op in UNARY:
-        _become(node, "Unary", node.inputs[:1], fn=UNARY[node.op])
+    elif node.op in UNARY_OPS:
+        _become(node, "Unary", node.inputs[:1], fn=UNARY_OPS[node.op])
     elif node.op == "Gelu":
         tanh = node.attrs.get("approximate", "none") == "tanh"
         _become(node, "Unary", node.inputs[:1], fn="gelu_tanh" if tanh else "gelu")
     elif node.op == "Swish" and node.attrs.get("alpha", 1.0) == 1.0:
         _become(node, "Unary", node.inputs[:1], fn="silu")
-    elif node.op in POINTWISE:
-        fn, numbers = POINTWISE[node.op]
+    elif node.op in POINTWISE_OPS:
+        fn, numbers = POINTWISE_OPS[node.op]
         pair = [float(node.attrs.get(key, default)) for key, default in numbers]
         _become(node, "Pointwise", node.inputs[:1], fn=fn, numbers=(*pair, 0.0, 0.0)[:2])
     elif node.op == "PRelu":
@@ -109,7 +96,7 @@ def _become(node: Node, op: str, inputs: list[str], **attrs: Any) -> None:
 
 
 def _prelu(g: Graph, node: Node) -> None:
-    """max(x, 0) + slope * min(x, 0)"""
+    """PRelu(x, slope) -> max(x, 0) + slope * min(x, 0)"""
     x, slope = node.inputs
     info, zero = g.info[node.outputs[0]], g.add_constant("zero", np.zeros((), np.float32))
     falling = g.emit("Mul", [slope, g.emit("Min", [x, zero], g.info[x], x)], info, x)
@@ -117,7 +104,7 @@ def _prelu(g: Graph, node: Node) -> None:
 
 
 def _matrix_of_vector(g: Graph, node: Node) -> None:
-    """A vector on the left is one row, on the right one column."""
+    """MatMul with a vector -> MatMul with a matrix of one row (on the left) or one column (on the right)."""
     a, b = node.inputs
     if len(g.shape(a)) == 1:
         a = g.emit("View", [a], Info("float32", (1, *g.shape(a))), a)
@@ -144,7 +131,7 @@ def _is_pick(g: Graph, node: Node) -> bool:
 
 
 def _pick(g: Graph, node: Node, index: int, axis: int) -> None:
-    """Gather of one constant index is a Slice of length 1, perhaps without its axis."""
+    """Gather of one constant index -> a Slice of length 1 and a View without its axis."""
     x = node.inputs[0]
     shape = g.shape(x)
     axis %= len(shape)
@@ -162,7 +149,7 @@ def _range(g: Graph, node: Node) -> None:
 
 
 def common_subexpressions(g: Graph) -> None:
-    """Compute equal things once: same operator, inputs and attributes. Equal small constants get one name."""
+    """Nodes with the same operator, inputs and attributes -> one node; equal small constants -> one constant."""
     _share_constants(g)
     seen: dict[tuple[Any, ...], Node] = {}
     for node in list(g.nodes):
@@ -196,7 +183,7 @@ def _hashable(value: Any) -> Any:
 
 
 def views(g: Graph) -> None:
-    """A View of a View is one View; a View that changes nothing goes."""
+    """View(View(x)) -> View(x); View(x) of the same shape -> x."""
     for node in list(g.nodes):
         if node.op != "View":
             continue
@@ -211,9 +198,9 @@ def views(g: Graph) -> None:
 
 
 def transposes(g: Graph) -> None:
-    """Let Transposes travel towards the outputs past what works on the last axis only, and cancel where they meet.
+    """f(Transpose(x)) -> Transpose(f(x)) where f works on the last axis only; Transpose(Transpose(x)) -> Transpose(x).
 
-    Where axes of size 1 only change places, a Transpose is a View.
+    So they cancel where two meet. A Transpose that only moves axes of size 1 becomes a View.
     """
     changed = True
     while changed:
@@ -243,7 +230,7 @@ def _sink(g: Graph, node: Node) -> bool:
     movable = node.op in ("Unary", "Norm", "Slice", "Concat") or (node.op in ("Mul", "Add", "Div", "Sub"))
     if not movable or len(node.outputs) != 1:
         return False
-    tensors = [i for i in node.inputs if i and not _small_constant(g, i, node)]
+    tensors = [i for i in node.inputs if i and not _is_along_last_axis(g, i)]
     inners = [g.producer(i, "Transpose") for i in tensors]
     first = inners[0] if inners else None
     if first is None or any(n is None or _perm(g, n) != _perm(g, first) for n in inners):
@@ -293,8 +280,8 @@ def _swap_view(g: Graph, node: Node) -> bool:
     return True
 
 
-def _small_constant(g: Graph, name: str, node: Node) -> bool:
-    """A constant that lies along the last axis only, so that a Transpose of the others does not concern it."""
+def _is_along_last_axis(g: Graph, name: str) -> bool:
+    """Whether `name` is a constant along the last axis only, which a Transpose of the other axes does not change."""
     c = g.constants.get(name)
     return c is not None and (c.size == 1 or all(d == 1 for d in c.shape[:-1]))
 
@@ -304,7 +291,7 @@ def _perm(g: Graph, node: Node) -> list[int]:
 
 
 def fold_constants(g: Graph) -> None:
-    """Compute now what depends on constants only."""
+    """Nodes that depend on constants only -> constants, computed by numpy; of at most FOLD_LIMIT elements."""
     for node in g.nodes:
         if len(node.outputs) != 1 or node.outputs[0] in g.outputs:
             continue
@@ -331,7 +318,7 @@ def _store(g: Graph, node: Node, array: np.ndarray[Any, Any]) -> None:
 
 
 def _numpy(g: Graph, node: Node) -> np.ndarray[Any, Any] | None:
-    """The node's result by numpy; None for an operator that is not worth folding."""
+    """The node's result by numpy; None for an operator that is not folded."""
     info, a = g.info[node.outputs[0]], node.attrs
     x = [_plain(g.constants[i]) for i in node.inputs if i]
     shape = info.shape
@@ -380,5 +367,5 @@ def _numpy(g: Graph, node: Node) -> np.ndarray[Any, Any] | None:
 
 
 def _plain(c: Constant) -> np.ndarray[Any, Any]:
-    dtype = INSIDE.get(c.dtype)
+    dtype = COMPUTE_DTYPES.get(c.dtype)
     return c.array().astype(dtype) if dtype else c.array()

@@ -1,4 +1,4 @@
-"""Linears whose weights have a scale for 64 columns (4 bits) or 128 (8 bits) take activations with such a scale too.
+"""Weights with one scale for 64 columns (4 bits) or 128 (8 bits), where activations can have such blocks too.
 
 A block then ends after 16 or 32 dot products instead of 8: conversions, scales and sums cost a half or a quarter. In 4
 bits the weights are smaller as well, 4.25 bits instead of 4.5.
@@ -16,7 +16,10 @@ SPANS = dict(WIDE.values())
 
 
 def wide_blocks(g: Graph) -> None:
-    """Weights become wide where every quantized Linear of their input can: an input is quantized in one way."""
+    """Weights of Linears and Embed: q4 -> q4x64, q8 -> q8x128, where every quantized Linear of an input can be so.
+
+    All Linears of an input must agree, for it is quantized once.
+    """
     readers: dict[str, list[Weight]] = {}
     for node in g.nodes:
         if node.op == "Linears":
@@ -34,20 +37,22 @@ def wide_blocks(g: Graph) -> None:
         narrow |= stay
     chosen = {weight.q for weights in readers.values() for weight in weights} - narrow
 
-    def widened(weight: Weight | None) -> Weight | None:
-        return replace(weight, type=WIDE[weight.type][0]) if weight is not None and weight.q in chosen else weight
+    def widened(weight: Weight) -> Weight:
+        return replace(weight, type=WIDE[weight.type][0]) if weight.q in chosen else weight
 
     for node in g.nodes:
         if node.op == "Linears":
-            for part in node.attrs["parts"]:
-                part["weight"], part["gate"] = widened(part["weight"]), widened(part["gate"])
+            node.attrs["parts"] = tuple(
+                replace(part, weight=widened(part.weight), gate=widened(part.gate) if part.gate else None)
+                for part in node.attrs["parts"]
+            )
         elif node.op == "Embed":  # the table that a head shares is packed once
             node.attrs["weight"] = widened(node.attrs["weight"])
 
 
 def weights_of(node: Node) -> list[Weight]:
     """The weights of a Linears node, gates too."""
-    return [weight for part in node.attrs["parts"] for weight in (part["weight"], part["gate"]) if weight is not None]
+    return [weight for part in node.attrs["parts"] for weight in (part.weight, part.gate) if weight is not None]
 
 
 def _alike(spans: list[int | None]) -> bool:

@@ -1,7 +1,7 @@
 """Nodes to operations: slots, weights, and every operation that computes on plain tensors.
 
-An `op_...` method adds the operations of one node, named after its operator; it returns False for a form that the
-engine does not run. Linears, norms and attention are in `lowering`.
+A method `_op_NAME` adds the operations of one node of the operator NAME; it returns False for an unsupported form.
+Linears, norms and attention are in `lowering`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 
 from edgeformer.engines.native.ir.cache import Cache
 from edgeformer.engines.native.ir.dims import Dim, Size
+from edgeformer.engines.native.ir.functions import UNARY_FUNCTIONS
 from edgeformer.engines.native.ir.graph import Array, Graph, Info, Node
 from edgeformer.engines.native.ir.infer import conv_geometry
 from edgeformer.engines.native.ir.rows import is_batch_local, is_row_local, row_symbols
@@ -25,35 +26,9 @@ ELEMENTWISE = {
     "GreaterOrEqual": "greater_equal", "And": "and", "Or": "or", "Xor": "xor",
 }  # fmt: skip
 
-# csrc/kernels/kernels.h: enum class Unary, in its order.
-ACTIVATIONS = (
-    "identity",
-    "exp",
-    "sigmoid",
-    "tanh",
-    "erf",
-    "sqrt",
-    "sin",
-    "cos",
-    "log",
-    "softplus",
-    "relu",
-    "relu2",
-    "silu",
-    "gelu",
-    "gelu_tanh",
-    "quick_gelu",
-    "neg",
-    "abs",
-    "reciprocal",
-    "rsqrt",
-)
-
-# csrc/ops/ops_pointwise.cpp: enum class Point, in its order.
-POINTWISE = (
-    "floor", "ceil", "round", "sign", "leaky_relu", "elu", "selu", "celu", "hard_sigmoid", "hard_swish",
-    "thresholded_relu", "softsign", "mish", "swish", "is_nan", "is_inf",
-)  # fmt: skip
+# Functions that the engine knows by these names; a test compares them with those of csrc/program/names.h.
+REDUCTIONS = ("mean", "sum", "max", "min", "prod", "l2", "sumsquare", "l1")
+SCATTERS = ("none", "add", "mul")
 
 
 class Emitter:
@@ -64,7 +39,7 @@ class Emitter:
         batch, sequence = row_symbols(g)
         names = {str(d) for i in g.inputs.values() for d in i.shape if isinstance(d, Dim)}
         names |= {n for n, i in g.inputs.items() if i.value is not None}
-        # `kept` (rows that Keep keeps) and the caches' length are bound by the engine, not by an input's shape.
+        # The engine sets `kept` (rows that Keep keeps) and the caches' length; no input's shape gives them.
         past = {str(g.info[c.past_value].shape[2]) for c in caches}
         self.p = Program(sorted(names | past | {"kept"}), caches=caches)
         self.p.row_symbols = (batch, sequence)
@@ -78,6 +53,7 @@ class Emitter:
     # -- slots and weights -------------------------------------------------------------------------------------------
 
     def new_slot(self, name: str, info: Info, view_of: int = -1) -> int:
+        """Add a slot; returns its number."""
         dtype = {"float32": "f32", "int64": "i64", "bool": "bool"}.get(info.dtype)
         if dtype is None:
             raise unsupported_nodes([Node(f"{info.dtype} tensor", [], [name])])
@@ -99,24 +75,28 @@ class Emitter:
         return index
 
     def out(self, node: Node) -> int:
+        """A new slot for the first output of `node`."""
         return self.new_slot(node.outputs[0], self.g.info[node.outputs[0]])
 
     def add(self, kind: str, node: Node, inputs: list[str], **numbers: Any) -> None:
-        """An operation with one output, its numbers sorted by type."""
+        """Add an operation with one output; `numbers`: its numbers and names by keyword, and a note for people."""
         op = Op(kind, [self.slot(i) for i in inputs], [self.out(node)])
         for key, value in numbers.items():
             values = list(value) if isinstance(value, list | tuple) else [value]
-            if any(isinstance(v, Dim) for v in values) or key in ("start", "starts", "ends", "pads", "sizes"):
+            if key == "note":
+                op.note = value
+            elif any(isinstance(v, Dim) for v in values) or key in ("start", "starts", "ends", "pads", "sizes"):
                 op.sizes[key] = values
             elif any(isinstance(v, float) for v in values):
                 op.floats[key] = [float(v) for v in values]
-            elif all(isinstance(v, str) for v in values) and values:
-                op.note = " ".join(values)
+            elif any(isinstance(v, str) for v in values):
+                op.names[key] = values
             else:
                 op.ints[key] = [int(v) for v in values]
         self.p.ops.append(op)
 
     def weight(self, parts: list[tuple[Weight, str]]) -> int:
+        """The number of the weight that is packed from `parts`, one for equal parts."""
         key = tuple((w.type, w.q, w.scale, w.min, w.transposed, w.selected, role) for w, role in parts)
         if key not in self.weight_of:
             first = parts[0][0]
@@ -126,103 +106,104 @@ class Emitter:
         return self.weight_of[key]
 
     def constant_slot(self, hint: str, array: Array) -> int:
+        """The slot of a new constant."""
         return self.slot(self.g.add_constant(hint, array))
 
     # -- operations on plain tensors ---------------------------------------------------------------------------------
 
-    def op_view(self, node: Node) -> None:
+    def _op_view(self, node: Node) -> None:
         source = self.slot(node.inputs[0])
         self.new_slot(node.outputs[0], self.g.info[node.outputs[0]], source)
 
-    def op_unary(self, node: Node) -> bool | None:
-        if node.attrs["fn"] not in ACTIVATIONS or (
+    def _op_unary(self, node: Node) -> bool | None:
+        if node.attrs["fn"] not in UNARY_FUNCTIONS or (
             self.g.info[node.inputs[0]].dtype != "float32" and node.attrs["fn"] not in ("neg", "abs")
         ):
             return False
-        self.add("unary", node, node.inputs, fn=ACTIVATIONS.index(node.attrs["fn"]), note=node.attrs["fn"])
+        self.add("unary", node, node.inputs, fn=node.attrs["fn"], note=node.attrs["fn"])
         return None
 
-    def op_pointwise(self, node: Node) -> bool | None:
+    def _op_pointwise(self, node: Node) -> bool | None:
         fn, numbers = node.attrs["fn"], list(node.attrs["numbers"])
         if self.g.info[node.inputs[0]].dtype != "float32" and (fn, self.g.info[node.inputs[0]].dtype) != (
             "sign",
             "int64",
         ):
             return False
-        self.add("pointwise", node, node.inputs, fn=POINTWISE.index(fn), numbers=numbers, note=fn)
+        self.add("pointwise", node, node.inputs, fn=fn, numbers=numbers, note=fn)
         return None
 
     def elementwise(self, node: Node) -> None:
+        """Add a binary operation, or a chain of them: Min and Max take any number of inputs."""
         if len(node.inputs) == 1:
             self.add("tile", node, node.inputs)
             return
         name = ELEMENTWISE[node.op]
         acc = node.inputs[0]
-        for i, other in enumerate(node.inputs[1:]):  # Min and Max take any number of inputs
+        for i, other in enumerate(node.inputs[1:]):
             last = i == len(node.inputs) - 2
             step = node if last else Node(node.op, [], [self.g.fresh(acc)])
             if not last:
                 self.g.info[step.outputs[0]] = self.g.info[node.outputs[0]]
-            self.add("binary", step, [acc, other], fn=list(ELEMENTWISE.values()).index(name), note=name)
+            self.add("binary", step, [acc, other], fn=name, note=name)
             acc = step.outputs[0]
 
-    def op_not(self, node: Node) -> None:
+    def _op_not(self, node: Node) -> None:
         self.add("not", node, node.inputs)
 
-    def op_where(self, node: Node) -> None:
+    def _op_where(self, node: Node) -> None:
         self.add("where", node, node.inputs)
 
-    def op_cast(self, node: Node) -> None:
+    def _op_cast(self, node: Node) -> None:
         self.add("cast", node, node.inputs)
 
-    def op_expand(self, node: Node) -> None:
+    def _op_expand(self, node: Node) -> None:
         self.add("expand", node, node.inputs)
 
-    def op_tile(self, node: Node) -> None:
+    def _op_tile(self, node: Node) -> None:
         self.add("tile", node, node.inputs)
 
-    def op_concat(self, node: Node) -> None:
+    def _op_concat(self, node: Node) -> None:
         self.add("concat", node, node.inputs, axis=node.attrs["axis"] % len(self.g.shape(node.outputs[0])))
 
-    def op_slice(self, node: Node) -> None:
+    def _op_slice(self, node: Node) -> None:
         a = node.attrs
         self.add("slice", node, node.inputs, starts=a["starts"], ends=a["ends"], axes=a["axes"], steps=a["steps"])
 
-    def op_transpose(self, node: Node) -> None:
+    def _op_transpose(self, node: Node) -> None:
         rank = len(self.g.shape(node.inputs[0]))
         self.add("transpose", node, node.inputs, perm=list(node.attrs.get("perm") or range(rank)[::-1]))
 
-    def op_gather(self, node: Node) -> None:
+    def _op_gather(self, node: Node) -> None:
         self.add("gather", node, node.inputs, axis=node.attrs.get("axis", 0) % len(self.g.shape(node.inputs[0])))
 
-    def op_gatherelements(self, node: Node) -> None:
+    def _op_gatherelements(self, node: Node) -> None:
         axis = node.attrs.get("axis", 0) % len(self.g.shape(node.inputs[0]))
         self.add("gather_elements", node, node.inputs, axis=axis)
 
-    def op_gathernd(self, node: Node) -> None:
+    def _op_gathernd(self, node: Node) -> None:
         self.add("gather_nd", node, node.inputs, batch=node.attrs.get("batch_dims", 0))
 
-    def op_reduce(self, node: Node) -> bool | None:
-        kinds = ("mean", "sum", "max", "min", "prod", "l2", "sumsquare", "l1")  # ops_math.cpp: Reduce's Fn
+    def _op_reduce(self, node: Node) -> bool | None:
         fn = node.attrs["fn"]
-        if self.g.info[node.inputs[0]].dtype == "bool" and fn not in ("max", "min"):
+        if fn not in REDUCTIONS or (self.g.info[node.inputs[0]].dtype == "bool" and fn not in ("max", "min")):
             return False
-        self.add("reduce", node, node.inputs, fn=kinds.index(fn), axes=node.attrs["axes"], note=fn)
+        self.add("reduce", node, node.inputs, fn=fn, axes=node.attrs["axes"], note=fn)
         return None
 
-    def op_argmax(self, node: Node) -> bool | None:
+    def _op_argmax(self, node: Node) -> bool | None:
         if node.attrs.get("select_last_index", 0):
             return False
         axis = node.attrs.get("axis", 0) % len(self.g.shape(node.inputs[0]))
         self.add("argmax", node, node.inputs, axis=axis, smallest=int(node.op == "ArgMin"))
         return None
 
-    op_argmin = op_argmax
+    _op_argmin = _op_argmax
 
-    def op_topk(self, node: Node) -> None:
+    def _op_topk(self, node: Node) -> None:
         axis = node.attrs.get("axis", -1) % len(self.g.shape(node.inputs[0]))
         outputs = [self.new_slot(o or self.g.fresh("unused"), self.g.info[o]) for o in node.outputs if o]
-        if len(outputs) == 1:  # one of the two is not wanted: it needs a place all the same
+        if len(outputs) == 1:  # the graph reads one of the two; the operation writes both
             missing = 0 if not node.outputs[0] else 1
             dtype = self.g.info[node.inputs[0]].dtype if missing == 0 else "int64"
             shape = self.p.slots[outputs[0]].shape
@@ -230,61 +211,59 @@ class Emitter:
         ints = {"axis": [axis], "largest": [int(node.attrs.get("largest", 1))]}
         self.p.ops.append(Op("topk", [self.slot(node.inputs[0])], outputs, ints))
 
-    def op_scatterelements(self, node: Node) -> bool | None:
+    def _op_scatterelements(self, node: Node) -> bool | None:
         axis = node.attrs.get("axis", 0) % len(self.g.shape(node.inputs[0]))
-        reductions = ("none", "add", "mul")
-        if node.attrs.get("reduction", "none") not in reductions:
+        reduction = node.attrs.get("reduction", "none")
+        if reduction not in SCATTERS:
             return False
-        self.add(
-            "scatter_elements", node, node.inputs, axis=axis, fn=reductions.index(node.attrs.get("reduction", "none"))
-        )
+        self.add("scatter_elements", node, node.inputs, axis=axis, fn=reduction)
         return None
 
-    def op_scatternd(self, node: Node) -> bool | None:
+    def _op_scatternd(self, node: Node) -> bool | None:
         if node.attrs.get("reduction", "none") != "none":
             return False
         self.add("scatter_nd", node, node.inputs)
         return None
 
-    def op_history(self, node: Node) -> None:
+    def _op_history(self, node: Node) -> None:
         self.add("history", node, node.inputs, layer=node.attrs["layer"])
 
-    def op_softmax(self, node: Node) -> None:
+    def _op_softmax(self, node: Node) -> None:
         axis = node.attrs.get("axis", -1) % len(self.g.shape(node.inputs[0]))
         self.add("softmax", node, node.inputs, axis=axis, log=0)
 
-    def op_logsoftmax(self, node: Node) -> None:
+    def _op_logsoftmax(self, node: Node) -> None:
         axis = node.attrs.get("axis", -1) % len(self.g.shape(node.inputs[0]))
         self.add("softmax", node, node.inputs, axis=axis, log=1)
 
-    def op_matmul(self, node: Node) -> bool | None:
+    def _op_matmul(self, node: Node) -> bool | None:
         if any(len(self.g.shape(i)) < 2 for i in node.inputs):
             return False
         self.add("matmul", node, node.inputs)
         return None
 
-    def op_gemm(self, node: Node) -> None:
+    def _op_gemm(self, node: Node) -> None:
         a = node.attrs
         self.add(
             "gemm", node, node.inputs + [""] * (3 - len(node.inputs)), trans_a=int(a.get("transA", 0)),
             trans_b=int(a.get("transB", 0)), alpha=float(a.get("alpha", 1.0)), beta=float(a.get("beta", 1.0)),
         )  # fmt: skip
 
-    def op_conv(self, node: Node) -> None:
+    def _op_conv(self, node: Node) -> None:
         _, strides, dilations, pads = conv_geometry(self.g, node)
         inputs = node.inputs + [""] * (3 - len(node.inputs))
         op_pads = [int(v) for v in pads]
         self.add("conv", node, inputs, strides=strides, dilations=dilations, group=node.attrs.get("group", 1))
         self.p.ops[-1].ints["pads"] = op_pads
 
-    def op_pad(self, node: Node) -> bool | None:
+    def _op_pad(self, node: Node) -> bool | None:
         a = node.attrs
         if a["mode"] != "constant" or a["value"] is None:
             return False
         self.add("pad", node, node.inputs, pads=a["pads"], axes=a["axes"], value=float(a["value"]))
         return None
 
-    def op_trilu(self, node: Node) -> bool | None:
+    def _op_trilu(self, node: Node) -> bool | None:
         k: Size = 0
         if node.input(1):
             found = self.g.info[node.input(1)].value
@@ -294,7 +273,7 @@ class Emitter:
         self.add("trilu", node, node.inputs[:1], start=k, upper=node.attrs.get("upper", 1))
         return None
 
-    def op_cumsum(self, node: Node) -> bool | None:
+    def _op_cumsum(self, node: Node) -> bool | None:
         axis = self.g.info[node.inputs[1]].value
         if axis is None or not isinstance(axis[0], int):
             return False
@@ -303,7 +282,7 @@ class Emitter:
         self.add("cumsum", node, node.inputs[:1], axis=axis[0] % rank, **flags)
         return None
 
-    def op_clip(self, node: Node) -> None:
+    def _op_clip(self, node: Node) -> None:
         low, high = (self.g.scalar(i) if i else None for i in (node.input(1), node.input(2)))
         if (node.input(1) and low is None) or (node.input(2) and high is None):
             self.clip_between(node)
@@ -312,7 +291,7 @@ class Emitter:
         self.add("clip", node, node.inputs[:1], bounds=[float(low), float(high)])
 
     def clip_between(self, node: Node) -> None:
-        """A Clip whose bounds are computed: the larger of x and the one, then the smaller of that and the other."""
+        """Clip with computed bounds: min(max(x, low), high)."""
         x = node.inputs[0]
         steps = [(op, bound) for op, bound in (("Max", node.input(1)), ("Min", node.input(2))) if bound]
         for i, (op, bound) in enumerate(steps):
@@ -321,16 +300,16 @@ class Emitter:
             self.elementwise(step)
             x = step.outputs[0]
 
-    def op_range(self, node: Node) -> bool | None:
+    def _op_range(self, node: Node) -> bool | None:
         if node.inputs:
             return False
         self.add("range", node, [], start=node.attrs["start"], step=int(node.attrs["step"]))
         return None
 
-    def op_fill(self, node: Node) -> None:
+    def _op_fill(self, node: Node) -> None:
         self.add("fill", node, [], value=float(node.attrs["value"]))
 
-    def op_sizes(self, node: Node) -> None:
+    def _op_sizes(self, node: Node) -> None:
         self.add("sizes", node, [], sizes=list(node.attrs["sizes"]))
 
 

@@ -1,8 +1,8 @@
-"""The weights that the C++ engine is given, without ever holding them twice.
+"""Gives the C++ engine its packed weights, with no weight in memory twice.
 
-Packing is most of a later load, and takes new memory for what the bundle's file holds in another order. So the packed
-bytes are kept (`cache`) beside the lowered program that they belong to, and mapped by the next load: they are read when
-they are first used, and processes that run the same model share one copy.
+Packing is the slowest step of a load whose program is cached, and takes new memory for what the bundle's file has in
+another order. So the packed bytes go to the disk cache beside their program, and the next load maps them: pages are
+read when they are first used, and processes that run the same model share one copy.
 """
 
 from __future__ import annotations
@@ -10,78 +10,104 @@ from __future__ import annotations
 import json
 import mmap
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgeformer import disk_cache
 from edgeformer.engines.native.ir.graph import Array, Constant
 from edgeformer.engines.native.ir.weight import Weight
-from edgeformer.engines.native.program.prepared import Prepared
+from edgeformer.engines.native.program.executable import Executable
 
-HALVES = ("all", "gate", "up")  # csrc/bindings/bindings_program.cpp: which panels of 16 packed rows a part fills
+if TYPE_CHECKING:
+    from edgeformer import _native
+
 PACK_ROWS = 8192  # rows packed from one read of the mapped file, so that peak memory stays near the packed size
 
-# What `native.pack` takes: number of the weight, a name for messages, q, scales, minima, rows, columns of a block,
-# first packed row, an index of HALVES, and the arrays whose mapped pages are given back.
-Piece = tuple[int, str, Array, Array | None, Array | None, int, int, int, int, list[Array]]
+
+@dataclass(frozen=True, slots=True)
+class WeightRows:
+    """Some rows of one weight, for `_native.Engine.pack`, which reads these fields by name.
+
+    Attributes:
+        weight: its number in the program.
+        name: for messages.
+        q: int4 nibbles as uint8 [rows * k / 2], int8 or float32 [rows, k].
+        scale, min: float32 [rows, ceil(k / block)]; None if the type has none. `min` is that of weights less 8.
+        block: columns that share a scale.
+        first_row: packed row of row 0, among those of `role`.
+        role: "all", "gate" or "up", see `PackedWeight`.
+        mapped: arrays whose pages of a mapped file are released after packing.
+    """
+
+    weight: int
+    name: str
+    q: Array
+    scale: Array | None
+    min: Array | None
+    rows: int
+    block: int
+    first_row: int
+    role: str
+    mapped: list[Array]
 
 
-def give_weights(native: Any, p: Prepared, meanwhile: Callable[[], object] = lambda: None) -> int:
-    """Give the engine its weights, packed before or now; call `meanwhile` once on the way.
+def give_weights(native: _native.Engine, e: Executable, while_packing: Callable[[], object] = lambda: None) -> int:
+    """Give the engine its weights, from the disk cache or packed now. Calls `while_packing` once.
 
-    Returns how many have a scale or a minimum that was rounded, see `pack`.
+    Returns how many have a rounded scale or minimum, see `pack`.
 
     Raises:
         EngineUnavailable: see `pack`.
     """
-    name = f"{p.entry}.packed" if p.entry else ""
-    kept = disk_cache.read_mapped(name) if name else None
-    if kept is not None:
-        data, about = kept[0], json.loads(kept[1])
-        if about["files"] == p.file_states and len(data) == native.packed_size:
-            meanwhile()
+    name = f"{e.cache_key}.packed" if e.cache_key else ""
+    cached = disk_cache.read_mapped(name) if name else None
+    if cached is not None:
+        data, note = cached[0], json.loads(cached[1])
+        if note["files"] == e.file_states and len(data) == native.packed_size:
+            while_packing()
             native.use_packed(data)
-            return int(about["rounded"])
-    rounded = pack(native, p, meanwhile)
+            return int(note["rounded"])
+    rounded = pack(native, e, while_packing)
     if name and native.packed_size:
-        note = json.dumps({"files": p.file_states, "rounded": rounded})
-        disk_cache.write_behind(name, native.packed(), note.encode())
+        text = json.dumps({"files": e.file_states, "rounded": rounded})
+        disk_cache.write_behind(name, native.packed(), text.encode())
     return rounded
 
 
-def pack(native: Any, p: Prepared, meanwhile: Callable[[], object] = lambda: None) -> int:
-    """Pack all weights into the engine, by all its threads; call `meanwhile` once while they are at work.
+def pack(native: _native.Engine, e: Executable, while_packing: Callable[[], object] = lambda: None) -> int:
+    """Pack all weights into the engine, with all its threads. Calls `while_packing` once meanwhile; the GIL is free.
 
-    Weights that the file holds as the engine takes them are read from its mapped pages, and these are given back.
-    Returns how many have a scale or a minimum without an exact float16 value, which was rounded: to nearest even, so it
-    is off by at most 2**-12 of itself, or 2**-25 where it is below 2**-14.
+    Weights that the file has in the form that the engine takes are read from its mapped pages, which are then released.
+    Returns how many have a scale or a minimum without an exact float16 value. Such a value is rounded to nearest even:
+    the error is at most 2**-12 of it, or 2**-25 if it is below 2**-14.
 
     Raises:
         EngineUnavailable: a weight or a scale that the packed types cannot hold.
     """
-    as_stored = [n for n, w in enumerate(p.weights) if all(_is_as_stored(part, p) for part, _ in w.parts)]
-    others = sorted(set(range(len(p.weights))) - set(as_stored))
+    as_stored = [n for n, w in enumerate(e.weights) if all(_is_as_stored(part, e) for part, _ in w.parts)]
+    others = sorted(set(range(len(e.weights))) - set(as_stored))
     rounded: set[int] = set()
     failure: list[BaseException] = []
 
     def work() -> None:
         try:
-            pack_all([piece for number in as_stored for piece in pieces(number, p)])
+            pack_all([part for number in as_stored for part in weight_rows(number, e)])
             for number in others:  # one at a time: each is a copy
-                for piece in pieces(number, p):
-                    pack_all([piece])
-        except BaseException as e:
-            failure.append(e)
+                for part in weight_rows(number, e):
+                    pack_all([part])
+        except BaseException as error:
+            failure.append(error)
 
-    def pack_all(these: list[Piece]) -> None:
-        rounded.update(piece[0] for piece, inexact in zip(these, native.pack(these), strict=True) if inexact)
+    def pack_all(parts: list[WeightRows]) -> None:
+        rounded.update(part.weight for part, inexact in zip(parts, native.pack(parts), strict=True) if inexact)
 
     worker = Thread(target=work, name="edgeformer pack")
     worker.start()
     try:
-        meanwhile()
+        while_packing()
     finally:
         worker.join()
     if failure:
@@ -89,25 +115,35 @@ def pack(native: Any, p: Prepared, meanwhile: Callable[[], object] = lambda: Non
     return len(rounded)
 
 
-def pieces(number: int, p: Prepared) -> Iterator[Piece]:
-    """Weight `number` some thousand rows at a time."""
-    for part, role in p.weights[number].parts:
-        packed_row = 0
+def weight_rows(number: int, e: Executable) -> Iterator[WeightRows]:
+    """Weight `number`, PACK_ROWS rows at a time."""
+    for part, role in e.weights[number].parts:
+        first_row = 0
         for start, stop in part.ranges():
             for at in range(start, stop, PACK_ROWS):
                 end = min(stop, at + PACK_ROWS)
-                rows = _rows(p.constants, part, at, end)
-                read: list[Array | None] = list(rows)
-                if not _is_as_stored(part, p):  # copies of what is given back as a whole
-                    read = [p.constants[name].data for name in (part.q, part.scale, part.min) if name and end == stop]
-                mapped = [a for a in read if a is not None and _is_mapped(a)]
-                yield (number, part.q, *rows, end - at, part.block, packed_row, HALVES.index(role), mapped)
-                packed_row += end - at
+                q, scale, minimum = _rows(e.constants, part, at, end)
+                read: list[Array | None] = [q, scale, minimum]
+                if not _is_as_stored(part, e):  # copies: the stored arrays are released after their last rows
+                    read = [e.constants[name].data for name in (part.q, part.scale, part.min) if name and end == stop]
+                yield WeightRows(
+                    weight=number,
+                    name=part.q,
+                    q=q,
+                    scale=scale,
+                    min=minimum,
+                    rows=end - at,
+                    block=part.block,
+                    first_row=first_row,
+                    role=role,
+                    mapped=[a for a in read if a is not None and _is_mapped(a)],
+                )
+                first_row += end - at
 
 
-def _is_as_stored(w: Weight, p: Prepared) -> bool:
+def _is_as_stored(w: Weight, e: Executable) -> bool:
     """Whether `_rows` gives views of the constants rather than copies."""
-    q = p.constants[w.q]
+    q = e.constants[w.q]
     return not w.transposed and q.data.dtype != np.float16 and not (q.dtype == "int4" and w.k % 2)
 
 
@@ -116,8 +152,7 @@ def _rows(
 ) -> tuple[Array, Array | None, Array | None]:
     """Stored rows [start, stop) of a weight as C-contiguous arrays: (q, scale, minimum).
 
-    q: int4 bytes (flat), int8 [rows, k] or float32 [rows, k]; scale and minimum: float32 [rows, ceil(k / block)], the
-    minimum as the file has it: of weights less 8.
+    Their shapes and types are those of `WeightRows`.
     """
     q = constants[w.q]
     if w.type == "f32":

@@ -1,29 +1,33 @@
 """The lowered graph as a program: a list of operations on numbered slots, printable, and all that C++ needs to run it.
 
-A slot is a tensor whose sizes are expressions of a few symbols (`batch`, `sequence`, `kept`, ...); a view shares
-another slot's memory. Weights are matrices to be packed; operations name them by number.
+A slot is a tensor whose sizes are expressions of a few symbols (`batch`, `sequence`, `kept`, ...); a view uses another
+slot's memory. Weights are matrices to be packed; operations refer to them by number. Types and functions are names:
+C++ looks them up when the engine is made (csrc/program/names.h), so a program needs no extension to be made or printed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from edgeformer.engines.native.ir.dims import Atom, Shape, Size
 from edgeformer.engines.native.ir.graph import Array
-from edgeformer.engines.native.ir.weight import WEIGHT_TYPES, Weight
+from edgeformer.engines.native.ir.weight import Weight
 
 if TYPE_CHECKING:
     from edgeformer.engines.native.ir.cache import Cache
 
-SLOT_TYPES = ("f32", "i64", "bool", "quant", "quant64", "quant128")  # csrc/program/program.h: enum class DType
 LANES = 16  # rows of a weight panel, as csrc/kernels/kernels.h packs them
+KEEP_INPUT = "logits_to_keep"
 
 
 @dataclass(slots=True)
 class Slot:
-    """A tensor of the program. dtype: "f32", "i64", "bool", or "quant" (int8 rows with a scale for each 32
-    columns; "quant64", "quant128": for each 64 or 128)."""
+    """A tensor of the program.
+
+    dtype: "f32", "i64", "bool", or "quant", "quant64", "quant128": int8 rows with one scale for 32, 64 or 128 columns.
+    """
 
     name: str
     dtype: str
@@ -34,13 +38,14 @@ class Slot:
 
 @dataclass(slots=True)
 class Op:
-    """One operation: slot numbers (-1: not given), weight numbers, and its own numbers by name."""
+    """One operation: slot numbers (-1: not given), weight numbers, and its own numbers and names by keyword."""
 
     kind: str
     inputs: list[int]
     outputs: list[int]
     ints: dict[str, list[int]] = field(default_factory=dict)
     floats: dict[str, list[float]] = field(default_factory=dict)
+    names: dict[str, list[str]] = field(default_factory=dict)
     sizes: dict[str, list[Size]] = field(default_factory=dict)
     weights: list[int] = field(default_factory=list)
     note: str = ""
@@ -48,12 +53,16 @@ class Op:
 
 @dataclass(slots=True)
 class PackedWeight:
-    """A matrix to be packed: its parts, each with the first packed row of every 16 rows or, for None, in order."""
+    """A matrix to be packed, [n, k], of one of WEIGHT_TYPES.
+
+    parts: matrices of the graph, each with its role: "all" (its rows in order), or "gate" and "up", whose panels of
+    LANES rows alternate.
+    """
 
     type: str
     n: int
     k: int
-    parts: list[tuple[Weight, str]]  # "all", "gate" or "up": which panels the part fills
+    parts: list[tuple[Weight, str]]
 
 
 @dataclass
@@ -74,37 +83,42 @@ class Program:
 
 
 def spec(p: Program) -> dict[str, Any]:
-    """The program as plain data; csrc/bindings/bindings_program.cpp reads it."""
+    """The program as plain data with named fields; csrc/bindings/program.cpp reads it."""
     sizes: dict[Any, int] = {}
 
-    def size(s: Any) -> int:
-        return sizes.setdefault(s, len(sizes))
+    def numbers(shape: Iterable[Any]) -> list[int]:
+        return [sizes.setdefault(s, len(sizes)) for s in shape]
 
-    slots = [
-        (s.name, SLOT_TYPES.index(s.dtype), [size(d) for d in s.shape], s.view_of, s.constant) for s in p.slots
-    ]  # fmt: skip
-    ops = [
-        (
-            o.kind,
-            o.inputs,
-            o.outputs,
-            o.weights,
-            o.ints,
-            o.floats,
-            {k: [size(d) for d in v] for k, v in o.sizes.items()},
-        )
-        for o in p.ops
-    ]
-    weights = [(WEIGHT_TYPES.index(w.type), w.n, w.k) for w in p.weights]
     batch, sequence = p.row_symbols
+    inputs = list(p.inputs)
+    sized = any(n == KEEP_INPUT and not p.slots[i].shape for n, i in p.inputs.items())
     return {
         "symbols": p.symbols,
-        "slots": slots,
-        "ops": ops,
-        "weights": weights,
-        "caches": [(c.kv_heads, c.head_dim, c.value_dim, c.plain) for c in p.caches],
+        "slots": [
+            {"name": s.name, "dtype": s.dtype, "shape": numbers(s.shape), "view_of": s.view_of, "constant": s.constant}
+            for s in p.slots
+        ],
+        "ops": [
+            {
+                "kind": o.kind,
+                "inputs": o.inputs,
+                "outputs": o.outputs,
+                "weights": o.weights,
+                "ints": o.ints,
+                "floats": o.floats,
+                "names": o.names,
+                "sizes": {k: numbers(v) for k, v in o.sizes.items()},
+            }
+            for o in p.ops
+        ],
+        "weights": [{"type": w.type, "n": w.n, "k": w.k} for w in p.weights],
+        "caches": [
+            {"kv_heads": c.kv_heads, "head_dim": c.head_dim, "value_dim": c.value_dim, "plain": c.plain}
+            for c in p.caches
+        ],
         "inputs": list(p.inputs.values()),
         "outputs": list(p.outputs.values()),
+        "logits_to_keep": inputs.index(KEEP_INPUT) if sized else -1,
         "row_local": p.row_local,
         "batch": p.symbols.index(batch) if batch else -1,
         "sequence": p.symbols.index(sequence) if sequence else -1,

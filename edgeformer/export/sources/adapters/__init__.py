@@ -1,1 +1,1 @@
-"""PEFT adapters, merged into the weights of their base model."""
+"""Merges PEFT adapters into the weights of their base model."""

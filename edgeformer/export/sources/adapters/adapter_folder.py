@@ -1,4 +1,4 @@
-"""An adapter folder as PEFT saved it: its settings and tensors, and what no merge can honour, refused by name.
+"""Reads a PEFT adapter folder: settings and tensors. Rejects adapters that cannot be merged.
 
 The format is PEFT's: `adapter_config.json`, and `adapter_model.safetensors` or `adapter_model.bin`.
 """
@@ -16,12 +16,12 @@ import torch
 
 from edgeformer.errors import ExportError
 
-SETTINGS = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT reads the first that is there
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT reads the first that exists
 PREFIX = "base_model.model."
-INSTALL = "pip install 'edgeformer[export]'"
+_INSTALL = "pip install 'edgeformer[export]'"
 
-# Fields of every PEFT config that say where an adapter comes from, or how it was trained; no weight depends on them.
+# Fields of every PEFT config about the adapter's origin or training; no weight depends on them.
 _BOOKKEEPING = (
     "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_type", "peft_version",
     "revision", "runtime_config", "task_type",
@@ -30,24 +30,24 @@ _CONVERT = (
     "Convert it where it was trained: model.save_pretrained(FOLDER, path_initial_model_for_weight_conversion=INITIAL) "
     "gives a plain LoRA adapter for the original base, model.merge_and_unload().save_pretrained(FOLDER) a merged "
     'model. If SOURCE is the base as the initialization changed it, set "init_lora_weights": true in '
-    f"{SETTINGS}."
+    f"{ADAPTER_CONFIG}."
 )
-# Values of init_lora_weights that change the base's weights in a way that loading cannot repeat -> why not.
+# Values of init_lora_weights that change the base's weights in a way that loading cannot repeat -> the reason.
 _LOST_BASES = {
     "pissa_niter": "its SVD starts from random numbers",
     "corda": "the change depends on the calibration data",
     "lora_ga": "the change depends on gradients, and PEFT leaves it out when it loads the adapter",
     "loftq": "the base became its own 4- or 8-bit quantization, which needs bitsandbytes and a GPU to repeat",
 }
-_METHODS = {  # that change no weights of the base -> what they do instead
+_METHODS = {  # methods that change no weights of the base -> what they do
     "ADAPTION_PROMPT": "it adds trained keys and values to the attention",
-    "LILY": "its layers share experts that are mixed anew for every token",
+    "LILY": "its layers share experts that are mixed for every token",
     "POLY": "it mixes its modules by a task id, which is an input",
     "SHADOW": "it adds a second network beside the model",
-    "XLORA": "it mixes other adapters anew for every token",
+    "XLORA": "it mixes other adapters for every token",
 }
-_INPUT_DEPENDENT = {  # settings of LoRA that make the change depend on the input, so that no weights equal it
-    "alora_invocation_tokens": "it acts only on the tokens behind its invocation tokens",
+_INPUT_DEPENDENT = {  # settings of LoRA that make the change depend on the input, so it cannot be merged
+    "alora_invocation_tokens": "it acts only on the tokens after its invocation tokens",
     "arrow_config": "it routes every token to other adapters",
     "megatron_config": "it is for layers of Megatron",
 }
@@ -55,38 +55,38 @@ _INPUT_DEPENDENT = {  # settings of LoRA that make the change depend on the inpu
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter of PEFT. `tensors` have the names of the file, which are the base's behind `PREFIX`."""
+    """A PEFT adapter. `tensors` have the names in the file: `PREFIX` and the base's name."""
 
     folder: Path
-    settings: Mapping[str, Any]  # adapter_config.json as it stands
-    changed: Mapping[str, Any]  # those that differ from the method's defaults and matter to the weights
+    settings: Mapping[str, Any]  # adapter_config.json
+    changed: Mapping[str, Any]  # settings that differ from the method's defaults and change weights
     tensors: Mapping[str, torch.Tensor]
     weights: Path  # the file of the tensors
 
     @property
     def method(self) -> str:
-        """LoRA, DoRA, or the name that PEFT has for another method."""
+        """LoRA, DoRA, or PEFT's name of another method."""
         kind = str(self.settings["peft_type"])
         return ("DoRA" if self.settings.get("use_dora") else "LoRA") if kind == "LORA" else kind
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """The adapter in `folder`, checked as far as it can be without its base model.
+    """The adapter in `folder`, checked as far as possible without its base model.
 
     Raises:
-        ExportError: the folder is no adapter, is damaged, or one whose change cannot be said in weights of the base;
-            or PEFT is not installed, or too old for it.
+        ExportError: the folder has no adapter, a damaged one or one that cannot be merged; or PEFT is not installed or
+            too old.
     """
-    settings, weights = read_settings(folder), _weights(folder)
+    settings, weights = read_adapter_config(folder), _weights(folder)
     config_class = _config_class(folder, settings)
     _refuse_unmergeable(folder, settings, config_class)
     known = {field.name for field in dataclasses.fields(config_class)}
-    # A setting that is off (null, false, empty) may be unknown: leaving it out changes nothing.
+    # An unknown setting that is off (null, false, empty) has no effect.
     if unknown := sorted(name for name, value in settings.items() if name not in known and value):
         raise ExportError(
-            f"{folder / SETTINGS} has {', '.join(f'{name} = {settings[name]!r}' for name in unknown)}, which PEFT "
-            f"{peft_version()} does not know (the adapter was saved by {settings.get('peft_version') or 'another'}); "
-            "update peft, or take the setting out if it was not used."
+            f"{folder / ADAPTER_CONFIG} has {', '.join(f'{name} = {settings[name]!r}' for name in unknown)}, which "
+            f"PEFT {peft_version()} does not know (the adapter is from {settings.get('peft_version') or 'another'}); "
+            "update peft, or remove the setting if it was not used."
         )
     defaults = {field.name: _default(field) for field in dataclasses.fields(config_class)}
     changed = {
@@ -98,49 +98,49 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def peft_version() -> str:
-    """The version of the PEFT that is installed.
+    """The version of the installed PEFT.
 
     Raises:
-        ExportError: none is.
+        ExportError: PEFT is not installed.
     """
     try:
         import peft
     except ImportError as error:
-        raise ExportError(f"adapters are merged by PEFT, which cannot be imported ({error}): {INSTALL}") from error
+        raise ExportError(f"adapters are merged by PEFT, which cannot be imported ({error}): {_INSTALL}") from error
     return str(peft.__version__)
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
     """The folder's adapter_config.json.
 
     Raises:
-        ExportError: there is none, or it is no adapter's.
+        ExportError: there is none, or it does not describe an adapter.
     """
-    path = folder / SETTINGS
+    path = folder / ADAPTER_CONFIG
     if not folder.is_dir():
-        raise ExportError(f"there is no adapter folder {folder}; download the adapter, and give its folder.")
+        raise ExportError(f"there is no adapter folder {folder}; download the adapter and pass its folder.")
     if not path.is_file():
-        inner = sorted(found.parent.name for found in folder.glob(f"*/{SETTINGS}"))
+        inner = sorted(found.parent.name for found in folder.glob(f"*/{ADAPTER_CONFIG}"))
         hint = (
-            f"Its subfolders {', '.join(inner)} hold adapters: name one of them."
+            f"Its subfolders {', '.join(inner)} have adapters: pass one of them."
             if inner
             else "Save one with model.save_pretrained(folder)."
         )
-        raise ExportError(f"{folder} is no PEFT adapter: it has no {SETTINGS}. {hint}")
+        raise ExportError(f"{folder} is not a PEFT adapter: it has no {ADAPTER_CONFIG}. {hint}")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ExportError(f"{path} is no JSON: {error}") from error
+        raise ExportError(f"{path} is not JSON: {error}") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("peft_type"), str):
-        raise ExportError(f"{path} names no peft_type, so it is no PEFT adapter's; save it again with PEFT.")
+        raise ExportError(f"{path} names no peft_type; expected a PEFT adapter's config. Save it again with PEFT.")
     return settings
 
 
 def _weights(folder: Path) -> Path:
-    found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    found = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()), None)
     if found is None:
         raise ExportError(
-            f"{folder} is no PEFT adapter: it has no {' or '.join(WEIGHTS)}. Save one with "
+            f"{folder} is not a PEFT adapter: it has no {' or '.join(ADAPTER_WEIGHTS)}. Save one with "
             "model.save_pretrained(folder)."
         )
     return found
@@ -152,7 +152,8 @@ def _config_class(folder: Path, settings: Mapping[str, Any]) -> Any:
 
     found = PEFT_TYPE_TO_CONFIG_MAPPING.get(settings["peft_type"])
     if found is None:
-        raise ExportError(f"{folder} is a {settings['peft_type']} adapter, which PEFT {version} does not know.")
+        kind = settings["peft_type"]
+        raise ExportError(f"{folder} is a {kind} adapter, which PEFT {version} does not know; update peft.")
     return found
 
 
@@ -162,8 +163,8 @@ def _refuse_unmergeable(folder: Path, settings: Mapping[str, Any], config_class:
     kind = settings["peft_type"]
     if issubclass(config_class, PromptLearningConfig):
         raise ExportError(
-            f"{folder} is a {kind} adapter: it adds trained tokens or keys and values to the input, and changes no "
-            "weight that it could be merged into. Train a LoRA adapter to export one."
+            f"{folder} is a {kind} adapter: it adds trained tokens or keys and values to the input and changes no "
+            "weights, so it cannot be merged. Train a LoRA adapter instead."
         )
     if kind in _METHODS:
         raise ExportError(f"{folder} is a {kind} adapter: {_METHODS[kind]}, so it cannot be merged.")
@@ -174,7 +175,7 @@ def _refuse_unmergeable(folder: Path, settings: Mapping[str, Any], config_class:
     if lost is not None:
         raise ExportError(
             f"{folder} was trained with init_lora_weights = {init!r}, which changed the base's weights, and {lost}: "
-            f"on the base as it is the adapter is wrong. {_CONVERT}"
+            f"the adapter is wrong for the original base. {_CONVERT}"
         )
     for name, reason in _INPUT_DEPENDENT.items():
         if settings.get(name):
@@ -192,13 +193,13 @@ def _tensors(folder: Path, path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:
         raise ExportError(f"the adapter {path} cannot be read: {str(error)[:300]}") from error
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise ExportError(f"{path} holds a {type(found).__name__}; expected named tensors, as PEFT saves them.")
+        raise ExportError(f"{path} has a {type(found).__name__}; expected named tensors, as PEFT saves them.")
     if not found:
-        raise ExportError(f"the adapter {path} holds no tensors; it was not saved whole.")
+        raise ExportError(f"the adapter {path} has no tensors; save it again, or copy the whole folder.")
     if bad := [n for n, value in found.items() if value.is_floating_point() and not torch.isfinite(value).all()]:
         raise ExportError(
-            f"the adapter {folder} has NaN or infinity in {len(bad)} of {len(found)} tensors, {bad[0]} for one: its "
-            "training diverged; take an earlier checkpoint."
+            f"the adapter {folder} has NaN or infinity in {len(bad)} of {len(found)} tensors, such as {bad[0]}: its "
+            "training diverged; use an earlier checkpoint."
         )
     return found
 

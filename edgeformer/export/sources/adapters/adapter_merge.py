@@ -1,8 +1,8 @@
-"""PEFT puts an adapter into a model and merges it; the merged model must compute what the unmerged one did.
+"""Merges an adapter with PEFT and checks that the merged model gives the same results as the unmerged one.
 
-PEFT is the reference for what a setting means, so it does the merging. What it passes over in silence is refused here:
-tensors that nobody took, weights that the file does not have, a base that the initialization changed by chance, and
-methods whose merged weights are not the same function.
+PEFT is the reference for the meaning of every setting, so it does the merging. This module rejects what PEFT ignores
+silently: unused tensors, missing weights, a base that the initialization changes at random, and methods whose merged
+weights are a different function.
 """
 
 from __future__ import annotations
@@ -17,39 +17,40 @@ from typing import Any
 import torch
 
 from edgeformer.errors import ExportError, ParityError
+from edgeformer.export.blocks import F32
 from edgeformer.export.check import parity
 from edgeformer.export.quiet import quiet
-from edgeformer.export.sources.adapters.adapter_folder import PREFIX, SETTINGS, Adapter
+from edgeformer.export.sources.adapters.adapter_folder import ADAPTER_CONFIG, PREFIX, Adapter
 
-Probe = Callable[[], Mapping[str, parity.F32]]  # the model's outputs for fixed inputs
-_NAME = "default"  # PEFT's own name for the only adapter
+Probe = Callable[[], Mapping[str, F32]]  # the model's outputs for fixed inputs
+_NAME = "default"  # PEFT's name of a single adapter
 _SHAPES = re.compile(r"size mismatch for (\S+): \D+(\[[\d, ]*\])\)\D+(\[[\d, ]*\])")  # of load_state_dict
 _WRAPS = (".base_layer", ".original_module", ".modules_to_save", ".token_adapter")
-# Values of init_lora_weights that change the base by a decomposition of its own weights: loading repeats it to
-# rounding. So does KaSA. No other method of PEFT 0.21 changes the base when it is loaded.
+# Values of init_lora_weights that change the base by a decomposition of its own weights: loading repeats that up to
+# rounding. KaSA does so too. No other method of PEFT 0.21 changes the base when it is loaded.
 _REPEATABLE = ("pissa", "olora")
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge did."""
+    """The result of a merge."""
 
-    layers: int  # that PEFT adapted
+    layers: int  # adapted by PEFT
     whole: int  # parameters of the base that the adapter replaced
-    notes: list[str]  # what a user should know
+    notes: list[str]  # for the manifest
 
     @property
     def words(self) -> str:
-        """6 layers, 2 whole parameters."""
+        """For example "6 layers, 2 whole parameters"."""
         counted = f"{self.layers} layer{'s' if self.layers != 1 else ''}"
         return counted + (f", {self.whole} whole parameters" if self.whole else "")
 
 
 def merge(module: torch.nn.Module, adapter: Adapter, probe: Probe) -> Merged:
-    """Merges the adapter into the module in place. `probe` runs the model that the module is part of.
+    """Merges the adapter into the module in place. `probe` runs the model that contains the module.
 
     Raises:
-        ExportError: it does not fit the module, or cannot be merged into its weights.
+        ExportError: the adapter does not fit the module, or cannot be merged into its weights.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -68,23 +69,24 @@ def merge(module: torch.nn.Module, adapter: Adapter, probe: Probe) -> Merged:
         _merge(wrapped, adapter)
     module.eval()
     try:
-        check = parity.compare("merged adapter", unmerged, merged := probe())
+        check = parity.compare_outputs("merged adapter", unmerged, merged := probe())
     except ParityError as error:
         raise ExportError(
-            f"the adapter {adapter.folder} gives a model whose outputs are not finite: {error}"
+            f"the outputs of the model with the adapter {adapter.folder} are not finite: {error}"
         ) from error
     if not check.worst <= parity.TOLERANCE:
         raise ExportError(
             f"{adapter.method} of {adapter.folder} cannot be merged: PEFT's merged model differs from its unmerged one "
-            f"by {check.worst:.1e} of the outputs' range, allowed {parity.TOLERANCE:.0e} ({_told(adapter)})."
+            f"by {check.worst:.1e} of the outputs' range, allowed {parity.TOLERANCE:.0e} "
+            f"({_changed_settings(adapter)})."
         )
-    if parity.compare("adapter", plain, merged).worst == 0 and not base_changed:
-        notes.append(f"The adapter {adapter.folder.name} changes no output: it was saved before it was trained.")
+    if parity.compare_outputs("adapter", plain, merged).worst == 0 and not base_changed:
+        notes.append(f"The adapter {adapter.folder.name} changes no output: it was saved before training.")
     return Merged(layers, whole, notes)
 
 
-def plain_name(name: str) -> str:
-    """A tensor's name in the adapter file or in PEFT's wrapped model -> the base's own name for it."""
+def base_name(name: str) -> str:
+    """The base's name of a tensor, from its name in the adapter file or in PEFT's wrapped model."""
     name = name.removeprefix(PREFIX)
     for wrap in _WRAPS:
         name = name.replace(f"{wrap}.{_NAME}.", ".").replace(f"{wrap}.", ".")
@@ -92,13 +94,13 @@ def plain_name(name: str) -> str:
 
 
 def _whole(module: torch.nn.Module, adapter: Adapter) -> list[str]:
-    """Parameters of the base that the adapter's file replaces."""
-    names = {plain_name(name) for name, _ in module.named_parameters(remove_duplicate=False)}
-    return [name for name in adapter.tensors if plain_name(name) in names]
+    """Names in the adapter's file of the parameters of the base that it replaces."""
+    names = {base_name(name) for name, _ in module.named_parameters(remove_duplicate=False)}
+    return [name for name in adapter.tensors if base_name(name) in names]
 
 
 def _inject(module: torch.nn.Module, adapter: Adapter) -> tuple[Any, list[str]]:
-    """(PEFT's model around the module, with the adapter's tensors; weights of the base that its init changed)."""
+    """(PEFT's model around the module with the adapter's tensors, weights of the base that its init changed)."""
     from peft import PeftConfig, PeftModel
     from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
@@ -121,7 +123,7 @@ def _inject(module: torch.nn.Module, adapter: Adapter) -> tuple[Any, list[str]]:
         _require_repeatable(adapter, changed)
     state = wrapped.state_dict()
     taken = {value.data_ptr() for name, value in state.items() if name not in result.missing_keys}
-    missing = [name for name in result.missing_keys if state[name].data_ptr() not in taken]  # shared ones are one
+    missing = [name for name in result.missing_keys if state[name].data_ptr() not in taken]  # tied tensors count once
     unexpected = [name for name in result.unexpected_keys if not _is_copy(name.replace(f".{_NAME}", ""), adapter)]
     if unexpected or missing:
         raise ExportError(_left_over(module, adapter, unexpected, missing))
@@ -131,7 +133,7 @@ def _inject(module: torch.nn.Module, adapter: Adapter) -> tuple[Any, list[str]]:
 
 
 def _is_copy(name: str, adapter: Adapter) -> bool:
-    """Whether the file has the same tensor under another name: PEFT saves resized or tied embeddings twice."""
+    """Whether the file has the same tensor under another name too: PEFT saves resized or tied embeddings twice."""
     value = adapter.tensors.get(name)
     if value is None or not any(f"{wrap}." in name for wrap in _WRAPS):
         return False
@@ -139,7 +141,7 @@ def _is_copy(name: str, adapter: Adapter) -> bool:
 
 
 def _share_config(module: torch.nn.Module, configs: Sequence[Any]) -> None:
-    """Replicated layers are copies with a config of their own; which attention runs is said in the model's."""
+    """Gives replicated layers, which are copies with copied configs, the model's config: it selects the attention."""
     for part in module.modules():
         same = [config for config in configs if type(config) is type(getattr(part, "config", None))]
         if len(same) == 1:
@@ -155,8 +157,8 @@ def _require_repeatable(adapter: Adapter, changed: Sequence[str]) -> None:
     if adapter.settings.get("init_lora_weights") in _REPEATABLE or adapter.settings.get("kasa_config"):
         return
     raise ExportError(
-        f"loading the adapter {adapter.folder} changes {len(changed)} weights of the base, {changed[0]} for one, in a "
-        f"way that is not known to repeat ({_told(adapter)}). Merge it where it was trained: "
+        f"loading the adapter {adapter.folder} changes {len(changed)} weights of the base, such as {changed[0]}, in a "
+        f"way that is not known to repeat ({_changed_settings(adapter)}). Merge it where it was trained: "
         "model.merge_and_unload().save_pretrained(FOLDER), and export that."
     )
 
@@ -165,21 +167,21 @@ def _changed_note(adapter: Adapter, changed: Sequence[str]) -> str:
     setting = "kasa_config" if adapter.settings.get("kasa_config") else "init_lora_weights"
     return (
         f"The adapter's {setting} = {adapter.settings[setting]!r} changes {len(changed)} weights of the base before "
-        "the adapter is added, as PEFT does it when it loads the adapter. That is right for the original base model, "
-        "and wrong for one that was saved after that change."
+        "the adapter is added, as PEFT does when it loads the adapter. That is right for the original base model and "
+        "wrong for one that was saved after that change."
     )
 
 
 def _resize(module: torch.nn.Module, adapter: Adapter) -> list[str]:
-    """Gives the embeddings the rows that the adapter was trained with; every new row must be in the adapter."""
+    """Resizes the embeddings to the adapter's number of rows; the adapter must have every new row. Returns notes."""
     embedding = _embedding(module)
     if embedding is None:
         return []
     names = {name for name, part in module.named_modules() if part is embedding}
-    held = {plain_name(name): value for name, value in adapter.tensors.items()}
-    found = next((held[f"{name}.weight"] for name in names if f"{name}.weight" in held), None)
+    stored = {base_name(name): value for name, value in adapter.tensors.items()}
+    found = next((stored[f"{name}.weight"] for name in names if f"{name}.weight" in stored), None)
     if found is None or found.ndim != 2 or found.shape[1] != embedding.weight.shape[1]:
-        return []  # what does not fit is refused when PEFT loads it
+        return []  # PEFT rejects it when it loads the adapter
     old, new = int(embedding.weight.shape[0]), int(found.shape[0])
     if old == new:
         return []
@@ -188,7 +190,7 @@ def _resize(module: torch.nn.Module, adapter: Adapter) -> list[str]:
         module.resize_token_embeddings(new, mean_resizing=False)  # type: ignore[operator]
     parameters = dict(module.named_parameters(remove_duplicate=False))
     grown = {name: value for name, value in parameters.items() if value.shape != shapes.get(name)}
-    supplied = {value.data_ptr() for name, value in grown.items() if name in held}
+    supplied = {value.data_ptr() for name, value in grown.items() if name in stored}
     if lost := [name for name, value in grown.items() if value.data_ptr() not in supplied]:
         raise ExportError(
             f"the adapter {adapter.folder} was trained with {new} token embeddings, the base has {old}, and the new "
@@ -205,7 +207,7 @@ def _embedding(module: torch.nn.Module) -> torch.nn.Embedding | None:
 
 
 def _untie(module: torch.nn.Module) -> None:
-    """A copy of its own for every adapted weight that another module shares: merging would change both."""
+    """Copies every adapted weight that another module shares: merging would change both."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     owners: dict[int, list[tuple[torch.nn.Module, str, str]]] = {}
@@ -228,13 +230,13 @@ def _base_parameters(layer: Any) -> Iterator[torch.nn.Parameter]:
 def _merge(wrapped: Any, adapter: Adapter) -> None:
     config = wrapped.peft_config[_NAME]
     if getattr(config, "layer_replication", None):
-        config.layer_replication = None  # PEFT refuses it because replicas share weights; here they do not any more
+        config.layer_replication = None  # PEFT rejects it because replicas share weights; `_untie` has copied them
     try:
         with torch.no_grad():
             wrapped.merge_and_unload(safe_merge=True)
     except Exception as error:
         raise ExportError(
-            f"{adapter.method} of {adapter.folder} cannot be merged: {_first(error)} ({_told(adapter)})"
+            f"{adapter.method} of {adapter.folder} cannot be merged: {_first(error)} ({_changed_settings(adapter)})"
         ) from error
 
 
@@ -243,19 +245,18 @@ def _misfit(module: torch.nn.Module, adapter: Adapter, error: Exception) -> str:
     if shapes := _SHAPES.findall(str(error)):
         name, found, expected = shapes[0]
         more = f", and so {len(shapes) - 1} more" if len(shapes) > 1 else ""
-        reason = (
-            f"size mismatch: {name.removeprefix(PREFIX)} is {found}, the base and {SETTINGS} need {expected}{more}."
-        )
+        name = name.removeprefix(PREFIX)
+        reason = f"size mismatch: {name} is {found}, the base and {ADAPTER_CONFIG} need {expected}{more}."
     return f"the adapter {adapter.folder} does not fit {type(module).__name__}: {reason} {_advice(adapter)}"
 
 
 def _left_over(module: torch.nn.Module, adapter: Adapter, unexpected: list[str], missing: list[str]) -> str:
     problems = []
     if unexpected:
-        problems.append(f"{_tensors(unexpected)} that {type(module).__name__} has no place for")
+        problems.append(f"{_tensors(unexpected)} that {type(module).__name__} has no parameter for")
     if missing:
-        problems.append(f"not {_tensors(missing)} that its {SETTINGS} asks for")
-    return f"the adapter {adapter.folder} has {', and '.join(problems)}. {_advice(adapter)} Or it was not saved whole."
+        problems.append(f"not {_tensors(missing)} that its {ADAPTER_CONFIG} needs")
+    return f"the adapter {adapter.folder} has {', and '.join(problems)}. {_advice(adapter)} Or the file is incomplete."
 
 
 def _tensors(names: Sequence[str]) -> str:
@@ -267,13 +268,13 @@ def _advice(adapter: Adapter) -> str:
     trained = f"It was trained on {base}" if base else "It was trained on another model"
     if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
         return (
-            f"{trained} for {task}: name the class with that head by --architecture, and give the base's config.json "
+            f"{trained} for {task}: pass the class with that head with --architecture, and give the base's config.json "
             "as many labels (id2label) as the adapter's head has."
         )
-    return f"{trained}: export that one."
+    return f"{trained}: use that base."
 
 
-def _told(adapter: Adapter) -> str:
+def _changed_settings(adapter: Adapter) -> str:
     return ", ".join(f"{name} = {value!r}" for name, value in adapter.changed.items())[:300]
 
 

@@ -1,1 +1,1 @@
-"""GGUF files as sources: what the metadata say, which tensor goes where, the tokenizer, and the blocks as they are."""
+"""Sources from GGUF files: header, config from the metadata, tensors, tokenizer, quantized blocks."""

@@ -1,7 +1,7 @@
-"""The header of a GGUF file, read with every count and offset checked against the size of the file.
+"""Reads the header of a GGUF file and checks every count and offset against the size of the file.
 
-The `gguf` package trusts what a file says: a count of 2**60 makes it allocate. So this reader comes first and refuses;
-what passes here is safe to give to the package and to transformers. Format: the GGUF specification of ggml.
+The `gguf` package trusts the file: a count of 2**60 makes it allocate that much. A file that passes this reader is safe
+for the package and for transformers. Format: the GGUF specification of ggml.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import gguf
 from edgeformer.errors import ExportError
 
 MAGIC = b"GGUF"
-VERSIONS = (2, 3)  # 1 counted in 32 bits; the package does not read it
+VERSIONS = (2, 3)  # version 1 has 32-bit counts; the gguf package does not read it
 MAX_DIMS = 4  # ggml's GGML_MAX_DIMS
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -28,7 +28,7 @@ _PREVIEW = 60
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies. `shape` is in the order of PyTorch: the innermost axis last."""
+    """The place of one tensor in the file. `shape` is in PyTorch's order: the innermost axis last."""
 
     name: str
     type: gguf.GGMLQuantizationType
@@ -38,30 +38,31 @@ class TensorInfo:
 
     @property
     def elements(self) -> int:
+        """The number of values."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says before its data."""
+    """The checked header of a GGUF file."""
 
     path: Path
     version: int
     metadata: dict[str, Any]  # scalars, strings, and lists of them
     tensors: tuple[TensorInfo, ...]
     alignment: int
-    pairs: slice  # the bytes of the metadata: behind the counts, before the table of tensors
+    pairs: slice  # the bytes of the metadata, between the counts and the table of tensors
 
 
 def read_header(path: Path) -> Header:
     """The checked header of `path`.
 
     Raises:
-        ExportError: it is no GGUF file, is big-endian, has an unknown version or type, or is cut short.
+        ExportError: it is not a GGUF file, is big-endian, has an unsupported version or type, or is cut short.
     """
     size = path.stat().st_size
     if size < 24:
-        raise ExportError(f"{path.name} holds {size} bytes; a GGUF header alone takes 24. Copy or download it again.")
+        raise ExportError(f"{path.name} has {size} bytes; a GGUF header has at least 24. Copy or download it again.")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
             return _Reader(path, data).header()
@@ -76,21 +77,19 @@ class _Reader:
     def header(self) -> Header:
         magic, version, tensors, pairs = self.data[:4], *struct.unpack_from("<IQQ", self.data, 4)
         if magic != MAGIC:
-            raise ExportError(f"{self.path.name} begins with {magic!r}, not {MAGIC!r}: it is no GGUF file.")
+            raise ExportError(f"{self.path.name} begins with {magic!r}, expected {MAGIC!r}: it is not a GGUF file.")
         if version & 0xFFFF == 0 and version:
             raise ExportError(
-                f"{self.path.name} is big-endian (its version reads {version:#x}); only little-endian files are "
-                "read. Convert it with gguf-convert-endian."
+                f"{self.path.name} is big-endian (its version reads {version:#x}); expected a little-endian "
+                "file. Convert it with gguf-convert-endian."
             )
         if version not in VERSIONS:
-            raise ExportError(
-                f"{self.path.name} is GGUF version {version}; known are 2 and 3. Convert the model again."
-            )
+            raise ExportError(f"{self.path.name} is GGUF version {version}; expected 2 or 3. Convert the model again.")
         self.at = 24
-        # The least that one pair or one tensor takes: a name's length, a type, a value.
+        # The smallest key-value pair and tensor entry: a name's length, a type, a value.
         for what, count, least in (("metadata keys", pairs, 13), ("tensors", tensors, 32)):
             if count > (self.size - self.at) // least:
-                raise self._cut(f"it announces {count:,} {what}")
+                raise self._cut(f"it declares {count:,} {what}")
         metadata: dict[str, Any] = {}
         for _ in range(pairs):
             key = self._string("a metadata key")
@@ -108,7 +107,7 @@ class _Reader:
 
     def _cut(self, why: str) -> ExportError:
         return ExportError(
-            f"{self.path.name} holds {self.size:,} bytes, but {why}: the file is cut short or damaged. Copy or "
+            f"{self.path.name} has {self.size:,} bytes, but {why}: the file is cut short or damaged. Copy or "
             "download it again."
         )
 
@@ -119,7 +118,7 @@ class _Reader:
 
     def _bytes(self, count: int, what: str) -> bytes:
         if count > self.size - self.at:
-            raise self._cut(f"{what} takes {count:,} from byte {self.at:,} on")
+            raise self._cut(f"{what} needs {count:,} from byte {self.at:,} on")
         self.at += count
         return self.data[self.at - count : self.at]
 
@@ -128,7 +127,8 @@ class _Reader:
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ExportError(f"{self.path.name}: {what} is no UTF-8: {raw[:_PREVIEW]!r}.") from error
+            shown = repr(raw[:_PREVIEW])
+            raise ExportError(f"{self.path.name}: {what} is not UTF-8: {shown}. Convert the model again.") from error
 
     def _value(self, kind: int, key: str) -> Any:
         if kind in _SCALARS:
@@ -136,16 +136,16 @@ class _Reader:
         if kind == _STRING:
             return self._string(key)
         if kind != _ARRAY:
-            raise ExportError(f"{self.path.name}: {key} has the unknown value type {kind}.")
+            raise ExportError(f"{self.path.name}: {key} has the unknown value type {kind}. Convert the model again.")
         kind, count = self._unpack("I"), self._unpack("Q")
         if kind in _SCALARS:
             code = f"<{count}{_SCALARS[kind]}"
             width = struct.calcsize("<" + _SCALARS[kind])
             return list(struct.unpack(code, self._bytes(count * width, key)))
         if kind != _STRING:
-            raise ExportError(f"{self.path.name}: {key} is an array of value type {kind}, which is not read.")
+            raise ExportError(f"{self.path.name}: {key} is an array of value type {kind}; expected numbers or strings.")
         if count > (self.size - self.at) // 8:
-            raise self._cut(f"{key} announces {count:,} strings")
+            raise self._cut(f"{key} declares {count:,} strings")
         return [self._string(key) for _ in range(count)]
 
     def _tensor(self) -> tuple[str, int, tuple[int, ...], int]:
@@ -169,14 +169,14 @@ class _Reader:
         block, width = gguf.GGML_QUANT_SIZES[kind]
         if 0 in shape or shape[-1] % block:
             raise ExportError(
-                f"{self.path.name}: tensor {name} has the shape {list(shape)}; a row of {kind.name} is a multiple of "
-                f"{block}, and no axis is empty."
+                f"{self.path.name}: tensor {name} has the shape {list(shape)}; expected rows of a multiple of {block} "
+                f"values for {kind.name}, and no empty axis."
             )
         size = math.prod(shape) // block * width
         if offset % alignment:
-            raise ExportError(f"{self.path.name}: tensor {name} lies at {offset}, no multiple of {alignment}.")
+            raise ExportError(f"{self.path.name}: tensor {name} is at {offset}; expected a multiple of {alignment}.")
         if start + offset + size > self.size:
-            raise self._cut(f"tensor {name} takes {size:,} from byte {start + offset:,} on")
+            raise self._cut(f"tensor {name} needs {size:,} from byte {start + offset:,} on")
         return TensorInfo(name, kind, shape, start + offset, size)
 
     def _check_places(self, tensors: tuple[TensorInfo, ...]) -> None:

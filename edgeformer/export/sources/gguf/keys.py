@@ -1,7 +1,7 @@
-"""What each metadata key of a GGUF file means here: a field of the model's config, no effect, or a refusal.
+"""Tables of GGUF metadata keys: fields of the model's config, keys to ignore, keys that are supported with one value.
 
-Names are those of the GGUF specification, without the architecture's prefix. A key that is in no table here stops the
-export if it belongs to the model or its tokenizer, and is reported otherwise.
+Names are those of the GGUF specification, without the architecture's prefix. A key of the model or its tokenizer that
+is in no table stops the export; other unknown keys become a note.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Setting:
-    """A key whose value goes to the first of `fields` that the model's config class has.
+    """A key whose value is set to the first of `fields` that the model's config class has.
 
-    `neutral` values say that there is nothing to set, so a class without any of the fields has the same numbers.
+    With a `neutral` value the key has no effect, so a class without such a field is supported too.
     """
 
     fields: tuple[str, ...]
@@ -22,7 +22,7 @@ class Setting:
     neutral: tuple[Any, ...] = ()
 
 
-# Sizes: a file that does not say them is refused, for a class's default is another model's size.
+# Sizes: a file without them is rejected, since a class's default is the size of another model.
 REQUIRED: dict[str, Setting] = {
     "context_length": Setting(("max_position_embeddings", "n_positions", "n_ctx"), int),
     "embedding_length": Setting(("hidden_size", "n_embd", "d_model"), int),
@@ -34,7 +34,7 @@ KV_HEADS = Setting(("num_key_value_heads", "num_kv_heads"), int)
 EPSILON_FIELDS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
 EPSILONS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
 
-# Numbers that may be absent: then the field must be neutral, or the class's own constant must be the same.
+# Optional values: if the file has none, the config class's default must be neutral.
 OPTIONAL: dict[str, Setting] = {
     "attn_logit_softcapping": Setting(("attn_logit_softcapping",), neutral=(0.0,)),
     "final_logit_softcapping": Setting(("final_logit_softcapping",), neutral=(0.0,)),
@@ -61,7 +61,7 @@ OPTIONAL: dict[str, Setting] = {
     "shortconv.l_cache": Setting(("conv_L_cache",), int, ()),
 }
 
-# What no class that transformers reads from GGUF can express: refused, unless the value says that there is nothing.
+# Unsupported by every class that transformers reads from GGUF: rejected unless the value is neutral.
 ONLY_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "router_logit_softcapping": (0.0,),
     "attention.clamp_kqv": (0.0,),
@@ -120,7 +120,7 @@ ONLY_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_ext_factor": (1.0, -1.0),  # -1: the default of the scaling type
 }
 
-# Read elsewhere in this package, each with its own rules (settings.py, rope.py).
+# Handled one by one in gguf_config.py and rope.py.
 SPECIAL = frozenset({
     "vocab_size", "feed_forward_length", "attention.head_count_kv", *EPSILONS,
     "attention.key_length", "attention.value_length", "attention.key_length_swa", "attention.value_length_swa",
@@ -132,31 +132,31 @@ SPECIAL = frozenset({
     "rope.scaling.yarn_beta_slow",
 })  # fmt: skip
 
-# No number depends on these.
-IRRELEVANT: dict[str, str] = {
-    "rope.scaling.finetuned": "it says how the model was trained",
-    "tensor_data_layout": "it names the converter's order of rows, which the tensors' names already imply",
+# Keys that change no result -> the reason.
+IGNORED_KEYS: dict[str, str] = {
+    "rope.scaling.finetuned": "it only describes the training",
+    "tensor_data_layout": "it names the converter's row order, which the tensors' names imply",
 }
 TOKENIZER_READ = frozenset({
     "model", "pre", "tokens", "token_type", "scores", "merges", "bos_token_id", "eos_token_id", "eot_token_id",
     "eom_token_id", "unknown_token_id", "seperator_token_id", "padding_token_id", "mask_token_id", "cls_token_id",
     "add_bos_token", "add_eos_token", "add_sep_token", "add_space_prefix",
 })  # fmt: skip
-TOKENIZER_IRRELEVANT: dict[str, str] = {
-    "token_type_count": "segments of encoders; a decoder has none",
-    "remove_extra_whitespaces": "only unigram tokenizers read it, and those are refused",
-    "precompiled_charsmap": "only unigram tokenizers read it, and those are refused",
+IGNORED_TOKENIZER_KEYS: dict[str, str] = {
+    "token_type_count": "token types of encoders; a decoder has none",
+    "remove_extra_whitespaces": "only unigram tokenizers use it, which are unsupported",
+    "precompiled_charsmap": "only unigram tokenizers use it, which are unsupported",
     **dict.fromkeys(
         (f"{name}_token_id" for name in (
             "fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep", "prefix", "suffix", "middle",
         )),
-        "it names a token for filling gaps, which a caller writes into the prompt by its text",
+        "it names a token for fill-in-the-middle, which a caller writes into the prompt as text",
     ),
 }  # fmt: skip
 TEMPLATES = ("tokenizer.chat_template", "tokenizer.chat_templates")
 HUGGING_FACE = "tokenizer.huggingface.json"
 OTHER_KINDS = ("adapter.", "imatrix.", "clip.", "diffusion.", "xielu.", "tokenizer.rwkv.")
 GENERAL_READ = frozenset({"architecture", "alignment", "type", "quantization_version", "license", "name"})
-SAMPLING = {
+SAMPLING_KEYS = {
     "temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repetition_penalty",
 }  # fmt: skip

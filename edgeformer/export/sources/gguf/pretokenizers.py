@@ -1,8 +1,8 @@
-"""How text is cut before BPE merges, by the names of `tokenizer.ggml.pre`.
+"""The pre-tokenizers of `tokenizer.ggml.pre`: how text is split before BPE merges.
 
-The metadata has a name only; what it stands for is llama.cpp's list (`llama-vocab.cpp`). Each entry is a list of
-regular expressions, applied one after the other to the pieces that the one before left: matches and what lies between
-them become pieces. A name that is not here is refused, for a wrong cut gives other tokens without any other sign.
+The metadata have a name only; its meaning is llama.cpp's list (`llama-vocab.cpp`). Each entry has regular expressions,
+applied one after the other to the pieces of the one before: matches and the text between them become pieces. Unknown
+names are rejected, since a wrong split silently gives other tokens.
 """
 
 from __future__ import annotations
@@ -33,51 +33,51 @@ _DEEPSEEK3 = (
     + _TAIL
 )
 _SENTENCES = r" ?[^(\s|.,!?…。，、।۔،)]+"
-_CASED = r"(?:(?![ა-ჿ])[\p{Lu}\p{Ll}\p{Lt}])"  # letters of two cases; Georgian's were of one when the list was made
+_CASED = r"(?:(?![ა-ჿ])[\p{Lu}\p{Ll}\p{Lt}])"  # cased letters; Georgian had one case when the list was made
 
 
 @dataclass(frozen=True)
-class Cut:
-    """`whole`: a piece that is a token is taken before any merge (llama.cpp's ignore_merges). `begins`: a begin token
-    is put before a text where the file does not say whether."""
+class PreTokenizer:
+    """Regular expressions that split a text, and two defaults of llama.cpp for the same name."""
 
     patterns: tuple[str, ...]
-    whole: bool = False
-    begins: bool = False
+    ignore_merges: bool = False  # a piece that is a token is used before any merge
+    add_bos: bool = False  # whether a BOS token begins a text, if the file does not have add_bos_token
 
 
-_DEFAULT = Cut((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"))
-CUTS: dict[str, Cut] = {
+_DEFAULT = PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"))
+PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "default": _DEFAULT,
     **dict.fromkeys(
         ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
-        Cut((_THREE_DIGITS,), whole=True, begins=True),
+        PreTokenizer((_THREE_DIGITS,), ignore_merges=True, add_bos=True),
     ),
-    **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe", "glm4"), Cut((_THREE_DIGITS,))),
+    **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe", "glm4"), PreTokenizer((_THREE_DIGITS,))),
     **dict.fromkeys(
         ("qwen2", "deepseek-r1-qwen", "megrez", "kormo", "stablelm2", "hunyuan", "grok-2", "solar-open"),
-        Cut((_ONE_DIGIT,)),
+        PreTokenizer((_ONE_DIGIT,)),
     ),
-    "qwen35": Cut((_MARKS,)),
-    "seed-coder": Cut((_words(r"\p{N}", r" ?[^\s\p{L}\p{N}\r\n]+"),)),
+    "qwen35": PreTokenizer((_MARKS,)),
+    "seed-coder": PreTokenizer((_words(r"\p{N}", r" ?[^\s\p{L}\p{N}\r\n]+"),)),
     **dict.fromkeys(
         ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4", "gigachat", "mellum",
          "jina-v2-code", "a.x-4.0"),
-        Cut((_GPT2,)),
+        PreTokenizer((_GPT2,)),
     ),
     **dict.fromkeys(
-        ("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b"), Cut((r"\p{N}", _GPT2))
+        ("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b"),
+        PreTokenizer((r"\p{N}", _GPT2)),
     ),
-    "falcon": Cut((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")),
-    "tekken": Cut((_TEKKEN,), whole=True, begins=True),
-    **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "minimax-m2"), Cut((_GPT4O,))),
+    "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")),
+    "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
+    **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "minimax-m2"), PreTokenizer((_GPT4O,))),
     **dict.fromkeys(
-        ("deepseek-v3", "hunyuan-dense", "joyai-llm"), Cut((r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3))
+        ("deepseek-v3", "hunyuan-dense", "joyai-llm"), PreTokenizer((r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3))
     ),
-    "deepseek-coder": Cut((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")),
-    "deepseek-llm": Cut(
+    "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")),
+    "deepseek-llm": PreTokenizer(
         (r"[\r\n]", rf"\s?{_CASED}+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", "[一-龥ࠀ-一가-퟿]+", r"\p{N}+")
     ),
-    **dict.fromkeys(("poro-chat", "bloom", "gpt3-finnish"), Cut((_SENTENCES,))),
-    "viking": Cut((_SENTENCES, r"\p{N}")),
+    **dict.fromkeys(("poro-chat", "bloom", "gpt3-finnish"), PreTokenizer((_SENTENCES,))),
+    "viking": PreTokenizer((_SENTENCES, r"\p{N}")),
 }  # fmt: skip

@@ -1,44 +1,32 @@
-"""Rotary positions of a GGUF file: base, rotated width, scaling by metadata, and scaling by tensors of factors.
+"""RoPE settings of a GGUF file: base, rotated width, scaling by metadata, scaling by tensors of factors.
 
-llama.cpp's reader is the definition: a factor without a type is linear scaling; `rope_freqs.weight` divides the
-frequencies; `rope_factors_short` does so up to the trained length, `rope_factors_long` beyond it.
+As in llama.cpp: a factor without a type is linear scaling; `rope_freqs.weight` divides the frequencies, and so does
+`rope_factors_short` up to the trained length and `rope_factors_long` beyond it.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gguf
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from edgeformer.errors import ExportError
+from edgeformer.export.blocks import F32
+from edgeformer.export.sources.gguf.config_builder import EDIT, ConfigBuilder, RotaryScaling
 
-if TYPE_CHECKING:
-    from edgeformer.export.sources.gguf.settings import Settings
-
-F32 = NDArray[np.float32]
 FREQUENCIES, SHORT, LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
 TENSORS = (FREQUENCIES, SHORT, LONG)
-BASE = 10000.0  # llama.cpp's, where a file does not say it
+BASE = 10000.0  # llama.cpp's default
 
 
-@dataclass(frozen=True)
-class Rotary:
-    """What transformers' config cannot say of the file's rotary positions."""
-
-    factors: F32 | None  # [width / 2], the frequencies are divided by them
-    scale: float  # of sines and cosines
-
-
-def read(settings: Settings) -> None:
-    """Sets `rope_parameters`, and `settings.rotary` for what goes beyond them.
+def set_rope(settings: ConfigBuilder) -> None:
+    """Sets `rope_parameters`, and `settings.rotary` for scaling that these cannot express.
 
     Raises:
-        ExportError: the file's scaling is of a kind that transformers cannot express.
+        ExportError: transformers does not have the file's scaling.
     """
     plain = settings.defaults.get("rope_parameters")
     names = [name for name in settings.model.tensors if name.endswith(TENSORS)]
@@ -50,23 +38,23 @@ def read(settings: Settings) -> None:
                 1.0,
                 "none",
             ):
-                raise settings.refuse(short, "this structure has no rotary positions.")
+                raise settings.refuse(short, "models of this architecture have no RoPE.")
         if names:
-            raise ExportError(f"{settings.model.name} has {names[0]}, but its structure has no rotary positions.")
+            raise ExportError(f"{settings.model.name} has {names[0]}, but its architecture has no RoPE. {EDIT}")
         return
     base = _base(settings)
     scaling = _scaling(settings)
     nested = "full_attention" in plain
     if nested:
         swa = settings.number("rope.freq_base_swa") or plain["sliding_attention"]["rope_theta"]
-        # llama.cpp scales the layers without a window alone
+        # llama.cpp scales only the layers without a sliding window
         settings.fields["rope_parameters"] = {
             "full_attention": {"rope_theta": base} | scaling,
             "sliding_attention": {"rope_theta": swa, "rope_type": "default"},
         }
     else:
         if settings.number("rope.freq_base_swa") not in (None, base):
-            raise settings.refuse("rope.freq_base_swa", f"the config has one base for all layers, and it is {base}.")
+            raise settings.refuse("rope.freq_base_swa", f"expected {base}: the config has one base for all layers.")
         ours = settings.fields.get("rope_parameters")
         sections = ours if isinstance(ours, dict) and "mrope_section" in ours else {}
         extra = {k: v for k, v in plain.items() if k == "truncate" and plain.get("rope_type") == scaling["rope_type"]}
@@ -77,27 +65,27 @@ def read(settings: Settings) -> None:
     if settings.get("rope.dimension_sections") is not None and "mrope_section" not in str(
         settings.fields["rope_parameters"]
     ):
-        raise settings.refuse("rope.dimension_sections", "positions of several axes cannot be expressed here.")
+        raise settings.refuse("rope.dimension_sections", "the config has no field for positions of several axes.")
     settings.rotary = _rotary(settings, names, nested)
 
 
-def _base(settings: Settings) -> float:
+def _base(settings: ConfigBuilder) -> float:
     base = settings.number("rope.freq_base")
     if base is None:
-        settings.notes.append(f"The file does not say rope.freq_base; it is {BASE:g}, as llama.cpp takes it.")
+        settings.notes.append(f"The file has no rope.freq_base; it is {BASE:g}, llama.cpp's default.")
         return BASE
     if base <= 0:
         raise settings.refuse("rope.freq_base", "expected a number above 0.")
     return base
 
 
-def _scaling(settings: Settings) -> dict[str, Any]:
-    """The part of `rope_parameters` that is about scaling."""
+def _scaling(settings: ConfigBuilder) -> dict[str, Any]:
+    """The fields of `rope_parameters` for scaling."""
     kind = settings.get("rope.scaling.type")
     key = "rope.scaling.factor" if settings.get("rope.scaling.factor") is not None else "rope.scale_linear"
-    factor = settings.number(key) or 1.0  # 0 says that there is none
+    factor = settings.number(key) or 1.0  # 0 means no scaling
     if kind not in (None, "none", "linear", "yarn", "longrope"):
-        raise settings.refuse("rope.scaling.type", "known are none, linear, yarn and longrope.")
+        raise settings.refuse("rope.scaling.type", "expected none, linear, yarn or longrope.")
     if factor < 0:
         raise settings.refuse(key, "expected a number above 0.")
     trained = settings.size("rope.scaling.original_context_length")
@@ -121,7 +109,7 @@ def _scaling(settings: Settings) -> dict[str, Any]:
     return {"rope_type": "default"}
 
 
-def _product(settings: Settings) -> float:
+def _product(settings: ConfigBuilder) -> float:
     factors = [settings.number(f"rope.scaling.{name}") for name in ("attn_factor", "yarn_attn_factor")]
     product = math.prod(factor for factor in factors if factor)
     if product <= 0:
@@ -129,45 +117,45 @@ def _product(settings: Settings) -> float:
     return product
 
 
-def _width(settings: Settings, plain: dict[str, Any], nested: bool) -> None:
-    """How many values of a head are rotated."""
+def _width(settings: ConfigBuilder, plain: dict[str, Any], nested: bool) -> None:
+    """Sets the number of rotated values of a head."""
     heads, hidden = settings.size("attention.head_count"), settings.size("embedding_length")
     assert heads is not None and hidden is not None
     size = settings.size("attention.key_length") or hidden // heads
     width = settings.size("rope.dimension_count") or size  # the specification's default
     if settings.size("rope.dimension_count_swa") not in (None, size):
-        raise settings.refuse("rope.dimension_count_swa", f"heads have {size} values, and all of them are rotated.")
+        raise settings.refuse("rope.dimension_count_swa", f"expected {size}, all values of a head.")
     sections = settings.fields["rope_parameters"]
     if not nested and ("partial_rotary_factor" in plain or "partial_rotary_factor" in sections):
         sections["partial_rotary_factor"] = width / size
     elif "rotary_dim" in settings.fields:
         settings.fields["rotary_dim"] = width
     elif width != size:
-        raise settings.refuse("rope.dimension_count", f"heads have {size} values, and this structure rotates all.")
+        raise settings.refuse("rope.dimension_count", f"expected {size}: this model rotates all values of a head.")
 
 
-def _rotary(settings: Settings, names: list[str], nested: bool) -> Rotary | None:
-    """The tensors of factors; the same for all layers, as llama.cpp writes them, or refused."""
+def _rotary(settings: ConfigBuilder, names: list[str], nested: bool) -> RotaryScaling | None:
+    """Scaling by tensors of factors, which must be equal in all layers, as llama.cpp writes them."""
     kinds = {next(kind for kind in TENSORS if name.endswith(kind)) for name in names}
     kind = settings.get("rope.scaling.type")
     scale = _product(settings) if kind != "yarn" else 1.0
     if kind == "longrope" and kinds != {SHORT, LONG}:
         raise settings.refuse("rope.scaling.type", f"it needs the tensors {SHORT} and {LONG}.")
     if not kinds:
-        return None if scale == 1.0 else Rotary(None, scale)
+        return None if scale == 1.0 else RotaryScaling(None, scale)
     if nested:
-        raise ExportError(f"{settings.model.name} has {names[0]}, and layers with rotary positions of two kinds.")
+        raise ExportError(f"{settings.model.name} has {names[0]} and two kinds of RoPE layers; expected one. {EDIT}")
     trained, context = settings.size("rope.scaling.original_context_length"), settings.size("context_length")
     if FREQUENCIES in kinds:
         if len(kinds) > 1:
-            raise ExportError(f"{settings.model.name} has both {FREQUENCIES} and rope_factors: one of them is meant.")
+            raise ExportError(f"{settings.model.name} has both {FREQUENCIES} and rope_factors; expected one. {EDIT}")
         chosen = FREQUENCIES
     else:
         chosen = SHORT
         if trained is None or context is None:
             raise ExportError(
-                f"{settings.model.name} has {names[0]} but does not say {settings.model.architecture}.rope.scaling."
-                "original_context_length, beyond which the long factors hold."
+                f"{settings.model.name} has {names[0]} but no {settings.model.architecture}.rope.scaling."
+                f"original_context_length, beyond which the long factors apply. {EDIT}"
             )
         if context > trained:
             _limit(settings, trained, context)
@@ -179,28 +167,32 @@ def _rotary(settings: Settings, names: list[str], nested: bool) -> Rotary | None
                 f"{settings.model.name}: {chosen} has the shape {list(factors.shape)}; expected {width} numbers above "
                 "0, the same for all layers."
             )
-    return Rotary(found[0], scale)
+    return RotaryScaling(found[0], scale)
 
 
-def _limit(settings: Settings, trained: int, context: int) -> None:
+def _limit(settings: ConfigBuilder, trained: int, context: int) -> None:
     name = next(n for n in ("max_position_embeddings", "n_positions") if n in settings.defaults)
     settings.fields[name] = trained
     if "original_max_position_embeddings" in settings.defaults:
         settings.fields["original_max_position_embeddings"] = trained
     settings.notes.append(
-        f"The file has other rotary factors for texts longer than {trained} tokens ({LONG}). A graph has one set: the "
+        f"The file has other RoPE factors for texts longer than {trained} tokens ({LONG}). A graph has one set: the "
         f"bundle has the short ones, and its limit is {trained} tokens, not {context}."
     )
 
 
-def _rotated(settings: Settings) -> int:
+def _rotated(settings: ConfigBuilder) -> int:
     heads, hidden = settings.size("attention.head_count"), settings.size("embedding_length")
     assert heads is not None and hidden is not None
     return settings.size("rope.dimension_count") or settings.size("attention.key_length") or hidden // heads
 
 
-def read_tensor(settings: Settings, name: str) -> F32:
-    """The values of a tensor of the file, float32."""
+def read_tensor(settings: ConfigBuilder, name: str) -> F32:
+    """The values of a tensor of the file, float32.
+
+    Raises:
+        ExportError: the file has no such tensor.
+    """
     for shard in settings.model.shards:
         for tensor in gguf.GGUFReader(shard.path).tensors:
             if tensor.name == name:
@@ -208,11 +200,11 @@ def read_tensor(settings: Settings, name: str) -> F32:
     raise ExportError(f"{settings.model.name} has no tensor {name}.")
 
 
-def apply(module: torch.nn.Module, rotary: Rotary, name: str) -> None:
-    """Gives the module's rotary parts the file's frequencies, in place.
+def apply(module: torch.nn.Module, rotary: RotaryScaling, name: str) -> None:
+    """Applies the scaling to the module's rotary embeddings, in place.
 
     Raises:
-        ExportError: the module has none whose frequencies can be set.
+        ExportError: the module has no rotary frequencies, or another number of them.
     """
     done = 0
     for part in module.modules():
@@ -221,14 +213,14 @@ def apply(module: torch.nn.Module, rotary: Rotary, name: str) -> None:
             continue
         if rotary.factors is not None:
             if len(frequencies) != len(rotary.factors):
-                raise ExportError(f"{name}: {len(rotary.factors)} rotary factors for {len(frequencies)} frequencies.")
+                raise ExportError(f"{name} has {len(rotary.factors)} RoPE factors; expected {len(frequencies)}.")
             with torch.no_grad():
                 frequencies.div_(torch.from_numpy(rotary.factors.astype(np.float32)))
             part.original_inv_freq = frequencies.clone()
         if rotary.scale != 1.0:
             if not hasattr(part, "attention_scaling"):
-                raise ExportError(f"{name}: rope.scaling.attn_factor {rotary.scale} cannot be expressed.")
+                raise ExportError(f"{name}: rope.scaling.attn_factor is {rotary.scale}; expected 1 for this model.")
             part.attention_scaling = float(part.attention_scaling) * rotary.scale  # type: ignore[arg-type, assignment]
         done += 1
     if not done:
-        raise ExportError(f"{name}: the model has no rotary frequencies that the file's factors could divide.")
+        raise ExportError(f"{name} has RoPE factors, but the model has no rotary frequencies.")

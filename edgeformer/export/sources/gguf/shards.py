@@ -1,4 +1,4 @@
-"""A model that llama.cpp's `gguf-split` cut into several files: all are found and read as one, or refused by name."""
+"""GGUF models in one file or in shards of llama.cpp's `gguf-split`, read as one model."""
 
 from __future__ import annotations
 
@@ -21,40 +21,47 @@ NUMBER, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A model in one file or in shards. The metadata is the first shard's: the others have only `split.*`."""
+    """A model in one file or in shards. The metadata are the first shard's: the others have only `split.*`."""
 
     shards: tuple[Header, ...]
 
     @property
     def name(self) -> str:
+        """The name of the first file."""
         return self.shards[0].path.name
 
     @property
     def metadata(self) -> dict[str, Any]:
+        """The metadata of the first shard."""
         return self.shards[0].metadata
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
+        """{name: tensor} of all shards, in order."""
         return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
 
     @property
     def architecture(self) -> str:
-        """The prefix of the model's own keys."""
+        """`general.architecture`, the prefix of the model's keys.
+
+        Raises:
+            ExportError: the file does not have it.
+        """
         found = self.metadata.get("general.architecture")
         if not isinstance(found, str) or not found:
             raise ExportError(
-                f"{self.name} does not say general.architecture, so none of its metadata can be named: it holds no "
-                "model's settings. Give the model's first shard, or convert the model again."
+                f"{self.name} has no general.architecture, so it has no settings of a model. Pass the model's first "
+                "shard, or convert the model again."
             )
         return found
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[Path]:
-        """One file with everything in it: the file itself, or the shards joined in a temporary folder."""
+        """A single file with all tensors: the file itself, or the shards joined in a temporary folder."""
         if len(self.shards) == 1:
             yield self.shards[0].path
             return
-        # Beside the shards: there is room for as much again more often than in the system's temporary folder.
+        # Beside the shards: that disk more often has space for a copy than the system's temporary folder.
         folder = self.shards[0].path.parent
         try:
             place = tempfile.TemporaryDirectory(dir=folder, prefix=".joined-")
@@ -67,10 +74,10 @@ class GgufFile:
 
 
 def open_gguf(path: Path) -> GgufFile:
-    """The checked model of which `path` is the only file, or any shard.
+    """The model whose only file or any shard is `path`, checked.
 
     Raises:
-        ExportError: a file is damaged, a shard is missing or belongs to another model.
+        ExportError: a file is damaged, or a shard is missing or belongs to another model.
     """
     header = read_header(path)
     count = header.metadata.get(COUNT, 0)
@@ -80,14 +87,14 @@ def open_gguf(path: Path) -> GgufFile:
     if count < 2:
         if named is not None and int(named["count"]) > 1:
             raise ExportError(
-                f"{path.name} is named as one of {int(named['count'])} shards, but does not say {COUNT}: it was cut "
-                "by another tool than gguf-split. Join the parts (cat, for files cut by bytes) and give the whole file."
+                f"{path.name} is named as one of {int(named['count'])} shards but has no {COUNT}: it was split by "
+                "another tool than gguf-split. Join the parts (cat, for files split by bytes) and pass the whole file."
             )
         return _checked(GgufFile((header,)))
     if named is None or int(named["count"]) != count:
         raise ExportError(
-            f"{path.name} says {COUNT} = {count}, but its name is not NAME-00001-of-{count:05d}.gguf, by which the "
-            "other shards are found. Give the files their own names again, or join them with gguf-split --merge."
+            f"{path.name} has {COUNT} = {count}, but its name is not NAME-00001-of-{count:05d}.gguf, needed "
+            "to find the other shards. Restore the names, or join the shards with gguf-split --merge."
         )
     paths = [path.with_name(f"{named['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
     missing = [other.name for other in paths if not other.is_file()]
@@ -105,20 +112,21 @@ def _checked(model: GgufFile) -> GgufFile:
         for key, expected in ((NUMBER, place), (COUNT, len(model.shards)), (TENSORS, first.get(TENSORS))):
             if shard.metadata.get(key) != expected:
                 raise ExportError(
-                    f"{shard.path.name} says {key} = {shard.metadata.get(key)!r}, expected {expected!r}: it is not "
+                    f"{shard.path.name} has {key} = {shard.metadata.get(key)!r}, expected {expected!r}: it is not "
                     f"a shard of {model.name}. Copy or download all shards of one model again."
                 )
         for key, value in shard.metadata.items():
             if not key.startswith("split.") and first.get(key) != value:
-                raise ExportError(f"{shard.path.name} and {model.name} do not agree about {key}.")
+                raise ExportError(f"{shard.path.name} and {model.name} have different {key}; expected one model.")
     names = [tensor.name for shard in model.shards for tensor in shard.tensors]
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise ExportError(f"the shards of {model.name} hold {twice[0]} twice.")
+        raise ExportError(f"the shards of {model.name} have {twice[0]} twice.")
     total = first.get(TENSORS)
     if total is not None and total != len(names):
         raise ExportError(
-            f"{model.name} says {TENSORS} = {total!r}, but {len(model.shards)} files hold {len(names)} tensors."
+            f"{model.name} has {TENSORS} = {total!r}, but {len(model.shards)} files have {len(names)} tensors. Copy or "
+            "download all shards again."
         )
     return model
 
@@ -126,7 +134,7 @@ def _checked(model: GgufFile) -> GgufFile:
 def join(shards: tuple[Header, ...], path: Path) -> None:
     """Writes one file with the metadata of the first shard and the tensors of all.
 
-    `split.*` goes over as it is; whoever reads the joined file does not look at it.
+    It keeps `split.*`, which readers of the joined file ignore.
     """
     first = shards[0]
     tensors = [(shard, tensor) for shard in shards for tensor in shard.tensors]

@@ -1,7 +1,7 @@
-"""Tensors of a GGUF file into a transformers model: each is used, and each parameter has one, before anything is made.
+"""Loads the tensors of a GGUF file into a transformers model.
 
-Names and orders (llama.cpp's rows of queries and keys, experts in stacks, norms plus one) are transformers' knowledge;
-the check that nothing is left over on either side is done here, on a model without memory.
+transformers knows the names and layouts (llama.cpp's row order of queries and keys, stacks of experts, norms plus one).
+This module checks first, on the meta device, that every tensor is used and every parameter has a tensor.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from edgeformer.errors import ExportError
+from edgeformer.export.sources.gguf.config_builder import ConfigBuilder
 from edgeformer.export.sources.gguf.header import TensorInfo
 from edgeformer.export.sources.gguf.rope import TENSORS as ROTARY
-from edgeformer.export.sources.gguf.settings import Settings
 from edgeformer.export.sources.gguf.shards import GgufFile
 
 FLOATS = ("F32", "F16", "BF16")
@@ -26,11 +26,7 @@ _LAYER = re.compile(r"blk\.(\d+)\.")
 
 
 def check_types(model: GgufFile) -> None:
-    """Raises for a type that the gguf package cannot give the values of.
-
-    Raises:
-        ExportError: there is one; the message names the tensor and the type.
-    """
+    """Raises ExportError for a type that the gguf package cannot dequantize; the message names tensor and type."""
     first = {tensor.type: tensor for tensor in reversed(model.tensors.values())}
     for tensor in first.values():
         if tensor.type.name in FLOATS:
@@ -46,25 +42,21 @@ def check_types(model: GgufFile) -> None:
 
 
 def check_layers(model: GgufFile, count: int) -> None:
-    """Raises where the tensors are of more or fewer layers than the metadata say.
-
-    Raises:
-        ExportError: they are.
-    """
+    """Raises ExportError if the tensors have another number of layers than the metadata."""
     found = {int(match[1]) for name in model.tensors if (match := _LAYER.match(name))}
     if found != set(range(count)):
         raise ExportError(
-            f"{model.name}: block_count says {count} layers, the tensors are of {len(found)}"
-            f"{f' (numbers {min(found)} to {max(found)})' if found else ''}. The file is not whole: copy or download "
-            "it again."
+            f"{model.name}: block_count is {count}, the tensors have {len(found)} layers"
+            f"{f' (numbers {min(found)} to {max(found)})' if found else ''}. The file is incomplete: copy or "
+            "download it again."
         )
 
 
-def parameters_of(meta: Any, settings: Settings) -> dict[str, str]:
-    """The model's parameter for each tensor of the file. `meta` is the model on the meta device.
+def parameters_of(meta: Any, settings: ConfigBuilder) -> dict[str, str]:
+    """{tensor of the file: parameter of the model}; `meta` is the model on the meta device.
 
     Raises:
-        ExportError: a tensor has no place in the model, a parameter has no tensor, or a size differs.
+        ExportError: a tensor is unused, a parameter has no tensor, or a size differs.
     """
     model, state = settings.model, meta.state_dict()
     mapping = _mapping(meta, settings)
@@ -73,7 +65,7 @@ def parameters_of(meta: Any, settings: Settings) -> dict[str, str]:
     for name, tensor in model.tensors.items():
         place = mapping.get(name) or mapping.get(name.removesuffix(".weight")) or ""
         if place.startswith("mtp."):
-            continue  # layers for several tokens at once: settings.py reports them
+            continue  # layers for multi-token prediction: gguf_config.py adds a note
         if place in state:
             places[name] = place
         elif not name.endswith(ROTARY):
@@ -81,30 +73,30 @@ def parameters_of(meta: Any, settings: Settings) -> dict[str, str]:
     if unused:
         more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
         raise ExportError(
-            f"{model.name}: {', '.join(unused[:3])}{more}: no part of {type(meta).__name__} in transformers reads "
-            "this, so the numbers would be another model's. Export the original model."
+            f"{model.name}: {', '.join(unused[:3])}{more}: {type(meta).__name__} of transformers does not use this, so "
+            "results would be wrong. Export the original model."
         )
     shared = set(getattr(meta, "all_tied_weights_keys", None) or {})
     absent = sorted(set(state) - set(places.values()) - shared)
     if absent:
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
         raise ExportError(
-            f"{model.name} has no tensor for {', '.join(absent[:3])}{more} of {type(meta).__name__}. The file is not "
-            "whole, or was made for another version of the structure: copy it again, or export the original model."
+            f"{model.name} has no tensor for {', '.join(absent[:3])}{more} of {type(meta).__name__}. The file is "
+            "incomplete or made for another version of the architecture: copy it again, or export the original model."
         )
     for place, value in state.items():
         names = [name for name, other in places.items() if other == place]
         if names and sum(model.tensors[name].elements for name in names) != value.numel():
             shapes = " + ".join(f"{name} {list(model.tensors[name].shape)}" for name in names)
             raise ExportError(
-                f"{model.name}: {shapes} does not fit {place} {list(value.shape)}, the size that the metadata say. The "
-                "file does not agree with itself: convert the model again."
+                f"{model.name}: {shapes} does not fit {place} {list(value.shape)}, the size in the metadata. Convert "
+                "the model again."
             )
     return places
 
 
-def _mapping(meta: Any, settings: Settings) -> dict[str, str]:
-    """Parameter names by tensor names, as transformers has them for this structure."""
+def _mapping(meta: Any, settings: ConfigBuilder) -> dict[str, str]:
+    """{tensor: parameter} names of this architecture, from transformers."""
     from transformers import modeling_gguf_pytorch_utils as legacy
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     from transformers.integrations.gguf import utils
@@ -119,18 +111,18 @@ def _mapping(meta: Any, settings: Settings) -> dict[str, str]:
     return found
 
 
-def _processor(settings: Settings) -> Any:
+def _processor(settings: ConfigBuilder) -> Any:
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
     processor: Any = TENSOR_PROCESSORS.get(settings.model.architecture, TensorProcessor)
     return processor(config=settings.fields)
 
 
-def values(model: GgufFile) -> Iterator[tuple[TensorInfo, NDArray[np.float32]]]:
-    """Every tensor with its values as the gguf package gives them, in the order of the file.
+def tensor_values(model: GgufFile) -> Iterator[tuple[TensorInfo, NDArray[np.float32]]]:
+    """Every tensor with its values, dequantized by the gguf package, in the order of the file.
 
     Raises:
-        ExportError: a value is infinite or no number.
+        ExportError: a value is NaN or infinite.
     """
     for shard in model.shards:
         places = {tensor.name: tensor for tensor in shard.tensors}
@@ -138,23 +130,23 @@ def values(model: GgufFile) -> Iterator[tuple[TensorInfo, NDArray[np.float32]]]:
             found = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
             if not np.isfinite(found).all():
                 raise ExportError(
-                    f"{shard.path.name}: tensor {tensor.name} ({tensor.tensor_type.name}) holds NaN or infinity; the "
-                    "file is damaged."
+                    f"{shard.path.name}: tensor {tensor.name} ({tensor.tensor_type.name}) has NaN or infinity; the "
+                    "file is damaged. Copy or download it again."
                 )
             yield places[tensor.name], found.reshape(places[tensor.name].shape)
 
 
-def load_weights(meta: Any, settings: Settings) -> Any:
-    """The model of `meta`'s class with the file's weights, float32, and with transformers' own report of the load.
+def load_gguf_weights(meta: Any, settings: ConfigBuilder) -> Any:
+    """The model of `meta`'s class with the file's weights, float32.
 
     Raises:
-        ExportError: transformers misses a parameter after all.
+        ExportError: transformers' loading report is not empty.
     """
     parameters_of(meta, settings)
     mapping, processor = _mapping(meta, settings), _processor(settings)
-    # Processors of stacked experts write to their argument; the others return the values.
+    # Processors of stacked experts modify `parsed`; the others return the values.
     parsed: dict[str, Any] = {"tensors": {}}
-    for tensor, found in values(settings.model):
+    for tensor, found in tensor_values(settings.model):
         if tensor.name.endswith(ROTARY):
             continue
         result = processor.process(
@@ -175,11 +167,7 @@ def load_weights(meta: Any, settings: Settings) -> Any:
 
 
 def check_report(name: str, report: Any) -> None:
-    """Raises for anything that a load left over.
-
-    Raises:
-        ExportError: parameters are missing, unexpected or of another shape.
-    """
+    """Raises ExportError if parameters are missing, unexpected or of another shape."""
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         left = sorted(map(str, report.get(key) or ()))
         if left:

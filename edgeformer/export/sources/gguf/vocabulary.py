@@ -1,6 +1,6 @@
-"""The tokenizer of a GGUF file as the tokenizers library has it: byte-level BPE, or SentencePiece's BPE by scores.
+"""Builds a tokenizer of the tokenizers library from GGUF metadata: byte-level BPE, or SentencePiece BPE by scores.
 
-llama.cpp's reading of the metadata is the definition, because the metadata were written for it.
+The metadata mean what llama.cpp makes of them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from edgeformer.errors import ExportError
-from edgeformer.export.sources.gguf.pretokenizers import CUTS, Cut
+from edgeformer.export.sources.gguf.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -26,46 +26,52 @@ class Vocabulary:
         count = len(self.tokens)
         self.types: list[int] = self._list("token_type", int, count)
         self.scores: list[float] | None = self._list("scores", float, count) if self.given("scores") else None
-        self.ids = {token: id for id, token in enumerate(self.tokens)}
+        self.ids = {token: index for index, token in enumerate(self.tokens)}
         if len(self.ids) < count:
-            twice = next(token for id, token in enumerate(self.tokens) if self.ids[token] != id)
-            raise self.refuse("tokens", f"it holds {twice!r} twice, so a text has two readings.")
+            twice = next(token for index, token in enumerate(self.tokens) if self.ids[token] != index)
+            raise self.refuse("tokens", f"it has {twice!r} twice; expected each token once.")
         if unknown := sorted(set(self.types) - set(range(1, 7))):
-            raise self.refuse("token_type", f"the types {unknown} are not known; expected 1 to 6.")
+            raise self.refuse("token_type", f"the types {unknown} are unknown; expected 1 to 6.")
 
     @property
     def kind(self) -> str:
+        """`tokenizer.ggml.model`."""
         return str(self.get("model"))
 
     def get(self, key: str) -> Any:
+        """The value of `tokenizer.ggml.{key}`, or None."""
         return self._metadata.get(_LIST + key)
 
     def given(self, key: str) -> bool:
+        """Whether the file has `tokenizer.ggml.{key}`."""
         return self.get(key) is not None
 
     def refuse(self, key: str, why: str) -> ExportError:
+        """The error for an unsupported value of `key`."""
         value = repr(self.get(key)) if not isinstance(self.get(key), list) else f"a list of {len(self.get(key))}"
         return ExportError(f"{self._name}: {_LIST}{key} is {value}; {why}")
 
     def flag(self, key: str, default: bool) -> bool:
-        """Raises:
-        ExportError: the value is not true or false.
+        """The boolean `key`, or `default`.
+
+        Raises:
+            ExportError: the value is not a boolean.
         """
         value = self.get(key)
         if value is not None and type(value) is not bool:
             raise self.refuse(key, "expected true or false.")
         return default if value is None else value
 
-    def id(self, name: str) -> int | None:
-        """The special token `name` (bos, eos, ...); None where the file names none.
+    def token_id(self, name: str) -> int | None:
+        """The id of the special token `name` (bos, eos, ...); None if the file has none.
 
         Raises:
-            ExportError: the vocabulary has no such token.
+            ExportError: the vocabulary has no such id.
         """
         key = f"{name}_token_id"
         value = self.get(key)
         if value is not None and (type(value) is not int or not 0 <= value < len(self.tokens)):
-            raise self.refuse(key, f"the vocabulary has the tokens 0 to {len(self.tokens) - 1}.")
+            raise self.refuse(key, f"expected an id from 0 to {len(self.tokens) - 1}.")
         return value
 
     def _list(self, key: str, kind: type, count: int | None = None) -> list[Any]:
@@ -75,68 +81,68 @@ class Vocabulary:
         if not isinstance(value, list) or not all(isinstance(one, kind) for one in value) or not value:
             raise self.refuse(key, f"expected a list of {kind.__name__}.")
         if count is not None and len(value) != count:
-            raise self.refuse(key, f"the file has {count} tokens.")
+            raise self.refuse(key, f"expected {count} values, one a token.")
         return value
 
 
-def build(vocabulary: Vocabulary, notes: list[str]) -> Tokenizer:
-    """The tokenizer; what was assumed goes to `notes`.
+def build_tokenizer(vocabulary: Vocabulary, notes: list[str]) -> Tokenizer:
+    """The tokenizer; adds assumptions to `notes`.
 
     Raises:
-        ExportError: its model or its pre-tokenizer is not known, or its lists do not fit together.
+        ExportError: its model or pre-tokenizer is unsupported, or its lists do not fit together.
     """
-    begins = vocabulary.kind == "llama"
+    add_bos = vocabulary.kind == "llama"
     if vocabulary.kind == "gpt2":
-        cut = _cut(vocabulary, notes)
-        tokenizer, begins = _byte_level(vocabulary, cut), cut.begins
+        pre = _pre_tokenizer(vocabulary, notes)
+        tokenizer, add_bos = _byte_level(vocabulary, pre), pre.add_bos
     elif vocabulary.kind == "llama":
         tokenizer = _sentencepiece(vocabulary, notes)
     else:
         raise vocabulary.refuse(
             "model",
-            "known are gpt2 (byte-level BPE) and llama (SentencePiece BPE). Export the original model, whose "
-            "tokenizer.json has all of it.",
+            "expected gpt2 (byte-level BPE) or llama (SentencePiece BPE). Export the original model, which has a "
+            "complete tokenizer.json.",
         )
     _add_tokens(tokenizer, vocabulary)
-    _add_ends(tokenizer, vocabulary, begins)
+    _add_ends(tokenizer, vocabulary, add_bos)
     return tokenizer
 
 
-def _cut(vocabulary: Vocabulary, notes: list[str]) -> Cut:
+def _pre_tokenizer(vocabulary: Vocabulary, notes: list[str]) -> PreTokenizer:
     name = vocabulary.get("pre")
     if name is None:
         notes.append(
-            "The file does not say tokenizer.ggml.pre; texts are cut as by llama.cpp's `default`, which may not be how "
-            "the model was trained."
+            "The file has no tokenizer.ggml.pre; texts are split as by llama.cpp's `default`, which may differ from "
+            "the training."
         )
         name = "default"
-    if name not in CUTS:
+    if name not in PRE_TOKENIZERS:
         raise vocabulary.refuse(
             "pre",
-            f"known are {', '.join(CUTS)}. If one of them cuts text in the same way, write it into the file with "
-            "gguf-new-metadata --pre-tokenizer; else export the original model.",
+            f"expected one of {', '.join(PRE_TOKENIZERS)}. If one of them splits text in the same way, write it into "
+            "the file with gguf-new-metadata --pre-tokenizer; otherwise export the original model.",
         )
-    return CUTS[name]
+    return PRE_TOKENIZERS[name]
 
 
-def _byte_level(vocabulary: Vocabulary, cut: Cut) -> Tokenizer:
+def _byte_level(vocabulary: Vocabulary, pre: PreTokenizer) -> Tokenizer:
     merges = vocabulary.get("merges")
     if not isinstance(merges, list):
-        raise vocabulary.refuse("merges", "byte-level BPE needs the list of merges.")
+        raise vocabulary.refuse("merges", "expected the list of merges, which byte-level BPE needs.")
     pairs = []
     for merge in merges:
         at = merge.find(" ", 1) if isinstance(merge, str) else -1
         if at < 0:
-            raise vocabulary.refuse("merges", f"{merge!r} is no pair of tokens with a space between them.")
+            raise vocabulary.refuse("merges", f"{merge!r} is not a pair of tokens with a space between them.")
         pairs.append((merge[:at], merge[at + 1 :]))
     try:
-        model = models.BPE(vocabulary.ids, pairs, ignore_merges=cut.whole)
+        model = models.BPE(vocabulary.ids, pairs, ignore_merges=pre.ignore_merges)
     except Exception as error:  # the library raises bare Exception
         raise vocabulary.refuse("merges", f"they do not fit the tokens: {error}.") from error
     tokenizer = Tokenizer(model)
     if vocabulary.flag("add_space_prefix", False):
         tokenizer.normalizer = normalizers.Prepend(" ")
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in cut.patterns]
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
@@ -146,11 +152,11 @@ def _byte_level(vocabulary: Vocabulary, cut: Cut) -> Tokenizer:
 
 def _sentencepiece(vocabulary: Vocabulary, notes: list[str]) -> Tokenizer:
     if vocabulary.scores is None:
-        raise vocabulary.refuse("scores", "SentencePiece's BPE merges by scores.")
-    unknown = vocabulary.id("unknown")
+        raise vocabulary.refuse("scores", "expected scores, by which SentencePiece BPE merges.")
+    unknown = vocabulary.token_id("unknown")
     byte_fallback = BYTE in vocabulary.types
     if not byte_fallback and unknown is None:
-        raise vocabulary.refuse("unknown_token_id", "a vocabulary without byte tokens needs one.")
+        raise vocabulary.refuse("unknown_token_id", "expected an id, since the vocabulary has no byte tokens.")
     pairs = _merges_by_score(vocabulary, notes)
     try:
         model = models.BPE(
@@ -161,7 +167,7 @@ def _sentencepiece(vocabulary: Vocabulary, notes: list[str]) -> Tokenizer:
             byte_fallback=byte_fallback,
         )
     except Exception as error:
-        raise vocabulary.refuse("tokens", f"they make no SentencePiece model: {error}.") from error
+        raise vocabulary.refuse("tokens", f"they are not a SentencePiece model: {error}.") from error
     tokenizer = Tokenizer(model)
     prefix = vocabulary.flag("add_space_prefix", True)
     escape = normalizers.Replace(" ", SPACE)
@@ -172,15 +178,15 @@ def _sentencepiece(vocabulary: Vocabulary, notes: list[str]) -> Tokenizer:
 
 
 def _merges_by_score(vocabulary: Vocabulary, notes: list[str]) -> list[tuple[str, str]]:
-    """All pairs of tokens that make a token, the highest score first, as SentencePiece merges them.
+    """All pairs of tokens whose concatenation is a token, the highest score first, as SentencePiece merges them.
 
-    A list of merges that some converters wrote beside the scores is not read, by llama.cpp neither.
+    Some converters write a list of merges too; like llama.cpp this function ignores it.
     """
     assert vocabulary.scores is not None
-    parts = {token: id for token, id in vocabulary.ids.items() if vocabulary.types[id] in (NORMAL, UNUSED)}
+    parts = {token: index for token, index in vocabulary.ids.items() if vocabulary.types[index] in (NORMAL, UNUSED)}
     pairs = [
-        (-vocabulary.scores[id], parts[token[:at]], parts[token[at:]], token[:at], token[at:])
-        for token, id in parts.items()
+        (-vocabulary.scores[index], parts[token[:at]], parts[token[at:]], token[:at], token[at:])
+        for token, index in parts.items()
         for at in range(1, len(token))
         if token[:at] in parts and token[at:] in parts
     ]
@@ -188,34 +194,36 @@ def _merges_by_score(vocabulary: Vocabulary, notes: list[str]) -> list[tuple[str
     scores = {left + right: score for score, _, _, left, right in pairs}
     if len(set(scores.values())) < len(scores):
         notes.append(
-            f"{len(scores) - len(set(scores.values()))} tokens of the vocabulary share their score with another; of "
-            "two such merges the one with the lower token ids is made first."
+            f"{len(scores) - len(set(scores.values()))} tokens of the vocabulary have the score of another one; of "
+            "two such merges the one with the lower token ids comes first."
         )
     return [(left, right) for *_, left, right in pairs]
 
 
 def _add_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
-    """Control tokens (special) and the user's (plain) are found in a text before anything else."""
-    for id, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)):
+    """Adds control tokens (special) and user-defined ones (plain), which are matched in a text before BPE."""
+    for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)):
         if kind not in (UNKNOWN, CONTROL, USER_DEFINED) or not token:
             continue
         special = kind != USER_DEFINED
         added = AddedToken(token, special=special, normalized=False)
         _ = tokenizer.add_special_tokens([added]) if special else tokenizer.add_tokens([added])
-        if tokenizer.token_to_id(token) != id:
-            raise vocabulary.refuse("tokens", f"the library gives {token!r} the id {tokenizer.token_to_id(token)}.")
+        if tokenizer.token_to_id(token) != index:
+            found = tokenizer.token_to_id(token)
+            raise vocabulary.refuse("tokens", f"the library gives {token!r} the id {found}, expected {index}.")
 
 
-def _add_ends(tokenizer: Tokenizer, vocabulary: Vocabulary, begins: bool) -> None:
+def _add_ends(tokenizer: Tokenizer, vocabulary: Vocabulary, add_bos: bool) -> None:
+    """Adds BOS and EOS to every text as the file says; `add_bos` is the default for BOS."""
     if vocabulary.flag("add_sep_token", False):
-        raise vocabulary.refuse("add_sep_token", "a decoder's prompt has no separator.")
-    begins = vocabulary.flag("add_bos_token", begins)
+        raise vocabulary.refuse("add_sep_token", "expected false: the prompt of a decoder has no separator.")
+    add_bos = vocabulary.flag("add_bos_token", add_bos)
     template: dict[str, list[str]] = {}
-    for name, wanted in (("bos", begins), ("eos", vocabulary.flag("add_eos_token", False))):
-        id = vocabulary.id(name)
-        if wanted and id is None:
-            raise vocabulary.refuse(f"{name}_token_id", f"texts begin or end with it (add_{name}_token).")
-        template[name] = [vocabulary.tokens[id]] if wanted and id is not None else []
+    for name, wanted in (("bos", add_bos), ("eos", vocabulary.flag("add_eos_token", False))):
+        index = vocabulary.token_id(name)
+        if wanted and index is None:
+            raise vocabulary.refuse(f"{name}_token_id", f"expected an id, since add_{name}_token is set.")
+        template[name] = [vocabulary.tokens[index]] if wanted and index is not None else []
     tokens = dict.fromkeys(template["bos"] + template["eos"])
     if not tokens:
         return

@@ -1,7 +1,7 @@
-"""Models that run as a whole: encoders of text, pictures and sound, with the head that their config names.
+"""Sources of encoders: models of text, images or audio with the head that their config names, run in one pass.
 
-Which class loads a folder is transformers' own knowledge: `architectures` in config.json names a class, and the table
-of an AutoModel class in which it stands is its task. Task words are Hugging Face's.
+`architectures` in config.json names a class; the AutoModel table that contains it gives the task, by Hugging Face's
+name, and the class that loads the model.
 """
 
 from __future__ import annotations
@@ -18,47 +18,47 @@ import torch
 from edgeformer.errors import ExportError, InputError
 from edgeformer.export.inputs import Input
 from edgeformer.export.source import Source
-from edgeformer.export.sources.files import Read
+from edgeformer.export.sources.model_files import ReadFile
 from edgeformer.export.sources.sentence.sentence import MODULES, text_length
 from edgeformer.export.sources.sentence.sentence_settings import MODEL_FILE, pair_activation
 from edgeformer.export.trace import attention_interface
 from edgeformer.processing.image import FILE as PREPROCESSOR
-from edgeformer.processing.image import Steps
+from edgeformer.processing.image import ImageSteps
 
 NOT_CONFIG = ("quantization_config", "_name_or_path", "_attn_implementation", "_attn_implementation_autoset")
-EMBEDDINGS = ("text_embeds", "image_embeds")  # of two-tower models: one vector a text or picture
-_WAVE_UNIT = 400  # samples: convolutions over raw sound eat up less than this for one frame
+EMBEDDINGS = ("text_embeds", "image_embeds")  # of two-tower models: one vector per text or image
+_WAVE_UNIT = 400  # samples: convolutions over raw audio need fewer for one frame
 
 
 @dataclass(frozen=True)
-class Task:
-    """A task of Hugging Face: its word, the class that loads its models, and the table of their names."""
+class HubTask:
+    """A task of Hugging Face: its name, the class that loads its models, and the table of their names."""
 
     name: str
     auto: str
     table: str
 
 
-# The first table that holds an architecture decides: some stand in several.
-TASKS = (
-    Task("text-generation", "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM"),
-    Task("text2text-generation", "AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM"),
-    Task("automatic-speech-recognition", "AutoModelForSpeechSeq2Seq", "MODEL_FOR_SPEECH_SEQ_2_SEQ"),
-    Task("automatic-speech-recognition", "AutoModelForCTC", "MODEL_FOR_CTC"),
-    Task("text-classification", "AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION"),
-    Task("token-classification", "AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION"),
-    Task("image-classification", "AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION"),
-    Task("audio-classification", "AutoModelForAudioClassification", "MODEL_FOR_AUDIO_CLASSIFICATION"),
-    Task("fill-mask", "AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM"),
-    Task("feature-extraction", "AutoModel", "MODEL"),
+# The first table that contains an architecture decides: some are in several.
+HUB_TASKS = (
+    HubTask("text-generation", "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM"),
+    HubTask("text2text-generation", "AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM"),
+    HubTask("automatic-speech-recognition", "AutoModelForSpeechSeq2Seq", "MODEL_FOR_SPEECH_SEQ_2_SEQ"),
+    HubTask("automatic-speech-recognition", "AutoModelForCTC", "MODEL_FOR_CTC"),
+    HubTask("text-classification", "AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION"),
+    HubTask("token-classification", "AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION"),
+    HubTask("image-classification", "AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION"),
+    HubTask("audio-classification", "AutoModelForAudioClassification", "MODEL_FOR_AUDIO_CLASSIFICATION"),
+    HubTask("fill-mask", "AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM"),
+    HubTask("feature-extraction", "AutoModel", "MODEL"),
 )
 
 
-def task_of(architecture: str) -> Task | None:
-    """The task of a transformers class by its name; None where no table names it."""
+def task_of(architecture: str) -> HubTask | None:
+    """The task of a transformers class by its name; None if no table contains it."""
     from transformers.models.auto import modeling_auto
 
-    for task in TASKS:
+    for task in HUB_TASKS:
         for names in getattr(modeling_auto, f"{task.table}_MAPPING_NAMES").values():
             if architecture == names or (not isinstance(names, str) and architecture in names):
                 return task
@@ -66,10 +66,10 @@ def task_of(architecture: str) -> Task | None:
 
 
 def loader(architecture: str) -> tuple[str, Any]:
-    """(task word, class with `from_pretrained`) for the class that a config names.
+    """(task, class with `from_pretrained`) for the class that a config names.
 
     Raises:
-        ExportError: this transformers has no such class.
+        ExportError: the installed transformers has no such class.
     """
     import transformers
 
@@ -92,10 +92,10 @@ def encoder_source(
     files: Mapping[str, bytes] | None = None,
     processing: Mapping[str, Any] | None = None,
 ) -> Source:
-    """A Source of any transformers model object that runs as a whole, padding masks included.
+    """The source of any transformers encoder, padding masks included.
 
     Raises:
-        ExportError: its inputs are of no known kind, or it returns nothing that is known here.
+        ExportError: its inputs or outputs are unsupported.
     """
     attention_interface.register()
     model = model.eval().float()
@@ -116,10 +116,10 @@ def encoder_source(
 
 @contextlib.contextmanager
 def masks_as_arrays(model: Any) -> Iterator[None]:
-    """Attention becomes one node, where the model lets it; where not, it is traced as it is written."""
+    """Traces each attention as one node with mask arrays, if the model supports it; otherwise as written."""
     before = model.config._attn_implementation
     with contextlib.suppress(ValueError, ImportError):
-        model.set_attn_implementation(attention_interface.MASKED)
+        model.set_attn_implementation(attention_interface.MASKED_ATTENTION)
     try:
         yield
     finally:
@@ -127,7 +127,7 @@ def masks_as_arrays(model: Any) -> Iterator[None]:
 
 
 def fixed_arguments(model: Any) -> dict[str, Any]:
-    """No cache, nothing but named outputs."""
+    """The arguments of forward that are not inputs: no cache."""
     known = inspect.signature(model.forward).parameters
     return {"use_cache": False} if "use_cache" in known else {}
 
@@ -150,21 +150,21 @@ def _inputs(model: Any, files: Mapping[str, bytes]) -> tuple[Input, ...]:
     if main in ("input_values", "input_features"):
         return sound_inputs(model, main, files)
     raise ExportError(
-        f"{type(model).__name__} takes {main}; known are input_ids, pixel_values, input_values and input_features. "
+        f"{type(model).__name__} takes {main}; expected input_ids, pixel_values, input_values or input_features. "
         "Wrap it in an nn.Module with an `input_spec` and export it with file.py:factory."
     )
 
 
 def _rows(model: Any) -> int:
-    """Token ids run below it."""
+    """The number of token ids that the model accepts."""
     try:
         return int(model.get_input_embeddings().weight.shape[0])
-    except NotImplementedError:  # two models in one have no embedding of their own
+    except NotImplementedError:  # composite models have no embedding of their own
         return next((m.num_embeddings for m in model.modules() if isinstance(m, torch.nn.Embedding)), 2)
 
 
 def sound_inputs(model: Any, main: str, files: Mapping[str, bytes]) -> tuple[Input, ...]:
-    """Frames of a spectrogram where the config counts mel bins (of a fixed number), else samples of any number."""
+    """The inputs of an audio model: spectrogram frames (a fixed number) if its config has mel bins, else samples."""
     config = model.config
     bins = getattr(config, "num_mel_bins", None)
     if bins and getattr(config, "max_source_positions", None):
@@ -180,20 +180,20 @@ def sound_inputs(model: Any, main: str, files: Mapping[str, bytes]) -> tuple[Inp
 
 
 def image_size(config: Any, files: Mapping[str, bytes]) -> tuple[int, int]:
-    """(height, width) that the preprocessing ends with; where it leaves that to the picture, what the config names.
+    """(height, width) of the preprocessed image; if that depends on the image, the config's `image_size`.
 
     Raises:
-        ExportError: neither says it.
+        ExportError: neither fixes the size.
     """
     content = files.get(PREPROCESSOR)
     try:
-        fixed = None if content is None else Steps.of(_object(content)).fixed
+        fixed = None if content is None else ImageSteps.of(_object(content)).fixed
     except InputError as error:
         raise ExportError(str(error)) from error
     size = fixed or getattr(config, "image_size", None)
     if size is None:
         raise ExportError(
-            f"neither {PREPROCESSOR} nor config.json fixes the size of pictures; give {PREPROCESSOR} a size of height "
+            f"neither {PREPROCESSOR} nor config.json fixes the size of images; give {PREPROCESSOR} a size of height "
             "and width, or a crop_size."
         )
     return (int(size), int(size)) if not isinstance(size, Sequence) else (int(size[0]), int(size[1]))
@@ -207,7 +207,7 @@ def _outputs(model: Any, inputs: tuple[Input, ...]) -> tuple[str, ...]:
     except Exception as error:
         raise ExportError(
             f"{type(model).__name__} does not run on {', '.join(feeds)} alone: {type(error).__name__}: "
-            f"{str(error)[:200]} If it joins two models, name one of them with --architecture."
+            f"{str(error)[:200]} If it joins two models, pass one of them with --architecture."
         ) from error
     if "logits" in result:
         return ("logits",)
@@ -218,13 +218,13 @@ def _outputs(model: Any, inputs: tuple[Input, ...]) -> tuple[str, ...]:
     return found
 
 
-def processing_of(source: Source, read: Read, *, modules: bool = True) -> dict[str, Any]:
-    """{processing, notes} of a folder without a list of modules: what an app does before and after the graph.
+def processing_of(source: Source, read: ReadFile) -> dict[str, Any]:
+    """{processing, notes} for the manifest: what an app does before and after the graph.
 
-    `modules=False` says that the user left them out; the notes then say so too.
+    Modules of sentence-transformers in the folder are not part of it; a note says so.
 
     Raises:
-        ExportError: the folder names an activation that is not known here.
+        ExportError: the folder names an unsupported activation.
     """
     found: dict[str, Any] = {}
     length = text_length(None, source)

@@ -1,8 +1,8 @@
-"""How pictures and sound become arrays: transformers' own processor is asked, and the runtime must give its numbers.
+"""Preprocessing of images and audio: complete settings for the bundle, checked against transformers' processor.
 
-A folder's preprocessor_config.json (or the part of processor_config.json) leaves out what its class has as default. The
-bundle's has every setting, and is written only when the runtime's steps give the processor's numbers on odd pictures
-and sounds. So nobody keeps a list of processor classes.
+A folder's preprocessor_config.json (or that part of processor_config.json) omits the defaults of its class. The file of
+the bundle has every setting, and is written only if the runtime gives the processor's numbers on unusual images and
+sounds. So no list of processor classes is needed.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from typing import Any
 
 import numpy as np
 
+from edgeformer.bundle.signature import Array
 from edgeformer.errors import ExportError, InputError, first_line
 from edgeformer.export.quiet import quiet
-from edgeformer.export.sources.files import Read
+from edgeformer.export.sources.model_files import ReadFile
 from edgeformer.processing.audio import LogMel
-from edgeformer.processing.image import FILE, SWITCHES, Steps
+from edgeformer.processing.image import FILE, SWITCHES, ImageSteps
 from edgeformer.processing.image_file import read as read_image
 
-Array = np.ndarray[Any, Any]
 NESTED = "processor_config.json"
-_BILINEAR = 2  # what transformers takes where no filter is named
-_AS_IT_IS = (
-    f"Without {FILE} and {NESTED} in its folder the model is exported alone, and its bundle takes arrays made by "
-    "transformers' processor."
+_BILINEAR = 2  # transformers' default for `resample`
+_ADVICE = (
+    f"Remove {FILE} and {NESTED} from the folder to export the model without preprocessing; the bundle then takes "
+    "arrays made by transformers' processor."
 )
 
 
-def image_settings(read: Read, channels: int) -> dict[str, bytes]:
-    """{preprocessor_config.json: every setting of the folder's image processor}; empty where it has none.
+def image_settings(read: ReadFile, channels: int) -> dict[str, bytes]:
+    """{preprocessor_config.json: every setting of the folder's image processor}; {} if it has none.
 
     Raises:
-        ExportError: the processor cannot be loaded, asks for what the runtime does not compute, or does something that
-            its settings do not say.
+        ExportError: the processor cannot be loaded, needs an operation that the runtime lacks, or its results differ
+            from its settings.
     """
     with _folder(read, "image_processor") as folder:
         if folder is None:
@@ -46,15 +46,15 @@ def image_settings(read: Read, channels: int) -> dict[str, bytes]:
         processor = _loaded("AutoImageProcessor", folder, backend="pil")
         settings = _image_settings(processor)
         try:
-            steps = Steps.of(settings)
+            steps = ImageSteps.of(settings)
         except InputError as error:
-            raise ExportError(f"{settings['image_processor_type']}: {error} {_AS_IT_IS}") from error
-        _prove_images(processor, steps, settings, channels, folder)
+            raise ExportError(f"{settings['image_processor_type']}: {error} {_ADVICE}") from error
+        _check_images(processor, steps, settings, channels, folder)
     return {FILE: _json(settings)}
 
 
-def sound_settings(read: Read) -> dict[str, bytes]:
-    """{preprocessor_config.json: every setting of the folder's feature extractor}; empty where it has none.
+def sound_settings(read: ReadFile) -> dict[str, bytes]:
+    """{preprocessor_config.json: every setting of the folder's feature extractor}; {} if it has none.
 
     Raises:
         ExportError: the feature extractor cannot be loaded.
@@ -63,11 +63,11 @@ def sound_settings(read: Read) -> dict[str, bytes]:
         return {} if folder is None else {FILE: _json(_sound_settings(_loaded("AutoFeatureExtractor", folder)))}
 
 
-def log_mel_settings(read: Read, shape: Sequence[int | str]) -> dict[str, bytes]:
-    """`sound_settings` of a model that the runtime gives sound to, as log-mel features [bins, frames] of `shape`.
+def log_mel_settings(read: ReadFile, shape: Sequence[int | str]) -> dict[str, bytes]:
+    """`sound_settings` of a model whose log-mel features, [bins, frames] of `shape`, the runtime computes.
 
     Raises:
-        ExportError: the features are not those that the runtime computes.
+        ExportError: the runtime's features differ from transformers'.
     """
     with _folder(read, "feature_extractor") as folder:
         if folder is None:
@@ -77,8 +77,8 @@ def log_mel_settings(read: Read, shape: Sequence[int | str]) -> dict[str, bytes]
         try:
             front = LogMel.of(settings)
         except InputError as error:
-            raise ExportError(f"{type(extractor).__name__}: {error} {_AS_IT_IS}") from error
-        _prove_sound(extractor, front, settings, shape)
+            raise ExportError(f"{type(extractor).__name__}: {error} {_ADVICE}") from error
+        _check_sound(extractor, front, settings, shape)
     return {FILE: _json(settings)}
 
 
@@ -86,8 +86,8 @@ def log_mel_settings(read: Read, shape: Sequence[int | str]) -> dict[str, bytes]
 
 
 @contextlib.contextmanager
-def _folder(read: Read, part: str) -> Iterator[Path | None]:
-    """A folder with what says how the model's inputs are made; None where nothing does."""
+def _folder(read: ReadFile, part: str) -> Iterator[Path | None]:
+    """A folder with the preprocessor's files and config.json; None if the model has no preprocessor."""
     plain, nested = read(FILE), read(NESTED)
     if plain is None and (nested is None or part not in json.loads(nested)):
         yield None
@@ -112,7 +112,7 @@ def _loaded(loader: str, folder: Path, **more: Any) -> Any:
         raise ExportError(
             f"transformers cannot load the processor of {FILE} or {NESTED} (named: {', '.join(kinds)}): "
             f"{type(error).__name__}: "
-            f"{first_line(error)[:300].replace(str(folder), 'the folder')} {_AS_IT_IS}"
+            f"{first_line(error)[:300].replace(str(folder), 'the folder')} {_ADVICE}"
         ) from error
 
 
@@ -121,8 +121,9 @@ def _texts(folder: Path) -> str:
 
 
 def _image_settings(processor: Any) -> dict[str, Any]:
-    """What the processor goes by. Settings that its class does not know it carries along and never reads; should one
-    do it all the same, the comparison shows it.
+    """All settings of the processor that its class knows.
+
+    It stores unknown ones too, without reading them; if it does read one, the comparison of images shows it.
     """
     known = getattr(processor, "_valid_kwargs_names", None)
     found = json.loads(_json(processor.to_dict()))
@@ -134,7 +135,7 @@ def _image_settings(processor: Any) -> dict[str, Any]:
 
 def _sound_settings(extractor: Any) -> dict[str, Any]:
     found = json.loads(_json(extractor.to_dict()))
-    with contextlib.suppress(Exception), quiet():  # one that cannot be made without arguments keeps all it was given
+    with contextlib.suppress(Exception), quiet():  # a class that needs arguments keeps all settings
         known = set(type(extractor)().to_dict())
         return {name: value for name, value in found.items() if name in known}
     return dict(found)
@@ -147,35 +148,35 @@ def _json(settings: Mapping[str, Any]) -> bytes:
     return (json.dumps(settings, indent=2, sort_keys=True, default=plain) + "\n").encode()
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
+# -------------------------------------------------------------------------------------------------------------- images
 
 
-def _prove_images(processor: Any, steps: Steps, settings: Mapping[str, Any], channels: int, folder: Path) -> None:
+def _check_images(processor: Any, steps: ImageSteps, settings: Mapping[str, Any], channels: int, folder: Path) -> None:
     name, compared = settings["image_processor_type"], 0
     last: InputError | None = None
-    for what, item in _odd_pictures(steps, channels, folder):
+    for what, item in _test_images(steps, channels, folder):
         expected, failure = _expected(processor, item)
         try:
             found = steps(read_image(item, channels, over_white=steps.over_white))
         except InputError as error:
-            if expected is None:  # too large for its padding, say
+            if expected is None:  # for example too large for its padding
                 last = error
                 continue
-            raise ExportError(f"{name} takes {what}, edgeformer does not: {error} {_AS_IT_IS}") from error
+            raise ExportError(f"{name} takes {what}, edgeformer does not: {error} {_ADVICE}") from error
         compared += 1
         problem = failure or _difference(found, expected, steps)
         if problem:
-            asked = {key: value for key, value in settings.items() if value not in (None, False)}
+            active = {key: value for key, value in settings.items() if value not in (None, False)}
             raise ExportError(
-                f"{name} does not do what its settings say, so edgeformer cannot follow it: for {what} {problem}. "
-                f"Settings: {', '.join(f'{key}={value!r}' for key, value in sorted(asked.items()))}. {_AS_IT_IS}"
+                f"{name} does not do what its settings say, so edgeformer cannot reproduce it: for {what} {problem}. "
+                f"Settings: {', '.join(f'{key}={value!r}' for key, value in sorted(active.items()))}. {_ADVICE}"
             )
     if not compared:
-        raise ExportError(f"{name} takes no picture at all: {last} {_AS_IT_IS}")
+        raise ExportError(f"{name} takes no test image: {last} {_ADVICE}")
 
 
-def _odd_pictures(steps: Steps, channels: int, folder: Path) -> Iterator[tuple[str, Any]]:
-    """(words, picture) of shapes and kinds that processors treat differently."""
+def _test_images(steps: ImageSteps, channels: int, folder: Path) -> Iterator[tuple[str, Any]]:
+    """(description, image) of sizes and modes that processors treat differently."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -184,7 +185,7 @@ def _odd_pictures(steps: Steps, channels: int, folder: Path) -> Iterator[tuple[s
     for height, width in sizes:
         noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         image = Image.fromarray(noise if channels == 3 else noise[..., 0])
-        yield f"a picture of {width} x {height} pixels", image
+        yield f"an image of {width} x {height} pixels", image
     if channels != 3:
         return
     small = Image.fromarray(rng.integers(0, 256, (edge // 2 + 9, edge // 2 + 4, 4), dtype=np.uint8))  # RGBA
@@ -194,26 +195,26 @@ def _odd_pictures(steps: Steps, channels: int, folder: Path) -> Iterator[tuple[s
         path = folder / f"odd.{'tiff' if kind.mode == 'CMYK' else 'png'}"
         kind.save(path)
         yield f"a file of mode {kind.mode}", str(path)
-        if steps.over_white:  # without it processors take RGB images alone
+        if steps.over_white:  # other processors take RGB images only
             yield f"a Pillow image of mode {kind.mode}", kind
 
 
 def _expected(processor: Any, item: Any) -> tuple[Array | None, str]:
-    """(transformers' array [channels, height, width], "") or (None, why there is none)."""
+    """(transformers' array [channels, height, width], "") or (None, the reason why there is none)."""
     try:
         with quiet():
             outputs = processor(images=item, return_tensors="np")
     except Exception as error:
         return None, f"it raises {type(error).__name__}: {str(error)[:200]}"
     if set(outputs) != {"pixel_values"}:
-        return None, f"it gives {', '.join(outputs)}, expected pixel_values alone"
+        return None, f"it gives {', '.join(outputs)}, expected pixel_values only"
     batch = np.asarray(outputs["pixel_values"])
     if batch.ndim != 4 or len(batch) != 1:
         return None, f"it gives an array {list(batch.shape)}, expected [1, channels, height, width]"
     return batch[0], ""
 
 
-def _difference(found: Array, expected: Array | None, steps: Steps) -> str:
+def _difference(found: Array, expected: Array | None, steps: ImageSteps) -> str:
     assert expected is not None
     if found.shape != expected.shape:
         return f"it gives {list(expected.shape)}, its settings {list(found.shape)}"
@@ -224,14 +225,14 @@ def _difference(found: Array, expected: Array | None, steps: Steps) -> str:
     return "" if worst <= bound else f"its array differs by up to {worst:.2g} from what the settings give"
 
 
-# --------------------------------------------------------------------------------------------------------------- sound
+# --------------------------------------------------------------------------------------------------------------- audio
 
 
-def _prove_sound(extractor: Any, front: LogMel, settings: Mapping[str, Any], shape: Sequence[int | str]) -> None:
+def _check_sound(extractor: Any, front: LogMel, settings: Mapping[str, Any], shape: Sequence[int | str]) -> None:
     # float32 transforms err by about log2(n) * 2**-24 of a frame's loudest bin: 6e-7. Features end 8 decades of power
     # below the loudest, 1e-4 of its amplitude; an error of 6e-3 there is 2 * log10(1 + 6e-3) / 4 = 1.3e-3.
     bound = 2e-3
-    for what, samples in _odd_sounds(front):
+    for what, samples in _test_sounds(front):
         found = front.features(samples)
         outputs, problem = {}, ""
         try:
@@ -250,14 +251,14 @@ def _prove_sound(extractor: Any, front: LogMel, settings: Mapping[str, Any], sha
         if problem:
             listed = ", ".join(f"{name}={value!r}" for name, value in sorted(settings.items()))
             raise ExportError(
-                f"{type(extractor).__name__} does not do what its settings say, so edgeformer cannot follow it: for "
-                f"{what} {problem}. Settings: {listed}. {_AS_IT_IS}"
+                f"{type(extractor).__name__} does not do what its settings say, so edgeformer cannot reproduce it: for "
+                f"{what} {problem}. Settings: {listed}. {_ADVICE}"
             )
 
 
-def _odd_sounds(front: LogMel) -> Iterator[tuple[str, Array]]:
+def _test_sounds(front: LogMel) -> Iterator[tuple[str, Array]]:
     rng = np.random.default_rng(0)
-    for what, seconds in (("a short sound", 0.4), ("a long sound", 1.1)):  # in windows
+    for what, seconds in (("short audio", 0.4), ("long audio", 1.1)):  # in windows
         count = int(front.samples * seconds)
         time = np.arange(count) / front.sampling_rate
         chirp = 0.5 * np.sin(2 * np.pi * (100 + 0.2 * front.sampling_rate * time / time[-1]) * time)

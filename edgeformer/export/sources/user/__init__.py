@@ -1,1 +1,1 @@
-"""User-defined modules: factories, checkpoints, pairs."""
+"""Sources of user-defined modules: factories, checkpoint folders, modules with `encode` and `decode`."""

@@ -1,4 +1,4 @@
-"""Sources of one's own: a factory function that returns an nn.Module, and folders that `edgeformer.train` wrote."""
+"""Sources of user-defined modules: a factory function that returns an nn.Module, or a folder of `edgeformer.train`."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from torch.nn.parameter import is_lazy
 from edgeformer.errors import BundleError, ExportError
 from edgeformer.export.inputs import Input
 from edgeformer.export.options import ExportOptions
-from edgeformer.export.source import TOKENIZER_FILES, Pair, Source
+from edgeformer.export.source import TOKENIZER_FILES, EncoderDecoderSource, Source
 from edgeformer.export.sources.checkpoint_files import read_headers
 from edgeformer.export.sources.hub.hub_weights import LoadRules
 from edgeformer.export.sources.memory_bounds import construction
-from edgeformer.export.sources.texts import NONE, folder_files
-from edgeformer.export.sources.user.user_pair import is_pair, own_pair
-from edgeformer.export.sources.user.user_weights import load_weights
+from edgeformer.export.sources.tokenizer_export import NO_TOKENIZER, folder_files
+from edgeformer.export.sources.user.user_encoder_decoder import has_encode_and_decode, user_encoder_decoder
+from edgeformer.export.sources.user.user_weights import load_user_weights
 from edgeformer.export.sources.user.wrappers import unwrap_module
 
 _RULES = LoadRules()
 _SPEC = re.compile(r"^(?P<name>\w+)=(?P<dtype>\w+)\[(?P<shape>[\w, ]*)\](?:<(?P<high>\d+))?$")
 _TOKENS = {"input_ids": "int64[batch,sequence]", "position_ids": "int64[batch,sequence]"}
-_SOURCE = {"input_ids": "int64[batch,source]", "attention_mask": "int64[batch,source]"}  # of an `encode`
-_NO_SUCH = {  # names that people expect in torch.nn -> what to write
+_SOURCE = {"input_ids": "int64[batch,source]", "attention_mask": "int64[batch,source]"}  # inputs of `encode`
+_NO_SUCH = {  # names that torch.nn does not have -> what to write instead
     "TransformerLayer": " torch.nn has no TransformerLayer: write nn.TransformerEncoderLayer (with a causal mask it is "
     "a decoder without cross-attention).",
     "TransformerBlock": " torch.nn has no TransformerBlock: write nn.TransformerEncoderLayer.",
@@ -42,21 +42,21 @@ _NO_SUCH = {  # names that people expect in torch.nn -> what to write
 }
 
 
-def factory_source(options: ExportOptions, rules: LoadRules = _RULES) -> Source | Pair:
+def factory_source(options: ExportOptions, rules: LoadRules = _RULES) -> Source | EncoderDecoderSource:
     """The module that `package.module:factory` or `path/to/file.py:factory` returns, with `options.weights` loaded.
 
     Raises:
-        ExportError: no such factory, it fails, it returns no nn.Module, an input has no declared shape, or the weights
-            do not fit.
+        ExportError: the factory does not exist, fails, or returns no nn.Module; an input has no declared shape; or the
+            weights do not fit.
     """
     module = _call(options.source)
     rules.room(sum(parameter.numel() for parameter in module.parameters() if not is_lazy(parameter)))
     module, removed = unwrap_module(module)
     record: dict[str, Any] = {}
     if options.weights is not None:
-        record = load_weights(module, options.weights, rules.allow)
+        record = load_user_weights(module, options.weights, rules.allow)
     elif rules.allow:
-        raise ExportError("--allow-missing is for weights that are loaded; name a checkpoint with --weights.")
+        raise ExportError("--allow-missing is for weights that are loaded; pass a checkpoint with --weights.")
     if removed:
         record["notes"] = [*record.get("notes", ()), removed]
     config = getattr(module, "config", {})
@@ -64,19 +64,19 @@ def factory_source(options: ExportOptions, rules: LoadRules = _RULES) -> Source 
     return _recorded(module_source(module, options, f"factory {Path(options.source).name}", config), record)
 
 
-def _recorded(source: Source | Pair, record: Mapping[str, Any]) -> Source | Pair:
-    """The source with what its load left out, for the manifest; of a pair the encoder has it."""
-    if isinstance(source, Pair):
+def _recorded(source: Source | EncoderDecoderSource, record: Mapping[str, Any]) -> Source | EncoderDecoderSource:
+    """The source with the record of its load for the manifest; in an encoder-decoder the encoder has it."""
+    if isinstance(source, EncoderDecoderSource):
         return dataclasses.replace(source, encoder=dataclasses.replace(source.encoder, completeness=record))
     return dataclasses.replace(source, completeness=record)
 
 
-def checkpoint_source(folder: Path, rules: LoadRules = _RULES) -> Source | Pair:
+def checkpoint_source(folder: Path, rules: LoadRules = _RULES) -> Source | EncoderDecoderSource:
     """A checkpoint folder of `python -m edgeformer.train`.
 
     Raises:
         BundleError: the folder is damaged, or a weight is missing or unused.
-        ExportError: config.json claims more than the weights hold, or there is no room for them.
+        ExportError: config.json describes a larger model than the weights, or memory or disk are too small.
     """
     from edgeformer.models.checkpoint import find_factory, load_checkpoint, read_config
 
@@ -86,10 +86,10 @@ def checkpoint_source(folder: Path, rules: LoadRules = _RULES) -> Source | Pair:
         rules.room(sum(elements))
         make, settings = find_factory(read_config(folder), folder), read_config(folder)
         guard = construction(sum(elements), len(elements), f"config.json of {folder}")
-        # What else is wrong with the settings, `load_checkpoint` says.
+        # `load_checkpoint` reports other errors in the settings.
         with guard, torch.device("meta"), contextlib.suppress(TypeError, ValueError, KeyError):
             make(settings)
-        record = {"tensors": len(elements), "missing": [], "unused": []}  # else `load_checkpoint` raises
+        record = {"tensors": len(elements), "missing": [], "unused": []}  # otherwise `load_checkpoint` raises
     module, config = load_checkpoint(folder)
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     generation: dict[str, Any] = {}
@@ -97,7 +97,7 @@ def checkpoint_source(folder: Path, rules: LoadRules = _RULES) -> Source | Pair:
         try:
             generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
         except ValueError as error:
-            raise BundleError(f"{folder / 'generation_config.json'} is no JSON: {error}") from error
+            raise BundleError(f"{folder / 'generation_config.json'} is not JSON: {error}") from error
     options = ExportOptions(source=str(folder), output=folder)
     source = module_source(module, options, f"checkpoint {folder.name}", config, generation, files)
     return _recorded(source, record)
@@ -110,17 +110,19 @@ def module_source(
     config: Mapping[str, Any] | None = None,
     generation_config: Mapping[str, Any] | None = None,
     files: Mapping[str, bytes] | None = None,
-) -> Source | Pair:
-    """A Source of any module. Inputs come from `options.input`, else from `module.input_spec` (name -> "dtype[axes]"),
-    else from the names `input_ids` and `position_ids`; `options.tokenizer` travels along. A module with the methods
+) -> Source | EncoderDecoderSource:
+    """The source of any module.
+
+    Its inputs are declared by `options.input`, else by `module.input_spec` (name -> "dtype[axes]"), else by the names
+    `input_ids` and `position_ids`. `options.tokenizer` becomes part of the bundle. A module with the methods
     `encode(input_ids, attention_mask)` and `decode(input_ids, encoder_hidden_states, encoder_attention_mask)` becomes
-    a Pair.
+    an EncoderDecoderSource.
 
     Raises:
-        ExportError: an argument of forward has no declared shape, or encode and decode are not the contract's.
+        ExportError: an argument of forward has no declared shape, or `encode` and `decode` have other arguments.
     """
     module, _ = unwrap_module(module)
-    paired = is_pair(module)
+    paired = has_encode_and_decode(module)
     config = dict(config or {})
     declared = dict(getattr(module, "input_spec", None) or {})
     declared |= dict(text.split("=", 1) for text in options.input if "=" in text)
@@ -140,7 +142,7 @@ def module_source(
         generation_config=generation_config or {},
         files={**(files or {}), **_tokenizer(options.tokenizer)},
     )
-    return own_pair(source) if paired else source
+    return user_encoder_decoder(source) if paired else source
 
 
 def _task(paired: bool, tokens: bool) -> str:
@@ -148,8 +150,8 @@ def _task(paired: bool, tokens: bool) -> str:
 
 
 def _tokenizer(path: Path | None) -> dict[str, bytes]:
-    """The files of a tokenizer, from a folder or its tokenizer.json alone."""
-    if path is None or path == NONE:
+    """{name: content} of a tokenizer's files, from a folder or a tokenizer.json."""
+    if path is None or path == NO_TOKENIZER:
         return {}
     if not path.is_file():
         return folder_files(path)
@@ -158,8 +160,8 @@ def _tokenizer(path: Path | None) -> dict[str, bytes]:
         json.loads(found["tokenizer.json"])["model"]
     except (KeyError, TypeError, ValueError) as error:
         raise ExportError(
-            f"the tokenizer {path} is no tokenizer.json of Hugging Face's tokenizers, and no folder with one; "
-            "save it with tokenizer.save_pretrained(folder), or Tokenizer.save(file)."
+            f"the tokenizer {path} is neither a tokenizer.json nor a folder with one; save it with "
+            "tokenizer.save_pretrained(folder), or Tokenizer.save(file)."
         ) from error
     return found
 
@@ -181,8 +183,8 @@ def _call(source: str) -> torch.nn.Module:
         factory = getattr(found, name)
     except (ImportError, AttributeError) as error:
         hint = next((fix for word, fix in _NO_SUCH.items() if f"'{word}'" in str(error)), "")
-        told = hint or " Expected package.module:factory or path/to/file.py:factory."
-        raise ExportError(f"{source}: {error}.{told}") from error
+        advice = hint or " Expected package.module:factory or path/to/file.py:factory."
+        raise ExportError(f"{source}: {error}.{advice}") from error
     try:
         module = factory()
     except Exception as error:
@@ -190,7 +192,7 @@ def _call(source: str) -> torch.nn.Module:
         raise ExportError(f"{source}: the factory failed: {type(error).__name__}: {error}.{hint}") from error
     if not isinstance(module, torch.nn.Module):
         raise ExportError(
-            f"{source} returned a {type(module).__name__}; a factory takes no arguments and returns an nn.Module."
+            f"{source} returned a {type(module).__name__}; expected an nn.Module from a factory without arguments."
         )
     return module
 
@@ -203,17 +205,17 @@ def _inputs(
     if not parameters:
         raise ExportError(
             f"{type(module).__name__}.{method}({', '.join(map(str, every))}) names no argument, so its inputs are "
-            f"unknown; write them out: def {method}(self, x), with input_spec = "
-            '{"x": "float32[batch,sequence,3]"}. A wrapper of your own is best left off: export the module inside.'
+            f"unknown; name them: def {method}(self, x), with input_spec = "
+            '{"x": "float32[batch,sequence,3]"}. Or export the module inside of a wrapper.'
         )
-    wanted = set(known) - {"input_ids"}  # taken where there is an argument for them, with a default or without
+    wanted = set(known) - {"input_ids"}  # used if forward has such an argument, with a default or without
     names = [p.name for p in parameters if p.default is p.empty or p.name in declared or p.name in wanted]
     missing = [name for name in names if name not in declared and name not in known]
     if missing or not names:
         raise ExportError(
             f"{method}({', '.join(p.name for p in parameters)}) takes inputs of unknown shape: "
             f"{', '.join(missing) or 'none'}. "
-            f"Say --input {missing[0] if missing else 'x'}=float32[batch,sequence,3], or give the module an attribute "
+            f"Pass --input {missing[0] if missing else 'x'}=float32[batch,sequence,3], or give the module an attribute "
             'input_spec = {"x": "float32[batch,sequence,3]"}; named axes are dynamic.'
         )
     if unknown := sorted(declared.keys() - {p.name for p in parameters}):
@@ -237,5 +239,5 @@ def _parse(name: str, spec: str, vocabulary: int) -> Input:
 
 
 def _vocabulary(module: torch.nn.Module) -> int:
-    """Rows of the first embedding: token ids run below it."""
+    """The number of rows of the first embedding: token ids are smaller."""
     return next((m.num_embeddings for m in module.modules() if isinstance(m, torch.nn.Embedding)), 2)

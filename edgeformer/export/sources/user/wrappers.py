@@ -1,4 +1,4 @@
-"""Modules that stand around the one that is meant."""
+"""Removes wrappers such as torch.compile and DataParallel from a module."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from edgeformer.errors import ExportError
 
-_INNER = {  # kind -> the attribute that holds the wrapped module; each runs its forward and adds nothing to the numbers
+_INNER = {  # class -> attribute of the wrapped module; none of these changes results
     "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
     "torch.nn.parallel.data_parallel.DataParallel": "module",
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
@@ -16,12 +16,12 @@ _INNER = {  # kind -> the attribute that holds the wrapped module; each runs its
 
 
 def unwrap_module(module: torch.nn.Module) -> tuple[torch.nn.Module, str]:
-    """(the module that was given to torch.compile, DataParallel and the like; what was done, in words).
+    """(the module inside of torch.compile, DataParallel and similar wrappers, a note or "").
 
-    Compiled parts of the module become plain again too: tracing reads their code, not what the compiler made of it.
+    Compiled parts of the module are restored too: the tracer needs their Python code.
 
     Raises:
-        ExportError: a TorchScript module, which holds no Python that could be traced.
+        ExportError: a TorchScript module, which has no Python code.
     """
     removed = []
     while (inner := _inner(module)) is not None:
@@ -29,8 +29,8 @@ def unwrap_module(module: torch.nn.Module) -> tuple[torch.nn.Module, str]:
         module = inner
     if isinstance(module, torch.jit.ScriptModule):
         raise ExportError(
-            f"a TorchScript module ({type(module).__name__}) cannot be traced again: return the nn.Module itself, "
-            "before torch.jit.script or torch.jit.trace."
+            f"a TorchScript module ({type(module).__name__}) cannot be traced; return the nn.Module before "
+            "torch.jit.script or torch.jit.trace."
         )
     for parent in list(module.modules()):
         parent._compiled_call_impl = None  # of module.compile()
@@ -39,7 +39,7 @@ def unwrap_module(module: torch.nn.Module) -> tuple[torch.nn.Module, str]:
                 setattr(parent, name, inner)
                 removed.append(type(child).__name__)
     words = ", ".join(dict.fromkeys(removed))
-    return module, f"taken out of {words}, which changes no numbers" if words else ""
+    return module, f"taken out of {words}, which changes no results" if words else ""
 
 
 def _inner(module: torch.nn.Module) -> torch.nn.Module | None:

@@ -1,0 +1,180 @@
+// Engine.forward: checks the arrays of Python, makes those of the results, and runs the engine without the GIL.
+#include <algorithm>
+#include <stdexcept>
+
+#include "bindings/bindings.h"
+
+namespace edgeformer {
+namespace {
+
+std::string shape_text(const std::vector<int64_t>& shape) {
+  std::string s = "[";
+  for (size_t i = 0; i < shape.size(); ++i) s += (i ? ", " : "") + std::to_string(shape[i]);
+  return s + "]";
+}
+
+// Where a symbol got its value: axis `axis` of input `input`.
+struct Source {
+  int input = -1;
+  int axis = 0;
+};
+
+std::string axis_text(const ProgramSpec& spec, const Source& s) {
+  return text("axis ", s.axis, " of ", spec.slots[spec.inputs[s.input]].name);
+}
+
+// Binds the symbols of a call, one after another, and refuses sizes that contradict each other.
+class Symbols {
+ public:
+  Symbols(const ProgramSpec& spec, std::vector<int64_t>* values)
+      : spec_(spec), values_(*values), sources_(spec.symbols.size()) {
+    values_.assign(spec.symbols.size(), 0);
+  }
+
+  // `size` is a number or a symbol: the sizes of inputs are.
+  void bind(const SizeExpr& size, int64_t got, const Source& here) {
+    if (size.code[0] == 0) {
+      if (got != size.code[1]) {
+        raise("InputError", text(axis_text(spec_, here), " is ", got, ", expected ", size.code[1]));
+      }
+      return;
+    }
+    const int64_t s = size.code[1];
+    if (sources_[s].input < 0) {
+      sources_[s] = here;
+      values_[s] = got;
+    } else if (values_[s] != got) {
+      raise("InputError", text(axis_text(spec_, here), " is ", got, " but ", axis_text(spec_, sources_[s]), " is ",
+                               values_[s], "; both are '", spec_.symbols[s], "'"));
+    }
+  }
+
+ private:
+  const ProgramSpec& spec_;
+  std::vector<int64_t>& values_;
+  std::vector<Source> sources_;
+};
+
+// The data of input `i`, with its shape's symbols bound.
+const void* read_input(const ProgramSpec& spec, size_t i, const py::array& a, std::vector<int64_t>* shape,
+                       Symbols* symbols) {
+  const SlotSpec& slot = spec.slots[spec.inputs[i]];
+  const char kind = slot.dtype == DType::f32 ? 'f' : slot.dtype == DType::i64 ? 'i' : 'b';
+  const py::ssize_t width = slot.dtype == DType::f32 ? 4 : slot.dtype == DType::i64 ? 8 : 1;
+  if (a.dtype().kind() != kind || a.itemsize() != width || !(a.flags() & py::array::c_style)) {
+    raise("InputError", text(slot.name, " has dtype ", py::str(a.dtype()).cast<std::string>(), ", expected contiguous ",
+                             kind == 'f'   ? "float32"
+                             : kind == 'i' ? "int64"
+                                           : "bool"));
+  }
+  shape->assign(a.shape(), a.shape() + a.ndim());
+  if (shape->size() != slot.shape.size()) {
+    raise("InputError", text(slot.name, " has shape ", shape_text(*shape), ", expected ", slot.shape.size(), " axes"));
+  }
+  for (size_t d = 0; d < shape->size(); ++d) {
+    const int64_t size = (*shape)[d];
+    if (size == 0) raise("InputError", text(slot.name, " has shape ", shape_text(*shape), ": nothing to compute"));
+    symbols->bind(spec.sizes[slot.shape[d]], size, {static_cast<int>(i), static_cast<int>(d)});
+  }
+  return a.data();
+}
+
+Call read_call(const Engine& engine, PyState& state, const py::list& arrays) {
+  const ProgramSpec& spec = engine.spec();
+  Call c;
+  c.state = &state.state;
+  Symbols symbols(spec, &c.symbols);
+  if (arrays.size() != spec.inputs.size()) {
+    raise("InputError", text(arrays.size(), " inputs, expected ", spec.inputs.size()));
+  }
+  c.shapes.resize(spec.inputs.size());
+  for (size_t i = 0; i < spec.inputs.size(); ++i) {
+    const void* data = read_input(spec, i, py::reinterpret_borrow<py::array>(arrays[i]), &c.shapes[i], &symbols);
+    c.inputs.push_back(data);
+    if (!c.shapes[i].empty()) continue;
+    const std::string& name = spec.slots[spec.inputs[i]].name;
+    for (size_t s = 0; s < spec.symbols.size(); ++s) {
+      if (spec.symbols[s] == name) c.symbols[s] = *static_cast<const int64_t*>(data);
+    }
+  }
+  if (spec.batch_symbol >= 0) {
+    c.batch = c.symbols[spec.batch_symbol];
+    c.rows = c.symbols[spec.sequence_symbol];
+  }
+  if (spec.logits_to_keep >= 0) {
+    c.logits_to_keep = *static_cast<const int64_t*>(c.inputs[spec.logits_to_keep]);
+    if (c.logits_to_keep < 0) {
+      raise("InputError", text("logits_to_keep is ", c.logits_to_keep, ", expected 0 (all) or more"));
+    }
+  }
+  c.symbols[spec.kept_symbol] = c.kept();
+  if (spec.past_symbol >= 0) c.symbols[spec.past_symbol] = state.state.length();
+  if (!spec.caches.empty()) {
+    const int64_t length = state.state.length(), batch = static_cast<int64_t>(state.state.caches.size());
+    if (length > 0 && batch != c.batch) {
+      raise("InputError", text("the inputs have ", c.batch, " sequences, the state holds ", batch));
+    }
+    if (length + c.rows > engine.context()) {
+      raise("InputError", text("the state holds ", length, " tokens and the call brings ", c.rows,
+                               "; the engine was loaded for a context of ", engine.context(),
+                               "; truncate the state or load with a larger context"));
+    }
+  }
+  return c;
+}
+
+}  // namespace
+
+py::list forward(const std::shared_ptr<PyEngine>& self, const std::vector<PyState*>& states,
+                 const std::vector<py::list>& inputs) {
+  Engine& engine = self->engine;
+  const ProgramSpec& spec = engine.spec();
+  if (states.size() != inputs.size()) {
+    raise("InputError", text(states.size(), " states and ", inputs.size(), " sets of inputs, expected as many"));
+  }
+  std::vector<State*> marked;
+  for (PyState* s : states) {
+    if (!s || s->owner != self) raise("StateError", "the state belongs to another model; make one with new_state()");
+    marked.push_back(&s->state);
+  }
+  const InUse use(marked);
+  std::vector<Call> calls;
+  for (size_t i = 0; i < states.size(); ++i) calls.push_back(read_call(engine, *states[i], inputs[i]));
+  py::list results;
+  for (size_t i = 0; i < calls.size(); ++i) results.append(py::list());
+  if (calls.empty()) return results;
+
+  std::vector<void*> memory;
+  for (size_t o = 0; o < spec.outputs.size(); ++o) {
+    const DType type = spec.slots[spec.outputs[o]].dtype;
+    const py::dtype dtype(type == DType::f32 ? "float32" : type == DType::i64 ? "int64" : "bool");
+    std::vector<std::vector<int64_t>> shapes;
+    py::ssize_t total = 0;
+    for (const Call& c : calls) {
+      shapes.push_back(engine.output_shape(c, o));
+      py::ssize_t count = 1;
+      for (int64_t d : shapes.back()) count *= d;
+      total += count;
+    }
+    py::array base(dtype, std::vector<py::ssize_t>{total});
+    auto* at = static_cast<uint8_t*>(base.mutable_data());
+    memory.push_back(at);
+    for (size_t i = 0; i < calls.size(); ++i) {
+      const std::vector<py::ssize_t> shape(shapes[i].begin(), shapes[i].end());
+      py::array view(dtype, shape, at, base);
+      results[i].cast<py::list>().append(view);
+      at += view.nbytes();
+    }
+  }
+  try {
+    py::gil_scoped_release release;
+    engine.forward(calls, memory);
+  } catch (const InputProblem& e) {
+    raise("InputError", e.what());
+  } catch (const std::length_error& e) {
+    raise("InputError", e.what());
+  }
+  return results;
+}
+
+}  // namespace edgeformer

@@ -1,0 +1,115 @@
+// A tile of a prefill, a task of a decode step, and the merge of split sequences; see attention.h.
+#include <algorithm>
+
+#include "ops/attention.h"
+
+namespace edgeformer {
+
+// The kernel's arguments for all rows of a sequence; q: head 0 of its first row.
+AttentionArgs Attention::attention_args(const Run& run, const Sequence& s, const float* q) const {
+  const Layout at = layout(run);
+  AttentionArgs a{};
+  a.layout = kv_layout(run);
+  a.chunks = s.chunks;
+  a.group = group_;
+  a.tokens = s.rows;
+  a.q = q;
+  a.ldq = heads_ * dim_;
+  a.begin = reinterpret_cast<const int32_t*>(temp(run) + at.begin) + s.row;
+  a.end = reinterpret_cast<const int32_t*>(temp(run) + at.end) + s.row;
+  a.scale = scale_;
+  a.softcap = softcap_;
+  if (has_in(kMask)) {
+    const Tensor& m = in(run, kMask);  // [batch or 1, heads or 1, queries, keys]
+    a.mask_token = m.shape[3];
+    a.mask_head = m.shape[1] == 1 ? 0 : m.shape[2] * m.shape[3];
+    a.mask = m.f32() + (m.shape[0] == 1 ? 0 : s.mask_row * m.shape[1] * m.shape[2] * m.shape[3]);
+  }
+  a.out = attended(run) + s.row * heads_ * v_dim_;
+  a.ldo = heads_ * v_dim_;
+  return a;
+}
+
+// Rows [first, first + rows) of the sequence, if the columns of one KV head's group are whole blocks.
+void Attention::quantize_head(const Run& run, const Sequence& s, int64_t kv_head, int64_t first, int64_t rows) const {
+  if (!has_out(1) || !quantizes_by_head(run)) return;
+  const Tensor& q = out(run, 1);
+  const int64_t n = q.columns(), row = s.row + first, blocks = group_ * v_dim_ / kBlock;
+  quantize_rows(run, q, {attended(run) + row * n, n, row, rows, kv_head * blocks, (kv_head + 1) * blocks});
+}
+
+// Prefill: kQueryTile rows from `first` on, of task (sequence, KV head).
+void Attention::attend_tile(const Run& run, int64_t task, int64_t first) const {
+  const Sequence s = sequence(run, task / kv_heads_);
+  const int64_t kv_head = task % kv_heads_, last = std::min(first + kQueryTile, s.rows);
+  if (first >= last) return;
+  const float* q = q_.changes() ? temp_floats(run, layout(run).q) : in(run, kQ).f32();
+  run.k->attention(attention_args(run, s, q + s.row * heads_ * dim_), kv_head, first, last);
+  quantize_head(run, s, kv_head, first, last - first);
+}
+
+void Attention::decode(Run& run, int64_t chunk, int thread) const {
+  const AttentionPlan& p = plan<AttentionPlan>(run);
+  const int64_t parts = p.split ? (p.kv_chunks + p.split - 1) / p.split : 1;
+  const int64_t task = chunk / parts, kv_head = task % kv_heads_;
+  const Sequence s = sequence(run, task / kv_heads_);
+  if (s.rows == 0) return;
+  const int64_t c_begin = p.split ? chunk % parts * p.split : 0;
+  const int64_t c_end = p.split ? std::min(c_begin + p.split, p.kv_chunks) : p.kv_chunks;
+
+  float* scratch = reinterpret_cast<float*>(run.scratch[thread]);
+  const float* q = in(run, kQ).f32() + s.row * heads_ * dim_;
+  if (q_.changes()) {
+    rotate(run, q_, {s.row, s.rows, kv_head * group_, group_}, scratch);
+    q = scratch;
+  }
+  // The new tokens of this part: only this task reads them.
+  const int64_t first = std::max<int64_t>(0, c_begin * kChunkTokens - s.past);
+  const int64_t last = std::min(s.rows, c_end * kChunkTokens - s.past);
+  if (first < last) {
+    const float* k = in(run, kK).f32() + (s.row + first) * kv_heads_ * dim_;
+    if (k_.changes()) {
+      float* rotated = scratch + s.rows * heads_ * dim_;
+      rotate(run, k_, {s.row + first, last - first, kv_head, 1}, rotated);
+      k = rotated;
+    }
+    append(run, s, {first, last - first, kv_head, kv_head + 1, k});
+  }
+  const AttentionArgs a = attention_args(run, s, q);
+  if (!p.split) {
+    run.k->attention(a, kv_head, 0, s.rows);
+    quantize_head(run, s, kv_head, 0, s.rows);
+    return;
+  }
+  const int64_t row = partial_row(run);
+  for (int64_t c = c_begin; c < c_end; ++c) {
+    float* to = partial(run, s, kv_head, c);
+    if (c * kChunkTokens < s.keys) {
+      run.k->attention_partial(a, kv_head, 0, s.rows, c, to);
+    } else {
+      for (int64_t i = 0; i < s.rows * group_; ++i) {
+        to[i * row] = -__builtin_inff();
+        to[i * row + 1] = 0;
+      }
+    }
+  }
+}
+
+// Partials: [sequence rows][KV head][chunk][rows * group][partial_row]
+float* Attention::partial(Run& run, const Sequence& s, int64_t kv_head, int64_t chunk) const {
+  const int64_t row = partial_row(run), chunks = plan<AttentionPlan>(run).kv_chunks;
+  return run.partials.data() + ((s.row * kv_heads_ + kv_head * s.rows) * chunks + chunk * s.rows) * group_ * row;
+}
+
+// Joins the partials of task (sequence, KV head), in the order of the chunks.
+void Attention::merge(Run& run, int64_t task) const {
+  const Sequence s = sequence(run, task / kv_heads_);
+  const int64_t kv_head = task % kv_heads_;
+  if (s.rows == 0) return;
+  const int64_t chunks = (s.keys + kChunkTokens - 1) / kChunkTokens;
+  run.k->attention_merge(attention_args(run, s, nullptr), kv_head, 0, s.rows, chunks, partial(run, s, kv_head, 0),
+                         s.rows * group_ * partial_row(run));
+  quantize_head(run, s, kv_head, 0, s.rows);
+}
+
+}  // namespace edgeformer

@@ -1,0 +1,105 @@
+"""What a generation gives: pieces as they come, and the whole result with its timings.
+
+`finish_reason` is why it ended: "eos" (the model ended its answer), "stop" (a stop string appeared), "length"
+(`max_new_tokens` reached), "time" (`max_time` passed) or "context" (the context is full). OpenAI's API calls the first
+two "stop".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+
+from edgeformer.errors import InputError
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One step of a stream. `text` may be empty: in the middle of a character, or of what may become a stop string.
+
+    The last piece carries `finish_reason`; its `id` is None where it only brings held-back text.
+    """
+
+    id: int | None
+    text: str
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of one generation. Tokenizing the prompt is not in them; sampling is."""
+
+    prompt_tokens: int
+    reused_tokens: int  # of these, tokens that the state held already
+    prompt_seconds: float
+    first_token_seconds: float
+    new_tokens: int
+    decode_seconds: float  # from the first new token to the last
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        """Prefill speed; tokens that were in the state already do not count."""
+        return _rate(self.prompt_tokens - self.reused_tokens, self.prompt_seconds)
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """The first token comes with the prompt, so it is not counted."""
+        return _rate(self.new_tokens - 1, self.decode_seconds)
+
+    def __str__(self) -> str:
+        reused = f" ({self.reused_tokens} reused)" if self.reused_tokens else ""
+        parts = [
+            f"prompt {self.prompt_tokens} tokens{reused} at {self.prompt_tokens_per_second:.1f} tokens/s",
+            f"first token after {self.first_token_seconds:.3f} s",
+        ]
+        if self.new_tokens > 1:
+            parts.append(f"{self.new_tokens} new tokens at {self.decode_tokens_per_second:.1f} tokens/s")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A whole answer. `ids` holds every new token, the end token too; `text` holds neither it nor the stop string."""
+
+    text: str
+    ids: list[int]
+    finish_reason: str
+    timings: Timings
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Stream(Iterator[Piece]):
+    """An iterator of pieces that keeps the Result: `result` is there once the stream has ended."""
+
+    def __init__(self, pieces: Generator[Piece, None, Result]) -> None:
+        self._pieces = pieces
+        self._result: Result | None = None
+
+    def __next__(self) -> Piece:
+        try:
+            return next(self._pieces)
+        except StopIteration as end:
+            if self._result is None:
+                self._result = end.value
+            raise StopIteration from None
+
+    @property
+    def result(self) -> Result:
+        """The whole answer.
+
+        Raises:
+            InputError: the stream was not read to its end.
+        """
+        if self._result is None:
+            raise InputError("The stream has not ended; read all its pieces first.")
+        return self._result
+
+    def close(self) -> None:
+        """Stop early; what was generated stays in the session."""
+        self._pieces.close()
+
+
+def _rate(count: int, seconds: float) -> float:
+    return count / seconds if seconds > 0 and count > 0 else 0.0

@@ -1,0 +1,27 @@
+"""The options of the native engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class NativeOptions:
+    """How the native engine runs a graph.
+
+    Attributes:
+        isa: a kernel table by name; None: EDGEFORMER_ISA, else the best that this CPU runs.
+        kv: the type of the KV cache: "int8" (one scale for each token and head), "float32", or "auto": int8 if weights
+            are quantized, else float32, since int8 changes logits by about 0.5 % of their range.
+        context: most tokens of a state; None: the bundle's context length, at most 4096.
+        memory_limit: bytes that weights, one state at full context and working memory may take together.
+        use_disk_cache: read and write the lowered program and the packed weights in the disk cache.
+        threads: None: the CPUs that this process may use.
+    """
+
+    isa: str | None = None
+    kv: str = "auto"
+    context: int | None = None
+    memory_limit: int | None = None
+    use_disk_cache: bool = True
+    threads: int | None = None

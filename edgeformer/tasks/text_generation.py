@@ -1,0 +1,107 @@
+"""Text generation: prompts of text, token ids or chat messages, and the stream of their answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edgeformer.bundle.bundle import Bundle
+from edgeformer.bundle.signature import IDS
+from edgeformer.decoding.generation import TextGenerator
+from edgeformer.decoding.generation_config import GenerationConfig, file_settings
+from edgeformer.decoding.limits import Limits
+from edgeformer.decoding.request import CallOptions
+from edgeformer.decoding.result import Stream
+from edgeformer.engines.base import Engine
+from edgeformer.engines.feed import CHUNK, feed, joined
+from edgeformer.errors import InputError
+from edgeformer.processing.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | np.ndarray[Any, Any] | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class TextGeneration:
+    """A decoder-only language model: the engine of its graph, its tokenizer and its limits."""
+
+    bundle: Bundle
+    engine: Engine
+    tokenizer: Tokenizer | None
+    limits: Limits
+
+    def stream(
+        self,
+        prompt: Prompt,
+        arguments: Mapping[str, Any],
+        options: CallOptions,
+        decoder_prompt: Sequence[int] | None,
+    ) -> Stream:
+        """The answer to `prompt`, piece by piece; see `Model.stream`.
+
+        Raises:
+            InputError: an argument is wrong, or the prompt is longer than the context.
+            TemplateError: the chat template refuses the messages.
+        """
+        if decoder_prompt is not None:
+            raise InputError("decoder_prompt is for encoder-decoders; this model's answer begins with its prompt.")
+        config = GenerationConfig.for_call(file_settings(self.bundle), arguments, self.bundle.vocab_size)
+        ids = self.encode_prompt(prompt)
+        generator = TextGenerator(self.engine, self.limits, self.tokenizer)
+        return generator.stream(ids, config, options, lambda _: self.engine.new_state(), ids)
+
+    def logits(self, ids: Sequence[int] | np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """The logits at every position, float32 [len(ids), vocab]; see `Model.logits`.
+
+        Raises:
+            InputError: `ids` is empty, longer than the context, or holds an unknown id.
+        """
+        array = np.asarray(ids)
+        if array.ndim != 1 or array.size == 0:
+            raise InputError(f"ids has the shape {list(array.shape)}, expected a list of at least one token id.")
+        chunk = CHUNK if self.limits.cached else None
+        outputs = joined(feed(self.engine, self.engine.new_state(), {IDS: array[None]}, chunk=chunk))
+        logits: np.ndarray[Any, np.dtype[np.float32]] = outputs["logits"][0].astype(np.float32, copy=False)
+        return logits
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt: text, token ids, or a list of chat messages.
+
+        Raises:
+            InputError: it is none of these, or text for a bundle without a tokenizer.
+        """
+        return encode_prompt(prompt, self.tokenizer, str(self.bundle.path))
+
+
+def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, name: str) -> list[int]:
+    """Token ids of a prompt: text, token ids, or a list of chat messages. `name` is the bundle's, for messages.
+
+    Raises:
+        InputError: it is none of these, or text for a bundle without a tokenizer.
+    """
+    if isinstance(prompt, str):
+        return _require(tokenizer, name).encode(prompt)
+    if isinstance(prompt, np.ndarray):
+        return prompt.tolist() if prompt.ndim == 1 and prompt.dtype.kind in "iu" else _no_prompt(prompt)
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        return _no_prompt(prompt)
+    if prompt and all(isinstance(part, Mapping) for part in prompt):
+        return _require(tokenizer, name).encode_chat(prompt)  # type: ignore[arg-type]
+    if all(isinstance(part, (int, np.integer)) and not isinstance(part, bool) for part in prompt):
+        return [int(part) for part in prompt]  # type: ignore[arg-type]
+    return _no_prompt(prompt)
+
+
+def _require(tokenizer: Tokenizer | None, name: str) -> Tokenizer:
+    if tokenizer is None:
+        raise InputError(f"{name} has no tokenizer; give the prompt as token ids, and no stop strings.")
+    return tokenizer
+
+
+def _no_prompt(prompt: object) -> list[int]:
+    raise InputError(
+        f"The prompt is {type(prompt).__name__}, expected text, a list of token ids, or a list of chat messages "
+        "({'role': ..., 'content': ...})."
+    )
