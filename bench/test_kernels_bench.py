@@ -1,7 +1,7 @@
-"""Kernel speed for each table: `pytest bench/test_kernels_bench.py`. What a time means stands in its name.
+"""Kernel speed for each table: `pytest bench/test_kernels_bench.py`. The name of a time gives its unit.
 
-Decoding is said in GB/s of weights or cache and as a share of what a plain read of more bytes than the caches hold gets
-in the same run; prefill in GMAC/s (VNNI's own limit: 64 multiply-adds an instruction, 32 on ymm, two a cycle). Shapes
+Decoding: GB/s of weights or cache, and percent of a plain read (of more bytes than the CPU caches have) in the same
+run; prefill: GMAC/s (VNNI's own limit: 64 multiply-adds an instruction, 32 on ymm, two a cycle). Shapes
 are those of a 135M model: K = 576, 30 layers of 4608 rows and a head of 49152 rows make one decoded token.
 """
 
@@ -32,7 +32,7 @@ def packed(kind: str, n: int, k: int):
 
 @pytest.fixture(scope="module")
 def limit():
-    """threads -> GB/s of a plain read, measured when first asked for."""
+    """threads -> GB/s of a plain read, measured on first use."""
     found: dict[int, float] = {}
 
     def of(threads: int) -> float:
@@ -44,7 +44,7 @@ def limit():
 
 
 def note(benchmark, **values: float) -> None:
-    """Puts what was measured into the printed name and the JSON."""
+    """Adds measured values to the printed name and the JSON."""
     benchmark.extra_info.update(values)
     benchmark.stats.name += "".join(f"  {value:g} {name.replace('_', ' ')}" for name, value in values.items())
 
@@ -85,14 +85,14 @@ def test_decode_linears(benchmark, model, limit, kind: str, isa: str, rows: int,
     note(benchmark, ms=round(seconds * 1e3, 3), GB_a_second=round(speed, 1), percent_of_a_plain_read=share)
 
 
-@pytest.mark.parametrize("bytes_ahead", [0, 1024, 4096, 8192])
+@pytest.mark.parametrize("distance", [0, 1024, 4096, 8192])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_asking_ahead_for_weights(benchmark, kind: str, rows: int, bytes_ahead: int) -> None:
-    """Whether csrc/engine/dispatch.cpp chooses well here: the best table, one thread, one matrix in huge pages."""
+def test_prefetch_distance(benchmark, kind: str, rows: int, distance: int) -> None:
+    """Shows the best distance for csrc/engine/dispatch.cpp: the best table, one thread, one matrix in huge pages."""
     k = WIDE.get(kind, K)
     weights, table = [packed(kind, 24 * LAYER, k)], testing.Table()
-    table.prefetch = (bytes_ahead, bytes_ahead)
+    table.prefetch = (distance, distance)
     x = activations(table, rows, kind)
     seconds = min(table.time_linear(weights, x, 1, 64, 1) for _ in range(5))
     benchmark.pedantic(table.time_linear, (weights, x, 1, 64, 1), rounds=3)

@@ -1,4 +1,4 @@
-"""Instructions that the NEON kernels take, counted under qemu-user: `python -m bench.arm`. It says nothing of seconds.
+"""Instructions that the NEON kernels take, counted under qemu-user: `python -m bench.arm`. Counts are not times.
 
 count.c      a plugin of qemu-user: how often each instruction ran
 linear.cpp   runs one linear kernel

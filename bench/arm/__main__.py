@@ -4,7 +4,7 @@ python -m bench.arm               builds, counts, writes bench/results/arm.json 
 python -m bench.arm --write-only  the page again, from the saved numbers
 
 Needs gcc, aarch64-linux-gnu-g++ and objdump, qemu-aarch64 with plugins (Debian: gcc g++-aarch64-linux-gnu qemu-user).
-The counts are exact and the same on every machine; how many of them a CPU does in a cycle is another matter.
+The counts are exact and the same on every machine; they do not say how many a CPU executes in a cycle.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ MODELS = (  # name, weight type of the layers, of the head
 )
 PREFILL = 64  # rows: every tile is unpacked once for all of them, so 512 rows only spread the unpacking thinner
 
-# An instruction's kind by its mnemonic, where its operands do not say more: see `kind`.
+# An instruction's kind by its mnemonic; `kind` corrects it by the operands.
 KINDS = {
     "dots": "sdot smmla usdot",
     "unpacking": "and ushr eor zip1 zip2",
@@ -121,7 +121,7 @@ def build(folder: Path) -> tuple[Path, Path]:
 
 
 def run(program: Path, plugin: Path, arguments: list[str]) -> dict[int, int]:
-    """address -> how often it ran."""
+    """address -> number of executions."""
     out = program.with_name("counts")
     command = ["qemu-aarch64", "-cpu", "max", "-plugin", f"{plugin},out={out}", str(program), *arguments]
     subprocess.run(command, check=True, capture_output=True)
@@ -130,7 +130,7 @@ def run(program: Path, plugin: Path, arguments: list[str]) -> dict[int, int]:
 
 
 def one_call(once: dict[int, int], twice: dict[int, int]) -> dict[int, int]:
-    """What the second call of a kernel ran: everything else happens once in both runs."""
+    """The instructions of the second call: everything else is executed once in both runs."""
     found = {address: count - once.get(address, 0) for address, count in twice.items()}
     return {address: count for address, count in found.items() if count}
 
@@ -147,7 +147,7 @@ def measure(places: tuple[Path, Path], listing: dict[int, tuple[str, str]], isa:
 def floor(isa: str, rows: int, columns: int, m: int) -> int:
     """The fewest dot instructions: SMMLA does 32 multiply-adds where there are two rows for it, SDOT 16.
 
-    Weights stand in panels of 16 rows and blocks of 32 columns.
+    Weights are padded to panels of 16 rows and blocks of 32 columns.
     """
     macs = -(-rows // 16) * 16 * -(-columns // 32) * 32
     pairs = m - m % 2 if isa == "neon_i8mm" else 0
@@ -170,7 +170,7 @@ def count_all(folder: Path) -> dict[str, Any]:
             for shape in LAYER:
                 total += LAYERS * sum(measure(places, listing, isa, scheme, (*shape, m)).values()) / m
                 least += LAYERS * floor(isa, *shape, m) / m
-            if m == 1:  # a prompt needs the head for its last token only; panels cost alike, so a sixteenth is enough
+            if m == 1:  # a prompt needs the head for its last token only; all panels cost the same: measure a sixteenth
                 total += 16 * sum(measure(places, listing, isa, head, (HEAD[0] // 16, HEAD[1], 1)).values())
                 least += floor(isa, *HEAD, 1)
             tokens.append({"model": name, "isa": isa, "rows": m, "floor": round(least), "instructions": round(total)})

@@ -1,8 +1,7 @@
-// A plugin of qemu-user that counts how often each instruction ran: "address count" lines in the file given by
-// out=PATH.
+// A qemu-user plugin that counts executions of each instruction: "address count" lines in the file given by out=PATH.
 //
-// Declared here is what is used of qemu's plugin interface, version 1 (docs/devel/tcg-plugins.rst): Debian's package
-// has the interface, but not its header. Addresses below LIMIT are counted, which is where a static program lies.
+// The declarations are those parts of qemu's plugin interface, version 1 (docs/devel/tcg-plugins.rst), that it uses:
+// Debian's package lacks the header. Only addresses below LIMIT are counted: a static program is there.
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>

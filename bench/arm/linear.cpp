@@ -1,4 +1,4 @@
-// Runs one linear kernel of one table REPEATS times on generated weights, for whoever counts its instructions.
+// Runs one linear kernel of one table REPEATS times on generated weights, so that its instructions can be counted.
 //
 //   linear ISA TYPE N K M REPEATS      TYPE: a WeightType by its number
 #include <cstdint>

@@ -1,4 +1,4 @@
-// edgeformer._native.testing: the thread pool, the shares of its threads, and how fast it reads memory.
+// edgeformer._native.testing: the thread pool, its work-stealing ranges, and the speed at which it reads memory.
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -60,7 +60,7 @@ void pool_throw(ThreadPool& pool, int phases, int64_t chunks, int bad_phase, boo
 }
 
 // Seconds to read `bytes` once, in order, on a pool: the limit that decoding is compared with. The best of four rounds
-// that ask for what comes next and four that leave it to the CPU: which is faster depends on its maker.
+// that prefetch and four that leave it to the CPU: which is faster depends on its maker.
 double memory_read(int threads, size_t bytes) {
   ThreadPool pool(threads);
   const size_t part = size_t(1) << 17;
@@ -70,12 +70,12 @@ double memory_read(int threads, size_t bytes) {
   std::memset(data, 1, bytes);
   std::vector<uint64_t> sums(size_t(threads) * 8);
   auto begin = [&](int) -> int64_t { return int64_t(bytes / part); };
-  bool ahead = false;
+  bool prefetch = false;
   auto work = [&](int, int64_t c, int thread) {
     const uint64_t* p = data + size_t(c) * part / 8;
     uint64_t sum = 0;
     for (size_t i = 0; i < part / 8; i += 8) {
-      if (ahead) __builtin_prefetch(p + i + 512, 0, 2);
+      if (prefetch) __builtin_prefetch(p + i + 512, 0, 2);
       for (size_t j = 0; j < 8; j++) sum += p[i + j];
     }
     sums[size_t(thread) * 8] += sum;
@@ -83,7 +83,7 @@ double memory_read(int threads, size_t bytes) {
   py::gil_scoped_release unlocked;
   double best = 1e30;
   for (int round = 0; round < 8; round++) {
-    ahead = round % 2;
+    prefetch = round % 2;
     const auto start = std::chrono::steady_clock::now();
     pool.run(1, begin, work);
     best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
@@ -102,10 +102,10 @@ void bind_pool(py::module_& m) {
       .def("counts", &pool_counts)
       .def("seconds", &pool_seconds)
       .def("throw", &pool_throw);
-  py::class_<Shares>(m, "Shares")
+  py::class_<WorkRanges>(m, "WorkRanges")
       .def(py::init<int>())
-      .def("divide", &Shares::divide, py::arg("tasks"))
-      .def("take", &Shares::take, py::arg("thread"), py::call_guard<py::gil_scoped_release>());
+      .def("divide", &WorkRanges::divide, py::arg("tasks"))
+      .def("take", &WorkRanges::take, py::arg("thread"), py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace edgeformer

@@ -215,11 +215,6 @@ class Table {
     k_.rope(x.data(), x.shape(1), x.shape(0), heads, head_dim, rotary, interleaved, cos.data(), sin.data(), rotary / 2,
             y.mutable_data(), y.shape(1));
   }
-  void dequantize(const Array<int8_t>& q, const Floats& s, int64_t block, Floats& y) {
-    expect(s, (q.size() + block - 1) / block, "s");
-    expect(y, q.size(), "y");
-    k_.dequantize(q.data(), s.data(), q.size(), block, y.mutable_data());
-  }
 
   // k: [tokens, heads * head_dim], v: [tokens, heads * value_dim], appended to `layer` (no advance).
   void kv_append(KvCache& cache, int64_t layer, const Floats& k, const Floats& v) {
@@ -311,7 +306,6 @@ void bind_testing(py::module_& parent) {
       .def("layer_norm", &Table::layer_norm)
       .def("softmax", &Table::softmax)
       .def("rope", &Table::rope)
-      .def("dequantize", &Table::dequantize)
       .def("kv_append", &Table::kv_append)
       .def("attention", &Table::attention, py::arg("cache"), py::arg("layer"), py::arg("group"), py::arg("q"),
            py::arg("begin"), py::arg("end"), py::arg("scale"), py::arg("softcap") = 0.0f, py::arg("mask") = py::none(),

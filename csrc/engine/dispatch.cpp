@@ -16,7 +16,7 @@ using Features = std::vector<std::pair<std::string, bool>>;
 
 #if defined(__x86_64__)
 
-uint64_t enabled_state() {  // XCR0: which registers the OS saves
+uint64_t enabled_state() {  // XCR0: the registers that the OS saves
   uint32_t low, high;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return uint64_t(high) << 32 | low;
@@ -40,8 +40,8 @@ Features detect() {
   };
 }
 
-// How far ahead to ask for weights: the Intel Xeons that were measured like 4 KiB. Zen 4 reads one or two rows' weights
-// fastest when nobody asks, those of more rows with 8 KiB (docs/performance.md).
+// Kernels::prefetch, as measured (docs/performance.md): 4 KiB on Intel Xeons. On Zen 4: none for one or two rows,
+// 8 KiB for more.
 std::pair<int64_t, int64_t> prefetch() {
   uint32_t a = 0, b = 0, c = 0, d = 0;
   if (__get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx) return {0, 8192};
@@ -50,7 +50,7 @@ std::pair<int64_t, int64_t> prefetch() {
 
 #elif defined(__aarch64__)
 
-std::pair<int64_t, int64_t> prefetch() { return {0, 0}; }  // a constant of the NEON tables
+std::pair<int64_t, int64_t> prefetch() { return {0, 0}; }  // the NEON tables have S::kPrefetch
 
 Features detect() {
 #if defined(__linux__)
@@ -81,13 +81,8 @@ struct Table {
   Kernels (*make)();
 };
 
-#if defined(__x86_64__)
-Kernels make_avx2() { return kernels_avx2(kernels_scalar()); }
-Kernels make_avxvnni() { return kernels_avxvnni(make_avx2()); }
-Kernels make_avx512vnni() { return kernels_avx512vnni(make_avx2()); }
-#elif defined(__aarch64__)
-Kernels make_dotprod() { return kernels_neon_dotprod(kernels_scalar()); }
-Kernels make_i8mm() { return kernels_neon_i8mm(make_dotprod()); }
+#if defined(__aarch64__)
+Kernels make_i8mm() { return kernels_neon_i8mm(kernels_neon_dotprod()); }
 #endif
 
 const std::vector<Table>& tables() {  // best first
@@ -95,12 +90,12 @@ const std::vector<Table>& tables() {  // best first
 #if defined(__x86_64__)
       {"avx512vnni",
        {"avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512vnni"},
-       make_avx512vnni},
-      {"avxvnni", {"avx2", "fma", "f16c", "avxvnni"}, make_avxvnni},
-      {"avx2", {"avx2", "fma", "f16c"}, make_avx2},
+       kernels_avx512vnni},
+      {"avxvnni", {"avx2", "fma", "f16c", "avxvnni"}, kernels_avxvnni},
+      {"avx2", {"avx2", "fma", "f16c"}, kernels_avx2},
 #elif defined(__aarch64__)
       {"neon_i8mm", {"dotprod", "i8mm"}, make_i8mm},
-      {"neon_dotprod", {"dotprod"}, make_dotprod},
+      {"neon_dotprod", {"dotprod"}, kernels_neon_dotprod},
 #endif
       {"scalar", {}, kernels_scalar},
   };
@@ -109,6 +104,8 @@ const std::vector<Table>& tables() {  // best first
 
 Kernels made(const Table& table) {
   Kernels kernels = table.make();
+  if (const char* name = null_kernel(kernels))
+    throw std::logic_error(std::string("the kernel table ") + table.name + " has no " + name);
   const auto [few, more] = prefetch();
   kernels.prefetch[0] = few, kernels.prefetch[1] = more;
   return kernels;
@@ -134,6 +131,16 @@ std::string joined(const std::vector<std::string>& names) {
 }
 
 }  // namespace
+
+const char* null_kernel(const Kernels& kernels) {
+#define EDGEFORMER_CHECK(name) \
+  if (!kernels.name) return #name;
+  EDGEFORMER_KERNELS(EDGEFORMER_CHECK)
+#undef EDGEFORMER_CHECK
+  for (int type = 0; type < kWeightTypes; type++)
+    if (!kernels.linear[type]) return kWeightTypeNames[type];
+  return nullptr;
+}
 
 std::vector<std::pair<std::string, bool>> cpu_features() { return features(); }
 

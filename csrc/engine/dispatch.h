@@ -1,4 +1,4 @@
-// Which kernel tables are built in, which of them this CPU and OS can run, and choosing one.
+// The kernel tables of this build, those that this CPU and OS can run, and the choice of one.
 #pragma once
 
 #include <string>
@@ -9,14 +9,16 @@
 
 namespace edgeformer {
 
-// Name and presence of each CPU feature that a table asks for, the OS's part (register state) included.
+// Name and presence of each CPU feature that a table needs; present: the OS saves its registers too.
 std::vector<std::pair<std::string, bool>> cpu_features();
-// Names of the tables in this build, best first; "scalar" is always the last.
+// Names of the tables in this build, best first; the last is "scalar".
 std::vector<std::string> built_isas();
-// Those of them that run here, best first.
+// Names of the tables that run on this CPU and OS, best first.
 std::vector<std::string> usable_isas();
-// The table named `isa`; empty: the environment's EDGEFORMER_ISA, and without it the best usable one.
-// Throws std::invalid_argument (the message lists the usable ones) where the name is unknown, not built or not usable.
+// The table named `isa`; if empty, the one that EDGEFORMER_ISA (environment) names, else the best usable one.
+// Throws std::invalid_argument for a table that is unknown, not built or not usable; the message lists the usable ones.
 Kernels kernels_for(const std::string& isa);
+// The name of a kernel (or the weight type of a linear) whose pointer is null; null if the table is complete.
+const char* null_kernel(const Kernels& kernels);
 
 }  // namespace edgeformer

@@ -17,7 +17,7 @@ Engine::Engine(ProgramSpec spec, const Kernels& kernels, int threads, int64_t co
       prefill_rows_(prefill_rows),
       process_(getpid()),
       pool_(threads),
-      shares_(threads),
+      ranges_(threads),
       arena_(nullptr, std::free) {
   last_use_.assign(spec_.slots.size(), -1);
   for (size_t i = 0; i < spec_.ops.size(); ++i) {
@@ -127,9 +127,9 @@ void Engine::execute(std::vector<Output>& outputs) {
 }
 
 void Engine::run_phases() {
-  auto start = [this](int p) { return shares_.divide(ops_[phases_[p].first]->begin(run_, phases_[p].second)); };
+  auto start = [this](int p) { return ranges_.divide(ops_[phases_[p].first]->begin(run_, phases_[p].second)); };
   auto work = [this](int p, int64_t, int thread) {
-    for (int64_t chunk; (chunk = shares_.take(thread)) >= 0;) {
+    for (int64_t chunk; (chunk = ranges_.take(thread)) >= 0;) {
       ops_[phases_[p].first]->work(run_, phases_[p].second, chunk, thread);
     }
   };

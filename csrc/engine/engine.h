@@ -140,7 +140,7 @@ class Engine {
   std::mutex mutex_;  // guards everything below
   int64_t process_;
   ThreadPool pool_;
-  Shares shares_;  // of the phase that runs
+  WorkRanges ranges_;  // of the phase that runs
   Run run_;
   std::vector<int64_t> planned_;  // sizes and rows of segments for which run_ is laid out
   std::vector<size_t> offsets_, temp_;

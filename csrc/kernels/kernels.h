@@ -1,11 +1,18 @@
-// The kernels: one table of function pointers an ISA, all with the same contracts and the same bits.
+// The kernels: one table of function pointers for each ISA, all with the same contracts and the same bits.
 //
-// Laws that every table obeys (finite inputs):
-//  - integer dots are exact; float sums run in the order written at each kernel; fma only where a formula says fma;
-//  - a row's result depends on neither the number of rows, nor the range of a call, nor the number of threads;
-//  - NaN and infinity in an input give NaN or infinity in that row's output (their payload and sign are not specified).
-// "Sum over 16 lanes": s[l] sums the elements l, l + 16, l + 32, ... ascending, then s[l] += s[l + 8], 4, 2, 1.
-// Nothing is checked here: callers pass what the comments ask for. No std:: in this file or in a kernel file.
+// Every table keeps these laws, for finite inputs:
+//   integer dots     are exact
+//   float sums       run in the order that the kernel's formula gives
+//   fma              is used where the formula says fma, nowhere else
+//   rows             a row's result does not depend on the number of rows, the range of a call or the threads
+//   NaN, infinity    in an input give NaN or infinity in that row's output; payload and sign are unspecified
+//
+// "Sum over 16 lanes": s[l] sums the elements l, l + 16, l + 32, ... ascending, l = 0 .. 15; then s[l] += s[l + 8],
+// s[l] += s[l + 4], s[l] += s[l + 2], s[0] += s[1].
+// "fma over c ascending": acc = 0; for each c: acc = fma(a, b, acc), rounded once.
+// x[m, ldx]: m rows, ldx elements from one row to the next. All sizes are in elements unless they say bytes.
+//
+// A kernel checks nothing: its callers do. No std:: in this file or in a kernel's file (tests/csrc holds it).
 #pragma once
 
 #include <stddef.h>
@@ -13,65 +20,74 @@
 
 namespace edgeformer {
 
-static constexpr int64_t kLanes = 16;     // rows of a weight panel, tokens of a key tile
-static constexpr int64_t kBlock = 32;     // columns that share one activation scale
-static constexpr int64_t kSmallRows = 8;  // up to so many rows of activations a linear costs nearly what one row costs
-static constexpr int64_t kChunkTokens =
-    128;  // tokens of one KV chunk: the unit of growth and of the split of a sequence
-static constexpr int64_t kMaxHeadDim = 512;  // head_dim and value_dim of attention
+static constexpr int64_t kLanes = 16;         // rows of a weight panel, tokens of a key tile
+static constexpr int64_t kBlock = 32;         // columns that share one activation scale
+static constexpr int64_t kSmallRows = 8;      // so few rows of activations cost a linear nearly what one row costs
+static constexpr int64_t kChunkTokens = 128;  // tokens of a KV chunk: the unit of growth and of a sequence's split
+static constexpr int64_t kMaxHeadDim = 512;   // the largest head_dim and value_dim of attention
+static constexpr int64_t kPartialHead = 16;   // floats before the output in a row of attention partials
 static constexpr float kLog2E = 1.44269504f;
-static constexpr int64_t kPartialHead = 16;  // floats before the output in a row of attention partials
 
 static constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 static constexpr int64_t panels_of(int64_t n) { return (n + kLanes - 1) / kLanes; }
 static constexpr int64_t blocks_of(int64_t k) { return (k + kBlock - 1) / kBlock; }
 
 // ---- weights ------------------------------------------------------------------------------------------------------
-// Packed W[N, K]: panels of 16 rows, one after another; in a panel the 32-column blocks, one after another; in a block
-//   q4a   16 fp16 scales, 16 fp16 minima, 256 bytes of nibbles   w = s * q + m, q in 0..15                  320 bytes
-//   q4    16 fp16 scales, 256 bytes of nibbles (q + 8)           w = s * q,     q in -8..7                  288 bytes
-//   q4x64   16 fp16 scales, 2 x 256 bytes: a wide block of 64 columns, K is a multiple of it                 544 bytes
-//   q8    16 fp16 scales, 512 bytes (q + 128)                    w = s * q,     q in -127..127              544 bytes
-//   q8x16 2 x 16 fp16 scales (columns 0..15, 16..31), 512 bytes  the same with a scale for each 16 columns  576 bytes
-//   q8x128  16 fp16 scales, 32 bytes unused, 4 x 512 bytes: a wide block of 128 columns, K is a multiple of it
-//                                                                                                           2112 bytes
-//   f32   32 columns of 16 floats: simply column after column, K not padded
-// 64 bytes hold 4 consecutive columns of 16 rows (a dword a row). Nibbles: low = columns 0..15, high = columns 16..31.
+// Packed W[N, K]: panels of 16 rows, one after another; in a panel its blocks of columns, one after another. A block:
+//
+//   type    columns  fp16 values before the weights          weights, bytes            weight              bytes
+//   q4a          32  16 scales, 16 minima                    256 of nibbles            s * q + m,  0 .. 15      320
+//   q4           32  16 scales                               256 of nibbles (q + 8)    s * q,     -8 .. 7       288
+//   q4x64        64  16 scales                               2 x 256 (q + 8)           s * q,     -8 .. 7       544
+//   q8           32  16 scales                               512 (q + 128)             s * q,   -127 .. 127     544
+//   q8x16        32  16 scales of columns 0 .. 15, 16 of     512 (q + 128)             s * q,   -127 .. 127     576
+//                    columns 16 .. 31
+//   q8x128      128  16 scales, 16 unused                    4 x 512 (q + 128)         s * q,   -127 .. 127    2112
+//   f32           1  none                                    16 floats                                           64
+//
+// 64 bytes of weights are 4 consecutive columns of 16 rows, 4 bytes a row. A byte of nibbles has column c (0 .. 15) of
+// its 32 in the low half and column c + 16 in the high half. N is padded to 16 rows with zeros, K to 32 columns. q4x64
+// and q8x128 have wide blocks: K is a multiple of 64, of 128. f32: K is not padded.
 enum class WeightType : int32_t { q4a, q4, q4x64, q8, q8x16, q8x128, f32 };
 static constexpr int kWeightTypes = 7;
 static constexpr const char* kWeightTypeNames[kWeightTypes] = {"q4a", "q4", "q4x64", "q8", "q8x16", "q8x128", "f32"};
 static constexpr bool has_nibbles(WeightType type) { return type <= WeightType::q4x64; }
-// Columns that share an activation scale; K is a multiple of it if it is more than kBlock.
+// Columns that share an activation scale. If they are more than kBlock, K is a multiple of them.
 static constexpr int64_t span_of(WeightType type) {
   return type == WeightType::q4x64 ? 64 : type == WeightType::q8x128 ? 128 : kBlock;
 }
 
-// One 32-column block of one activation row; of those of a wide block, each has the scale of all.
+// 32 columns of one row of quantized activations, q in -127 .. 127. Blocks of one span of 64 or 128 columns have the
+// same `scale` and the same `offset_part`.
 struct XBlock {
   float scale;          // absmax / 127
   float scaled_sum;     // scale * float(sum of q)
-  int32_t offset;       // -128 * sum of q: undoes the + 128 of q8 (and, / 16, the + 8 of q4)
-  int32_t offset_part;  // -128 * sum of q over columns 0..15, for q8x16; in a wide block over all its columns
+  int32_t offset;       // -128 * sum of q: undoes the + 128 of q8; / 16 it undoes the + 8 of q4
+  int32_t offset_part;  // -128 * sum of q over columns 0 .. 15 (for q8x16); span > 32: over all columns of the span
 };
 
 struct LinearArgs {
   const void* w;     // packed W[n, k], 64-byte aligned
-  int64_t n, k;      // rows and columns of W, not padded
-  const int8_t* xq;  // [m, blocks_of(k) * 32], from `quantize`, with the span of the weights; not for f32
+  int64_t n, k;      // rows and columns of W, without padding
+  const int8_t* xq;  // [m, blocks_of(k) * 32], from `quantize` with span_of(type); f32: unused
   const XBlock* xb;  // [m, blocks_of(k)]
-  const float* x;    // f32 weights only: [m, ldx]
+  const float* x;    // [m, ldx], for f32 weights only
   int64_t ldx;
   int64_t m;  // >= 1
-  float* y;   // [m, ldy]; points at column 16 * panel_begin of row 0: a whole matrix or a tile in L1
+  float* y;   // [m, ldy], from column 16 * panel_begin on: a whole matrix or a tile in L1
   int64_t ldy;
-  int64_t prefetch;  // x86: so many bytes ahead few rows ask for their weights; 0: the CPU sees by itself what comes
+  int64_t prefetch;  // prefetch distance in bytes, for few rows (x86); 0 leaves it to the CPU's own prefetcher
 };
-// y[i, r] = sum over blocks g ascending, acc starts at 0:
-//   acc = fma(float(sum_c xq[i,c] * q[r,c]), xs[i,g] * ws[r,g], acc)    q8x16: twice, low columns first; q4x64 and
-//                                                                       q8x128: g and c over wide blocks
-//   q4a then: acc = fma(scaled_sum[i,g], m[r,g], acc)
-// f32: acc = fma(x[i,c], w[r,c], acc), c ascending.
-// Writes the rows [16 * panel_begin, min(n, 16 * panel_end)) of W, nothing beyond them.
+// y[i, r] = acc, for W's rows r in [16 * panel_begin, min(n, 16 * panel_end)); writes no others. acc = 0, then
+//
+//   q4, q8          for each block g ascending:
+//                     acc = fma(float(sum over c of xq[i, c] * q[r, c]), xs[i, g] * ws[r, g], acc)
+//   q4x64, q8x128   the same, g over blocks of 64 or 128 columns
+//   q8x16           the same twice a block: columns 0 .. 15, then 16 .. 31, each half with its own ws
+//   q4a             the same as q4, and after each block: acc = fma(scaled_sum[i, g], m[r, g], acc)
+//   f32             acc = fma(x[i, c], w[r, c], acc), c ascending
+//
+// xs: the blocks' XBlock::scale; ws, m: W's scales and minima as floats.
 using LinearFn = void (*)(const LinearArgs&, int64_t panel_begin, int64_t panel_end);
 
 // ---- elementwise --------------------------------------------------------------------------------------------------
@@ -100,33 +116,39 @@ enum class Unary : int32_t {
 };
 
 struct EpilogueArgs {
-  float* y;  // [m, ldy], a tile of `columns` columns, changed in place
+  float* y;  // [m, ldy], `columns` of each row, changed in place
   int64_t ldy, m, columns;
   const float* bias;  // [columns] or null
   Unary activation;
   float scale;            // 1 for none
-  const float* residual;  // [m, ldr], same columns, or null; may be `y`'s own destination
+  const float* residual;  // [m, ldr] or null; may be what `y` is later copied to
   int64_t ldr;
 };
 
 struct GatedArgs {
-  const float* y;  // [m, ldy]: panels of 16 columns, gate, up, gate, up, ...
+  const float* y;  // [m, ldy]: panels of 16 columns: gate, up, gate, up, ...
   int64_t ldy, m;
-  int64_t columns;    // of the output; a multiple of 16 but for the last tile of a row
-  const float* bias;  // as `y`'s columns: [2 * round_up(columns, 16)], or null
+  int64_t columns;    // of the output; a multiple of 16 except in the last tile of a row
+  const float* bias;  // [2 * round_up(columns, 16)] in the order of `y`, or null
   Unary activation;
-  float* out;  // [m, ldo]; may be `y` itself with ldo == ldy
+  float* out;  // [m, ldo]; in place: `y` itself with ldo == ldy
   int64_t ldo;
 };
 
 // ---- KV cache -----------------------------------------------------------------------------------------------------
 enum class KvType : int32_t { int8, float32 };
 
-// One layer's cache: chunks of kChunkTokens tokens. A chunk is, for each KV head, one after another:
-//   int8     K tiles  [tokens / 16][ceil(D / 4)][16 tokens][4] bytes (q + 128), then kChunkTokens key scales (f32),
-//            V pairs  [tokens / 2][round_up(Dv, 16)][2 tokens] bytes (q), then kChunkTokens value scales (f32)
-//   float32  K tiles  [tokens / 16][D][16 tokens] floats, V rows [tokens][round_up(Dv, 16)] floats
-// One scale a token and head: absmax / 127.
+// One layer's cache: chunks of kChunkTokens tokens. A chunk has, for each KV head one after another (D: head_dim,
+// Dv: value_dim, T = kChunkTokens):
+//
+//   int8      K    [T / 16][ceil(D / 4)][16 tokens][4 columns]    bytes q + 128
+//             Ks   [T]                                            floats: key scales
+//             V    [T / 2][round_up(Dv, 16)][2 tokens]            bytes q
+//             Vs   [T]                                            floats: value scales
+//   float32   K    [T / 16][D][16 tokens]                         floats
+//             V    [T][round_up(Dv, 16)]                          floats
+//
+// int8: one scale for each token and head, absmax / 127; q in -127 .. 127.
 struct KvLayout {
   KvType type;
   int64_t kv_heads, head_dim, value_dim;
@@ -144,11 +166,12 @@ struct KvLayout {
   constexpr int64_t chunk_bytes() const { return kv_heads * head_bytes(); }
 };
 
-// Two calls may run at once if no token of the one shares a pair of values with a token of the other.
+// Writes `tokens` new tokens into the chunks. Two calls may run at once if no token of the one is in the same pair of
+// tokens (2 j, 2 j + 1) as a token of the other: int8 values of a pair are interleaved, and a store rewrites both.
 struct KvAppendArgs {
   KvLayout layout;
-  uint8_t* const* chunks;        // enough of them for position + tokens
-  int64_t position, tokens;      // first new token's index in the cache
+  uint8_t* const* chunks;        // enough for position + tokens
+  int64_t position, tokens;      // index of the first new token, number of new tokens
   int64_t head_begin, head_end;  // KV heads to write
   const float* k;                // [tokens, ldk], head h at column h * head_dim
   int64_t ldk;
@@ -161,95 +184,128 @@ struct AttentionArgs {
   const uint8_t* const* chunks;
   int64_t group;   // query heads of one KV head
   int64_t tokens;  // query tokens
-  const float* q;  // [tokens, ldq], query head h (= kv_head * group + g) at column h * head_dim
+  const float* q;  // [tokens, ldq], query head h = kv_head * group + g at column h * head_dim
   int64_t ldq;
   const int32_t* begin;  // [tokens]: query token i sees the keys [begin[i], end[i]); an empty range gives zeros
   const int32_t* end;
   float scale;        // of q . k
   float softcap;      // 0 for none
-  const float* mask;  // added to the scores, or null: mask[i * mask_token + h * mask_head + key]; -inf hides a key
-  int64_t mask_token, mask_head;
-  float* out;  // [tokens, ldo], query head h at column h * value_dim (not written by attention_partial)
+  const float* mask;  // added to the scores, or null; -inf hides a key. [token, head, key] with the strides below
+  int64_t mask_token, mask_head;  // element (i, h, key) is mask[i * mask_token + h * mask_head + key]
+  float* out;  // [tokens, ldo], query head h at column h * value_dim; attention_partial does not write it
   int64_t ldo;
 };
-// For a query row and one chunk of kChunkTokens keys (chunk c holds the keys c * kChunkTokens ...), with scores in
-// powers of two (L = log2(e); softmax is the same in any base):
-//   int8:    q is quantized a row (token, head) as `quantize` does, one scale over head_dim;
-//            s[t] = float(sum_d q[d] * k[t,d]) * (qs * ks[t]),  qs = absmax / 127 * (scale * L)
-//   float32: s[t] = (fma over d ascending of q[d] * k[t,d]) * (scale * L)
-//   with a softcap or a mask, `scale` instead of scale * L above, and then
-//            s = softcap * tanh(s / softcap);  s += mask;  s *= L
-//   max = max s[t];  p[t] = 2^(s[t] - max), 0 for a hidden key;  sum = p over 16 lanes
-//   float32: out[d] = fma(p[t], v[t,d], out[d]), t ascending
-//   int8:    w[t] = p[t] * vs[t] (0 where p[t] is), in 15 bits: qw[t] = round_to_even(w[t] * (32767 / max w)),
-//            out[d] = float(sum_t qw[t] * v[t,d]) * (max w / 32767); max w < 2^-100 gives zeros. The sum is an exact
-//            int32: 256 * 32767 * 127 < 2^31
-// Chunks are merged in order, beginning with max_a = -inf and zeros:
-//   M = max(max_a, max_b), a = 2^(max_a - M), b = 2^(max_b - M),
-//   sum = fma(sum_b, b, sum_a * a), out = fma(out_b, b, out_a * a); a chunk without a visible key is left out.
-// Result: out * (1 / sum).
+// The formula, for a query row (token, head) and chunk c, which has the keys [128 c, 128 c + 128). Scores are powers of
+// two (L = log2(e)): the softmax is the same in any base.
 //
-// A row of partials: [max, sum, 14 unused, out[round_up(value_dim, 16)]].
+//   scores       int8      qs, q8 = the row of q quantized as by `quantize`, with one scale over head_dim
+//                          s[t] = float(sum over d of q8[d] * k[t, d]) * ((qs * S) * ks[t])
+//                float32   s[t] = (fma over d ascending of q[d] * k[t, d]) * S
+//                S = scale * L, or with a softcap or a mask S = scale, and then
+//                          s = softcap * tanh(s / softcap);  s += mask;  s *= L
+//   weights      max = max of s[t];  p[t] = 2^(s[t] - max), 0 for a hidden key;  sum = sum of p over 16 lanes
+//   output       float32   out[d] = fma over t ascending of p[t] * v[t, d]
+//                int8      w[t] = p[t] * vs[t], 0 where p[t] is 0;  W = max of w[t]
+//                          qw[t] = round_to_even(w[t] * (32767 / W))
+//                          out[d] = float(sum over t of qw[t] * v[t, d]) * (W / 32767);  W < 2^-100 gives zeros
+//                          The sum is an exact int32: 128 * 32767 * 127 < 2^31.
+//   merge        from max_a = -inf, sum_a = 0, out_a = 0, chunks b ascending, without those that have no visible key:
+//                          M = max(max_a, max_b), a = 2^(max_a - M), b = 2^(max_b - M)
+//                          sum = fma(sum_b, b, sum_a * a);  out = fma(out_b, b, out_a * a)
+//   result       out * (1 / sum)
+//
+// A row of partials, one chunk's: [max, sum, 14 unused, out[round_up(value_dim, 16)]].
 static constexpr int64_t partial_floats(const KvLayout& l) { return kPartialHead + l.value_stride(); }
 
 // ---- the table ----------------------------------------------------------------------------------------------------
 struct Kernels {
   const char* isa;
-  int64_t prefetch[2];  // what suits this CPU: of one or two rows, of more
-  int64_t prefetch_for(int64_t rows) const { return prefetch[rows > 2]; }  // for LinearArgs
+  int64_t prefetch[2];  // LinearArgs::prefetch that suits this CPU: for 1 or 2 rows, for more
+  int64_t prefetch_for(int64_t rows) const { return prefetch[rows > 2]; }
 
-  // q[i,c] = round_to_even(x[i,c] * (127 / absmax)), blocks of 32 columns; a block whose absmax < 2^-100 gives scale 0.
-  // Blocks [block_begin, block_end) of m rows; x[m, ldx] with k columns (the last block is padded with zeros);
-  // xq[m, blocks_of(k) * 32], xb[m, blocks_of(k)]. span 64 or 128 instead of 32: absmax is that of so many columns; k
-  // is a multiple of it, and block_begin and block_end of its blocks.
+  // Quantizes the blocks [block_begin, block_end) of m rows of x[m, ldx], k columns; beyond k they are zeros.
+  //   absmax = max |x[i, c]| over the span of c;  scale = absmax / 127
+  //   q[i, c] = round_to_even(x[i, c] * (127 / absmax));  absmax < 2^-100: q = 0, scale = 0
+  // Writes xq[m, blocks_of(k) * 32] and xb[m, blocks_of(k)]. span: 32, 64 or 128 columns, as span_of(type); of 64 and
+  // 128, k is a multiple and the blocks are whole spans.
   void (*quantize)(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t span, int64_t block_begin,
                    int64_t block_end, int8_t* xq, XBlock* xb);
 
   LinearFn linear[kWeightTypes];
 
-  void (*epilogue)(const EpilogueArgs&);                      // y = activation(y + bias) * scale + residual
-  void (*gated)(const GatedArgs&);                            // out = activation(gate + bias) * (up + bias)
-  void (*unary)(Unary, const float* x, float* y, int64_t n);  // in place allowed
+  // y = activation(y + bias) * scale + residual
+  void (*epilogue)(const EpilogueArgs&);
+  // out = activation(gate + bias) * (up + bias)
+  void (*gated)(const GatedArgs&);
+  // y[i] = f(x[i]), n values; in place allowed. Formulas and errors: scalar/scalar_math.h
+  void (*unary)(Unary, const float* x, float* y, int64_t n);
 
-  // y[i] = (x[i] * r) * weight, r = 1 / sqrt(sum(x^2) / n + eps), the sum by fma over 16 lanes; weight may be null.
+  // Row by row, x[m, ldx] with n columns -> y[m, ldy]; softmax: in place allowed. Sums run over 16 lanes.
+  //   rms_norm     r = 1 / sqrt(sum(x^2) / n + eps), the sum by fma;  y = (x * r) * weight
+  //   layer_norm   mean = sum(x) / n;  r = 1 / sqrt(sum((x - mean)^2) / n + eps), the second sum by fma
+  //                y = fma((x - mean) * r, weight, bias)
+  //   softmax      e = exp(x - max);  y = e / sum(e);  -inf gives 0, a row of -inf only gives zeros
+  // weight[n], bias[n] may be null: 1, 0 (rms_norm: no multiplication).
   void (*rms_norm)(const float* x, int64_t ldx, int64_t m, int64_t n, const float* weight, float eps, float* y,
                    int64_t ldy);
-  // mean = sum(x) / n; r = 1 / sqrt(sum((x - mean)^2) / n + eps); y = fma((x - mean) * r, weight, bias); each may be
-  // null (null weight: 1, null bias: 0).
   void (*layer_norm)(const float* x, int64_t ldx, int64_t m, int64_t n, const float* weight, const float* bias,
                      float eps, float* y, int64_t ldy);
-  // y[i] = exp(x[i] - max) / sum, a row of n; -inf gives 0, a row of -inf only gives zeros. In place allowed.
   void (*softmax)(const float* x, int64_t ldx, int64_t m, int64_t n, float* y, int64_t ldy);
 
-  // Rotates the first `rotary` (even) of each head's head_dim columns, the rest is copied. x, y: [m, ldx], head h at
-  // column h * head_dim. cos, sin: [m, ldc], rotary / 2 columns. In place allowed (y == x, ldy == ldx).
-  // half:        a = x[j], b = x[j + rotary / 2];  interleaved: a = x[2j], b = x[2j + 1]
-  //              a' = a * cos[j] - b * sin[j], b' = b * cos[j] + a * sin[j]   (no fma)
+  // Rotary embedding of the first `rotary` (even) of each head's head_dim columns; copies the others. x[m, ldx] ->
+  // y[m, ldy], head h at column h * head_dim; in place allowed (y == x, ldy == ldx). cos, sin: [m, ldc], rotary / 2
+  // columns.
+  //   interleaved       a = x[2 j], b = x[2 j + 1]
+  //   not interleaved   a = x[j],   b = x[j + rotary / 2]
+  //   both              a' = a * cos[j] - b * sin[j];  b' = b * cos[j] + a * sin[j]   without fma
   void (*rope)(const float* x, int64_t ldx, int64_t m, int64_t heads, int64_t head_dim, int64_t rotary,
                bool interleaved, const float* cos, const float* sin, int64_t ldc, float* y, int64_t ldy);
 
-  // y[c] = float(q[c]) * s[c / block]: one embedding row. block divides nothing in particular; the last may be short.
-  void (*dequantize)(const int8_t* q, const float* s, int64_t k, int64_t block, float* y);
-
   void (*kv_append)(const KvAppendArgs&);
-  // All chunks for the query tokens [token_begin, token_end) of one KV head: the prefill form (and short decodes).
+  // Attention of the query tokens [token_begin, token_end) and the query heads of one KV head.
+  //   attention           over all chunks, into `out`: prefill, and decoding with a short cache
+  //   attention_partial   over one chunk: row (token - token_begin) * group + g of partial[, partial_floats]
+  //   attention_merge     merges the partials of the chunks [0, chunks), those of chunk c at partial + c * stride, into
+  //                       `out`: the same bits as `attention`. A chunk that no row sees may be left out by partials
+  //                       with max = -inf, sum = 0.
   void (*attention)(const AttentionArgs&, int64_t kv_head, int64_t token_begin, int64_t token_end);
-  // One chunk: partial[(token_end - token_begin) * group, partial_floats], row = (token - token_begin) * group + g.
   void (*attention_partial)(const AttentionArgs&, int64_t kv_head, int64_t token_begin, int64_t token_end,
                             int64_t chunk, float* partial);
-  // Merges chunks [0, chunks) in order, chunk c's partials at partial + c * stride, and writes `out` of these rows:
-  // the same bits as `attention`. A chunk outside every row's [begin, end) may have been skipped only if its partials
-  // were given max = -inf, sum = 0.
   void (*attention_merge)(const AttentionArgs&, int64_t kv_head, int64_t token_begin, int64_t token_end, int64_t chunks,
                           const float* partial, int64_t stride);
 };
 
-// Each table starts as a copy of the next-lower one and overrides what it does better. One file, one symbol each.
+// The one list of kernels beside `linear`. Every table sets all of them and linear[0 .. kWeightTypes), each from its own
+// file; only neon_i8mm inherits, all but the linears of quantized weights, from neon_dotprod. kernels_for in
+// engine/dispatch.h refuses a table with a null pointer.
+// clang-format off
+#define EDGEFORMER_KERNELS(X) \
+  X(quantize)          \
+  X(epilogue)          \
+  X(gated)             \
+  X(unary)             \
+  X(rms_norm)          \
+  X(layer_norm)        \
+  X(softmax)           \
+  X(rope)              \
+  X(kv_append)         \
+  X(attention)         \
+  X(attention_partial) \
+  X(attention_merge)
+// clang-format on
+
+#define EDGEFORMER_COUNT(name) +1
+static_assert(sizeof(Kernels) == sizeof(Kernels::isa) + sizeof(Kernels::prefetch) + sizeof(Kernels::linear) +
+                                     (EDGEFORMER_KERNELS(EDGEFORMER_COUNT)) * sizeof(void (*)()),
+              "a kernel is missing in EDGEFORMER_KERNELS");
+#undef EDGEFORMER_COUNT
+
+// One file, one symbol each.
 Kernels kernels_scalar();
-Kernels kernels_avx2(Kernels scalar);
-Kernels kernels_avxvnni(Kernels avx2);
-Kernels kernels_avx512vnni(Kernels avxvnni);
-Kernels kernels_neon_dotprod(Kernels scalar);
+Kernels kernels_avx2();
+Kernels kernels_avxvnni();
+Kernels kernels_avx512vnni();
+Kernels kernels_neon_dotprod();
 Kernels kernels_neon_i8mm(Kernels neon_dotprod);
 
 }  // namespace edgeformer

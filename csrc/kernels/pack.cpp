@@ -11,10 +11,10 @@ namespace {
 
 struct Shape {
   int64_t head;       // bytes of fp16 values before the weights of a block
-  int64_t weights;    // bytes of weights of 32 columns
+  int64_t weights;    // bytes of the weights of 32 columns
   int64_t parts = 1;  // groups of 32 columns in a block
   constexpr int64_t bytes() const { return head + weights * parts; }
-  // Where the 32 columns `g` of a panel have their scales, and their weights.
+  // Offsets in a panel of the scales and the weights of its columns 32 g .. 32 g + 31.
   constexpr int64_t head_at(int64_t g) const { return g / parts * bytes(); }
   constexpr int64_t weights_at(int64_t g) const { return head_at(g) + head + g % parts * weights; }
 };
@@ -39,7 +39,7 @@ constexpr Shape shape_of(WeightType type) {
   return {0, 0};
 }
 
-// Nibble of the flat element index, as the unsigned value (signed + 8).
+// The INT4 element `index` as q + 8.
 uint8_t nibble_at(const uint8_t* q, int64_t index) {
   const uint8_t byte = q[index / 2];
   return uint8_t((index % 2 ? byte >> 4 : byte & 15) ^ 8);
@@ -49,7 +49,8 @@ using Bytes8 = uint8_t __attribute__((vector_size(8)));
 using Pairs8 = uint16_t __attribute__((vector_size(16)));
 using Fours4 = uint32_t __attribute__((vector_size(16)));
 
-// One block of one row: 4 dwords of nibbles at `to`, 64 bytes apart (columns 0..15 low, 16..31 high).
+// 32 columns of one row: 4 dwords of nibbles at `to`, 64 bytes apart; columns 0 .. 15 in the low halves, 16 .. 31 in
+// the high ones.
 inline void pack_nibbles(const uint8_t* q, int64_t index, int64_t columns, uint8_t* to) {
   Fours4 fours;
   if (columns == kBlock && index % 2 == 0) {
@@ -70,7 +71,7 @@ inline void pack_nibbles(const uint8_t* q, int64_t index, int64_t columns, uint8
   }
 }
 
-// One block of one row of int8; false where a value is -128.
+// 32 columns of one row of int8: 8 dwords of q + 128 at `to`, 64 bytes apart; false if a value is -128.
 bool pack_bytes(const int8_t* q, int64_t columns, uint8_t* to) {
   int8_t padded[kBlock] = {};
   if (columns < kBlock) q = static_cast<const int8_t*>(memcpy(padded, q, size_t(columns)));
@@ -97,10 +98,10 @@ float from_fp16(uint16_t h) {
   return value;
 }
 
-// What becomes of floats in fp16; beyond: NaN, infinity, 65520 and more.
+// How fp16 represents a float. beyond: not at all (NaN, infinity, a magnitude of 65520 or more).
 enum class Half { exact, rounded, beyond };
 
-// The fp16 of n floats, to nearest even, without a branch; the worst that becomes of one.
+// h[i] = x[i] as fp16, rounded to nearest even, without branches. Returns the worst case of the n floats.
 Half to_fp16(const float* x, int64_t n, uint16_t* h) {
   uint32_t rounded = 0, beyond = 0;
   for (int64_t i = 0; i < n; i++) {
@@ -123,20 +124,21 @@ Half to_fp16(const float* x, int64_t n, uint16_t* h) {
   return beyond ? Half::beyond : rounded ? Half::rounded : Half::exact;
 }
 
-}  // namespace
-
+// Bytes of one panel (16 rows); panel p starts at p * panel_bytes.
 size_t panel_bytes(WeightType type, int64_t k) {
   if (type == WeightType::f32) return size_t(k * kLanes * 4);
   return size_t(shape_of(type).head_at(blocks_of(k)));
 }
 
+}  // namespace
+
 size_t packed_bytes(WeightType type, int64_t n, int64_t k) { return size_t(panels_of(n)) * panel_bytes(type, k); }
 
 namespace {
 
-constexpr int64_t kPiece = 128;  // scales of a row that are converted at once: even
+constexpr int64_t kPiece = 128;  // scales of a row that are converted at once; even, for q8x16's pairs
 
-// Row r of the source as lane `lane` of a panel.
+// Packs source row r as lane `lane` of a panel.
 template <WeightType type>
 PackError pack_row(const PackSource& s, int64_t r, int64_t lane, uint8_t* panel, bool* rounded) {
   constexpr Shape shape = shape_of(type);
@@ -214,7 +216,7 @@ void unpack_row(WeightType type, const void* packed, int64_t k, int64_t row, flo
     memcpy(&h[0], block + 2 * lane, 2);
     if (type == WeightType::q4a || type == WeightType::q8x16) memcpy(&h[1], block + 32 + 2 * lane, 2);
     const float scale = from_fp16(h[0]), second = from_fp16(h[1]);
-    uint8_t bytes[kBlock];  // as they are packed; nibbles: the first 16
+    uint8_t bytes[kBlock];  // as packed; of nibbles only the first 16
     for (int64_t step = 0; step < shape.weights / 64; step++) memcpy(bytes + 4 * step, w + 64 * step, 4);
     float values[kBlock];
     for (int c = 0; c < 16; c++) {
@@ -222,7 +224,7 @@ void unpack_row(WeightType type, const void* packed, int64_t k, int64_t row, flo
         values[c] = float(bytes[c] - 128) * scale;
         values[c + 16] = float(bytes[c + 16] - 128) * (type == WeightType::q8x16 ? second : scale);
       } else if (type == WeightType::q4a) {
-        values[c] = float(bytes[c] & 15) * scale + second;  // the product is exact, so this is fma
+        values[c] = float(bytes[c] & 15) * scale + second;  // = fma: the product is exact
         values[c + 16] = float(bytes[c] >> 4) * scale + second;
       } else {
         values[c] = float((bytes[c] & 15) - 8) * scale;
@@ -240,8 +242,7 @@ constexpr size_t kHugePage = size_t(2) << 20;
 
 void* pages_alloc(size_t bytes) {
 #if defined(__linux__)
-  // mmap gives zeroed pages, untouched until they are written. Over-map to start at a huge page, and give the rest
-  // back.
+  // mmap gives zeroed pages that no one has touched. Map more, to start at a huge page, and unmap the rest.
   const bool huge = bytes >= kHugePage;
   const size_t page = 4096, size = (bytes + page - 1) / page * page, spare = huge ? kHugePage : 0;
   if (size == 0) return nullptr;
@@ -253,7 +254,7 @@ void* pages_alloc(size_t bytes) {
   if (lead) munmap(start, lead);
   if (spare - lead) munmap(start + lead + size, spare - lead);
 #if defined(MADV_HUGEPAGE)
-  madvise(start + lead, size, MADV_HUGEPAGE);  // only a wish
+  madvise(start + lead, size, MADV_HUGEPAGE);  // may fail: then the pages are small
 #endif
   return start + lead;
 #else

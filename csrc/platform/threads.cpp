@@ -17,9 +17,9 @@ namespace edgeformer {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-constexpr auto kSpin = std::chrono::microseconds(50);  // then sleep: a process that has nothing to do costs nothing
-constexpr auto kYield = std::chrono::microseconds(5);  // then give the core to whoever waits for it, between looks
-constexpr int kLooks = 32;                             // looks at the word between looks at the clock
+constexpr auto kSpin = std::chrono::microseconds(50);  // an idle worker spins so long, then sleeps: no CPU when idle
+constexpr auto kYield = std::chrono::microseconds(5);  // from then on it yields the core between reads of the word
+constexpr int kReads = 32;                             // reads of the claim word between reads of the clock
 
 void relax() {
 #if defined(__x86_64__)
@@ -29,7 +29,7 @@ void relax() {
 #endif
 }
 
-std::atomic<unsigned> forks{0};  // forks that this process is a child of, seen from its first pool on
+std::atomic<unsigned> forks{0};  // forks between the process of the first pool and this one
 
 void watch_forks() {
   static const int registered = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1); });
@@ -38,17 +38,16 @@ void watch_forks() {
 
 }  // namespace
 
-// The claim word is phase << 32 | chunks left to claim. Phases are numbered through all runs, so a word never comes
-// back: a thread that slept between reading the word and its compare-and-swap fails, whatever has happened meanwhile,
-// and a word with chunks left is never of a phase that is over. (32 bits of phases wrap after 4e9 of them: no thread
-// sleeps so long.)
+// The claim word is phase << 32 | chunks left to claim. Phase numbers go on from run to run, so no word occurs twice
+// (no ABA): a thread that slept between reading the word and its compare-and-swap fails if anything has changed, and a
+// word with chunks left always belongs to an open phase. (32 bits of phases wrap after 4e9: no thread sleeps so long.)
 struct ThreadPool::Impl {
   const int threads;
   const unsigned forks_seen;
   std::vector<std::thread> workers;
-  std::mutex one_run;  // held by the caller whose run it is
+  std::mutex one_run;  // locked during a run
 
-  // Written while no chunk is out, before the claim word that publishes it.
+  // Written while no chunk is claimed, before the claim word that publishes them.
   FunctionRef<int64_t(int)>* begin = nullptr;
   FunctionRef<void(int, int64_t, int)>* work = nullptr;
   uint32_t first_phase = 0;
@@ -96,11 +95,11 @@ struct ThreadPool::Impl {
   }
 
   void keep_error() {
-    // Only the first one is kept; `failed` makes the rest of the run empty.
+    // Only the first error is kept; `failed` makes the rest of the run empty.
     if (!failed.exchange(true)) error = std::current_exception();
   }
 
-  // Opens the phase `phase`, or a later one where phases are empty. Only one thread is ever here: the last finisher.
+  // Opens `phase`, or the next one that is not empty. Called by one thread at a time: the last to finish a phase.
   void open(uint32_t phase) {
     for (; phase != end_phase; phase++) {
       int64_t count = 0;
@@ -117,15 +116,15 @@ struct ThreadPool::Impl {
         return publish(uint64_t(phase) << 32 | uint64_t(count));
       }
     }
-    publish(uint64_t(end_phase) << 32);  // no chunks: it only says that the run is over
+    publish(uint64_t(end_phase) << 32);  // no chunks: the run is over
   }
 
-  // Takes part while there are chunks to claim; returns the word at which there were none.
+  // Claims and runs chunks while there are any; returns the word without chunks that it read last.
   uint64_t take_part(int thread) {
     uint64_t word = claim.load();
     while (word & 0xffffffffu) {
       if (!claim.compare_exchange_weak(word, word - 1)) continue;
-      // The phase cannot end while this chunk is out, so what it published may be read now.
+      // The phase cannot end before this chunk does, so its published fields may be read now.
       const uint32_t phase = uint32_t(word >> 32);
       const int64_t total = chunks.load(std::memory_order_relaxed), next = total - int64_t(word & 0xffffffffu);
       if (!failed.load(std::memory_order_relaxed)) {
@@ -146,14 +145,14 @@ struct ThreadPool::Impl {
     const auto changed = [&] { return claim.load() != word || stop.load(std::memory_order_relaxed); };
     const auto start = Clock::now();
     for (auto now = start; now - start < kSpin; now = Clock::now()) {
-      for (int i = 0; i < kLooks; i++) {
+      for (int i = 0; i < kReads; i++) {
         if (changed()) return;
         relax();
       }
       if (now - start > kYield) sched_yield();
     }
     std::unique_lock<std::mutex> lock(sleep_mutex);
-    sleepers.fetch_add(1);  // before the last look: either we see the new word, or its writer sees a sleeper
+    sleepers.fetch_add(1);  // before the last read: either we see the new word, or its writer sees a sleeper
     wake.wait(lock, changed);
     sleepers.fetch_sub(1);
   }
@@ -188,7 +187,7 @@ ThreadPool::ThreadPool(int threads) {
 }
 
 ThreadPool::~ThreadPool() {
-  // In a child of fork() the workers do not exist: their handles cannot be joined, so they are left behind.
+  // In a child of fork() the workers do not exist and their handles cannot be joined: the pool is leaked.
   if (impl_.load()->forks_seen == forks.load()) delete impl_.load();
 }
 
@@ -197,12 +196,12 @@ int ThreadPool::threads() const { return impl_.load()->threads; }
 void ThreadPool::run(int phases, FunctionRef<int64_t(int)> begin, FunctionRef<void(int, int64_t, int)> work) {
   Impl* impl = impl_.load();
   if (impl->forks_seen != forks.load()) {
-    // The old pool's locks and counters are as they were in the parent at that moment: never touch them again.
+    // The old pool's locks and counters have the parent's state at the fork: never touch them again.
     Impl* fresh = new Impl(impl->threads);
     if (impl_.compare_exchange_strong(impl, fresh))
       impl = fresh;
     else
-      delete fresh;  // another thread of the child was first; `impl` is its pool
+      delete fresh;  // another thread of the child was first: `impl` is its pool
   }
   impl->run(phases, begin, work);
 }

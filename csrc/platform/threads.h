@@ -1,4 +1,4 @@
-// A small pool: phases in order, chunks claimed dynamically, a short spin and then sleep.
+// A small thread pool: phases in order, chunks claimed one by one; an idle worker spins for a moment, then sleeps.
 #pragma once
 
 #include <atomic>
@@ -6,7 +6,7 @@
 
 namespace edgeformer {
 
-// A reference to a callable; it must outlive the call it is passed to.
+// A reference to a callable, which must outlive the call that it is passed to.
 template <class Signature>
 class FunctionRef;
 template <class R, class... Args>
@@ -24,7 +24,7 @@ class FunctionRef<R(Args...)> {
 
 class ThreadPool {
  public:
-  // `threads` >= 1 take part in a run, the calling thread included; threads - 1 workers are started now.
+  // threads >= 1: those that take part in a run, the calling thread included. Starts threads - 1 workers.
   explicit ThreadPool(int threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -32,21 +32,26 @@ class ThreadPool {
 
   int threads() const;
 
-  // For p = 0 .. phases - 1: chunks = begin(p), then work(p, chunk, thread) for chunk = 0 .. chunks - 1 (chunks <
-  // 2^32).
-  //  - begin(p) runs once, on the thread that finished phase p - 1 (the caller for p = 0), after all of phase p - 1 and
-  //    before all of phase p: it sees all their writes. Small serial work belongs there; it may return 0.
-  //  - work(p, chunk, thread): `thread` in 0 .. threads - 1 is this thread's own index for the whole run, 0 the caller.
-  //  - Chunks are claimed one by one, in order. Nobody waits for a thread that holds no chunk.
-  // Both are called as lvalues: auto begin = [&](int p) -> int64_t {...}; auto work = [&](int p, int64_t c, int t)
-  // {...}; One run at a time; other callers wait their turn. Not from inside begin or work. An exception thrown by
-  // either ends the run (what is already claimed finishes) and is rethrown here. After fork() the child starts workers
-  // of its own.
+  // Runs the phases p = 0 .. phases - 1 in order: chunks = begin(p), then work(p, chunk, thread) for every chunk.
+  //
+  //   begin(p) -> chunks       Called once, after all work of phase p - 1 and before any of phase p; it sees the writes
+  //                            of all threads. Runs on the thread that finished phase p - 1 (p = 0: on the caller).
+  //                            0 <= chunks < 2^32. The place for serial work too small for a barrier.
+  //   work(p, chunk, thread)   Called once for each chunk in 0 .. chunks - 1. Chunks are claimed one by one, ascending.
+  //                            thread: the index of this thread in 0 .. threads - 1, the same in the whole run;
+  //                            the caller is 0.
+  //
+  //   barriers     A phase ends when its last chunk does; a thread that has claimed no chunk delays nobody.
+  //   lvalues      auto begin = [&](int p) -> int64_t {...};
+  //                auto work = [&](int p, int64_t chunk, int thread) {...};
+  //   callers      One run at a time; other callers wait. Never call run from begin or work.
+  //   exceptions   The first one ends the run (claimed chunks finish) and is rethrown here.
+  //   fork         The first run in a child process starts new workers.
   void run(int phases, FunctionRef<int64_t(int)> begin, FunctionRef<void(int, int64_t, int)> work);
 
  private:
   struct Impl;
-  std::atomic<Impl*> impl_;  // replaced once in a child of fork()
+  std::atomic<Impl*> impl_;  // a child of fork() replaces it once
 };
 
 }  // namespace edgeformer

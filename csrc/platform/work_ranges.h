@@ -1,4 +1,4 @@
-// The tasks of a phase, divided among threads so that locality and balance go together.
+// Work-stealing ranges: the tasks of one phase, divided among threads.
 #pragma once
 
 #include <algorithm>
@@ -8,40 +8,42 @@
 
 namespace edgeformer {
 
-// Each thread has a share of neighbouring tasks, the same part of the whole in every phase: rows that a thread reads
-// are then mostly rows that it wrote, in the caches near it. Cores whose caches are far apart (two chiplets) lose a
-// third of their speed otherwise. Whoever is through with its share takes from the others'.
-class Shares {
+// Each thread owns one range of neighbouring tasks, the same part of the whole in every phase: so it reads mostly rows
+// that it wrote, from caches near it. (Cores with distant caches, as on two chiplets, lose a third of their speed
+// otherwise.) A thread that has finished its own range takes tasks from the ranges of the others.
+class WorkRanges {
  public:
-  explicit Shares(int threads) : threads_(threads), shares_(new Share[static_cast<size_t>(threads)]) {}
+  explicit WorkRanges(int threads) : threads_(threads), ranges_(new Range[static_cast<size_t>(threads)]) {}
 
-  // Before a phase, while nobody takes. Returns how many threads have something to do.
+  // Divides the tasks 0 .. tasks - 1 into ranges of equal size (to one task), thread t's at tasks * t / threads. Only
+  // between phases, while no thread calls take. Returns the number of threads that have tasks.
   int64_t divide(int64_t tasks) {
     for (int t = 0; t < threads_; ++t) {
-      shares_[t].next.store(tasks * t / threads_, std::memory_order_relaxed);
-      shares_[t].end = tasks * (t + 1) / threads_;
+      ranges_[t].next.store(tasks * t / threads_, std::memory_order_relaxed);
+      ranges_[t].end = tasks * (t + 1) / threads_;
     }
     return std::min<int64_t>(tasks, threads_);
   }
 
-  // A task that nobody has taken, -1 when there is none.
+  // A task that no thread has taken yet: the next one of this thread's range, else of thread + 1's, thread + 2's, ...
+  // Returns -1 when there is none. Each task is returned once.
   int64_t take(int thread) {
     for (int i = 0; i < threads_; ++i) {
-      Share& share = shares_[(thread + i) % threads_];
-      if (share.next.load(std::memory_order_relaxed) >= share.end) continue;
-      const int64_t task = share.next.fetch_add(1, std::memory_order_relaxed);
-      if (task < share.end) return task;
+      Range& range = ranges_[(thread + i) % threads_];
+      if (range.next.load(std::memory_order_relaxed) >= range.end) continue;
+      const int64_t task = range.next.fetch_add(1, std::memory_order_relaxed);
+      if (task < range.end) return task;
     }
     return -1;
   }
 
  private:
-  struct alignas(64) Share {
+  struct alignas(64) Range {  // a cache line each: no false sharing
     std::atomic<int64_t> next{0};
     int64_t end = 0;
   };
   int threads_;
-  std::unique_ptr<Share[]> shares_;
+  std::unique_ptr<Range[]> ranges_;
 };
 
 }  // namespace edgeformer

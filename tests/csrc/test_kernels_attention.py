@@ -1,4 +1,4 @@
-"""Attention and the KV cache: a dense float64 softmax as reference, and the same bits from tables, splits and forks."""
+"""Attention and the KV cache: a dense float64 softmax as reference; the same bits from all tables, splits and forks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Case:
             self.mask[0, 0] = -np.inf  # a row that sees nothing
 
     def cache(self, kind: str, isa: str, steps: tuple[int, ...] = ()):
-        """A cache filled in pieces of `steps` tokens, then the rest at once."""
+        """A cache filled in steps of `steps` tokens, then with the rest at once."""
         cache = testing.KvCache(kind, 1, self.heads, self.dim, self.value_dim, 4096)
         at = 0
         for n in [*steps, self.length]:
@@ -54,9 +54,9 @@ class Case:
                                             self.scale, self.softcap, mask, *strides, mode, step)  # fmt: skip
 
     def exact(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
-        """(out, bound) in float64. int8: from integers quantized here as kernels.h says, independently."""
+        """(out, bound) in float64. int8: from integers that numpy quantizes by the formula of kernels.h."""
 
-        def quantize(x: np.ndarray) -> np.ndarray:  # [rows, d] -> the float64 values that the integers stand for
+        def quantize(x: np.ndarray) -> np.ndarray:  # [rows, d] -> the quantized values, dequantized to float64
             absmax = np.abs(x).max(1, keepdims=True)
             inverse = np.divide(np.float32(127), absmax, out=np.zeros_like(absmax), where=absmax > 0)
             return np.rint(x * inverse).astype(np.float64) * (absmax / np.float32(127)).astype(np.float64)
@@ -139,7 +139,7 @@ def test_attention(kind: str, name: str, shape) -> None:
         assert_same_bits(case.run(isa, cache, mode="chunks"), expected, f"{isa}, merged from partials")
 
 
-def test_a_key_too_many_is_outside_the_bound() -> None:
+def test_one_key_less_is_outside_the_bound() -> None:
     case = Case(SHAPES[1], 100, 4)
     exact, bound = case.exact("int8")
     case.end -= 1
@@ -191,7 +191,7 @@ def test_fork_truncate_save_and_load() -> None:
     copy.advance(1)
     assert cache.save() == saved, "a fork's append was seen by its origin"
 
-    # truncated and filled again: what the forgotten tokens left behind is not seen
+    # truncated and filled again: nothing of the removed tokens is seen
     cache.truncate(130)
     cache.reserve(170)
     testing.Table("scalar").kv_append(cache, 0, case.k[130:], case.v[130:])

@@ -1,4 +1,4 @@
-"""Which tables are built and chosen, and what a kernel file may leave in the binary."""
+"""The tables that are built and chosen, and the symbols that a kernel file leaves in the binary."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_an_unknown_isa_is_refused_with_the_usable_ones(monkeypatch: pytest.Monk
     monkeypatch.setenv("EDGEFORMER_ISA", "sse9")
     with pytest.raises(ValueError, match=f'EDGEFORMER_ISA is "sse9".*usable here: {usable}'):
         testing.Table("")
-    assert testing.Table("scalar").isa == "scalar", "an explicit name goes before the environment"
+    assert testing.Table("scalar").isa == "scalar", "an explicit name has precedence over the environment"
 
 
 @pytest.mark.parametrize("name", ["scalar", "avx2", "avxvnni", "avx512vnni"])
@@ -50,7 +50,7 @@ def test_a_kernel_file_exports_one_symbol(name: str, tmp_path: Path) -> None:
     if not compiler or not nm:
         pytest.skip("needs g++ and nm")
     out = tmp_path / "k.o"
-    # -O1: fast to compile, and a std:: function that slipped in would still show
+    # -O1 compiles fast and still shows a std:: function
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-fPIC", f"-I{KERNELS.parent}"]
     subprocess.run([compiler, *flags, "-c", next(KERNELS.rglob(f"{name}.cpp")), "-o", out], check=True)
     symbols = subprocess.run(
@@ -66,7 +66,7 @@ def test_a_kernel_file_exports_one_symbol(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(path for path in KERNELS.rglob("*") if path.is_file()), ids=lambda p: p.name)
 def test_kernel_files_use_no_std(path: Path) -> None:
     code = re.sub(r"//.*", "", path.read_text())
-    assert "std::" not in code, "a std:: function compiled in a target region may be the one the linker keeps"
+    assert "std::" not in code, "the linker may keep the copy that a target region compiled, and use it on all CPUs"
 
 
 def test_the_extension_does_not_load_torch_or_onnxruntime() -> None:

@@ -1,4 +1,4 @@
-"""Activation quantization, packing and linears: float64 numpy, scalar table and SIMD tables as three witnesses."""
+"""Activation quantization, packing and linears. References: float64 numpy for all tables, the scalar table for SIMD."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ ISAS = native.isas()
 BLOCKS = {"q4a": 32, "q4": 32, "q4x64": 64, "q8": 32, "q8x16": 16, "q8x128": 128, "f32": 32}
 KINDS = ["q4a", "q4", "q4x64", "q8", "q8x16", "q8x128"]
 SPANS = {"q4x64": 64, "q8x128": 128}  # columns that share an activation scale, where they are not 32
-# Around every edge: one row, panels of 16 rows, tiles of 32; 32-column blocks, halves of 16, the 24 blocks of a tile.
+# Around every edge: one row, panels of 16 rows, tiles of 32; blocks of 32 columns, halves of 16, 24 blocks in a tile.
 SIZES = [(1, 1), (2, 16), (3, 17), (15, 31), (16, 32), (17, 33), (31, 63), (32, 64), (33, 95), (49, 800), (70, 1570)]
 ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 35]
-# Wide blocks end at multiples of their span; 6 of 128 columns are a tile, 12 of 64.
+# Multiples of the span; a tile is 6 blocks of 128 columns or 12 of 64.
 WIDE_SIZES = {
     64: [(1, 64), (2, 128), (17, 64), (31, 192), (33, 768), (49, 832), (70, 1600)],
     128: [(1, 128), (2, 256), (17, 128), (31, 384), (33, 768), (49, 896), (70, 1664)],
@@ -40,14 +40,14 @@ def sizes(kind: str) -> list[tuple[int, int]]:
 
 
 def quantize(isa: str, kind: str, x: np.ndarray, k: int):
-    """The activations as a linear of this kind wants them."""
+    """x quantized with the span of this weight type."""
     return testing.Table(isa).quantize(x, k, SPANS.get(kind, 32))
 
 
 def run(
     isa: str, weights: Weights, x: np.ndarray, begin: int = 0, end: int | None = None, prefetch: int | None = None
 ) -> np.ndarray:
-    """y with 3 poisoned columns behind the written ones."""
+    """y of the panels [begin, end); checks that 3 poisoned columns behind them are untouched."""
     table, packed = testing.Table(isa), weights.packed(testing)
     if prefetch is not None:
         table.prefetch = (prefetch, prefetch)
@@ -169,7 +169,7 @@ def test_every_isa_gives_the_same_bits(isa: str, kind: str, extreme: bool) -> No
         for m in ROWS if n * k < 3000 else (1, 6, 19):
             x = activations(m, k)
             expected = run("scalar", weights, x)
-            for prefetch in (0, 4096):  # one suits some makers' CPUs, one others'
+            for prefetch in (0, 4096):  # both are in use, see csrc/engine/dispatch.cpp
                 found = run(isa, weights, x, prefetch=prefetch)
                 assert_same_bits(found, expected, f"{kind} n={n} k={k} m={m} prefetch={prefetch}")
 
@@ -220,7 +220,7 @@ def test_rows_of_several_sources_can_be_interleaved(kind: str) -> None:
             assert_within(packed.row(dest[r]), source.dense[r], np.abs(source.dense[r]) * 2 * U + 1e-300)
 
 
-def test_packing_refuses_what_it_cannot_hold() -> None:
+def test_packing_refuses_scales_beyond_fp16_and_minus_128() -> None:
     weights = Weights("q4a", 3, 40)
     weights.scale[1, 1] = np.nan
     with pytest.raises(ValueError, match="scale is beyond fp16"):
@@ -236,7 +236,7 @@ def test_packing_refuses_what_it_cannot_hold() -> None:
         weights.packed(testing)
 
 
-def test_other_scales_are_rounded_to_the_nearest_fp16_and_reported() -> None:
+def test_inexact_scales_are_rounded_to_the_nearest_fp16_and_reported() -> None:
     rng = np.random.default_rng(0)
     ties = (np.arange(1, 2049, dtype=np.float32) + np.float32(0.5)) * np.float32(2**-24)  # between two subnormals
     spread = np.exp(rng.uniform(np.log(1e-9), np.log(65519), 4094)).astype(np.float32)

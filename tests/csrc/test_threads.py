@@ -1,4 +1,4 @@
-"""The thread pool: phases in order, no lost or doubled chunk, idle without CPU, exceptions, fork; threads' shares."""
+"""The thread pool: phases in order, every chunk once, no CPU when idle, exceptions, fork, ThreadSanitizer."""
 
 from __future__ import annotations
 
@@ -137,49 +137,3 @@ def test_a_pool_that_publishes_without_order_is_seen_by_thread_sanitizer(tmp_pat
     result = stress_under_thread_sanitizer(tmp_path, wrong)
     assert "WARNING: ThreadSanitizer" in result.stderr
     assert result.returncode != 0
-
-
-# -- shares
-
-
-@pytest.mark.parametrize("tasks", [0, 1, 2, 7, 30])
-@pytest.mark.parametrize("threads", [1, 2, 3, 8])
-def test_threads_of_one_pace_get_neighbouring_tasks_of_equal_parts(threads: int, tasks: int) -> None:
-    shares = testing.Shares(threads)
-    parts = [list(range(tasks * t // threads, tasks * (t + 1) // threads)) for t in range(threads)]
-    for _ in range(3):  # every phase begins anew
-        assert shares.divide(tasks) == min(tasks, threads)
-        for i in range(max(map(len, parts))):
-            for thread, part in enumerate(parts):
-                if i < len(part):
-                    assert shares.take(thread) == part[i]
-        assert [shares.take(t) for t in range(threads)] == [-1] * threads
-
-
-def test_a_thread_that_is_through_takes_from_the_others() -> None:
-    shares = testing.Shares(3)
-    shares.divide(9)
-    assert shares.take(1) == 3  # and no more: the others do its work
-    assert [shares.take(0) for _ in range(6)] == [0, 1, 2, 4, 5, 6]
-    assert [shares.take(2) for _ in range(3)] == [7, 8, -1]
-    assert [shares.take(t) for t in range(3)] == [-1] * 3
-
-
-@pytest.mark.parametrize("threads", [2, 5])
-def test_no_task_of_shares_is_lost_or_doubled(threads: int) -> None:
-    """All threads take at once, those with little to do from the rest."""
-    shares, tasks = testing.Shares(threads), 20_000
-    for begun in range(threads):  # the first ones are busy elsewhere
-        shares.divide(tasks)
-        taken: list[list[int]] = [[] for _ in range(threads)]
-
-        def loop(thread: int, into: list[int]) -> None:
-            while (task := shares.take(thread)) >= 0:
-                into.append(task)
-
-        callers = [threading.Thread(target=loop, args=(t, taken[t])) for t in range(begun, threads)]
-        for t in callers:
-            t.start()
-        for t in callers:
-            t.join()
-        assert sorted(task for one in taken for task in one) == list(range(tasks))

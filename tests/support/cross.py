@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(p for p in (ROOT / "csrc").rglob("*.cpp") if p.parent.name != "bindings")  # their stems differ
-# -O1: under emulation it is the compile that takes the time
+# -O1: compiling takes longer than running, even under emulation
 FLAGS = [f"-I{ROOT / 'csrc'}", "-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-pthread"]
 # architecture, -cpu of qemu (None: this machine), the tables that must be usable there
 CPUS = [
@@ -41,10 +41,10 @@ def output(command: list[str | Path]) -> list[str]:
 
 
 def build(folder: Path, architecture: str, name: str, watched: str = "", instead: Path | None = None) -> Path:
-    """tests/csrc/cross/<name>.cpp linked with the engine's sources; objects in `folder` are built once.
+    """The executable of tests/csrc/cross/<name>.cpp and the engine's sources; objects in `folder` are built once.
 
-    watched: a kernel table; ThreadSanitizer then watches it and all that is not a kernel. instead: a source in the
-    place of the one of its name.
+    watched: a kernel table that ThreadSanitizer instruments, with everything that is not a kernel. instead: a source
+    that replaces the one of the same name.
     """
     out = folder / "-".join(filter(None, [architecture, name, watched, instead and instead.name]))
     if out.exists():

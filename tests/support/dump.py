@@ -1,4 +1,4 @@
-"""A bundle's lowered program, its weights and some calls in one file, for `engine_runner.cpp`: the engine alone."""
+"""A bundle's lowered program, its weights and some calls in one file, for `engine_runner.cpp` (C++ without Python)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LANES = 16  # rows of a panel
 
 
 class Writer:
-    """int64, doubles, and bytes behind their count."""
+    """Writes int64, doubles, and byte strings after their length."""
 
     def __init__(self) -> None:
         self.bytes = bytearray()

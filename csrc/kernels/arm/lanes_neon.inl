@@ -1,4 +1,4 @@
-// 16 lanes as four q registers: what the NEON tables share (see simd.inl). Weights are signed bytes for SDOT.
+// 16 lanes as four q registers: the primitives of simd.inl that the NEON tables share. W is signed bytes, for SDOT.
 
 struct Lanes {
   struct F {
@@ -53,12 +53,6 @@ struct Lanes {
   static constexpr bool kPowers = false;
   static I to_int(F x) { EDGEFORMER_EACH(I, vcvtnq_s32_f32(x.v[j])) }
   static F to_float(I x) { EDGEFORMER_EACH(F, vcvtq_f32_s32(x.v[j])) }
-  static F s8(const int8_t* p) {
-    const int8x16_t b = vld1q_s8(p);
-    const int16x8_t low = vmovl_s8(vget_low_s8(b)), high = vmovl_high_s8(b);
-    return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_high_s16(low)),
-            vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))};
-  }
   static F half(const uint8_t* p) { return widen(vld1q_u8(p), vld1q_u8(p + 16)); }
   static F widen(uint8x16_t a, uint8x16_t b) {  // 16 fp16
     const float16x8_t low = vreinterpretq_f16_u8(a), high = vreinterpretq_f16_u8(b);
@@ -144,7 +138,7 @@ struct Lanes {
   static int8x16_t high_nibbles(int8x16_t w) { return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(w), 4)); }
   static W flip(W w) { EDGEFORMER_EACH(W, flip(w.v[j])) }
   static W byte_weight(const uint8_t* p) { return flip(load_w(p)); }
-  // Nibbles as the numbers to multiply: q4's are q + 8.
+  // Nibbles as signed factors; centred (q4): they are q + 8.
   template <bool centred>
   static W low_nibbles(W w) {
     EDGEFORMER_EACH(W, centred ? vsubq_s8(low_nibbles(w.v[j]), vdupq_n_s8(8)) : low_nibbles(w.v[j]))
@@ -154,7 +148,7 @@ struct Lanes {
     EDGEFORMER_EACH(W, centred ? vsubq_s8(high_nibbles(w.v[j]), vdupq_n_s8(8)) : high_nibbles(w.v[j]))
   }
 
-  // 16 columns of a row of activations in one register; SDOT takes one of its four dwords for all lanes.
+  // 16 columns of a row of activations in one register; SDOT multiplies all lanes with one of its four dwords.
   using X = int8x16_t;
   static X load_x(const int8_t* p) { return vld1q_s8(p); }
   using ByteSum = I;

@@ -9,7 +9,7 @@
 #else
 #pragma GCC push_options
 #pragma GCC target("arch=armv8.2-a+dotprod")
-#pragma GCC optimize("no-schedule-insns")  // it moves loads up before it knows the registers, and spills
+#pragma GCC optimize("no-schedule-insns")  // it hoists loads before registers are allocated, and spills
 #endif
 
 #include "kernels/scalar/scalar_math.h"
@@ -36,8 +36,8 @@ struct S : Lanes {
 
 #include "kernels/arm/neon_linear.inl"
 
-// An unpacked block in the order of its use: signed bytes, then scales (and minima) as floats; q8x16's scales of the
-// first 16 columns stand behind those.
+// An unpacked block in the order of its use: signed bytes, then scales (and minima) as floats. q8x16: the scales of the
+// columns 0 .. 15 are behind the bytes of these columns.
 template <class Q>
 struct TileBlock {
   static constexpr int64_t kBytes = 512 * Q::kParts + 64 + (Q::kMinimum || Q::kHalves ? 64 : 0);
@@ -84,7 +84,7 @@ inline __attribute__((always_inline)) void tile_rows(const LinearArgs& a, const 
     S::X x[R];
     I sum[R];
     each<R>([&](auto r) __attribute__((always_inline)) { sum[r] = S::iset1(0); });
-    const auto dots = [&](int column) __attribute__((always_inline)) {  // and the 15 after it
+    const auto dots = [&](int column) __attribute__((always_inline)) {  // column .. column + 15
       each<R>([&](auto r) __attribute__((always_inline)) { x[r] = S::load_x(xq[r] + column); });
       each<4>([&](auto s) __attribute__((always_inline)) {
         const S::W w = take(tile);
@@ -114,7 +114,7 @@ inline __attribute__((always_inline)) void tile_rows(const LinearArgs& a, const 
 
 }  // namespace
 
-Kernels kernels_neon_dotprod(Kernels base) { return simd_table(base, "neon_dotprod"); }
+Kernels kernels_neon_dotprod() { return simd_table("neon_dotprod"); }
 
 }  // namespace edgeformer
 

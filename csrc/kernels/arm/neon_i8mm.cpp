@@ -1,9 +1,10 @@
-// The NEON table for CPUs with SMMLA and USDOT (Armv8.6 i8mm): Neoverse V1, Cortex-X2 and later. Only linears differ.
+// The NEON table for CPUs with SMMLA and USDOT (Armv8.6 i8mm): Neoverse V1, Cortex-X2 and later. Only its linears of
+// quantized weights differ from the SDOT table.
 //
-// SMMLA multiplies 2 x 8 bytes by 8 x 2 and adds to a 2 x 2 int32: twice SDOT's work. A tile is unpacked once into its
-// operand order (two weight rows x 8 columns in 16 bytes), two rows of activations are the other operand. Sums, scales
-// and accumulators all stay in SMMLA's order, [row a . x0, a . x1, b . x0, b . x1], until y is written.
-// USDOT takes the packed bytes of q8 as they are: -128 * sum of x undoes the + 128.
+// SMMLA multiplies 2 x 8 bytes by 8 x 2 and adds to a 2 x 2 int32: twice SDOT's work. A tile is unpacked once into
+// SMMLA's operand order (two weight rows x 8 columns in 16 bytes); the other operand is two rows of activations. Sums,
+// scales and accumulators keep SMMLA's order, [row a . x0, a . x1, b . x0, b . x1], until y is written.
+// USDOT takes the packed bytes of q8 unchanged: -128 * sum of x undoes the + 128.
 #if defined(__aarch64__)
 #include <arm_neon.h>
 
@@ -14,7 +15,7 @@
 #else
 #pragma GCC push_options
 #pragma GCC target("arch=armv8.2-a+dotprod+i8mm")
-#pragma GCC optimize("no-schedule-insns")  // it moves loads up before it knows the registers, and spills
+#pragma GCC optimize("no-schedule-insns")  // it hoists loads before registers are allocated, and spills
 #endif
 
 #include "kernels/scalar/scalar_math.h"
@@ -41,14 +42,14 @@ struct S : Lanes {
 
 #include "kernels/arm/neon_linear.inl"
 
-// An unpacked block: 4 octets of columns x 8 pairs of rows x 16 bytes, then 32 scales (and as many minima) in SMMLA's
-// order. q8x16's scales of the first 16 columns stand behind the first two octets.
+// An unpacked block: 4 octets of columns x 8 pairs of rows x 16 bytes, then 32 scales (and 32 minima) in SMMLA's order.
+// q8x16: the scales of the columns 0 .. 15 are behind the first two octets.
 template <class Q>
 struct TileBlock {
   static constexpr int64_t kBytes = 512 * Q::kParts + 128 + (Q::kMinimum || Q::kHalves ? 128 : 0);
 };
 
-// 16 floats -> 32: each stands twice, for the two rows of activations.
+// 16 floats -> 32, each twice: for the two rows of activations.
 inline __attribute__((always_inline)) void put_twice(uint8_t*& to, F v) {
   put_floats(to, {vzip1q_f32(v.v[0], v.v[0]), vzip2q_f32(v.v[0], v.v[0]), vzip1q_f32(v.v[1], v.v[1]),
                   vzip2q_f32(v.v[1], v.v[1])});
@@ -94,7 +95,7 @@ inline __attribute__((always_inline)) void unpack_block(const uint8_t* packed, u
   if constexpr (Q::kMinimum || Q::kHalves) put_twice(tile, S::half(packed + 32));
 }
 
-// R = 1: the other half of each operand is the same row once more, and is not stored.
+// See neon_linear.inl. R = 1: both halves of an operand are the same row, which is stored once.
 template <class Q, int R>
 inline __attribute__((always_inline)) void tile_rows(const LinearArgs& a, const uint8_t* tile, int64_t tile_blocks,
                                                      int64_t first_block, int64_t row, float* y, int64_t lanes) {
@@ -178,15 +179,15 @@ inline __attribute__((always_inline)) void tile_rows(const LinearArgs& a, const 
 
 }  // namespace
 
-Kernels kernels_neon_i8mm(Kernels base) {
-  base.isa = "neon_i8mm";
-  base.linear[int(WeightType::q4a)] = linear<Q4a>;
-  base.linear[int(WeightType::q4)] = linear<Q4>;
-  base.linear[int(WeightType::q4x64)] = linear<Q4x64>;
-  base.linear[int(WeightType::q8)] = linear<Q8>;
-  base.linear[int(WeightType::q8x16)] = linear<Q8x16>;
-  base.linear[int(WeightType::q8x128)] = linear<Q8x128>;
-  return base;
+Kernels kernels_neon_i8mm(Kernels k) {
+  k.isa = "neon_i8mm";
+  k.linear[int(WeightType::q4a)] = linear<Q4a>;
+  k.linear[int(WeightType::q4)] = linear<Q4>;
+  k.linear[int(WeightType::q4x64)] = linear<Q4x64>;
+  k.linear[int(WeightType::q8)] = linear<Q8>;
+  k.linear[int(WeightType::q8x16)] = linear<Q8x16>;
+  k.linear[int(WeightType::q8x128)] = linear<Q8x128>;
+  return k;
 }
 
 }  // namespace edgeformer

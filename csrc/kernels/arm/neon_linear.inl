@@ -1,27 +1,28 @@
-// The linears of the NEON tables: what the SDOT and the SMMLA table share. (x86: simd_linear.inl.)
+// The linears of the NEON tables, SDOT and SMMLA. (x86: simd_linear.inl.)
 //
-// What counts here is instructions (docs/performance.md, "Instructions on ARM"): 64 bytes a load, pointers that move on
-// with the load, few rows straight from the packed bytes and more through an unpacked tile. S has, beside Lanes:
-//   kDirectRows        up to so many rows of activations (at most 4) meet the packed bytes
-//   kTileRows          rows of activations in a pass over a tile
-//   byte_operand(w), byte_start(offset), byte_dot<step>(sum, w, X): bytes of q + 128 as the dot product wants them,
-//   what
-//                      its sums start from, offset being -128 * sum of x, and 4 columns of 4 rows
+// Their cost is the number of instructions (docs/performance.md, "Instructions on ARM"): so a load takes 64 bytes and
+// advances its pointer, few rows read the packed bytes and more rows an unpacked tile. S has, beside Lanes:
+//
+//   kDirectRows                 up to so many rows (at most 4) read the packed bytes
+//   kTileRows                   rows of activations in one pass over a tile
+//   kPrefetch                   prefetch distance in bytes
+//   byte_operand(w)             16 packed bytes q + 128 as byte_dot takes them
+//   byte_start(offset) -> I     the start of byte_dot's sums; offset = -128 * sum of x
+//   byte_dot<step>(sum, w, X)   sum[l] += sum over c in 0 .. 3 of w[l][c] * x[4 * step + c], 4 rows l
 
 // Defined by the including file.
 template <class Q>
 struct TileBlock;  // kBytes: of an unpacked block of a panel
 template <class Q>
 inline __attribute__((always_inline)) void unpack_block(const uint8_t* packed, uint8_t* tile);
-// R rows from `row` on against tile_blocks blocks. The sums start from y unless first_block is 0, and end there.
+// y[row .. row + R) += tile_blocks blocks. The sums start from y, or from 0 if first_block is 0.
 template <class Q, int R>
 inline __attribute__((always_inline)) void tile_rows(const LinearArgs& a, const uint8_t* tile, int64_t tile_blocks,
                                                      int64_t first_block, int64_t row, float* y, int64_t lanes);
 
-// ---- loads and stores that move their pointer
-// ------------------------------------------------------------------------
+// ---- loads and stores that advance their pointer ------------------------------------------------------------------
 
-// Without the empty asm GCC makes an addition of its own for each address.
+// Without the empty asm GCC computes each address with an addition of its own.
 template <int bytes, class Byte>
 inline __attribute__((always_inline)) void advance(Byte*& p) {
   p += bytes;
@@ -54,7 +55,7 @@ inline __attribute__((always_inline)) auto take_head(const uint8_t*& p) {
   }
 }
 
-// The asm keeps four results in four registers, so that they leave in two stores.
+// The asm keeps the four results in registers, so that two stores write them.
 inline __attribute__((always_inline)) void put(uint8_t*& p, S::W w) {
   asm("" : "+w"(w.v[0]), "+w"(w.v[1]), "+w"(w.v[2]), "+w"(w.v[3]));
   S::store_w(p, w);
@@ -66,10 +67,9 @@ inline __attribute__((always_inline)) void put_floats(uint8_t*& p, F v) {
   advance<64>(p);
 }
 
-// ---- few rows
-// --------------------------------------------------------------------------------------------------------
+// ---- few rows -----------------------------------------------------------------------------------------------------
 
-// sum[r] += 4 rows of weights (the j-th four of a panel) x 4 columns (the step-th of 16), for R rows of activations.
+// sum[r].v[j] += rows 4 j .. 4 j + 3 of a panel * columns 4 step .. 4 step + 3 of row r's 16 activations.
 template <bool nibbles, int step, int j, int R>
 inline __attribute__((always_inline)) void dots(int8x16_t w, const S::X (&x)[R], I (&sum)[R]) {
   each<R>([&](auto r) __attribute__((always_inline)) {
@@ -80,7 +80,7 @@ inline __attribute__((always_inline)) void dots(int8x16_t w, const S::X (&x)[R],
   });
 }
 
-// One panel straight from the packed bytes: decoding, where memory sets the pace.
+// y[row .. row + R) of one panel, straight from the packed bytes: for decoding, which the memory bounds.
 template <class Q, int R>
 inline void direct_rows(const LinearArgs& a, const uint8_t* w, int64_t row, float* y, int64_t lanes) {
   const int64_t blocks = blocks_of(a.k);
@@ -94,10 +94,10 @@ inline void direct_rows(const LinearArgs& a, const uint8_t* w, int64_t row, floa
   });
   for (const uint8_t* end = w + blocks / Q::kParts * Q::kBytes; w != end;) {
     constexpr int64_t kPart = Q::kNibbles ? 256 : 512;  // bytes
-    const auto ask = [&](int64_t bytes) __attribute__((always_inline)) {
+    const auto prefetch = [&](int64_t bytes) __attribute__((always_inline)) {
       for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(w + line + S::kPrefetch, 0, 2);
     };
-    ask(Q::kParts > 1 ? Q::kHead + kPart : Q::kBytes);  // a wide block's other parts: as they come
+    prefetch(Q::kParts > 1 ? Q::kHead + kPart : Q::kBytes);  // the other parts of a wide block: each at its turn
     const auto head = take_head<Q::kHead>(w);
     I sum[R];
     each<R>([&](auto r) __attribute__((always_inline)) {
@@ -121,7 +121,7 @@ inline void direct_rows(const LinearArgs& a, const uint8_t* w, int64_t row, floa
     };
     if constexpr (Q::kNibbles && R <= 3) {  // nibbles are loaded once, for columns 0..15 and 16..31
       each<Q::kParts>([&](auto part) __attribute__((always_inline)) {
-        if (part) ask(kPart);
+        if (part) prefetch(kPart);
         S::X low[R], high[R];
         load(low, 32 * part);
         load(high, 32 * part + 16);
@@ -156,23 +156,22 @@ inline void direct_rows(const LinearArgs& a, const uint8_t* w, int64_t row, floa
         }
       };
       each<Q::kParts>([&](auto part) __attribute__((always_inline)) {
-        if (part) ask(kPart);
+        if (part) prefetch(kPart);
         each<2>([&](auto half) __attribute__((always_inline)) { columns16(half, part); });
       });
     }
     add(Q::kHalves ? 2 : 0, Q::kMinimum);
     each<R>([&](auto r) __attribute__((always_inline)) { xq[r] += kBlock * Q::kParts, xb[r] += Q::kParts; });
-    // 12 or 16 sums and their operands want all registers: the accumulators rest in memory, moved once a block.
+    // 12 or 16 sums and their operands need all registers: the accumulators stay in memory, moved once a block.
     if constexpr (R > 2) asm volatile("" : : "r"(acc) : "memory");
   }
   each<R>([&](auto r) __attribute__((always_inline)) { store_tail(y + (row + r) * a.ldy, acc[r], lanes); });
 }
 
-// ---- more rows
-// -------------------------------------------------------------------------------------------------------
+// ---- more rows ----------------------------------------------------------------------------------------------------
 
-// kTileBlocks blocks of a panel are unpacked into L1, then meet all rows. Between the parts of K the accumulators rest
-// in y, which does not change their bits. What is unpacked next is fetched during the products.
+// kTileBlocks blocks of a panel are unpacked into L1 once, for all rows. From one part of K to the next accumulators
+// are stored in y and loaded again, which does not change their bits. The next part is prefetched during the products.
 constexpr int64_t kTileBlocks = 24;
 
 template <class Q>

@@ -1,7 +1,7 @@
-// The scalar table: plain loops, one element at a time, written straight from the formulas in kernels.h.
+// The scalar table: plain loops, one element at a time, the formulas of kernels.h written out.
 //
-// It shares no code with the SIMD tables: it is the witness they are compared with, and what runs where nothing better
-// does. fma is the C library's where the CPU has none; it is correctly rounded by definition, so the bits stay.
+// It shares no code with the SIMD tables: it is their reference in the tests, and the table of CPUs that no other table
+// fits. Without an fma instruction the C library's fma runs; both round correctly, so the bits are the same.
 #include "kernels/kernels.h"
 #include "kernels/scalar/scalar_math.h"
 
@@ -29,7 +29,8 @@ float sum16(const float* s16) {
   return s[0];
 }
 
-// absmax of n values by their bits (NaN counts as the largest), then scale and quantized values, in -limit..limit.
+// q[c] = round_to_even(x[c] * (limit / absmax)), in -limit .. limit; returns absmax / limit. absmax < 2^-100: zeros.
+// absmax is found by comparing bits, so that a NaN is the largest.
 template <class T, int limit = 127>
 float quantize_values(const float* x, int64_t n, T* q) {
   uint32_t top = 0;
@@ -261,10 +262,6 @@ void rope(const float* x, int64_t ldx, int64_t m, int64_t heads, int64_t head_di
   }
 }
 
-void dequantize(const int8_t* q, const float* s, int64_t k, int64_t block, float* y) {
-  for (int64_t c = 0; c < k; c++) y[c] = float(q[c]) * s[c / block];
-}
-
 #include "kernels/scalar/scalar_attention.inl"
 
 }  // namespace
@@ -272,7 +269,6 @@ void dequantize(const int8_t* q, const float* s, int64_t k, int64_t block, float
 Kernels kernels_scalar() {
   Kernels k = {};
   k.isa = "scalar";
-  k.quantize = quantize;
   k.linear[int(WeightType::q4a)] = linear_blocks<WeightType::q4a>;
   k.linear[int(WeightType::q4)] = linear_blocks<WeightType::q4>;
   k.linear[int(WeightType::q8)] = linear_blocks<WeightType::q8>;
@@ -280,18 +276,9 @@ Kernels kernels_scalar() {
   k.linear[int(WeightType::q4x64)] = linear_wide<WeightType::q4x64>;
   k.linear[int(WeightType::q8x128)] = linear_wide<WeightType::q8x128>;
   k.linear[int(WeightType::f32)] = linear_f32;
-  k.epilogue = epilogue;
-  k.gated = gated;
-  k.unary = unary;
-  k.rms_norm = rms_norm;
-  k.layer_norm = layer_norm;
-  k.softmax = softmax;
-  k.rope = rope;
-  k.dequantize = dequantize;
-  k.kv_append = kv_append;
-  k.attention = attention;
-  k.attention_partial = attention_partial;
-  k.attention_merge = attention_merge;
+#define EDGEFORMER_SET(name) k.name = name;
+  EDGEFORMER_KERNELS(EDGEFORMER_SET)
+#undef EDGEFORMER_SET
   return k;
 }
 

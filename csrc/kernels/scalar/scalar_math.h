@@ -1,7 +1,7 @@
-// Elementary functions of one float, made of + - * / sqrt and fma only: the C libraries' differ between platforms.
+// Elementary functions of one float, of + - * / sqrt and fma only: those of the C libraries differ between platforms.
 //
-// Every definition has internal linkage, so each file has its own. simd_math.inl says exp, sigmoid, tanh, erf and gelu
-// a second time over 16 lanes, with the same coefficients in the same order; the others are rare and exist here only.
+// Every definition has internal linkage, so that each file compiles its own. simd_math.inl repeats exp, sigmoid, tanh,
+// erf and gelu over 16 lanes, with the same coefficients in the same order; the rare functions exist only here.
 #pragma once
 
 #include <stdint.h>
@@ -52,7 +52,7 @@ namespace {
 }
 
 // 2^x for x <= 0, 3 units of 2^-24; 0 below -126 (no subnormals). x = n + r, |r| <= 1/2; the bits of 1.5 * 2^23 are
-// gone after the shift. 2^n is multiplied in: added to the exponent of 2^r, it would make numbers of some NaN.
+// gone after the shift. 2^n is a factor: added to the exponent of 2^r, it would turn some NaN into numbers.
 [[maybe_unused]] float exp2_of_negative1(float x) {
   const float shifted = x + 12582912.0f;
   const float r = x - (shifted - 12582912.0f);
@@ -112,7 +112,7 @@ namespace {
 // x Phi(x) = max(x, 0) - |x| Phi(-|x|), Phi the normal distribution: log2 Phi(-a) is nearly a parabola. Absolute error
 // in units of 2^-24, for |x| <= 8: a Phi(-a) <= 0.17 times the error of Phi(-a), which is the polynomial's (minimax for
 // this product: 1.4 after it), 3 of exp2 (0.5), and the polynomial's last rounding: 2^-24 |p| ln2, times a Phi(-a) at
-// most 0.3. So 2.2, and half an ulp of the result. Beyond 8 it stays at that of 8, 5e-15.
+// most 0.3. So 2.2, and half an ulp of the result. Beyond 8 the error is that at 8, 5e-15.
 [[maybe_unused]] float gelu1(float x) {
   const float a = min1(8.0f, with_sign(x, 0.0f));
   float p = 2.992414557e-5f;
@@ -125,10 +125,10 @@ namespace {
   return fma1(-a, exp2_of_negative1(p), max1(0.0f, x));
 }
 
-// ---- in double, for the rare ones: no fma, so plain IEEE operations that are the same everywhere ------------------
+// ---- rare functions, in double: plain IEEE operations without fma are the same everywhere --------------------------
 
-// sin or cos of x: x = n pi/2 + r. Below 2^20 by three-part pi/2 (33 bits each, products exact); above by the bits of
-// 2/pi.
+// sin(x + quarter * pi / 2), so quarter 1 gives cos. x = n pi / 2 + r: below 2^20 with pi / 2 in three parts (33 bits
+// each, products exact), above with the bits of 2 / pi.
 [[maybe_unused]] double sin_or_cos(float x, int quarter) {
   double r;
   int64_t n;
@@ -139,9 +139,9 @@ namespace {
     r = ((wide - k * 1.57079632673412561417e+00) - k * 6.07710050630396597660e-11) - k * 2.02226624879595063154e-21;
     n = int64_t(k);
   } else {
-    // |x| = mantissa * 2^e, e >= -3. Bits of 2/pi with weight 2^(2-e) or more only add whole turns of 4 quarters: skip
-    // them. The next 96 bits leave more than 64 behind the point, and no float comes nearer to a multiple of pi/2 than
-    // 2^-31.
+    // |x| = mantissa * 2^e, e >= -3. Bits of 2 / pi with weight 2^(2 - e) or more only add whole periods of 4 quarters:
+    // skip them. The next 96 bits leave more than 64 behind the point, and no float is nearer to a multiple of pi / 2
+    // than 2^-31.
     static const uint32_t two_over_pi[8] = {0xa2f9836e, 0x4e441529, 0xfc2757d1, 0xf534ddc0,
                                             0xdb629599, 0x3c439041, 0xfe5163ab, 0xdebbc561};
     const uint32_t u = bits_of(x) & 0x7fffffffu;
@@ -152,7 +152,7 @@ namespace {
       product = product << 32 | uint32_t(pair << bit % 32 >> 32);
     }
     product *= (u & 0x7fffffu) | 0x800000u;
-    product <<= 30 + e - skip;  // now 2^126 stands for one quarter, and whole turns have left at the top
+    product <<= 30 + e - skip;  // now 2^126 is one quarter, and whole periods are shifted out at the top
     const int64_t fraction = int64_t(uint64_t(product >> 62));  // of a quarter, * 2^-64, signed: to the nearest one
     n = int64_t(uint64_t(product >> 126)) + (fraction < 0);
     r = double(fraction) * 0x1p-64 * 1.57079632679489661923;
@@ -166,14 +166,15 @@ namespace {
   return (n & 2) ? -y : y;
 }
 
-// Natural logarithm; -infinity of 0, NaN of a negative number. x = m 2^e, m in [sqrt(1/2), sqrt(2)).
-[[maybe_unused]] double log_series(double s) {  // 2 atanh(s), |s| <= 0.18
+// 2 atanh(s) = log((1 + s) / (1 - s)), |s| <= 0.18.
+[[maybe_unused]] double log_series(double s) {
   const double z = s * s;
   return 2 * s *
          (1 + z * (1.0 / 3 + z * (1.0 / 5 + z * (1.0 / 7 + z * (1.0 / 9 + z * (1.0 / 11 + z * (1.0 / 13 + z / 15)))))));
 }
 
-[[maybe_unused]] double log_positive(double x) {  // x normal
+// log(x) of a normal x > 0: x = m 2^e, m in [sqrt(1/2), sqrt(2)).
+[[maybe_unused]] double log_positive(double x) {
   uint64_t u;
   __builtin_memcpy(&u, &x, 8);
   int64_t e = int64_t(u >> 52) - 1023;
@@ -184,6 +185,7 @@ namespace {
   return double(e) * 0.69314718055994530942 + log_series((m - 1) / (m + 1));
 }
 
+// -infinity of 0, NaN of a negative number.
 [[maybe_unused]] float log1(float x) {
   if (!(x > 0.0f)) return x == 0.0f ? -__builtin_inff() : float_of(0x7fc00000u);
   if (x > 3.4028234663852886e38f) return x;

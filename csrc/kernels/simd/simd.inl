@@ -1,29 +1,66 @@
-// The SIMD kernels, written once over a struct S that each ISA file defines before including this file.
+// The SIMD kernels, written once over a struct S of primitives. A table's file opens its target region and an anonymous
+// namespace, defines S, includes this file, and then its linears: simd_linear.inl on x86, neon_linear.inl on ARM.
 //
-// All of S's vectors have 16 lanes (one zmm, two ymm, four q registers), so the order of every float sum is the same in
-// each ISA and equal to the formulas in kernels.h. S has:
-//   F, I              16 floats, 16 int32
-//   load store load_n store_n (n in 1..15: touches nothing beyond) set1 add sub mul div sqrt fma(a,b,c)=a*b+c
-//   max(a,b) = a > b ? a : b, min likewise (b where either is NaN), select_lt(a,b,x,y) = a < b ? x : y
-//   abs neg with_sign, bits/from_bits, isub iadd ishl23 imax iset1, to_int (nearest even), to_float, s8 (16 int8 -> F)
-//   half (16 fp16 -> F), narrow (16 int32 in -128..127 -> 16 bytes), sum (the tree), isum, imaximum
-//   put_blocks(p, q, a, b, c, d, sums): a and b narrowed at p, c and d at q (values -127..127), and the isum of each
-//   tops4 (imaximum of 4 -> Quad, as floats), top_of<2 or 4> (of each two, or of all, in their places), join (4 Quads
-//   -> F) kPowers: whether there are fraction(x) = x - round(x) and times_power<bounded>(p, x, fraction) = p *
-//   2^round(x), 0
-//     below -126 unless bounded
-//   Weights: W holds 4 columns of 16 rows as bytes; byte_weight(p) -> W (from q + 128). X gives 16 columns of one
-//     activation row, as 4 steps.
-//     ByteSum: bzero(offset), bdot<step>(sum, W, X), bsum(sum) -> I
-//     bzero takes -128 * sum of x where W is unsigned, and ignores it where byte_weight gives signed bytes
-//   what the linears want beside: simd_linear.inl (x86), neon_linear.inl
-//   Pairs: 16 columns of two tokens' values as int16; load_pairs(32 bytes), pdot(I, Pairs, two int16 in an int32) -> I
-//   put_every_second(32 bytes, 16 bytes, first): the bytes first, first + 2, ... become these
-//   narrow16 (16 int32 in -32768..32767 -> 16 int16)
-//   kGemvRows, kF32Rows: how many rows of activations fit the registers; kKeyTiles: tiles of keys that kGemvRows query
-//   rows meet at once; kValueRows, kValueColumns: most query rows and 16-column parts of the values at once,
-//   kValueSums: most of their product
-// The including file has opened its target region and an anonymous namespace.
+// Every vector has 16 lanes (one zmm, two ymm or four q registers), so the order of each float sum is the same in every
+// ISA and equal to the formulas of kernels.h. l is a lane, 0 .. 15.
+//
+// Types     F       16 floats
+//           I       16 int32
+//           W       weights: 4 columns of 16 rows, 64 bytes
+//           X       activations: 16 columns of one row, int8, used as 4 steps of 4 columns
+//           Pairs   values of the KV cache: 16 columns of two tokens, as int16
+//           Quad    4 floats
+//           ByteSum, NibbleSum   16 int32 dot products under way
+//
+// Memory    load(p) -> F, store(p, F)              16 floats, any alignment
+//           load_n(p, n) -> F, store_n(p, F, n)    n in 1 .. 15 floats; touches nothing beyond, load_n fills with 0
+//           half(p) -> F                           16 fp16
+//           narrow(p, I)                           16 int8; the lanes are in -128 .. 127
+//           narrow16(p, I)                         16 int16; the lanes are in -32768 .. 32767
+//
+// Floats    set1(v)                 v in every lane
+//           add sub mul div sqrt    IEEE, rounded to nearest even
+//           fma(a, b, c)            a * b + c, rounded once
+//           max(a, b)               a > b ? a : b    b if either is NaN
+//           min(a, b)               a < b ? a : b    b if either is NaN
+//           select_lt(a, b, x, y)   a < b ? x : y
+//           abs(a), neg(a)          sign bit cleared, flipped
+//           with_sign(a, s)         |a| with the sign of s
+//           sum(F) -> float         s[l] += s[l + 8], then + 4, + 2, + 1: s[0]
+//           maximum(F) -> float     the largest lane
+//
+// Integers  iset1(v), iadd(a, b), imax(a, b), ishl23(a) = a << 23
+//           bits(F) -> I, from_bits(I) -> F       the same bits
+//           to_int(F) -> I                        nearest even
+//           to_float(I) -> F
+//           isum(I) -> int32, imaximum(I) -> int32
+//
+// Powers    kPowers                 true: there are these two (only exp2_of_negative16 uses them)
+//           fraction(x)             x - round_to_even(x)
+//           times_power<bounded>(p, x, fraction)  p * 2^round(x); 0 if x < -126, unless bounded (then x >= -126)
+//
+// Quantize  tops4(a, b, c, d) -> Quad             imaximum of each, its bits as a float
+//           top_of<2>(Quad), top_of<4>(Quad)      the maximum of each two, of all four, in the place of each
+//           join(Quad, Quad, Quad, Quad) -> F
+//           put_blocks(p, q, a, b, c, d, sums)    a, b as 32 int8 at p; c, d as 32 int8 at q; sums[4]: isum of each;
+//                                                 the lanes are in -127 .. 127
+//
+// Dots      byte_weight(p) -> W             64 packed bytes q + 128, as the dot product of this ISA takes them
+//           load_x(p) -> X                  16 int8
+//           bzero(offset) -> ByteSum        the start: offset (-128 * sum of x) if W is unsigned, 0 if signed
+//           bdot<step>(s, W, X) -> ByteSum  s[l] += sum over c in 0 .. 3 of w[l][c] * x[4 * step + c]
+//           bsum(ByteSum) -> I              sum of q * x
+//
+// Values    load_pairs(p) -> Pairs                32 int8: column by column, the first token's, the second's
+//           pdot(I s, Pairs v, int32 w) -> I      s[l] += low(w) * v[l][0] + high(w) * v[l][1], low and high int16
+//           put_every_second(p, q, first)         p[2 * l + first] = q[l], first in 0 .. 1; the other bytes stay
+//
+// Register budgets, in vectors of F or I:
+//           kGemvRows       rows of activations (or of queries) in one pass over packed bytes (or keys)
+//           kF32Rows        rows of activations in one pass over f32 weights
+//           kKeyTiles       tiles of 16 keys that kGemvRows query rows meet at once
+//           kValueRows, kValueColumns, kValueSums
+//                           query rows, 16-column parts of the values, and the most sums of both, in one pass
 
 using F = S::F;
 using I = S::I;
@@ -37,8 +74,8 @@ struct Count {
   constexpr operator int() const { return N; }
 };
 
-// body(0), ..., body(N - 1), each with a compile-time index. GCC keeps a loop's array of registers in memory otherwise:
-// it unrolls such loops only after it has decided what may be a register.
+// Calls body(0), ..., body(N - 1), each with a compile-time index. In a plain loop GCC keeps an array of vectors in
+// memory: it unrolls the loop only after it has decided what may be a register.
 template <int N, class Body>
 inline __attribute__((always_inline)) void each(Body body) {
   if constexpr (N > 0) {
@@ -57,12 +94,18 @@ inline void with_count(int64_t count, Body body) {
 }
 
 #include "kernels/simd/simd_math.inl"
-
 #include "kernels/simd/simd_quantize.inl"
 
 // ---- linears ------------------------------------------------------------------------------------------------------
 
-// What differs between the weight types, over a block at p: packed (as in memory) or an unpacked tile.
+// What differs between the weight types: a template argument Q of the linears.
+//   kBytes    of a packed block: kHead and the weights
+//   kHead     bytes of fp16 scales (and minima) before the weights
+//   kParts    groups of 32 columns in a block; more than 1: a wide block
+//   kNibbles  two weights a byte
+//   kMinimum  w = s * q + m: 16 fp16 minima behind the scales
+//   kHalves   a scale for each 16 columns: 16 fp16 scales of the columns 16 .. 31 behind the others
+//   kCentred  nibbles are q + 8
 struct Q4a {
   static constexpr int64_t kBytes = 320, kHead = 64, kParts = 1;
   static constexpr bool kNibbles = true, kMinimum = true, kHalves = false, kCentred = false;
@@ -79,7 +122,7 @@ struct Q8x16 {
   static constexpr int64_t kBytes = 576, kHead = 64, kParts = 1;
   static constexpr bool kNibbles = false, kMinimum = false, kHalves = true, kCentred = false;
 };
-struct Q4x64 {  // kParts: groups of 32 columns in a block
+struct Q4x64 {
   static constexpr int64_t kBytes = 544, kHead = 32, kParts = 2;
   static constexpr bool kNibbles = true, kMinimum = false, kHalves = false, kCentred = true;
 };
@@ -88,10 +131,11 @@ struct Q8x128 {
   static constexpr bool kNibbles = false, kMinimum = false, kHalves = false, kCentred = false;
 };
 
-// y = x * W of one weight type, as kernels.h has it: in simd_linear.inl (x86) and neon_linear.inl.
+// y = x * W of one weight type: the formula at LinearFn in kernels.h. Defined in simd_linear.inl or neon_linear.inl.
 template <class Q>
 inline void linear(const LinearArgs& a, int64_t panel_begin, int64_t panel_end);
 
+// y[row + r, l] = fma over c ascending of x[row + r, c] * w[c, l], for R rows and one panel w[k, 16].
 template <int R>
 inline void f32_rows(const LinearArgs& a, const float* w, int64_t row, float* y, int64_t lanes) {
   const float* x = a.x + row * a.ldx;
@@ -120,10 +164,10 @@ inline void linear_f32(const LinearArgs& a, int64_t panel_begin, int64_t panel_e
 #include "kernels/simd/simd_attention.inl"
 #include "kernels/simd/simd_rows.inl"
 
-// Everything above in one table.
-inline Kernels simd_table(Kernels k, const char* isa) {
+// A table of the kernels above: it sets every kernel of kernels.h.
+inline Kernels simd_table(const char* isa) {
+  Kernels k = {};
   k.isa = isa;
-  k.quantize = quantize;
   k.linear[int(WeightType::q4a)] = linear<Q4a>;
   k.linear[int(WeightType::q4)] = linear<Q4>;
   k.linear[int(WeightType::q4x64)] = linear<Q4x64>;
@@ -131,17 +175,8 @@ inline Kernels simd_table(Kernels k, const char* isa) {
   k.linear[int(WeightType::q8x16)] = linear<Q8x16>;
   k.linear[int(WeightType::q8x128)] = linear<Q8x128>;
   k.linear[int(WeightType::f32)] = linear_f32;
-  k.epilogue = epilogue;
-  k.gated = gated;
-  k.unary = unary;
-  k.rms_norm = rms_norm;
-  k.layer_norm = layer_norm;
-  k.softmax = softmax;
-  k.rope = rope;
-  k.dequantize = dequantize;
-  k.kv_append = kv_append;
-  k.attention = attention;
-  k.attention_partial = attention_partial;
-  k.attention_merge = attention_merge;
+#define EDGEFORMER_SET(name) k.name = name;
+  EDGEFORMER_KERNELS(EDGEFORMER_SET)
+#undef EDGEFORMER_SET
   return k;
 }

@@ -1,14 +1,14 @@
-// Attention over S (see simd.inl): up to kAttentionRows query rows of one KV head meet a chunk of kChunkTokens keys.
+// Attention over S (see simd.inl): up to kAttentionRows query rows of one KV head at once. Formula: kernels.h.
 
 constexpr int kAttentionRows = 16;
 
-// The query rows of one call: row r is token `token` and query head `head`.
+// The query rows of one call: row r is query token token[r], query head head[r].
 struct Rows {
   int count;
   int64_t token[kAttentionRows], head[kAttentionRows];
   const float* q[kAttentionRows];
-  float scale[kAttentionRows];  // of its dots with the keys
-  int32_t offset[kAttentionRows];
+  float scale[kAttentionRows];     // S of the formula; int8: qs * S
+  int32_t offset[kAttentionRows];  // int8: -128 * sum of q8
   alignas(64) int8_t q8[kAttentionRows][kMaxHeadDim + 16];
 };
 
@@ -30,7 +30,8 @@ inline void set_rows(const AttentionArgs& a, int64_t kv_head, int64_t token_begi
   }
 }
 
-// int8 dots of R rows with the 16 keys of each of T tiles. The last step of a head_dim that 16 does not divide is cut.
+// s[r][16 t + l] = float(sum over d of q8[r][d] * k[t, l][d]) * (scale[r] * key_scales[16 t + l]), for R rows and T
+// tiles of 16 keys. d4: head_dim rounded up to 4.
 template <int R, int T>
 inline void key_dots(const Rows& rows, int first, int64_t d4, const uint8_t* tile, const float* key_scales,
                      float (*s)[kChunkTokens]) {
@@ -50,7 +51,7 @@ inline void key_dots(const Rows& rows, int first, int64_t d4, const uint8_t* til
     each<R>([&](auto r) __attribute__((always_inline)) { x[r] = S::load_x(rows.q8[first + r] + d); });
     each<4>([&](auto index) __attribute__((always_inline)) { dots(index, d + 4 * index, x); });
   }
-  if (d < d4) {  // q8 holds zeros from head_dim on
+  if (d < d4) {  // q8 has zeros from head_dim on
     each<R>([&](auto r) __attribute__((always_inline)) { x[r] = S::load_x(rows.q8[first + r] + d); });
     each<3>([&](auto index) __attribute__((always_inline)) {
       if (d + 4 * index < d4) dots(index, d + 4 * index, x);
@@ -62,6 +63,7 @@ inline void key_dots(const Rows& rows, int first, int64_t d4, const uint8_t* til
   });
 }
 
+// s[r][l] = (fma over d ascending of q[r][d] * k[l][d]) * scale[r], for R rows and one tile of 16 keys.
 template <int R>
 inline void key_dots_f32(const Rows& rows, int first, int64_t head_dim, const float* tile, float (*s)[kChunkTokens]) {
   F acc[R];
@@ -73,7 +75,7 @@ inline void key_dots_f32(const Rows& rows, int first, int64_t head_dim, const fl
   for (int r = 0; r < R; r++) S::store(s[r], S::mul(acc[r], f16(rows.scale[first + r])));
 }
 
-// The keys [begin, end) of a chunk that a row sees.
+// The keys [begin, end) of a chunk that a row sees. whole(tile): all 16 keys of the tile.
 struct Seen {
   int64_t begin, end;
   bool whole(int64_t tile) const { return tile * 16 >= begin && tile * 16 + 16 <= end; }
@@ -85,12 +87,12 @@ inline Seen seen_by(const AttentionArgs& a, int64_t token, int64_t chunk) {
   return {b < 0 ? 0 : b, e > kChunkTokens ? kChunkTokens : e};
 }
 
-// Softcap and mask (of this row and chunk) on the 16 scores of a tile, then log2(e).
+// s = softcap * tanh(s / softcap); s += mask; s *= log2(e), on the 16 scores of a tile. mask: of this row and chunk.
 inline F bend(const AttentionArgs& a, F v, const float* mask, int64_t tile, const Seen& seen) {
   if (a.softcap != 0.0f) v = S::mul(f16(a.softcap), tanh16(S::div(v, f16(a.softcap))));
   if (mask && seen.whole(tile)) {
     v = S::add(v, S::load(mask + tile * 16));
-  } else if (mask) {  // there may be no mask outside
+  } else if (mask) {  // the mask may have no memory for keys that the row does not see
     float lanes[16];
     S::store(lanes, v);
     for (int64_t l = 0; l < 16; l++)
@@ -100,7 +102,8 @@ inline F bend(const AttentionArgs& a, F v, const float* mask, int64_t tile, cons
   return S::mul(v, f16(kLog2E));
 }
 
-// Scores of the tiles [tile_begin, tile_end) as they count for one row, -inf for hidden keys; returns the largest.
+// Finishes one row's scores of the tiles [tile_begin, tile_end): softcap, mask, -inf for hidden keys. Returns their
+// maximum.
 inline float top_score(const AttentionArgs& a, const Rows& rows, int r, int64_t chunk, const Seen& seen,
                        int64_t tile_begin, int64_t tile_end, float* s) {
   alignas(64) static constexpr float kIndex[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -124,7 +127,8 @@ inline float top_score(const AttentionArgs& a, const Rows& rows, int r, int64_t 
   return S::maximum(tops);
 }
 
-// Scores -> p in place; returns their sum. With the scales of the values: p times these instead, the largest at `most`.
+// Replaces s by p = 2^(s - top); returns the sum of p over 16 lanes. With value_scales: by p * value_scales, and
+// *most = the largest of these.
 inline float soften(float top, const float* value_scales, const Seen& seen, int64_t tile_begin, int64_t tile_end,
                     float* s, float* most) {
   const F shift = f16(top == -__builtin_inff() ? 0.0f : top), zero = f16(0.0f);
@@ -144,8 +148,7 @@ inline float soften(float top, const float* value_scales, const Seen& seen, int6
   return S::sum(sums);
 }
 
-// out[R][16 C] = sum over tokens of w[R][tokens] * v[tokens][16 C], times scale[R]. Of a pair that lies half outside,
-// the other weight is 0.
+// out[r][16 C] = float(sum over t of w[r][t] * v[t][16 C]) * scale[r], by pairs of tokens; outside [begin, end) w is 0.
 template <int R, int C>
 inline void add_pairs(const int16_t (*w)[kChunkTokens], const float* scale, int64_t begin, int64_t end,
                       const uint8_t* values, int64_t stride, float* out, int64_t ldo) {
@@ -165,7 +168,7 @@ inline void add_pairs(const int16_t (*w)[kChunkTokens], const float* scale, int6
   });
 }
 
-// out[R][16 C] = sum of p[R][tokens] * v[tokens][16 C], tokens ascending.
+// out[r][16 C] = fma over t ascending of p[r][t] * v[t][16 C].
 template <int R, int C>
 inline void add_values(const float (*p)[kChunkTokens], int64_t begin, int64_t end, const uint8_t* values,
                        int64_t stride, float* out, int64_t ldo) {
@@ -182,7 +185,7 @@ inline void add_values(const float (*p)[kChunkTokens], int64_t begin, int64_t en
     for (int c = 0; c < C; c++) S::store(out + r * ldo + 16 * c, acc[r][c]);
 }
 
-// What rows got of one chunk: see the row of partials in kernels.h.
+// max, sum and out of the rows, of one chunk or merged: see the formula in kernels.h.
 struct Partials {
   alignas(64) float top[kAttentionRows], sum[kAttentionRows];
   float* out;  // [rows, ldo]
@@ -191,13 +194,13 @@ struct Partials {
 
 inline bool is_empty(float top, float sum) { return top == -__builtin_inff() && sum == 0.0f; }
 
-// All rows against one chunk.
+// Partials of all rows for one chunk.
 inline void attend_chunk(const AttentionArgs& a, int64_t kv_head, int64_t chunk, const Rows& rows, Partials& part) {
   const KvLayout& l = a.layout;
   const bool is_int8 = l.type == KvType::int8;
   const int64_t d4 = round_up(l.head_dim, 4), stride = l.value_stride();
   Seen seen[kAttentionRows];
-  int64_t begin = kChunkTokens, end = 0;  // what any of the rows sees of this chunk
+  int64_t begin = kChunkTokens, end = 0;  // the keys that some row sees
   for (int r = 0; r < rows.count; r++) {
     seen[r] = seen_by(a, rows.token[r], chunk);
     if (seen[r].begin >= seen[r].end) continue;
@@ -234,7 +237,7 @@ inline void attend_chunk(const AttentionArgs& a, int64_t kv_head, int64_t chunk,
                         reinterpret_cast<float (*)[kChunkTokens]>(&s[r][t * 16]));
     });
   }
-  // Stage by stage, each over all rows: the rows' chains of dependent steps overlap.
+  // Each stage over all rows: the rows' dependency chains overlap.
   alignas(64) float scale[kAttentionRows] = {}, inverse[kAttentionRows];
   for (int r = 0; r < rows.count; r++) part.top[r] = top_score(a, rows, r, chunk, seen[r], tile_begin, tile_end, s[r]);
   for (int r = 0; r < rows.count; r++)
@@ -273,13 +276,13 @@ inline void attend_chunk(const AttentionArgs& a, int64_t kv_head, int64_t chunk,
   }
 }
 
-// acc = acc * a + part * b
+// acc[d] = fma(part[d], b, acc[d] * a)
 inline void add_scaled(float* acc, float a, const float* part, float b, int64_t n) {
   for (int64_t d = 0; d < n; d += 16)
     S::store(acc + d, S::fma(S::load(part + d), f16(b), S::mul(S::load(acc + d), f16(a))));
 }
 
-// The same for the rows of a chunk: their factors are found together.
+// Merges a chunk's partials into acc, row by row; the rows' factors are computed in one vector.
 inline void merge_rows(int count, Partials& acc, const Partials& part, int64_t n) {
   alignas(64) float top[kAttentionRows], a[kAttentionRows], b[kAttentionRows];
   const F acc_top = S::load(acc.top), part_top = S::load(part.top), most = S::max(acc_top, part_top);

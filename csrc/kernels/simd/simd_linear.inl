@@ -1,12 +1,17 @@
-// The linears of the x86 tables: one body for AVX2, AVX-VNNI and AVX-512. Beside what simd.inl asks for, S has:
-//   nibble_low/high(p) -> W; load_w/store_w for unpacked tiles
-//   NibbleSum (an I): nzero(c), ndot<step>(sum, W, X), nsum(sum, c) -> I, c added by one of the two
-//   kLongNibbleSums: whether it takes more than 8 steps
-//   kGemvRows, kTileRows, kTilePanels: how many rows of activations (and panels) fit the registers
-//   kBytesAsTheyAre: byte_weight is a load and nothing else
-//   kFewRows: up to so many rows, passes of kGemvRows over the packed bytes are faster than tiles
+// The linears of the x86 tables: one body for AVX2, AVX-VNNI and AVX-512. S has, beside the primitives of simd.inl:
+//
+//   load_w(p), store_w(p, W)          64 bytes of an unpacked tile
+//   nibble_low(p), nibble_high(p)     -> W: the low, the high halves of 64 packed bytes, 0 .. 15
+//   nzero(c) -> NibbleSum             the start, for the final addend c
+//   ndot<step>(s, W, X) -> NibbleSum  s[l] += sum over c in 0 .. 3 of w[l][c] * x[4 * step + c]
+//   nsum(s, c) -> I                   the sum; c is added once, by nzero or by nsum
+//
+//   kLongNibbleSums                   NibbleSum takes more than 8 steps
+//   kBytesAsTheyAre                   byte_weight is a plain load
+//   kFewRows                          up to so many rows, passes of kGemvRows over the packed bytes beat tiles
+//   kTileRows, kTilePanels            rows of activations and panels of weights that one pass over a tile meets
 
-// A packed block: scales are fp16, nibbles are unpacked on the way. part(i): its i-th 32 columns, for their weights.
+// A packed block: fp16 scales; nibbles are unpacked as they are read. part(i): the weights of its i-th 32 columns.
 template <class Q>
 struct PackedBlock {
   static constexpr int64_t kBytes = Q::kBytes;
@@ -21,12 +26,12 @@ struct PackedBlock {
       return S::nibble_high(p + Q::kHead + 64 * (slice - 4));
   }
   F scale() const { return S::half(p); }
-  F second() const { return S::half(p + 32); }  // q4a: minima, q8x16: scales of the upper half
+  F second() const { return S::half(p + 32); }  // q4a: minima; q8x16: scales of the columns 16 .. 31
   PackedBlock part(int64_t i) const { return {p + (Q::kNibbles ? 256 : 512) * i}; }
 };
 
-// The same block unpacked for many rows of activations: 8 slices of W for 32 columns, then 16 scales and 16 "second" as
-// floats.
+// The same block, unpacked for many rows of activations: 8 slices of W for each 32 columns, then scale() and second()
+// as floats.
 template <class Q>
 struct TileBlock {
   static constexpr int64_t kScales = 512 * Q::kParts, kBytes = kScales + 128;
@@ -40,7 +45,7 @@ struct TileBlock {
   TileBlock part(int64_t i) const { return {p + 512 * i}; }
 };
 
-// One step: slice `s` of P blocks against R rows, into R x P sums.
+// sum[r][p] += 4 columns (slice `s` of 8) of panel p's block * row r, for R rows and P panels.
 template <class Q, int s, int R, int P, class Block, class Sum>
 inline __attribute__((always_inline)) void dot_slice(const Block (&block)[P], const S::X (&x)[R], Sum (&sum)[R][P]) {
   typename S::W w[P];
@@ -61,7 +66,7 @@ inline int32_t centre(const XBlock& xb) {
   return Q::kCentred ? xb.offset >> 4 : 0;
 }
 
-// acc[R][P] += one wide block of P panels times R rows.
+// acc[r][p] += one wide block of panel p * row r: all kParts of it under one scale.
 template <class Q, int R, int P, class Block>
 inline __attribute__((always_inline)) void add_wide(const Block (&block)[P], const int8_t* xq, const XBlock* xb,
                                                     int64_t ldq, int64_t ldb, F (&acc)[R][P]) {
@@ -110,7 +115,7 @@ inline __attribute__((always_inline)) void add_wide(const Block (&block)[P], con
   });
 }
 
-// acc[R][P] += one block of P panels times R rows, in the order of kernels.h.
+// acc[r][p] += one block of panel p * row r, in the order of LinearFn's formula (kernels.h).
 template <class Q, int R, int P, class Block>
 inline __attribute__((always_inline)) void add_block(const Block (&block)[P], const int8_t* xq, const XBlock* xb,
                                                      int64_t ldq, int64_t ldb, F (&acc)[R][P]) {
@@ -180,7 +185,7 @@ inline __attribute__((always_inline)) void add_block(const Block (&block)[P], co
   }
 }
 
-// One panel against R rows straight from the packed bytes: decoding, where memory sets the pace.
+// y[row .. row + R) of one panel, straight from the packed bytes: for decoding, which the memory bounds.
 template <class Q, int R>
 inline void panel_rows(const LinearArgs& a, const uint8_t* panel, int64_t row, float* y, int64_t lanes) {
   const int64_t blocks = blocks_of(a.k);
@@ -212,11 +217,12 @@ inline void small_linear(const LinearArgs& a, int64_t panel_begin, int64_t panel
   }
 }
 
-// Prefill: kTilePanels panels x kTileBlocks blocks are unpacked into L1 once, then meet all rows. Between the parts of
-// K the accumulators rest in y, which does not change their bits.
+// Prefill: kTilePanels panels x kTileBlocks blocks are unpacked into L1 once, for all rows. From one part of K to the
+// next the accumulators are stored in y and loaded again, which does not change their bits.
 constexpr int64_t kTileBlocks = 24;
 
-// Blocks of P panels, each panel's one after another from `tile + p * panel_bytes` on, against R rows.
+// y[row .. row + R) += tile_blocks blocks of P panels. Panel p's blocks start at tile + p * panel_bytes; the sums start
+// from y, or from 0 if first_block is 0.
 template <class Q, class Block, int R, int P>
 inline void tile_rows(const LinearArgs& a, const uint8_t* tile, int64_t panel_bytes, int64_t tile_blocks,
                       int64_t first_block, int64_t row, float* y, int64_t lanes) {
@@ -257,7 +263,7 @@ inline void unpack_block(const uint8_t* packed, uint8_t* tile) {
   if constexpr (Q::kMinimum || Q::kHalves) S::store(scales + 16, block.second());
 }
 
-// Which of two blocks, for tiles (no std:: here).
+// std::conditional: no std:: in a kernel's file.
 template <bool first, class A, class B>
 struct Either {
   using type = A;
@@ -269,7 +275,7 @@ struct Either<false, A, B> {
 
 template <class Q, int P>
 inline void tiled_panels(const LinearArgs& a, int64_t panel, float* y) {
-  // Whole lines of plain bytes need no tile: they go to L1 by themselves.
+  // Plain bytes in whole cache lines need no tile: the packed blocks stay in L1 as they are.
   constexpr bool as_packed = S::kBytesAsTheyAre && !Q::kNibbles && Q::kBytes % 64 == 0 && !Q::kHalves;
   constexpr int64_t tile_bytes = kTileBlocks / Q::kParts * TileBlock<Q>::kBytes;
   alignas(64) uint8_t tile[as_packed ? 64 : P * tile_bytes];

@@ -1,4 +1,4 @@
-// Elementary functions: those of scalar_math.h over 16 lanes, bit for bit. Included by simd.inl.
+// Elementary functions over 16 lanes: formulas and bits of scalar_math.h. Included by simd.inl.
 
 inline F f16(float v) { return S::set1(v); }
 
@@ -19,7 +19,7 @@ inline F exp16(F x) {
   return S::select_lt(x, f16(-87.0f), f16(0.0f), S::mul(S::mul(e, power), f16(2.0f)));
 }
 
-// bounded: x >= -126 is known.
+// bounded: the caller knows that x >= -126.
 template <bool bounded = false, class T = S>
 inline F exp2_of_negative16(F x) {
   F r, shifted;
@@ -134,7 +134,7 @@ struct UnaryOp {
   }
 };
 
-// The rare ones (sin, cos, log, softplus) go through scalar_math.h, lane by lane.
+// sin, cos, log and softplus are rare: scalar_math.h, lane by lane.
 struct RareOp {
   Unary op;
   F operator()(F x) const {
@@ -145,7 +145,7 @@ struct RareOp {
   }
 };
 
-// Calls body(f) with f the function of `op` on 16 lanes: one branch a call, none a vector.
+// Calls body(f), f: F -> F the function of `op`: one branch for the whole call, none for each vector.
 template <class Body>
 inline void with_unary(Unary op, Body body) {
   switch (op) {

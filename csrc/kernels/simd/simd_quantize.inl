@@ -1,7 +1,7 @@
-// Floats -> int8: activations by blocks, and the keys and values of the cache. Included by simd.inl.
+// Floats -> int8: activations by blocks, and the keys and values of the KV cache. Included by simd.inl.
 
-// 16 blocks at a time, of as many rows as that takes: scales are divided together, and no block waits for another.
-// whole: every block has all its columns. So many blocks in a row share a scale: 1, 2 or 4; they stand at a multiple.
+// The formula at Kernels::quantize, 16 blocks at a time across rows: one division gives 16 scales, and blocks are
+// independent. whole: every block has 32 columns. shared: blocks of one span: 1, 2 or 4, from a multiple of it on.
 template <bool whole, int shared>
 inline void quantize_blocks(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t block_begin, int64_t block_end,
                             int8_t* xq, XBlock* xb) {
@@ -16,7 +16,7 @@ inline void quantize_blocks(const float* x, int64_t ldx, int64_t m, int64_t k, i
       from[j] = x + row * ldx + g * kBlock;
       columns[j] = k - g * kBlock;
       to[j] = row * blocks + g;
-      if (j + 1 < count && ++g == block_end) {  // the last one fills the four, and is written once
+      if (j + 1 < count && ++g == block_end) {  // repeats of the last block fill up the four; it is written once
         g = block_begin;
         row++;
       }
@@ -79,7 +79,7 @@ inline void quantize(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t 
     quantize_blocks<false, 1>(x, ldx, m, k, block_begin, block_end, xq, xb);
 }
 
-// Scale and multiplier of values whose absolute maximum has these bits.
+// absmax / 127 and 127 / absmax, both 0 for absmax < 2^-100; given absmax by its bits.
 struct Scale {
   float scale, inverse;
   explicit Scale(int32_t top_bits) {
@@ -90,7 +90,7 @@ struct Scale {
   }
 };
 
-// Scale of one row of n floats, its quantized values (rounded up to 16 with zeros) at q, and their sum.
+// q[c] = round_to_even(x[c] * (127 / absmax)), n rounded up to 16 with zeros; *sum = sum of q. Returns absmax / 127.
 inline float quantize_row(const float* x, int64_t n, int8_t* q, int32_t* sum = nullptr) {
   I top = S::iset1(0), sums = S::iset1(0);
   for (int64_t c = 0; c < n; c += 16) top = S::imax(top, S::bits(S::abs(load_tail(x + c, n - c))));
@@ -104,7 +104,7 @@ inline float quantize_row(const float* x, int64_t n, int8_t* q, int32_t* sum = n
   return s.scale;
 }
 
-// One token's keys and values of one head.
+// Writes token t (of a chunk) of one head: k[head_dim], v[value_dim]. Layout: KvLayout in kernels.h.
 inline void append_int8(const KvLayout& l, uint8_t* head, int64_t t, const float* k, const float* v) {
   const int64_t d4 = round_up(l.head_dim, 4);
   alignas(64) int8_t q[kMaxHeadDim + 16];

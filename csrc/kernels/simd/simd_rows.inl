@@ -1,4 +1,4 @@
-// Row kernels over S (see simd.inl): epilogues, norms, softmax, rope, dequantize.
+// Row kernels over S (see simd.inl): epilogues, norms, softmax, rope. Their formulas: Kernels in kernels.h.
 
 inline void epilogue(const EpilogueArgs& a) {
   with_unary(a.activation, [&](auto f) __attribute__((always_inline)) {
@@ -147,14 +147,4 @@ inline void rope(const float* x, int64_t ldx, int64_t m, int64_t heads, int64_t 
         for (int64_t j = rotary; j < head_dim; j++) to[j] = from[j];
     }
   }
-}
-
-inline void dequantize(const int8_t* q, const float* s, int64_t k, int64_t block, float* y) {
-  if (block % 16) {
-    for (int64_t c = 0; c < k; c++) y[c] = float(q[c]) * s[c / block];
-    return;
-  }
-  int64_t c = 0;
-  for (; c + 16 <= k; c += 16) S::store(y + c, S::mul(S::s8(q + c), f16(s[c / block])));
-  for (; c < k; c++) y[c] = float(q[c]) * s[c / block];
 }

@@ -23,7 +23,7 @@ struct S : Lanes {
   static constexpr int kGemvRows = 4, kFewRows = 8, kTileRows = 4, kTilePanels = 1, kF32Rows = 4;
   static constexpr int kKeyTiles = 1, kValueRows = 2, kValueColumns = 2, kValueSums = 4;
 
-  // A step of nibbles adds at most 2 * 15 * 127 to an int16, so 8 steps (30480) fit before they are widened.
+  // A step of nibbles adds at most 2 * 15 * 127 to an int16: 8 steps (30480) fit before the sums are widened.
   using NibbleSum = I;
   static NibbleSum nzero(int32_t) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
   template <int index>
@@ -36,8 +36,8 @@ struct S : Lanes {
     return iadd({_mm256_madd_epi16(s.a, one), _mm256_madd_epi16(s.b, one)}, iset1(c));
   }
 
-  // Bytes: |w| unsigned times x with w's sign, at most 2 * 127 * 127 in an int16. q is never -128: -(-128) does not
-  // fit.
+  // Bytes: |w| unsigned times x with w's sign, at most 2 * 127 * 127 = 32258 in an int16. q is never -128: -(-128) does
+  // not fit.
   using ByteSum = I;
   static W byte_weight(const uint8_t* p) {
     const __m256i flip = _mm256_set1_epi8(char(0x80));
@@ -59,7 +59,7 @@ struct S : Lanes {
 
 }  // namespace
 
-Kernels kernels_avx2(Kernels base) { return simd_table(base, "avx2"); }
+Kernels kernels_avx2() { return simd_table("avx2"); }
 
 }  // namespace edgeformer
 

@@ -1,7 +1,7 @@
 // The AVX-512 VNNI table: one zmm is 16 lanes, vpdpbusd does 64 multiply-adds, 32 registers hold an 8 x 2 panel tile.
 #if defined(__x86_64__)
 #if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own _mm512_undefined_*
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns about its own _mm512_undefined_*
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
@@ -66,9 +66,6 @@ struct S {
   }
   static I to_int(F v) { return _mm512_cvtps_epi32(v); }
   static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
-  static F s8(const int8_t* p) {
-    return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-  }
   static F half(const uint8_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static void narrow(int8_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(v)); }
   static void put_blocks(int8_t* p, int8_t* q, I a, I b, I c, I d, int32_t* sums) {
@@ -157,7 +154,7 @@ struct S {
 
 }  // namespace
 
-Kernels kernels_avx512vnni(Kernels base) { return simd_table(base, "avx512vnni"); }
+Kernels kernels_avx512vnni() { return simd_table("avx512vnni"); }
 
 }  // namespace edgeformer
 

@@ -57,7 +57,7 @@ struct S : Lanes {
 
 }  // namespace
 
-Kernels kernels_avxvnni(Kernels base) { return simd_table(base, "avxvnni"); }
+Kernels kernels_avxvnni() { return simd_table("avxvnni"); }
 
 }  // namespace edgeformer
 

@@ -1,4 +1,4 @@
-// 16 lanes as two ymm: what the AVX2 and the AVX-VNNI table share. The including file adds the weights (see simd.inl).
+// 16 lanes as two ymm: the primitives of simd.inl that AVX2 and AVX-VNNI share. The including file adds the dots.
 
 struct Lanes {
   struct F {
@@ -59,10 +59,6 @@ struct Lanes {
   static constexpr bool kPowers = false;
   static I to_int(F v) { return {_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)}; }
   static F to_float(I v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
-  static F s8(const int8_t* p) {
-    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))),
-            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8))))};
-  }
   static F half(const uint8_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
             _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)))};
@@ -116,7 +112,8 @@ struct Lanes {
     m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
     return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1)));
   }
-  static __m256i put_block(int8_t* p, I a, I b) {  // and the sums of its quarters: 4 of a, 4 of b
+  // a, b as 32 int8 at p; returns 8 sums of 4 bytes each: 4 of a, 4 of b.
+  static __m256i put_block(int8_t* p, I a, I b) {
     const __m256i w = _mm256_packs_epi16(_mm256_packs_epi32(a.a, a.b), _mm256_packs_epi32(b.a, b.b));
     const __m256i q = _mm256_permutevar8x32_epi32(w, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), q);

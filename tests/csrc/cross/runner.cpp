@@ -123,10 +123,6 @@ void elementwise(const Kernels& kernels) {
     EpilogueArgs epilogue = {y.data(), n, 3, n, bias.data(), Unary::gelu, 0.3f, in.data(), wide};
     kernels.epilogue(epilogue);
     print("epilogue" + name, y);
-    std::vector<int8_t> q(static_cast<size_t>(n));
-    for (auto& v : q) v = int8_t(random.below(255) - 127);
-    kernels.dequantize(q.data(), weight.data(), n, 32, y.data());
-    print("dequantize" + name, y);
   }
   for (const bool interleaved : {false, true}) {
     const std::vector<float> in = floats(random, 3 * 2 * 80), cos = floats(random, 3 * 19),
@@ -172,8 +168,29 @@ void attention(const Kernels& kernels) {
         for (int64_t c = 0; c < 2; c++) kernels.attention_partial(a, h, 0, tokens, c, partial.data() + c * stride);
         kernels.attention_merge(a, h, 0, tokens, 2, partial.data(), stride);
       }
-      print("attention" + name, out);  // the same name: both ways must give one hash
+      print("attention" + name, out);  // the same name: both must give one hash
     }
+  }
+}
+
+// A table has every kernel, and each one that is taken out is seen.
+void completeness(const Kernels& kernels) {
+  const auto check = [](const Kernels& table, const char* expected) {
+    const char* found = null_kernel(table);
+    if (std::string(found ? found : "") != expected) throw std::runtime_error(std::string("not seen: ") + expected);
+  };
+  check(kernels, "");
+  Kernels lacking = kernels;
+#define EDGEFORMER_CHECK(name) \
+  lacking.name = nullptr;      \
+  check(lacking, #name);       \
+  lacking = kernels;
+  EDGEFORMER_KERNELS(EDGEFORMER_CHECK)
+#undef EDGEFORMER_CHECK
+  for (int type = 0; type < kWeightTypes; type++) {
+    lacking.linear[type] = nullptr;
+    check(lacking, kWeightTypeNames[type]);
+    lacking = kernels;
   }
 }
 
@@ -196,6 +213,7 @@ int main(int argc, char** argv) {
       return 0;
     }
     const Kernels kernels = kernels_for(argv[1]);
+    completeness(kernels);
     linears(kernels);
     elementwise(kernels);
     attention(kernels);

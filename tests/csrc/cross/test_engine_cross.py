@@ -27,8 +27,8 @@ FORMS = [("q8", "int8"), ("float", "float32")]  # the bundle, its cache
 
 @pytest.fixture(scope="module")
 def dumps(bundles, tmp_path_factory):
-    """form -> (the file, the hashes that this machine's extension gives). The prompts are longer than a cache chunk, so
-    a step's attention is split; the second goes on at an odd position, where two tokens share bytes of the cache."""
+    """form -> (the file, the hashes that this machine's extension gives). The prompts are longer than a KV chunk, so
+    attention is split; the second starts at an odd position, where two tokens share a pair of values in the cache."""
     folder = tmp_path_factory.mktemp("dumps")
     prompts = [np.random.default_rng(0).integers(0, 90, (1, length)) for length in PROMPTS]
     return {name: (folder / name, dump(bundles / name, folder / name, kv, prompts, STEPS)) for name, kv in FORMS}
@@ -66,7 +66,7 @@ def test_another_weight_is_seen_and_a_cut_file_refused(runners, dumps, tmp_path:
 def under_thread_sanitizer(runners, dumps, *instead: Path) -> Iterator[subprocess.CompletedProcess[str]]:
     """Runs of the q8 model with 3 threads on the second-best table, which compiles in a sixth of the best one's time.
 
-    On a busy machine one thread may do all the work of a run, and nothing meets: so there are several.
+    On a busy machine one thread may do all the work of a run, without a race: so there are several runs.
     """
     isa = next((isa for isa in ("avx2", "neon_dotprod") if isa in native.isas()), None)
     if isa is None:

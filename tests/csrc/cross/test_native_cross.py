@@ -1,8 +1,8 @@
 """Other CPUs under qemu-user: aarch64 with and without dotprod and i8mm, x86-64 before AVX-512 and before AVX2.
 
-`runner.cpp` runs each kernel on the same inputs and prints a hash of the output bits a case. What the scalar table
-gives on this machine is expected of every table on every CPU. Needs g++, aarch64-linux-gnu-g++ and qemu-user; where
-they are missing the tests are skipped, or fail with EDGEFORMER_REQUIRE_CROSS=1.
+`runner.cpp` runs each kernel on the same inputs and prints a hash of the output bits for each case. Reference: the
+scalar table on this machine; every table on every CPU must give its bits. Needs g++, aarch64-linux-gnu-g++, qemu-user;
+without them the tests are skipped, or fail with EDGEFORMER_REQUIRE_CROSS=1.
 """
 
 from __future__ import annotations
