@@ -1,4 +1,4 @@
-// The Python module edgeformer._native. These files check all that comes from Python; below there are debug asserts only.
+// The Python module edgeformer._native. The bindings check all that comes from Python; the layers below only assert.
 #include <memory>
 #include <string>
 #include <vector>

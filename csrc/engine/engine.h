@@ -2,7 +2,7 @@
 //
 //   what                     owner     changes                                 threads
 //   spec, kernels, ops       Engine    never                                   any number read
-//   packed weights           Engine    pack() fills them once; use_packed()    several pack() at once, each its own rows;
+//   packed weights           Engine    pack() fills them once; use_packed()    several pack() at once, of disjoint rows;
 //                            or caller borrows those of another engine         no forward() before all are there
 //   arena, run, partials     Engine    every forward()                         one forward at a time: forward() locks
 //   State (KV caches)        caller    forward() appends, truncate, select     one call at a time: the bindings refuse

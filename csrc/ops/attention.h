@@ -1,10 +1,11 @@
 // Attention on rows, with norms of heads, rotation, and append to the KV cache.
 //
 // Decode (at most kSmallRows rows of every sequence, and a cache): a task is (sequence, KV head, part of the sequence's
-// KV chunks). It rotates the queries of its head, rotates and appends the new keys of its own part, and attends. Tasks do
-// not wait for each other.
+// KV chunks). It rotates the queries of its head, rotates and appends the new keys of its own part, and attends. Tasks
+// do not wait for each other.
 // Prefill: phase 0 rotates and appends by rows; phase 1 attends by tiles of query rows.
-// Both: phase 2 merges the parts of split sequences; phase 3 quantizes the output, if its blocks are not those of heads.
+// Both: phase 2 merges the parts of split sequences; phase 3 quantizes the output if its blocks are not those of
+// heads.
 //
 //   attention.cpp          the numbers of the operation, and the schedule: phases, chunks, tasks
 //   attention_layout.cpp   sequences of a run, and the operation's memory

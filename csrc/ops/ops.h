@@ -60,7 +60,7 @@ struct Run {
 //   scratch_bytes    when memory is laid out                one thread       nothing
 //   begin(phase)     in order of phases, after all work of  one thread       its plan, its outputs
 //                    the phase before
-//   work(chunk)      once for each chunk that begin counted any thread       its outputs, its temp, the thread's scratch
+//   work(chunk)      once for each chunk that begin counted any thread       its outputs, temp, the thread's scratch
 class Op {
  public:
   Op(int index, const OpSpec& spec) : index_(index), spec_(spec) {}

@@ -61,7 +61,8 @@ float point(Point fn, float x, float a, float b) {
   }
 }
 
-// y[i] = fn(x[i]): floats; whole numbers for sign; a bool for the tests, for is_inf, a and b: whether -inf and inf count.
+// y[i] = fn(x[i]): floats; sign also of whole numbers; is_nan and is_inf give bools. For is_inf, a and b: whether -inf and
+// inf count.
 class Pointwise final : public ParallelOp {
  public:
   Pointwise(int index, const OpSpec& spec)

@@ -1,5 +1,5 @@
-// Operations that move elements: expand, tile, transpose, slice, concat, gather, pad, trilu, and the ones that make
-// tensors of nothing: range, fill, sizes.
+// Operations that move elements: expand, tile, transpose, slice, concat, gather, pad, trilu, and those without
+// inputs: range, fill, sizes.
 #include <algorithm>
 #include <cstring>
 #include <string>
@@ -33,7 +33,7 @@ void copy_strided(const Tensor& x, int64_t offset, const Strides& strides, const
   });
 }
 
-// Everything that is one walk of its input: the subclass says where it starts and how it strides.
+// An operation that copies its input by strides: the subclass gives the offset and the strides.
 class CopyOp : public ParallelOp {
  public:
   using ParallelOp::ParallelOp;

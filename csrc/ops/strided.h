@@ -20,7 +20,7 @@ inline Strides contiguous(const Tensor& t) {
   return s;
 }
 
-// Strides of `t` seen as a tensor of `out`'s shape: 0 along axes that are spread. Axes are aligned at the end.
+// Strides of `t` broadcast to the shape of `out`: 0 along broadcast axes. Trailing axes are aligned.
 inline Strides broadcast_strides(const Tensor& t, const Tensor& out) {
   const Strides own = contiguous(t);
   Strides s{};
@@ -31,7 +31,7 @@ inline Strides broadcast_strides(const Tensor& t, const Tensor& out) {
   return s;
 }
 
-// The sizes agree: every axis of `t` is 1 or out's.
+// Whether `t` broadcasts to `out`: every axis is 1 or out's.
 inline bool broadcasts(const Tensor& t, const Tensor& out) {
   if (t.rank > out.rank) return false;
   for (int i = 0; i < t.rank; ++i) {

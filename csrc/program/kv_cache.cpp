@@ -19,7 +19,7 @@ constexpr int64_t kLayerFields = 4;
 void KvCache::FreeChunk::operator()(uint8_t* p) const { std::free(p); }
 
 KvCache::Chunk KvCache::make_chunk(size_t bytes) {
-  // Zeroed: a tile is read whole, also where its last tokens were never written.
+  // Zeroed: kernels read whole tiles, including tokens that were never written.
   void* p = nullptr;
   if (posix_memalign(&p, 64, bytes ? bytes : 64)) throw std::bad_alloc();
   std::memset(p, 0, bytes);
@@ -50,7 +50,7 @@ void KvCache::resize_chunks(int64_t count) {
 void KvCache::reserve(int64_t tokens) {
   if (tokens < 0 || tokens > limit_ - length_)
     throw std::length_error("KV cache: " + std::to_string(length_) + " tokens in the cache and " +
-                            std::to_string(tokens) + " more asked for, the limit is " + std::to_string(limit_));
+                            std::to_string(tokens) + " more requested, the limit is " + std::to_string(limit_));
   const int64_t count = chunks_for(length_ + tokens);
   for (const auto& layer : owned_)
     if (int64_t(layer.size()) < count) return resize_chunks(count);
