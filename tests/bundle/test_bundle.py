@@ -53,7 +53,7 @@ def test_the_fingerprint_changes_with_any_file(lm, copy_of, reseal):
         (lambda m: m.update(task=""), "task is empty"),
         (lambda m: m.update(graphs={}), "graphs is empty"),
         (lambda m: m.update(graphs=[]), "graphs is a list, expected an object"),
-        (lambda m: m["graphs"]["model"].update(file="x.onnx"), "'x.onnx', which files does not name"),
+        (lambda m: m["graphs"]["model"].update(file="x.onnx"), "'x.onnx', which is not in files"),
         (lambda m: m["graphs"]["model"]["inputs"]["input_ids"].update(shape=[1.5]), r"shape holds 1\.5"),
         (lambda m: m["graphs"]["model"]["inputs"].update(input_ids=3), "input_ids is 3, expected {dtype"),
         (lambda m: m["quantization"].update(scheme="q3"), "scheme is 'q3', expected one of q4a"),
@@ -184,7 +184,7 @@ def test_a_cut_graph_is_refused_even_with_a_manifest_that_fits(lm, copy_of, rese
     path = damaged / "model.onnx"
     path.write_bytes(path.read_bytes()[: path.stat().st_size * share // 64])
     reseal(damaged)
-    with pytest.raises(BundleError, match=r"ONNX model|disagree|needs|no file"):
+    with pytest.raises(BundleError, match=r"ONNX model|disagree|needs|not a file"):
         _open_and_load(damaged)
 
 
@@ -216,10 +216,10 @@ def _place(key, value):
             (_place("location", bad), "plain file name")
             for bad in ("../x", "/etc/passwd", "C:\\x", "a/../../x", "", "..")
         ),
-        (_place("location", "other.data"), "no file of this bundle"),
+        (_place("location", "other.data"), "not a file of this bundle"),
         (_place("offset", "-64"), "bytes -64"),
         (_place("offset", "18446744073709551552"), "which holds"),
-        (_place("offset", "x"), "no number"),
+        (_place("offset", "x"), "not a number"),
         (_place("length", "99999999999"), "which holds"),
         (_place("length", "64"), "needs"),
         (lambda tensor: tensor.dims.__setitem__(0, -1), "negative size"),

@@ -213,7 +213,7 @@ def test_all_problems_of_the_inputs_are_in_one_message(float_engine):
     call = {"ids": [[1]], "position_ids": [[0.5]], "logits_to_keep": -1}
     with pytest.raises(InputError) as error:
         float_engine.forward([(call, float_engine.new_state())])
-    for part in ("ids is no input", "input_ids is missing", "position_ids has elements", "logits_to_keep is -1"):
+    for part in ("ids is not an input", "input_ids is missing", "position_ids has elements", "logits_to_keep is -1"):
         assert part in str(error.value)
 
 
