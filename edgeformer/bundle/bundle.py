@@ -108,7 +108,7 @@ class Bundle:
 
     @property
     def context(self) -> int | None:
-        """The context length in tokens: rows of the position table, else the value in config.json; None for no limit."""
+        """The context length in tokens, from the position table, else from config.json; None for no limit."""
         return self.positions("decoder") or self.positions() or context_length(self.config)
 
     def context_source(self, graph: str = "model") -> str:

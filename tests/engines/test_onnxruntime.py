@@ -344,7 +344,7 @@ def test_an_unknown_provider_is_refused(lm):
 @pytest.mark.parametrize(
     ("bundle", "version", "expected"),
     [
-        ("q8", "1.24.4", r"needs 1\.25 or newer \(older ones run q8 weights 15 to 50 times slower"),
+        ("q8", "1.24.4", r"needs 1\.25 or newer \(older versions run q8 weights 15 to 50 times slower"),
         ("q8", "1.25.0", None),
         ("float", "1.24.4", None),
         ("float", "1.22.1", r"needs 1\.23 or newer"),
