@@ -158,7 +158,7 @@ def test_first_tokens_are_drawn_with_the_probabilities_of_transformers(llama):
     assert ((found[some] - uniform) ** 2 / uniform).sum() > 40  # the bound rejects a uniform draw
 
 
-def test_max_length_max_time_and_stop_strings_end_a_generation(lm):
+def test_lengths_time_and_stop_strings_end_a_generation(lm):
     model = edgeformer.load(lm, "cpu", threads=1)
     assert len(model.generate([5], ignore_eos=True).ids) == 128
     assert model.generate([5], max_time=0.0, ignore_eos=True).finish_reason == "time"
