@@ -168,8 +168,8 @@ def test_the_start_of_a_stop_string_is_shown_if_the_rest_does_not_follow(model):
     ],
 )
 def test_the_stop_filter(stops, pieces, expected):
-    stop_filter = StopFilter(stops)
-    assert "".join(map(stop_filter.push, pieces)) + ("" if stop_filter.found() else stop_filter.flush()) == expected
+    stop = StopFilter(stops)
+    assert "".join(map(stop.push, pieces)) + ("" if stop.found() else stop.flush()) == expected
 
 
 def test_the_stop_filter_against_a_plain_search():
@@ -178,10 +178,10 @@ def test_the_stop_filter_against_a_plain_search():
         text = "".join(rng.choice(list("ab"), 12))
         stops = ["".join(rng.choice(list("ab"), rng.integers(1, 5))) for _ in range(2)]
         cuts = np.sort(rng.integers(0, 13, 4))
-        stop_filter = StopFilter(stops)
-        pieces = [stop_filter.push(text[a:b]) for a, b in zip([0, *cuts], [*cuts, 12], strict=True)]
-        shown = "".join(pieces) + ("" if stop_filter.found() else stop_filter.flush())
-        ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+        stop = StopFilter(stops)
+        pieces = [stop.push(text[a:b]) for a, b in zip([0, *cuts], [*cuts, 12], strict=True)]
+        shown = "".join(pieces) + ("" if stop.found() else stop.flush())
+        ends = [(text.find(one) + len(one), text.find(one)) for one in stops if one in text]
         assert shown == (text[: min(ends)[1]] if ends else text)
 
 

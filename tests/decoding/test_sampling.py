@@ -103,8 +103,8 @@ def test_logits_without_any_token_raise_and_a_single_token_is_chosen():
     scores[7] = -3.0
     config = GenerationConfig(do_sample=True, top_p=0.5, top_k=3, min_p=0.5, typical_p=0.5, top_h=0.5, eta_cutoff=0.5)
     left = scores
-    for keep in sampling.filters(config):
-        left = keep(left)
+    for mask in sampling.filters(config):
+        left = mask(left)
     assert choose(left, RNG(0)) == choose(scores, None) == 7
 
 

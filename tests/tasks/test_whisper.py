@@ -118,7 +118,7 @@ def speech(tmp_path_factory):
 def tokenizer() -> tf.PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "</s>", "<s>", *WORDS])}
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "</s>", "<s>", *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     return tf.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", bos_token="<s>")
