@@ -185,7 +185,7 @@ def test_a_tiny_whisper_learns_digits_and_its_bundle_gives_the_same_transcripts(
             found = loaded.transcribe(samples)
             right[index] += found.text == " ".join(WORDS[digit] for digit in digits)
             same[index] += found.ids == [token for token in expected if token >= FIRST]
-    assert min(right) >= 36, f"{right} of 40 recordings of other voices are right on {engines}"
+    assert min(right) >= 36, f"{right} of 40 recordings of voices never heard are right on {engines}"
     assert min(same) >= (40 if scheme == "none" else 38), f"{same} of 40 transcripts are PyTorch's on {engines}"
 
 
