@@ -1,8 +1,10 @@
-"""Files that only save time: what was worked out about a model once, in the user's cache folder.
+"""The disk cache: results about a model that are computed once, such as packed weights.
 
-Whoever deletes them loses a moment at the next load. EDGEFORMER_CACHE names another folder; set to nothing, none is
-kept. Small entries begin with the SHA-256 of what follows, so a damaged one is no entry. Large ones are mapped, and
-written behind the caller's back: they end with the SHA-256 of what they say about themselves and of a sample.
+Every entry can be deleted at any time; the next load then computes it again. The folder is the user's cache folder, or
+EDGEFORMER_CACHE; an empty EDGEFORMER_CACHE disables the cache. A small entry is the SHA-256 of its data, then the data;
+a damaged one counts as missing. A large entry is memory-mapped, and written by a background thread. Its layout:
+
+    data | note | length of data (8 bytes, little-endian) | SHA-256 of note, length and a sample of the data
 """
 
 from __future__ import annotations
@@ -22,19 +24,19 @@ import numpy as np
 from numpy.typing import NDArray
 from platformdirs import user_cache_dir
 
-MOST = 256  # entries; the longest unused go first
-SHARE = 5  # and all together at most a fifth of what would be free on the disk without them
-SMALL = 1 << 20  # bytes of an entry that makes no room worth having
-PATIENCE = 2.0
+MAX_ENTRIES = 256  # the least recently used are deleted first
+DISK_DIVISOR = 5  # all entries use at most 1/5 of the space that would be free without them
+SMALL = 1 << 20  # bytes; entries up to this size are not deleted to free space
+EXIT_TIMEOUT = 2.0  # seconds that the end of the process waits for writers
 _DIGEST = 32
-_STEP = 8 << 20  # bytes written at once, between two looks at whether the process ends
-_SAMPLES, _SAMPLE = 256, 4096
+_STEP = 8 << 20  # bytes per write; a writer checks after each whether the process ends
+_SAMPLES, _SAMPLE = 256, 4096  # number of samples, and bytes of each
 
 Bytes = NDArray[np.uint8]
 
 
 def folder() -> Path | None:
-    """Where entries lie; None where none are kept."""
+    """The folder of the entries; None if the cache is disabled."""
     named = os.environ.get("EDGEFORMER_CACHE")
     if named is not None:
         return Path(named).expanduser() if named else None
@@ -42,14 +44,14 @@ def folder() -> Path | None:
 
 
 def size() -> tuple[int, int]:
-    """(entries, bytes) in the folder."""
+    """(number of entries, their bytes) in the folder."""
     place = folder()
     entries = _entries(place) if place is not None else []
     return len(entries), sum(length for _, length, _ in entries)
 
 
 def key(*parts: bytes) -> str:
-    """64 hex digits that differ when any part does."""
+    """A hash of the parts as 64 hex digits; it depends on where each part ends."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))
@@ -58,7 +60,7 @@ def key(*parts: bytes) -> str:
 
 
 def read(name: str) -> bytes | None:
-    """What was written under `name`; None where that is nothing, or damaged."""
+    """The data written under `name`; None if it is missing or damaged."""
     place = folder()
     if place is None:
         return None
@@ -68,12 +70,12 @@ def read(name: str) -> bytes | None:
         return None
     if hashlib.sha256(memoryview(entry)[_DIGEST:]).digest() != entry[:_DIGEST]:
         return None
-    _used(place / name)
+    _mark_used(place / name)
     return entry[_DIGEST:]
 
 
 def write(name: str, data: bytes) -> None:
-    """Keep `data` under `name`. A folder that cannot be written to keeps nothing, which is no error."""
+    """Store `data` under `name`. Does nothing if the folder cannot be written to."""
     place = folder()
     if place is not None:
         _replace(place / name, [hashlib.sha256(data).digest(), data])
@@ -83,10 +85,10 @@ def write(name: str, data: bytes) -> None:
 
 
 def read_mapped(name: str) -> tuple[Bytes, bytes] | None:
-    """(data, note) as `write_behind` was given them, the data mapped and read-only; None where that is nothing.
+    """(data, note) as given to `write_behind`; None if the entry is missing or damaged. The data is mapped, read-only.
 
-    A sample of the data is checked, not all of it: that would take as long as working it out. It is read, so that no
-    page of the map is touched before its use.
+    Only a sample of the data is checked, because a check of all of it would take as long as computing it again. The
+    sample is read from the file, not from the map, so that no page is mapped before its first use.
     """
     place = folder()
     if place is None:
@@ -108,14 +110,15 @@ def read_mapped(name: str) -> tuple[Bytes, bytes] | None:
             data = np.memmap(file, np.uint8, "r", shape=(length,))
     except OSError:
         return None
-    _used(place / name)
+    _mark_used(place / name)
     return data, note
 
 
 def write_behind(name: str, data: Bytes, note: bytes) -> None:
-    """Keep `data` (not empty) under `name`, with a `note`, while the caller goes on; `data` must not change any more.
+    """Store `data` (not empty) and `note` under `name` in a background thread. `data` must not change afterwards.
 
-    What is too large for the disk is not kept; nor is what is not written PATIENCE seconds after the process's end.
+    Nothing is stored if it would exceed the limit of disk space, or if writing takes longer than EXIT_TIMEOUT seconds
+    after the end of the main thread.
     """
     place = folder()
     if place is None:
@@ -129,7 +132,7 @@ def write_behind(name: str, data: Bytes, note: bytes) -> None:
 
 
 def finish() -> None:
-    """Wait until all that was to be kept is."""
+    """Wait until all background writes have ended."""
     while _writers:
         _writers.pop().join()
 
@@ -139,8 +142,8 @@ _ending = Event()
 
 
 @atexit.register
-def _give_up() -> None:
-    until = monotonic() + PATIENCE
+def _stop_writers() -> None:
+    until = monotonic() + EXIT_TIMEOUT
     for writer in _writers:
         writer.join(max(0.0, until - monotonic()))
     _ending.set()
@@ -148,7 +151,7 @@ def _give_up() -> None:
 
 
 def _digest(read_at: Callable[[int, int], bytes | memoryview], length: int, note: bytes) -> bytes:
-    """Of the note, the length and evenly spread pieces of the data, of small data all."""
+    """The SHA-256 of the note, the length and evenly spaced samples of the data (all of it if it is one sample)."""
     digest = hashlib.sha256(note + length.to_bytes(8, "little"))
     each = min(_SAMPLE, length)
     for i in range(_SAMPLES if length > each else 1):
@@ -160,7 +163,7 @@ def _digest(read_at: Callable[[int, int], bytes | memoryview], length: int, note
 
 
 def _replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write the parts to `path`: readers see the old entry or the new one."""
+    """Write the parts to `path` atomically, and delete old entries above the limits. Errors are ignored."""
     partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     parts = list(parts)
     try:
@@ -179,13 +182,13 @@ def _replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
             partial.unlink()
 
 
-def _used(path: Path) -> None:
+def _mark_used(path: Path) -> None:
     with suppress(OSError):
         os.utime(path)
 
 
 def _entries(place: Path) -> list[tuple[float, int, str]]:
-    """(time of use, bytes, name), the longest unused first."""
+    """(time of last use, bytes, path) of each entry, the least recently used first."""
     found = []
     with suppress(OSError):
         for entry in os.scandir(place):
@@ -196,17 +199,17 @@ def _entries(place: Path) -> list[tuple[float, int, str]]:
 
 
 def _room(place: Path, entries: list[tuple[float, int, str]]) -> int:
-    """Bytes that the folder, which holds these, may hold."""
-    held = sum(length for _, length, _ in entries)
-    return (shutil.disk_usage(place).free + held) // SHARE
+    """The bytes that all entries together may use, given the present ones."""
+    used = sum(length for _, length, _ in entries)
+    return (shutil.disk_usage(place).free + used) // DISK_DIVISOR
 
 
 def _trim(place: Path) -> None:
     entries = _entries(place)
     room = _room(place, entries)
-    held, count = sum(length for _, length, _ in entries), len(entries)
+    used, count = sum(length for _, length, _ in entries), len(entries)
     for _, length, path in entries[:-1]:
-        if count > MOST or (held > room and length > SMALL):
+        if count > MAX_ENTRIES or (used > room and length > SMALL):
             with suppress(OSError):
                 os.unlink(path)
-                held, count = held - length, count - 1
+                used, count = used - length, count - 1

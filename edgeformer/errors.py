@@ -1,12 +1,12 @@
-"""Everything edgeformer raises on purpose.
+"""The exceptions and warnings of edgeformer.
 
-Each class also inherits the builtin that a caller would expect, so ``except ValueError`` keeps working. A message says
-what was found, what was expected, and the next step.
+Each class also inherits from the matching builtin, so ``except ValueError`` works. A message gives what was found, what
+was expected, and the next step.
 """
 
 
 class EdgeformerError(Exception):
-    """Base of all errors that edgeformer raises on purpose."""
+    """The base class of all exceptions that edgeformer raises."""
 
 
 class BundleError(EdgeformerError, ValueError):
@@ -14,7 +14,7 @@ class BundleError(EdgeformerError, ValueError):
 
 
 class EngineUnavailable(EdgeformerError, RuntimeError):
-    """An engine that was asked for by name cannot run here, or cannot run this graph."""
+    """The requested engine cannot run on this machine, or cannot run this graph."""
 
 
 class InputError(EdgeformerError, ValueError):
@@ -22,19 +22,19 @@ class InputError(EdgeformerError, ValueError):
 
 
 class StateError(EdgeformerError, RuntimeError):
-    """A state is used by two threads at once, after a failure, or with another model."""
+    """A state was used by two threads at once, after a failed call, or with another model."""
 
 
 class TemplateError(EdgeformerError, ValueError):
-    """A chat template is missing, refuses the messages, or does not finish."""
+    """A chat template is missing, rejects the messages, or does not terminate."""
 
 
 class ExportError(EdgeformerError, RuntimeError):
-    """A model cannot be exported as it stands; the message names the place and the fix."""
+    """A model cannot be exported; the message names the cause, where it is, and a fix."""
 
 
 class ParityError(ExportError):
-    """The exported graph does not give the numbers that PyTorch gives."""
+    """The outputs of the exported graph differ from PyTorch's by more than the tolerance."""
 
 
 class TrainingError(EdgeformerError, RuntimeError):
@@ -42,9 +42,9 @@ class TrainingError(EdgeformerError, RuntimeError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the error's text that is not blank; empty where there is none. Libraries write pages."""
+    """The first non-blank line of the error's text, because some libraries write many; empty if there is none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
 class EdgeformerWarning(UserWarning):
-    """What a caller should know although the call goes on."""
+    """A problem that does not stop the call."""

@@ -1,4 +1,4 @@
-"""What this machine has: cores, memory, and how many threads an engine takes when nobody says."""
+"""The CPU cores and the memory of this machine, and the default number of threads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def usable_cpus() -> list[int]:
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Whole and part CPUs that the control group allows (containers); None where it sets no limit."""
+    """The CPU limit of the control group (containers), in CPUs, may be fractional; None if there is no limit."""
     try:
         quota, period = (root / "cpu.max").read_text().split()[:2]
         return None if quota == "max" else int(quota) / int(period)
@@ -31,9 +31,10 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
 
 
 def default_threads() -> int:
-    """Physical cores that this process may use: the second thread of a core shares its multipliers and its memory port.
+    """The number of physical cores that this process may use, at most the CPU quota of its control group.
 
-    A control group's CPU quota lowers it: threads beyond the quota would only be stopped in the middle of a barrier.
+    Hyper-threads of one core share its multipliers and memory ports, so a second one adds no speed. The kernel would
+    suspend threads above the quota, and all others would wait for them at the next barrier.
     """
     cores = set()
     for cpu in usable_cpus():
@@ -48,7 +49,7 @@ def default_threads() -> int:
 
 
 def total_memory() -> int | None:
-    """Bytes of memory that this process may have: the machine's, or the control group's limit if that is less."""
+    """The memory of the machine in bytes, or the control group's limit if that is lower; None if unknown."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
@@ -62,7 +63,7 @@ def total_memory() -> int | None:
 
 
 def available_memory() -> int | None:
-    """Bytes that can be allocated without swapping; None where the system does not say."""
+    """The bytes that can be allocated without swapping; None if unknown."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -73,7 +74,7 @@ def available_memory() -> int | None:
 
 
 def peak_memory() -> int | None:
-    """The largest resident size of this process so far, in bytes."""
+    """The largest resident size of this process so far, in bytes; None if unknown."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -89,7 +90,7 @@ def peak_memory() -> int | None:
 
 
 def cpu_name() -> str:
-    """The processor's name as the system gives it."""
+    """The name of the processor, or of the board on ARM."""
     try:
         fields: dict[str, str] = {}
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -100,7 +101,7 @@ def cpu_name() -> str:
                 return fields[key]
     except OSError:
         pass
-    try:  # ARM boards say in the device tree what /proc/cpuinfo leaves out
+    try:  # ARM boards: the name is in the device tree, not in /proc/cpuinfo
         return Path("/proc/device-tree/model").read_text().rstrip("\0\n")
     except OSError:
         return platform.processor() or platform.machine()

@@ -24,7 +24,7 @@ def test_entries(cache_folder):
 
 
 def test_the_longest_unused_entries_go(cache_folder, monkeypatch):
-    monkeypatch.setattr(disk_cache, "MOST", 2)
+    monkeypatch.setattr(disk_cache, "MAX_ENTRIES", 2)
     for age, name in enumerate(("a", "b", "c")):
         disk_cache.write(name, name.encode())
         os.utime(cache_folder / name, (1000 + age, 1000 + age))
@@ -107,7 +107,7 @@ def test_the_folder_takes_a_share_of_the_disk(cache_folder, monkeypatch):
     class Usage:
         @property
         def free(self):
-            return disk_cache.SHARE * 25_000 - disk_cache.size()[1]
+            return disk_cache.DISK_DIVISOR * 25_000 - disk_cache.size()[1]
 
     monkeypatch.setattr(disk_cache.shutil, "disk_usage", lambda place: Usage())
     monkeypatch.setattr(disk_cache, "SMALL", 1000)

@@ -143,7 +143,7 @@ def test_a_model_without_tokens_is_called_with_its_arrays(bundles):
         model.generate("x")
     with pytest.raises(InputError, match="has no logits"):
         model.logits([1])
-    with pytest.raises(InputError, match=r"value is no input.*\n?.*values is missing"):
+    with pytest.raises(InputError, match=r"value is not an input.*\n?.*values is missing"):
         model(value=np.zeros((2, 3, 5)))
     assert "forecasting on cpu" in repr(model)
 

@@ -104,8 +104,8 @@ WHY = {
     "transformers_version": "who wrote the file",
 }
 TIMED = {
-    "max_time": "0.0: one token, and finish_reason is time (test_lengths_and_ends_that_only_time_or_text_set)",
-    "stop_strings": "the text ends before it (test_a_stop_string_is_never_shown_wherever_tokens_end)",
+    "max_time": "0.0: one token, and finish_reason is time (test_lengths_time_and_stop_strings_end_a_generation)",
+    "stop_strings": "the text ends before it (test_a_stop_string_is_never_shown_wherever_token_boundaries_are)",
 }
 
 

@@ -1,1 +1,1 @@
-"""The bundle: an ordinary Hugging Face ONNX folder with a manifest. Opened once, checked once."""
+"""Bundles: ordinary Hugging Face ONNX folders with a manifest. Opening, checking and writing them."""

@@ -1,7 +1,7 @@
-"""The on-disk format: read, check and refuse a bundle; write one atomically.
+"""Opens a bundle and checks it.
 
-A bundle is a folder: an ordinary Hugging Face ONNX folder plus `edgeformer.json`, the manifest, which names every other
-file with its size and SHA-256. Nothing in it is ever executed, and no path in it leads out of it.
+A bundle is an ordinary Hugging Face ONNX folder plus `edgeformer.json`, the manifest, which lists every other file with
+its size and SHA-256. No code in a bundle is executed, and no path in it may point outside the folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A checked bundle. Made by `Bundle.open`; immutable."""
+    """An opened and checked bundle; immutable. Create it with `Bundle.open`."""
 
     path: Path
     manifest: Json
@@ -34,20 +34,20 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], check: Literal["sizes", "hashes"] = "sizes") -> Bundle:
-        """The bundle at `path`, after checking it.
+        """The bundle at `path`, checked.
 
-        `check="sizes"` validates the manifest, every file's size, and the offsets of weights in the graph: about
-        0.1 s for any bundle at its first opening. `check="hashes"` also reads every byte: SHA-256 of each file, scales
-        that are NaN or infinite, and 8-bit weights of -128, which the format forbids.
+        `check="sizes"` checks the manifest, the size of every file, and the offsets of the weights in each graph; the
+        first time this takes about 0.1 s. `check="hashes"` also reads every byte: the SHA-256 of each file must match,
+        quantization scales must be finite, and 8-bit weights must not be -128.
 
         Raises:
-            BundleError: with every problem found, one a line.
+            BundleError: the bundle is missing or has problems; the message lists all of them, one per line.
         """
         folder = _folder(path)
         manifest = read_json(folder / MANIFEST)
         problems = manifest_problems(manifest)
         if problems:
-            raise refusal(folder, problems)
+            raise bundle_error(folder, problems)
         problems = _file_problems(folder, manifest["files"], check)
         if not problems:
             from edgeformer.bundle.check import graph_problems
@@ -55,14 +55,14 @@ class Bundle:
             for graph in manifest["graphs"].values():
                 problems += graph_problems(folder, graph["file"], manifest["files"], values=check == "hashes")
         if problems:
-            raise refusal(folder, problems)
+            raise bundle_error(folder, problems)
         texts = {}
         for name in ("config.json", "generation_config.json"):
             texts[name] = read_json(folder / name) if name in manifest["files"] else {}
         return cls(folder, manifest, texts["config.json"], texts["generation_config.json"])
 
     def graph_path(self, name: str = "model") -> Path:
-        """Where the graph `name` lies.
+        """The path of the ONNX file of the graph `name`.
 
         Raises:
             BundleError: the bundle has no such graph.
@@ -73,23 +73,27 @@ class Bundle:
         return self.path / str(graphs[name]["file"])
 
     def read_graph(self, name: str = "model") -> onnx.ModelProto:
-        """The parsed graph; weights in the external data file are not loaded."""
+        """The parsed graph, without the weights in the external data file.
+
+        Raises:
+            BundleError: the bundle has no such graph, or the file is not an ONNX model.
+        """
         from edgeformer.bundle.check import read_model
 
         return read_model(self.graph_path(name))
 
     def file(self, name: str) -> Path | None:
-        """The path of the file `name`, or None where the bundle has none."""
+        """The path of the file `name`; None if the manifest does not list it."""
         return self.path / name if name in self.manifest["files"] else None
 
     @property
     def task(self) -> str:
-        """The name of the task: text-generation, text-classification, ..., or another word."""
+        """The task, usually by its Hugging Face name (`text-generation`, `text-classification`, ...)."""
         return str(self.manifest["task"])
 
     @property
     def vocab_size(self) -> int | None:
-        """The number of token ids; None for a model without tokens."""
+        """The number of token ids; None for a model that takes and gives no tokens."""
         for graph in self.manifest["graphs"].values():
             shape = graph["outputs"].get("logits", {}).get("shape", [])
             decodes = self.task == "text-generation" or any(name.startswith("past_key") for name in graph["inputs"])
@@ -98,28 +102,28 @@ class Bundle:
         return config_number(self.config, "vocab_size")
 
     def positions(self, graph: str = "model") -> int | None:
-        """Tokens that fit the graph's tables of learned positions; None where it has none or none were looked for."""
+        """The rows of the graph's table of position embeddings, in tokens; None if the manifest gives none."""
         value = self.manifest["graphs"].get(graph, {}).get("positions")
         return value if type(value) is int and value > 0 else None
 
     @property
     def context(self) -> int | None:
-        """The context length: the size of the tables of positions, else what config.json says; None for no limit."""
+        """The context length in tokens, from the position table, else from config.json; None for no limit."""
         return self.positions("decoder") or self.positions() or context_length(self.config)
 
     def context_source(self, graph: str = "model") -> str:
-        """Where `context` comes from, for messages."""
+        """The origin of `context`, as a phrase for messages."""
         learned = self.positions(graph) is not None
-        return "what its table of positions holds" if learned else "max_position_embeddings in config.json"
+        return "the size of its position table" if learned else "max_position_embeddings in config.json"
 
     @property
     def size(self) -> int:
-        """Bytes of all files that the manifest names."""
+        """The bytes of all files that the manifest lists."""
         return sum(entry["size"] for entry in self.manifest["files"].values())
 
     @property
     def fingerprint(self) -> str:
-        """64 hex digits that change with the content of any file: the one fingerprint of a model."""
+        """A hash of the content of all files, as 64 hex digits."""
         text = json.dumps({name: entry["sha256"] for name, entry in sorted(self.manifest["files"].items())})
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -148,7 +152,7 @@ def _file_problems(folder: Path, files: Json, check: str) -> list[str]:
     for name, entry in files.items():
         path = folder / name
         try:
-            info = os.stat(path)  # follows links: a Hugging Face cache folder is made of them
+            info = os.stat(path)  # follows links: the Hugging Face cache consists of links
             if not stat.S_ISREG(info.st_mode):
                 problems.append(f"{name} is not a plain file")
             elif info.st_size != entry["size"]:
@@ -177,8 +181,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def refusal(folder: Path, problems: list[str]) -> BundleError:
-    """One error that lists all problems of a bundle."""
+def bundle_error(folder: Path, problems: list[str]) -> BundleError:
+    """An error that lists all problems of a bundle, at most 50."""
     if len(problems) == 1:
         return BundleError(f"{folder}: {problems[0]}. Export or copy the bundle again.")
     shown = problems[:50]

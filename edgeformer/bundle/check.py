@@ -1,4 +1,4 @@
-"""Checks the weights of a graph file: their offsets in the data file, and whether their values are allowed."""
+"""Checks the tensors stored in a graph: their offsets in the data file and, optionally, their values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Values = np.ndarray[Any, Any]
 
 
 def read_model(path: Path) -> onnx.ModelProto:
-    """The parsed graph, without the weights that lie in its external data file.
+    """The parsed graph, without the weights in the external data file.
 
     Raises:
         BundleError: the file is not an ONNX model.
@@ -39,7 +39,7 @@ def read_model(path: Path) -> onnx.ModelProto:
 
 
 def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Every tensor stored in the model: initializers and constants, those of subgraphs and functions too."""
+    """All tensors stored in the model: initializers and constants, including those of subgraphs and functions."""
     yield from _graph_tensors(model.graph)
     for function in model.functions:
         yield from _node_tensors(function.node)
@@ -66,22 +66,22 @@ def _node_tensors(nodes: Any) -> Iterator[onnx.TensorProto]:
 
 
 def graph_problems(folder: Path, file: str, files: Mapping[str, Any], *, values: bool) -> list[str]:
-    """The problems of the weights of `folder/file`, one sentence each.
+    """The problems of the tensors in `folder/file`, one sentence each; empty if there are none.
 
-    `files` is the manifest's table of sizes. With `values` the numbers are read too: scales must be finite, INT8
-    weights must not be -128. Without, a graph in which nothing was wrong is not parsed again as long as it and the
-    sizes stay the same (`cache`).
+    `files` is the manifest's table of files. With `values`, values are checked too: scales must be finite, INT8
+    weights must not be -128. Without `values`, the disk cache records that a graph has no problems; the graph is
+    not parsed again until its bytes or a file size change.
     """
-    seen = "" if values else _entry(folder / file, files)
-    if seen and disk_cache.read(seen) is not None:
+    entry = "" if values else _cache_entry(folder / file, files)
+    if entry and disk_cache.read(entry) is not None:
         return []
-    problems = _graph_problems(folder, file, files, values=values)
-    if seen and not problems:
-        disk_cache.write(seen, b"")
+    problems = _find_problems(folder, file, files, values=values)
+    if entry and not problems:
+        disk_cache.write(entry, b"")
     return problems
 
 
-def _entry(path: Path, files: Mapping[str, Any]) -> str:
+def _cache_entry(path: Path, files: Mapping[str, Any]) -> str:
     sizes = json.dumps({name: entry["size"] for name, entry in sorted(files.items())})
     try:
         return disk_cache.key(b"checked", sizes.encode(), path.read_bytes()) + ".checked"
@@ -89,7 +89,7 @@ def _entry(path: Path, files: Mapping[str, Any]) -> str:
         return ""
 
 
-def _graph_problems(folder: Path, file: str, files: Mapping[str, Any], *, values: bool) -> list[str]:
+def _find_problems(folder: Path, file: str, files: Mapping[str, Any], *, values: bool) -> list[str]:
     import onnx
 
     try:
@@ -98,7 +98,7 @@ def _graph_problems(folder: Path, file: str, files: Mapping[str, Any], *, values
         return [str(error).rstrip(".")]
     problems = []
     for tensor in tensors(model):
-        problem = _place_problem(tensor, files)
+        problem = _storage_problem(tensor, files)
         if problem:
             problems.append(f"{file}: {tensor.name or 'a constant'} {problem}")
     if values and not problems:
@@ -115,7 +115,7 @@ def _graph_problems(folder: Path, file: str, files: Mapping[str, Any], *, values
 
 
 def external(tensor: onnx.TensorProto) -> dict[str, str] | None:
-    """The `location`, `offset`, `length` entries of a tensor kept outside the graph file; None for one inside."""
+    """The `location`, `offset` and `length` entries of a tensor in an external file; None if in the graph file."""
     import onnx
 
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
@@ -124,70 +124,70 @@ def external(tensor: onnx.TensorProto) -> dict[str, str] | None:
 
 
 def stored_bytes(tensor: onnx.TensorProto) -> int | None:
-    """Bytes that the tensor's elements take when stored raw; None for types without a fixed size (text)."""
+    """The bytes of the tensor's elements as raw data; None for strings, which have no fixed size."""
     import onnx
 
     if tensor.data_type == onnx.TensorProto.STRING:
         return None
-    elements = int(math.prod(tensor.dims))  # Python's integers do not overflow
+    elements = int(math.prod(tensor.dims))  # Python integers do not overflow
     bits = _BITS.get(tensor.data_type)
     if bits is None:
         bits = int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize) * 8
     return (elements * bits + 7) // 8
 
 
-_BITS = {21: 4, 22: 4, 23: 4, 25: 2, 26: 2}  # UINT4, INT4, FLOAT4E2M1, UINT2, INT2: numpy stores them one a byte
+_BITS = {21: 4, 22: 4, 23: 4, 25: 2, 26: 2}  # UINT4, INT4, FLOAT4E2M1, UINT2, INT2: numpy uses a byte for each
 
 
-def _place_problem(tensor: onnx.TensorProto, files: Mapping[str, Any]) -> str | None:
+def _storage_problem(tensor: onnx.TensorProto, files: Mapping[str, Any]) -> str | None:
     if any(dim < 0 for dim in tensor.dims):
         return f"has a negative size in its shape {list(tensor.dims)}"
     try:
         need = stored_bytes(tensor)
     except (KeyError, TypeError, ValueError):
         return f"has the unknown element type {tensor.data_type}"
-    place = external(tensor)
-    if place is None:
+    stored = external(tensor)
+    if stored is None:
         if tensor.HasField("raw_data") and need is not None and len(tensor.raw_data) != need:
             return f"has {len(tensor.raw_data):,} bytes of data, its shape {list(tensor.dims)} needs {need:,}"
         return None
-    location = place.get("location", "")
+    location = stored.get("location", "")
     if not plain_name(location):
         return f"has its data at {location!r}, expected a plain file name inside the folder"
     if location not in files:
-        return f"has its data in {location!r}, which is no file of this bundle"
+        return f"has its data in {location!r}, which is not a file of this bundle"
     size = files[location]["size"]
     try:
-        offset = int(place.get("offset", "0"))
-        length = int(place["length"]) if "length" in place else size - offset
+        offset = int(stored.get("offset", "0"))
+        length = int(stored["length"]) if "length" in stored else size - offset
     except ValueError:
-        return f"has an offset or length in {location} that is no number"
+        return f"has an offset or length in {location} that is not a number"
     if offset < 0 or length < 0 or offset + length > size:
-        return f"says bytes {offset:,} to {offset + length:,} of {location}, which holds {size:,}"
+        return f"refers to bytes {offset:,} to {offset + length:,} of {location}, which holds {size:,}"
     if length != need:
         return f"has {length:,} bytes in {location}, its shape {list(tensor.dims)} needs {need:,}"
     return None
 
 
 def load_tensor(folder: Path, tensor: onnx.TensorProto) -> Values:
-    """The tensor's values; one in the external data file is mapped, not copied (4-bit types are unpacked)."""
+    """The tensor's values. External data is memory-mapped; 4-bit types are unpacked into a copy."""
     import onnx
 
-    place = external(tensor)
+    stored = external(tensor)
     plain = tensor.data_type not in _BITS
-    if place is not None and plain:
+    if stored is not None and plain:
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
         if math.prod(tensor.dims) == 0:
             return np.zeros(tuple(tensor.dims), dtype)
         mapped = np.memmap(
-            folder / place["location"], dtype, "r", offset=int(place.get("offset", "0")), shape=tuple(tensor.dims)
+            folder / stored["location"], dtype, "r", offset=int(stored.get("offset", "0")), shape=tuple(tensor.dims)
         )
         return mapped
     return onnx.numpy_helper.to_array(tensor, str(folder))
 
 
 def _quantized(graph: onnx.GraphProto, initializers: set[str]) -> tuple[set[str], set[str]]:
-    """Names of the initializers that reach a DequantizeLinear as weights, and as scales."""
+    """(weights, scales): names of the initializers that are the data and the scales of a DequantizeLinear."""
     producers = {output: node for node in graph.node for output in node.output}
 
     def source(name: str) -> str:

@@ -1,21 +1,21 @@
-"""The context length in a config.json: the one list of its names there."""
+"""The context length in a config.json, under any of the names that transformers uses for it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-# transformers: of most; of GPT, CTRL and T5; of older GPT; of MPT and DBRX; of a speech model's decoder.
+# In this order: most models; GPT, CTRL and T5; older GPT; MPT and DBRX; decoders of speech models.
 NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions")
 
 
 def context_length(config: Mapping[str, Any]) -> int | None:
-    """The context length that the config names; None where it names none."""
+    """The context length in tokens; None if the config has none."""
     return config_number(config, *NAMES)
 
 
 def config_number(config: Mapping[str, Any], *names: str) -> int | None:
-    """The first of `names` with a positive whole number, in `config` or its `text_config`; None without one."""
+    """The first positive integer under one of `names` in `config`, else in its `text_config`; None if there is none."""
     for part in (config, config.get("text_config")):
         for name in names:
             value = part.get(name) if isinstance(part, Mapping) else None

@@ -1,4 +1,4 @@
-"""`edgeformer.json`: strict JSON parsing, and the checks of its fields."""
+"""The manifest `edgeformer.json`: a strict JSON parser, and the checks of its fields."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ MANIFEST = "edgeformer.json"
 FORMAT = "edgeformer"
 FORMAT_VERSION = 1
 SCHEMES = ("q4a", "q4", "q8", "keep", "none")
-MAX_JSON = 64 << 20  # bytes: a vocabulary lives in tokenizer.json, so none of the files parsed here comes near it
+MAX_JSON = 64 << 20  # bytes; far above any file parsed here, because vocabularies are in tokenizer.json
 
 Json = dict[str, Any]
 
 
 def read_json(path: Path) -> Json:
-    """The object in a JSON file; strict: no duplicate keys, no NaN, UTF-8, bounded size and depth."""
+    """The object in a JSON file. Strict: UTF-8, no duplicate keys, no NaN or infinity, limited size and depth.
+
+    Raises:
+        BundleError: the file cannot be read, is not strict JSON, or its top level is not an object.
+    """
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> Json:
         found = dict(pairs)
@@ -50,32 +54,32 @@ def read_json(path: Path) -> Json:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise BundleError(f"{path} is not valid JSON: {reason}. Export or copy the bundle again.") from error
     if not isinstance(value, dict):
-        raise BundleError(f"{path} holds {_word(value)}, expected an object.")
+        raise BundleError(f"{path} holds {_type_name(value)}, expected an object.")
     return value
 
 
 def manifest_problems(manifest: object) -> list[str]:
-    """The problems of a manifest, one sentence each; empty for a valid one."""
+    """The problems of a manifest, one sentence each; empty if it is valid."""
     if not isinstance(manifest, dict):
-        return [f"{MANIFEST} holds {_word(manifest)}, expected an object"]
+        return [f"{MANIFEST} holds {_type_name(manifest)}, expected an object"]
     if manifest.get("format") != FORMAT:
-        return [f"{MANIFEST}: format is {_show(manifest.get('format'))}, expected {FORMAT!r}"]
+        return [f"{MANIFEST}: format is {_short(manifest.get('format'))}, expected {FORMAT!r}"]
     version = manifest.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         newer = type(version) is int and version > FORMAT_VERSION
         advice = "update edgeformer" if newer else "export the model again"
-        return [f"{MANIFEST}: format_version is {_show(version)}, this edgeformer reads {FORMAT_VERSION}; {advice}"]
+        return [f"{MANIFEST}: format_version is {_short(version)}, this edgeformer reads {FORMAT_VERSION}; {advice}"]
     problems: list[str] = []
 
     def field(owner: Json, where: str, name: str, *kinds: type) -> Any:
-        """The value; None, with a problem noted, where it is unusable. With NoneType among `kinds` it may be null."""
+        """The value; None, and a new entry in `problems`, if it is missing or of no type in `kinds`."""
         if name not in owner:
             problems.append(f"{MANIFEST}: {where}{name} is missing")
             return None
         value = owner[name]
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             expected = " or ".join(_KINDS[kind] for kind in kinds)
-            problems.append(f"{MANIFEST}: {where}{name} is {_word(value)}, expected {expected}")
+            problems.append(f"{MANIFEST}: {where}{name} is {_type_name(value)}, expected {expected}")
             return None
         return value
 
@@ -89,9 +93,9 @@ def manifest_problems(manifest: object) -> list[str]:
     files = field(manifest, "", "files", dict) or {}
     for name, entry in files.items():
         if not plain_name(name):
-            problems.append(f"{MANIFEST}: files names {name!r}, expected a plain file name inside the folder")
+            problems.append(f"{MANIFEST}: files has {name!r}, expected a plain file name inside the folder")
         if not isinstance(entry, dict):
-            problems.append(f"{MANIFEST}: files.{name} is {_word(entry)}, expected an object")
+            problems.append(f"{MANIFEST}: files.{name} is {_type_name(entry)}, expected an object")
             continue
         size = field(entry, f"files.{name}.", "size", int)
         if size is not None and size < 0:
@@ -104,11 +108,11 @@ def manifest_problems(manifest: object) -> list[str]:
         problems.append(f"{MANIFEST}: graphs is empty, expected at least one")
     for name, graph in graphs.items():
         if not isinstance(graph, dict):
-            problems.append(f"{MANIFEST}: graphs.{name} is {_word(graph)}, expected an object")
+            problems.append(f"{MANIFEST}: graphs.{name} is {_type_name(graph)}, expected an object")
             continue
         file = field(graph, f"graphs.{name}.", "file", str)
         if file is not None and file not in files:
-            problems.append(f"{MANIFEST}: graphs.{name}.file is {file!r}, which files does not name")
+            problems.append(f"{MANIFEST}: graphs.{name}.file is {file!r}, which is not in files")
         for side in ("inputs", "outputs"):
             for tensor, info in (field(graph, f"graphs.{name}.", side, dict) or {}).items():
                 problems += _tensor_problems(f"graphs.{name}.{side}.{tensor}", info)
@@ -124,23 +128,23 @@ def manifest_problems(manifest: object) -> list[str]:
     if reference is not None:
         file = field(reference, "reference.", "file", str)
         if file is not None and file not in files:
-            problems.append(f"{MANIFEST}: reference.file is {file!r}, which files does not name")
+            problems.append(f"{MANIFEST}: reference.file is {file!r}, which is not in files")
         for name, value in (field(reference, "reference.", "tolerance", dict) or {}).items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if value is not None and (not number or value <= 0):
-                problems.append(f"{MANIFEST}: reference.tolerance.{name} is {_show(value)}, expected a number above 0")
+                problems.append(f"{MANIFEST}: reference.tolerance.{name} is {_short(value)}, expected a number above 0")
     return problems
 
 
 def _tensor_problems(where: str, info: object) -> list[str]:
     if not isinstance(info, dict) or not isinstance(info.get("dtype"), str) or not isinstance(info.get("shape"), list):
-        return [f"{MANIFEST}: {where} is {_show(info)}, expected {{dtype: text, shape: list}}"]
+        return [f"{MANIFEST}: {where} is {_short(info)}, expected {{dtype: text, shape: list}}"]
     bad = [d for d in info["shape"] if not isinstance(d, str) and (type(d) is not int or d < 0)]
-    return [f"{MANIFEST}: {where}.shape holds {_show(d)}, expected sizes or axis names" for d in bad]
+    return [f"{MANIFEST}: {where}.shape holds {_short(d)}, expected sizes or axis names" for d in bad]
 
 
 def plain_name(name: str) -> bool:
-    """Whether `name` is a file name that cannot leave its folder on any system."""
+    """Whether `name` is a file name without a path, on every operating system."""
     return bool(name) and name not in (".", "..") and all(ord(c) >= 32 and c not in "/\\:" for c in name)
 
 
@@ -155,10 +159,10 @@ _KINDS: dict[type, str] = {
 }
 
 
-def _word(value: object) -> str:
+def _type_name(value: object) -> str:
     return _KINDS.get(type(value), type(value).__name__)
 
 
-def _show(value: object) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

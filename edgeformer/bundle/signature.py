@@ -1,4 +1,4 @@
-"""Names and shapes of a graph's inputs and outputs, and the check that the arrays of a call fit them."""
+"""The inputs and outputs of a graph: their names and shapes, and the check of the arrays given to a call."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Port:
-    """One input or output: its element type, and a shape of sizes and axis names."""
+    """One input or output. Each entry of `shape` is a size, or the name of an axis whose size varies."""
 
     name: str
     dtype: str
@@ -38,7 +38,7 @@ class Port:
 
 @dataclass(frozen=True)
 class Signature:
-    """The inputs and outputs of a graph. `caches` maps each past input to its present output."""
+    """The inputs and outputs of a graph without those of the KV cache; `caches` maps each past input to its output."""
 
     inputs: dict[str, Port]
     outputs: tuple[str, ...]
@@ -51,10 +51,10 @@ class Signature:
 
     @classmethod
     def of(cls, bundle: Bundle, graph: str = "model") -> Signature:
-        """The signature of one graph of a bundle."""
+        """The signature of the graph `graph` of a bundle."""
         table = bundle.manifest["graphs"][graph]
         ports = {name: Port(name, info["dtype"], tuple(info["shape"])) for name, info in table["inputs"].items()}
-        # Keys and values of cross-attention are named like a cache but never grow: they are plain inputs.
+        # Cross-attention keys and values are named like a cache but do not grow: they are ordinary inputs.
         caches = {name: PRESENT + name[len(PAST) :] for name in ports if name.startswith(PAST) and ENCODER not in name}
         return cls(
             inputs={name: port for name, port in ports.items() if name not in caches and name != KEEP},
@@ -68,35 +68,34 @@ class Signature:
         )
 
     def check_some(self, given: Mapping[str, Any]) -> dict[str, Array]:
-        """The given arrays, C-ordered and of the graph's types; the other inputs may come later.
+        """The given arrays, C-contiguous and of the graph's types; not every input must be given.
 
         Raises:
-            InputError: one is no input of the graph, or does not fit it.
+            InputError: a name is not an input of the graph, or an array has a wrong type, shape or value.
         """
         unknown = [name for name in given if name not in self.inputs]
         if unknown:
-            raise InputError(f"{', '.join(unknown)}: no such input; the graph takes {', '.join(self.inputs)}.")
+            raise InputError(f"{', '.join(unknown)}: not an input of the graph, which takes {', '.join(self.inputs)}.")
         sizes: dict[str, tuple[int, str]] = {}
         return {name: self._array(self.inputs[name], value, sizes) for name, value in given.items()}
 
     def check(
-        self, given: Mapping[str, Any], past: int, batch: int | None = None, held: Collection[str] = ()
+        self, given: Mapping[str, Any], past: int, batch: int | None = None, static_inputs: Collection[str] = ()
     ) -> dict[str, Array]:
-        """The call's arrays, C-ordered and of the graph's types, with `position_ids` filled in where left out.
+        """The arrays of a call, C-contiguous and of the graph's types; missing `position_ids` are filled in.
 
-        `past` tokens are in the state already, for `batch` sequences (None: an empty state takes any), and the inputs
-        named in `held`.
+        The state has `past` tokens of `batch` sequences (None: any number) and the inputs named in `static_inputs`.
 
         Raises:
-            InputError: with every problem found, one a line.
+            InputError: arrays are missing, unknown or do not fit; the message lists all problems, one per line.
         """
         known = [*self.inputs, *([KEEP] if self.keeps_logits else [])]
-        problems = [f"{name} is no input of this graph" for name in given if name not in known]
+        problems = [f"{name} is not an input of this graph" for name in given if name not in known]
         sizes: dict[str, tuple[int, str]] = {} if batch is None else {"batch": (batch, "the state")}
         arrays: dict[str, Array] = {}
         for name, port in self.inputs.items():
             if name not in given:
-                if name != POSITIONS and name not in held:
+                if name != POSITIONS and name not in static_inputs:
                     problems.append(f"{name} is missing")
                 continue
             try:

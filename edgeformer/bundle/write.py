@@ -11,29 +11,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgeformer.bundle.bundle import Bundle, refusal, sha256
+from edgeformer.bundle.bundle import Bundle, bundle_error, sha256
 from edgeformer.bundle.manifest import FORMAT, FORMAT_VERSION, MANIFEST, Json, manifest_problems, read_json
 from edgeformer.errors import BundleError
 
-OLD = "-old"  # the end of the name that a replaced folder has for a moment
+OLD = "-old"  # suffix of the temporary name of a replaced folder
 
 
 @contextmanager
 def write_bundle(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `path` that becomes `path` when the block ends without an error.
+    """A temporary folder beside `path`; it is renamed to `path` when the block ends without an error.
 
-    The block fills the folder and calls `seal`. Then everything is fsynced, opened once more with `check="hashes"`, and
-    renamed. On any exception the temporary folder is removed and `path` is as it was. After a kill or a power cut
-    `path` is the old folder or the new one, whole; a leftover `.NAME.partial-*` is removed by the next write to the
-    same path. (Replacing a folder is one atomic exchange on Linux; elsewhere two renames, with a moment between them
-    in which `path` does not exist; the next write puts the old folder back.)
+    The block fills the folder and calls `seal`. Then all files are fsynced, the bundle is opened with
+    `check="hashes"`, and the folder is renamed. After an exception the temporary folder is removed and `path` is
+    unchanged. After a kill or a power failure `path` is the complete old folder or the complete new one; the next write
+    to the same path removes the leftover `.NAME.partial-*`. (On Linux a folder is replaced by one atomic exchange.
+    Elsewhere two renames are needed and `path` does not exist between them; after a kill at that moment the next
+    write restores the old folder.)
 
     Raises:
-        BundleError: `path` exists and `overwrite` is false; or it is not a bundle, or holds files that are no part of
-            one, which replacing it would lose; or what the block wrote is not a whole bundle.
-        OSError: the disk refuses.
+        BundleError: `path` exists and `overwrite` is false; `path` is not a bundle, or has other files that would be
+            deleted; or the block did not write a valid bundle.
+        OSError: a file cannot be written.
     """
-    final = Path(os.path.realpath(path))  # a link to a folder stays a link
+    final = Path(os.path.realpath(path))  # replaces the folder that a link points to, not the link
     final.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(final)
     check_target(final, overwrite)
@@ -48,20 +49,20 @@ def write_bundle(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
         _put_in_place(temporary, final)
         _fsync(final.parent)
     finally:
-        # The temporary name now belongs to the failed attempt or, after an exchange, to the old bundle.
+        # The temporary name is now that of the incomplete bundle or, after an exchange, of the old bundle.
         shutil.rmtree(temporary, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 
 
 def seal(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> Json:
-    """Write `edgeformer.json` into `folder` and return its content: `manifest` with `files` filled in.
+    """Write `edgeformer.json` into `folder` and return its content: `manifest` plus the table `files`.
 
-    `format` and `format_version` are filled in too where they are missing.
+    `format` and `format_version` are added if missing.
 
     Raises:
-        BundleError: the manifest misses fields or has wrong ones (all in one message), or the folder holds something
-            else than plain files.
+        BundleError: fields of the manifest are missing or wrong, or the folder contains something other than plain
+            files; the message lists all problems.
     """
     folder = Path(folder)
     files: Json = {}
@@ -80,7 +81,7 @@ def seal(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> Json:
     except (TypeError, ValueError) as error:
         problems.append(f"{MANIFEST} cannot be written as JSON: {error}")
     if problems:
-        raise refusal(folder, problems)
+        raise bundle_error(folder, problems)
     partial = folder / f".{MANIFEST}.partial"
     partial.write_text(text + "\n", encoding="utf-8")
     _fsync(partial)
@@ -90,7 +91,7 @@ def seal(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> Json:
 
 
 def check_target(path: str | os.PathLike[str], overwrite: bool) -> None:
-    """Refuses early what `write_bundle` would refuse at its end.
+    """Check that `write_bundle` may write to `path`, for example before a long export.
 
     Raises:
         BundleError: `path` exists and may not be replaced.
@@ -111,11 +112,11 @@ def check_target(path: str | os.PathLike[str], overwrite: bool) -> None:
         known = set(read_json(final / MANIFEST)["files"]) | {MANIFEST}
     except (BundleError, KeyError, TypeError) as error:
         raise BundleError(f"{final} has no readable {MANIFEST}, so it is not replaced; remove it yourself.") from error
-    strangers = sorted(found - known)
-    if strangers:
+    others = sorted(found - known)
+    if others:
         raise BundleError(
-            f"{final} holds files that are no part of its bundle and would be lost: {', '.join(strangers[:5])}"
-            f"{', ...' if len(strangers) > 5 else ''}. Move them away first."
+            f"{final} has files that are not part of its bundle and would be lost: {', '.join(others[:5])}"
+            f"{', ...' if len(others) > 5 else ''}. Move them away first."
         )
 
 
@@ -141,7 +142,7 @@ def _put_in_place(temporary: Path, final: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step (renameat2 with RENAME_EXCHANGE); False where the system cannot."""
+    """Swap two folders atomically (renameat2 with RENAME_EXCHANGE); False if the system does not support it."""
     import ctypes
 
     try:
@@ -154,7 +155,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _remove_leftovers(final: Path) -> None:
-    """Clean up after killed writers; a folder whose writer is still alive is locked and stays."""
+    """Remove the temporary folders of killed writers. A running writer holds a lock on its folder, so it is kept."""
     prefix = f".{final.name}.partial-"
     for entry in os.scandir(final.parent):
         if not entry.name.startswith(prefix) or not entry.is_dir(follow_symlinks=False):
@@ -163,17 +164,17 @@ def _remove_leftovers(final: Path) -> None:
         if lock is None:
             continue
         if entry.name.endswith(OLD) and not os.path.lexists(final):
-            os.rename(entry.path, final)  # killed between two renames: this is the bundle
+            os.rename(entry.path, final)  # the writer was killed between its two renames: restore the bundle
         else:
             shutil.rmtree(entry.path, ignore_errors=True)
         os.close(lock)
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that holds `folder`'s lock until closed or the process dies; None where another holds it."""
+    """A descriptor that locks `folder` until it is closed or the process ends; None if another process has the lock."""
     try:
         import fcntl
-    except ImportError:  # Windows: leftovers stay until removed by hand
+    except ImportError:  # Windows: leftovers must be removed by hand
         return None
     descriptor = os.open(folder, os.O_RDONLY)
     try:

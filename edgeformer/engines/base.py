@@ -1,4 +1,4 @@
-"""Engines run one graph of a bundle; a state is all that one sequence owns."""
+"""The protocols of engines and states: an engine runs one graph, a state is the KV cache of one sequence."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class State(Protocol):
-    """What one sequence owns: the KV cache and its length. Made by `Engine.new_state`, changed by `Engine.forward`."""
+    """The KV cache of one sequence, or of one batch of equal length. `Engine.forward` appends to it."""
 
     @property
     def length(self) -> int:
-        """Tokens that the cache holds."""
+        """The number of tokens in the cache."""
         ...
 
     def truncate(self, length: int) -> None:
-        """Forget all tokens from `length` on.
+        """Remove all tokens after the first `length`.
 
         Raises:
             InputError: `length` is negative or larger than `self.length`.
@@ -31,17 +31,18 @@ class State(Protocol):
         ...
 
     def select(self, rows: Sequence[int]) -> None:
-        """Sequence i of the batch becomes a copy of what sequence `rows[i]` was; the batch keeps its size.
-        Static inputs do not move: a beam search has the same ones in every row.
+        """Reorder the batch: sequence i becomes a copy of the former sequence `rows[i]`.
+
+        The batch keeps its size. Static inputs stay in place, because all rows of a beam search have the same ones.
 
         Raises:
-            InputError: `rows` has another length than the batch, or names a sequence that is none.
+            InputError: `rows` does not have one entry per sequence, or an entry is out of range.
         """
         ...
 
 
 class Engine(Protocol):
-    """Runs a graph. Immutable: many threads may share one, each with states of its own."""
+    """Runs a graph. Immutable: threads may share one engine, but not a state."""
 
     @property
     def name(self) -> str:
@@ -49,23 +50,24 @@ class Engine(Protocol):
         ...
 
     def new_state(self, static_inputs: Arrays | None = None) -> State:
-        """An empty state; `static_inputs` are inputs of the graph given once, for all calls with it.
+        """An empty state. `static_inputs` are graph inputs that are the same for all calls with this state.
 
         Raises:
-            InputError: one of them does not fit the graph.
+            InputError: a static input is not an input of the graph, or has a wrong type, shape or value.
         """
         ...
 
     def forward(self, batch: Sequence[tuple[Arrays, State]]) -> list[dict[str, np.ndarray]]:
-        """The outputs of the graph for each (inputs, state), in order; each state grows by the tokens given.
+        """The outputs of the graph for each (inputs, state), in order. The tokens are appended to each state.
 
-        One entry for everything: many tokens are a prefill, one token is a decode step, several pairs are a batch, and
-        a graph without a KV cache simply has a state that stays empty. Inputs are the graph's own inputs without
-        `past_key_values.*`, with their batch axis; outputs are its outputs without `present.*`. `position_ids` may be
-        left out: it continues from the state's length. `logits_to_keep` (int, default 0 = all) keeps the last logits.
+        Prefill (many tokens), decode (one token) and batches (several pairs) all use this call. The state of a graph
+        without a KV cache stays empty. Inputs are those of the graph, with a batch axis, without `past_key_values.*`
+        and static inputs; outputs are those of the graph without `present.*`. `position_ids` is optional and then
+        continues from the length of the state. `logits_to_keep` (int) computes the logits of the last tokens only;
+        0, the default, means all.
 
         Raises:
-            InputError: an array's name, type, rank or size is wrong, or a token id is out of range.
-            StateError: a state is in use by another thread, or belongs to another model.
+            InputError: an array has a wrong name, type, rank or size, or a token id is out of range.
+            StateError: a state is in use by another thread, or belongs to another engine.
         """
         ...

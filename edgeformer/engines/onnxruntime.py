@@ -1,4 +1,4 @@
-"""The ONNX Runtime engines: `cpu` and `cuda`. One code path: the cache stays in OrtValues on the engine's device."""
+"""The ONNX Runtime engines: `cpu` and `cuda`. The KV cache stays on the device, as OrtValues."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from edgeformer.bundle.bundle import Bundle
-from edgeformer.bundle.signature import IDS, KEEP, PAST, Signature
+from edgeformer.bundle.signature import IDS, KEEP, PAST, Array, Signature
 from edgeformer.engines.base import Arrays, State
 from edgeformer.errors import BundleError, EdgeformerError, EngineUnavailable, InputError, StateError
 from edgeformer.machine import default_threads
@@ -27,13 +27,13 @@ from edgeformer.machine import default_threads
 Provider = Literal["cpu", "cuda"]
 
 WHEELS = ("onnxruntime", "onnxruntime-gpu")
-MINIMUM = (1, 23)  # the first with kernels for opset 23's Attention, RotaryEmbedding and RMSNormalization
-MINIMUM_QUANTIZED = (1, 25)  # the first that fuses 8-bit weights; before, they run correctly and 15 to 50 times slower
-HEAVY = {"MatMul", "MatMulNBits", "Gemm", "Attention", "Conv"}  # a decoder with one of these on the CPU is no CUDA run
+MINIMUM = (1, 23)  # the first version with Attention, RotaryEmbedding and RMSNormalization of opset 23
+MINIMUM_QUANTIZED = (1, 25)  # the first version that fuses 8-bit weights; older ones are 15 to 50 times slower
+HEAVY = {"MatMul", "MatMulNBits", "Gemm", "Attention", "Conv"}  # all of these must run on CUDA with provider="cuda"
 
 
 def installed_wheels() -> dict[str, str]:
-    """The installed ONNX Runtime wheels and their versions. They share one folder, so two of them break each other."""
+    """The installed ONNX Runtime wheels: {name: version}. They install to one folder, so two of them conflict."""
     found = {}
     for name in WHEELS:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -42,13 +42,13 @@ def installed_wheels() -> dict[str, str]:
 
 
 def both_wheels() -> str | None:
-    """The problem of an installation that holds both wheels; None where only one is installed."""
+    """The problem with an installation of both wheels, as text; None if at most one is installed."""
     found = installed_wheels()
     if len(found) < 2:
         return None
     names = " and ".join(f"{name} {version}" for name, version in found.items())
     return (
-        f"{names} are both installed; they write the same folder, and the last one has overwritten the other. "
+        f"{names} are both installed; they install to the same folder, so one has overwritten the other. "
         "Uninstall both (pip uninstall -y onnxruntime onnxruntime-gpu), then install one: edgeformer[cpu] or "
         "edgeformer[cuda]"
     )
@@ -58,7 +58,7 @@ def import_onnxruntime() -> ModuleType:
     """The module `onnxruntime`.
 
     Raises:
-        EngineUnavailable: it is not installed, or broken by having both wheels.
+        EngineUnavailable: it is not installed, cannot be imported, or is incomplete.
     """
     try:
         import onnxruntime
@@ -67,21 +67,21 @@ def import_onnxruntime() -> ModuleType:
             raise EngineUnavailable(f"onnxruntime is installed but cannot be imported: {error}.") from error
         raise EngineUnavailable("onnxruntime is not installed; install edgeformer[cpu] or edgeformer[cuda].") from error
     if not hasattr(onnxruntime, "InferenceSession"):
-        reason = both_wheels() or "one of two wheels was uninstalled, which took the other's files; install it again"
+        reason = both_wheels() or "files are missing, as after uninstalling one of two wheels; install it again"
         raise EngineUnavailable(f"onnxruntime is broken: {reason}.")
     module: ModuleType = onnxruntime
     return module
 
 
 def version_of(text: str) -> tuple[int, int]:
-    """(major, minor) of a version text such as "1.32.0" or "1.25.0.dev2"."""
+    """(major, minor) of a version such as "1.32.0" or "1.25.0.dev2"; (0, 0) if there is no number."""
     match = re.match(r"(\d+)\.(\d+)", text)
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 @dataclass(frozen=True)
 class OpRun:
-    """One operation of one run: its operator, seconds, and the shapes of its inputs other than weights."""
+    """One profiled execution of a node: its operator, seconds, and the shapes of its inputs other than weights."""
 
     operator: str
     seconds: float
@@ -94,15 +94,15 @@ class OrtState:
     def __init__(self, owner: OrtEngine, static_inputs: dict[str, Any] | None = None, batch: int | None = None) -> None:
         self.owner = owner
         self.lock = threading.Lock()
-        self.cache: list[Any] = []  # in the order of the signature's caches; empty before the first token
-        self.static_inputs = static_inputs or {}  # inputs of the graph that are given once a sequence
+        self.cache: list[Any] = []  # in the order of signature.caches; empty before the first token
+        self.static_inputs = static_inputs or {}  # OrtValues on the device
         self._fixed_batch = batch
         self.batch = batch
         self._length = 0
 
     @property
     def length(self) -> int:
-        """Tokens that the cache holds."""
+        """See `State.length`."""
         return self._length
 
     def truncate(self, length: int) -> None:
@@ -113,45 +113,41 @@ class OrtState:
             if length == 0:
                 self.cache, self.batch = [], self._fixed_batch
             elif length < self._length:
-                self.cache = [self.owner.place(np.ascontiguousarray(v.numpy()[:, :, :length])) for v in self.cache]
+                self.cache = [self.owner.to_device(np.ascontiguousarray(v.numpy()[:, :, :length])) for v in self.cache]
             self._length = length
 
     def fork(self) -> OrtState:
         """See `State.fork`."""
         with _locked([self]):
             copy = OrtState(self.owner, self.static_inputs, self._fixed_batch)
-            # Each step makes new OrtValues and never writes into old ones, so both may hold the same.
+            # A step creates new OrtValues and does not write to old ones, so both states may share them.
             copy.cache, copy.batch, copy._length = list(self.cache), self.batch, self._length
             return copy
 
     def select(self, rows: Sequence[int]) -> None:
-        """Sequence i of the batch becomes a copy of what sequence `rows[i]` was; the batch keeps its size. Static
-        inputs do not move: a beam search has the same ones in every row.
-
-        Raises:
-            InputError: `rows` has another length than the batch, or names a sequence that is none.
-        """
+        """See `State.select`."""
         if self.batch is None or len(rows) != self.batch or not all(0 <= row < self.batch for row in rows):
             raise InputError(f"A state of {self.batch} sequences cannot select {list(rows)}.")
         if list(rows) == list(range(self.batch)):
             return
         with _locked([self]):
-            self.cache = [self.owner.place(np.ascontiguousarray(value.numpy()[list(rows)])) for value in self.cache]
+            self.cache = [self.owner.to_device(np.ascontiguousarray(value.numpy()[list(rows)])) for value in self.cache]
 
     def grow(self, cache: list[Any], batch: int, tokens: int) -> None:
-        """Stores the cache that a run returned. The caller holds the lock."""
+        """Replace the cache by the one that a run returned. The caller must own the lock."""
         self.cache, self.batch, self._length = cache, batch, self._length + tokens
 
 
 class OrtEngine:
-    """Runs a graph on ONNX Runtime. Immutable; threads may share it, each with states of its own.
+    """Runs a graph on ONNX Runtime. Immutable: threads may share one engine, but not a state.
 
-    `threads` is always set (ONNX Runtime would take every core and pin its threads); `spin=False` lets idle threads
-    sleep at once, which costs some speed and saves idle power. With a folder for `profile`, `end_profile` gives times.
+    `threads` defaults to `default_threads()`, because ONNX Runtime's own default uses all cores and pins its threads.
+    `spin=False` lets idle threads sleep at once: slower, but idle cores save power. `profile` is a folder for
+    profiler output; `end_profile` then returns the times.
 
     Raises:
-        EngineUnavailable: ONNX Runtime is missing, broken, too old for this bundle, or does not really run on
-            `provider`. It never runs on another provider than the one asked for.
+        EngineUnavailable: ONNX Runtime is missing, incomplete or too old for this bundle, or the graph would not run on
+            `provider`. The engine never falls back to another provider.
     """
 
     def __init__(
@@ -191,16 +187,12 @@ class OrtEngine:
         return self.provider
 
     def new_state(self, static_inputs: Arrays | None = None) -> OrtState:
-        """An empty state; `static_inputs` are inputs of the graph given once, for all calls with it.
-
-        Raises:
-            InputError: one of them does not fit the graph.
-        """
+        """See `Engine.new_state`."""
         if not static_inputs:
             return OrtState(self)
         arrays = self.signature.check_some(static_inputs)
         batch = next(iter(arrays.values())).shape[0]
-        return OrtState(self, {name: self.place(array) for name, array in arrays.items()}, batch)
+        return OrtState(self, {name: self.to_device(array) for name, array in arrays.items()}, batch)
 
     def forward(self, batch: Sequence[tuple[Arrays, State]]) -> list[dict[str, np.ndarray]]:
         """See `Engine.forward`."""
@@ -211,7 +203,7 @@ class OrtEngine:
         states: list[OrtState] = []
         for _, state in batch:
             if not isinstance(state, OrtState) or state.owner is not self:
-                raise StateError("The state belongs to another engine; make one with this engine's new_state().")
+                raise StateError("The state belongs to another engine; create one with this engine's new_state().")
             states.append(state)
         with _locked(states):
             checked = [
@@ -220,12 +212,12 @@ class OrtEngine:
             ]
             return [self._run(arrays, state) for arrays, state in zip(checked, states, strict=True)]
 
-    def place(self, array: np.ndarray[Any, Any]) -> Any:
-        """An OrtValue on this engine's device with the array's content."""
+    def to_device(self, array: Array) -> Any:
+        """The array copied to an OrtValue on this engine's device."""
         return self._ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
 
     def end_profile(self) -> list[OpRun]:
-        """Every operation run since the engine was made, in order. Only with `profile`, and once."""
+        """All node executions so far, in order. Needs `profile`; can be called once."""
         runs = []
         for event in json.loads(Path(self._session.end_profiling()).read_text()):
             facts = event.get("args", {})
@@ -234,13 +226,11 @@ class OrtEngine:
                 runs.append(OpRun(facts["op_name"], event["dur"] / 1e6, shapes))
         return runs
 
-    # ------------------------------------------------------------------------------------------------------------ parts
-
-    def _run(self, arrays: dict[str, np.ndarray[Any, Any]], state: OrtState) -> dict[str, np.ndarray[Any, Any]]:
+    def _run(self, arrays: dict[str, Array], state: OrtState) -> dict[str, Array]:
         binding = self._session.io_binding()
         value = self._ort.OrtValue.ortvalue_from_numpy
         for name, array in arrays.items():
-            if name != KEEP or int(array) != 0:  # 0 is the default of the graph
+            if name != KEEP or int(array) != 0:  # 0 is the graph's default
                 binding.bind_ortvalue_input(name, value(array))
         for name, value in state.static_inputs.items():
             if name not in arrays:
@@ -280,7 +270,7 @@ class OrtEngine:
         providers: list[Any] = ["CPUExecutionProvider"]
         if self.provider == "cuda":
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-            # The cache is a new, slightly larger tensor every step: doubling the arena each time would waste memory.
+            # The cache is a new, slightly larger tensor at each step; doubling the arena would waste memory.
             cuda = {"device_id": 0, "arena_extend_strategy": "kSameAsRequested"}
             providers = [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
         path = bundle.graph_path(graph)
@@ -297,8 +287,8 @@ class OrtEngine:
         first = session.get_providers()[0]
         if first != "CUDAExecutionProvider":
             raise EngineUnavailable(
-                f"CUDA was asked for, but the session runs on {first}: the CUDA or cuDNN libraries that this "
-                f"onnxruntime needs are missing or of another version. Install edgeformer[cuda], or use engine='cpu'."
+                f"CUDA was requested, but the session runs on {first}: the CUDA or cuDNN libraries that this "
+                f"onnxruntime needs are missing or have another version. Install edgeformer[cuda], or use engine='cpu'."
             )
         elsewhere: dict[str, str] = {}
         for part in getattr(session, "get_provider_graph_assignment_info", list)():
@@ -308,7 +298,7 @@ class OrtEngine:
         if elsewhere:
             some = ", ".join(f"{name} ({op})" for name, op in list(elsewhere.items())[:4])
             raise EngineUnavailable(
-                f"CUDA was asked for, but {len(elsewhere)} of the graph's heavy nodes would run on the CPU: {some}. "
+                f"CUDA was requested, but {len(elsewhere)} of the graph's heavy nodes would run on the CPU: {some}. "
                 f"Export with --dtype float16, or use engine='cpu'."
             )
 
@@ -316,9 +306,9 @@ class OrtEngine:
         session, table = self._session, bundle.manifest["graphs"][graph]
         inputs = [*session.get_inputs(), *session.get_overridable_initializers()]
         for side, ports in (("inputs", inputs), ("outputs", session.get_outputs())):
-            real, said = {port.name for port in ports}, set(table[side])
-            if real != said:
-                odd = ", ".join(sorted(real ^ said)[:6])
+            actual, listed = {port.name for port in ports}, set(table[side])
+            if actual != listed:
+                odd = ", ".join(sorted(actual ^ listed)[:6])
                 raise BundleError(f"{bundle.path}: the manifest and {table['file']} disagree about the {side}: {odd}.")
         if any(present not in table["outputs"] for present in self.signature.caches.values()):
             raise BundleError(f"{bundle.path}: a {PAST}* input has no present.* output; export the model again.")
@@ -326,12 +316,12 @@ class OrtEngine:
 
 @contextlib.contextmanager
 def _locked(states: Sequence[OrtState]) -> Iterator[None]:
-    """All states' locks, or StateError at once: two calls on one state would mix their tokens."""
+    """Lock all states for one call, or raise StateError: a second call on a state would mix the tokens of both."""
     taken: list[OrtState] = []
     try:
         for state in states:
             if not state.lock.acquire(blocking=False):
-                raise StateError("The state is in use by another call; give each thread a state of its own (fork).")
+                raise StateError("The state is in use by another call; use one state per thread, for example a fork().")
             taken.append(state)
         yield
     finally:
@@ -344,9 +334,9 @@ def _check_version(version: str, bundle: Bundle) -> None:
     need = MINIMUM if scheme == "none" else MINIMUM_QUANTIZED
     if version_of(version) < need:
         why = (
-            "older ones have no kernels for opset 23"
+            "older versions have no kernels for opset 23"
             if scheme == "none"
-            else f"older ones run {scheme} weights 15 to 50 times slower and do not warn"
+            else f"older versions run {scheme} weights 15 to 50 times slower without a warning"
         )
         raise EngineUnavailable(
             f"onnxruntime {version} is too old for this bundle: it needs {need[0]}.{need[1]} or newer ({why}). "
@@ -355,7 +345,7 @@ def _check_version(version: str, bundle: Bundle) -> None:
 
 
 def _check_cuda(ort: ModuleType) -> None:
-    """Refuses what cannot become a CUDA session, before ONNX Runtime falls back silently."""
+    """Raise if a CUDA session is impossible; ONNX Runtime itself would silently fall back to the CPU."""
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         reason = both_wheels() or "this onnxruntime is the CPU build; uninstall it, then install edgeformer[cuda]"
         raise EngineUnavailable(f"CUDA is not available: {reason}.")
@@ -363,12 +353,12 @@ def _check_cuda(ort: ModuleType) -> None:
     if problem:
         raise EngineUnavailable(f"CUDA is not available: {problem}.")
     if hasattr(ort, "preload_dlls"):
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find; the session check decides
+        with contextlib.redirect_stdout(io.StringIO()):  # prints missing libraries; `_require_cuda` reports them
             ort.preload_dlls()
 
 
 def cuda_driver_problem() -> str | None:
-    """The reason why the NVIDIA driver offers no device; None where it offers one."""
+    """Why the NVIDIA driver gives no device, as text; None if it gives one."""
     import ctypes
 
     for name in ("libcuda.so.1", "nvcuda.dll"):
@@ -377,7 +367,7 @@ def cuda_driver_problem() -> str | None:
         except OSError:
             continue
         if driver.cuInit(0) != 0:
-            return "the NVIDIA driver does not start (no device, or a driver that does not fit the kernel)"
+            return "the NVIDIA driver does not start (no device, or a driver that does not match the kernel)"
         count = ctypes.c_int(0)
         driver.cuDeviceGetCount(ctypes.byref(count))
         return None if count.value else "the NVIDIA driver sees no device"
@@ -396,5 +386,5 @@ def _reraise(error: Exception) -> None:
             f"Out of memory while running the model; the state is as before. {_brief(error)}"
         ) from error
     if "INVALID_ARGUMENT" in text:
-        raise InputError(f"ONNX Runtime refuses the inputs: {_brief(error)}") from error
+        raise InputError(f"ONNX Runtime rejects the inputs: {_brief(error)}") from error
     raise EdgeformerError(f"ONNX Runtime failed; the state is as before. {_brief(error)}") from error

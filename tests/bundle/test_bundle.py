@@ -1,4 +1,4 @@
-"""The on-disk format: what a bundle says of itself, and what is refused."""
+"""Opening a bundle: the fields it gives, and the errors for damaged or wrong files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from edgeformer.bundle.manifest import MANIFEST, MAX_JSON, plain_name
 from edgeformer.errors import BundleError
 
 
-def test_a_bundle_opens_with_its_facts(lm):
+def test_the_fields_of_an_opened_bundle(lm):
     bundle = Bundle.open(lm, check="hashes")
     assert bundle.task == "text-generation"
     assert bundle.graph_path() == lm / "model.onnx"
@@ -39,7 +39,7 @@ def test_the_fingerprint_changes_with_any_file(lm, copy_of, reseal):
     assert Bundle.open(changed).fingerprint != before
 
 
-# ------------------------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_the_fingerprint_changes_with_any_file(lm, copy_of, reseal):
         (lambda m: m.update(task=""), "task is empty"),
         (lambda m: m.update(graphs={}), "graphs is empty"),
         (lambda m: m.update(graphs=[]), "graphs is a list, expected an object"),
-        (lambda m: m["graphs"]["model"].update(file="x.onnx"), "'x.onnx', which files does not name"),
+        (lambda m: m["graphs"]["model"].update(file="x.onnx"), "'x.onnx', which is not in files"),
         (lambda m: m["graphs"]["model"]["inputs"]["input_ids"].update(shape=[1.5]), r"shape holds 1\.5"),
         (lambda m: m["graphs"]["model"]["inputs"].update(input_ids=3), "input_ids is 3, expected {dtype"),
         (lambda m: m["quantization"].update(scheme="q3"), "scheme is 'q3', expected one of q4a"),
@@ -113,7 +113,7 @@ def test_every_damaged_file_is_in_one_message(lm, copy_of):
         ("version https://git-lfs.github.com/spec/v1\n", "not valid JSON"),
     ],
 )
-def test_a_manifest_that_is_no_strict_json_is_refused(lm, copy_of, text, expected):
+def test_a_manifest_that_is_not_strict_json_is_refused(lm, copy_of, text, expected):
     damaged = copy_of(lm)
     (damaged / MANIFEST).write_text(text)
     with pytest.raises(BundleError, match=expected):
@@ -131,7 +131,7 @@ def test_a_manifest_that_is_not_utf8_or_huge_is_refused(lm, copy_of):
         Bundle.open(damaged)
 
 
-def test_what_is_no_bundle_is_named_for_what_it_is(tmp_path, lm):
+def test_the_error_for_another_path_names_what_it_is(tmp_path, lm):
     with pytest.raises(BundleError, match="does not exist"):
         Bundle.open(tmp_path / "nothing")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
@@ -163,14 +163,14 @@ def test_a_flipped_byte_is_refused_when_hashes_are_checked(lm, copy_of):
         Bundle.open(damaged, check="hashes")
 
 
-def test_a_git_lfs_pointer_is_named(lm, copy_of):
+def test_the_error_names_a_git_lfs_pointer(lm, copy_of):
     damaged = copy_of(lm)
     (damaged / "model.onnx.data").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(BundleError, match="git lfs pull"):
         Bundle.open(damaged)
 
 
-def test_a_fifo_is_refused_without_waiting_for_it(lm, copy_of):
+def test_a_fifo_is_refused_and_not_read(lm, copy_of):
     damaged = copy_of(lm)
     (damaged / "config.json").unlink()
     os.mkfifo(damaged / "config.json")
@@ -178,20 +178,20 @@ def test_a_fifo_is_refused_without_waiting_for_it(lm, copy_of):
         Bundle.open(damaged)
 
 
-@pytest.mark.parametrize("share", range(0, 64, 7))
-def test_a_cut_graph_is_refused_even_with_a_manifest_that_fits(lm, copy_of, reseal, share):
+@pytest.mark.parametrize("kept", range(0, 64, 7))  # 64ths of the file
+def test_a_truncated_graph_is_refused_even_if_the_manifest_matches(lm, copy_of, reseal, kept):
     damaged = copy_of(lm)
     path = damaged / "model.onnx"
-    path.write_bytes(path.read_bytes()[: path.stat().st_size * share // 64])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * kept // 64])
     reseal(damaged)
-    with pytest.raises(BundleError, match=r"ONNX model|disagree|needs|no file"):
+    with pytest.raises(BundleError, match=r"ONNX model|disagree|needs|not a file"):
         _open_and_load(damaged)
 
 
 def _open_and_load(bundle: Path) -> None:
     from edgeformer.engines.onnxruntime import OrtEngine
 
-    OrtEngine(Bundle.open(bundle), threads=1)  # a cut that leaves a readable graph is caught by its inputs and outputs
+    OrtEngine(Bundle.open(bundle), threads=1)  # if a truncated graph can be parsed, its inputs and outputs are wrong
 
 
 def _change_tensor(bundle: Path, name: str, change) -> None:
@@ -200,7 +200,7 @@ def _change_tensor(bundle: Path, name: str, change) -> None:
     (bundle / "model.onnx").write_bytes(model.SerializeToString())
 
 
-def _place(key, value):
+def _external(key, value):
     def change(tensor):
         found = [entry for entry in tensor.external_data if entry.key == key]
         entry = found[0] if found else tensor.external_data.add()
@@ -213,21 +213,21 @@ def _place(key, value):
     ("change", "expected"),
     [
         *(
-            (_place("location", bad), "plain file name")
+            (_external("location", bad), "plain file name")
             for bad in ("../x", "/etc/passwd", "C:\\x", "a/../../x", "", "..")
         ),
-        (_place("location", "other.data"), "no file of this bundle"),
-        (_place("offset", "-64"), "bytes -64"),
-        (_place("offset", "18446744073709551552"), "which holds"),
-        (_place("offset", "x"), "no number"),
-        (_place("length", "99999999999"), "which holds"),
-        (_place("length", "64"), "needs"),
+        (_external("location", "other.data"), "not a file of this bundle"),
+        (_external("offset", "-64"), "bytes -64"),
+        (_external("offset", "18446744073709551552"), "which holds"),
+        (_external("offset", "x"), "not a number"),
+        (_external("length", "99999999999"), "which holds"),
+        (_external("length", "64"), "needs"),
         (lambda tensor: tensor.dims.__setitem__(0, -1), "negative size"),
         (lambda tensor: tensor.dims.extend([2**31, 2**31, 4]), "needs"),
         (lambda tensor: setattr(tensor, "data_type", 999), "unknown element type"),
     ],
 )
-def test_weights_that_lie_elsewhere_are_refused(lm, copy_of, reseal, change, expected):
+def test_wrong_external_data_entries_are_refused(lm, copy_of, reseal, change, expected):
     damaged = copy_of(lm)
     _change_tensor(damaged, "embed.weight", change)
     reseal(damaged)
@@ -252,7 +252,7 @@ def test_scales_that_are_not_finite_are_refused_when_hashes_are_checked(tmp_path
 def test_8_bit_weights_of_minus_128_are_refused_when_hashes_are_checked(tmp_path):
     def spoil(model):
         for tensor in model.graph.initializer:
-            if tensor.name == "embed.weight":  # reaches its DequantizeLinear through a Gather, and a Transpose
+            if tensor.name == "embed.weight":  # goes through a Gather, and a Transpose, to its DequantizeLinear
                 values = numpy_helper.to_array(tensor).copy()
                 values[-1, -1] = -128
                 tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
@@ -261,7 +261,7 @@ def test_8_bit_weights_of_minus_128_are_refused_when_hashes_are_checked(tmp_path
         tiny.write_lm(tmp_path / "bad", scheme="q8", with_reference=False, change=spoil)
 
 
-def test_the_links_of_a_hugging_face_cache_work(lm, tmp_path):
+def test_a_hugging_face_cache_folder_of_links_opens(lm, tmp_path):
     from edgeformer.engines.onnxruntime import OrtEngine
 
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"

@@ -1,4 +1,4 @@
-"""A bundle is written whole or not at all, whatever ends the writer and whoever writes beside it."""
+"""Writing a bundle is atomic: after exceptions, disk errors, kills at any step, and with two writers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from edgeformer.errors import BundleError
 
 
 def _fill(folder: Path, source: Path, marker: str) -> None:
-    """What an exporter does between the temporary folder's birth and its end."""
+    """Fill and seal the temporary folder as an exporter does: a copy of `source` marked with `marker`."""
     for file in source.iterdir():
         if file.name != MANIFEST:
             shutil.copy(file, folder)
@@ -60,7 +60,7 @@ def test_a_file_changed_after_sealing_is_noticed(lm, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_an_existing_path_is_kept_unless_it_may_be_overwritten(lm, tmp_path):
+def test_an_existing_path_is_refused_unless_overwrite_is_set(lm, tmp_path):
     target = tmp_path / "deep" / "b"
     with write_bundle(target) as folder:
         _fill(folder, lm, "old")
@@ -72,7 +72,7 @@ def test_an_existing_path_is_kept_unless_it_may_be_overwritten(lm, tmp_path):
     assert os.listdir(target.parent) == ["b"]
 
 
-def test_overwriting_never_loses_what_is_no_bundle(lm, tmp_path):
+def test_overwriting_never_deletes_files_that_are_not_part_of_a_bundle(lm, tmp_path):
     home = tmp_path / "home"
     home.mkdir()
     (home / "thesis.tex").write_text("years of work")
@@ -115,7 +115,7 @@ def test_the_folder_has_the_users_permissions(lm, tmp_path):
 
 @pytest.mark.parametrize("exists", [False, True])
 @pytest.mark.parametrize("fault", ["fsync", "rename"])
-def test_a_disk_that_refuses_leaves_the_old_bundle(lm, tmp_path, monkeypatch, exists, fault):
+def test_a_disk_error_leaves_the_old_bundle(lm, tmp_path, monkeypatch, exists, fault):
     target = tmp_path / "b"
     if exists:
         with write_bundle(target) as folder:
@@ -144,7 +144,7 @@ STEPS = ("mkdir", "open", "fsync", "rename", "replace", "close")
 
 
 def _killed_at(step: int, target: Path, source: Path, atomic: bool) -> int:
-    """Write to `target` in a child process that dies before its `step`-th system call; its exit code."""
+    """The exit code of a child process that writes to `target` and exits with 9 before its `step`-th system call."""
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -174,7 +174,7 @@ def _killed_at(step: int, target: Path, source: Path, atomic: bool) -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="fork and renameat2")
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_kill_at_any_step_leaves_the_old_or_the_new_bundle_whole(lm, tmp_path, exists):
+def test_after_a_kill_at_any_step_the_old_or_the_new_bundle_is_complete(lm, tmp_path, exists):
     seen = set()
     for step in range(1, 200):
         target = tmp_path / f"{step}" / "b"
@@ -188,7 +188,7 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_bundle_whole(lm, tmp_path,
             seen.add(_marker(target))
         if code == 0:
             break
-        # Whatever was left is no obstacle for the next attempt, which also cleans it away.
+        # The next writer works in spite of the leftovers, and removes them.
         with write_bundle(target, overwrite=True) as folder:
             _fill(folder, lm, "again")
         assert _marker(target) == "again"
@@ -200,8 +200,8 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_bundle_whole(lm, tmp_path,
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="fork")
-def test_a_kill_where_folders_cannot_be_exchanged_loses_nothing(lm, tmp_path):
-    """Without renameat2 there is a moment without the final name; then the old bundle is beside it, whole."""
+def test_a_kill_loses_nothing_if_folders_cannot_be_exchanged(lm, tmp_path):
+    """Without renameat2 the final name is missing for a moment; the complete old bundle is then beside it."""
     for step in range(1, 200):
         target = tmp_path / f"{step}" / "b"
         with write_bundle(target) as folder:
@@ -222,7 +222,7 @@ def test_a_kill_where_folders_cannot_be_exchanged_loses_nothing(lm, tmp_path):
     pytest.fail("the writer never finished")
 
 
-def test_another_writers_folder_is_left_alone(lm, tmp_path):
+def test_the_folder_of_a_running_writer_is_not_removed(lm, tmp_path):
     with write_bundle(tmp_path / "b") as first:
         _fill(first, lm, "first")
         with write_bundle(tmp_path / "b") as second:
@@ -233,7 +233,7 @@ def test_another_writers_folder_is_left_alone(lm, tmp_path):
     assert _marker(tmp_path / "b") == "first"
 
 
-def test_two_writers_of_one_path_do_not_mix(lm, tmp_path):
+def test_the_second_of_two_writers_to_end_is_refused(lm, tmp_path):
     def late():
         with write_bundle(tmp_path / "b") as first:
             _fill(first, lm, "first")
@@ -246,7 +246,7 @@ def test_two_writers_of_one_path_do_not_mix(lm, tmp_path):
     assert os.listdir(tmp_path) == ["b"]
 
 
-def test_seal_refuses_what_is_no_flat_folder_of_files(lm, tmp_path):
+def test_seal_refuses_folders_and_links(lm, tmp_path):
     (tmp_path / "inner").mkdir()
     os.symlink("/etc/passwd", tmp_path / "link")
     with pytest.raises(BundleError) as error:
@@ -257,7 +257,7 @@ def test_seal_refuses_what_is_no_flat_folder_of_files(lm, tmp_path):
     assert not (tmp_path / MANIFEST).exists()
 
 
-def test_seal_refuses_numbers_that_are_no_json(lm, copy_of):
+def test_seal_refuses_numbers_that_are_not_json(lm, copy_of):
     folder = copy_of(lm)
     manifest = json.loads((folder / MANIFEST).read_text())
     with pytest.raises(BundleError, match="cannot be written as JSON"):

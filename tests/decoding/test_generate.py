@@ -1,4 +1,4 @@
-"""The token loop: against a plain loop without a cache, stops and ends, sessions, streams."""
+"""The token loop: compared with a loop without a cache; stop strings, end tokens, sessions and streams."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def model(lm):
 
 
 def _plain_greedy(model, ids, count):
-    """Without a cache, without a loop of ours: the whole text again for every token."""
+    """`count` greedy ids after `ids`, computed without a cache: every step runs the whole sequence again."""
     ids, new = list(ids), []
     for _ in range(count):
         new.append(int(model.logits(ids)[-1].argmax()))
@@ -33,7 +33,7 @@ PROMPT = [5, 17, 90, 200, 31, 8, 44, 101]
 
 
 @pytest.mark.parametrize("bundle", ["float", "q8", "float16", "plain"])
-def test_greedy_tokens_are_those_of_a_plain_loop(bundles, bundle):
+def test_greedy_tokens_equal_those_of_a_loop_without_a_cache(bundles, bundle):
     model = load(bundles / bundle, "cpu", threads=1)
     result = model.generate(PROMPT, max_new_tokens=24, ignore_eos=True)
     assert result.ids == _plain_greedy(model, PROMPT, 24)
@@ -49,7 +49,7 @@ def test_a_prompt_in_chunks_gives_the_same_tokens(model, monkeypatch, chunk):
     assert model.generate(PROMPT, max_new_tokens=12, ignore_eos=True).ids == expected
 
 
-def test_prompts_of_every_kind(model):
+def test_text_ids_arrays_and_chats_are_prompts(model):
     text = "hello world"
     ids = model.tokenizer.encode(text)
     expected = model.generate(text, max_new_tokens=5).ids
@@ -88,7 +88,7 @@ def test_a_wrong_max_new_tokens_is_refused(model, bad):
         model.generate([5], max_new_tokens=bad)
 
 
-def test_an_empty_prompt_begins_with_the_models_first_token(model, lm, copy_of, reseal):
+def test_an_empty_prompt_becomes_the_bos_token(model, lm, copy_of, reseal):
     assert model.generate("", max_new_tokens=4).ids == model.generate([1], max_new_tokens=4).ids
     nameless = copy_of(lm)
     (nameless / "generation_config.json").write_text("{}")
@@ -109,7 +109,7 @@ def _with_eos(bundle, reseal, eos):
 
 
 @pytest.mark.parametrize("form", [int, lambda i: [299, i]])
-def test_the_end_token_ends_and_its_text_is_not_shown(model, lm, copy_of, reseal, form):
+def test_an_eos_token_ends_and_is_not_in_the_text(model, lm, copy_of, reseal, form):
     free = model.generate(PROMPT, max_new_tokens=10, ignore_eos=True)
     end = free.ids[4]
     ended = _with_eos(copy_of(lm), reseal, form(end))
@@ -121,7 +121,7 @@ def test_the_end_token_ends_and_its_text_is_not_shown(model, lm, copy_of, reseal
     assert ended.generate(PROMPT, max_new_tokens=10, ignore_eos=True).ids == free.ids
 
 
-def test_the_context_ends_a_generation_with_its_own_reason(model):
+def test_a_full_context_ends_with_the_reason_context(model):
     full = [5] * tiny.POSITIONS
     result = model.generate(full, max_new_tokens=50, ignore_eos=True)
     assert (len(result.ids), result.finish_reason) == (1, "context")
@@ -131,7 +131,7 @@ def test_the_context_ends_a_generation_with_its_own_reason(model):
     assert (len(result.ids), result.finish_reason) == (4, "length")
 
 
-def test_a_stop_string_is_never_shown_wherever_tokens_end(model):
+def test_a_stop_string_is_never_shown_wherever_token_boundaries_are(model):
     free = model.generate("hello", max_new_tokens=40, ignore_eos=True, temperature=1.5, seed=3)
     text = free.text
     assert len(text) > 20
@@ -148,9 +148,9 @@ def test_a_stop_string_is_never_shown_wherever_tokens_end(model):
             assert stream.result.ids == free.ids[: len(stream.result.ids)]
 
 
-def test_a_stop_string_that_does_not_come_hides_nothing(model):
+def test_the_start_of_a_stop_string_is_shown_if_the_rest_does_not_follow(model):
     free = model.generate("hello", max_new_tokens=30, ignore_eos=True, temperature=1.5, seed=4)
-    never = free.text[-3:] + "§"  # held back at the end, and then given out
+    never = free.text[-3:] + "§"  # its start is buffered, then shown at the end
     kept = model.generate("hello", max_new_tokens=30, ignore_eos=True, temperature=1.5, seed=4, stop=never)
     assert (kept.text, kept.finish_reason) == (free.text, "length")
 
@@ -200,12 +200,12 @@ def test_stop_strings_need_a_tokenizer(bundles):
     assert plain.generate([5], max_new_tokens=3).text == ""
 
 
-def test_logits_that_are_no_numbers_stop_the_generation_and_name_the_step(tmp_path):
-    def spoil(made):
-        for tensor in made.graph.initializer:
+def test_nan_logits_raise_and_the_message_names_the_step(tmp_path):
+    def spoil(proto):
+        for tensor in proto.graph.initializer:
             if tensor.name == "cos":
                 values = numpy_helper.to_array(tensor).copy()
-                values[10:] = np.nan  # all is well up to position 9
+                values[10:] = np.nan  # positions 0 to 9 stay valid
                 tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
     tiny.write_lm(tmp_path / "nan", with_reference=False, change=spoil)
@@ -216,7 +216,7 @@ def test_logits_that_are_no_numbers_stop_the_generation_and_name_the_step(tmp_pa
     assert len(pieces) == 3
 
 
-def test_an_answer_depends_on_its_seed_only(model):
+def test_the_seed_alone_determines_the_tokens(model):
     def answer(seed):
         return model.generate("hi", max_new_tokens=20, temperature=50.0, seed=seed, ignore_eos=True).ids
 
@@ -228,7 +228,7 @@ def test_an_answer_depends_on_its_seed_only(model):
 # ---------------------------------------------------------------------------------------------------------- streams
 
 
-def test_a_stream_joins_to_the_result(model):
+def test_the_pieces_of_a_stream_join_to_the_result(model):
     stream = model.stream("hello", max_new_tokens=30, ignore_eos=True, temperature=1.0, seed=0)
     pieces = list(stream)
     assert [piece.id for piece in pieces] == stream.result.ids
@@ -239,19 +239,19 @@ def test_a_stream_joins_to_the_result(model):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_stream_of_broken_bytes_shows_what_its_ids_decode_to(model, seed):
+def test_a_stream_of_invalid_utf8_equals_the_decoded_ids(model, seed):
     result = model.generate("é", max_new_tokens=100, ignore_eos=True, temperature=3.0, seed=seed)
     assert result.text == model.tokenizer.decode(result.ids)
 
 
-def test_the_result_is_not_there_before_the_end(model):
+def test_the_result_raises_before_the_end(model):
     stream = model.stream("hello", max_new_tokens=5, ignore_eos=True)
     next(stream)
     with pytest.raises(InputError, match="has not ended"):
         _ = stream.result
 
 
-def test_a_stream_dropped_half_way_leaves_a_session_that_goes_on(model):
+def test_a_session_continues_after_a_stream_is_closed_early(model):
     session = model.session()
     whole = model.generate(PROMPT, max_new_tokens=12, ignore_eos=True).ids
     stream = model.stream(PROMPT, max_new_tokens=12, ignore_eos=True, session=session)
@@ -267,19 +267,19 @@ def test_a_stream_dropped_half_way_leaves_a_session_that_goes_on(model):
 # --------------------------------------------------------------------------------------------------------- sessions
 
 
-def test_a_session_runs_only_what_is_new_and_answers_the_same(model):
+def test_a_session_runs_only_new_tokens_and_gives_the_same_ids(model):
     session = model.session()
     first = model.generate(PROMPT, max_new_tokens=6, ignore_eos=True, session=session)
     longer = [*PROMPT, *first.ids, 9, 10, 11]
     fresh = model.generate(longer, max_new_tokens=6, ignore_eos=True)
     second = model.generate(longer, max_new_tokens=6, ignore_eos=True, session=session)
     assert second.ids == fresh.ids
-    # The last new token was never run: its cache entry is missing, all the others are there.
+    # The last new token was never run, so only its cache entry is missing.
     assert second.timings.reused_tokens == len(PROMPT) + 5
     assert fresh.timings.reused_tokens == 0
 
 
-def test_a_session_forgets_where_the_prompt_differs(model):
+def test_a_session_reuses_the_common_prefix_only(model):
     session = model.session()
     model.generate(PROMPT, max_new_tokens=6, ignore_eos=True, session=session)
     other = [*PROMPT[:4], 77, 78]
@@ -287,22 +287,22 @@ def test_a_session_forgets_where_the_prompt_differs(model):
     assert result.timings.reused_tokens == 4
     assert result.ids == model.generate(other, max_new_tokens=6, ignore_eos=True).ids
     same = model.generate(other, max_new_tokens=6, ignore_eos=True, session=session)
-    assert same.timings.reused_tokens == len(other) - 1  # the last one is run again for its logits
+    assert same.timings.reused_tokens == len(other) - 1  # the last token runs again for its logits
     assert same.ids == result.ids
     session.reset()
     assert session.state.length == 0
     assert model.generate(other, max_new_tokens=1, session=session).timings.reused_tokens == 0
 
 
-def test_a_session_interrupted_between_engine_and_list_recovers(model):
+def test_a_session_recovers_if_ids_and_state_differ_in_length(model):
     session = model.session()
     model.generate(PROMPT, max_new_tokens=6, ignore_eos=True, session=session)
-    session.ids.pop()  # what Ctrl-C after the engine and before the list leaves
+    session.ids.pop()  # as after Ctrl-C between engine.forward and the append to ids
     expected = model.generate(PROMPT, max_new_tokens=6, ignore_eos=True).ids
     assert model.generate(PROMPT, max_new_tokens=6, ignore_eos=True, session=session).ids == expected
 
 
-def test_two_generations_on_one_model_do_not_meet(model):
+def test_two_interleaved_streams_of_one_model_are_independent(model):
     first = model.stream(PROMPT, max_new_tokens=10, ignore_eos=True)
     second = model.stream([9, 8, 7], max_new_tokens=10, ignore_eos=True)
     mixed = [(next(first).id, next(second).id) for _ in range(10)]
@@ -310,12 +310,12 @@ def test_two_generations_on_one_model_do_not_meet(model):
     assert [b for _, b in mixed] == model.generate([9, 8, 7], max_new_tokens=10, ignore_eos=True).ids
 
 
-def test_a_model_without_a_cache_generates_by_running_all_again(model, tmp_path):
-    """An export that found no causal attention to cache: slow, and right."""
+def test_a_model_without_a_cache_generates_the_same_ids(model, tmp_path):
+    """As from an export that found no causal attention: every step runs the whole sequence again."""
     cached_ids = model.generate(PROMPT, max_new_tokens=6, ignore_eos=True).ids
 
-    def drop_cache(made):
-        graph = made.graph
+    def drop_cache(proto):
+        graph = proto.graph
         for node in graph.node:
             if node.op_type == "Attention":
                 del node.input[4:]
@@ -333,7 +333,7 @@ def test_a_model_without_a_cache_generates_by_running_all_again(model, tmp_path)
     np.testing.assert_allclose(uncached.logits(PROMPT), model.logits(PROMPT), atol=1e-4)
 
 
-def test_timings_say_what_was_measured(model):
+def test_timings_are_consistent(model):
     timings = model.generate(PROMPT, max_new_tokens=10, ignore_eos=True).timings
     assert timings.decode_tokens_per_second == pytest.approx(9 / timings.decode_seconds)
     assert timings.prompt_tokens_per_second == pytest.approx(8 / timings.prompt_seconds)

@@ -1,4 +1,4 @@
-"""generation_config.json: the tokens of transformers' `generate`, greedy and with beams; overrides, notes, refusals."""
+"""generation_config.json: the same tokens as transformers' `generate`, greedy and with beams; overrides; errors."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from edgeformer.export.sources.hub.hub import language_model
 
 @pytest.fixture(scope="module")
 def generators(tmp_path_factory):
-    """`generators(kind)`: that model in transformers and as a bundle, made once."""
-    folder, made = tmp_path_factory.mktemp("generators"), {}
+    """`generators(kind)`: the same model in transformers and as a bundle, created once."""
+    folder, cached = tmp_path_factory.mktemp("generators"), {}
 
     def of(kind):
-        if kind not in made:
-            made[kind] = Generator.of(kind, folder)
-        return made[kind]
+        if kind not in cached:
+            cached[kind] = Generator.of(kind, folder)
+        return cached[kind]
 
     return of
 
@@ -41,18 +41,18 @@ def sources(kind):
     return [*prompts(1, 7), *prompts(1, 1)]
 
 
-def written(generator, kind):
-    """Rules about tokens that the model does say: without any rule it begins with these."""
-    said = generator.found(sources(kind)[0], {})
+def settings_for_its_tokens(generator, kind):
+    """Settings about the tokens that this model generates without any setting."""
+    ids = generator.found(sources(kind)[0], {})
     return [
-        {"bad_words_ids": [said[:2], [said[3]], [EOS[0]]]},
-        {"sequence_bias": [[said[:2], -9.0], [[said[0], 50], 9.0], [[60], 0.5]]},
-        {"suppress_tokens": [said[0], 40]},
-        {"begin_suppress_tokens": [said[0], 40]},
+        {"bad_words_ids": [ids[:2], [ids[3]], [EOS[0]]]},
+        {"sequence_bias": [[ids[:2], -9.0], [[ids[0], 50], 9.0], [[60], 0.5]]},
+        {"suppress_tokens": [ids[0], 40]},
+        {"begin_suppress_tokens": [ids[0], 40]},
     ]
 
 
-RULES = [
+SETTINGS = [
     {},
     {"repetition_penalty": 1.7},
     {"encoder_repetition_penalty": 0.5},
@@ -79,7 +79,7 @@ SEARCHES = [
 ]
 
 
-# Every model is compared greedily and once with beams; the searches differ in nothing that a model has a part in.
+# All models are compared greedily and with one beam search; the other searches do not depend on the model.
 @pytest.mark.parametrize(
     ("kind", "search"),
     [
@@ -89,18 +89,18 @@ SEARCHES = [
     ],
     ids=str,
 )
-def test_every_rule_gives_transformers_tokens(generators, kind, search):
+def test_every_setting_gives_the_tokens_of_transformers(generators, kind, search):
     generator, changed = generators(kind), 0
-    for rule in RULES + written(generator, kind):
+    for setting in SETTINGS + settings_for_its_tokens(generator, kind):
         for source in sources(kind)[: 2 if kind == "llama" else 1]:
-            found = generator.found(source, rule | search)
-            assert found == generator.expected(source, rule | search), rule
+            found = generator.found(source, setting | search)
+            assert found == generator.expected(source, setting | search), setting
             changed += found != generator.found(source, search)
-    assert changed > len(RULES) / 2, "the rules do nothing"
+    assert changed > len(SETTINGS) / 2, "the settings change nothing"
 
 
-def test_a_length_penalty_of_zero_is_a_value(llama):
-    """With ends everywhere a long text must be worth its length, or not."""
+def test_a_length_penalty_of_zero_is_not_the_default(llama):
+    """Every second token is an end token, so the length of the best beam depends on the penalty."""
     eos, found = {"eos_token_id": list(range(0, VOCABULARY, 2))}, {}
     for penalty in (0.0, 1.0, 3.0):
         settings = {"num_beams": 4, "length_penalty": penalty, **eos}
@@ -112,16 +112,18 @@ def test_a_length_penalty_of_zero_is_a_value(llama):
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_an_argument_overrides_the_file(generators, kind):
     generator, prompt = generators(kind), sources(kind)[0]
-    rules = {"no_repeat_ngram_size": 2, "repetition_penalty": 1.7, "num_beams": 4, "max_new_tokens": 5}
+    settings = {"no_repeat_ngram_size": 2, "repetition_penalty": 1.7, "num_beams": 4, "max_new_tokens": 5}
     arguments = {"no_repeat_ngram_size": 0, "repetition_penalty": 1.0, "num_beams": 1, "max_new_tokens": 9}
-    assert generator.found(prompt, rules, **arguments) == generator.found(prompt, {"max_new_tokens": 9})
-    assert generator.found(prompt, {}, **rules) == generator.expected(prompt, rules)
-    assert generator.found(prompt, rules, repetition_penalty=None) == generator.expected(prompt, rules)
-    pieces = generator.with_settings(rules).stream(prompt)
-    assert [piece.id for piece in pieces] == generator.expected(prompt, rules)  # a search can be streamed, at its end
+    assert generator.found(prompt, settings, **arguments) == generator.found(prompt, {"max_new_tokens": 9})
+    assert generator.found(prompt, {}, **settings) == generator.expected(prompt, settings)
+    assert generator.found(prompt, settings, repetition_penalty=None) == generator.expected(prompt, settings)
+    pieces = generator.with_settings(settings).stream(prompt)
+    assert [piece.id for piece in pieces] == generator.expected(
+        prompt, settings
+    )  # a beam search streams all pieces at its end
 
 
-def test_the_file_samples_unless_an_argument_says_greedy(llama):
+def test_an_argument_overrides_do_sample_of_the_file(llama):
     prompt = sources("llama")[0]
     sampling = {"do_sample": True, "temperature": 1.5, "top_p": 0.9}
     greedy = llama.expected(prompt, {})
@@ -135,7 +137,7 @@ def test_the_file_samples_unless_an_argument_says_greedy(llama):
     assert len(drawn) > 1, "an argument samples where the file does not"
 
 
-def test_the_first_tokens_are_drawn_with_transformers_probabilities(llama):
+def test_first_tokens_are_drawn_with_the_probabilities_of_transformers(llama):
     import torch
 
     settings = {"do_sample": True, "temperature": 0.8, "top_k": 6, "repetition_penalty": 1.3, "max_new_tokens": 1}
@@ -151,12 +153,12 @@ def test_the_first_tokens_are_drawn_with_transformers_probabilities(llama):
     assert not found[expected == 0].any()
     some = expected > 0
     chi_square = ((found - expected)[some] ** 2 / expected[some]).sum()
-    assert chi_square < 20.5  # 5 degrees of freedom: a right sampler is above this once in a thousand seeds
-    alike = draws / some.sum()
-    assert ((found[some] - alike) ** 2 / alike).sum() > 40  # one that draws them all alike
+    assert chi_square < 20.5  # 5 degrees of freedom: a correct sampler exceeds this for one seed in a thousand
+    uniform = draws / some.sum()
+    assert ((found[some] - uniform) ** 2 / uniform).sum() > 40  # the bound rejects a uniform draw
 
 
-def test_lengths_and_ends_that_only_time_or_text_set(lm):
+def test_lengths_time_and_stop_strings_end_a_generation(lm):
     model = edgeformer.load(lm, "cpu", threads=1)
     assert len(model.generate([5], ignore_eos=True).ids) == 128
     assert model.generate([5], max_time=0.0, ignore_eos=True).finish_reason == "time"
@@ -172,14 +174,14 @@ def test_lengths_and_ends_that_only_time_or_text_set(lm):
         model.generate([5, 6, 7], max_length=3)
 
 
-def test_beams_without_a_cache_are_those_with_one(bundles, tmp_path):
+def test_beam_search_without_a_cache_gives_the_same_ids(bundles, tmp_path):
     from support import tiny
 
-    def drop_cache(made):
-        for node in made.graph.node:
+    def drop_cache(proto):
+        for node in proto.graph.node:
             if node.op_type == "Attention":
                 del node.input[4:], node.output[1:]
-        for ports in (made.graph.input, made.graph.output):
+        for ports in (proto.graph.input, proto.graph.output):
             kept = [value for value in ports if not value.name.startswith(("past", "present"))]
             del ports[:]
             ports.extend(kept)
@@ -190,7 +192,7 @@ def test_beams_without_a_cache_are_those_with_one(bundles, tmp_path):
     assert edgeformer.load(tmp_path / "uncached", "cpu", threads=1).generate(prompt, **settings).ids == expected
 
 
-# ---------------------------------------------------------------------------------------------- said, and refused
+# ------------------------------------------------------------------------------------------- warnings and errors
 
 
 def _with(bundle, reseal, settings):
@@ -199,7 +201,7 @@ def _with(bundle, reseal, settings):
     return bundle
 
 
-NOT_FOLLOWED = {
+UNSUPPORTED_VALUES = {
     "guidance_scale": 1.5,
     "penalty_alpha": 0.6,
     "dola_layers": "low",
@@ -213,13 +215,13 @@ NOT_FOLLOWED = {
 }
 
 
-@pytest.mark.parametrize("name", NOT_FOLLOWED)
-def test_a_rule_that_is_not_followed_is_named_once_at_load_and_refused_as_an_argument(lm, copy_of, reseal, name):
-    value = NOT_FOLLOWED[name]
+@pytest.mark.parametrize("name", UNSUPPORTED_VALUES)
+def test_an_unsupported_setting_warns_once_at_load_and_is_refused_as_an_argument(lm, copy_of, reseal, name):
+    value = UNSUPPORTED_VALUES[name]
     bundle = _with(copy_of(lm), reseal, {name: value, "pad_token_id": 0, "use_cache": False})
-    with pytest.warns(EdgeformerWarning, match=f"{name}=") as said:
+    with pytest.warns(EdgeformerWarning, match=f"{name}=") as warned:
         model = edgeformer.load(bundle, "cpu", threads=1)
-    assert len(said) == 1
+    assert len(warned) == 1
     assert f"{name}=" in str(model.explain())
     with pytest.raises(InputError, match=f"{name}="):
         edgeformer.load(lm, "cpu", threads=1).generate([5], **{name: value})
@@ -231,11 +233,11 @@ def test_a_rule_that_is_not_followed_is_named_once_at_load_and_refused_as_an_arg
         assert model.generate([5], max_new_tokens=3).ids
 
 
-def test_unknown_names_and_ends_that_are_no_tokens_are_named(lm, copy_of, reseal):
+def test_unknown_names_and_invalid_end_tokens_are_named(lm, copy_of, reseal):
     bundle = _with(copy_of(lm), reseal, {"from_the_future": 3, "eos_token_id": [2, 5000]})
-    with pytest.warns(EdgeformerWarning, match="from_the_future=3 is unknown|eos_token_id=5000 is no token") as said:
+    with pytest.warns(EdgeformerWarning, match="from_the_future=3 is unknown|eos_token_id=5000 is no token") as warned:
         edgeformer.load(bundle, "cpu", threads=1)
-    assert len(said) == 2
+    assert len(warned) == 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = edgeformer.load(lm, "cpu", threads=1)
@@ -274,18 +276,18 @@ def test_a_wrong_value_is_refused_by_name(lm, copy_of, reseal, name):
         edgeformer.load(lm, "cpu", threads=1).generate([5], **settings)
 
 
-def test_what_forbids_what_it_forces_is_refused(lm):
+def test_a_forced_token_that_is_also_forbidden_is_refused(lm):
     with pytest.raises(InputError, match=r"forced_eos_token_id forces \[5\]"):
         edgeformer.load(lm, "cpu", threads=1).generate([5], forced_eos_token_id=5, suppress_tokens=[5, 6])
 
 
-def test_an_export_notes_what_a_bundle_does_not_follow_and_refuses_wrong_values(llama, tmp_path):
+def test_an_export_notes_unsupported_settings_and_refuses_wrong_values(llama, tmp_path):
     model = llama.reference
     model.generation_config = model.generation_config.__class__(eos_token_id=None, guidance_scale=2.0)
     options = ExportOptions(source="llama", output=tmp_path / "b", quantize="none", tokens=0)
     manifest = export(options, traced=language_model(model, "llama"))
     assert any("guidance_scale=2.0" in note for note in manifest["notes"])
-    model.config.eos_token_id = 5  # which transformers' generate does not read
+    model.config.eos_token_id = 5  # transformers' generate does not read it
     assert json.loads((tmp_path / "b" / "generation_config.json").read_text())["eos_token_id"] is None
     model.generation_config = model.generation_config.__class__(do_sample=True, top_p=3.0)
     options = replace(options, output=tmp_path / "c")
@@ -293,7 +295,7 @@ def test_an_export_notes_what_a_bundle_does_not_follow_and_refuses_wrong_values(
         export(options, traced=language_model(model, "llama"))
 
 
-def test_every_field_of_transformers_is_followed_named_or_irrelevant():
+def test_every_field_of_transformers_is_supported_named_or_irrelevant():
     import transformers as tf
 
     from bench.sources import generation
@@ -302,12 +304,12 @@ def test_every_field_of_transformers_is_followed_named_or_irrelevant():
     known = CHECKS.keys() | IRRELEVANT | STARTS | UNSUPPORTED.keys()
     assert set(tf.GenerationConfig().to_dict()) <= known
     tried = (generation.VALUES, generation.SAMPLING, generation.NAMED, generation.WHY, generation.TIMED)
-    words = {"bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens"}
-    assert set(generation.settings()) <= words.union(*tried), "a field without a row"
+    token_settings = {"bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens"}
+    assert set(generation.settings()) <= token_settings.union(*tried), "a field that the sweep does not try"
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("settings", "expected"),
     [
         ({"language": "<|de|>"}, [3, 21, 31]),
         ({"language": "de", "task": "translate"}, [3, 21, 32]),
@@ -316,10 +318,10 @@ def test_every_field_of_transformers_is_followed_named_or_irrelevant():
     ],
     ids=str,
 )
-def test_the_file_says_what_language_is_spoken_and_what_to_do(generators, said, expected):
+def test_the_file_sets_the_language_and_the_task(generators, settings, expected):
     from edgeformer.tasks.speech import speech_prompt
 
     tokens = {"lang_to_id": {"<|en|>": 20, "<|de|>": 21}, "task_to_id": {"transcribe": 31, "translate": 32}}
-    pair = generators("whisper").with_settings(tokens | said).pair
+    pair = generators("whisper").with_settings(tokens | settings).pair
     assert speech_prompt(pair, {}, None, None)[0] == expected
     assert speech_prompt(pair, {}, "en", "transcribe")[0] == [3, 20, 31]

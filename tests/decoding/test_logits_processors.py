@@ -1,4 +1,4 @@
-"""Logits processors: the whole list against the list that transformers makes of the same generation_config."""
+"""Logits processors, compared with those that transformers builds from the same generation_config."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ def reference():
 
 
 def theirs(reference, settings, prompt, ids, scores):
-    """What transformers' processors make of `scores`, with the ends and the length that `generate` would give them."""
-    made = {"eos_token_id": EOS, **settings}
-    config = tf.GenerationConfig(**made)
+    """`scores` after transformers' processors, built with the end tokens and the lengths that `generate` sets."""
+    config = tf.GenerationConfig(**{"eos_token_id": EOS, **settings})
     config.update(**config._get_default_generation_params(), defaults_only=True)
     config.max_length = len(prompt) + LONGEST
     if config.min_new_tokens is not None:
@@ -55,7 +54,7 @@ def same(reference, settings, prompt, ids, scores):
 
 
 WORDS = [[5], [11, 12], [12, 11, 12], [2]]
-RULES = [
+SETTINGS = [
     {"sequence_bias": [[[5], 2.5], [[11, 12], -4.0], [[12], 1.0], [[3, 11, 12], 7.0], [[5], -1.0]]},
     {"encoder_repetition_penalty": 1.8},
     {"encoder_repetition_penalty": 0.5},
@@ -78,7 +77,7 @@ RULES = [
     {"begin_suppress_tokens": [4, 5, 2, 90]},
     {"begin_suppress_tokens": [4, 5, 2], "forced_bos_token_id": 9},
     {"renormalize_logits": True},
-    # Last, and not combined with filters: tokens that it makes alike are kept or removed as a sort happens to end.
+    # Last, and not combined with filters: it gives tokens equal scores, and a filter's choice among them is arbitrary.
     {"remove_invalid_values": True},
 ]
 FILTERS = [
@@ -104,7 +103,7 @@ FILTERS = [
 
 
 def texts(count=8):
-    """(prompt, ids so far, scores): few different tokens, so that n-grams repeat; prompts of one token too."""
+    """(prompt, prompt and new ids, scores [vocabulary]). Few different tokens, so that n-grams repeat."""
     rng = np.random.default_rng(5)
     for number in range(count):
         prompt = rng.integers(11, 13, 1 if number % 4 == 0 else 9).tolist()
@@ -112,44 +111,44 @@ def texts(count=8):
         yield prompt, prompt + rng.integers(11, 13, new).tolist(), (rng.standard_normal(VOCABULARY) * 3).astype("f4")
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
-def test_every_rule_is_transformers_alone(reference, rule):
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_each_processor_equals_that_of_transformers(reference, setting):
     changed = 0
     for prompt, ids, scores in texts():
-        changed += not np.array_equal(same(reference, rule, prompt, ids, scores), scores)
-    finite = rule == {"remove_invalid_values": True}  # what it removes is tried below
+        changed += not np.array_equal(same(reference, setting, prompt, ids, scores), scores)
+    finite = setting == {"remove_invalid_values": True}  # changes nothing here; see the test with NaN below
     assert bool(changed) != finite
 
 
 @pytest.mark.parametrize("beams", [1, 4])
-@pytest.mark.parametrize("rule", FILTERS, ids=str)
-def test_every_filter_of_sampling_is_transformers_alone(reference, rule, beams):
+@pytest.mark.parametrize("setting", FILTERS, ids=str)
+def test_each_sampling_filter_equals_that_of_transformers(reference, setting, beams):
     changed = 0
     for prompt, ids, scores in texts():
-        settings = {"top_k": 0, **rule, "do_sample": True, "num_beams": beams}
+        settings = {"top_k": 0, **setting, "do_sample": True, "num_beams": beams}
         changed += not np.array_equal(same(reference, settings, prompt, ids, scores), scores)
-    assert bool(changed) != (rule in ({"top_k": 1000},))
+    assert bool(changed) != (setting in ({"top_k": 1000},))
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_any_combination_is_transformers_in_its_order(reference, seed):
+def test_combinations_run_in_the_order_of_transformers(reference, seed):
     rng = np.random.default_rng(seed)
     settings = {"do_sample": bool(seed % 2), "num_beams": int(rng.integers(1, 4))}
-    for table, count in ((RULES[: -1 if seed % 2 else None], 4), (FILTERS, 3 * (seed % 2))):
+    for table, count in ((SETTINGS[: -1 if seed % 2 else None], 4), (FILTERS, 3 * (seed % 2))):
         for place in rng.choice(len(table), count, replace=False):
             settings |= table[place]
     for prompt, ids, scores in texts():
         same(reference, settings, prompt, ids, scores)
 
 
-def test_a_wrong_order_would_be_seen(reference):
+def test_a_wrong_order_gives_other_scores(reference):
     settings = {"do_sample": True, "temperature": 3.0, "top_k": 0, "min_p": 0.2}
     prompt, ids, scores = next(iter(texts()))
     late = sampling.min_p(scores, 0.2) / 3.0
     assert not np.array_equal(np.isneginf(late), np.isneginf(theirs(reference, settings, prompt, ids, scores)))
 
 
-def test_logits_that_are_no_numbers_are_replaced_where_the_file_says_so(reference):
+def test_remove_invalid_values_replaces_nan_and_infinity(reference):
     prompt, ids, scores = next(iter(texts()))
     scores[[3, 4, 5]] = np.nan, np.inf, -np.inf
     settings = {"remove_invalid_values": True, "sequence_bias": [[[8], 1.0]]}
@@ -157,24 +156,24 @@ def test_logits_that_are_no_numbers_are_replaced_where_the_file_says_so(referenc
     assert found[3] == 0 and np.isfinite(found).all()
 
 
-def test_nothing_to_do_is_an_empty_list():
+def test_no_settings_give_no_processors():
     assert logits_processors(GenerationConfig(), 5, 10, [1, 2]) == ()
     assert logits_processors(GenerationConfig.of({"min_length": 3, "eos_token_id": 2}), 5, 10, None) == ()
 
 
-def test_a_source_that_is_no_tokens_has_no_encoder_rules():
+def test_encoder_processors_need_a_source_of_tokens():
     config = GenerationConfig(encoder_repetition_penalty=2.0, encoder_no_repeat_ngram_size=2)
     assert logits_processors(config, 1, 10, None) == () and len(logits_processors(config, 1, 10, [4])) == 2
 
 
-def test_rules_that_forbid_every_token_raise():
+def test_forbidding_every_token_raises():
     config = GenerationConfig.of({"suppress_tokens": [0, 1, 2], "do_sample": True})
     with pytest.raises(EdgeformerError, match="forbid every token"):
         process(logits_processors(config, 1, 5, None), np.array([1]), np.zeros(3, np.float32))
 
 
 @pytest.mark.parametrize("size", range(1, 6))
-def test_n_grams_against_transformers_tables(size):
+def test_encoder_n_grams_equal_those_of_transformers(size):
     rng = np.random.default_rng(size)
     for length in range(1, 12):
         ids, source = rng.integers(0, 3, length), rng.integers(0, 3, 10)

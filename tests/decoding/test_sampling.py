@@ -1,4 +1,4 @@
-"""Sampling: filters on a large vocabulary against transformers' own, and the draw."""
+"""Sampling: filters on a large vocabulary, compared with transformers; the random draw; checks of arguments."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _logits(seed, size=997):
         (lambda s, a: repetition_penalty(a, np.array([3, 3, 7, 500]), s), "RepetitionPenaltyLogitsProcessor", 0.5),
     ],
 )
-def test_each_step_is_that_of_transformers(seed, ours, name, argument):
+def test_each_filter_equals_that_of_transformers(seed, ours, name, argument):
     torch = pytest.importorskip("torch")
     processors = pytest.importorskip("transformers.generation.logits_process")
     scores = _logits(seed)
@@ -51,8 +51,8 @@ def test_tokens_are_drawn_with_their_probabilities():
     counts = np.bincount([choose(scores, rng) for _ in range(draws)], minlength=4)
     expected = np.array([0.5, 0.25, 0.125, 0.125]) * draws
     chi_square = float(((counts - expected) ** 2 / expected).sum())
-    assert chi_square < 16.3  # 3 degrees of freedom: a right sampler is above this once in a thousand seeds
-    assert float(((counts[::-1] - expected) ** 2 / expected).sum()) > 1000  # and a wrong one far above
+    assert chi_square < 16.3  # 3 degrees of freedom: a correct sampler exceeds this for one seed in a thousand
+    assert float(((counts[::-1] - expected) ** 2 / expected).sum()) > 1000  # and a wrong one exceeds it by far
 
 
 def test_removed_tokens_are_never_drawn():
@@ -61,7 +61,7 @@ def test_removed_tokens_are_never_drawn():
     assert {choose(sampling.top_k(scores / 5, 3), rng) for _ in range(500)} == best
 
 
-def test_a_draw_at_either_end_is_a_kept_token():
+def test_draws_at_both_ends_of_the_range_give_kept_tokens():
     class Fixed:
         def __init__(self, value):
             self.value = value
@@ -71,10 +71,12 @@ def test_a_draw_at_either_end_is_a_kept_token():
 
     scores = np.array([-np.inf, 0.0, 1.0, -np.inf], np.float32)
     assert sampling.draw(scores, Fixed(0.0)) == 1
-    assert sampling.draw(scores, Fixed(1.0)) == 2  # rng.random() never gives 1, rounding of the product may
+    assert (
+        sampling.draw(scores, Fixed(1.0)) == 2
+    )  # rng.random() is below 1, but its product with the sum may round up to the sum
 
 
-def test_a_seed_decides_the_draws():
+def test_the_seed_determines_the_draws():
     scores = _logits(0)
 
     def draws(seed):
@@ -87,14 +89,14 @@ def test_a_seed_decides_the_draws():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_logits_that_are_no_numbers_raise(bad):
+def test_nan_and_infinite_logits_raise(bad):
     scores = _logits(0)
     scores[500] = bad
     with pytest.raises(EdgeformerError, match="NaN or infinity"):
         sampling.check(scores)
 
 
-def test_logits_that_are_all_removed_raise_and_one_left_is_taken():
+def test_logits_without_any_token_raise_and_a_single_token_is_chosen():
     scores = np.full(10, -np.inf, np.float32)
     with pytest.raises(EdgeformerError, match="NaN or infinity"):
         sampling.check(scores)
@@ -141,6 +143,6 @@ def test_all_wrong_arguments_are_in_one_message():
         GenerationConfig.of({}, {"temperature": -1, "top_p": 2, "top_k": -1})
 
 
-def test_a_top_k_beyond_the_vocabulary_keeps_all():
+def test_a_top_k_above_the_vocabulary_size_keeps_all():
     scores = _logits(0, 10)
     assert np.array_equal(sampling.top_k(scores, 1000), scores)

@@ -213,7 +213,7 @@ def test_all_problems_of_the_inputs_are_in_one_message(float_engine):
     call = {"ids": [[1]], "position_ids": [[0.5]], "logits_to_keep": -1}
     with pytest.raises(InputError) as error:
         float_engine.forward([(call, float_engine.new_state())])
-    for part in ("ids is no input", "input_ids is missing", "position_ids has elements", "logits_to_keep is -1"):
+    for part in ("ids is not an input", "input_ids is missing", "position_ids has elements", "logits_to_keep is -1"):
         assert part in str(error.value)
 
 
@@ -344,7 +344,7 @@ def test_an_unknown_provider_is_refused(lm):
 @pytest.mark.parametrize(
     ("bundle", "version", "expected"),
     [
-        ("q8", "1.24.4", r"needs 1\.25 or newer \(older ones run q8 weights 15 to 50 times slower"),
+        ("q8", "1.24.4", r"needs 1\.25 or newer \(older versions run q8 weights 15 to 50 times slower"),
         ("q8", "1.25.0", None),
         ("float", "1.24.4", None),
         ("float", "1.22.1", r"needs 1\.23 or newer"),

@@ -1,4 +1,4 @@
-"""Encoders on the native engine: large batches run in pieces with the same bits, and attention in integers is near."""
+"""Encoders on the native engine: large batches run in pieces with the same bits; the error of int8 attention."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INPUTS = {"x": (graphs.F, ["batch", "sequence", 64]), "seen": (onnx.TensorProto.
 
 
 def encoder(g, scheme="q8", mask=True):
-    """One layer of attention between quantized linears, with a mask of padded keys."""
+    """A graph of one attention layer between linears; `mask` hides padded keys. An empty `scheme` is float weights."""
     make = graphs.quantized if scheme else float_linear
     q, k, v = (graphs.heads(g, make(g, "x", scheme, n=64), 4) for _ in range(3))
     hidden = g("Unsqueeze", "seen", np.array([1, 2])) if mask else ""
@@ -31,8 +31,8 @@ def float_linear(g, x, scheme, n):
     return g("MatMul", x, graphs.fp16(RNG.standard_normal((64, n)) / 8))
 
 
-def mixed(how):
-    """An encoder whose items of a batch meet."""
+def mixing(how):
+    """A builder of an encoder in which the items of a batch affect each other."""
 
     def make(g):
         y = encoder(g, "", mask=False)
@@ -72,11 +72,11 @@ def test_a_batch_in_pieces_has_the_bits_of_its_items(tmp_path, batch, length):
         np.testing.assert_array_equal(whole[i : i + 1], run(e, {n: a[i : i + 1] for n, a in x.items()}))
 
 
-@pytest.mark.parametrize("how", ["mean over the batch", "softmax over the batch", "turned"])
-def test_items_that_meet_are_not_taken_apart(tmp_path, how):
-    e, model = engine(tmp_path, mixed(how))
+@pytest.mark.parametrize("how", ["mean over the batch", "softmax over the batch", "batch and sequence swapped"])
+def test_a_batch_whose_items_mix_is_not_split(tmp_path, how):
+    e, model = engine(tmp_path, mixing(how))
     assert not e.program.batch_local
-    x = feeds(5, 200)  # more than one piece would hold
+    x = feeds(5, 200)  # more rows than one piece has
     (expected,) = ReferenceEvaluator(model).run(None, x)
     got = run(e, x)
     assert np.linalg.norm(got - expected) < 1e-5 * np.linalg.norm(expected)
@@ -89,9 +89,11 @@ def test_inputs_of_unequal_batches_are_refused_as_a_whole(tmp_path):
         run(e, {**x, "seen": x["seen"][:5]})
 
 
-def test_keys_and_values_are_integers_where_quantized_weights_made_them(tmp_path):
-    """int8 activations round x and the attended values; int8 attention rounds q, k and v as finely beside: the error
-    grows by sqrt(5 / 2) if all weigh alike, and at most to twice.
+def test_keys_and_values_from_quantized_weights_are_int8(tmp_path):
+    """The error of int8 attention is at most twice that of float attention.
+
+    int8 activations round two tensors, x and the attended values; int8 attention rounds q, k and v as well. If all
+    five errors are equal and independent, the total grows by sqrt(5 / 2) = 1.58.
     """
     errors = {}
     x = feeds(2, 140)
@@ -106,7 +108,7 @@ def test_keys_and_values_are_integers_where_quantized_weights_made_them(tmp_path
     assert errors["float32"] < errors["int8"] < 2 * errors["float32"]
 
 
-def test_float_weights_attend_in_floats(tmp_path):
+def test_attention_after_float_weights_is_float(tmp_path):
     e, model = engine(tmp_path, lambda g: encoder(g, ""))
     assert [o.ints["integers"] for o in e.program.ops if o.kind == "attend"] == [[0]]
     x = feeds(2, 140)
@@ -114,8 +116,8 @@ def test_float_weights_attend_in_floats(tmp_path):
     assert np.linalg.norm(run(e, x) - expected) < 1e-5 * np.linalg.norm(expected)
 
 
-def test_attention_to_a_source_stays_in_floats(tmp_path):
-    """Its keys are packed anew at every step of an answer."""
+def test_cross_attention_is_float(tmp_path):
+    """Its keys would have to be packed again at every decode step."""
     g = graphs.Builder()
     q = graphs.heads(g, graphs.quantized(g, "x", "q8", n=64), 4)
     k, v = (graphs.heads(g, graphs.quantized(g, "source", "q8", n=64), 4) for _ in range(2))

@@ -33,21 +33,22 @@ def scorer(labels=1, **changes):
 
 
 def saved(place, *, labels=1, activation=None, **settings):
-    """(the library's model, the folder that it saved)."""
-    made = tiny.base(place / "base", lambda: scorer(labels))
-    model = CrossEncoder(str(made), activation_fn=activation, device="cpu", **settings)
+    """(the sentence-transformers model, the folder it was saved to)."""
+    base = tiny.base(place / "base", lambda: scorer(labels))
+    model = CrossEncoder(str(base), activation_fn=activation, device="cpu", **settings)
     model.save_pretrained(str(place / "folder"), create_model_card=False)
     return model, place / "folder"
 
 
-def off(found, expected):
+def error(found, expected):
+    """The largest absolute difference."""
     assert found.shape == np.asarray(expected).shape
     return float(np.abs(found - np.asarray(expected)).max())
 
 
 @pytest.fixture(scope="module")
 def ranker(tmp_path_factory):
-    """(the library's model, the bundle): one label, no activation, a default prompt, texts of at most 12 tokens."""
+    """(the sentence-transformers model, the bundle): one label, no activation, a default prompt, at most 12 tokens."""
     place = tmp_path_factory.mktemp("ranker")
     identity = torch.nn.Identity()
     settings = {"prompts": PROMPTS, "default_prompt_name": "search", "max_length": 12}
@@ -57,36 +58,36 @@ def ranker(tmp_path_factory):
 
 
 @pytest.mark.parametrize("engine", ["cpu", "native"])
-def test_scores_are_the_librarys(engine, ranker):
+def test_scores_equal_those_of_sentence_transformers(engine, ranker):
     reference, bundle = ranker
     model = edgeformer.load(bundle, engine=engine, threads=1)
     long = [("red boats float on water and ships sink", "in the deep sea the blue water and red ships sink in the sea")]
     for pairs in (PAIRS, long, [list(pair) for pair in PAIRS]):
-        assert off(model.score(pairs), reference.predict(pairs)) < CLOSE
+        assert error(model.score(pairs), reference.predict(pairs)) < CLOSE
     for given in ({"prompt_name": "blue"}, {"prompt": ""}):
-        assert off(model.score(PAIRS, **given), reference.predict(PAIRS, **given)) < CLOSE
+        assert error(model.score(PAIRS, **given), reference.predict(PAIRS, **given)) < CLOSE
     assert np.abs(model.score(PAIRS, prompt="") - model.score(PAIRS)).max() > 1e-2, "the prompt changes nothing"
 
 
-def test_labels_carry_the_models_own_activation(ranker):
+def test_labels_use_the_activation_of_the_model(ranker):
     reference, bundle = ranker
     model = edgeformer.load(bundle, engine="cpu")
     assert model.bundle.task == "text-classification"
     found = np.array([labels[0].score for labels in model.classify(PAIRS)])
-    assert off(found, reference.predict(PAIRS)) < CLOSE
+    assert error(found, reference.predict(PAIRS)) < CLOSE
     sigmoid = reference.predict(PAIRS, activation_fn=torch.nn.Sigmoid())
-    assert off(model.score(PAIRS, activation="sigmoid"), sigmoid) < CLOSE
+    assert error(model.score(PAIRS, activation="sigmoid"), sigmoid) < CLOSE
     assert np.abs(found - sigmoid).max() > 0.1
 
 
-def test_documents_are_ranked_as_the_library_ranks_them(ranker):
+def test_documents_are_ranked_as_by_sentence_transformers(ranker):
     reference, bundle = ranker
     model = edgeformer.load(bundle, engine="cpu")
     documents = ["float on water", "red", "blue blue blue", "ships sink in the deep sea"]
     expected = reference.rank("red boats", documents)
     found = model.rank("red boats", documents)
     assert [one.index for one in found] == [one["corpus_id"] for one in expected]
-    assert off(np.array([one.score for one in found]), [one["score"] for one in expected]) < CLOSE
+    assert error(np.array([one.score for one in found]), [one["score"] for one in expected]) < CLOSE
     assert model.rank("red boats", documents, top_k=2) == found[:2]
 
 
@@ -113,13 +114,13 @@ ACTIVATIONS = [
 
 @pytest.mark.parametrize("labels", [1, 3])
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda one: type(one).__name__)
-def test_every_activation_is_the_librarys(activation, labels, tmp_path):
+def test_every_activation_equals_that_of_sentence_transformers(activation, labels, tmp_path):
     reference, folder = saved(tmp_path, labels=labels, activation=activation)
     model = tiny.read(folder)
     expected = reference.predict(PAIRS)
-    assert off(model.score(PAIRS), expected) < CLOSE
+    assert error(model.score(PAIRS), expected) < CLOSE
     best = [max(label.score for label in labels) for labels in model.classify(PAIRS)]
-    assert off(np.array(best), expected if labels == 1 else expected.max(1)) < CLOSE
+    assert error(np.array(best), expected if labels == 1 else expected.max(1)) < CLOSE
     if labels > 1:
         with pytest.raises(InputError, match="gives 3 labels a pair"):
             model.rank("red", ["blue"])
@@ -138,29 +139,29 @@ def test_folders_of_older_versions_keep_their_activation(version, tmp_path):
     tiny.change(folder, "config.json", **OLD[version])
     model = tiny.read(folder)
     assert ("activation" in model.bundle.manifest["processing"]) == bool(OLD[version])
-    assert off(model.score(PAIRS), CrossEncoder(str(folder), device="cpu").predict(PAIRS)) < CLOSE
+    assert error(model.score(PAIRS), CrossEncoder(str(folder), device="cpu").predict(PAIRS)) < CLOSE
 
 
 @pytest.mark.parametrize("types", [True, False])
-def test_token_types_are_those_of_the_tokenizers_class(types, tmp_path):
-    """A tokenizer without token types scores the second text as the first's, whatever its post-processor says."""
+def test_token_types_follow_the_inputs_of_the_tokenizer(types, tmp_path):
+    """Without token types in `model_input_names` all types are 0, even if the post-processor gives others."""
     folder = tiny.base(tmp_path / "folder", scorer)
     names = ["input_ids", *(["token_type_ids"] if types else []), "attention_mask"]
     tiny.change(folder, "tokenizer_config.json", model_input_names=names)
     reference = CrossEncoder(str(folder), device="cpu")
     assert ("token_type_ids" in reference.tokenizer([PAIRS[0]])) == types
     model = tiny.read(folder)
-    assert off(model.score(PAIRS), reference.predict(PAIRS)) < CLOSE
+    assert error(model.score(PAIRS), reference.predict(PAIRS)) < CLOSE
     other = model.tokenizer
     other.gives_types = not types
     assert np.abs(model.score(PAIRS) - reference.predict(PAIRS)).max() > 1e-2, "the types change nothing"
 
 
 def test_a_scorer_of_several_modules_is_one_graph(tmp_path):
-    """An encoder, a pooling and a Dense that makes the score."""
-    made = tiny.base(tmp_path / "base")
+    """An encoder, a pooling and a Dense that computes the score."""
+    base = tiny.base(tmp_path / "base")
     modules = [
-        library.Transformer(str(made)),
+        library.Transformer(str(base)),
         Pooling(32, "cls"),
         library.Dense(32, 1, activation_function=torch.nn.Identity(), module_output_name="scores"),
     ]
@@ -168,7 +169,7 @@ def test_a_scorer_of_several_modules_is_one_graph(tmp_path):
     reference.save_pretrained(str(tmp_path / "folder"), create_model_card=False)
     model = tiny.read(tmp_path / "folder")
     assert model.bundle.task == "text-classification"
-    assert off(model.score(PAIRS), reference.predict(PAIRS)) < CLOSE
+    assert error(model.score(PAIRS), reference.predict(PAIRS)) < CLOSE
 
 
 def logit_score(folder):

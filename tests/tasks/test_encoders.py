@@ -1,4 +1,4 @@
-"""Encoders of text, pictures and sound: parity with transformers, and what an app calls."""
+"""Encoders of text, pictures and sound: parity with transformers; `embed`, `classify` and `classify_tokens`."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ MODELS = {
     "DistilBERT": (distilled, 2),
     "RoBERTa": (lambda: tf.RobertaForSequenceClassification(tf.RobertaConfig(**TEXT)), 2),
     "ModernBERT": (modern, 4),
-    "DeBERTa-v2": (disentangled, 2),  # its attention is written by hand, and recognised
+    "DeBERTa-v2": (disentangled, 2),  # its attention is decomposed, and recognised
     "MPNet": (lambda: tf.MPNetModel(tf.MPNetConfig(**TEXT)), 2),
     "ViT": (lambda: tf.ViTForImageClassification(tf.ViTConfig(**PICTURE)), 2),
     "DINOv2": (lambda: tf.Dinov2Model(tf.Dinov2Config(**PICTURE)), 2),
@@ -95,7 +95,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_an_encoder_gives_the_numbers_of_pytorch_at_every_size_and_padding(name, tmp_path):
+def test_outputs_equal_pytorch_at_other_sizes_and_with_padding(name, tmp_path):
     torch.manual_seed(0)
     make, attentions = MODELS[name]
     model = make().eval()
@@ -105,7 +105,7 @@ def test_an_encoder_gives_the_numbers_of_pytorch_at_every_size_and_padding(name,
     loaded = edgeformer.load(tmp_path / "bundle", engine="cpu")
     found = [node.op_type for node in loaded.bundle.read_graph().graph.node].count("Attention")
     assert found == attentions
-    sizes = {"batch": 3, "sequence": 11, "samples": 4}  # none of these is a size of the trace
+    sizes = {"batch": 3, "sequence": 11, "samples": 4}  # sizes other than those of the trace
     feeds = {value.name: value.sample(sizes, 5) for value in source.inputs}
     with torch.no_grad():
         expected = model(**feeds)
@@ -120,7 +120,7 @@ def test_an_encoder_gives_the_numbers_of_pytorch_at_every_size_and_padding(name,
             assert np.abs(value - wanted).max() < 1e-4
 
 
-def test_padding_changes_nothing_in_the_tokens_beside_it(tmp_path):
+def test_padding_does_not_change_other_tokens(tmp_path):
     torch.manual_seed(0)
     export(
         ExportOptions(source="bert", output=tmp_path / "bundle", quantize="none"),
@@ -136,7 +136,7 @@ def test_padding_changes_nothing_in_the_tokens_beside_it(tmp_path):
     assert np.abs(unmasked[:, :4] - short).max() > 1e-3, "the mask is not used"
 
 
-def test_the_task_is_read_from_transformers_own_tables():
+def test_the_task_comes_from_the_tables_of_transformers():
     expected = {
         "BertForSequenceClassification": "text-classification",
         "DebertaV2ForTokenClassification": "token-classification",
@@ -163,11 +163,11 @@ def minilm_folder():
 def minilm(minilm_folder, tmp_path_factory):
     """{scheme: bundle} of all-MiniLM-L6-v2."""
     folder = tmp_path_factory.mktemp("minilm")
-    made = {}
+    bundles = {}
     for scheme in ("none", "q8"):
-        made[scheme] = folder / scheme
-        export(ExportOptions(source=str(minilm_folder), output=made[scheme], quantize=scheme))
-    return made
+        bundles[scheme] = folder / scheme
+        export(ExportOptions(source=str(minilm_folder), output=bundles[scheme], quantize=scheme))
+    return bundles
 
 
 TEXTS = [
@@ -175,7 +175,7 @@ TEXTS = [
     "Someone eats a meal, slowly, in a restaurant near the old harbour.",
     "The stock market fell.",
     "",
-    "word " * 400,  # longer than the 256 tokens that the model takes
+    "word " * 400,  # truncated to the model's maximum of 256 tokens
 ]
 
 
@@ -197,16 +197,16 @@ def test_minilm_embeds_as_pytorch_does(engine, minilm, vectors):
     assert found.dtype == np.float32
     assert np.abs(found - vectors).max() < 1e-4
     assert np.abs(model.embed(TEXTS, batch_size=1) - vectors).max() < 1e-4
-    assert found[0] @ found[1] > found[0] @ found[2] + 0.2  # a meal is nearer to food than the market is
+    assert found[0] @ found[1] > found[0] @ found[2] + 0.2  # "a meal" is closer to "food" than "the stock market" is
 
 
 @pytest.mark.parametrize("engine", ["cpu", "native"])
-def test_minilm_in_eight_bits_points_the_same_way(engine, minilm, vectors):
+def test_q8_minilm_has_a_cosine_similarity_above_0_995(engine, minilm, vectors):
     found = edgeformer.load(minilm["q8"], engine=engine).embed(TEXTS)
     assert (found * vectors).sum(-1).min() > 0.995
 
 
-def test_pooling_comes_from_the_folder_and_can_be_chosen(minilm):
+def test_pooling_comes_from_the_folder_and_can_be_overridden(minilm):
     model = edgeformer.load(minilm["none"], engine="cpu")
     assert model.bundle.manifest["processing"] == {"max_length": 256, "pooling": "mean", "normalize": True}
     plain = model.embed(["some words"], normalize=False)
@@ -222,7 +222,7 @@ def test_pooling_comes_from_the_folder_and_can_be_chosen(minilm):
 
 
 def save(folder, model, minilm_folder=None, preprocessor=None):
-    """A Hugging Face folder of a model, with MiniLM's tokenizer if asked for."""
+    """A Hugging Face folder of a model, with MiniLM's tokenizer if `minilm_folder` is given."""
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json") if minilm_folder else ():
         shutil.copy(minilm_folder / name, folder / name)
@@ -245,11 +245,11 @@ def test_texts_get_labels_with_names(minilm_folder, tmp_path):
     for text, ranked in zip(texts, found, strict=True):
         batch = tokenizer(*([text] if isinstance(text, str) else text), return_tensors="pt")
         with torch.no_grad():
-            shares = made(**batch).logits.softmax(-1)[0]
+            probabilities = made(**batch).logits.softmax(-1)[0]
         assert [label.label for label in ranked] == [
-            made.config.id2label[int(i)] for i in shares.argsort(descending=True)
+            made.config.id2label[int(i)] for i in probabilities.argsort(descending=True)
         ]
-        assert ranked[0].score == pytest.approx(float(shares.max()), abs=1e-5)
+        assert ranked[0].score == pytest.approx(float(probabilities.max()), abs=1e-5)
         assert sum(label.score for label in ranked) == pytest.approx(1)
     with pytest.raises(InputError, match="embeddings need an output"):
         model.embed(texts)
@@ -257,7 +257,7 @@ def test_texts_get_labels_with_names(minilm_folder, tmp_path):
         model.generate("text")
 
 
-def test_words_get_labels_and_places(minilm_folder, tmp_path):
+def test_words_get_labels_and_character_offsets(minilm_folder, tmp_path):
     torch.manual_seed(1)
     config = tf.BertConfig(**TEXT | {"vocab_size": 30522}, id2label={0: "O", 1: "B-PER", 2: "B-LOC"})
     made = tf.BertForTokenClassification(config).eval()
@@ -286,7 +286,7 @@ def test_words_get_labels_and_places(minilm_folder, tmp_path):
 
 @pytest.mark.parametrize("resample", [2, 3, 1])  # bilinear, bicubic, lanczos
 @pytest.mark.parametrize("size", [(16, 16), (50, 31), (97, 201)])
-def test_resizing_is_pillows(size, resample):
+def test_resizing_equals_pillow(size, resample):
     image = pytest.importorskip("PIL.Image")
     array = np.random.default_rng(0).integers(0, 256, (61, 83, 3), dtype=np.uint8)
     expected = np.asarray(image.fromarray(array).resize(size[::-1], resample)).astype(int)
@@ -320,19 +320,19 @@ def test_pictures_are_prepared_as_transformers_does_and_get_labels(tmp_path):
     expected = processor(image.fromarray(picture), return_tensors="np")["pixel_values"][0]
     assert np.abs(pixels(picture, settings, (3, 32, 32)) - expected).max() < 1.01 / 255 / 0.2
     with torch.no_grad():
-        shares = made(torch.from_numpy(expected)[None]).logits.softmax(-1)[0]
+        probabilities = made(torch.from_numpy(expected)[None]).logits.softmax(-1)[0]
     model = edgeformer.load(tmp_path / "bundle", engine="cpu")
     for item in (picture, tmp_path / "picture.png", image.fromarray(picture)):
         ranked = model.classify([item])[0]
-        assert ranked[0].label == config.id2label[int(shares.argmax())]
-        assert ranked[0].score == pytest.approx(float(shares.max()), abs=2e-3)
+        assert ranked[0].label == config.id2label[int(probabilities.argmax())]
+        assert ranked[0].score == pytest.approx(float(probabilities.max()), abs=2e-3)
     with pytest.raises(InputError, match="cannot be read as a picture"):
         model.classify([folder / "config.json"])
     with pytest.raises(InputError, match="expected a path, a Pillow image, or uint8"):
         model.classify([picture / 255])
 
 
-def test_a_shortest_edge_and_a_crop_are_transformers(tmp_path):
+def test_shortest_edge_and_center_crop_equal_transformers(tmp_path):
     image = pytest.importorskip("PIL.Image")
     settings = {
         "image_processor_type": "CLIPImageProcessor",

@@ -1,4 +1,4 @@
-"""Encoder-decoders: two graphs, self- and cross-attention caches, greedy and beam search as in transformers."""
+"""Encoder-decoders: two graphs, caches of self- and cross-attention; greedy and beam search equal transformers."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def t5(**more):
 
 def marian():
     tokens = {"pad_token_id": 99, "decoder_start_token_id": 99, "eos_token_id": 0, "forced_eos_token_id": 0}
-    made = tf.MarianMTModel(tf.MarianConfig(**SIZES | tokens))
-    made.generation_config.bad_words_ids = [[99]]
-    return made
+    model = tf.MarianMTModel(tf.MarianConfig(**SIZES | tokens))
+    model.generation_config.bad_words_ids = [[99]]
+    return model
 
 
-# Random models are nowhere sure: the native engine's int8 cache would tip some choices, so it is compared without.
+# Random models have near ties, which the native engine's int8 cache could decide otherwise: compare with float32.
 ENGINES = {"cpu": {"engine": "cpu"}, "native": {"engine": "native", "kv": "float32"}}
 MODELS = {
     "T5": t5,
@@ -64,8 +64,8 @@ SEARCHES = (
 )
 
 
-def lively(model):
-    """Larger weights, so that random models give different answers; several end tokens, so that beams finish."""
+def with_varied_answers(model):
+    """The model with larger random weights, so that answers differ, and several end tokens, so that beams finish."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -78,7 +78,7 @@ def lively(model):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_bundle_generates_what_transformers_does(name, tmp_path):
     torch.manual_seed(0)
-    model = lively(MODELS[name]())
+    model = with_varied_answers(MODELS[name]())
     options = ExportOptions(source=name, output=tmp_path / "bundle", quantize="none")
     manifest = export(options, traced=encoder_decoder_source(model, name, "text2text-generation"))
     assert manifest["parity"]["float"]["worst"] < 1e-5
@@ -116,9 +116,9 @@ def test_a_folder_becomes_two_graphs_and_the_encoder_computes_the_cross_attentio
     assert len(loaded.generate([5, 6, 7], max_new_tokens=4).ids) <= 4
 
 
-def test_positions_that_forget_the_past_are_refused(tmp_path, monkeypatch):
+def test_positions_that_ignore_past_tokens_are_refused(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    pair = encoder_decoder_source(lively(MODELS["BART"]()), "bart", "text2text-generation")
+    pair = encoder_decoder_source(with_varied_answers(MODELS["BART"]()), "bart", "text2text-generation")
     monkeypatch.setattr(encoder_decoder, "count_past", lambda _: 0)
     with pytest.raises(ParityError, match="decoder in steps"):
         export(ExportOptions(source="bart", output=tmp_path / "bundle", quantize="none"), traced=pair)
@@ -139,10 +139,10 @@ def test_a_decoder_that_mixes_source_and_answer_outside_attention_is_refused(tmp
         export(ExportOptions(source="t5", output=tmp_path / "bundle", quantize="none"), traced=broken)
 
 
-def test_a_language_model_searches_beams_too(tmp_path):
+def test_beam_search_of_a_language_model_equals_transformers(tmp_path):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    model = lively(tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=100, num_key_value_heads=2, **sizes)))
+    model = with_varied_answers(tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=100, num_key_value_heads=2, **sizes)))
     export(ExportOptions(source="llama", output=tmp_path / "b", quantize="none"), traced=language_model(model, "llama"))
     ids = np.arange(20, 26)
     for options in ENGINES.values():
@@ -218,7 +218,7 @@ def translator(tmp_path_factory) -> tuple[Path, tf.T5ForConditionalGeneration]:
 
 @pytest.fixture(scope="module")
 def exported(translator, tmp_path_factory, exported_once):
-    """`exported(scheme)`: the translator's bundle, made once. Read only."""
+    """`exported(scheme)`: the bundle of the translator, exported once. Do not change it."""
     return exported_once(translator[0], tmp_path_factory.mktemp("exported"))
 
 
@@ -228,7 +228,7 @@ def test_a_small_t5_learns_to_rewrite_dates_and_its_bundle_does_the_same(scheme,
     tokenizer, tests = letters_tokenizer(), dates(random.Random(99), 40)
     sources = [torch.tensor([tokenizer(text).input_ids]) for text, _ in tests]
     expected = [model.generate(input_ids=ids, max_new_tokens=16, do_sample=False)[0, 1:].tolist() for ids in sources]
-    for engine in ("cpu", "native"):  # the latter with an int8 cache where weights are quantized
+    for engine in ("cpu", "native"):  # native uses an int8 cache if the weights are quantized
         loaded = edgeformer.load(exported(scheme), engine)
         found = [loaded.generate(text, max_new_tokens=16) for text, _ in tests]
         right = sum(result.text == answer for result, (_, answer) in zip(found, tests, strict=True))
@@ -271,14 +271,16 @@ def test_calls_that_the_task_does_not_support_are_refused(exported):
         model.generate([])
 
 
-def test_auto_takes_native_where_both_graphs_lower_and_says_which_does_not(exported, monkeypatch):
+def test_auto_takes_native_if_both_graphs_lower_and_names_one_that_does_not(exported, monkeypatch):
     from edgeformer.engines.native.program import lowering
 
     bundle = exported("none")
     model = edgeformer.load(bundle)
     assert model.engine.name == model.explain().engine == "native"
     need = model.memory(64)
-    per_source = 2 * 2 * 4 * 16 * 4  # layers, key and value, heads, size, float32: what the decoder is given of a token
+    per_source = (
+        2 * 2 * 4 * 16 * 4
+    )  # bytes of cross-attention inputs per source token: layers, K and V, heads, head size, float32
     assert model.engine.memory(128).scratch - model.engine.memory(64).scratch >= 64 * per_source
     with pytest.raises(EngineUnavailable, match="its decoder graph: the model needs"):
         edgeformer.load(bundle, "native", context=64, memory_limit=need.total - 1)
@@ -307,7 +309,7 @@ def test_states_of_several_sequences_are_reordered(exported):
         first, last = np.array([[0, 5], [0, 6], [0, 7]]), np.array([[9], [10], [11]])
 
         def after(rows, static=static, model=model, first=first, last=last):
-            """The last logits if sequence i continues from the state of sequence rows[i]."""
+            """The last logits, if sequence i continues from the first tokens of sequence rows[i]."""
             state = model.engine.new_state(static)
             model.engine.forward([({"input_ids": first[list(rows)]}, state)])
             return model.engine.forward([({"input_ids": last}, state)])[0]["logits"][:, -1]
@@ -322,6 +324,6 @@ def test_states_of_several_sequences_are_reordered(exported):
         for moved, rows in ((state, (2, 0, 2)), (copy, (0, 1, 2))):
             found = model.engine.forward([({"input_ids": last}, moved)])[0]["logits"][:, -1]
             assert np.abs(found - after(rows)).max() < 1e-5
-        assert np.abs(after((2, 0, 2)) - after((0, 1, 2))).max() > 0.1, "the rows do not matter"
+        assert np.abs(after((2, 0, 2)) - after((0, 1, 2))).max() > 0.1, "the order of rows changes nothing"
         with pytest.raises(InputError, match="encoder_hidden"):
             model.engine.new_state({"encoder_hidden_states": ids})

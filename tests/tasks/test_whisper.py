@@ -1,4 +1,4 @@
-"""Speech: log-mel features as transformers computes them, and a small recogniser that learned digits from espeak-ng."""
+"""Speech: log-mel features equal transformers; a small Whisper, trained here on digits spoken by espeak-ng."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RATE = 16000
 
 
 @pytest.mark.parametrize(("bins", "seconds"), [(80, 30), (128, 30), (40, 2)])
-def test_log_mel_features_are_transformers(bins, seconds):
+def test_log_mel_features_equal_transformers(bins, seconds):
     extractor = tf.WhisperFeatureExtractor(feature_size=bins, chunk_length=seconds)
     front = LogMel.of(extractor.to_dict())
     rng = np.random.default_rng(0)
@@ -30,7 +30,7 @@ def test_log_mel_features_are_transformers(bins, seconds):
         np.sin(np.arange(RATE * seconds + 999) * 0.05).astype(np.float32),  # longer
         np.zeros(100, np.float32),
     ):
-        # Its other path, in float32, is 5e-5 away from this one where a pure tone leaves the other bins empty.
+        # Compare with its numpy path. Its torch path, in float32, differs by 5e-5 if a pure tone leaves bins empty.
         window = np.pad(samples, (0, max(0, RATE * seconds - len(samples))))[: RATE * seconds]
         expected = extractor._np_extract_fbank_features(window[None], "cpu")[0]
         through_torch = extractor(samples, sampling_rate=RATE, return_tensors="np")["input_features"][0]
@@ -41,7 +41,7 @@ def test_log_mel_features_are_transformers(bins, seconds):
 
 
 @pytest.mark.parametrize("rate", [8000, 22050, 44100])
-def test_resampling_keeps_what_fits_and_drops_what_does_not(rate):
+def test_resampling_keeps_low_tones_and_removes_those_above_half_the_rate(rate):
     time = np.arange(rate) / rate
     tone = np.sin(2 * np.pi * 1000 * time).astype(np.float32)
     found = resample(tone, rate, RATE)
@@ -50,7 +50,7 @@ def test_resampling_keeps_what_fits_and_drops_what_does_not(rate):
     assert np.abs(found - expected)[200:-200].max() < 2e-3
     if rate > RATE:
         high = np.sin(2 * np.pi * (RATE / 2 + 1500) * time).astype(np.float32)
-        assert np.abs(resample(high, rate, RATE))[200:-200].max() < 0.02, "it folds back"
+        assert np.abs(resample(high, rate, RATE))[200:-200].max() < 0.02, "the tone aliases"
 
 
 @pytest.mark.parametrize(("width", "step"), [(1, 2**-7), (2, 2**-15), (3, 2**-23), (4, 2**-23)])
@@ -68,7 +68,7 @@ def test_wav_files_of_every_width_are_read(width, step, tmp_path):
         read_wav(tmp_path / "no.wav", RATE)
 
 
-# ------------------------------------------------------------------------------------------------- one that has learned
+# ------------------------------------------------------------------------------------------------- a trained recogniser
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 PAD, END, START = 0, 1, 2
@@ -78,7 +78,7 @@ STEPS = 350
 
 
 def spoken(word: str, voice: str, speed: int, pitch: int, folder) -> np.ndarray:
-    """Samples of a word, without the silence around it."""
+    """The samples of a spoken word, without the silence around it."""
     path = folder / "word.wav"
     command = ["espeak-ng", "-v", voice, "-s", str(speed), "-p", str(pitch), "-w", str(path), word]
     subprocess.run(command, check=True, capture_output=True)
@@ -94,7 +94,7 @@ def clip(rng: random.Random, voices: list[list[np.ndarray]]) -> tuple[np.ndarray
     for digit in digits:
         parts += [np.zeros(rng.randrange(500, 2500), np.float32), speaker[digit]]
     samples = np.concatenate(parts)[: RATE * SECONDS]
-    if rng.random() < 0.5:  # the microphone stays open
+    if rng.random() < 0.5:  # silence up to the full length
         samples = np.pad(samples, (0, RATE * SECONDS - len(samples)))
     noise = np.random.default_rng(rng.randrange(1 << 30)).standard_normal(len(samples)) * 0.003
     return (samples * rng.uniform(0.6, 1.2) + noise).astype(np.float32), digits
@@ -102,7 +102,7 @@ def clip(rng: random.Random, voices: list[list[np.ndarray]]) -> tuple[np.ndarray
 
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory):
-    """(voices to learn from, a voice setting never heard in training); each a list of ten words' samples."""
+    """(voices for training, other voices for the test); a voice is a list of the samples of ten words."""
     if shutil.which("espeak-ng") is None:
         message = "espeak-ng is not installed (apt install espeak-ng)"
         if os.environ.get("CI"):
@@ -110,9 +110,9 @@ def speech(tmp_path_factory):
         pytest.skip(message)
     folder = tmp_path_factory.mktemp("speech")
     settings = [("en", speed, pitch) for speed in (140, 165, 190) for pitch in (35, 50, 65)]
-    heard = [[spoken(word, *setting, folder) for word in WORDS] for setting in settings]
-    unheard = [[spoken(word, *setting, folder) for word in WORDS] for setting in (("en", 150, 43), ("en", 178, 58))]
-    return heard, unheard
+    training = [[spoken(word, *setting, folder) for word in WORDS] for setting in settings]
+    test = [[spoken(word, *setting, folder) for word in WORDS] for setting in (("en", 150, 43), ("en", 178, 58))]
+    return training, test
 
 
 def tokenizer() -> tf.PreTrainedTokenizerFast:
@@ -167,12 +167,12 @@ def recogniser(speech, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(recogniser, tmp_path_factory, exported_once):
-    """`exported(scheme)`: the recogniser's bundle, made once. Read only."""
+    """`exported(scheme)`: the bundle of the recogniser, exported once. Do not change it."""
     return exported_once(recogniser[0], tmp_path_factory.mktemp("exported"))
 
 
 @pytest.mark.parametrize("scheme", ["none", "q8"])
-def test_a_tiny_whisper_learns_digits_and_its_bundle_hears_the_same(scheme, recogniser, exported, speech):
+def test_a_tiny_whisper_learns_digits_and_its_bundle_gives_the_same_transcripts(scheme, recogniser, exported, speech):
     _, model, extractor = recogniser
     engines = [edgeformer.load(exported(scheme), engine) for engine in ("cpu", "native")]
     assert all(loaded.bundle.manifest["task"] == "automatic-speech-recognition" for loaded in engines)
