@@ -357,8 +357,8 @@ def _default_context(bundle: Bundle | None, graph: str) -> int:
 def _fingerprint(path: Path, bundle: Bundle | None) -> str:
     """Identifies one model, which a saved state belongs to: 64 hex digits.
 
-    Of a bundle from the manifest's hashes of the graph and its weights. Else, and for a bundle that the exporter has not
-    sealed yet, from the graph's content, and the size and a sample of its weights.
+    Of a bundle from the manifest's hashes of the graph and its weights. Else, and for a bundle that is not sealed
+    yet, from the graph's content, and the size and a sample of its weights.
     """
     files = {} if bundle is None else bundle.manifest["files"]
     hashes = [files[name].get("sha256") for name in (path.name, f"{path.name}.data") if name in files]
