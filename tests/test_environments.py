@@ -10,11 +10,11 @@ from support.environments import ROOT, Environment, build_wheel, run
 pytestmark = pytest.mark.slow
 
 RUNTIME_TESTS = (
-    "test_ort.py",
+    "engines/test_onnxruntime.py",
     "test_model.py",
-    "test_generate.py",
-    "test_verify.py",
-    "test_doctor.py",
+    "decoding/test_generate.py",
+    "tools/test_verify.py",
+    "tools/test_doctor.py",
     "test_imports.py",
 )
 

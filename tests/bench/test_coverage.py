@@ -221,7 +221,7 @@ def test_scaled_rotary_embeddings_hold_up_to_the_models_length(kind, tmp_path):
     module = transformers.LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()
     options = ExportOptions(kind, tmp_path / "b", quantize="none", tokens=0)
     manifest = export(options, traced=language_model(module, kind))
-    assert any("frozen" in note for note in manifest.get("notes", ())) == (kind == "dynamic")
+    assert any("rotary frequencies" in note for note in manifest.get("notes", ())) == (kind == "dynamic")
     model = edgeformer.load(tmp_path / "b", engine="cpu")
     for length in (20, 60, 128):  # before, behind and far behind the length that the scaling starts from
         ids = [(7 * i) % 119 + 1 for i in range(length)]
