@@ -99,7 +99,6 @@ class Model(EncoderMethods):
         self._graph = "model" if self._encoder is None else "decoder"
         self.engine = engines[self._graph]  # of an encoder-decoder, the decoder's
         self._choice = choice
-        self._limits = Limits.of(bundle, self.engine, self._graph)
 
     def __repr__(self) -> str:
         return f"<edgeformer.Model {self.bundle.path.name}: {self.bundle.task} on {self.engine.name}>"
@@ -121,7 +120,7 @@ class Model(EncoderMethods):
             "quantization": manifest["quantization"],
             "bytes": self.bundle.size,
             "vocab_size": self.bundle.vocab_size,
-            "context": self._limits.context,
+            "context": Limits.of(self.bundle, self.engine, self._graph).context,
             "inputs": manifest["graphs"][self._graph]["inputs"],
             "outputs": manifest["graphs"][self._graph]["outputs"],
             "accuracy": manifest["accuracy"],

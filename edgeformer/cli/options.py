@@ -9,21 +9,17 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
 from edgeformer.engines.options import PANEL
+from edgeformer.engines.options import option as option  # also for edgeformer.train
 
 SAMPLING = "Sampling"
 F = TypeVar("F", bound=Callable[..., None])
-
-
-def option(default: Any, help: str, **metadata: Any) -> Any:  # noqa: A002 (the name that click gives it)
-    """A field of an options dataclass with its flag's metadata."""
-    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeformer.bundle.signature import IDS, Array
-from edgeformer.decoding.limits import Limits
+from edgeformer.bundle.signature import Array
 from edgeformer.decoding.logits_processors import log_softmax, process
+from edgeformer.decoding.loop import last_logits
 from edgeformer.decoding.request import Request
 from edgeformer.engines.base import Engine, State
-from edgeformer.engines.feed import CHUNK, feed
 from edgeformer.errors import EdgeformerError
 
 _NEVER = -1.0e9  # lower than any real score, and finite when divided
@@ -49,11 +48,11 @@ def beam_search(
     scores = np.array([0.0] + [_NEVER] * (beams - 1))  # all beams are equal at first: only one counts
     done: list[Finished] = []  # at most `beams`, best first
     improving = True
-    logits = _run(engine, state, running, limits)
+    logits = last_logits(engine, state, np.array(running, np.int64), limits)
     while True:
         if not config.remove_invalid_values and np.isnan(logits).any():
             raise EdgeformerError(f"The logits hold NaN after {len(running[0])} tokens.")
-        table = log_softmax(logits)
+        table = log_softmax(logits.astype(np.float64))
         if request.processors:
             seen = np.array(running, np.int64)
             table = np.stack([process(request.processors, ids, row) for ids, row in zip(seen, table, strict=True)])
@@ -83,7 +82,8 @@ def beam_search(
             break
         if limits.cached:
             state.select(rows)
-        logits = _run(engine, state, [ids[-1:] if limits.cached else ids for ids in running], limits)
+        new = [ids[-1:] if limits.cached else ids for ids in running]
+        logits = last_logits(engine, state, np.array(new, np.int64), limits)
     return done[0] if done else Finished(float(scores[0]), running[0][start:], "length")
 
 
@@ -117,12 +117,3 @@ def _may_improve(scores: Array, done: Sequence[Finished], length: int, request: 
     never = config.early_stopping == "never" and config.length_penalty > 0
     hoped = request.max_new_tokens if never else length
     return bool(float(scores[0]) / float(hoped) ** config.length_penalty > done[-1].score)
-
-
-def _run(engine: Engine, state: State, ids: list[list[int]], limits: Limits) -> Array:
-    """float64 [beams, vocab]: the logits after these tokens of each beam."""
-    keep, chunk = (1 if limits.keeps_logits else None), (CHUNK if limits.cached else None)
-    logits = np.empty(0)
-    for outputs in feed(engine, state, {IDS: np.array(ids, np.int64)}, chunk=chunk, keep=keep):
-        logits = outputs["logits"][:, -1]
-    return logits.astype(np.float64)

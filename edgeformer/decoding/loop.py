@@ -16,7 +16,7 @@ from edgeformer.decoding.result import Piece, Result, Timings
 from edgeformer.decoding.sampling import check, choose
 from edgeformer.decoding.session import Session
 from edgeformer.decoding.stop import StopFilter
-from edgeformer.engines.base import Engine
+from edgeformer.engines.base import Engine, State
 from edgeformer.engines.feed import CHUNK, feed
 from edgeformer.errors import EdgeformerError
 
@@ -33,16 +33,21 @@ class TextStream(Protocol):
         ...
 
 
+def last_logits(engine: Engine, state: State, ids: Array, limits: Limits) -> Array:
+    """The logits [batch, vocab] that follow `ids` [batch, length], run through `state` in chunks."""
+    keep, chunk = (1 if limits.keeps_logits else None), (CHUNK if limits.cached else None)
+    logits: Array = np.empty(0)
+    for outputs in feed(engine, state, {IDS: ids}, chunk=chunk, keep=keep):
+        logits = outputs["logits"][:, -1]
+    return logits
+
+
 def next_logits(engine: Engine, session: Session, ids: Sequence[int], limits: Limits) -> Array:
     """The logits [vocab] that follow `ids`; runs the part of `ids` that the session's state does not hold."""
     start = len(session.ids) if limits.cached else 0
-    inputs = {IDS: np.array([ids[start:]], np.int64)}
-    keep, chunk = (1 if limits.keeps_logits else None), (CHUNK if limits.cached else None)
-    for outputs in feed(engine, session.state, inputs, chunk=chunk, keep=keep):
-        logits = outputs["logits"]  # (1, kept, vocab)
-        session.ids.extend(ids[len(session.ids) : len(session.ids) + CHUNK if limits.cached else len(ids)])
-    last: Array = logits[0, -1]
-    return last
+    session.ids.extend(ids[len(session.ids) :])  # after an interruption the state holds fewer; see Session.reuse
+    logits: Array = last_logits(engine, session.state, np.array([ids[start:]], np.int64), limits)[0]
+    return logits
 
 
 def tokens(

@@ -48,7 +48,7 @@ class TextGeneration:
         if decoder_prompt is not None:
             raise InputError("decoder_prompt is for encoder-decoders; this model's answer begins with its prompt.")
         config = GenerationConfig.for_call(file_settings(self.bundle), arguments, self.bundle.vocab_size)
-        ids = self.encode_prompt(prompt)
+        ids = encode_prompt(prompt, self.tokenizer, str(self.bundle.path))
         generator = TextGenerator(self.engine, self.limits, self.tokenizer)
         return generator.stream(ids, config, options, lambda _: self.engine.new_state(), ids)
 
@@ -65,14 +65,6 @@ class TextGeneration:
         outputs = joined(feed(self.engine, self.engine.new_state(), {IDS: array[None]}, chunk=chunk))
         logits: np.ndarray[Any, np.dtype[np.float32]] = outputs["logits"][0].astype(np.float32, copy=False)
         return logits
-
-    def encode_prompt(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt: text, token ids, or a list of chat messages.
-
-        Raises:
-            InputError: it is none of these, or text for a bundle without a tokenizer.
-        """
-        return encode_prompt(prompt, self.tokenizer, str(self.bundle.path))
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, name: str) -> list[int]:

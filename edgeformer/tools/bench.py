@@ -17,10 +17,9 @@ from typing import Any, Literal
 import numpy as np
 
 import edgeformer
-from edgeformer.bundle.signature import IDS
 from edgeformer.decoding.limits import Limits
-from edgeformer.engines.base import Engine, State
-from edgeformer.engines.feed import CHUNK, feed
+from edgeformer.decoding.loop import last_logits
+from edgeformer.engines.base import State
 from edgeformer.engines.options import EngineOptions
 from edgeformer.errors import EngineUnavailable, InputError
 from edgeformer.machine import cpu_name, peak_memory
@@ -251,7 +250,7 @@ def _check_fit(model: Model, tests: Sequence[Test]) -> None:
 def _filled(model: Model, depth: int) -> State:
     state = model.engine.new_state()
     if depth:
-        _feed(model.engine, state, _random_ids(model, depth), Limits.of(model.bundle, model.engine))
+        last_logits(model.engine, state, _random_ids(model, depth)[None], Limits.of(model.bundle, model.engine))
     return state
 
 
@@ -260,17 +259,11 @@ def _measure(model: Model, state: State, test: Test) -> float:
     ids, limits, engine = _random_ids(model, test.tokens), Limits.of(model.bundle, model.engine), model.engine
     began = time.perf_counter()
     if test.kind == "pp":
-        _feed(engine, state, ids, limits)
+        last_logits(engine, state, ids[None], limits)
     else:
         for start in range(test.tokens):
-            _feed(engine, state, ids[start : start + 1], limits)
+            last_logits(engine, state, ids[None, start : start + 1], limits)
     return test.tokens / (time.perf_counter() - began)
-
-
-def _feed(engine: Engine, state: State, ids: np.ndarray[Any, Any], limits: Limits) -> None:
-    keep, chunk = (1 if limits.keeps_logits else None), (CHUNK if limits.cached else None)
-    for _ in feed(engine, state, {IDS: ids[None]}, chunk=chunk, keep=keep):
-        pass
 
 
 def _random_ids(model: Model, count: int) -> np.ndarray[Any, Any]:
