@@ -18,6 +18,11 @@ class State(Protocol):
         """The number of tokens in the cache."""
         ...
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the KV cache that this state alone holds: dropping the state frees them."""
+        ...
+
     def truncate(self, length: int) -> None:
         """Remove all tokens after the first `length`.
 
@@ -54,6 +59,14 @@ class Engine(Protocol):
 
         Raises:
             InputError: a static input is not an input of the graph, or has a wrong type, shape or value.
+        """
+        ...
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes of the KV cache of one sequence with `tokens` tokens, without static inputs; 0 without a KV cache.
+
+        Raises:
+            InputError: `tokens` is negative.
         """
         ...
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import threading
@@ -104,6 +105,11 @@ class OrtState:
     def length(self) -> int:
         """See `State.length`."""
         return self._length
+
+    @property
+    def nbytes(self) -> int:
+        """See `State.nbytes`. Tensors that forks share until their next step count in each of them."""
+        return self.owner.kv_bytes(self._length) * (self.batch or 1)
 
     def truncate(self, length: int) -> None:
         """See `State.truncate`."""
@@ -211,6 +217,15 @@ class OrtEngine:
                 for (inputs, _), state in zip(batch, states, strict=True)
             ]
             return [self._run(arrays, state) for arrays, state in zip(checked, states, strict=True)]
+
+    def kv_bytes(self, tokens: int) -> int:
+        """See `Engine.kv_bytes`. A step needs twice as much for a moment: it copies the past to a new tensor."""
+        if tokens < 0:
+            raise InputError(f"tokens is {tokens}, expected at least 0.")
+        ports = self.signature.cache_ports.values()  # [batch, kv_heads, past, head_dim]
+        sizes = (math.prod(size for size in port.shape if isinstance(size, int)) for port in ports)
+        widths = (np.dtype(port.dtype).itemsize for port in ports)
+        return tokens * sum(size * width for size, width in zip(sizes, widths, strict=True))
 
     def to_device(self, array: Array) -> Any:
         """The array copied to an OrtValue on this engine's device."""

@@ -186,7 +186,13 @@ class NativeEngine:
             scratch = self._native.scratch_bytes(symbols, rows, max(0, tokens - rows))
         except Exception as e:  # sizes of inputs that this program cannot have
             raise InputError(f"the working memory cannot be predicted for {tokens} tokens: {e}") from e
-        return Memory(self._native.weight_bytes, self._native.kv_bytes(tokens), scratch, tokens)
+        return Memory(self._native.weight_bytes, self.kv_bytes(tokens), scratch, tokens)
+
+    def kv_bytes(self, tokens: int) -> int:
+        """See `edgeformer.engines.base.Engine.kv_bytes`. The cache grows in chunks of 128 tokens."""
+        if tokens < 0:
+            raise InputError(f"tokens is {tokens}, expected at least 0")
+        return int(self._native.kv_bytes(tokens))
 
     @contextmanager
     def profile(self) -> Iterator[Profile]:
