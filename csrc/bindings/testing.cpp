@@ -312,14 +312,20 @@ void bind_testing(py::module_& parent) {
            py::arg("mask_token") = 0, py::arg("mask_head") = 0, py::arg("mode") = "rows", py::arg("step") = 1 << 20);
   py::class_<KvCache>(m, "KvCache")
       .def(py::init([](const std::string& type, int64_t layers, int64_t heads, int64_t head_dim, int64_t value_dim,
-                       int64_t limit) {
-        return KvCache(std::vector<KvLayout>(size_t(layers), layout_of(type, heads, head_dim, value_dim)), limit);
-      }))
+                       int64_t limit, int64_t window) {
+             return KvCache(std::vector<KvLayout>(size_t(layers), layout_of(type, heads, head_dim, value_dim)), limit,
+                            std::vector<int64_t>(size_t(layers), window));
+           }),
+           py::arg("type"), py::arg("layers"), py::arg("heads"), py::arg("head_dim"), py::arg("value_dim"),
+           py::arg("limit"), py::arg("window") = 0)
       .def_property_readonly("length", &KvCache::length)
-      .def_property_readonly("bytes", &KvCache::bytes)
+      .def_property_readonly("bytes_alone", &KvCache::bytes_alone)
+      .def_property_readonly("bytes_shared", &KvCache::bytes_shared)
+      .def_property_readonly("shortest", &KvCache::shortest)
       .def("reserve", &KvCache::reserve)
       .def("advance", &KvCache::advance)
       .def("truncate", &KvCache::truncate)
+      .def("release_unseen", &KvCache::release_unseen)
       .def("fork", &KvCache::fork)
       .def("save",
            [](const KvCache& c) {

@@ -26,6 +26,7 @@ from edgeformer.errors import EngineUnavailable, InputError, StateError
 if TYPE_CHECKING:
     from edgeformer import _native
     from edgeformer.bundle.bundle import Bundle
+    from edgeformer.engines.base import KvChunk
     from edgeformer.engines.native.profile import Profile
     from edgeformer.engines.native.program.program import Program
 
@@ -225,6 +226,19 @@ class NativeEngine:
         state = self._native.new_state()
         state.load(saved_parts(data, self._fingerprint))
         return NativeState(state, self._fingerprint)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the model, its weights and the type of its cache: saved states and chunks belong to it."""
+        return hashlib.sha256(f"{self._fingerprint} {self.kv}".encode()).hexdigest()
+
+    def chunk_from_bytes(self, data: bytes | memoryview) -> KvChunk:
+        """The chunk that `_native.KvChunk.save` wrote, with the same bits on every ISA.
+
+        Raises:
+            StateError: its layers are not those of this engine, or it is damaged.
+        """
+        return self._native.load_chunk(data)
 
     def forward(self, batch: Sequence[tuple[Mapping[str, Array], Any]]) -> list[dict[str, Array]]:
         """See `edgeformer.engines.base.Engine.forward`."""
