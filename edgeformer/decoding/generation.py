@@ -15,6 +15,7 @@ from edgeformer.decoding.request import CallOptions, Request
 from edgeformer.decoding.result import Piece, Result, Stream, Timings
 from edgeformer.decoding.session import Session
 from edgeformer.decoding.stop import StopFilter
+from edgeformer.decoding.token_settings import with_token_ids
 from edgeformer.engines.base import Engine, State
 from edgeformer.errors import InputError
 from edgeformer.processing.tokenizer import Tokenizer
@@ -45,6 +46,7 @@ class TextGenerator:
         """
         if config.stop_strings and self.tokenizer is None:
             raise InputError("Stop strings need a tokenizer, and this bundle has no tokenizer; leave them out.")
+        config = with_token_ids(config, self.tokenizer)
         request = Request.of(prompt, config, self.limits, options, source)
         if config.num_beams > 1:
             return Stream(self._beams(request, new_state(config.num_beams)))

@@ -10,10 +10,10 @@ import numpy as np
 
 from edgeformer.bundle.signature import IDS, Array
 from edgeformer.decoding.limits import Limits
-from edgeformer.decoding.logits_processors import process
+from edgeformer.decoding.logits_processors import next_token
 from edgeformer.decoding.request import Request
 from edgeformer.decoding.result import Piece, Result, Timings
-from edgeformer.decoding.sampling import check, choose
+from edgeformer.decoding.sampling import check
 from edgeformer.decoding.session import Session
 from edgeformer.decoding.stop import StopFilter
 from edgeformer.engines.base import Engine, State
@@ -76,9 +76,7 @@ def tokens(
             scores = np.asarray(logits, np.float32)
             if not config.remove_invalid_values:
                 check(scores)
-            if processors:
-                scores = process(processors, seen, scores)
-            token = choose(scores, rng)
+            token = next_token(processors, seen, scores, rng)
         except EdgeformerError as error:
             raise EdgeformerError(f"Step {len(new)} of the generation, after {len(ids)} tokens: {error}") from error
         last = time.perf_counter()
