@@ -16,6 +16,7 @@ from edgeformer.decoding.result import Piece, Result, Stream
 from edgeformer.decoding.scheduler import Scheduler, SchedulerOptions
 from edgeformer.decoding.sequence import Sequence
 from edgeformer.decoding.session import StateSource
+from edgeformer.decoding.token_settings import with_token_ids
 from edgeformer.engines.base import Engine, State
 from edgeformer.errors import InputError
 from edgeformer.processing.tokenizer import Tokenizer
@@ -59,6 +60,7 @@ class TextGenerator:
         config, options = call.config, call.options
         if config.stop_strings and self.tokenizer is None:
             raise InputError("Stop strings need a tokenizer, and this bundle has no tokenizer; leave them out.")
+        config = with_token_ids(config, self.tokenizer)
         request = Request.of(call.prompt, config, self.limits, options, call.source)
         tokenizer = self.tokenizer
         if config.num_beams > 1:

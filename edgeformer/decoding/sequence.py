@@ -18,10 +18,10 @@ from edgeformer.bundle.signature import Array
 from edgeformer.decoding.answer_text import AnswerText, TextStream
 from edgeformer.decoding.context import shortened
 from edgeformer.decoding.job import Rows
-from edgeformer.decoding.logits_processors import process
+from edgeformer.decoding.logits_processors import next_token
 from edgeformer.decoding.request import Request
 from edgeformer.decoding.result import Drafts, Piece, Result, Timings
-from edgeformer.decoding.sampling import check, choose
+from edgeformer.decoding.sampling import check
 from edgeformer.decoding.session import Session, StateSource
 from edgeformer.errors import EdgeformerError
 
@@ -191,9 +191,7 @@ class Sequence:
             scores = np.asarray(logits, np.float32)
             if not request.config.remove_invalid_values:
                 check(scores)
-            if request.processors:
-                scores = process(request.processors, self._seen, scores)
-            token = choose(scores, self._rng)
+            token = next_token(request.processors, self._seen, scores, self._rng)
         except EdgeformerError as error:
             raise EdgeformerError(
                 f"Step {self.count} of the generation, after {len(self.ids)} tokens: {error}"

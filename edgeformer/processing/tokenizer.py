@@ -14,6 +14,7 @@ from edgeformer.bundle.manifest import read_json
 from edgeformer.errors import BundleError, InputError
 from edgeformer.processing.chat import DEFAULT, MARKS, ChatFormat, ChatRequest, Message, any_of, short
 from edgeformer.processing.detokenizer import Detokenizer, clean_up
+from edgeformer.processing.token_texts import TokenTexts
 
 SETTINGS = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
@@ -124,6 +125,11 @@ class Tokenizer:
         """The vocabulary's entry; None if there is none."""
         text: str | None = self._backend.id_to_token(id)
         return text
+
+    @cached_property
+    def token_texts(self) -> TokenTexts:
+        """The bytes that each token stands for within a text."""
+        return TokenTexts(self._backend)
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
