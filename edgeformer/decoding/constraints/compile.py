@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import weakref
 from collections import OrderedDict
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from edgeformer.decoding.constraints.grammar import Grammar
+from edgeformer.decoding.constraints.refusals import blamed
 from edgeformer.decoding.constraints.spec import ConstraintSpec
 from edgeformer.decoding.constraints.token_trie import TokenTrie, token_trie
 from edgeformer.errors import InputError, StateError
@@ -54,7 +56,7 @@ def compile_constraint(
     return grammar
 
 
-_NAMES = {"json": "JSON schema", "regex": "regular expression", "lark": "grammar"}
+_NAMES = {"json": "JSON schema", "regex": "regular expression", "lark": "grammar", "choices": "choice"}
 
 
 def _matcher(trie: TokenTrie, spec: ConstraintSpec) -> Any:
@@ -64,13 +66,25 @@ def _matcher(trie: TokenTrie, spec: ConstraintSpec) -> Any:
         text = LLMatcher.grammar_from_json_schema(spec.text)
     elif spec.kind == "regex":
         text = LLMatcher.grammar_from_regex(spec.text)
-    else:
+    elif spec.kind == "lark":
         text = LLMatcher.grammar_from_lark(spec.text)
+    else:
+        text = LLMatcher.grammar_from_lark(_choice(trie, json.loads(spec.text)))
     matcher = LLMatcher(trie.ll, text, log_level=0)
     problem = matcher.get_error() or "\n".join(matcher.get_grammar_warnings())
     if problem:
-        raise InputError(f"The {_NAMES[spec.kind]} is refused: {_told(problem)}")
+        where = blamed(json.loads(spec.text), problem) if spec.kind == "json" else ""
+        raise InputError(f"The {_NAMES[spec.kind]} is refused: {where}{_told(problem)}")
     return matcher
+
+
+def _choice(trie: TokenTrie, choices: list[str]) -> str:
+    """The Lark grammar of a choice."""
+    for text in choices:
+        if not trie.can_write(text.encode()):
+            raise InputError(f"The tokenizer cannot write the choice {text!r}; change its letters or spaces.")
+    # A Lark string is a JSON string, but for the control character that JSON leaves as it is.
+    return "start: " + " | ".join(json.dumps(text, ensure_ascii=False).replace("\x7f", "\\x7f") for text in choices)
 
 
 def _told(problem: str) -> str:

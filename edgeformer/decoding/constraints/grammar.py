@@ -177,9 +177,11 @@ class GrammarConstraint:
 
     def _check_matcher(self) -> None:
         if self._matcher.is_error():
+            problem = first_line(Exception(self._matcher.get_error()))
+            if problem.startswith("NoExtension"):
+                raise StateError(self._dead_end(may_end=False))
             raise StateError(
-                f"The grammar engine gave up: {first_line(Exception(self._matcher.get_error()))}. "
-                f"The grammar is too ambiguous or too large; simplify it."
+                f"The grammar engine gave up: {problem}. The grammar is too ambiguous or too large; simplify it."
             )
 
     def _dead_end(self, may_end: bool) -> str:

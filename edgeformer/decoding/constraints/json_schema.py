@@ -39,7 +39,7 @@ ANNOTATIONS = frozenset(
 )
 _NO_EFFECT: Mapping[str, Any] = {
     "uniqueItems": False, "nullable": False, "unevaluatedProperties": True, "unevaluatedItems": True,
-    "propertyNames": True, "contains": True,
+    "propertyNames": True,
 }  # fmt: skip
 UNSUPPORTED = {
     "not": "say what is allowed instead",
@@ -134,7 +134,8 @@ class _Walk:
         elif keyword in _NAMED_SCHEMAS:
             if not isinstance(value, Mapping):
                 raise _error(place, f"is {_short(value)}, expected an object of schemas")
-            found[keyword] = {name: self.schema(part, (*place, name)) for name, part in value.items()}
+            schemas = {name: self.schema(part, (*place, name)) for name, part in value.items()}
+            found[keyword] = _ecma_names(schemas) if keyword == "patternProperties" else schemas
         else:
             found[keyword] = self._value(keyword, value, place)
 
@@ -145,6 +146,8 @@ class _Walk:
             self.anchors.add(str(value))
         elif keyword == "const" or keyword == "enum":
             return _literal(value, place)
+        elif keyword == "pattern" and isinstance(value, str):
+            return _ecma(value)
         elif keyword in _COUNTS:
             return _count(value, place)
         elif keyword in _NUMBERS and not isinstance(value, bool):
@@ -216,6 +219,15 @@ def _with_format(schema: dict[str, Any], path: Path) -> dict[str, Any]:
         raise _error((*path, "format"), f"is {_short(name)}; the grammar enforces {known}. Use pattern instead")
     more = [{"pattern": pattern} for pattern in STRICTER.get(name, ())]
     return schema | ({"allOf": [*schema.get("allOf", ()), *more]} if more else {})
+
+
+def _ecma(pattern: str) -> str:
+    """llguidance reads patterns as ECMA 262 does, but for U+FEFF, which is white space there."""
+    return re.sub(r"\\.", lambda found: r"[^\s\uFEFF]" if found[0] == r"\S" else found[0], pattern, flags=re.DOTALL)
+
+
+def _ecma_names(schemas: Mapping[str, Any]) -> dict[str, Any]:
+    return {_ecma(pattern): schema for pattern, schema in schemas.items()}
 
 
 def _literal(value: Any, place: Path) -> Any:

@@ -12,7 +12,7 @@ from edgeformer.decoding.constraints.json_schema import checked
 from edgeformer.decoding.constraints.python_types import check_length, parsed_json, parsed_schema
 from edgeformer.errors import InputError, first_line
 
-Kind = Literal["json", "regex", "lark"]
+Kind = Literal["json", "regex", "lark", "choices"]
 
 _GBNF_RULE = re.compile(r"(?m)^\s*[A-Za-z0-9_-]+\s*::=")
 _JSON_RULE = re.compile(r"%json\s*(?=[{\[tf])")
@@ -22,7 +22,10 @@ _MOST_WHITESPACE = 1000
 
 @dataclass(frozen=True)
 class ConstraintSpec:
-    """What an answer must be: a checked JSON Schema, a regular expression or a Lark grammar. Hashable."""
+    """What an answer must be: a checked JSON Schema, a regular expression, a Lark grammar or a list of choices.
+
+    `text` is the schema with llguidance's options, the expression, the grammar, or the list as JSON. Hashable.
+    """
 
     kind: Kind
     text: str
@@ -70,7 +73,7 @@ class ConstraintSpec:
         if grammar is not None:
             return cls("lark", lark_of(_checked_text(grammar, "grammar"), options))
         if choices is not None:
-            return cls("lark", _choice(choices))
+            return cls("choices", json.dumps(_checked_choices(choices)))
         schema = parsed_schema(json_schema) if json_schema is not None else _schema_of_format(given["response_format"])
         return cls("json", json.dumps({**checked(schema), "x-guidance": options}, ensure_ascii=False))
 
@@ -125,21 +128,15 @@ def _checked_text(text: Any, name: str) -> str:
     return text
 
 
-def _choice(choices: Any) -> str:
-    """The Lark grammar of a choice."""
+def _checked_choices(choices: Any) -> list[str]:
     if isinstance(choices, str | bytes | Mapping) or not isinstance(choices, Sequence):
         raise InputError(f"choices is {type(choices).__name__}, expected a list of texts.")
     if not choices or not all(isinstance(text, str) and text for text in choices):
         raise InputError("choices must be texts that are not empty, at least one.")
-    if not all(text.isprintable() or text.encode(errors="ignore").decode() == text for text in choices):
+    if any(0xD800 <= ord(letter) < 0xE000 for text in choices for letter in text):
         raise InputError("A choice holds a lone surrogate, which is no character.")
     check_length("".join(choices), "All choices together")
-    return "start: " + " | ".join(_quoted(text) for text in dict.fromkeys(choices))
-
-
-def _quoted(text: str) -> str:
-    """A Lark string."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\x7f")
+    return list(dict.fromkeys(choices))
 
 
 def _asks_for_text(response_format: Any) -> bool:

@@ -105,6 +105,11 @@ class TokenTrie:
         forms = [self._first[number] if place == 0 else self._later[number] for place, number in enumerate(ids)]
         return ids if b"".join(forms) == data else []
 
+    def can_write(self, data: bytes) -> bool:
+        """Whether an answer can be exactly `data`."""
+        starts = (end for end in range(1, len(data) + 1) if data[:end] in self.beginnings)
+        return any(max(self._fewest(data[end:]), default=0) < self.size for end in starts)
+
     def _fewest(self, data: bytes) -> list[int]:
         """The shortest way through `data`; a single byte that is no token costs more than any number of tokens."""
         known, outside = self._spellings, len(data) + 1
