@@ -144,6 +144,33 @@ class Tokenizer:
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """The entries of the vocabulary and their ids, added tokens included; ids may have gaps."""
+        found: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return found
+
+    @property
+    def skipped_ids(self) -> frozenset[int]:
+        """Ids that `decode` leaves out: those that tokenizer.json marks as special."""
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special)
+
+    @property
+    def decoder(self) -> str:
+        """The decoder of tokenizer.json, as JSON; empty if it has none."""
+        return _decoder(self._backend)
+
+    @property
+    def cleans_up(self) -> bool:
+        """Whether `decode` removes spaces before punctuation and contractions."""
+        return self._cleans
+
+    def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """`decode` of each row, on several threads."""
+        texts: list[str] = self._backend.decode_batch(rows, skip_special_tokens=True)
+        return [clean_up(text) for text in texts] if self._cleans else texts
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether there is a default template, which takes messages only."""
         return DEFAULT in self.chat.names
