@@ -75,6 +75,7 @@ class ToolFormat:
         between: from the end of a call to the next one's name or object; None: one call at most.
         after: from the end of the last call to the end of the turn.
         call: how one call is written.
+        sorts: the template writes the arguments in the order of their names.
         arguments_as_text: the template expects the arguments of earlier calls as JSON text, not as a mapping.
     """
 
@@ -82,6 +83,7 @@ class ToolFormat:
     between: str | None
     after: str
     call: ObjectCall | NamedCall | PairCall
+    sorts: bool = False
     arguments_as_text: bool = False
 
     @property

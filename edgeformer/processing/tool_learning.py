@@ -6,6 +6,7 @@ reading rendered calls gives the same calls again. So no list of model families 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -44,7 +45,7 @@ from edgeformer.processing.tool_probe import (
     place_of,
 )
 from edgeformer.processing.tool_reading import CallReader, Known
-from edgeformer.processing.tool_values import MoreText, NotACall, Reader, Span, to_json
+from edgeformer.processing.tool_values import MoreText, NotACall, Reader, Span
 
 PLAIN: Arguments = {KEYS[0]: "vq7 one"}
 OTHER: Arguments = {KEYS[1]: "vq7 two"}
@@ -148,7 +149,9 @@ def _tools(probe: Probe) -> ToolFormat:
         if arguments is not None and arguments.start < place:
             raise CannotLearn("the chat template writes the arguments before the name")
         learned = learn_pairs(probe) if arguments is None else _named_format(probe, body)
-    learned = replace(learned, arguments_as_text=probe.arguments_as_text)
+    turned = probe.body([(NAMES[0], {KEYS[1]: 1, KEYS[0]: "x"})])
+    sorts = turned.find(KEYS[0]) < turned.find(KEYS[1])
+    learned = replace(learned, sorts=sorts, arguments_as_text=probe.arguments_as_text)
     return _checked(probe, learned)
 
 
@@ -244,17 +247,14 @@ def _check(probe: Probe, learned: ToolFormat, calls: Sequence[Call]) -> None:
         found = read_all(reader, body)
     except NotACall as error:
         raise CannotLearn(f"the text of a call cannot be read back: {error}") from error
-    expected = [(name, to_json(arguments)) for name, arguments in calls]
-    got = [(name, to_json(arguments)) for name, arguments in found]
-    if [_sorted(one) for one in got] != [_sorted(one) for one in expected]:
+    expected, got = _texts(calls), _texts(found)
+    if got != expected:
         raise CannotLearn(f"the text of a call is read back as {got[0] if got else 'nothing'}, not as {expected[0]}")
 
 
-def _sorted(call: tuple[str, str]) -> tuple[str, str]:
-    """Templates may sort the keys."""
-    import json
-
-    return call[0], json.dumps(json.loads(call[1]), sort_keys=True)
+def _texts(calls: Sequence[Call]) -> list[str]:
+    """The calls as JSON: there, True is not 1. Templates may sort keys."""
+    return [json.dumps([name, arguments], sort_keys=True) for name, arguments in calls]
 
 
 def read_all(reader: CallReader, body: str) -> list[tuple[str, Mapping[str, Any]]]:
@@ -263,8 +263,6 @@ def read_all(reader: CallReader, body: str) -> list[tuple[str, Mapping[str, Any]
     Raises:
         NotACall: it has something else.
     """
-    import json
-
     found: list[tuple[str, Mapping[str, Any]]] = []
     place, first = 0, True
     while not first or body[place:].strip():
