@@ -138,6 +138,12 @@ class Tokenizer:
         found = map(self._backend.token_to_id, more)
         return frozenset(number for number in found if number is not None)
 
+    @cached_property
+    def special_texts(self) -> Mapping[str, int]:
+        """Text -> id of the tokens that `decode` leaves out; `tokenizer.json` marks them as special."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items() if token.special}
+
     @property
     def size(self) -> int:
         """Entries of the vocabulary, added tokens included."""
