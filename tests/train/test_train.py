@@ -27,6 +27,7 @@ import edgeformer.train.checkpoint as checkpoint_module
 from edgeformer.errors import TrainingError
 from edgeformer.models import load_checkpoint
 from edgeformer.train.loop import TrainingReport, learning_rate, train
+from edgeformer.train.options import RunOptions
 from edgeformer.train.recipe import TrainOptions, make_recipe
 from edgeformer.train.task import picks
 
@@ -34,7 +35,7 @@ BASES = {"text": TEXT, "forecast": FORECAST}
 
 
 def run(table: dict[str, Any], folder: Path, **options: Any) -> TrainingReport:
-    return train(make_recipe(table), folder, cpu=True, **options)
+    return train(make_recipe(table), folder, RunOptions(cpu=True, **options))
 
 
 def short(base: dict[str, Any], tmp_path: Path, **changes: Any) -> dict[str, Any]:
