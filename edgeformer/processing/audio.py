@@ -11,10 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from edgeformer.bundle.signature import Array
+from edgeformer.bundle.signature import F32, Array
 from edgeformer.errors import InputError, pip_install
-
-F32 = np.ndarray[Any, np.dtype[np.float32]]
 
 _PIPED = 0x7FFF_0000  # bytes
 

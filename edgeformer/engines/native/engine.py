@@ -15,7 +15,7 @@ import numpy as np
 
 from edgeformer.bundle.context import context_length
 from edgeformer.bundle.manifest import MANIFEST
-from edgeformer.engines.native.ir.graph import Array
+from edgeformer.bundle.signature import Array
 from edgeformer.engines.native.options import NativeOptions
 from edgeformer.engines.native.program.executable import Executable, load_executable
 from edgeformer.engines.native.program.packing import give_weights

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from edgeformer.engines.native.ir.graph import Array
+from edgeformer.bundle.signature import Array
 from edgeformer.errors import StateError
 
 if TYPE_CHECKING:
