@@ -1,7 +1,7 @@
 """Frozen dataclasses of options, and the flags that typer makes of their fields.
 
 A field has a flag if its metadata has `help`. It may also have `flags` (by default --field-name), `min`, `max`,
-`metavar`, `panel` (the heading in --help that the flag stands under), and `default_text`: what --help says of a default
+`metavar`, `panel` (the flag's heading in --help), and `default_text`: what --help says of a default
 that the field's value does not show.
 """
 
@@ -63,8 +63,8 @@ class GenerationFlags:
 class EmbedFlags:
     """Arguments of `Model.embed`. Those that are None are as the bundle says."""
 
-    prompt_name: str | None = option(None, "The bundle's prompt that stands before each text.")
-    prompt: str | None = option(None, "What stands before each text; '' leaves the bundle's own out.")
+    prompt_name: str | None = option(None, "Name of the bundle's prompt to put before each text.")
+    prompt: str | None = option(None, "Text to put before each text; '' for none.")
     pooling: str | None = option(
         None, "mean, cls, max, last, mean_sqrt_len or weightedmean.", default_text="as the bundle says"
     )
@@ -126,7 +126,7 @@ class Given:
 
 
 def with_options(command: F) -> F:
-    """A command in which each parameter that is an options dataclass, or `Given` one, stands for its fields' flags."""
+    """A command in which the flags of its fields replace each parameter that is an options dataclass, or `Given`."""
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, tuple[type, list[str]]] = {}  # parameter -> its dataclass and the fields that have flags
     only_given: set[str] = set()  # the parameters that take the given flags alone

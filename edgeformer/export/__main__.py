@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
@@ -153,8 +154,8 @@ def _summary(path: Path, manifest: dict[str, Any]) -> None:
             console.print(problem, markup=False, highlight=False)
     for note in manifest.get("notes", ()):
         console.print(f"[yellow]note:[/] {note}", highlight=False)
-    run = command_for(Bundle.open(path), str(path)).replace("[", "\\[")
-    console.print(f"Next: [bold]edgeformer inspect {path}[/]  or  [bold]edgeformer {run}[/]")
+    run = command_for(Bundle.open(path), str(path))
+    console.print(f"Next: [bold]edgeformer inspect {path}[/]  or  [bold]edgeformer {escape(run)}[/]")
 
 
 def _difference(found: dict[str, Any]) -> str:

@@ -139,9 +139,9 @@ def read_recipe(path: Path, **flags: Any) -> ExportOptions:
         raise ExportError(f"{path}: unknown {', '.join(unknown)}; a recipe may have {', '.join(sorted(known))}.")
     if "source" not in recipe:
         raise ExportError(f'{path} names no source; add source = "...".')
-    beside = path.parent / str(recipe["source"])
-    if beside.exists():
-        recipe["source"] = str(beside)
+    relative = path.parent / str(recipe["source"])
+    if relative.exists():
+        recipe["source"] = str(relative)
     for name in ("weights", "tokenizer", "text", "adapter"):
         if name in recipe and (name, recipe[name]) != ("tokenizer", "none"):
             recipe[name] = path.parent / recipe[name]

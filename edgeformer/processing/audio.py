@@ -48,12 +48,12 @@ def _by_soundfile(path: str | os.PathLike[str]) -> tuple[F32, int] | None:
     try:
         with soundfile.SoundFile(os.fspath(path)) as file:
             samples = file.read(dtype="float32", always_2d=True)
-            promised, rate = file.frames, file.samplerate
+            expected, rate = file.frames, file.samplerate
             streamed = file.format in ("WAV", "WAVEX", "AU")  # written to a pipe, these have no valid length
     except (OSError, RuntimeError, TypeError, ValueError) as error:  # libsndfile's errors are RuntimeErrors
         raise InputError(f"{path} cannot be read as a recording: {error}") from error
-    if len(samples) < promised and not streamed:
-        raise InputError(f"{path} is cut short: it has {len(samples):,} of {promised:,} samples; copy it again.")
+    if len(samples) < expected and not streamed:
+        raise InputError(f"{path} is cut short: it has {len(samples):,} of {expected:,} samples; copy it again.")
     return samples, rate
 
 

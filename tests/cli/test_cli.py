@@ -151,7 +151,7 @@ def test_inspect_shows_what_the_bundle_holds(edgeformer, q8):
         "float32[batch, 2, past_sequence, 8]",
         "q8",
         "model.onnx.data",
-        "all hashes are right",
+        "all hashes match",
         "MIT",
     ):
         assert part in out
