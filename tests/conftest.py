@@ -138,7 +138,7 @@ def smollm2_gguf():
 @pytest.fixture(scope="session")
 def smollm2_traced(smollm2_gguf, tmp_path_factory):
     """SmolLM2, loaded and traced once for all exports of it."""
-    require("torch", "pip install 'edgeformer[export]'")
+    require("torch", "pip install '.[export]'")
     from edgeformer.export import ExportOptions
     from edgeformer.export.graphs import trace_model
     from edgeformer.export.sources.load import load_source

@@ -18,7 +18,8 @@ import numpy as np
 import edgeformer
 from edgeformer import disk_cache
 from edgeformer.bundle.manifest import MANIFEST
-from edgeformer.engines.native.ir.graph import Array, Constant
+from edgeformer.bundle.signature import Array
+from edgeformer.engines.native.ir.graph import Constant
 from edgeformer.engines.native.ir.weight import Weight
 from edgeformer.engines.native.program.program import PackedWeight, Program, spec
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from edgeformer.bundle.signature import Array
 from edgeformer.engines.native.ir.dims import Atom, Shape, Size
-from edgeformer.engines.native.ir.graph import Array
 from edgeformer.engines.native.ir.weight import Weight
 
 if TYPE_CHECKING:
