@@ -14,7 +14,8 @@ namespace edgeformer {
 class ChunkMemory {
  public:
   ChunkMemory() = default;
-  static ChunkMemory zeroed(size_t bytes);  // throws std::bad_alloc
+  static ChunkMemory allocate(size_t bytes);  // throws std::bad_alloc
+  static ChunkMemory zeroed(size_t bytes);    // the same
   ChunkMemory(const ChunkMemory& other) : block_(other.block_) {
     if (block_) block_->users.fetch_add(1, std::memory_order_relaxed);
   }
@@ -39,7 +40,6 @@ class ChunkMemory {
   };
   static constexpr size_t kHeader = 64;  // bytes from the block to its data, which the kernels want aligned
 
-  static ChunkMemory allocate(size_t bytes);
   void release();
 
   Block* block_ = nullptr;

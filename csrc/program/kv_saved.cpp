@@ -38,7 +38,7 @@ class Reader {
  public:
   Reader(const uint8_t* data, size_t size, const char* magic) : at_(data), left_(size) {
     if (size < kMagicBytes || std::memcmp(data, magic, kMagicBytes) != 0)
-      refuse("these bytes were not written by this version");
+      refuse("these bytes were not written by save() of this version");
     skip(kMagicBytes);
   }
   int64_t number() {
@@ -141,7 +141,7 @@ KvChunk KvCache::load_chunk(const uint8_t* data, size_t size) const {
   in.end_after(total);
   KvChunk chunk;
   for (const size_t n : bytes) {
-    chunk.layers.push_back(n ? ChunkMemory::zeroed(n) : ChunkMemory());
+    chunk.layers.push_back(n ? ChunkMemory::allocate(n) : ChunkMemory());
     if (n) in.copy(chunk.layers.back().data(), n);
   }
   check_layers(chunk);

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import edgeformer
 from edgeformer.bundle.context import context_length
 from edgeformer.bundle.manifest import MANIFEST
 from edgeformer.bundle.signature import Array
@@ -231,8 +232,11 @@ class NativeEngine:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the model, its weights and the type of its cache: saved states and chunks belong to it."""
-        return hashlib.sha256(f"{self._fingerprint} {self.kv}".encode()).hexdigest()
+        """Identifies all that keys and values depend on: the model, the type of the cache, and this version's kernels.
+
+        64 hex digits, the same for every ISA and number of threads.
+        """
+        return hashlib.sha256(f"{self._fingerprint} {self.kv} {edgeformer.__version__}".encode()).hexdigest()
 
     def chunk_from_bytes(self, data: bytes | memoryview) -> KvChunk:
         """The chunk that `_native.KvChunk.save` wrote, with the same bits on every ISA.

@@ -9,6 +9,7 @@ from support.decoder_graphs import LM, Builder, F, decoder_layer, window_mask
 
 pytest.importorskip("edgeformer._native", reason="the native extension is not built")
 
+from edgeformer.decoding.session import Session
 from edgeformer.engines.native.engine import NativeEngine
 from edgeformer.errors import StateError
 
@@ -104,6 +105,15 @@ def test_a_state_with_a_window_is_cut_as_far_as_it_can_go_on(engine, whole):
     assert loaded.shortest == state.shortest
     loaded.truncate(start := loaded.shortest)
     np.testing.assert_array_equal(forward(engine, loaded, start, LENGTH), whole[:, start:])
+
+
+def test_a_conversation_that_a_window_cannot_continue_starts_again(engine):
+    state = grown(engine, LENGTH)
+    session = Session(state)
+    session.ids = list(range(LENGTH))
+    near = state.shortest
+    assert session.reuse([*range(near), -1]) == state.length == near
+    assert session.reuse([*range(near - 1), -1]) == state.length == 0
 
 
 def test_a_failed_call_leaves_the_window_as_it_was(engine, whole):
