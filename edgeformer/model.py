@@ -29,8 +29,8 @@ from edgeformer.processing.tokenizer import Tokenizer
 from edgeformer.tasks.choose import choose_task
 from edgeformer.tasks.embedding import Encoder
 from edgeformer.tasks.encoder_methods import EncoderMethods
-from edgeformer.tasks.seq2seq import EncoderDecoder
 from edgeformer.tasks.scheduler import GenerationScheduler, half_of_memory
+from edgeformer.tasks.seq2seq import EncoderDecoder
 from edgeformer.tasks.speech import Transcript, transcribe
 from edgeformer.tasks.text_generation import Prompt, TextGeneration, encode_prompt, is_list_of_prompts
 

@@ -60,14 +60,14 @@ class TokenTexts(Protocol):
         ...
 
 
-def check_count(count: int | None) -> None:
+def check_count(count: int | None, name: str = "logprobs") -> None:
     """
     Raises:
         InputError: `count` is no number of likeliest tokens: None (no log probabilities), or 0 to 20.
     """
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MOST):
         raise InputError(
-            f"logprobs is {count!r}, expected None, or the number of likeliest tokens to report: 0 (none but the "
+            f"{name} is {count!r}, expected None, or the number of likeliest tokens to report: 0 (none but the "
             f"chosen one) to {MOST}."
         )
 

@@ -54,6 +54,11 @@ class ChatFormat:
         """Names of the templates."""
         return sorted(self._templates)
 
+    @property
+    def texts(self) -> list[str]:
+        """The templates themselves."""
+        return list(self._templates.values())
+
     def source(self, request: ChatRequest) -> str:
         """The text of the template for `request`.
 

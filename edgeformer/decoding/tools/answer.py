@@ -64,7 +64,7 @@ class AnswerPiece:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ParsedAnswer:
     """A whole answer. `problems`: why text that looks like a call is in the content."""
 
     content: str
@@ -259,15 +259,15 @@ class AnswerParser:
         return True
 
 
-def split(text: str, format: AnswerFormat, tools: Sequence[Tool] = (), in_reasoning: bool = False) -> Answer:  # noqa: A002
+def split(text: str, format: AnswerFormat, tools: Sequence[Tool] = (), in_reasoning: bool = False) -> ParsedAnswer:  # noqa: A002
     """A whole answer, divided; see `AnswerParser`."""
     parser = AnswerParser(format, tools, in_reasoning)
     return gather([*parser.push(text), *parser.finish()])
 
 
-def gather(pieces: Sequence[AnswerPiece]) -> Answer:
+def gather(pieces: Sequence[AnswerPiece]) -> ParsedAnswer:
     """The answer that the pieces make."""
-    return Answer(
+    return ParsedAnswer(
         "".join(piece.content for piece in pieces),
         "".join(piece.reasoning for piece in pieces),
         tuple(piece.call for piece in pieces if piece.call is not None),

@@ -69,6 +69,7 @@ class NativeEngine:
     """
 
     name = "native"
+    rows_are_exact = True
 
     def __init__(self, native: _native.Engine, executable: Executable, path: Path, fingerprint: str) -> None:
         self._native = native
