@@ -16,11 +16,13 @@ from edgeformer.decoding.result import Piece, Result, Stream
 from edgeformer.decoding.scheduler import Scheduler, SchedulerOptions
 from edgeformer.decoding.sequence import Sequence
 from edgeformer.decoding.session import StateSource
+from edgeformer.decoding.speculation.speculation import Speculation
 from edgeformer.engines.base import Engine, State
 from edgeformer.errors import InputError
 from edgeformer.processing.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from edgeformer.decoding.speculation.sequence_drafts import SequenceDrafts
     from edgeformer.decoding.prefix_cache import PrefixCache
 
 MAX_SEQUENCES = 16  # of a list of prompts that run together
@@ -49,12 +51,14 @@ class TextGenerator:
     limits: Limits
     tokenizer: Tokenizer | None
     prefix_cache: PrefixCache | None = None
+    speculation: Speculation | None = None
 
     def jobs(self, call: Call) -> list[Job]:
         """The jobs of one prompt: `n` answers that share its prefill, or one beam search.
 
         Raises:
-            InputError: the prompt is wrong, there are stop strings and no tokenizer, or several answers of beams.
+            InputError: the prompt is wrong, there are stop strings and no tokenizer, several answers of beams, or
+                speculation that is not possible here.
         """
         config, options = call.config, call.options
         if config.stop_strings and self.tokenizer is None:
@@ -64,6 +68,8 @@ class TextGenerator:
         if config.num_beams > 1:
             if options.n > 1:
                 raise InputError(f"n is {options.n}: a beam search gives one answer; leave out n or num_beams.")
+            if options.speculation not in ("auto", "off"):
+                raise InputError("A beam search has no drafts; leave out speculation or num_beams.")
             return [BeamSearch(request, call.new_state, tokenizer.decode if tokenizer else None)]
         cache = self.prefix_cache if call.is_cacheable else None
         states = StateSource(lambda: call.new_state(1), options.session, cache)
@@ -71,14 +77,25 @@ class TextGenerator:
             Sequence(request, states, tokenizer.detokenizer() if tokenizer else None, index)
             for index in range(options.n)
         ]
+        for answer in answers:
+            answer.guesses = self._drafts(options)
         answers[0].siblings = answers[1:]
         for sibling in answers[1:]:
             sibling.is_waiting = True
         return [*answers]
 
+    def _drafts(self, options: CallOptions) -> SequenceDrafts | None:
+        """The drafts of a new sequence; None without speculation."""
+        if self.speculation is not None:
+            return self.speculation.drafts(options.speculation)
+        if options.speculation not in ("auto", "off"):
+            raise InputError("Speculation is for models of one graph, and this is an encoder-decoder; leave it out.")
+        return None
+
     def scheduler(self, options: SchedulerOptions) -> Scheduler:
         """A scheduler on this engine."""
-        return Scheduler(self.engine, keeps_logits=self.limits.keeps_logits, options=options)
+        keeps_logits = self.limits.keeps_logits
+        return Scheduler(self.engine, keeps_logits=keeps_logits, options=options, speculator=self.speculation)
 
     def stream(self, call: Call) -> Stream:
         """The answer to a prompt, piece by piece; that of a beam search comes all at its end.

@@ -14,6 +14,8 @@ from edgeformer.decoding.generation_config import Arguments, GenerationConfig
 from edgeformer.decoding.limits import Limits, checked_prompt
 from edgeformer.decoding.logits_processors import Processor, logits_processors
 from edgeformer.decoding.session import Session
+from edgeformer.decoding.speculation.draft_model import DraftBundle
+from edgeformer.decoding.speculation.speculation import SpeculationName, check_speculation
 from edgeformer.errors import InputError
 
 MOST_ANSWERS = 128  # to one prompt; OpenAI's API has the same limit
@@ -34,6 +36,7 @@ class CallOptions:
     n: int = 1  # answers to the prompt
     context_policy: str | None = None  # what happens when the context is full: "stop" (None), "error" or "slide"
     context_protect: int | None = None  # tokens at the beginning that a sliding context keeps
+    speculation: SpeculationName | DraftBundle = "auto"  # or "off", "lookup", a Model of the same vocabulary
 
     def __post_init__(self) -> None:
         if isinstance(self.n, bool) or not isinstance(self.n, int) or not 1 <= self.n <= MOST_ANSWERS:
@@ -43,6 +46,7 @@ class CallOptions:
         seed = self.seed
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0):
             raise InputError(f"seed is {seed!r}, expected a whole number of at least 0.")
+        check_speculation(self.speculation)
 
 
 class CallArguments(Arguments, total=False):
@@ -56,6 +60,7 @@ class CallArguments(Arguments, total=False):
     n: int
     context_policy: ContextPolicy | None
     context_protect: int | None
+    speculation: SpeculationName | DraftBundle
 
 
 def split_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], CallOptions, Sequence[int] | None]:

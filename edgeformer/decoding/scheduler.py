@@ -28,12 +28,18 @@ TOKEN_BUDGET = 512  # rows of one step: bounds the memory of activations, and ho
 class Speculator(Protocol):
     """Guesses what follows: one for each scheduler."""
 
-    def propose(self, sequences: Tokens[Sequence]) -> None:
-        """Gives drafts to those sequences (all of them decode) for which they pay, by `Sequence.draft`."""
+    def propose(self, sequences: Tokens[Sequence], room: int) -> None:
+        """Gives drafts to those sequences (all of them decode) for which they pay, by `Sequence.draft`; at most `room`
+        in all.
+        """
         ...
 
     def observe(self, rows: int, seconds: float) -> None:
         """A step of `rows` rows, none of them of a prompt, took so long."""
+        ...
+
+    def end(self, sequence: Sequence) -> None:
+        """A sequence has ended or failed."""
         ...
 
 
@@ -156,6 +162,8 @@ class Scheduler:
         for job in self.running:
             if job.reason is not None or job.error is not None:
                 job.release()
+                if self._speculator is not None and isinstance(job, Sequence):
+                    self._speculator.end(job)
         self.running = [job for job in self.running if job.reason is None and job.error is None]
 
     # -------------------------------------------------------------------------------------------------------- one step
@@ -192,7 +200,8 @@ class Scheduler:
         """(what runs in this step, rows of jobs that decode, rows of prompts)."""
         decoding = [job for job in self.running if job.decodes]
         if self._speculator is not None:
-            self._speculator.propose([job for job in decoding if isinstance(job, Sequence)])
+            room = self.options.token_budget - sum(job.slots for job in decoding)
+            self._speculator.propose([job for job in decoding if isinstance(job, Sequence)], room)
         plan: list[tuple[Job, Rows]] = []
         decode_rows = prompt_rows = 0
         for job in decoding:

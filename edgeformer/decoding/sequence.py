@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Tokens
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from edgeformer.decoding.sampling import check, choose
 from edgeformer.decoding.session import Session, StateSource
 from edgeformer.errors import EdgeformerError
 
+if TYPE_CHECKING:
+    from edgeformer.decoding.speculation.sequence_drafts import SequenceDrafts
+
 
 class Sequence:
     """One answer to one prompt. It never calls the engine; see `edgeformer.decoding.job.Job`."""
@@ -38,6 +42,7 @@ class Sequence:
         self.reason: str | None = None
         self.error: Exception | None = None
         self.proposed = self.accepted = 0  # drafts
+        self.guesses: SequenceDrafts | None = None  # what drafts are made of; None without speculation
         self.siblings: list[Sequence] = []  # other answers to the same prompt, which wait for it to run
         self.is_waiting = False  # this is such an answer
         self._states = states

@@ -14,6 +14,7 @@ from edgeformer.decoding.generation import Call, TextGenerator
 from edgeformer.decoding.generation_config import GenerationConfig, file_settings
 from edgeformer.decoding.limits import Limits
 from edgeformer.decoding.request import split_arguments
+from edgeformer.decoding.speculation.speculation import Speculation
 from edgeformer.engines.base import Engine
 from edgeformer.engines.feed import CHUNK, feed, joined
 from edgeformer.errors import InputError
@@ -34,11 +35,12 @@ class TextGeneration:
     tokenizer: Tokenizer | None
     limits: Limits
     prefix_cache: PrefixCache | None = None
+    speculation: Speculation | None = None
 
     @property
     def generator(self) -> TextGenerator:
         """Makes answers with this model."""
-        return TextGenerator(self.engine, self.limits, self.tokenizer, self.prefix_cache)
+        return TextGenerator(self.engine, self.limits, self.tokenizer, self.prefix_cache, self.speculation)
 
     def call(self, prompt: Prompt, arguments: Mapping[str, Any]) -> Call:
         """One prompt with its arguments, checked; see `Model.generate`.
