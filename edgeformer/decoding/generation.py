@@ -25,6 +25,7 @@ from edgeformer.errors import InputError
 from edgeformer.processing.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from edgeformer.decoding.speculation.sequence_drafts import SequenceDrafts
     from edgeformer.decoding.prefix_cache import PrefixCache
     from edgeformer.decoding.speculation.sequence_drafts import SequenceDrafts
 
@@ -61,7 +62,8 @@ class TextGenerator:
         """The jobs of one prompt: `n` answers that share its prefill, or one beam search.
 
         Raises:
-            InputError: the prompt is wrong, there are stop strings and no tokenizer, or several answers of beams.
+            InputError: the prompt is wrong, there are stop strings and no tokenizer, several answers of beams, or
+                speculation that is not possible here.
         """
         config, options = call.config, call.options
         if config.stop_strings and self.tokenizer is None:
@@ -83,10 +85,20 @@ class TextGenerator:
             Sequence(request, states, tokenizer, index, self._drafts(options))
             for index in range(options.n)
         ]
+        for answer in answers:
+            answer.guesses = self._drafts(options)
         answers[0].siblings = answers[1:]
         for sibling in answers[1:]:
             sibling.is_waiting = True
         return [*answers]
+
+    def _drafts(self, options: CallOptions) -> SequenceDrafts | None:
+        """The drafts of a new sequence; None without speculation."""
+        if self.speculation is not None:
+            return self.speculation.drafts(options.speculation)
+        if options.speculation not in ("auto", "off"):
+            raise InputError("Speculation is for models of one graph, and this is an encoder-decoder; leave it out.")
+        return None
 
     def scheduler(self, options: SchedulerOptions) -> Scheduler:
         """A scheduler on this engine."""

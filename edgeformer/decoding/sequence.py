@@ -31,6 +31,9 @@ from edgeformer.processing.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from edgeformer.decoding.speculation.sequence_drafts import SequenceDrafts
 
+if TYPE_CHECKING:
+    from edgeformer.decoding.speculation.sequence_drafts import SequenceDrafts
+
 
 class Sequence:
     """One answer to one prompt. It never calls the engine; see `edgeformer.decoding.job.Job`."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from edgeformer.bundle.bundle import Bundle
 from edgeformer.bundle.signature import IDS
 from edgeformer.decoding.limits import Limits
+from edgeformer.decoding.speculation.speculation import Speculation
 from edgeformer.engines.base import Engine
 from edgeformer.processing.tokenizer import Tokenizer
 from edgeformer.tasks.embedding import Encoder
@@ -28,5 +29,8 @@ def choose_task(bundle: Bundle, engines: Mapping[str, Engine], tokenizer: Tokeni
         return EncoderDecoder(bundle, engines["encoder"], engines["decoder"], tokenizer, limits)
     graph, engine = graphs["model"], engines["model"]
     if bundle.task == "text-generation" and IDS in graph["inputs"] and "logits" in graph["outputs"]:
-        return TextGeneration(bundle, engine, tokenizer, Limits.of(bundle, engine))
+        limits = Limits.of(bundle, engine)
+        is_exact = engine.name == "native"  # a row's bits do not depend on the rows beside it
+        speculation = Speculation(limits, tokenizer, is_exact=is_exact)
+        return TextGeneration(bundle, engine, tokenizer, limits, speculation=speculation)
     return Encoder(bundle, engine, tokenizer)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
+from edgeformer.bundle.bundle import Bundle
 from edgeformer.bundle.signature import IDS, KEEP, Array
 from edgeformer.decoding.limits import Limits
 from edgeformer.decoding.speculation.drafts import NOTHING, Proposal
@@ -17,6 +19,14 @@ from edgeformer.processing.tokenizer import Tokenizer
 
 CHANCES = (0.6, 0.6, 0.6, 0.6, 0.6, 0.6)  # that a guess is right, before it is measured; by position in the proposal
 FEW = 8  # tokens of a step that counts as the time of a guess; a step with more of them catches up with a prompt
+
+
+class DraftBundle(Protocol):
+    """What a draft model is made of; an `edgeformer.Model` has it."""
+
+    bundle: Bundle
+    engine: Engine
+    tokenizer: Tokenizer | None
 
 
 class DraftModel:
@@ -33,10 +43,6 @@ class DraftModel:
         self._engine = engine
         self._limits = limits
         self.seconds = 0.0  # that one draft took lately, for one sequence
-
-    def drafts(self) -> ModelDrafts:
-        """The drafts of a new sequence."""
-        return ModelDrafts(self)
 
     def new_state(self) -> State:
         """The state of a sequence in the draft engine."""
@@ -88,7 +94,7 @@ class ModelDrafts:
     """The drafts of one sequence by a DraftModel: greedy guesses, with a KV cache that follows the accepted tokens."""
 
     def __init__(self, model: DraftModel) -> None:
-        self._model = model
+        self.source = model
         self._tokens: list[int] = []
         self.state = model.new_state()
         self.held: list[int] = []  # tokens in the state: accepted ones, and guesses since
@@ -102,7 +108,7 @@ class ModelDrafts:
     @property
     def seconds(self) -> float:
         """What one guess takes."""
-        return self._model.seconds
+        return self.source.seconds
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append tokens that the sequence has accepted; first its prompt."""
@@ -113,7 +119,7 @@ class ModelDrafts:
         length = len(self._tokens)
         self._tokens.extend(after)
         try:
-            guesses = self._model.propose_batch([self], [count])[0]
+            guesses = self.source.propose_batch([self], [count])[0]
         finally:
             del self._tokens[length:]
             self._agreed = min(self._agreed, length)  # `after` is not accepted yet
