@@ -9,7 +9,7 @@ author's. No selection sorts the whole vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,10 @@ import numpy as np
 
 from edgeformer.decoding.generation_config import GenerationConfig
 from edgeformer.decoding.sampling import Candidates, Places, Random, Scores, weights
-from edgeformer.decoding.selection import at_least_kth, kth_largest, largest
+from edgeformer.decoding.selection import at_least_kth, covering, kth_largest, largest
 
 Filter = Callable[[Candidates, Random | None], Candidates]
+_TINY = 1e-37  # a weight above 0
 _TOP_H = 100  # top-h looks at no more tokens than these
 
 
@@ -80,33 +81,27 @@ def top_k(scores: Scores, k: int) -> Places | None:
 def top_p(scores: Scores, p: float, least: int = 1) -> Places | None:
     """The fewest most likely tokens whose probabilities reach `p`.
 
-    All tokens that are less likely than (1 - p) / n sum to less than 1 - p, so none of the wanted ones is among them;
-    few tokens are left to sort. Of equally likely tokens at the end those with the lower places stay.
+    Of equally likely tokens at the end those with the lower places stay.
     """
     if p >= 1:
         return None
     likely = weights(scores)
     total = float(likely.sum())
-    goal, slack = p * total, total - p * total
-    places: Places = np.flatnonzero(likely >= slack / len(likely))
-    while True:
+    goal = p * total
+    for floor in _floors(p, total, len(likely)):
+        places: Places = np.flatnonzero(likely >= floor)
         few = likely[places]
-        slack = float(few.sum(dtype=np.float64)) - goal
-        stays = few >= slack / len(few)
-        count = int(np.count_nonzero(stays))
-        if count == 0 or count > 0.8 * len(few):
+        if few.sum(dtype=np.float64) >= goal:
             break
-        places = places[stays]
-    ordered = np.sort(few)[::-1]
-    count = max(1 + int(np.count_nonzero(np.cumsum(ordered, dtype=np.float64) < goal)), least)
-    if count > len(ordered):  # `least`, or a p that rounds to 1
-        return largest_places(scores, max(least, len(ordered)))
-    end = ordered[count - 1]
-    above = few > end
-    ties = np.flatnonzero(few == end)[: count - int(np.count_nonzero(above))]
-    above[ties] = True
-    places = places[above]
-    return places
+    logs = scores[places]
+    end = -covering(-logs, few, goal)
+    stays = logs >= end
+    ends = np.flatnonzero(logs == end)
+    if len(ends) > 1:
+        missing = goal - float(few.compress(logs > end).sum(dtype=np.float64))
+        stays[ends[max(1, math.ceil(missing / float(few[ends[0]]))) :]] = False
+    places = places.compress(stays)
+    return places if len(places) >= least else largest_places(scores, least)
 
 
 def min_p(scores: Scores, p: float, least: int = 1) -> Places | None:
@@ -118,21 +113,23 @@ def min_p(scores: Scores, p: float, least: int = 1) -> Places | None:
 
 
 def typical_p(scores: Scores, p: float, least: int = 1) -> Places:
-    """The tokens whose surprise is nearest to the entropy, as many as their probabilities reach `p`.
-
-    Those at least as likely as (1 - p) / n reach `p` together, so no token farther than all of them is needed.
-    """
+    """The tokens whose surprise is nearest to the entropy, as many as their probabilities reach `p`."""
     likely, logs, total, entropy = _distribution(scores)
-    distance = np.abs(logs + entropy)  # |surprise - entropy|
-    sure = distance[likely >= (1 - p) * total / len(likely)].max()
+    distance = np.abs(np.add(logs, entropy, out=logs), out=logs)  # |surprise - entropy|
+    goal = p * total
+    for floor in _floors(p, total, len(likely)):
+        farthest = distance.compress(likely >= floor).max()
+        if least > 1:
+            farthest = max(farthest, -kth_largest(-distance, min(least, len(distance))))
+        places: Places = np.flatnonzero(distance <= farthest)
+        few = likely[places]
+        if few.sum(dtype=np.float64) >= goal:
+            break
+    near = distance[places]
+    end = covering(near, few, goal)
     if least > 1:
-        sure = max(sure, -kth_largest(-distance, min(least, len(distance))))
-    places: Places = np.flatnonzero(distance <= sure)
-    order = np.argsort(distance[places])
-    reached = np.cumsum(likely[places][order], dtype=np.float64)
-    last = min(int(np.count_nonzero(reached < p * total)), len(order) - 1)
-    last = max(last, min(least, len(order)) - 1)
-    places = places[distance[places] <= distance[places[order[last]]]]
+        end = max(end, -kth_largest(-near, min(least, len(near))))
+    places = places.compress(near <= end)
     return places
 
 
@@ -174,14 +171,24 @@ def _excluding(
     excluded = xtc(candidates.scores, threshold)
     if excluded is None or not kept.isdisjoint(candidates.token(place) for place in excluded.tolist()):
         return candidates
-    stays = np.ones(len(candidates.scores), bool)
-    stays[excluded] = False
-    return candidates.at(np.flatnonzero(stays))
+    scores = candidates.scores.copy()  # few are excluded, so the others are not gathered
+    scores[excluded] = -np.inf
+    return Candidates(scores, candidates.tokens)
 
 
 def largest_places(scores: Scores, count: int) -> Places | None:
     """The places, ascending, of the `count` largest scores; None where that is all."""
     return None if count >= len(scores) else np.sort(largest(scores, count))
+
+
+def _floors(p: float, total: float, count: int) -> Iterator[float]:
+    """Weights above which the tokens may reach `p`, and surely do: those below (1 - p) / n sum to less than 1 - p.
+
+    In texts sixteen times as much nearly always does too, and leaves a quarter of the tokens.
+    """
+    floor = max((1 - p) * total / count, _TINY)
+    yield min(16 * floor, 1.0)
+    yield floor
 
 
 def _distribution(scores: Scores) -> tuple[Scores, Scores, float, float]:
