@@ -21,6 +21,7 @@ from edgeformer.decoding.selection import at_least_kth, covering, kth_largest, l
 
 Filter = Callable[[Candidates, Random | None], Candidates]
 _TINY = 1e-37  # a weight above 0
+_FEW = 256  # tokens that are sorted at once
 _TOP_H = 100  # top-h looks at no more tokens than these
 
 
@@ -88,19 +89,19 @@ def top_p(scores: Scores, p: float, least: int = 1) -> Places | None:
     likely = weights(scores)
     total = float(likely.sum())
     goal = p * total
+    places, logs, few = None, scores, likely
     for floor in _floors(p, total, len(likely)):
-        places: Places = np.flatnonzero(likely >= floor)
-        few = likely[places]
+        places = np.flatnonzero(likely >= floor)
+        logs, few = scores[places], likely[places]
         if few.sum(dtype=np.float64) >= goal:
             break
-    logs = scores[places]
     end = -covering(-logs, few, goal)
-    stays = logs >= end
+    stays = np.flatnonzero(logs >= end)
     ends = np.flatnonzero(logs == end)
-    if len(ends) > 1:
+    if len(ends) > 1 and end > -np.inf:
         missing = goal - float(few.compress(logs > end).sum(dtype=np.float64))
-        stays[ends[max(1, math.ceil(missing / float(few[ends[0]]))) :]] = False
-    places = places.compress(stays)
+        stays = np.setdiff1d(stays, ends[max(1, math.ceil(missing / float(few[ends[0]]))) :])
+    places = stays if places is None else places[stays]
     return places if len(places) >= least else largest_places(scores, least)
 
 
@@ -117,20 +118,20 @@ def typical_p(scores: Scores, p: float, least: int = 1) -> Places:
     likely, logs, total, entropy = _distribution(scores)
     distance = np.abs(np.add(logs, entropy, out=logs), out=logs)  # |surprise - entropy|
     goal = p * total
+    places, near, few = None, distance, likely
     for floor in _floors(p, total, len(likely)):
         farthest = distance.compress(likely >= floor).max()
         if least > 1:
             farthest = max(farthest, -kth_largest(-distance, min(least, len(distance))))
-        places: Places = np.flatnonzero(distance <= farthest)
-        few = likely[places]
+        places = np.flatnonzero(distance <= farthest)
+        near, few = distance[places], likely[places]
         if few.sum(dtype=np.float64) >= goal:
             break
-    near = distance[places]
     end = covering(near, few, goal)
     if least > 1:
         end = max(end, -kth_largest(-near, min(least, len(near))))
-    places = places.compress(near <= end)
-    return places
+    stays = np.flatnonzero(near <= end)
+    return stays if places is None else places[stays]
 
 
 def epsilon_cutoff(scores: Scores, epsilon: float, least: int = 1) -> Places:
@@ -184,8 +185,10 @@ def largest_places(scores: Scores, count: int) -> Places | None:
 def _floors(p: float, total: float, count: int) -> Iterator[float]:
     """Weights above which the tokens may reach `p`, and surely do: those below (1 - p) / n sum to less than 1 - p.
 
-    In texts sixteen times as much nearly always does too, and leaves a quarter of the tokens.
+    In texts sixteen times as much nearly always does too, and leaves a quarter of the tokens. None for a few tokens.
     """
+    if count <= _FEW:
+        return
     floor = max((1 - p) * total / count, _TINY)
     yield min(16 * floor, 1.0)
     yield floor

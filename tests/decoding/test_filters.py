@@ -97,6 +97,16 @@ def test_a_filter_keeps_the_best_and_at_least_so_many(scores, name, argument, le
     assert np.isfinite(scores[kept]).any(), "something can be drawn"
 
 
+@pytest.mark.parametrize("size", [40, 3000])
+def test_a_p_that_rounds_to_one_leaves_all_that_may_follow(size):
+    for seed in range(20):
+        scores = logits(seed, size, 3.0)
+        scores[::3] = -np.inf
+        kept = filters.top_p(scores, 1 - 1e-15)
+        kept = np.arange(size) if kept is None else kept
+        assert np.isfinite(scores[kept]).sum() > 0.9 * np.isfinite(scores).sum()
+
+
 def test_filters_after_the_first_see_only_its_tokens():
     scores = logits(0, 5000, 2.0)
     config = GenerationConfig(do_sample=True, top_k=40, top_p=0.9, min_p=0.01, temperature=1.3)
