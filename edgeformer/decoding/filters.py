@@ -21,7 +21,8 @@ from edgeformer.decoding.selection import at_least_kth, covering, kth_largest, l
 
 Filter = Callable[[Candidates, Random | None], Candidates]
 _TINY = 1e-37  # a weight above 0
-_FEW = 256  # tokens that are sorted at once
+_FEW = 256  # tokens among which no fewer are looked for first
+_SORTED = 4096  # numbers that numpy sorts faster than they are halved again and again
 _TOP_H = 100  # top-h looks at no more tokens than these
 
 
@@ -89,17 +90,23 @@ def top_p(scores: Scores, p: float, least: int = 1) -> Places | None:
     likely = weights(scores)
     total = float(likely.sum())
     goal = p * total
-    places, logs, few = None, scores, likely
+    places, few = None, likely
     for floor in _floors(p, total, len(likely)):
         places = np.flatnonzero(likely >= floor)
-        logs, few = scores[places], likely[places]
+        few = likely[places]
         if few.sum(dtype=np.float64) >= goal:
             break
-    end = -covering(-logs, few, goal)
-    stays = np.flatnonzero(logs >= end)
-    ends = np.flatnonzero(logs == end)
-    if len(ends) > 1 and end > -np.inf:
-        missing = goal - float(few.compress(logs > end).sum(dtype=np.float64))
+    if len(few) <= _SORTED:
+        values, ordered = few, np.sort(few)[::-1]
+        reached = np.cumsum(ordered, dtype=np.float64)
+        end = ordered[min(int(np.count_nonzero(reached < goal)), len(ordered) - 1)]
+    else:  # a nearly even distribution
+        values = scores if places is None else scores[places]
+        end = -covering(-values, few, goal)
+    stays = np.flatnonzero(values >= end)
+    ends = np.flatnonzero(values == end)
+    if len(ends) > 1 and few[ends[0]] > 0:
+        missing = goal - float(few.compress(values > end).sum(dtype=np.float64))
         stays = np.setdiff1d(stays, ends[max(1, math.ceil(missing / float(few[ends[0]]))) :])
     places = stays if places is None else places[stays]
     return places if len(places) >= least else largest_places(scores, least)
@@ -120,7 +127,8 @@ def typical_p(scores: Scores, p: float, least: int = 1) -> Places:
     goal = p * total
     places, near, few = None, distance, likely
     for floor in _floors(p, total, len(likely)):
-        farthest = distance.compress(likely >= floor).max()
+        # of the tokens as likely as `floor`: the likeliest or the least likely is the farthest
+        farthest = max(abs(entropy - math.log(total)), abs(entropy + math.log(floor / total)))
         if least > 1:
             farthest = max(farthest, -kth_largest(-distance, min(least, len(distance))))
         places = np.flatnonzero(distance <= farthest)
