@@ -73,6 +73,8 @@ class Dry:
 
     def _unbroken(self, ids: Array) -> int:
         """The number of tokens after the last breaker in `ids`; those before the 50th from the end may be left out."""
+        if not self.breakers:
+            return len(ids)
         end = ids[-(_LONGEST + self.allowed_length + _LONGEST_TAIL) :].tolist()
         for first in range(len(end) - 1, -1, -1):
             tails = self.breakers.get(end[first])

@@ -9,7 +9,7 @@ author's. No selection sorts the whole vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,12 @@ import numpy as np
 
 from edgeformer.decoding.generation_config import GenerationConfig
 from edgeformer.decoding.sampling import Candidates, Places, Random, Scores, weights
-from edgeformer.decoding.selection import at_least_kth, kth_largest, largest
+from edgeformer.decoding.selection import at_least_kth, covering, kth_largest, largest
 
 Filter = Callable[[Candidates, Random | None], Candidates]
+_TINY = 1e-37  # a weight above 0
+_FEW = 256  # tokens among which no fewer are looked for first
+_SORTED = 4096  # numbers that numpy sorts faster than they are halved again and again
 _TOP_H = 100  # top-h looks at no more tokens than these
 
 
@@ -80,33 +83,33 @@ def top_k(scores: Scores, k: int) -> Places | None:
 def top_p(scores: Scores, p: float, least: int = 1) -> Places | None:
     """The fewest most likely tokens whose probabilities reach `p`.
 
-    All tokens that are less likely than (1 - p) / n sum to less than 1 - p, so none of the wanted ones is among them;
-    few tokens are left to sort. Of equally likely tokens at the end those with the lower places stay.
+    Of equally likely tokens at the end those with the lower places stay.
     """
     if p >= 1:
         return None
     likely = weights(scores)
     total = float(likely.sum())
-    goal, slack = p * total, total - p * total
-    places: Places = np.flatnonzero(likely >= slack / len(likely))
-    while True:
+    goal = p * total
+    places, few = None, likely
+    for floor in _floors(p, total, len(likely)):
+        places = np.flatnonzero(likely >= floor)
         few = likely[places]
-        slack = float(few.sum(dtype=np.float64)) - goal
-        stays = few >= slack / len(few)
-        count = int(np.count_nonzero(stays))
-        if count == 0 or count > 0.8 * len(few):
+        if few.sum(dtype=np.float64) >= goal:
             break
-        places = places[stays]
-    ordered = np.sort(few)[::-1]
-    count = max(1 + int(np.count_nonzero(np.cumsum(ordered, dtype=np.float64) < goal)), least)
-    if count > len(ordered):  # `least`, or a p that rounds to 1
-        return largest_places(scores, max(least, len(ordered)))
-    end = ordered[count - 1]
-    above = few > end
-    ties = np.flatnonzero(few == end)[: count - int(np.count_nonzero(above))]
-    above[ties] = True
-    places = places[above]
-    return places
+    if len(few) <= _SORTED:
+        values, ordered = few, np.sort(few)[::-1]
+        reached = np.cumsum(ordered, dtype=np.float64)
+        end = ordered[min(int(np.count_nonzero(reached < goal)), len(ordered) - 1)]
+    else:  # a nearly even distribution
+        values = scores if places is None else scores[places]
+        end = -covering(-values, few, goal)
+    stays = np.flatnonzero(values >= end)
+    ends = np.flatnonzero(values == end)
+    if len(ends) > 1 and few[ends[0]] > 0:
+        missing = goal - float(few.compress(values > end).sum(dtype=np.float64))
+        stays = np.setdiff1d(stays, ends[max(1, math.ceil(missing / float(few[ends[0]]))) :])
+    places = stays if places is None else places[stays]
+    return places if len(places) >= least else largest_places(scores, least)
 
 
 def min_p(scores: Scores, p: float, least: int = 1) -> Places | None:
@@ -118,22 +121,25 @@ def min_p(scores: Scores, p: float, least: int = 1) -> Places | None:
 
 
 def typical_p(scores: Scores, p: float, least: int = 1) -> Places:
-    """The tokens whose surprise is nearest to the entropy, as many as their probabilities reach `p`.
-
-    Those at least as likely as (1 - p) / n reach `p` together, so no token farther than all of them is needed.
-    """
+    """The tokens whose surprise is nearest to the entropy, as many as their probabilities reach `p`."""
     likely, logs, total, entropy = _distribution(scores)
-    distance = np.abs(logs + entropy)  # |surprise - entropy|
-    sure = distance[likely >= (1 - p) * total / len(likely)].max()
+    distance = np.abs(np.add(logs, entropy, out=logs), out=logs)  # |surprise - entropy|
+    goal = p * total
+    places, near, few = None, distance, likely
+    for floor in _floors(p, total, len(likely)):
+        # of the tokens as likely as `floor`: the likeliest or the least likely is the farthest
+        farthest = max(abs(entropy - math.log(total)), abs(entropy + math.log(floor / total)))
+        if least > 1:
+            farthest = max(farthest, -kth_largest(-distance, min(least, len(distance))))
+        places = np.flatnonzero(distance <= farthest)
+        near, few = distance[places], likely[places]
+        if few.sum(dtype=np.float64) >= goal:
+            break
+    end = covering(near, few, goal)
     if least > 1:
-        sure = max(sure, -kth_largest(-distance, min(least, len(distance))))
-    places: Places = np.flatnonzero(distance <= sure)
-    order = np.argsort(distance[places])
-    reached = np.cumsum(likely[places][order], dtype=np.float64)
-    last = min(int(np.count_nonzero(reached < p * total)), len(order) - 1)
-    last = max(last, min(least, len(order)) - 1)
-    places = places[distance[places] <= distance[places[order[last]]]]
-    return places
+        end = max(end, -kth_largest(-near, min(least, len(near))))
+    stays = np.flatnonzero(near <= end)
+    return stays if places is None else places[stays]
 
 
 def epsilon_cutoff(scores: Scores, epsilon: float, least: int = 1) -> Places:
@@ -174,14 +180,26 @@ def _excluding(
     excluded = xtc(candidates.scores, threshold)
     if excluded is None or not kept.isdisjoint(candidates.token(place) for place in excluded.tolist()):
         return candidates
-    stays = np.ones(len(candidates.scores), bool)
-    stays[excluded] = False
-    return candidates.at(np.flatnonzero(stays))
+    scores = candidates.scores.copy()  # few are excluded, so the others are not gathered
+    scores[excluded] = -np.inf
+    return Candidates(scores, candidates.tokens)
 
 
 def largest_places(scores: Scores, count: int) -> Places | None:
     """The places, ascending, of the `count` largest scores; None where that is all."""
     return None if count >= len(scores) else np.sort(largest(scores, count))
+
+
+def _floors(p: float, total: float, count: int) -> Iterator[float]:
+    """Weights above which the tokens may reach `p`, and surely do: those below (1 - p) / n sum to less than 1 - p.
+
+    In texts sixteen times as much nearly always does too, and leaves a quarter of the tokens. None for a few tokens.
+    """
+    if count <= _FEW:
+        return
+    floor = max((1 - p) * total / count, _TINY)
+    yield min(16 * floor, 1.0)
+    yield floor
 
 
 def _distribution(scores: Scores) -> tuple[Scores, Scores, float, float]:

@@ -2,6 +2,7 @@
 
 `numpy.partition` takes 1.5 ms for so many float32 numbers, a sort 7 ms. The maxima of columns take 0.02 ms: as many of
 them as are wanted give a bound below which none of the wanted numbers lies, and few numbers are left to partition.
+`values.compress(mask)` takes a tenth of the time of `values[mask]` where the mask has no pattern.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 Places = np.ndarray[Any, np.dtype[np.intp]]
-_COLUMNS = 16  # columns for each wanted number, so that two of them seldom share one
+_COLUMNS = 1024  # enough numbers in a row for one SIMD loop
+_FEW = 256  # numbers that are sorted without further ado
 
 
 def kth_largest(values: Array, count: int) -> Any:
     """The `count`-th largest of `values` [n], 1 <= count <= n; there is no NaN."""
     if count == 1:
         return values.max()
-    few = values[values >= _bound(values, count)]
+    few = values.compress(values >= _bound(values, count))
     return np.partition(few, -count)[-count]
 
 
@@ -35,7 +37,7 @@ def at_least_kth(values: Array, count: int) -> Places:
     if len(places) <= count:
         return places
     few = values[places]
-    places = places[few >= np.partition(few, -count)[-count]]
+    places = places.compress(few >= np.partition(few, -count)[-count])
     return places
 
 
@@ -51,9 +53,33 @@ def largest(values: Array, count: int) -> Places:
     return places[np.argsort(-values[places], kind="stable")[:count]]
 
 
+def covering(keys: Array, weights: Array, goal: float) -> Any:
+    """The smallest key for which the weights of all keys up to it reach `goal`; the largest key if nothing does.
+
+    A quickselect: the mean halves the keys (which are logarithms, so not skewed), and the half without the end is left.
+    Sums are float64.
+    """
+    done = 0.0
+    while len(keys) > _FEW:
+        low = keys <= keys.mean()
+        if low.all() or not low.any():  # all are equal, or nearly
+            break
+        lower = weights.compress(low)
+        mass = float(lower.sum(dtype=np.float64))
+        if done + mass >= goal:
+            keys, weights = keys.compress(low), lower
+        else:
+            done += mass
+            np.logical_not(low, out=low)
+            keys, weights = keys.compress(low), weights.compress(low)
+    order = np.argsort(keys)
+    ends = done + np.cumsum(weights[order], dtype=np.float64)
+    return keys[order[min(int(np.count_nonzero(ends < goal)), len(order) - 1)]]
+
+
 def _bound(values: Array, count: int) -> Any:
     """A number that at least `count` of `values` reach, and seldom many more."""
-    columns = _COLUMNS * count
+    columns = max(_COLUMNS, 16 * count)  # so that two of the wanted seldom share one
     rows = len(values) // columns
     if rows < 4:
         return np.partition(values, -count)[-count]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -69,8 +68,15 @@ def _breakers(breakers: tuple[str, ...], tokenizer: Tokenizer) -> tuple[Ids, ...
     kept = _BREAKERS.setdefault(tokenizer, {})
     if breakers not in kept:
         texts = [tokenizer.token_texts.of(token) or b"" for token in range(tokenizer.size)]
-        encode: Callable[[str], list[int]] = partial(tokenizer.encode, add_special_tokens=False)
         if len(kept) >= _KEPT:
             kept.clear()
-        kept[breakers] = breaker_ids(breakers, texts, encode)
+        kept[breakers] = breaker_ids(breakers, texts, partial(_inside, tokenizer))
     return kept[breakers]
+
+
+def _inside(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a text that follows another: SentencePiece puts a space before the first word of a whole text."""
+    newline = tokenizer.encode("\n", add_special_tokens=False)
+    ids = tokenizer.encode("\n" + text, add_special_tokens=False)
+    told = ids[: len(newline)] == newline
+    return ids[len(newline) :] if told else tokenizer.encode(text, add_special_tokens=False)

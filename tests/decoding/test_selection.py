@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from edgeformer.decoding.selection import at_least_kth, kth_largest, largest
+from edgeformer.decoding.selection import at_least_kth, covering, kth_largest, largest
 
 VALUES = arrays(
     np.float32,
@@ -48,3 +48,24 @@ def test_the_largest_of_a_vocabulary(size, count):
 
 def test_the_largest_zero_are_none():
     assert largest(np.ones(3), 0).tolist() == [] and largest(np.ones(3), 9).tolist() == [0, 1, 2]
+
+
+@given(st.integers(0, 1000), st.floats(0, 1.2), st.sampled_from([1, 2, 300, 5000]))
+@settings(max_examples=200, deadline=None)
+def test_covering_ends_where_a_sorted_sum_reaches_the_goal(seed, share, size):
+    rng = np.random.default_rng(seed)
+    keys = rng.integers(-20, 20, size).astype(np.float32) if seed % 2 else rng.standard_normal(size).astype(np.float32)
+    weights = rng.integers(1, 9, size).astype(np.float32)  # whole numbers: sums are exact
+    goal = share * float(weights.sum())
+    found = covering(keys, weights, goal)
+    fitting = [key for key in np.unique(keys) if weights[keys <= key].sum() >= goal] if size <= 300 else None
+    if fitting is not None:
+        assert found == (fitting[0] if fitting else keys.max())
+    else:
+        assert found == keys.max() or weights[keys <= found].sum() >= goal
+        assert weights[keys < found].sum() < goal or found == keys.min()
+
+
+def test_covering_of_equal_keys_is_the_key():
+    for value in (0.0, 0.1, -3e30):
+        assert covering(np.full(3000, value, np.float32), np.ones(3000, np.float32), 1500.0) == np.float32(value)
