@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from edgeformer.decoding.constraints.json_formats import ENFORCED, STRICTER
+from edgeformer.decoding.constraints.json_one_of import exclude_each_other
 from edgeformer.errors import InputError
 
 # What a keyword's value is: a schema, a list of them, a mapping of them, or something else.
@@ -71,7 +72,7 @@ UNSUPPORTED = {
 }
 _DRAFTS = re.compile(r"https?://json-schema\.org/(draft-0[467]|draft/2019-09|draft/2020-12)/schema#?")
 _EXACT = 2**53  # larger integers are not exact in llguidance, which computes with float64
-_DEEPEST = 100  # nested schemas
+_DEEPEST = 100  # nested values; llguidance reads 127
 _COUNTS = frozenset(["minProperties", "maxProperties", "minItems", "maxItems", "minLength", "maxLength"])
 _NUMBERS = frozenset(["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"])
 _LARGEST_COUNT = 100_000  # of a single repetition; llguidance's own limits end a compilation later
@@ -87,7 +88,7 @@ def checked(schema: Any) -> dict[str, Any]:
     """
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
-    walk = _Walk()
+    walk = _Walk(schema)
     found = walk.schema(schema, ())
     walk.check_references()
     assert isinstance(found, dict)
@@ -98,12 +99,13 @@ def checked(schema: Any) -> dict[str, Any]:
 class _Walk:
     """Copies a schema, and collects what `$ref` may name."""
 
+    root: Any
     places: set[Path] = field(default_factory=set)  # of all schemas that were copied
     anchors: set[str] = field(default_factory=set)
     references: list[tuple[Path, str]] = field(default_factory=list)
 
     def schema(self, schema: Any, path: Path) -> dict[str, Any] | bool:
-        if len(path) > 2 * _DEEPEST:
+        if len(path) > _DEEPEST:
             raise InputError(f"The JSON schema is nested more than {_DEEPEST} deep, the most that is supported.")
         self.places.add(path)
         if isinstance(schema, bool):
@@ -115,6 +117,9 @@ class _Walk:
             self._keyword(found, keyword, value, path)
         _check_items(schema, path)
         _check_property_count(schema, path)
+        options = schema.get("oneOf")
+        if isinstance(options, list) and "anyOf" not in schema and exclude_each_other(options, self.root):
+            found = {"anyOf" if keyword == "oneOf" else keyword: value for keyword, value in found.items()}
         return _with_format(found, path)
 
     def _keyword(self, found: dict[str, Any], keyword: str, value: Any, path: Path) -> None:

@@ -167,7 +167,9 @@ def _json_options(whitespace: int | None) -> dict[str, Any]:
     if whitespace is None:
         return options | {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
     if isinstance(whitespace, bool) or not isinstance(whitespace, int) or not 0 <= whitespace <= _MOST_WHITESPACE:
-        raise InputError(f"whitespace is {whitespace!r}, expected a whole number from 0 to {_MOST_WHITESPACE}, or None.")
+        raise InputError(
+            f"whitespace is {whitespace!r}, expected a whole number from 0 to {_MOST_WHITESPACE}, or None."
+        )
     if whitespace == 0:
         return options | {"whitespace_flexible": False}
     return options | {"whitespace_pattern": rf"[\x20\x0A\x09]{{1,{whitespace}}}"}

@@ -168,7 +168,9 @@ def _trie(spelling: _Spelling) -> Any:
     try:
         from llguidance import LLTokenizer, TokenizerWrapper
     except ImportError as error:
-        raise EngineUnavailable("Constraints need llguidance, which is not installed: pip install llguidance.") from error
+        raise EngineUnavailable(
+            "Constraints need llguidance, which is not installed: pip install llguidance."
+        ) from error
     return LLTokenizer(TokenizerWrapper(spelling))
 
 
