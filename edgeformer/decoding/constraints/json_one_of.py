@@ -14,8 +14,10 @@ _TYPES = ("null", "boolean", "number", "string", "array", "object")
 
 
 def exclude_each_other(schemas: Sequence[Any], root: Any) -> bool:
-    """Whether no value fits two of `schemas`, parts of the schema `root`: their types differ, or they are objects that
-    require one property with different texts."""
+    """Whether no value fits two of `schemas`, which are parts of the schema `root`.
+
+    Their types differ, or they are objects that require one property with different texts.
+    """
     found = [_resolved(schema, root) for schema in schemas]
     return all(_disjoint(a, b, root) for a, b in itertools.combinations(found, 2))
 

@@ -1,4 +1,4 @@
-"""A JSON Schema, checked and rewritten for llguidance: what its grammar does not enforce is refused, with its path.
+r"""A JSON Schema, checked and rewritten for llguidance: what its grammar does not enforce is refused, with its path.
 
 llguidance refuses most of what it cannot do. It ignores keywords that the schema's draft does not know, formats of
 numbers, and a few details below; a schema must mean the same with and without the model, so all of them are refused
@@ -7,7 +7,7 @@ here. Keywords: JSON Schema draft 2020-12, with `items` as a list, `additionalIt
 
 The grammar fixes the order of properties: those of `properties` in their order, then those of `required` that
 `properties` lacks, then others. With `allOf` and `$ref`, the order is that in which the schemas are written.
-Escapes in strings are \\n \\r \\b \\t \\f \\\\ \\" alone: with \\u one could write the name of a property in a second
+Escapes in strings are \n \r \b \t \f \\ \" alone: with \u one could write the name of a property in a second
 way. Control characters are therefore not written.
 """
 
@@ -30,14 +30,15 @@ _SCHEMA = frozenset(["additionalProperties", "items", "additionalItems"])
 _SCHEMAS = frozenset(["allOf", "anyOf", "oneOf", "prefixItems"])
 _NAMED_SCHEMAS = frozenset(["properties", "patternProperties", "$defs", "definitions"])
 _VALUES = frozenset(
-    "type enum const $ref $anchor required minProperties maxProperties minItems maxItems minLength maxLength pattern "
-    "format minimum maximum exclusiveMinimum exclusiveMaximum multipleOf".split()
-)
+    ["type", "enum", "const", "$ref", "$anchor", "required", "minProperties", "maxProperties", "minItems", "maxItems",
+     "minLength", "maxLength", "pattern", "format", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
+     "multipleOf"]
+)  # fmt: skip
 KEYWORDS = _SCHEMA | _SCHEMAS | _NAMED_SCHEMAS | _VALUES
 ANNOTATIONS = frozenset(
-    "$comment title description default examples example readOnly writeOnly deprecated discriminator externalDocs "
-    "xml".split()
-)
+    ["$comment", "title", "description", "default", "examples", "example", "readOnly", "writeOnly", "deprecated",
+     "discriminator", "externalDocs", "xml"]
+)  # fmt: skip
 _NO_EFFECT: Mapping[str, Any] = {
     "uniqueItems": False, "nullable": False, "unevaluatedProperties": True, "unevaluatedItems": True,
     "propertyNames": True,
@@ -196,7 +197,7 @@ def _unsupported(keyword: str) -> str:
 
 
 def _check_items(schema: Mapping[str, Any], path: Path) -> None:
-    """llguidance ignores `prefixItems` beside the keywords of older drafts."""
+    """Refuses `prefixItems`, which llguidance ignores, beside the keywords of older drafts."""
     if "prefixItems" in schema and ("additionalItems" in schema or isinstance(schema.get("items"), list)):
         raise _error((*path, "prefixItems"), "stands beside the items of an older draft; use prefixItems and items")
 
@@ -226,9 +227,20 @@ def _with_format(schema: dict[str, Any], path: Path) -> dict[str, Any]:
     return schema | ({"allOf": [*schema.get("allOf", ()), *more]} if more else {})
 
 
+# Classes of characters, as ECMA 262 and Python's re both understand them: ECMA 262, which JSON Schema names, has ASCII
+# letters and digits and U+FEFF as white space; validators in Python have Unicode.
+_SPACES = r"\t\n\f\r \u00A0\u1680\u2000-\u200A\u2028\u2029\u202F\u205F\u3000"
+_CLASSES = {
+    r"\s": f"[{_SPACES}]",
+    r"\S": rf"[^{_SPACES}\v\uFEFF\u001C-\u001F\u0085]",
+    r"\W": r"[^\p{L}\p{M}\p{N}\p{Pc}]",
+    r"\D": r"[^\p{Nd}]",
+}
+
+
 def _ecma(pattern: str) -> str:
-    """llguidance reads patterns as ECMA 262 does, but for U+FEFF, which is white space there."""
-    return re.sub(r"\\.", lambda found: r"[^\s\uFEFF]" if found[0] == r"\S" else found[0], pattern, flags=re.DOTALL)
+    r"""A pattern for llguidance, which reads \w and \d as ECMA 262."""
+    return re.sub(r"\\.", lambda found: _CLASSES.get(found[0], found[0]), pattern, flags=re.DOTALL)
 
 
 def _ecma_names(schemas: Mapping[str, Any]) -> dict[str, Any]:

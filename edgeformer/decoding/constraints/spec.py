@@ -111,7 +111,7 @@ def _with_checked_json(text: str, options: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _plain_escape(found: re.Match[str]) -> str:
-    """llguidance's converter writes \\u escapes that its Lark reader refuses."""
+    r"""The text of an escape with \u or \U: llguidance's converter writes them as its Lark reader refuses."""
     digits = found[1] or found[2]
     if digits is None:
         return found[0]
@@ -162,7 +162,7 @@ def _schema_of_format(response_format: Any) -> Any:
 
 
 def _json_options(whitespace: int | None) -> dict[str, Any]:
-    """llguidance's `x-guidance`: bounded whitespace, and nothing approximated."""
+    """The `x-guidance` of a schema: bounded whitespace, and nothing approximated."""
     options: dict[str, Any] = {"lenient": False, "coerce_one_of": False, "json_allowed_escapes": 'nrbtf\\"'}
     if whitespace is None:
         return options | {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}

@@ -23,9 +23,9 @@ from edgeformer.decoding.constraints import json_schema as rules
 from edgeformer.errors import InputError
 
 EOS = 0
-S, I = {"type": "string"}, {"type": "integer"}
+S, INT = {"type": "string"}, {"type": "integer"}
 
-# keyword -> schema, documents that it accepts, documents that it rejects
+# Keyword -> schema, documents that it accepts, documents that it rejects
 ENFORCED = {
     "type": ({"type": ["string", "null"]}, ['"a"', "null"], ["1", "{}"]),
     "enum": ({"enum": [1, "a", None, {"b": [1]}]}, ["1", '"a"', "null", '{"b":[1]}'], ["2", '{"b":[2]}', "true"]),
@@ -37,10 +37,10 @@ ENFORCED = {
     "$anchor": ({"$ref": "#x", "$defs": {"y": {"$anchor": "x", **S}}}, ['"a"'], ["1"]),
     "$defs": ({"$ref": "#/$defs/a~1b%25", "$defs": {"a/b%": S}}, ['"a"'], ["1"]),
     "definitions": ({"$ref": "#/definitions/x", "definitions": {"x": S}}, ['"a"'], ["1"]),
-    "properties": ({"properties": {"a": I, "b": S}}, ['{"a":1,"b":"x"}', "{}", '{"c":1}', "1"], ['{"a":"x"}']),
+    "properties": ({"properties": {"a": INT, "b": S}}, ['{"a":1,"b":"x"}', "{}", '{"c":1}', "1"], ['{"a":"x"}']),
     "patternProperties": ({"patternProperties": {"^a": S}}, ['{"a":"x","b":1}'], ['{"ab":1}']),
     "additionalProperties": (
-        {"type": "object", "properties": {"a": S}, "additionalProperties": I},
+        {"type": "object", "properties": {"a": S}, "additionalProperties": INT},
         ['{"a":"x","b":2}'],
         ['{"a":1}', '{"b":"x"}', '{"a":"x","a":1}', '{"\\u0061":1}'],
     ),
@@ -48,8 +48,8 @@ ENFORCED = {
     "minProperties": ({"minProperties": 2, "required": ["a"]}, ['{"a":1,"b":2}'], ['{"a":1}']),
     "maxProperties": ({"maxProperties": 1}, ["{}", '{"a":1}'], ['{"a":1,"b":2}']),
     "items": ({"items": S}, ["[]", '["a","b"]'], ["[1]"]),
-    "prefixItems": ({"prefixItems": [S, I], "items": False}, ['["a",1]', '["a"]'], ["[1]", '["a",1,2]']),
-    "additionalItems": ({"items": [S], "additionalItems": I}, ['["a",1]'], ["[1]", '["a","b"]']),
+    "prefixItems": ({"prefixItems": [S, INT], "items": False}, ['["a",1]', '["a"]'], ["[1]", '["a",1,2]']),
+    "additionalItems": ({"items": [S], "additionalItems": INT}, ['["a",1]'], ["[1]", '["a","b"]']),
     "minItems": ({"minItems": 2}, ["[1,2]"], ["[1]"]),
     "maxItems": ({"maxItems": 1.0}, ["[1]"], ["[1,2]"]),
     "minLength": ({"minLength": 2}, ['"ab"', '"é€"'], ['"a"', '"😀"']),
@@ -70,14 +70,16 @@ REFUSED = {
     "contentEncoding": "base64", "contentMediaType": "text/html", "contentSchema": S, "nullable": True,
     "divisibleBy": 2, "disallow": "string", "extends": S,
 }  # fmt: skip
-OF_DRAFT_2020_12 = set(
-    """$schema $id $ref $anchor $dynamicRef $dynamicAnchor $vocabulary $comment $defs allOf anyOf oneOf not if then else
-    dependentSchemas prefixItems items contains properties patternProperties additionalProperties propertyNames
-    unevaluatedItems unevaluatedProperties type const enum multipleOf maximum exclusiveMaximum minimum exclusiveMinimum
-    maxLength minLength pattern maxItems minItems uniqueItems maxContains minContains maxProperties minProperties
-    required dependentRequired title description default deprecated readOnly writeOnly examples format contentEncoding
-    contentMediaType contentSchema""".split()
-)
+OF_DRAFT_2020_12 = {
+    "$schema", "$id", "$ref", "$anchor", "$dynamicRef", "$dynamicAnchor", "$vocabulary", "$comment", "$defs",
+    "allOf", "anyOf", "oneOf", "not", "if", "then", "else", "dependentSchemas", "prefixItems", "items", "contains",
+    "properties", "patternProperties", "additionalProperties", "propertyNames", "unevaluatedItems",
+    "unevaluatedProperties", "type", "const", "enum", "multipleOf", "maximum", "exclusiveMaximum", "minimum",
+    "exclusiveMinimum", "maxLength", "minLength", "pattern", "maxItems", "minItems", "uniqueItems", "maxContains",
+    "minContains", "maxProperties", "minProperties", "required", "dependentRequired", "title", "description",
+    "default", "deprecated", "readOnly", "writeOnly", "examples", "format", "contentEncoding", "contentMediaType",
+    "contentSchema",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +156,7 @@ def test_an_annotation_changes_nothing(compiled, keyword):
         ({"type": "strin"}, "Invalid type: strin"),
         ({"pattern": "(?=a)"}, "#/pattern. Look-around"),
         ({"properties": {"a": {"pattern": "\\bx"}}}, "#/properties/a/pattern. Look-around"),
-        ({"oneOf": [{"type": "number"}, I]}, "#/oneOf. It is not proven that only one can fit"),
+        ({"oneOf": [{"type": "number"}, INT]}, "#/oneOf. It is not proven that only one can fit"),
         ({"oneOf": [{"minimum": 2}, {"maximum": 5}]}, "#/oneOf"),
         ({"patternProperties": {"a": {}, "b": {}}}, "#/patternProperties. One name may fit both"),
         ({"maxProperties": 1, "properties": {"a": {}, "b": {}}}, "#/maxProperties. Name all properties in required"),
@@ -187,7 +189,7 @@ def _tagged(*tags, **more):
         ([_tagged("a"), {"properties": {"k": {"const": "b"}}, "required": ["k"]}], False),
         ([_tagged("a"), _tagged(1)], False),
         ([{"$ref": "#/$defs/loop"}, _tagged("b")], False),
-        ([S, I, {"type": "null"}], True),
+        ([S, INT, {"type": "null"}], True),
         ([{"type": ["string", "integer"]}, {"type": "number"}], False),
         ([S, True], False),
         ([{"$ref": "#/$defs/text"}, {"type": "array"}], True),
@@ -249,8 +251,22 @@ def test_properties_come_in_the_order_of_the_schema(compiled):
         assert not accepts(grammar, tokenizer, text)
 
 
+@pytest.mark.parametrize("name", list("dDwWsS"))
+def test_classes_of_characters_are_what_both_readings_share(compiled, name):
+    """As in ECMA 262 and as in Python's re."""
+    grammar, tokenizer = compiled({"type": "string", "pattern": f"^\\{name}$"})
+    shared = []
+    for letter in "a1_-  é٣ª\x85\xa0\u2028\ufeff\u0301‿🙂/":
+        ecma = {"d": letter in "0123456789", "w": letter.isascii() and (letter.isalnum() or letter == "_"),
+                "s": letter in "\t\n\v\f\r \xa0\ufeff\u2028\u2029"}[name.lower()] is name.islower()  # fmt: skip
+        if ecma and re.fullmatch(f"\\{name}", letter):
+            shared.append(letter)
+        assert not accepts(grammar, tokenizer, f'"{letter}"') or letter in shared
+    assert any(accepts(grammar, tokenizer, f'"{letter}"') for letter in shared)
+
+
 def test_a_name_cannot_be_written_in_a_second_way(compiled):
-    grammar, tokenizer = compiled({"type": "object", "properties": {"a/b": S}, "additionalProperties": I})
+    grammar, tokenizer = compiled({"type": "object", "properties": {"a/b": S}, "additionalProperties": INT})
     assert accepts(grammar, tokenizer, '{"a/b":"x","\\n":1}')
     for text in ('{"a\\/b":1}', '{"\\u0061/b":1}', '{"a\\u002fb":1}'):
         assert not accepts(grammar, tokenizer, text)
