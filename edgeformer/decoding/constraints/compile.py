@@ -25,9 +25,7 @@ _kept: weakref.WeakKeyDictionary[Tokenizer, OrderedDict[_Key, Grammar]] = weakre
 _lock = threading.Lock()
 
 
-def compile_constraint(
-    tokenizer: Tokenizer, eos: Collection[int], vocab_size: int, spec: ConstraintSpec
-) -> Grammar:
+def compile_constraint(tokenizer: Tokenizer, eos: Collection[int], vocab_size: int, spec: ConstraintSpec) -> Grammar:
     """The grammar of `spec` over the tokens of `tokenizer`; the last 64 are kept.
 
     `eos` are the ids that end an answer, `vocab_size` the length of the logits, which may be more than the tokenizer

@@ -73,10 +73,7 @@ class GrammarConstraint:
         """As `Constraint.forced`: the text that must follow, in the tokenizer's own tokens."""
         if limit < 1 or self.ended:
             return []
-        if self._aliased:
-            ids = self._forced_at_beginning()
-        else:
-            ids = self._matcher.compute_ff_tokens()[:limit]
+        ids = self._forced_at_beginning() if self._aliased else self._matcher.compute_ff_tokens()
         return list(ids[: self.valid(ids[:limit])])
 
     def valid(self, tokens: Sequence[int]) -> int:
@@ -112,7 +109,7 @@ class GrammarConstraint:
         return self._length < 0 or bool(self._matcher.is_accepting())
 
     def allowed_mask(self) -> Array:
-        """bool [vocab]: the tokens that may follow; a new array.
+        """The tokens that may follow, bool [vocab]; a new array.
 
         Raises:
             StateError: no token may follow.

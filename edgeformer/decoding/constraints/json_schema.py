@@ -1,4 +1,4 @@
-"""A JSON Schema, checked and rewritten for llguidance: what its grammar does not enforce is refused, with its path.
+r"""A JSON Schema, checked and rewritten for llguidance: what its grammar does not enforce is refused, with its path.
 
 llguidance refuses most of what it cannot do. It ignores keywords that the schema's draft does not know, formats of
 numbers, and a few details below; a schema must mean the same with and without the model, so all of them are refused
@@ -7,7 +7,7 @@ here. Keywords: JSON Schema draft 2020-12, with `items` as a list, `additionalIt
 
 The grammar fixes the order of properties: those of `properties` in their order, then those of `required` that
 `properties` lacks, then others. With `allOf` and `$ref`, the order is that in which the schemas are written.
-Escapes in strings are \\n \\r \\b \\t \\f \\\\ \\" alone: with \\u one could write the name of a property in a second
+Escapes in strings are \n \r \b \t \f \\ \" alone: with \u one could write the name of a property in a second
 way. Control characters are therefore not written.
 """
 
@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from edgeformer.decoding.constraints.json_formats import ENFORCED, STRICTER
+from edgeformer.decoding.constraints.json_one_of import exclude_each_other
 from edgeformer.errors import InputError
 
 # What a keyword's value is: a schema, a list of them, a mapping of them, or something else.
@@ -29,14 +30,15 @@ _SCHEMA = frozenset(["additionalProperties", "items", "additionalItems"])
 _SCHEMAS = frozenset(["allOf", "anyOf", "oneOf", "prefixItems"])
 _NAMED_SCHEMAS = frozenset(["properties", "patternProperties", "$defs", "definitions"])
 _VALUES = frozenset(
-    "type enum const $ref $anchor required minProperties maxProperties minItems maxItems minLength maxLength pattern "
-    "format minimum maximum exclusiveMinimum exclusiveMaximum multipleOf".split()
-)
+    ["type", "enum", "const", "$ref", "$anchor", "required", "minProperties", "maxProperties", "minItems", "maxItems",
+     "minLength", "maxLength", "pattern", "format", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
+     "multipleOf"]
+)  # fmt: skip
 KEYWORDS = _SCHEMA | _SCHEMAS | _NAMED_SCHEMAS | _VALUES
 ANNOTATIONS = frozenset(
-    "$comment title description default examples example readOnly writeOnly deprecated discriminator externalDocs "
-    "xml".split()
-)
+    ["$comment", "title", "description", "default", "examples", "example", "readOnly", "writeOnly", "deprecated",
+     "discriminator", "externalDocs", "xml"]
+)  # fmt: skip
 _NO_EFFECT: Mapping[str, Any] = {
     "uniqueItems": False, "nullable": False, "unevaluatedProperties": True, "unevaluatedItems": True,
     "propertyNames": True,
@@ -71,7 +73,7 @@ UNSUPPORTED = {
 }
 _DRAFTS = re.compile(r"https?://json-schema\.org/(draft-0[467]|draft/2019-09|draft/2020-12)/schema#?")
 _EXACT = 2**53  # larger integers are not exact in llguidance, which computes with float64
-_DEEPEST = 100  # nested schemas
+_DEEPEST = 100  # nested values; llguidance reads 127
 _COUNTS = frozenset(["minProperties", "maxProperties", "minItems", "maxItems", "minLength", "maxLength"])
 _NUMBERS = frozenset(["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"])
 _LARGEST_COUNT = 100_000  # of a single repetition; llguidance's own limits end a compilation later
@@ -87,7 +89,7 @@ def checked(schema: Any) -> dict[str, Any]:
     """
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
-    walk = _Walk()
+    walk = _Walk(schema)
     found = walk.schema(schema, ())
     walk.check_references()
     assert isinstance(found, dict)
@@ -98,12 +100,13 @@ def checked(schema: Any) -> dict[str, Any]:
 class _Walk:
     """Copies a schema, and collects what `$ref` may name."""
 
+    root: Any
     places: set[Path] = field(default_factory=set)  # of all schemas that were copied
     anchors: set[str] = field(default_factory=set)
     references: list[tuple[Path, str]] = field(default_factory=list)
 
     def schema(self, schema: Any, path: Path) -> dict[str, Any] | bool:
-        if len(path) > 2 * _DEEPEST:
+        if len(path) > _DEEPEST:
             raise InputError(f"The JSON schema is nested more than {_DEEPEST} deep, the most that is supported.")
         self.places.add(path)
         if isinstance(schema, bool):
@@ -115,6 +118,9 @@ class _Walk:
             self._keyword(found, keyword, value, path)
         _check_items(schema, path)
         _check_property_count(schema, path)
+        options = schema.get("oneOf")
+        if isinstance(options, list) and "anyOf" not in schema and exclude_each_other(options, self.root):
+            found = {"anyOf" if keyword == "oneOf" else keyword: value for keyword, value in found.items()}
         return _with_format(found, path)
 
     def _keyword(self, found: dict[str, Any], keyword: str, value: Any, path: Path) -> None:
@@ -191,7 +197,7 @@ def _unsupported(keyword: str) -> str:
 
 
 def _check_items(schema: Mapping[str, Any], path: Path) -> None:
-    """llguidance ignores `prefixItems` beside the keywords of older drafts."""
+    """Refuses `prefixItems`, which llguidance ignores, beside the keywords of older drafts."""
     if "prefixItems" in schema and ("additionalItems" in schema or isinstance(schema.get("items"), list)):
         raise _error((*path, "prefixItems"), "stands beside the items of an older draft; use prefixItems and items")
 
@@ -221,9 +227,20 @@ def _with_format(schema: dict[str, Any], path: Path) -> dict[str, Any]:
     return schema | ({"allOf": [*schema.get("allOf", ()), *more]} if more else {})
 
 
+# Classes of characters, as ECMA 262 and Python's re both understand them: ECMA 262, which JSON Schema names, has ASCII
+# letters and digits and U+FEFF as white space; validators in Python have Unicode.
+_SPACES = r"\t\n\f\r \u00A0\u1680\u2000-\u200A\u2028\u2029\u202F\u205F\u3000"
+_CLASSES = {
+    r"\s": f"[{_SPACES}]",
+    r"\S": rf"[^{_SPACES}\v\uFEFF\u001C-\u001F\u0085]",
+    r"\W": r"[^\p{L}\p{M}\p{N}\p{Pc}]",
+    r"\D": r"[^\p{Nd}]",
+}
+
+
 def _ecma(pattern: str) -> str:
-    """llguidance reads patterns as ECMA 262 does, but for U+FEFF, which is white space there."""
-    return re.sub(r"\\.", lambda found: r"[^\s\uFEFF]" if found[0] == r"\S" else found[0], pattern, flags=re.DOTALL)
+    r"""A pattern for llguidance, which reads \w and \d as ECMA 262."""
+    return re.sub(r"\\.", lambda found: _CLASSES.get(found[0], found[0]), pattern, flags=re.DOTALL)
 
 
 def _ecma_names(schemas: Mapping[str, Any]) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def _with_checked_json(text: str, options: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _plain_escape(found: re.Match[str]) -> str:
-    """llguidance's converter writes \\u escapes that its Lark reader refuses."""
+    r"""The text of an escape with \u or \U: llguidance's converter writes them as its Lark reader refuses."""
     digits = found[1] or found[2]
     if digits is None:
         return found[0]
@@ -162,12 +162,14 @@ def _schema_of_format(response_format: Any) -> Any:
 
 
 def _json_options(whitespace: int | None) -> dict[str, Any]:
-    """llguidance's `x-guidance`: bounded whitespace, and nothing approximated."""
+    """The `x-guidance` of a schema: bounded whitespace, and nothing approximated."""
     options: dict[str, Any] = {"lenient": False, "coerce_one_of": False, "json_allowed_escapes": 'nrbtf\\"'}
     if whitespace is None:
         return options | {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
     if isinstance(whitespace, bool) or not isinstance(whitespace, int) or not 0 <= whitespace <= _MOST_WHITESPACE:
-        raise InputError(f"whitespace is {whitespace!r}, expected a whole number from 0 to {_MOST_WHITESPACE}, or None.")
+        raise InputError(
+            f"whitespace is {whitespace!r}, expected a whole number from 0 to {_MOST_WHITESPACE}, or None."
+        )
     if whitespace == 0:
         return options | {"whitespace_flexible": False}
     return options | {"whitespace_pattern": rf"[\x20\x0A\x09]{{1,{whitespace}}}"}

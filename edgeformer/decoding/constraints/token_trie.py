@@ -20,7 +20,7 @@ import numpy as np
 
 from edgeformer.bundle.signature import Array
 from edgeformer.decoding.constraints.token_bytes import TokenBytes
-from edgeformer.errors import EngineUnavailable
+from edgeformer.errors import EngineUnavailable, InputError
 from edgeformer.processing.tokenizer import Tokenizer
 
 _known: weakref.WeakKeyDictionary[Tokenizer, TokenTrie] = weakref.WeakKeyDictionary()
@@ -128,7 +128,7 @@ class TokenTrie:
         return ids[::-1]
 
     def allowed_at_beginning(self, mask: Array) -> Array:
-        """bool [size] of a bit mask, int32 [words], for the first token of an answer."""
+        """The tokens that a bit mask, int32 [words], allows as the first of an answer; bool [size]."""
         bits = np.unpackbits(mask.view(np.uint8), bitorder="little").view(np.bool_)
         allowed = bits[: self.size].copy()
         allowed[self.aliased] = bits[self.size : self.size + len(self.aliased)]
@@ -168,10 +168,12 @@ def _trie(spelling: _Spelling) -> Any:
     try:
         from llguidance import LLTokenizer, TokenizerWrapper
     except ImportError as error:
-        raise EngineUnavailable("Constraints need llguidance, which is not installed: pip install llguidance.") from error
+        raise EngineUnavailable(
+            "Constraints need llguidance, which is not installed: pip install llguidance."
+        ) from error
     return LLTokenizer(TokenizerWrapper(spelling))
 
 
 def _plain(data: bytes) -> bytes:
-    """llguidance takes a first byte 0xFF, which no UTF-8 text has, for the mark of a special token."""
+    """The bytes, if they are not what llguidance marks special tokens with: no UTF-8 text has a byte 0xFF."""
     return b"" if data[:1] == b"\xff" else data
