@@ -164,3 +164,29 @@ def _backend_json() -> str:
 def tokenizer(template: str | None) -> OurTokenizer:
     """One token a byte, and the tokens of the templates."""
     return OurTokenizer(Tokenizer.from_str(_backend_json()), {"bos_token": "<s>", "eos_token": "<|end|>"}, template)
+
+
+def matcher_tokenizer():
+    """The same vocabulary for llguidance. Byte-level BPE writes bytes as printable characters (GPT-2)."""
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    backend = Tokenizer.from_str(_backend_json())
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    letters = {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    added = backend.get_added_tokens_decoder()
+    size = backend.get_vocab_size()
+
+    class Wrapped:
+        eos_token_id = backend.token_to_id("<|end|>")
+        bos_token_id = None
+        tokens = tuple(
+            added[n].content.encode() if n in added else bytes([letters[backend.id_to_token(n)]]) for n in range(size)
+        )
+        special_token_ids = tuple(n for n, token in added.items() if token.special)
+
+        def __call__(self, text):
+            text = text if isinstance(text, str) else text.decode()
+            return backend.encode(text, add_special_tokens=False).ids
+
+    return LLTokenizer(TokenizerWrapper(Wrapped()))
