@@ -75,7 +75,12 @@ def rendered(name: str, calls, content: str = "", **more) -> str:
     text = tokens.render_chat(ready, False)
     start = len(tokens.render_chat([USER], False)) + (0 if name == "channels" else len("<|assistant|>"))
     start += len("<|start|>assistant") if name == "channels" else 0
-    return text[start:].removeprefix("\n" if "key and value" not in name else "").removesuffix("<|end|>\n").removesuffix("</s>")
+    return (
+        text[start:]
+        .removeprefix("\n" if "key and value" not in name else "")
+        .removesuffix("<|end|>\n")
+        .removesuffix("</s>")
+    )
 
 
 def found_calls(answer):
@@ -202,7 +207,12 @@ def test_python_functions_that_cannot_be_described():
     def many(*x: int):
         """X."""
 
-    for function, told in ((no_document, "no docstring"), (no_hint, "no type hint"), (odd, "bytes"), (many, "need names")):
+    for function, told in (
+        (no_document, "no docstring"),
+        (no_hint, "no type hint"),
+        (odd, "bytes"),
+        (many, "need names"),
+    ):
         with pytest.raises(InputError, match=told):
             tools_of([function])
 

@@ -89,7 +89,10 @@ def test_the_formats_are_what_a_reader_of_the_template_sees():
     first = learned("tags around each JSON call").tools
     assert (first.before, first.between, first.after) == (
         "<tool_call>\n", "\n</tool_call>\n<tool_call>\n", "\n</tool_call>")  # fmt: skip
-    assert isinstance(first.call, ObjectCall) and (first.call.name_key, first.call.arguments_key) == ("name", "arguments")
+    assert isinstance(first.call, ObjectCall) and (first.call.name_key, first.call.arguments_key) == (
+        "name",
+        "arguments",
+    )
     named = learned("nested tokens, a code fence, arguments as text").tools
     assert named.call == NamedCall("\n```json\n") and named.arguments_as_text
     assert named.between == "\n```<｜call▁end｜>\n<｜call▁begin｜>function<｜sep｜>"

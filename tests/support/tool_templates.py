@@ -34,9 +34,7 @@ def each(value: str, separator: str = "", items: str = "f.arguments | items") ->
 
 JSON_CALL = '{"name": "{{ f.name }}", "arguments": {{ f.arguments | tojson }}}'
 XML_VALUE = "{{ v if v is string else v | tojson }}"
-THOUGHT = (
-    "{% if loop.last or m.reasoning_content %}<think>\n{{ (m.reasoning_content or '').strip() }}\n</think>\n\n{% endif %}"
-)
+THOUGHT = "{% if loop.last or m.reasoning_content %}<think>\n{{ (m.reasoning_content or '').strip() }}\n</think>\n\n{% endif %}"
 QUOTED = (
     "{% macro show(v) %}{% if v is string %}<|q|>{{ v }}<|q|>{% elif v is boolean %}{{ 'true' if v else 'false' }}"
     "{% elif v is none %}null{% elif v is mapping %}{ {%- for k, x in v | dictsort %}{{ k }}:{{ show(x) }}"
@@ -44,7 +42,7 @@ QUOTED = (
     "{{ ',' if not loop.last }}{% endfor %}]{% else %}{{ v }}{% endif %}{% endmacro %}"
 )
 PYTHON = (
-    "{% macro show(v) %}{% if v is string %}{{ \"'\" + v + \"'\" }}{% elif v is mapping %}{{ v | tojson }}"
+    '{% macro show(v) %}{% if v is string %}{{ "\'" + v + "\'" }}{% elif v is mapping %}{{ v | tojson }}'
     "{% else %}{{ v | string }}{% endif %}{% endmacro %}"
 )
 ALONE = "{% if not m.tool_calls %}{{ m.content }}{% endif %}"  # a message has text or calls
@@ -132,8 +130,14 @@ TEMPLATES: dict[str, str] = {
 # why: a part of the reason
 UNKNOWN: dict[str, tuple[str, str]] = {
     "ignores calls": (chat("{{ m.content }}"), "does not show the tool calls"),
-    "refuses calls": (chat("{% if m.tool_calls %}{{ raise_exception('no tools') }}{% endif %}{{ m.content }}"), "no tools"),
-    "an id instead of the name": (tagged("", "<c>{{ call.id }}<a>{{ f.arguments | tojson }}</c>", "", ""), "does not show"),
+    "refuses calls": (
+        chat("{% if m.tool_calls %}{{ raise_exception('no tools') }}{% endif %}{{ m.content }}"),
+        "no tools",
+    ),
+    "an id instead of the name": (
+        tagged("", "<c>{{ call.id }}<a>{{ f.arguments | tojson }}</c>", "", ""),
+        "does not show",
+    ),
     "shows names only": (tagged("", "<call>{{ f.name }}</call>", "", ""), "kq7a"),
     "values without an end": (tagged("", "@{{ f.name }}" + each(" {{ k }} {{ v }}"), "", ""), "without quotes"),
     "arguments first": (tagged("", "{{ f.arguments | tojson }} -> {{ f.name }}", "; ", ""), "before the name"),

@@ -220,8 +220,8 @@ class _Call:
         refused = sorted({"pattern", "format", "not", "allOf"} & set(schema))
         if refused:
             raise InputError(
-                f"The schema keyword {refused[0]!r} of a text argument of {self.tool.name!r} cannot be obeyed: this model's "
-                "chat template writes texts without quotes. Leave the keyword out, or use tool_choice='auto'."
+                f"The schema keyword {refused[0]!r} of a text argument of {self.tool.name!r} cannot be obeyed: this "
+                "model's chat template writes texts without quotes. Leave the keyword out, or use tool_choice='auto'."
             )
         if types == {"string"} and {"minLength", "maxLength"} & set(schema):
             count = f".{{{schema.get('minLength', 0)},{schema.get('maxLength', '')}}}"

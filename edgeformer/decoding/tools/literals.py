@@ -71,8 +71,8 @@ class LiteralRules:
         extra = sorted(set(schema) - known - ANNOTATIONS)
         if extra:
             raise InputError(
-                f"The schema keyword {extra[0]!r} of {what} cannot be obeyed: this model's chat template writes arguments "
-                "in another way than JSON. Leave the keyword out, or use tool_choice='auto'."
+                f"The schema keyword {extra[0]!r} of {what} cannot be obeyed: this model's chat template writes "
+                "arguments in another way than JSON. Leave the keyword out, or use tool_choice='auto'."
             )
 
     def _name(self) -> str:

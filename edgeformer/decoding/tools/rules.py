@@ -153,7 +153,11 @@ def standard(schema: Any) -> Any:
         if schema.get("nullable") is True:
             return _or_null(made)
         # An argument may have the name "nullable": then it is no keyword.
-        return made if isinstance(schema.get("nullable", True), bool) else {**made, "nullable": standard(schema["nullable"])}
+        return (
+            made
+            if isinstance(schema.get("nullable", True), bool)
+            else {**made, "nullable": standard(schema["nullable"])}
+        )
     if isinstance(schema, Sequence) and not isinstance(schema, str):
         return [standard(one) for one in schema]
     return schema
