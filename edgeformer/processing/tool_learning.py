@@ -231,7 +231,7 @@ def _checked(probe: Probe, learned: ToolFormat) -> ToolFormat:
     """
     for calls in CHECKS:
         _check(probe, learned, calls)
-    several = (CHECKS[0][0], (NAMES[1], PLAIN), (NAMES[2], {}))
+    several: tuple[Call, ...] = (CHECKS[0][0], (NAMES[1], PLAIN), (NAMES[2], {}))
     try:
         _check(probe, learned, several)
         _check(probe, learned, ((NAMES[2], {}), (NAMES[1], PLAIN)))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os.path
 from typing import Any
 
 from edgeformer.processing.tool_format import JSON, LITERAL, RAW, PairCall, ToolFormat
-from edgeformer.processing.tool_probe import KEYS, NAMES, CannotLearn, Probe, outside_tag, place_of
+from edgeformer.processing.tool_probe import KEYS, NAMES, CannotLearn, Probe, common, outside_tag, place_of
 from edgeformer.processing.tool_values import NotACall, Reader
 
 ONE, TWO, TEXT = 8675301, 8675302, "vq7 text"
@@ -33,7 +32,7 @@ def learn_pairs(probe: Probe) -> ToolFormat:
     between, none_between = _several(probe)
     empty = probe.body([(NAMES[0], {})])
     none = empty[place_of(empty, NAMES[0]) + len(NAMES[0]) :]
-    close = os.path.commonprefix([join, after, *([] if between is None else [between])])
+    close = join[: common(join, after, *([] if between is None else [between]))]
     close = close[: outside_tag(close, len(close))]
     if not close.strip() and not quotes[0]:
         raise CannotLearn("the chat template writes texts without quotes and without an end")

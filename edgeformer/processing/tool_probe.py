@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os.path
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -131,9 +130,10 @@ class Probe:
         return self._rendered[key]
 
 
-def common(one: str, other: str) -> int:
+def common(*texts: str) -> int:
     """The length of the common beginning."""
-    return len(os.path.commonprefix([one, other]))
+    shortest = min(texts, key=len)
+    return next((n for n, letter in enumerate(shortest) if any(text[n] != letter for text in texts)), len(shortest))
 
 
 def outside_tag(text: str, place: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from edgeformer.processing.tool_format import JSON, RAW, NamedCall, ObjectCall, PairCall, ToolFormat
+from edgeformer.processing.tool_format import JSON, RAW, ObjectCall, PairCall, ToolFormat
 from edgeformer.processing.tool_values import MoreText, NotACall, Reader, Span, literal, to_json
 
 T = TypeVar("T")
@@ -130,7 +130,9 @@ class CallReader:
         self.known.check(name, whole=True)
         return name, _json_text(text, arguments, call.style), end
 
-    def _ending(self, text: str, place: int, final: bool, none: tuple[str, str | None] | None = None) -> tuple[int, bool]:
+    def _ending(
+        self, text: str, place: int, final: bool, none: tuple[str, str | None] | None = None
+    ) -> tuple[int, bool]:
         """The place after what follows a call, and whether another call begins there.
 
         `none` are the texts after a call without arguments, if they differ: of the last call, and of another.
@@ -196,22 +198,20 @@ class _Pairs:
         arguments: dict[str, Any] = {}
         before, none = self.call.middle, (self.call.none, self.call.none_between)
         while True:
-            next_part = self._next(place, before, None if arguments else none)
-            if not isinstance(next_part[0], str):
-                end, another = next_part  # type: ignore[misc]
-                return FoundCall(self.name, to_json(arguments), end, another)
-            key, start = next_part
-            arguments[key], place = self._value(key, start)
+            key, place, another = self._next(place, before, None if arguments else none)
+            if key is None:
+                return FoundCall(self.name, to_json(arguments), place, another)
+            arguments[key], place = self._value(key, place)
             before = self.call.join
 
-    def _next(self, place: int, before: str, none: tuple[str, str | None] | None) -> tuple[str | int, Any]:
-        """(key, place of its value), or (end of the call, whether another one follows)."""
-        return first_of(
-            [
-                lambda: self._key(literal(self.text, place, before, self.final)),
-                lambda: self.reader._ending(self.text, place, self.final, none),
-            ]
-        )
+    def _next(self, place: int, before: str, none: tuple[str, str | None] | None) -> tuple[str | None, int, bool]:
+        """(key, place of its value, False), or (None, end of the call, whether another one follows)."""
+
+        def argument() -> tuple[str | None, int, bool]:
+            key, start = self._key(literal(self.text, place, before, self.final))
+            return key, start, False
+
+        return first_of([argument, lambda: (None, *self.reader._ending(self.text, place, self.final, none))])
 
     def _key(self, place: int) -> tuple[str, int]:
         found = KEY.match(self.text, place)

@@ -34,9 +34,7 @@ def each(value: str, separator: str = "", items: str = "f.arguments | items") ->
 
 JSON_CALL = '{"name": "{{ f.name }}", "arguments": {{ f.arguments | tojson }}}'
 XML_VALUE = "{{ v if v is string else v | tojson }}"
-THOUGHT = (
-    "{% if loop.last or m.reasoning_content %}<think>\n{{ (m.reasoning_content or '').strip() }}\n</think>\n\n{% endif %}"
-)
+THOUGHT = "{% if loop.last or m.reasoning_content %}<think>\n{{ (m.reasoning_content or '').strip() }}\n</think>\n\n{% endif %}"
 QUOTED = (
     "{% macro show(v) %}{% if v is string %}<|q|>{{ v }}<|q|>{% elif v is boolean %}{{ 'true' if v else 'false' }}"
     "{% elif v is none %}null{% elif v is mapping %}{ {%- for k, x in v | dictsort %}{{ k }}:{{ show(x) }}"
@@ -44,7 +42,7 @@ QUOTED = (
     "{{ ',' if not loop.last }}{% endfor %}]{% else %}{{ v }}{% endif %}{% endmacro %}"
 )
 PYTHON = (
-    "{% macro show(v) %}{% if v is string %}{{ \"'\" + v + \"'\" }}{% elif v is mapping %}{{ v | tojson }}"
+    '{% macro show(v) %}{% if v is string %}{{ "\'" + v + "\'" }}{% elif v is mapping %}{{ v | tojson }}'
     "{% else %}{{ v | string }}{% endif %}{% endmacro %}"
 )
 ALONE = "{% if not m.tool_calls %}{{ m.content }}{% endif %}"  # a message has text or calls
@@ -132,8 +130,14 @@ TEMPLATES: dict[str, str] = {
 # why: a part of the reason
 UNKNOWN: dict[str, tuple[str, str]] = {
     "ignores calls": (chat("{{ m.content }}"), "does not show the tool calls"),
-    "refuses calls": (chat("{% if m.tool_calls %}{{ raise_exception('no tools') }}{% endif %}{{ m.content }}"), "no tools"),
-    "an id instead of the name": (tagged("", "<c>{{ call.id }}<a>{{ f.arguments | tojson }}</c>", "", ""), "does not show"),
+    "refuses calls": (
+        chat("{% if m.tool_calls %}{{ raise_exception('no tools') }}{% endif %}{{ m.content }}"),
+        "no tools",
+    ),
+    "an id instead of the name": (
+        tagged("", "<c>{{ call.id }}<a>{{ f.arguments | tojson }}</c>", "", ""),
+        "does not show",
+    ),
     "shows names only": (tagged("", "<call>{{ f.name }}</call>", "", ""), "kq7a"),
     "values without an end": (tagged("", "@{{ f.name }}" + each(" {{ k }} {{ v }}"), "", ""), "without quotes"),
     "arguments first": (tagged("", "{{ f.arguments | tojson }} -> {{ f.name }}", "; ", ""), "before the name"),
@@ -164,3 +168,29 @@ def _backend_json() -> str:
 def tokenizer(template: str | None) -> OurTokenizer:
     """One token a byte, and the tokens of the templates."""
     return OurTokenizer(Tokenizer.from_str(_backend_json()), {"bos_token": "<s>", "eos_token": "<|end|>"}, template)
+
+
+def matcher_tokenizer():
+    """The same vocabulary for llguidance. Byte-level BPE writes bytes as printable characters (GPT-2)."""
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    backend = Tokenizer.from_str(_backend_json())
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    letters = {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    added = backend.get_added_tokens_decoder()
+    size = backend.get_vocab_size()
+
+    class Wrapped:
+        eos_token_id = backend.token_to_id("<|end|>")
+        bos_token_id = None
+        tokens = tuple(
+            added[n].content.encode() if n in added else bytes([letters[backend.id_to_token(n)]]) for n in range(size)
+        )
+        special_token_ids = tuple(n for n, token in added.items() if token.special)
+
+        def __call__(self, text):
+            text = text if isinstance(text, str) else text.decode()
+            return backend.encode(text, add_special_tokens=False).ids
+
+    return LLTokenizer(TokenizerWrapper(Wrapped()))

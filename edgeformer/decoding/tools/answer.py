@@ -209,8 +209,9 @@ class AnswerParser:
         place, found = self._place_of(trigger, final)
         shown = self._text[:place].rstrip() if place < len(self._text) or not final else self._text[:place]
         if found:
+            calls: list[AnswerPiece] = []
             try:
-                took = self._take(before := [], place, first=True, final=final)
+                took = self._take(calls, place, first=True, final=final)
             except MoreText:
                 self._waits = True
             except NotACall as error:
@@ -218,7 +219,7 @@ class AnswerParser:
                 pieces.append(AnswerPiece(content=shown))
                 return self._malformed(pieces, place, error)
             else:
-                pieces += [AnswerPiece(content=shown), *before]
+                pieces += [AnswerPiece(content=shown), *calls]
                 return took
         if self._tools is None:  # nothing can follow that needs the white space
             shown = self._text[:place]

@@ -84,8 +84,8 @@ def _typed(hint: Any, where: str) -> dict[str, Any]:
     if origin in (dict, Mapping):
         return {"type": "object", "additionalProperties": _typed(inner[1], where)}
     raise InputError(
-        f"{where} has the type {getattr(hint, '__name__', hint)}; expected int, float, str, bool, None, list, tuple, dict, "
-        "Literal, or a union of them."
+        f"{where} has the type {getattr(hint, '__name__', hint)}; expected int, float, str, bool, None, list, tuple, "
+        "dict, Literal, or a union of them."
     )
 
 

@@ -78,7 +78,7 @@ def tool_grammar(
     thought = _thought(rules, form, in_reasoning)
     if request.forced:
         before = format_.before
-        space = SPACE if before[:1].isspace() else ""
+        space = SPACE if before[:1].isspace() or thought else ""
         rules.add("start", sequence(thought, space, rules.text(before.lstrip()), calls))
     else:
         rules.add("start", sequence(thought, _announced(rules, format_, calls, request.parallel)))
@@ -89,8 +89,8 @@ def _thought(rules: Rules, form: AnswerFormat, in_reasoning: bool) -> str:
     """Reasoning before the answer: open already, or not needed."""
     if form.reasoning is None:
         return ""
-    inside = sequence(rules.until("thought", form.reasoning.close), SPACE)
-    return inside if in_reasoning else f"({sequence(rules.text(form.reasoning.open), inside)})?"
+    inside = rules.until("thought", form.reasoning.close)
+    return inside if in_reasoning else f"({sequence(SPACE, rules.text(form.reasoning.open), inside)})?"
 
 
 def _announced(rules: Rules, form: ToolFormat, calls: str, parallel: bool) -> str:
@@ -220,8 +220,8 @@ class _Call:
         refused = sorted({"pattern", "format", "not", "allOf"} & set(schema))
         if refused:
             raise InputError(
-                f"The schema keyword {refused[0]!r} of a text argument of {self.tool.name!r} cannot be obeyed: this model's "
-                "chat template writes texts without quotes. Leave the keyword out, or use tool_choice='auto'."
+                f"The schema keyword {refused[0]!r} of a text argument of {self.tool.name!r} cannot be obeyed: this "
+                "model's chat template writes texts without quotes. Leave the keyword out, or use tool_choice='auto'."
             )
         if types == {"string"} and {"minLength", "maxLength"} & set(schema):
             count = f".{{{schema.get('minLength', 0)},{schema.get('maxLength', '')}}}"

@@ -37,6 +37,7 @@ class LiteralRules:
         self._root = root
         self._quotes = quotes
         self._count = 0
+        self._depth = 0  # of lists and objects around the value: there, templates also use JSON's quotes
         self._references: dict[str, str] = {}
 
     def value(self, schema: Any) -> str:
@@ -70,8 +71,8 @@ class LiteralRules:
         extra = sorted(set(schema) - known - ANNOTATIONS)
         if extra:
             raise InputError(
-                f"The schema keyword {extra[0]!r} of {what} cannot be obeyed: this model's chat template writes arguments "
-                "in another way than JSON. Leave the keyword out, or use tool_choice='auto'."
+                f"The schema keyword {extra[0]!r} of {what} cannot be obeyed: this model's chat template writes "
+                "arguments in another way than JSON. Leave the keyword out, or use tool_choice='auto'."
             )
 
     def _name(self) -> str:
@@ -95,12 +96,19 @@ class LiteralRules:
             return f"({SINGLE.replace('*', count)} | {DOUBLE.replace('*', count)})"
         opening, closing = self._quotes
         if opening == closing and len(opening) == 1:
-            inside = f"[^{pattern(opening)}\\\\\\x00-\\x1f]"
-            return f"/{pattern(opening)}{inside}{count}{pattern(opening)}/"
+            own = f"/{pattern(opening)}[^{pattern(opening)}\\\\\\x00-\\x1f]{count}{pattern(opening)}/"
+            return f"({own} | {DOUBLE.replace('*', count)})" if self._depth and opening != '"' else own
         return sequence(self._rules.text(opening), self._rules.until(self._name(), closing, f".{count}"))
 
+    def _inner(self, schema: Any) -> str:
+        self._depth += 1
+        try:
+            return self.value(schema)
+        finally:
+            self._depth -= 1
+
     def _list(self, schema: Mapping[str, Any]) -> str:
-        item = self.value(schema.get("items", {}))
+        item = self._inner(schema.get("items", {}))
         least, most = schema.get("minItems", 0), schema.get("maxItems")
         if most == 0:
             return '"[]"'
@@ -111,10 +119,10 @@ class LiteralRules:
     def _object(self, schema: Mapping[str, Any]) -> str:
         properties = schema.get("properties", {})
         if not properties and schema.get("additionalProperties") is not False:
-            value = self._anything() if "additionalProperties" not in schema else self.value(schema["additionalProperties"])
+            value = self._inner(schema.get("additionalProperties", {}))
             pair = self._rules.add(self._name(), f"{self._any_key()} /: ?/ {value}")
             return self._rules.add(self._name(), f'"{{" ({pair} (/, ?/ {pair})*)? "}}"')
-        pairs = [(f"{self._key(key)} /: ?/ {self.value(one)}", key in schema.get("required", ()))
+        pairs = [(f"{self._key(key)} /: ?/ {self._inner(one)}", key in schema.get("required", ()))
                  for key, one in properties.items()]  # fmt: skip
         return members(self._rules, self._name(), pairs, Frame('"{"', "/, ?/", '"}"', '"{}"'))
 
@@ -149,7 +157,8 @@ class LiteralRules:
         """How a constant may be written."""
         if isinstance(value, str):
             if self._quotes is not None:
-                return [self._quotes[0] + value + self._quotes[1]]
+                own = self._quotes[0] + value + self._quotes[1]
+                return [own, to_json(value)] if self._depth and len(self._quotes[0]) == 1 else [own]
             return [repr(value), to_json(value)]
         if value is None or isinstance(value, bool):
             return [to_json(value), repr(value)]

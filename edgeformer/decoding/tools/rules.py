@@ -56,7 +56,7 @@ class Rules:
     def text(self, text: str) -> str:
         """An expression that matches exactly `text`."""
         return " ".join(
-            f"<[{self.tokens.special[part]}]>" if part in self.tokens.special else json.dumps(part, ensure_ascii=False)
+            f"<[{self.tokens.special[part]}]>" if part in self.tokens.special else quoted(part)
             for part in self.segments(text)
         )
 
@@ -74,6 +74,11 @@ class Rules:
     def source(self) -> str:
         """The grammar."""
         return "\n".join(["%llguidance {}", *self._rules.values(), ""])
+
+
+def quoted(text: str) -> str:
+    """A string of the grammar: that of JSON, but for the control character that JSON leaves as it is."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\x7f")
 
 
 def sequence(*parts: str) -> str:
@@ -148,7 +153,11 @@ def standard(schema: Any) -> Any:
         if schema.get("nullable") is True:
             return _or_null(made)
         # An argument may have the name "nullable": then it is no keyword.
-        return made if isinstance(schema.get("nullable", True), bool) else {**made, "nullable": standard(schema["nullable"])}
+        return (
+            made
+            if isinstance(schema.get("nullable", True), bool)
+            else {**made, "nullable": standard(schema["nullable"])}
+        )
     if isinstance(schema, Sequence) and not isinstance(schema, str):
         return [standard(one) for one in schema]
     return schema
