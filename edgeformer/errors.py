@@ -21,6 +21,14 @@ class InputError(EdgeformerError, ValueError):
     """An argument of a call (token ids, arrays, sampling options) is out of its range."""
 
 
+class ContextError(InputError):
+    """A text is longer than the model's context."""
+
+
+class QueueFull(EdgeformerError, RuntimeError):
+    """A scheduler takes no more requests until some have ended."""
+
+
 class StateError(EdgeformerError, RuntimeError):
     """A state was used by two threads at once, after a failed call, or with another model."""
 

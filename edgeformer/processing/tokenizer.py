@@ -14,6 +14,7 @@ from edgeformer.bundle.manifest import read_json
 from edgeformer.errors import BundleError, InputError
 from edgeformer.processing.chat import DEFAULT, MARKS, ChatFormat, ChatRequest, Message, any_of, short
 from edgeformer.processing.detokenizer import Detokenizer, clean_up
+from edgeformer.processing.token_texts import TokenTexts
 
 SETTINGS = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
@@ -126,16 +127,54 @@ class Tokenizer:
         return text
 
     @cached_property
+    def token_texts(self) -> TokenTexts:
+        """The bytes that each token stands for within a text."""
+        return TokenTexts(self._backend)
+
+    @cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids of the special tokens in tokenizer_config.json."""
         more = [*self._more_special, *self.special_tokens.values()]
         found = map(self._backend.token_to_id, more)
         return frozenset(number for number in found if number is not None)
 
+    @cached_property
+    def special_texts(self) -> Mapping[str, int]:
+        """Text -> id of the tokens that `decode` leaves out; `tokenizer.json` marks them as special."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items() if token.special}
+
     @property
     def size(self) -> int:
         """Entries of the vocabulary, added tokens included."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The entries of the vocabulary and their ids, added tokens included; ids may have gaps."""
+        found: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return found
+
+    @property
+    def skipped_ids(self) -> frozenset[int]:
+        """Ids that `decode` leaves out: those that tokenizer.json marks as special."""
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special)
+
+    @property
+    def decoder(self) -> str:
+        """The decoder of tokenizer.json, as JSON; empty if it has none."""
+        return _decoder(self._backend)
+
+    @property
+    def cleans_up(self) -> bool:
+        """Whether `decode` removes spaces before punctuation and contractions."""
+        return self._cleans
+
+    def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """`decode` of each row, on several threads."""
+        texts: list[str] = self._backend.decode_batch(rows, skip_special_tokens=True)
+        return [clean_up(text) for text in texts] if self._cleans else texts
 
     @property
     def has_chat_template(self) -> bool:

@@ -106,6 +106,16 @@ def test_a_truncated_state_forgets(engine):
         state.truncate(-1)
 
 
+def test_the_bytes_of_a_state_are_those_of_its_tensors(engine):
+    state = engine.new_state()
+    assert state.nbytes == engine.kv_bytes(0) == 0
+    _logits(engine, state, IDS)
+    assert state.nbytes == sum(value.numpy().nbytes for value in state.cache)
+    assert state.nbytes == len(IDS) * engine.kv_bytes(IDS.shape[1])
+    with pytest.raises(InputError, match="-1"):
+        engine.kv_bytes(-1)
+
+
 def test_a_fork_and_its_origin_never_meet(engine):
     state = engine.new_state()
     _logits(engine, state, IDS[:, :6])

@@ -27,6 +27,7 @@ from edgeformer.machine import default_threads
 if TYPE_CHECKING:
     from edgeformer import _native
     from edgeformer.bundle.bundle import Bundle
+    from edgeformer.engines.base import KvChunk
     from edgeformer.engines.native.profile import Profile
     from edgeformer.engines.native.program.program import Program
 
@@ -188,7 +189,13 @@ class NativeEngine:
             scratch = self._native.scratch_bytes(symbols, rows, max(0, tokens - rows))
         except Exception as e:  # sizes of inputs that this program cannot have
             raise InputError(f"the working memory cannot be predicted for {tokens} tokens: {e}") from e
-        return Memory(self._native.weight_bytes, self._native.kv_bytes(tokens), scratch, tokens)
+        return Memory(self._native.weight_bytes, self.kv_bytes(tokens), scratch, tokens)
+
+    def kv_bytes(self, tokens: int) -> int:
+        """See `edgeformer.engines.base.Engine.kv_bytes`. The cache grows in chunks of 128 tokens."""
+        if tokens < 0:
+            raise InputError(f"tokens is {tokens}, expected at least 0")
+        return int(self._native.kv_bytes(tokens))
 
     @contextmanager
     def profile(self) -> Iterator[Profile]:
@@ -221,6 +228,19 @@ class NativeEngine:
         state = self._native.new_state()
         state.load(saved_parts(data, self._fingerprint))
         return NativeState(state, self._fingerprint)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the model, its weights and the type of its cache: saved states and chunks belong to it."""
+        return hashlib.sha256(f"{self._fingerprint} {self.kv}".encode()).hexdigest()
+
+    def chunk_from_bytes(self, data: bytes | memoryview) -> KvChunk:
+        """The chunk that `_native.KvChunk.save` wrote, with the same bits on every ISA.
+
+        Raises:
+            StateError: its layers are not those of this engine, or it is damaged.
+        """
+        return self._native.load_chunk(data)
 
     def forward(self, batch: Sequence[tuple[Mapping[str, Array], Any]]) -> list[dict[str, Array]]:
         """See `edgeformer.engines.base.Engine.forward`."""

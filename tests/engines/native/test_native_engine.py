@@ -288,6 +288,16 @@ def test_memory_is_predicted(engine):
     assert state.nbytes <= small.kv
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 127, 128, 129, 256])
+def test_a_state_has_the_bytes_that_the_engine_predicts(engine, tokens):
+    state = engine.new_state()
+    for start in range(0, tokens, 100):
+        logits(engine, np.zeros((1, min(100, tokens - start)), np.int64), state)
+    assert state.nbytes == engine.kv_bytes(tokens)
+    with pytest.raises(InputError, match="-1"):
+        engine.kv_bytes(-1)
+
+
 def test_programs_use_the_names_of_the_extension():
     """A program carries names, and csrc/program/names.h maps them: the lists of both languages are the same."""
     from edgeformer.engines.native.ir.weight import WEIGHT_TYPES
