@@ -26,7 +26,7 @@ TOGETHER = {
     "test_smollm2.py": "SmolLM2",
     "test_native_smollm2.py": "SmolLM2",
     "test_environments.py": "SmolLM2",
-    "test_elsewhere.py": "other runtimes",
+    "test_other_runtimes.py": "other runtimes",
     "test_native_cross.py": "other CPUs",
     "test_engine_cross.py": "other CPUs",
     "test_export.py": "tiny models",

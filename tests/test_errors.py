@@ -1,4 +1,4 @@
-"""What messages have in common."""
+"""The command that error messages give to install missing packages."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ SAMPLES = "samples"
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """The options of one export. `source` is described by the command line, the others by their metadata.
+    """The options of one export. The metadata of a field describe its flag; `source` is an argument.
 
     Raises:
         ExportError: a value is not one of those allowed.

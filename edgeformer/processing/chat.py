@@ -1,7 +1,7 @@
 """Conversations as text: the chat templates of a bundle, and their variables.
 
 It follows transformers' `apply_chat_template`: how a template is chosen, how messages are prepared, how the last
-message is continued, and how control tokens of a message are told from those of the template.
+message is continued, and how control tokens of a message are distinguished from the template's.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class Tokenizer:
         if not isinstance(text, str):
             raise InputError(f"The text is {type(text).__name__}, expected str.")
         if self._fill is not None and self._fill in text:
-            raise InputError(f"{self._fill} asks for infilling, which is unsupported; write the model's own prompt.")
+            raise InputError(f"{self._fill} marks infilling, which is unsupported; write the model's own prompt.")
         backend = self._variant(None, self._splits if split_special_tokens is None else split_special_tokens)
         ids: list[int] = _encoded(lambda: backend.encode(text, add_special_tokens=add_special_tokens)).ids
         return ids
@@ -280,7 +280,7 @@ class Tokenizer:
         ]
 
     def _encode_marked(self, text: str) -> list[int]:
-        """Token ids of a rendered text in which MARKS stand around control tokens that are text."""
+        """Token ids of a rendered text in which MARKS enclose control tokens that are text."""
         begin, end = MARKS
         added = any_of([token.content for token in self._backend.get_added_tokens_decoder().values()])
         # Text, a marked token, text, a marked token, ..., text; None for a mark without its other half.
@@ -355,7 +355,7 @@ def _more_special(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _templates(settings: Mapping[str, Any], file: str | None) -> dict[str, str]:
-    """Name -> template. A file stands above the settings, which have one, or a list of several with names."""
+    """Name -> template. A file overrides the settings, which have one, or a list of several with names."""
     value = settings.get("chat_template")
     if isinstance(value, list):
         value = {part.get("name"): part.get("template") for part in value if isinstance(part, Mapping)}

@@ -215,7 +215,7 @@ class NativeEngine:
             report.nanoseconds, report.runs = self._native.profile(False)
 
     def new_state(self, static_inputs: Mapping[str, Array] | None = None) -> NativeState:
-        """An empty state. Its memory grows in chunks as tokens come. See `edgeformer.engines.base.Engine.new_state`."""
+        """An empty state. Its memory grows in chunks. See `edgeformer.engines.base.Engine.new_state`."""
         given = static_inputs or {}
         self._require_known(given)
         arrays = {n: _fitting(n, given[n], dtype, shape) for n, dtype, shape in self._inputs if n in given}

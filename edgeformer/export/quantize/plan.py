@@ -45,7 +45,7 @@ def quantize_graph(model: ir.Model, source: Source, plan: Plan, progress: Progre
     """Quantizes the graph in place; returns the quantized weights. `plan.calibration` must be of this graph.
 
     Raises:
-        ExportError: nothing can be quantized, or `--head tied` is asked for a model that does not tie its head.
+        ExportError: nothing can be quantized, or `--head tied` is given for a model that does not tie its head.
     """
     known = Parameters(source.module.state_dict())
     embedded = {str(table.name): table for table in tables(model) if table.name in known}

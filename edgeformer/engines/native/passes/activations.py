@@ -1,4 +1,4 @@
-"""Activations that a graph holds in small steps, recognized by the numbers they give."""
+"""Decomposed activations, recognized by their values at test points."""
 
 from __future__ import annotations
 

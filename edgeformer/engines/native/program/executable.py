@@ -132,7 +132,7 @@ def _file_state(path: Path) -> list[int]:
 
 
 class _Blob:
-    """Arrays one behind the other, and their places."""
+    """Arrays concatenated to one blob, and their places in it."""
 
     def __init__(self, files: Mapping[str, Array]) -> None:
         self.parts: list[Array] = []

@@ -1,4 +1,4 @@
-"""The whole road on each of the project's own models: train, export, run. No torch in the last step."""
+"""Train, export and run each of the project's own models; the last step without torch."""
 
 from __future__ import annotations
 
