@@ -41,6 +41,8 @@ class Dry:
         """The scores with the penalties taken off."""
         seen = ids if self.last < 0 else ids[max(0, len(ids) - self.last) :]
         for token, length in self.repetitions(seen):
+            if token >= len(scores):  # a prompt may hold more tokens than the model can say
+                continue
             exponent = min(length - self.allowed_length, _LARGEST_LOG / math.log(max(self.base, 1.000001)))
             scores[token] -= min(self.multiplier * self.base**exponent, _LARGEST)
         return scores

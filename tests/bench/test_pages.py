@@ -12,6 +12,7 @@ from bench import encoders, smollm2
 from bench.arm import __main__ as arm
 from bench.coverage import page as coverage_page
 from bench.coverage import sweep
+from bench.decoding import sampling
 from bench.peers import __main__ as peers
 from bench.peers import pages, plots, studies
 from bench.report import RESULTS, ROOT, runs
@@ -33,6 +34,7 @@ def test_every_page_is_what_its_generators_print(tmp_path: Path, monkeypatch: py
     for study in studies.ALL.values():
         peers.write_study(study)
     encoders.write()
+    sampling.write()
     smollm2.write_pages(runs("smollm2")[0])
     arm.write()
     for page in PAGES:

@@ -76,6 +76,12 @@ def test_penalties_never_overflow():
     assert np.isfinite(found).all() and found[5] < -1e38
 
 
+def test_a_token_of_the_prompt_that_has_no_score_is_left_out():
+    ids = np.array([1, 2, 99, 1, 2, 3, 1, 2])
+    found = dry()(ids, np.zeros(9, np.float32))
+    assert found[3] < 0 and np.count_nonzero(found) == 1
+
+
 def test_only_the_last_tokens_are_looked_at():
     ids = np.array([1, 2, 3, 0, 0, 0, 1, 2])
     assert dry(last=8)(ids, np.zeros(9, np.float32))[3] < 0
