@@ -1,4 +1,8 @@
-"""Answers that follow a JSON Schema, a regular expression, a grammar or a choice, by llguidance."""
+"""Answers that follow a JSON Schema, a regular expression, a grammar or a choice, by llguidance.
+
+The text of a finished answer fits. An answer that ends by `max_new_tokens` has the beginning of one; its finish reason
+is "length" as without a constraint.
+"""
 
 from edgeformer.decoding.constraints.compile import compile_constraint
 from edgeformer.decoding.constraints.constraint import Constraint

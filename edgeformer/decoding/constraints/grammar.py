@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -47,11 +48,10 @@ class GrammarConstraint:
             raise InputError(f"The scores have shape {scores.shape}, expected ({self._grammar.vocab_size},).")
         mask = self._mask()
         filled = np.flatnonzero(mask)
-        least = scores.dtype.type(-np.inf)
         if len(filled) > _FEW:
-            found: Array = np.where(_bits(mask)[: len(scores)], scores, least)
+            found: Array = np.minimum(scores, _limits(mask, scores.dtype)[: len(scores)])
             return found
-        found = np.full(scores.shape, least)
+        found = np.full(scores.shape, -np.inf, scores.dtype)
         ids = np.flatnonzero(_bits(mask[filled]))
         ids = filled[ids >> 5] * 32 + (ids & 31)
         found[ids] = scores[ids]
@@ -188,6 +188,21 @@ class GrammarConstraint:
             "No token of the vocabulary can continue the answer as the grammar demands. The grammar needs a text that "
             "this tokenizer cannot write, or that no text can fulfil; change the grammar."
         )
+
+
+def _limits(words: Array, dtype: Any) -> Array:
+    """Per bit of `words`, inf where it is set and -inf where it is not. `minimum` with it takes a third of `where`.
+
+    NaN stays NaN.
+    """
+    found: Array = np.take(_limits_of_bytes(dtype), words.view(np.uint8), axis=0)
+    return found.ravel()
+
+
+@lru_cache
+def _limits_of_bytes(dtype: Any) -> Array:
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    return np.where(bits, np.inf, -np.inf).astype(dtype)  # (256, 8)
 
 
 def _bits(words: Array) -> Array:
