@@ -34,7 +34,10 @@ def each(value: str, separator: str = "", items: str = "f.arguments | items") ->
 
 JSON_CALL = '{"name": "{{ f.name }}", "arguments": {{ f.arguments | tojson }}}'
 XML_VALUE = "{{ v if v is string else v | tojson }}"
-THOUGHT = "{% if loop.last or m.reasoning_content %}<think>\n{{ (m.reasoning_content or '').strip() }}\n</think>\n\n{% endif %}"
+THOUGHT = (
+    "{% if loop.last or m.reasoning_content %}<think>\n{{ (m.reasoning_content or '').strip() }}\n</think>\n\n"
+    "{% endif %}"
+)
 QUOTED = (
     "{% macro show(v) %}{% if v is string %}<|q|>{{ v }}<|q|>{% elif v is boolean %}{{ 'true' if v else 'false' }}"
     "{% elif v is none %}null{% elif v is mapping %}{ {%- for k, x in v | dictsort %}{{ k }}:{{ show(x) }}"
@@ -81,7 +84,8 @@ TEMPLATES: dict[str, str] = {
         "<｜calls▁end｜>",
     ),
     "nested tokens, arguments as text": tagged(
-        "<｜calls▁begin｜>", "<｜call▁begin｜>{{ f.name + '<｜sep｜>' + f.arguments }}<｜call▁end｜>", "", "<｜calls▁end｜>"
+        "<｜calls▁begin｜>", "<｜call▁begin｜>{{ f.name + '<｜sep｜>' + f.arguments }}<｜call▁end｜>", "",
+        "<｜calls▁end｜>",
     ),
     "function tags, JSON": tagged("", "<function={{ f.name }}>{{ f.arguments | tojson }}</function>", "\n", ""),
     "a name and a line of JSON": tagged("", "{{ f.name }}\n{{ f.arguments | tojson }}", "\n", "", content=ALONE),
@@ -130,7 +134,8 @@ TEMPLATES: dict[str, str] = {
         "<calls>", "<call>{{ call.id }}<name>{{ f.name }}<args>{{ f.arguments | tojson }}</call>", "", "</calls>"
     ),
     "numbered names": tagged(
-        "<calls>", "<call>functions.{{ f.name }}:{{ loop.index0 }}<args>{{ f.arguments | tojson }}</call>", "", "</calls>"
+        "<calls>", "<call>functions.{{ f.name }}:{{ loop.index0 }}<args>{{ f.arguments | tojson }}</call>", "",
+        "</calls>",
     ),
     "parameters that say whether they are texts": tagged(
         "\n\n<F|calls>\n",
