@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-# Parts of an ObjectCall that stand for values; no template can write them.
-NAME, ARGUMENTS, CALL_ID, NUMBER, TEXT = "\0name", "\0arguments", "\0id", "\0number", "\0text"
+# Parts of an ObjectCall that stand for values, as CALL_ID and NUMBER do; no template can write them.
+NAME, ARGUMENTS, TEXT = "\0name", "\0arguments", "\0text"
 JSON, LITERAL, RAW = "json", "literal", "raw"  # how a value is written: JSON; a Python literal; a string without quotes
 
 
@@ -45,6 +45,7 @@ class PairCall:
     Attributes:
         middle: between the name and the first key.
         assign: between a key and its value.
+        text_assign: the same if the value is a string, if that differs; then strings have no quotes.
         join: between a value and the next key.
         close: what every value ends with; a part of `join` and of the format's `after`. May be empty.
         quotes: what encloses a string in this format; two empty texts if nothing does.
@@ -64,6 +65,7 @@ class PairCall:
     nested_style: str
     none: str
     none_between: str | None
+    text_assign: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class ToolFormat:
     @property
     def trigger(self) -> str:
         """The text that begins calls anywhere in an answer. Empty: only the beginning of an answer can be a call."""
-        start = self.before.strip()
+        start = self.before.partition("\0")[0].strip()
         return start if len(start) > 2 and re.search(r"\w", start) else ""
 
     @property
@@ -108,7 +110,7 @@ class ToolFormat:
             own = (self.call.middle,)
         elif isinstance(self.call, PairCall):
             call = self.call
-            own = (call.middle, call.assign, call.join, *call.quotes, call.none, call.none_between)
+            own = (call.middle, call.assign, call.text_assign, call.join, *call.quotes, call.none, call.none_between)
         return tuple(text for text in (self.before, self.between, self.after, *own) if text)
 
 
@@ -132,14 +134,16 @@ class AnswerFormat:
         tools: how calls are written; None if the template does not show it.
         why_no_tools: the reason, if `tools` is None.
         reasoning: how reasoning is written; None if the template does not show it.
+        content_open: text before the content of an answer without calls, after reasoning; usually empty.
     """
 
     tools: ToolFormat | None = None
     why_no_tools: str = ""
     reasoning: ReasoningFormat | None = None
+    content_open: str = ""
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """All constant texts of calls and reasoning."""
+        """All constant texts around calls, reasoning and content."""
         reasoning = () if self.reasoning is None else (self.reasoning.open, self.reasoning.close)
-        return (*reasoning, *(() if self.tools is None else self.tools.texts))
+        return (self.content_open, *reasoning, *(() if self.tools is None else self.tools.texts))

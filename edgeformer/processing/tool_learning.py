@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,15 +16,14 @@ from edgeformer.errors import EdgeformerError
 from edgeformer.processing.tokenizer import Tokenizer
 from edgeformer.processing.tool_format import (
     ARGUMENTS,
-    CALL_ID,
     JSON,
     LITERAL,
     NAME,
-    NUMBER,
     TEXT,
     AnswerFormat,
     NamedCall,
     ObjectCall,
+    PairCall,
     ReasoningFormat,
     ToolFormat,
 )
@@ -45,7 +44,7 @@ from edgeformer.processing.tool_probe import (
     place_of,
 )
 from edgeformer.processing.tool_reading import CallReader, Known
-from edgeformer.processing.tool_values import MoreText, NotACall, Reader, Span
+from edgeformer.processing.tool_values import CALL_ID, NUMBER, MoreText, NotACall, Reader, Span
 
 PLAIN: Arguments = {KEYS[0]: "vq7 one"}
 OTHER: Arguments = {KEYS[1]: "vq7 two"}
@@ -58,8 +57,10 @@ CHECKS: tuple[tuple[Call, ...], ...] = (
 )
 
 
-def learn_answer_format(tokenizer: Tokenizer) -> AnswerFormat:
+def learn_answer_format(tokenizer: Tokenizer, ends: Collection[str] = ()) -> AnswerFormat:
     """What the bundle's chat template shows of calls and reasoning.
+
+    `ends` are the texts of the tokens that end an answer, beside the tokenizer's own end token.
 
     Never raises for a template that shows nothing, or fails: then `tools` is None, and `why_no_tools` has the reason.
     It renders about forty short chats: keep the result.
@@ -67,7 +68,7 @@ def learn_answer_format(tokenizer: Tokenizer) -> AnswerFormat:
     if not tokenizer.chat.names:
         return AnswerFormat(why_no_tools="the bundle has no chat template")
     try:
-        probe = Probe(tokenizer)
+        probe = Probe(tokenizer, ends)
     except EdgeformerError as error:
         return AnswerFormat(why_no_tools=f"the chat template refuses a short chat: {error}")
     reasoning = _reasoning(probe)
@@ -81,10 +82,14 @@ def learn_answer_format(tokenizer: Tokenizer) -> AnswerFormat:
         except (CannotLearn, EdgeformerError) as error:
             reasons.append(str(error))
     if not found:
-        return AnswerFormat(None, reasons[0], reasoning)
+        return AnswerFormat(None, reasons[0], reasoning, _content_open(probe))
     # A mapping that the template prints as Python does (`{{ arguments }}`) was not meant to be given.
     found.sort(key=lambda one: getattr(one.call, "style", JSON) == LITERAL)
-    return AnswerFormat(found[0], "", reasoning)
+    opening = _content_open(probe)
+    tools = found[0]
+    if opening and tools.before.lstrip().startswith(opening):  # what begins every answer begins no call
+        tools = replace(tools, before=tools.before.lstrip().removeprefix(opening))
+    return AnswerFormat(tools, "", reasoning, opening)
 
 
 # ----------------------------------------------------------------------------------------------------------- reasoning
@@ -107,16 +112,38 @@ def _reasoning(probe: Probe) -> ReasoningFormat | None:
         tag = re.search(r"<[^<>\s]+>\s*$|\[[^\[\]\s]+\]\s*$", text[:place])
         before = tag.group().strip() if tag else ""
     behind = text[place + len(REASON) :]
+    close = _reasoning_end(probe, behind)
+    plain = probe.answer.find(ANSWER)
+    if plain >= 0 and text[:place].rstrip() == probe.answer[:plain].rstrip():
+        return None  # nothing stands before reasoning that does not stand before an answer
+    return ReasoningFormat(before, close) if before and close else None
+
+
+def _reasoning_end(probe: Probe, behind: str) -> str:
+    """The text that ends reasoning, before an answer and before calls."""
     answer = behind.find(ANSWER)
-    close = behind[:answer] if answer >= 0 else _first_tag(behind)
-    if not before or not close.strip():
-        return None
-    return ReasoningFormat(before, close.strip())
+    if answer < 0:
+        return _first_tag(behind).strip()
+    close = behind[:answer]
+    try:
+        calls = probe.text([(NAMES[0], PLAIN)], reasoning=REASON).partition(REASON)[2]
+    except EdgeformerError:
+        calls = ""
+    if calls:
+        both = common(close, calls)
+        close = close[: both if both == len(close) else outside_tag(close, both)] or close
+    return close.strip()
 
 
 def _first_tag(text: str) -> str:
     tag = re.match(r"\s*(<[^<>]*>|\[[^\[\]]*\])", text)
     return tag.group() if tag else ""
+
+
+def _content_open(probe: Probe) -> str:
+    """Text before the content of a plain answer that the prompt does not have."""
+    place = probe.answer.find(ANSWER)
+    return "" if place < 0 else probe.without_reasoning(probe.answer[probe.cut(probe.answer) : place]).strip()
 
 
 def _reasoning_of_prompt(probe: Probe) -> ReasoningFormat | None:
@@ -151,8 +178,28 @@ def _tools(probe: Probe) -> ToolFormat:
         learned = learn_pairs(probe) if arguments is None else _named_format(probe, body)
     turned = probe.body([(NAMES[0], {KEYS[1]: 1, KEYS[0]: "x"})])
     sorts = turned.find(KEYS[0]) < turned.find(KEYS[1])
-    learned = replace(learned, sorts=sorts, arguments_as_text=probe.arguments_as_text)
+    learned = _marked(replace(learned, sorts=sorts, arguments_as_text=probe.arguments_as_text), probe.ends)
     return _checked(probe, learned)
+
+
+def _marked(learned: ToolFormat, ends: Sequence[str]) -> ToolFormat:
+    """The format with marks for the ids of calls, and nothing behind a token that ends the answer."""
+
+    def marked(text: str) -> str:
+        return re.sub(ID.format(r"\d"), lambda _: CALL_ID, text)
+
+    def cut(text: str) -> str:
+        return text[: min((text.find(end) for end in ends if end in text), default=len(text))]
+
+    call = learned.call
+    if isinstance(call, NamedCall):
+        call = replace(call, middle=marked(call.middle))
+    elif isinstance(call, PairCall):
+        between = None if call.none_between is None else marked(call.none_between)
+        call = replace(call, middle=marked(call.middle), none=cut(marked(call.none)), none_between=between)
+    between = None if learned.between is None else marked(learned.between)
+    after = cut(marked(learned.after))
+    return replace(learned, before=marked(learned.before), between=between, after=after, call=call)
 
 
 def _spans(body: str) -> list[tuple[Span, str]]:
@@ -220,7 +267,17 @@ def _named_format(probe: Probe, body: str) -> ToolFormat:
         first = next((span for span, _ in _spans(pair) if span.value == PLAIN), None)
         if first is not None and first.end <= pair.index(NAMES[1]):
             between = pair[first.end : pair.index(NAMES[1])]
+            second = next((span for span, _ in _spans(pair) if span.value == OTHER), first)
+            middle = _varying(middle, pair[pair.index(NAMES[1]) + len(NAMES[1]) : second.start])
     return ToolFormat(body[:name], between, body[one.end :], NamedCall(middle, style))
+
+
+def _varying(one: str, other: str) -> str:
+    """`one`, with a mark for each number that is another one in `other`."""
+    parts, others = (re.split(r"(\d+)", re.sub(ID.format(r"\d"), lambda _: CALL_ID, text)) for text in (one, other))
+    if parts[::2] != others[::2]:
+        return one
+    return "".join(NUMBER if part != there else part for part, there in zip(parts, others, strict=True))
 
 
 def _checked(probe: Probe, learned: ToolFormat) -> ToolFormat:

@@ -28,7 +28,7 @@ def learn_pairs(probe: Probe) -> ToolFormat:
     assign, after = one[key + len(KEYS[0]) : value], one[value + len(str(ONE)) :]
     two = probe.body([(NAMES[0], {KEYS[0]: ONE, KEYS[1]: TWO})])
     join = two[place_of(two, str(ONE)) + len(str(ONE)) : place_of(two, KEYS[1])]
-    quotes = _quotes(probe, assign, after)
+    text_assign, quotes = _texts(probe, assign, after)
     between, none_between = _several(probe)
     empty = probe.body([(NAMES[0], {})])
     none = empty[place_of(empty, NAMES[0]) + len(NAMES[0]) :]
@@ -41,8 +41,9 @@ def learn_pairs(probe: Probe) -> ToolFormat:
         """How the template writes a value."""
         body = probe.body([(NAMES[0], {KEYS[0]: sample})])
         start = place_of(body, KEYS[0]) + len(KEYS[0])
-        if body[start:].startswith(assign) and body.endswith(after):
-            return body[start + len(assign) : len(body) - len(after)]
+        own = text_assign if isinstance(sample, str) and text_assign is not None else assign
+        if body[start:].startswith(own) and body.endswith(after):
+            return body[start + len(own) : len(body) - len(after)]
         raise CannotLearn(f"the chat template writes the value {sample!r} in another way than a number")
 
     call = PairCall(
@@ -56,21 +57,24 @@ def learn_pairs(probe: Probe) -> ToolFormat:
         nested_style=_style(written, [[1, "x"], NESTED], quotes),
         none=none,
         none_between=none_between,
+        text_assign=text_assign,
     )
     return ToolFormat(before, between, after, call)
 
 
-def _quotes(probe: Probe, assign: str, after: str) -> tuple[str, str]:
-    """What stands around a text and not around a number."""
+def _texts(probe: Probe, assign: str, after: str) -> tuple[str | None, tuple[str, str]]:
+    """What stands before a text instead of `assign` (None: nothing else), and the quotes around it."""
     body = probe.body([(NAMES[0], {KEYS[0]: TEXT})])
     place = place_of(body, TEXT)
     before, behind = body[place_of(body, KEYS[0]) + len(KEYS[0]) : place], body[place + len(TEXT) :]
+    if behind == after and not before.startswith(assign):
+        return before, ("", "")
     if not before.startswith(assign) or not behind.endswith(after):
         raise CannotLearn("the chat template writes texts in another way than numbers")
     opening, closing = before[len(assign) :], behind[: len(behind) - len(after)]
     if bool(opening) != bool(closing):
         raise CannotLearn(f"the chat template writes {opening!r} and {closing!r} around a text")
-    return opening, closing
+    return None, (opening, closing)
 
 
 def _several(probe: Probe) -> tuple[str | None, str | None]:

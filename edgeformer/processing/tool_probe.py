@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from edgeformer.errors import EdgeformerError, TemplateError
@@ -22,8 +22,8 @@ ID = "q7callid{}"  # nine letters and digits: some templates refuse any other id
 TYPES: Mapping[str, Any] = {
     KEYS[0]: {"type": "string", "description": "text"},
     KEYS[1]: {"type": "number", "description": "number"},
-    KEYS[2]: {"type": ["boolean", "null"], "description": "choice"},
-    KEYS[3]: {"type": ["object", "array"], "description": "more"},
+    KEYS[2]: {"type": "boolean", "description": "choice"},
+    KEYS[3]: {"type": "object", "description": "more"},
 }
 SCHEMAS: Mapping[str, Any] = {name: {"type": "object", "properties": TYPES, "required": []} for name in NAMES}
 TOOLS = [
@@ -46,13 +46,13 @@ class Probe:
         reasoning: empty blocks of it are removed from `body`.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, ends: Collection[str] = ()) -> None:
         self._tokenizer = tokenizer
         self.source = tokenizer.chat.source(ChatRequest(tools=TOOLS))
         self.reasoning: ReasoningFormat | None = None
         self.arguments_as_text = False
         self._rendered: dict[str, str] = {}
-        self._ends = [tokenizer.special_tokens.get("eos_token") or "\0"]
+        self.ends = [*filter(None, (*ends, tokenizer.special_tokens.get("eos_token")))]
         self.prompt = self._render([])
         self.answer = self.text(content=ANSWER)
 
@@ -97,13 +97,17 @@ class Probe:
             closed = re.search(r"[>\]]", text[end:])
             end += closed.end() if closed else 0
         text = text[:end]
-        for ending in self._ends:
+        for ending in self.ends:
             text = text.removesuffix(ending)
-        if self.reasoning is not None:
-            opened = f"(?:{re.escape(self.reasoning.open)})?"
-            block = re.match(rf"\s*{opened}\s*{re.escape(self.reasoning.close)}\s*", text)
-            text = text[block.end() :] if block else text
-        return text
+        return self.without_reasoning(text)
+
+    def without_reasoning(self, text: str) -> str:
+        """The text of an answer without the empty reasoning that it begins with."""
+        if self.reasoning is None:
+            return text
+        opened = f"(?:{re.escape(self.reasoning.open)})?"
+        block = re.match(rf"\s*{opened}\s*{re.escape(self.reasoning.close)}\s*", text)
+        return text[block.end() :] if block else text
 
     def try_body(self, calls: Sequence[Call]) -> str | None:
         """`body`; None if the template refuses the calls."""

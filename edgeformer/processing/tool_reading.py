@@ -139,8 +139,9 @@ class CallReader:
         """
         after, between = (self.format.after, self.format.between) if none is None else none
         choices: list[Callable[[], tuple[int, bool]]] = [lambda: (_last(text, place, after, final), False)]
-        if between is not None and between.strip() and not self.format.repeats:
-            choices.insert(0, lambda: (literal(text, place, between, final), True))
+        if between is not None and (between.strip() or after.strip()) and not self.format.repeats:
+            # White space alone stands everywhere: then the end is tried first.
+            choices.insert(0 if between.strip() else 1, lambda: (literal(text, place, between, final), True))
         return first_of(choices)
 
 
@@ -201,34 +202,47 @@ class _Pairs:
             key, place, another = self._next(place, before, None if arguments else none)
             if key is None:
                 return FoundCall(self.name, to_json(arguments), place, another)
-            arguments[key], place = self._value(key, place)
+            arguments[key], place = self._value(key, place, is_text=another)
             before = self.call.join
 
     def _next(self, place: int, before: str, none: tuple[str, str | None] | None) -> tuple[str | None, int, bool]:
-        """(key, place of its value, False), or (None, end of the call, whether another one follows)."""
+        """(key, place of its value, whether it is a text), or (None, end of the call, whether another one follows)."""
 
         def argument() -> tuple[str | None, int, bool]:
-            key, start = self._key(literal(self.text, place, before, self.final))
-            return key, start, False
+            return self._key(literal(self.text, place, before, self.final))
 
         return first_of([argument, lambda: (None, *self.reader._ending(self.text, place, self.final, none))])
 
-    def _key(self, place: int) -> tuple[str, int]:
+    def _key(self, place: int) -> tuple[str, int, bool]:
         found = KEY.match(self.text, place)
         if place == len(self.text) or (found and found.end() == len(self.text)):
             raise Reader(self.text, self.final).ends()
         if found is None:
             raise NotACall(f"{self.text[place : place + 20]!r} stands where an argument's name is expected")
-        assign = self.call.assign
-        end = literal(self.text, found.end(), assign.rstrip(), self.final)
+        key, end = found.group(), found.end()
+        text_assign = self.call.text_assign
+        if text_assign is None:
+            return key, self._assigned(end, self.call.assign), False
+        return first_of(
+            [
+                lambda: (key, self._assigned(end, text_assign), True),
+                lambda: (key, self._assigned(end, self.call.assign), False),
+            ]
+        )
+
+    def _assigned(self, place: int, assign: str) -> int:
+        """The place after `assign`; white space at its end is exact, because it may be that of a text."""
+        end = literal(self.text, place, assign.rstrip(), self.final)
         space = assign[len(assign.rstrip()) :]
         rest = self.text[end : end + len(space)]
         if rest != space and space.startswith(rest) and not self.final:
             raise MoreText
-        return found.group(), end + (len(space) if rest == space else 0)
+        return end + (len(space) if rest == space else 0)
 
-    def _value(self, key: str, place: int) -> tuple[Any, int]:
+    def _value(self, key: str, place: int, is_text: bool) -> tuple[Any, int]:
         call = self.call
+        if is_text:
+            return self._raw(place, "")
         opening, closing = call.quotes
         if call.string_style != RAW or (opening and self.text.startswith(opening, place)):
             if call.string_style == RAW and opening:

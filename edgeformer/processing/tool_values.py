@@ -13,9 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 DEPTH = 64  # nested lists and objects; deeper text is refused
-NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?")
+DIGITS = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?")
 NUMBER_TEXT = re.compile(r"[-+.\w]*")
 WORD = re.compile(r"[A-Za-z]+")
+# Parts of constant texts that differ between calls; no template can write them.
+CALL_ID, NUMBER = "\0id", "\0number"
+MARKS = {CALL_ID: re.compile(r"[A-Za-z0-9_-]+"), NUMBER: re.compile(r"[0-9]+")}
+PARTS = re.compile(f"{CALL_ID}|{NUMBER}|[^\\s\0]+")
 KEY = re.compile(r"[\w.$-]+")
 SPACE = re.compile(r"\s*")
 JSON_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"', re.DOTALL)
@@ -181,7 +185,7 @@ class Reader:
         assert whole is not None  # it matches the empty text too
         if whole.end() == len(self.text) and not self.final:
             raise MoreText
-        if not NUMBER.fullmatch(whole.group()):
+        if not DIGITS.fullmatch(whole.group()):
             raise NotACall(f"{whole.group()[:40]!r} is no number")
         try:
             value: int | float = json.loads(whole.group())
@@ -215,15 +219,18 @@ def _escaped(found: re.Match[str]) -> str:
 def literal(text: str, place: int, expected: str, final: bool = False) -> int:
     """The place after `expected`. A run of white space in it stands for any run, an empty one too.
 
-    Models often write a space or a line break more or less than their template.
+    Models often write a space or a line break more or less than their template. `MARKS` stand for any id or number.
 
     Raises:
         MoreText: the text ends within `expected`.
         NotACall: something else stands there.
     """
-    words = expected.split()
+    words = PARTS.findall(expected)
     for word in words:
         place = _skip(text, place)
+        if word in MARKS:
+            place = _mark(text, place, word, final)
+            continue
         found = text[place : place + len(word)]
         if found != word:
             if not final and word.startswith(found):
@@ -231,6 +238,16 @@ def literal(text: str, place: int, expected: str, final: bool = False) -> int:
             raise NotACall(f"{found!r} stands where {word!r} is expected")
         place += len(word)
     return _skip(text, place) if not words or expected[-1].isspace() else place
+
+
+def _mark(text: str, place: int, mark: str, final: bool) -> int:
+    found = MARKS[mark].match(text, place)
+    end = found.end() if found else place
+    if end == len(text) and not final:
+        raise MoreText
+    if found is None:
+        raise NotACall(f"{text[place : place + 20]!r} stands where an id or a number is expected")
+    return end
 
 
 def _skip(text: str, place: int) -> int:

@@ -377,6 +377,16 @@ def test_a_malformed_call_stays_content_and_says_so(text, content, problem):
     assert len(answer.problems) == 1 and problem in answer.problems[0]
 
 
+@pytest.mark.parametrize("name", ["what begins every answer", "channels"])
+def test_what_begins_every_answer_is_no_content(name):
+    form = learned(name)
+    text = form.content_open + " Hello < there."
+    for cut in range(len(text)):
+        parser = AnswerParser(form, tools_of(TOOLS))
+        pieces = [*parser.push(text[:cut]), *parser.push(text[cut:]), *parser.finish()]
+        assert gather(pieces).content == "Hello < there."
+
+
 def test_a_good_call_behind_a_malformed_one_is_found():
     good = '<tool_call>{"name": "stop", "arguments": {}}</tool_call>'
     answer = split("<tool_call>no</tool_call>" + good, learned("tags around each JSON call"), tools_of(TOOLS))

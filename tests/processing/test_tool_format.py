@@ -59,7 +59,8 @@ def arguments(form):
         {},
         optional={
             "text": texts, "whole": st.integers(), "real": st.none() | st.floats(allow_nan=False, allow_infinity=False),
-            "yes": st.booleans(), "list": st.lists(inner, max_size=3), "object": st.dictionaries(keys, inner, max_size=3),
+            "yes": st.booleans(), "list": st.lists(inner, max_size=3),
+            "object": st.dictionaries(keys, inner, max_size=3),
         },
     )  # fmt: skip
 
@@ -77,7 +78,8 @@ def rendered(name: str, calls, content="") -> str:
     start = len(tokens.render_chat([USER], False))
     text = text[start:].removesuffix("<|end|>\n").removesuffix("</s>")
     # The first call; an argument may have the same characters later.
-    return text[text.index(form.tools.before if form.tools.before.strip() else form_start(form.tools, calls)) :]
+    begins = form.tools.before.partition("\0")[0]
+    return text[text.index(begins if begins.strip() else form_start(form.tools, calls)) :]
 
 
 def same(one, other) -> bool:
@@ -133,6 +135,19 @@ def test_a_template_that_shows_no_calls_says_why(name):
     found = learn_answer_format(tokenizer(template))
     assert found.tools is None
     assert why in found.why_no_tools
+
+
+def test_a_token_that_ends_the_answer_ends_the_format():
+    template = tagged("", "<call>{{ f.name }} {{ f.arguments | tojson }}</call>", "", "<eom>more")
+    assert learn_answer_format(tokenizer(template)).tools.after == "</call><eom>more"
+    assert learn_answer_format(tokenizer(template), ["<eom>"]).tools.after == "</call>"
+
+
+def test_what_begins_every_answer_is_no_part_of_calls():
+    assert learned("what begins every answer").content_open == "<begins>"
+    assert learned("what begins every answer").tools.before == "<tool_call>"
+    assert learned("channels").content_open == "<|channel|>final<|message|>"
+    assert learned("tags, with reasoning").content_open == ""
 
 
 def test_no_template_and_one_that_loses_values_say_why():
@@ -209,8 +224,8 @@ def test_values(text, strict, value):
 
 @pytest.mark.parametrize(("text", "strict"), [
     ("{'a': 1}", True), ("True", True), ("{a: 1}", True), ("01", True), ("1.", True), ("[1 2]", True), ("{1: 2}", True),
-    ("nul", True), ("1e999", True), ("9" * 5000, True), ("[" * 200, True), ('"\\q"', True), ("+1", False), ("NaN", True),
-    ("[1,]", True), ("Infinity", False),
+    ("nul", True), ("1e999", True), ("9" * 5000, True), ("[" * 200, True), ('"\\q"', True), ("+1", False),
+    ("NaN", True), ("[1,]", True), ("Infinity", False),
 ])  # fmt: skip
 def test_what_is_no_value(text, strict):
     with pytest.raises(NotACall):

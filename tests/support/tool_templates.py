@@ -34,7 +34,10 @@ def each(value: str, separator: str = "", items: str = "f.arguments | items") ->
 
 JSON_CALL = '{"name": "{{ f.name }}", "arguments": {{ f.arguments | tojson }}}'
 XML_VALUE = "{{ v if v is string else v | tojson }}"
-THOUGHT = "{% if loop.last or m.reasoning_content %}<think>\n{{ (m.reasoning_content or '').strip() }}\n</think>\n\n{% endif %}"
+THOUGHT = (
+    "{% if loop.last or m.reasoning_content %}<think>\n{{ (m.reasoning_content or '').strip() }}\n</think>\n\n"
+    "{% endif %}"
+)
 QUOTED = (
     "{% macro show(v) %}{% if v is string %}<|q|>{{ v }}<|q|>{% elif v is boolean %}{{ 'true' if v else 'false' }}"
     "{% elif v is none %}null{% elif v is mapping %}{ {%- for k, x in v | dictsort %}{{ k }}:{{ show(x) }}"
@@ -81,7 +84,8 @@ TEMPLATES: dict[str, str] = {
         "<｜calls▁end｜>",
     ),
     "nested tokens, arguments as text": tagged(
-        "<｜calls▁begin｜>", "<｜call▁begin｜>{{ f.name + '<｜sep｜>' + f.arguments }}<｜call▁end｜>", "", "<｜calls▁end｜>"
+        "<｜calls▁begin｜>", "<｜call▁begin｜>{{ f.name + '<｜sep｜>' + f.arguments }}<｜call▁end｜>", "",
+        "<｜calls▁end｜>",
     ),
     "function tags, JSON": tagged("", "<function={{ f.name }}>{{ f.arguments | tojson }}</function>", "\n", ""),
     "a name and a line of JSON": tagged("", "{{ f.name }}\n{{ f.arguments | tojson }}", "\n", "", content=ALONE),
@@ -120,6 +124,31 @@ TEMPLATES: dict[str, str] = {
         "", "<|tool_call>call:{{ f.name }}{ {%- " + each("{{ k }}:{{ show(v) }}", ",", "f.arguments | dictsort")[3:]
         + "}<tool_call|>", "", "",
     ),
+    "objects on lines in one frame": tagged(
+        "<tool_calls>{{ '\n' }}", JSON_CALL, "\n", "{{ '\n' }}</tool_calls>"
+    ),
+    "an id behind the name": tagged(
+        "", "[TOOL_CALLS]{{ f.name }}[CALL_ID]{{ call.id }}[ARGS]{{ f.arguments | tojson }}", "", ""
+    ),
+    "an id before the name": tagged(
+        "<calls>", "<call>{{ call.id }}<name>{{ f.name }}<args>{{ f.arguments | tojson }}</call>", "", "</calls>"
+    ),
+    "numbered names": tagged(
+        "<calls>", "<call>functions.{{ f.name }}:{{ loop.index0 }}<args>{{ f.arguments | tojson }}</call>", "",
+        "</calls>",
+    ),
+    "parameters that say whether they are texts": tagged(
+        "\n\n<F|calls>\n",
+        '<F|invoke name="{{ f.name }}">\n' + each(
+            '<F|parameter name="{{ k }}" string="{{ \'true\' if v is string else \'false\' }}">' + XML_VALUE
+            + "</F|parameter>\n"
+        ) + "</F|invoke>",
+        "\n", "\n</F|calls>",
+    ),
+    "what begins every answer": chat(
+        "<begins>{{ m.content }}{% if m.tool_calls %}" + CALLS + "<tool_call>" + JSON_CALL + "</tool_call>{% endfor %}"
+        "{% endif %}"
+    ),
     "printed by Python": tagged("<tool>", "{{ {'name': f.name, 'arguments': f.arguments} }}", ", ", "</tool>"),
     "the name is a key": tagged("<calls>", '{"{{ f.name }}": {{ f.arguments | tojson }}}', ", ", "</calls>"),
     "in the shape of the API": tagged(
@@ -145,12 +174,13 @@ UNKNOWN: dict[str, tuple[str, str]] = {
     "refuses the answer": (HEAD + "{{ raise_exception('never') }}", "never"),
 }
 
-SPECIAL = (
-    "<|sys|> <|user|> <|assistant|> <|end|> <s> </s> [TOOL_CALLS] [ARGS] <|START_ACTION|> <|END_ACTION|> <|START_THINKING|> "
-    "<|END_THINKING|> <|START_RESPONSE|> <|END_RESPONSE|> <|tool_call|> <|/tool_call|> <｜calls▁begin｜> <｜call▁begin｜> "
-    "<｜sep｜> <｜call▁end｜> <｜calls▁end｜> <|tool_call_start|> <|tool_call_end|> <|q|> <|tool_call> <tool_call|> <|channel|> "
-    "<|message|> <|call|> <|start|>"
-).split()
+SPECIAL = [
+    "<|sys|>", "<|user|>", "<|assistant|>", "<|end|>", "<s>", "</s>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]",
+    "<|START_ACTION|>", "<|END_ACTION|>", "<|START_THINKING|>", "<|END_THINKING|>", "<|START_RESPONSE|>",
+    "<|END_RESPONSE|>", "<|tool_call|>", "<|/tool_call|>", "<｜calls▁begin｜>", "<｜call▁begin｜>", "<｜sep｜>",
+    "<｜call▁end｜>", "<｜calls▁end｜>", "<|tool_call_start|>", "<|tool_call_end|>", "<|q|>", "<|tool_call>",
+    "<tool_call|>", "<|channel|>", "<|message|>", "<|call|>", "<|start|>",
+]  # fmt: skip
 PLAIN_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # added, and not special
 
 

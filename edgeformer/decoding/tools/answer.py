@@ -145,6 +145,11 @@ class AnswerParser:
                 return True
             if self._thinks.open.startswith(start) and not final:
                 return False
+        opening = self.format.content_open
+        if opening and start.startswith(opening):
+            self._text, self._trims = start[len(opening) :], True
+        elif opening and opening.startswith(start) and not final:
+            return False
         alone = self._tools is not None and not self._tools.trigger
         self._mode = "alone" if alone else "content"
         return True

@@ -11,6 +11,7 @@ from edgeformer.decoding.tools.definitions import Tool, ToolRequest
 from edgeformer.decoding.tools.literals import LiteralRules
 from edgeformer.decoding.tools.rules import (
     ANY,
+    MARKS,
     Frame,
     GrammarTokens,
     Rules,
@@ -23,10 +24,8 @@ from edgeformer.decoding.tools.rules import (
 from edgeformer.errors import InputError
 from edgeformer.processing.tool_format import (
     ARGUMENTS,
-    CALL_ID,
     JSON,
     NAME,
-    NUMBER,
     RAW,
     TEXT,
     AnswerFormat,
@@ -36,10 +35,10 @@ from edgeformer.processing.tool_format import (
     ToolFormat,
 )
 from edgeformer.processing.tool_reading import types_of
-from edgeformer.processing.tool_values import to_json
+from edgeformer.processing.tool_values import CALL_ID, NUMBER, to_json
 
 SPACE = "/[ \\n]{0,3}/"  # models write line breaks more or less than their template
-OTHERS = {CALL_ID: '/"[A-Za-z0-9]{9}"/', NUMBER: "/0|[1-9][0-9]{0,8}/", TEXT: '/"[^"\\\\\\x00-\\x1f]{0,64}"/'}
+OTHERS = {CALL_ID: '/"[A-Za-z0-9]{9}"/', NUMBER: MARKS[NUMBER], TEXT: '/"[^"\\\\\\x00-\\x1f]{0,64}"/'}
 
 
 def tool_grammar(
@@ -79,7 +78,8 @@ def tool_grammar(
     if request.forced:
         before = format_.before
         space = SPACE if before[:1].isspace() or thought else ""
-        rules.add("start", sequence(thought, space, rules.text(before.lstrip()), calls))
+        opened = either(rules.text(form.content_open), "")
+        rules.add("start", sequence(thought, opened, space, rules.text(before.lstrip()), calls))
     else:
         rules.add("start", sequence(thought, _announced(rules, format_, calls, request.parallel)))
     return rules.source()
@@ -179,10 +179,7 @@ class _Call:
         literals = LiteralRules(self.rules, f"{self.prefix}_l", schema, self._quotes(call))
         pairs = [
             (
-                sequence(
-                    self.rules.text(key + call.assign),
-                    self._value(call, literals, schema, index),
-                ),
+                self._pair(call, literals, schema, index),
                 key in required,
             )
             for index, key in enumerate(properties)
@@ -198,6 +195,18 @@ class _Call:
 
     def _quotes(self, call: PairCall) -> tuple[str, str] | None:
         return call.quotes if call.string_style == RAW and call.quotes[0] else None
+
+    def _pair(self, call: PairCall, literals: LiteralRules, schema: Mapping[str, Any], index: int) -> str:
+        """A key and its value."""
+        key, own = list(schema["properties"].items())[index]
+        value = sequence(self.rules.text(key + call.assign), self._value(call, literals, schema, index))
+        if call.text_assign is None:
+            return value
+        types = types_of(own, schema)
+        if types is not None and "string" not in types:
+            return value
+        text = self._raw(call, own, types, f"{self.prefix}_s{index}")
+        return sequence(self.rules.text(key + call.text_assign), text)
 
     def _value(self, call: PairCall, literals: LiteralRules, schema: Mapping[str, Any], index: int) -> str:
         own = list(schema["properties"].values())[index]

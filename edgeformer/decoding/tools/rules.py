@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgeformer.errors import InputError
+from edgeformer.processing.tool_values import CALL_ID, NUMBER
 
+# What stands for the marks in the constant texts of a format.
+MARKS = {CALL_ID: "/[A-Za-z0-9]{9}/", NUMBER: "/0|[1-9][0-9]{0,8}/"}
 ANY = "/(?s:.*)/"  # any text without special tokens
 
 
@@ -35,9 +38,8 @@ class Rules:
     def __init__(self, tokens: GrammarTokens) -> None:
         self.tokens = tokens
         self._rules: dict[str, str] = {}
-        self._special = re.compile(
-            "|".join(re.escape(text) for text in sorted(tokens.special, key=len, reverse=True)) or "(?!)"
-        )
+        apart = sorted([*tokens.special, *MARKS], key=len, reverse=True)
+        self._apart = re.compile("|".join(map(re.escape, apart)))
 
     def add(self, name: str, body: str, lazy: bool = False) -> str:
         """Adds a rule; returns its name."""
@@ -45,20 +47,23 @@ class Rules:
         return name
 
     def segments(self, text: str) -> list[str]:
-        """`text`, divided at special tokens; these are parts of their own. No part is empty."""
+        """`text`, divided at special tokens and marks; these are parts of their own. No part is empty."""
         found: list[str] = []
         place = 0
-        for match in self._special.finditer(text):
+        for match in self._apart.finditer(text):
             found += [text[place : match.start()], match.group()]
             place = match.end()
         return [part for part in (*found, text[place:]) if part]
 
     def text(self, text: str) -> str:
-        """An expression that matches exactly `text`."""
-        return " ".join(
-            f"<[{self.tokens.special[part]}]>" if part in self.tokens.special else quoted(part)
-            for part in self.segments(text)
-        )
+        """An expression that matches exactly `text`, up to a token that ends the answer."""
+        parts: list[str] = []
+        for part in self.segments(text):
+            number = self.tokens.special.get(part)
+            if number in self.tokens.ends:
+                break
+            parts.append(MARKS.get(part) or (quoted(part) if number is None else f"<[{number}]>"))
+        return " ".join(parts)
 
     def until(self, name: str, text: str, characters: str = ".*") -> str:
         """An expression that matches any characters, up to the first `text` and with it."""
