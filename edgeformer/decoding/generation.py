@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence as Tokens
+from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,8 +23,8 @@ from edgeformer.errors import InputError
 from edgeformer.processing.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from edgeformer.decoding.speculation.sequence_drafts import SequenceDrafts
     from edgeformer.decoding.prefix_cache import PrefixCache
+    from edgeformer.decoding.speculation.sequence_drafts import SequenceDrafts
 
 MAX_SEQUENCES = 16  # of a list of prompts that run together
 

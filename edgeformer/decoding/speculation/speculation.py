@@ -26,7 +26,7 @@ def check_speculation(asked: object) -> None:
     Raises:
         InputError: it is neither a name nor a model.
     """
-    if not (isinstance(asked, str) and asked in NAMES or all(hasattr(asked, n) for n in ("bundle", "engine"))):
+    if not ((isinstance(asked, str) and asked in NAMES) or all(hasattr(asked, n) for n in ("bundle", "engine"))):
         raise InputError(f"speculation is {asked!r}, expected 'auto', 'off', 'lookup' or a Model that drafts.")
 
 
