@@ -88,7 +88,7 @@ recording: setup ## the terminal picture of the README, from SmolLM2
 SANITIZED := build/sanitize/address
 UNDER_ASAN := $(addprefix tests/csrc/test_,kernels_linear.py kernels_attention.py kernels_rows.py threads.py) \
 	$(addprefix tests/engines/native/test_,wide_blocks.py native_ops.py native_sizes.py native_refusals.py \
-	native_graphs.py native_engine.py native_states.py)
+	native_graphs.py native_engine.py native_states.py native_windows.py)
 # libstdc++ is preloaded too: AddressSanitizer looks up __cxa_throw when it starts. Python does not free all memory.
 ASAN = PYTHONPATH=$(SANITIZED) PYTHONSAFEPATH=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"
@@ -98,7 +98,7 @@ sanitize: setup ## the native engine under AddressSanitizer, UBSan and ThreadSan
 		--build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
 	$(ASAN) $(BIN)/python -c 'import edgeformer._native as n; assert "$(SANITIZED)" in n.__file__, n.__file__'
 	$(ASAN) $(BIN)/pytest -p no:cacheprovider -m "not slow" $(UNDER_ASAN)
-	$(BIN)/pytest -p no:cacheprovider tests/csrc/test_threads.py -k thread_sanitizer
+	$(BIN)/pytest -p no:cacheprovider tests/csrc/test_threads.py tests/csrc/test_kv_chunks.py -k thread_sanitizer
 
 clean: ## remove what was built
 	rm -rf $(VENV) .venv-* build out *.egg-info edgeformer/_native*.so

@@ -126,7 +126,16 @@ def write_behind(name: str, data: Bytes, note: bytes) -> None:
     parts: list[bytes | memoryview] = [data[at : at + _STEP].data for at in range(0, len(data), _STEP)]
     digest = _digest(lambda at, count: data[at : at + count].data, len(data), note)
     parts.append(note + len(data).to_bytes(8, "little") + digest)
-    writer = Thread(target=_replace, args=(place / name, parts), name="edgeformer cache", daemon=True)
+    path = place / name
+    in_background(lambda: _replace(path, parts))
+
+
+def in_background(work: Callable[[], None]) -> None:
+    """Call `work`, which writes by `write_atomically`, in a thread that ends at most EXIT_TIMEOUT s after the main one.
+
+    `work` must expect an OSError of `write_atomically` then.
+    """
+    writer = Thread(target=work, name="edgeformer cache", daemon=True)
     _writers[:] = [*(other for other in _writers if other.is_alive()), writer]
     writer.start()
 
@@ -164,22 +173,32 @@ def _digest(read_at: Callable[[int, int], bytes | memoryview], length: int, note
 
 def _replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write the parts to `path` atomically, and delete old entries above the limits. Errors are ignored."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     parts = list(parts)
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if sum(map(len, parts)) > _room(path.parent, _entries(path.parent)):
-            return
+        if sum(map(len, parts)) <= _room(path.parent, _entries(path.parent)):
+            write_atomically(path, parts)
+            _trim(path.parent)
+
+
+def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Write the parts to `path`: another process sees all of them or none.
+
+    Raises:
+        OSError: the file cannot be written, or the process ends.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
         with partial.open("wb") as file:
             for part in parts:
                 if _ending.is_set():
                     raise OSError("the process ends")
                 file.write(part)
         os.replace(partial, path)
-        _trim(path.parent)
     except OSError:
         with suppress(OSError):
             partial.unlink()
+        raise
 
 
 def _mark_used(path: Path) -> None:

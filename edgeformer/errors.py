@@ -54,5 +54,25 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
+def pip_install(*packages: str) -> str:
+    """The command that installs these packages, in the versions that edgeformer's own metadata gives.
+
+    Messages name packages, not extras: no package index has edgeformer, so `pip install edgeformer[...]` fails.
+    """
+    import re
+    import shlex
+    from importlib.metadata import PackageNotFoundError, requires
+
+    try:
+        required = requires("edgeformer") or []
+    except PackageNotFoundError:  # it runs from its source tree
+        required = []
+    versions: dict[str, str] = {}  # "torch" -> "torch==2.13.*"
+    for line in required:
+        requirement = line.partition(";")[0].strip()
+        versions.setdefault(re.split(r"[^\w.-]", requirement)[0], requirement)
+    return " ".join(["pip install", *(shlex.quote(versions.get(name, name)) for name in packages)])
+
+
 class EdgeformerWarning(UserWarning):
     """A problem that does not stop the call."""

@@ -25,13 +25,12 @@ from edgeformer.engines.base import Engine
 from edgeformer.engines.choose import Choice, EngineName, check_arguments, choose
 from edgeformer.engines.native.options import NativeOptions
 from edgeformer.errors import BundleError, EdgeformerWarning, EngineUnavailable, InputError
-from edgeformer.machine import default_threads
 from edgeformer.processing.tokenizer import Tokenizer
 from edgeformer.tasks.choose import choose_task
 from edgeformer.tasks.embedding import Encoder
 from edgeformer.tasks.encoder_methods import EncoderMethods
-from edgeformer.tasks.seq2seq import EncoderDecoder
 from edgeformer.tasks.scheduler import GenerationScheduler, half_of_memory
+from edgeformer.tasks.seq2seq import EncoderDecoder
 from edgeformer.tasks.speech import Transcript, transcribe
 from edgeformer.tasks.text_generation import Prompt, TextGeneration, encode_prompt, is_list_of_prompts
 
@@ -54,10 +53,10 @@ def load(
 
     `engine="auto"` takes CUDA where a session really runs on it, else the native engine where it can run this graph,
     else ONNX Runtime on the CPU (float models without a cache try these two the other way round); `Model.explain` says
-    which, and why not the others. An engine asked for by name runs or raises. `threads` defaults to the physical cores
+    which, and why not the others. An engine that is named runs or raises. `threads` defaults to the physical cores
     that this process may use. `isa` ("avx2", ...), `kv` (the cache: "int8", "float32", or "auto": int8 where weights
     are quantized, else float32), `context` (tokens to plan memory for) and `memory_limit` (bytes) are the native
-    engine's; an `isa` asks for that engine. `check="hashes"` also reads and checks every byte of the bundle.
+    engine's; an `isa` selects that engine. `check="hashes"` also reads and checks every byte of the bundle.
 
     The first time that an engine loads a bundle on this machine, it runs the bundle's reference values (tens of
     milliseconds; the result is remembered in the cache folder). One whose numbers differ by more than the bundle
@@ -65,7 +64,7 @@ def load(
 
     Raises:
         BundleError: the bundle is damaged, or none.
-        EngineUnavailable: the engine asked for, or with "auto" every engine, cannot run here or gives other numbers
+        EngineUnavailable: the requested engine, or with "auto" every engine, cannot run here or gives other numbers
             than the bundle's reference.
         InputError: an argument is out of its range.
     """
@@ -78,7 +77,7 @@ def load(
     settings = file_settings(bundle)
     if settings:
         GenerationConfig.of(settings, None, bundle.vocab_size)
-    engines, choice = choose(bundle, engine, threads or default_threads(), native, tokenizer)
+    engines, choice = choose(bundle, engine, threads, native, tokenizer)
     choice = replace(choice, notes=notes(settings, bundle.vocab_size))
     for note in choice.notes:
         warnings.warn(f"{bundle.path.name}: {note}", EdgeformerWarning, stacklevel=2)

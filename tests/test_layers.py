@@ -34,8 +34,8 @@ ALLOWED = {
     "__main__": "cli",
     # the toolchain
     "models": "errors",
-    "train": "errors models",
-    "train.__main__": "errors models cli",
+    "train": "errors models engines.options",
+    "train.__main__": "errors models engines.options cli",
     "export": f"{RUNTIME} models",
     "export.__main__": f"{RUNTIME} models cli",
 }

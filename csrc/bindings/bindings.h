@@ -55,6 +55,11 @@ struct PyState {
   State state;
 };
 
+struct PyChunk {
+  std::shared_ptr<PyEngine> owner;
+  KvChunk chunk;
+};
+
 // program.cpp: the program of edgeformer/engines/native/program/program.py, and its weights. Exceptions: errors.py's.
 std::shared_ptr<PyEngine> make_engine(const py::dict& program, int threads, const std::string& isa,
                                       const std::string& kv, int64_t context, int64_t prefill_rows);
@@ -65,7 +70,10 @@ void use_packed(PyEngine& self, const py::array& bytes);
 py::list forward(const std::shared_ptr<PyEngine>& self, const std::vector<PyState*>& states,
                  const std::vector<py::list>& inputs);
 
-void bind_state(py::module_& m);         // state.cpp
+// state.cpp
+std::unique_ptr<PyChunk> load_chunk(std::shared_ptr<PyEngine> self, const py::buffer& bytes);
+void bind_state(py::module_& m);
+
 void bind_testing(py::module_& parent);  // testing.cpp
 void bind_pool(py::module_& testing);    // pool.cpp
 

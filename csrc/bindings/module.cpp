@@ -100,6 +100,7 @@ PYBIND11_MODULE(_native, m) {
       .def("packed", &packed)
       .def_property_readonly("packed_size", [](const PyEngine& e) { return e.engine.packed_size(); })
       .def("new_state", &new_state)
+      .def("load_chunk", &load_chunk, py::arg("data"))
       .def("forward", &forward, py::arg("states"), py::arg("inputs"));
   bind_testing(m);
 }

@@ -62,6 +62,20 @@ KvLayout read_cache(const py::handle& item, KvType kv) {
   return l;
 }
 
+// For each cache the widest window of the operations that read it; 0 if one of them sees all keys.
+std::vector<int64_t> windows_of(const ProgramSpec& p) {
+  std::vector<int64_t> windows(p.caches.size(), -1);
+  for (const OpSpec& op : p.ops) {
+    if (op.kind != "attend" && op.kind != "history") continue;
+    const int64_t layer = op.integer("layer"), window = op.kind == "attend" ? op.integer("window") : 0;
+    if (layer < 0) continue;
+    int64_t& widest = windows.at(static_cast<size_t>(layer));
+    widest = widest == 0 || window == 0 ? 0 : std::max(widest, window);
+  }
+  for (int64_t& w : windows) w = std::max<int64_t>(w, 0);
+  return windows;
+}
+
 ProgramSpec read_program(const py::dict& d, KvType kv) {
   ProgramSpec p;
   p.kv = kv;
@@ -74,6 +88,7 @@ ProgramSpec read_program(const py::dict& d, KvType kv) {
   }
   for (const auto& item : d["ops"]) p.ops.push_back(read_op(item));
   for (const auto& item : d["caches"]) p.caches.push_back(read_cache(item, kv));
+  p.windows = windows_of(p);
   p.inputs = field<std::vector<int>>(d, "inputs");
   p.outputs = field<std::vector<int>>(d, "outputs");
   p.logits_to_keep = field<int>(d, "logits_to_keep");

@@ -34,6 +34,13 @@ void truncate_state(PyState& self, int64_t length) {
   if (length < 0 || length > self.state.length()) {
     raise("InputError", text("truncate to ", length, " tokens, the state holds ", self.state.length()));
   }
+  for (auto& c : self.state.caches) {
+    if (length != 0 && length < c->shortest()) {
+      raise("StateError", text("truncate to ", length,
+                               " tokens: a sliding window has dropped keys that the next token would see; the ",
+                               "state can be cut to ", c->shortest(), " or more tokens, or to 0"));
+    }
+  }
   for (auto& c : self.state.caches) c->truncate(length);
 }
 
@@ -45,8 +52,8 @@ std::unique_ptr<PyState> fork_state(PyState& self) {
   return copy;
 }
 
-// Row i becomes a copy of what row rows[i] was. Copies are made first: if one fails, nothing has changed; the
-// last row that wants a cache takes it without a copy.
+// Row i becomes a fork of what row rows[i] was. Forks are made first: if one fails, nothing has changed; the last row
+// that wants a cache takes it as it is.
 void select_state(PyState& self, const std::vector<int64_t>& rows) {
   const InUse use({&self.state});
   auto& current = self.state.caches;
@@ -97,22 +104,83 @@ void load_state(PyState& self, const std::vector<py::bytes>& parts) {
   self.state.caches = std::move(caches);
 }
 
+std::unique_ptr<PyChunk> chunk_of(PyState& self, int64_t index) {
+  const InUse use({&self.state});
+  const int64_t full = self.state.length() / kChunkTokens;
+  if (self.state.caches.size() > 1) {
+    raise("InputError", text("chunks are of one sequence, the state holds ", self.state.caches.size()));
+  }
+  if (index < 0 || index >= full)
+    raise("InputError", text("chunk ", index, ", the state holds ", full, " full chunks"));
+  return std::make_unique<PyChunk>(PyChunk{self.owner, self.state.caches[0]->chunk(index)});
+}
+
+int64_t restore_state(PyState& self, const std::vector<const PyChunk*>& given, int64_t length) {
+  const InUse use({&self.state});
+  if (self.state.length() != 0) {
+    raise("StateError", text("restore to a state of ", self.state.length(), " tokens, it must be empty"));
+  }
+  std::vector<const KvChunk*> chunks;
+  for (const PyChunk* c : given) {
+    if (!c || c->owner != self.owner) raise("StateError", "the chunk belongs to another engine");
+    chunks.push_back(&c->chunk);
+  }
+  auto cache = self.owner->engine.new_cache();
+  int64_t restored = 0;
+  try {
+    restored = cache->restore(chunks, length);
+  } catch (const std::invalid_argument& e) {
+    raise("InputError", e.what());
+  }
+  self.state.caches.clear();
+  self.state.caches.push_back(std::move(cache));
+  return restored;
+}
+
+py::bytes save_chunk(const PyChunk& self) {
+  const std::vector<uint8_t> bytes = self.owner->engine.new_cache()->save_chunk(self.chunk);
+  return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+}
+
+template <size_t (KvCache::*bytes)() const>
 size_t state_bytes(const PyState& self) {
   size_t total = 0;
-  for (const auto& c : self.state.caches) total += c->bytes();
+  for (const auto& c : self.state.caches) total += (c.get()->*bytes)();
   return total;
 }
 
+int64_t shortest(const PyState& self) { return self.state.caches.empty() ? 0 : self.state.caches[0]->shortest(); }
+
 }  // namespace
 
+std::unique_ptr<PyChunk> load_chunk(std::shared_ptr<PyEngine> self, const py::buffer& bytes) {
+  const py::buffer_info view = bytes.request();
+  if (view.ndim != 1 || view.itemsize != 1 || (view.size && view.strides[0] != 1)) {
+    raise("InputError", "a saved chunk is contiguous bytes");
+  }
+  try {
+    KvChunk chunk = self->engine.new_cache()->load_chunk(static_cast<const uint8_t*>(view.ptr), size_t(view.size));
+    return std::make_unique<PyChunk>(PyChunk{std::move(self), std::move(chunk)});
+  } catch (const std::invalid_argument& e) {
+    raise("StateError", text("the saved chunk does not fit this model: ", e.what()));
+  }
+}
+
 void bind_state(py::module_& m) {
+  py::class_<PyChunk>(m, "KvChunk", "The keys and values of 128 tokens, immutable; made by State.chunk().")
+      .def_property_readonly("nbytes", [](const PyChunk& c) { return c.chunk.bytes(); })
+      .def("save", &save_chunk);
   py::class_<PyState>(m, "State", "The KV cache of one sequence (or one batch of them); made by Engine.new_state().")
       .def_property_readonly("length", [](const PyState& s) { return s.state.length(); })
       .def_property_readonly("batch", [](const PyState& s) { return s.state.caches.size(); })
-      .def_property_readonly("nbytes", &state_bytes)
+      .def_property_readonly("nbytes", &state_bytes<&KvCache::bytes_alone>)
+      .def_property_readonly("nbytes_shared", &state_bytes<&KvCache::bytes_shared>)
+      .def_property_readonly("shortest", &shortest)
       .def("truncate", &truncate_state, py::arg("length"))
       .def("fork", &fork_state)
       .def("select", &select_state, py::arg("rows"))
+      .def("chunk", &chunk_of, py::arg("index"))
+      .def("restore", &restore_state, py::arg("chunks"), py::arg("length"))
       .def("save", &save_state)
       .def("load", &load_state, py::arg("parts"));
 }

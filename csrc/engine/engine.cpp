@@ -292,6 +292,9 @@ void Engine::forward(std::vector<Call>& calls, const std::vector<void*>& memory)
     }
     throw;
   }
+  for (const Call& c : calls) {
+    for (auto& cache : c.state->caches) cache->release_unseen();
+  }
 }
 
 }  // namespace edgeformer

@@ -71,7 +71,10 @@ class Engine {
   int threads() const { return pool_.threads(); }
   int64_t context() const { return context_; }
   size_t weight_bytes() const;
-  size_t kv_bytes(int64_t tokens) const { return KvCache::bytes_for(spec_.caches, tokens); }
+  // The most that the caches of a sequence hold while it grows to `tokens`, at most prefill_rows in a call.
+  size_t kv_bytes(int64_t tokens) const {
+    return KvCache::bytes_for(spec_.caches, spec_.windows, tokens, prefill_rows_);
+  }
   // Working memory of a call with these symbols, of one state.
   size_t scratch_bytes(const std::vector<int64_t>& symbols, int64_t rows, int64_t past);
 
@@ -92,7 +95,9 @@ class Engine {
   // What was counted since the last call; `on`: whether to count from now on.
   Profile profile(bool on);
 
-  std::unique_ptr<KvCache> new_cache() const { return std::make_unique<KvCache>(spec_.caches, context_); }
+  std::unique_ptr<KvCache> new_cache() const {
+    return std::make_unique<KvCache>(spec_.caches, context_, spec_.windows);
+  }
 
   // The shape of output `output` of a call.
   std::vector<int64_t> output_shape(const Call& call, size_t output) const;

@@ -1,5 +1,6 @@
 #include "program/kv_cache.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -9,41 +10,74 @@
 namespace edgeformer {
 namespace {
 
-int64_t chunks_for(int64_t tokens) { return (tokens + kChunkTokens - 1) / kChunkTokens; }
+// The least length after which a query of a layer sees no key of the first `released` chunks.
+int64_t shortest_after(int64_t released, int64_t window) { return released ? released * kChunkTokens + window - 1 : 0; }
 
-constexpr char kMagic[8] = {'e', 'f', 'k', 'v', '0', '0', '0', '2'};
-constexpr int64_t kLayerFields = 4;
+// Chunks from the first on that a layer lacks in these: those up to the last one without its memory.
+int64_t missing(const std::vector<const KvChunk*>& chunks, int64_t count, size_t layer) {
+  while (count > 0 && chunks[size_t(count - 1)]->layers[layer]) --count;
+  return count;
+}
 
 }  // namespace
 
-void KvCache::FreeChunk::operator()(uint8_t* p) const { std::free(p); }
-
-KvCache::Chunk KvCache::make_chunk(size_t bytes) {
-  // Zeroed: kernels read whole tiles, including tokens that were never written.
+ChunkMemory ChunkMemory::allocate(size_t bytes) {
   void* p = nullptr;
-  if (posix_memalign(&p, 64, bytes ? bytes : 64)) throw std::bad_alloc();
-  std::memset(p, 0, bytes);
-  return Chunk(static_cast<uint8_t*>(p));
+  if (posix_memalign(&p, kHeader, kHeader + bytes)) throw std::bad_alloc();
+  ChunkMemory memory;
+  memory.block_ = new (p) Block{{1}, bytes};
+  return memory;
 }
 
-KvCache::KvCache(std::vector<KvLayout> layers, int64_t limit)
-    : layouts_(std::move(layers)), owned_(layouts_.size()), pointers_(layouts_.size()), limit_(limit) {
-  for (const KvLayout& l : layouts_)
+ChunkMemory ChunkMemory::zeroed(size_t bytes) {
+  ChunkMemory memory = allocate(bytes);
+  std::memset(memory.data(), 0, bytes);  // kernels read whole tiles, including tokens that were never written
+  return memory;
+}
+
+ChunkMemory ChunkMemory::copy() const {
+  ChunkMemory memory = allocate(bytes());
+  std::memcpy(memory.data(), data(), bytes());
+  return memory;
+}
+
+void ChunkMemory::release() {
+  // Release: this holder's reads happen before another's write. Acquire: and before the memory is freed.
+  if (!block_ || block_->users.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+  block_->~Block();
+  std::free(block_);
+}
+
+void KvCache::Layer::put(int64_t chunk, ChunkMemory memory) {
+  owned[size_t(chunk)] = std::move(memory);
+  pointers[size_t(chunk)] = owned[size_t(chunk)].data();
+}
+
+void KvCache::Layer::shrink(int64_t n) {
+  if (n >= count()) return;
+  owned.resize(size_t(n));
+  pointers.resize(size_t(n));
+  released = std::min(released, n);
+}
+
+void KvCache::Layer::grow(int64_t n) {
+  owned.reserve(size_t(n));
+  pointers.reserve(size_t(n));
+  while (count() < n) {
+    owned.push_back(ChunkMemory::zeroed(size_t(layout.chunk_bytes())));
+    pointers.push_back(owned.back().data());
+  }
+}
+
+KvCache::KvCache(const std::vector<KvLayout>& layouts, int64_t limit, const std::vector<int64_t>& windows)
+    : limit_(limit) {
+  for (size_t i = 0; i < layouts.size(); ++i) {
+    const KvLayout& l = layouts[i];
     if (l.head_dim < 1 || l.head_dim > kMaxHeadDim || l.value_dim < 1 || l.value_dim > kMaxHeadDim || l.kv_heads < 1)
       throw std::invalid_argument("KV cache: " + std::to_string(l.kv_heads) + " heads of " +
                                   std::to_string(l.head_dim) + " and " + std::to_string(l.value_dim) +
                                   " columns, expected at least one head and 1 to " + std::to_string(kMaxHeadDim));
-}
-
-void KvCache::resize_chunks(int64_t count) {
-  for (size_t layer = 0; layer < layouts_.size(); layer++) {
-    owned_[layer].reserve(size_t(count));
-    pointers_[layer].reserve(size_t(count));
-    while (int64_t(owned_[layer].size()) > count) owned_[layer].pop_back(), pointers_[layer].pop_back();
-    while (int64_t(owned_[layer].size()) < count) {
-      owned_[layer].push_back(make_chunk(layouts_[layer].chunk_bytes()));
-      pointers_[layer].push_back(owned_[layer].back().get());
-    }
+    layers_.push_back({l, windows.empty() ? 0 : windows.at(i)});
   }
 }
 
@@ -51,90 +85,115 @@ void KvCache::reserve(int64_t tokens) {
   if (tokens < 0 || tokens > limit_ - length_)
     throw std::length_error("KV cache: " + std::to_string(length_) + " tokens in the cache and " +
                             std::to_string(tokens) + " more requested, the limit is " + std::to_string(limit_));
-  const int64_t count = chunks_for(length_ + tokens);
-  for (const auto& layer : owned_)
-    if (int64_t(layer.size()) < count) return resize_chunks(count);
+  if (tokens == 0) return;
+  const int64_t first = length_ / kChunkTokens, count = chunks_for(length_ + tokens);
+  for (Layer& l : layers_) {
+    // No other chunk that is written to is shared: forks and `chunk` take only chunks with tokens.
+    if (first < l.count() && l.owned[size_t(first)].shared()) l.put(first, l.owned[size_t(first)].copy());
+    l.grow(count);
+  }
 }
 
 void KvCache::advance(int64_t tokens) { length_ += tokens; }
 
+void KvCache::release_unseen() {
+  for (Layer& l : layers_) {
+    if (l.window == 0) continue;
+    const int64_t first = length_ - kRewindTokens + 1 - l.window;  // the first key that the earliest next query sees
+    for (; (l.released + 1) * kChunkTokens <= first; ++l.released) l.put(l.released, {});
+  }
+}
+
+int64_t KvCache::shortest() const {
+  int64_t length = 0;
+  for (const Layer& l : layers_) length = std::max(length, shortest_after(l.released, l.window));
+  return length;
+}
+
 void KvCache::truncate(int64_t length) {
-  if (length < 0 || length > length_)
+  if (length < 0 || length > length_ || (length != 0 && length < shortest()))
     throw std::out_of_range("KV cache: cannot truncate " + std::to_string(length_) + " tokens to " +
-                            std::to_string(length));
+                            std::to_string(length) + "; the shortest is " + std::to_string(shortest()));
   length_ = length;
-  resize_chunks(chunks_for(length));
+  for (Layer& l : layers_) l.shrink(chunks_for(length));
 }
 
 KvCache KvCache::fork() const {
-  KvCache copy(layouts_, limit_);
-  copy.resize_chunks(chunks_for(length_));
-  for (size_t layer = 0; layer < layouts_.size(); layer++)
-    for (size_t c = 0; c < copy.owned_[layer].size(); c++)
-      std::memcpy(copy.pointers_[layer][c], pointers_[layer][c], layouts_[layer].chunk_bytes());
-  copy.length_ = length_;
+  KvCache copy(*this);
+  for (Layer& l : copy.layers_) l.shrink(chunks_for(length_));  // what is reserved stays with this cache
   return copy;
 }
 
-size_t KvCache::bytes() const {
-  size_t total = 0;
-  for (size_t layer = 0; layer < layouts_.size(); layer++)
-    total += owned_[layer].size() * size_t(layouts_[layer].chunk_bytes());
-  return total;
+KvChunk KvCache::chunk(int64_t index) const {
+  if (index < 0 || index >= length_ / kChunkTokens)
+    throw std::out_of_range("KV cache: chunk " + std::to_string(index) + ", the cache has " +
+                            std::to_string(length_ / kChunkTokens) + " full chunks");
+  KvChunk chunk;
+  for (const Layer& l : layers_) chunk.layers.push_back(l.owned[size_t(index)]);
+  return chunk;
 }
 
-size_t KvCache::bytes_for(const std::vector<KvLayout>& layers, int64_t tokens) {
-  size_t total = 0;
-  for (const KvLayout& l : layers) total += size_t(chunks_for(tokens)) * size_t(l.chunk_bytes());
-  return total;
-}
-
-std::vector<uint8_t> KvCache::save() const {
-  std::vector<int64_t> header = {length_, layers()};
-  for (const KvLayout& l : layouts_)
-    header.insert(header.end(), {int64_t(l.type), l.kv_heads, l.head_dim, l.value_dim});
-  const int64_t count = chunks_for(length_);
-  std::vector<uint8_t> out(sizeof kMagic + header.size() * 8 + bytes_for(layouts_, length_));
-  uint8_t* to = out.data();
-  std::memcpy(to, kMagic, sizeof kMagic);
-  std::memcpy(to += sizeof kMagic, header.data(), header.size() * 8);
-  to += header.size() * 8;
-  for (size_t layer = 0; layer < layouts_.size(); layer++)
-    for (int64_t c = 0; c < count; c++, to += layouts_[layer].chunk_bytes())
-      std::memcpy(to, pointers_[layer][size_t(c)], size_t(layouts_[layer].chunk_bytes()));
-  return out;
-}
-
-void KvCache::load(const uint8_t* data, size_t size) {
-  const size_t header_bytes = sizeof kMagic + (2 + layouts_.size() * kLayerFields) * 8;
-  if (size < header_bytes || std::memcmp(data, kMagic, sizeof kMagic) != 0)
-    throw std::invalid_argument("KV cache: these bytes were not written by save() of this version");
-  std::vector<int64_t> header(2 + layouts_.size() * kLayerFields);
-  std::memcpy(header.data(), data + sizeof kMagic, header.size() * 8);
-  const int64_t length = header[0];
-  bool same = header[1] == layers();
-  for (size_t layer = 0; same && layer < layouts_.size(); layer++) {
-    const KvLayout& l = layouts_[layer];
-    const int64_t* f = &header[2 + layer * kLayerFields];
-    same = f[0] == int64_t(l.type) && f[1] == l.kv_heads && f[2] == l.head_dim && f[3] == l.value_dim;
+void KvCache::check_layers(const KvChunk& chunk) const {
+  bool same = chunk.layers.size() == layers_.size();
+  for (size_t i = 0; same && i < layers_.size(); ++i) {
+    const Layer& l = layers_[i];
+    same = chunk.layers[i] ? chunk.layers[i].bytes() == size_t(l.layout.chunk_bytes()) : l.window != 0;
   }
-  if (!same) throw std::invalid_argument("KV cache: the saved layers, heads or sizes are not those of this model");
-  if (length < 0 || length > limit_)
-    throw std::invalid_argument("KV cache: " + std::to_string(length) + " tokens saved, the limit is " +
-                                std::to_string(limit_));
-  const size_t expected = header_bytes + bytes_for(layouts_, length);
-  if (size != expected)
-    throw std::invalid_argument("KV cache: " + std::to_string(size) + " bytes, expected " + std::to_string(expected));
-  KvCache fresh(layouts_, limit_);
-  fresh.resize_chunks(chunks_for(length));
-  const uint8_t* from = data + header_bytes;
-  for (size_t layer = 0; layer < layouts_.size(); layer++)
-    for (uint8_t* chunk : fresh.pointers_[layer]) {
-      std::memcpy(chunk, from, size_t(layouts_[layer].chunk_bytes()));
-      from += layouts_[layer].chunk_bytes();
-    }
+  if (!same) throw std::invalid_argument("KV cache: the chunk's layers, heads or sizes are not those of this model");
+}
+
+bool KvCache::can_go_on(const std::vector<const KvChunk*>& chunks, int64_t length) const {
+  for (size_t i = 0; i < layers_.size(); ++i)
+    if (length < shortest_after(missing(chunks, chunks_for(length), i), layers_[i].window)) return false;
+  return true;
+}
+
+int64_t KvCache::restore(const std::vector<const KvChunk*>& chunks, int64_t length) {
+  const int64_t most = std::min(limit_, int64_t(chunks.size()) * kChunkTokens);
+  if (length_ != 0 || length < 0 || length > most)
+    throw std::invalid_argument("KV cache: restore " + std::to_string(length) + " of " + std::to_string(most) +
+                                " tokens to a cache of " + std::to_string(length_));
+  for (const KvChunk* chunk : chunks) check_layers(*chunk);
+  while (!can_go_on(chunks, length)) length = (length - 1) / kChunkTokens * kChunkTokens;
+  const int64_t count = chunks_for(length);
+  KvCache fresh(*this);
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    Layer& l = fresh.layers_[i];
+    l.owned.assign(size_t(count), {});
+    l.pointers.assign(size_t(count), nullptr);
+    l.released = missing(chunks, count, i);
+    for (int64_t c = l.released; c < count; ++c) l.put(c, chunks[size_t(c)]->layers[i]);
+  }
   fresh.length_ = length;
+  fresh.release_unseen();
   *this = std::move(fresh);
+  return length;
+}
+
+size_t KvCache::bytes_alone() const {
+  size_t total = 0;
+  for (const Layer& l : layers_)
+    for (const ChunkMemory& m : l.owned) total += m.shared() ? 0 : m.bytes();
+  return total;
+}
+
+size_t KvCache::bytes_shared() const {
+  size_t total = 0;
+  for (const Layer& l : layers_)
+    for (const ChunkMemory& m : l.owned) total += m.shared() ? m.bytes() : 0;
+  return total;
+}
+
+size_t KvCache::bytes_for(const std::vector<KvLayout>& layouts, const std::vector<int64_t>& windows, int64_t tokens,
+                          int64_t step) {
+  size_t total = 0;
+  for (size_t i = 0; i < layouts.size(); ++i) {
+    int64_t chunks = chunks_for(tokens);
+    // From the first key of the earliest next query, in the middle of a chunk, to the end of the step.
+    if (windows[i]) chunks = std::min(chunks, chunks_for(windows[i] + kRewindTokens + step) + 1);
+    total += size_t(chunks) * size_t(layouts[i].chunk_bytes());
+  }
+  return total;
 }
 
 }  // namespace edgeformer

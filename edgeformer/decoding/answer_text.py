@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from edgeformer.decoding.answer_shape import AnswerShape
 from edgeformer.decoding.stop import StopFilter
+from edgeformer.decoding.tools.token_text import TokenText
+from edgeformer.processing.tokenizer import Tokenizer
 
 
 class TextStream(Protocol):
@@ -52,3 +55,10 @@ class AnswerText:
         if text:
             self._shown.append(text)
         return text
+
+
+def text_stream(tokenizer: Tokenizer | None, shape: AnswerShape) -> TextStream | None:
+    """The detokenizer of one answer, which keeps the special tokens of calls and reasoning; None without tokenizer."""
+    if tokenizer is None:
+        return None
+    return tokenizer.detokenizer() if shape.format is None else TokenText(tokenizer, shape.format)

@@ -62,7 +62,7 @@ def beam_search(
         table = log_softmax(logits.astype(np.float64))
         if request.processors:
             seen = np.array(running, np.int64)
-            table = np.stack([process(request.processors, ids, row) for ids, row in zip(seen, table, strict=True)])
+            table = np.stack([process(request.processors, ids, row, rng) for ids, row in zip(seen, table, strict=True)])
         vocab = table.shape[1]
         sums = (table + scores[:, None]).reshape(-1)
         top = _best(sums if rng is None else sums + rng.gumbel(size=len(sums)), keep)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgeformer.bundle.signature import Array
+from edgeformer.decoding.answer_shape import TEXT, AnswerShape
 from edgeformer.decoding.beam_job import BeamSearch
 from edgeformer.decoding.generation_config import GenerationConfig
 from edgeformer.decoding.job import Job
@@ -18,6 +19,7 @@ from edgeformer.decoding.scheduler import Scheduler, SchedulerOptions
 from edgeformer.decoding.sequence import Sequence
 from edgeformer.decoding.session import StateSource
 from edgeformer.decoding.speculation.speculation import Speculation
+from edgeformer.decoding.token_settings import with_token_ids
 from edgeformer.engines.base import Engine, State
 from edgeformer.errors import InputError
 from edgeformer.processing.tokenizer import Tokenizer
@@ -41,6 +43,7 @@ class Call:
     options: CallOptions
     new_state: Callable[[int], State]
     source: Tokens[int] | Array | None = None
+    shape: AnswerShape = TEXT
     is_cacheable: bool = True  # its state depends on its tokens alone: no encoder's output is in it
 
 
@@ -64,18 +67,21 @@ class TextGenerator:
         config, options = call.config, call.options
         if config.stop_strings and self.tokenizer is None:
             raise InputError("Stop strings need a tokenizer, and this bundle has no tokenizer; leave them out.")
-        request = Request.of(call.prompt, config, self.limits, options, call.source)
+        config = with_token_ids(config, self.tokenizer)
+        request = Request.of(call.prompt, config, self.limits, options, call.source, call.shape)
         tokenizer = self.tokenizer
         if config.num_beams > 1:
             if options.n > 1:
                 raise InputError(f"n is {options.n}: a beam search gives one answer; leave out n or num_beams.")
             if options.speculation not in ("auto", "off"):
                 raise InputError("A beam search has no drafts; leave out speculation or num_beams.")
+            if call.shape.grammar is not None or options.logprobs is not None or options.prompt_logprobs is not None:
+                raise InputError("A beam search has no constraints, tools or logprobs; leave them out, or num_beams.")
             return [BeamSearch(request, call.new_state, tokenizer.decode if tokenizer else None)]
         cache = self.prefix_cache if call.is_cacheable else None
         states = StateSource(lambda: call.new_state(1), options.session, cache)
         answers = [
-            Sequence(request, states, tokenizer.detokenizer() if tokenizer else None, index)
+            Sequence(request, states, tokenizer, index, self._drafts(options))
             for index in range(options.n)
         ]
         for answer in answers:
@@ -95,8 +101,15 @@ class TextGenerator:
 
     def scheduler(self, options: SchedulerOptions) -> Scheduler:
         """A scheduler on this engine."""
-        keeps_logits = self.limits.keeps_logits
-        return Scheduler(self.engine, keeps_logits=keeps_logits, options=options, speculator=self.speculation)
+        return Scheduler(self.engine, keeps_logits=self.limits.keeps_logits, options=options, speculation=self.speculation)
+
+    def _drafts(self, options: CallOptions) -> SequenceDrafts | None:
+        """The drafts of a new sequence; None without speculation."""
+        if self.speculation is not None:
+            return self.speculation.drafts(options.speculation)
+        if options.speculation not in ("auto", "off"):
+            raise InputError("Speculation is for models of one graph, and this is an encoder-decoder; leave it out.")
+        return None
 
     def stream(self, call: Call) -> Stream:
         """The answer to a prompt, piece by piece; that of a beam search comes all at its end.

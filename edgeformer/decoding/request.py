@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from edgeformer.bundle.signature import Array
+from edgeformer.decoding.answer_shape import TEXT, AnswerShape, ShapeOptions
 from edgeformer.decoding.context import ContextPolicy, checked_policy
 from edgeformer.decoding.generation_config import Arguments, GenerationConfig
 from edgeformer.decoding.limits import Limits, checked_prompt
 from edgeformer.decoding.logits_processors import Processor, logits_processors
+from edgeformer.decoding.logprobs import check_count
 from edgeformer.decoding.session import Session
 from edgeformer.decoding.speculation.draft_model import DraftBundle
 from edgeformer.decoding.speculation.speculation import SpeculationName, check_speculation
@@ -34,6 +36,10 @@ class CallOptions:
     ignore_eos: bool = False
     session: Session | None = None  # not used by a beam search
     n: int = 1  # answers to the prompt
+    logprobs: int | None = None  # likeliest tokens to report beside each new one; None: no log probabilities
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens
+    speculation: SpeculationName | DraftBundle = "auto"  # or "off", "lookup", a Model of the same vocabulary
+    shape: ShapeOptions = ShapeOptions()  # noqa: RUF009  (frozen)
     context_policy: str | None = None  # what happens when the context is full: "stop" (None), "error" or "slide"
     context_protect: int | None = None  # tokens at the beginning that a sliding context keeps
     speculation: SpeculationName | DraftBundle = "auto"  # or "off", "lookup", a Model of the same vocabulary
@@ -41,6 +47,9 @@ class CallOptions:
     def __post_init__(self) -> None:
         if isinstance(self.n, bool) or not isinstance(self.n, int) or not 1 <= self.n <= MOST_ANSWERS:
             raise InputError(f"n is {self.n!r}, expected a number of answers from 1 to {MOST_ANSWERS}.")
+        for name in ("logprobs", "prompt_logprobs"):
+            check_count(getattr(self, name), name)
+        check_speculation(self.speculation)
         if self.n > 1 and self.session is not None:
             raise InputError(f"n is {self.n}, and a session holds one conversation; leave out one of them.")
         seed = self.seed
@@ -58,9 +67,19 @@ class CallArguments(Arguments, total=False):
     ignore_eos: bool
     session: Session | None
     n: int
+    logprobs: int | None
+    prompt_logprobs: int | None
+    speculation: SpeculationName | DraftBundle
     context_policy: ContextPolicy | None
     context_protect: int | None
-    speculation: SpeculationName | DraftBundle
+    json_schema: Any
+    regex: str | None
+    grammar: str | None
+    choices: Sequence[str] | None
+    response_format: Mapping[str, Any] | None
+    tools: Sequence[Any] | None
+    tool_choice: str | Mapping[str, Any] | None
+    parallel_tool_calls: bool
 
 
 def split_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], CallOptions, Sequence[int] | None]:
@@ -71,7 +90,9 @@ def split_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], CallO
     """
     config = dict(arguments)
     decoder_prompt, stop = config.pop("decoder_prompt", None), config.pop("stop", None)
-    options = CallOptions(**{one.name: config.pop(one.name) for one in fields(CallOptions) if one.name in config})
+    shape = ShapeOptions(**{one.name: config.pop(one.name) for one in fields(ShapeOptions) if one.name in config})
+    given = {one.name: config.pop(one.name) for one in fields(CallOptions) if one.name in config}
+    options = CallOptions(**given, shape=shape)
     if stop is not None:
         config["stop_strings"] = stop
     return config, options, decoder_prompt
@@ -89,6 +110,9 @@ class Request:
     seed: int | None = None
     context_policy: ContextPolicy = "stop"
     context_protect: int = 0
+    shape: AnswerShape = TEXT
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     @classmethod
     def of(
@@ -98,6 +122,7 @@ class Request:
         limits: Limits,
         options: CallOptions,
         source: Sequence[int] | Array | None = None,
+        shape: AnswerShape = TEXT,
     ) -> Request:
         """The request for an answer to `prompt`; `source` holds the token ids that an encoder read, if any.
 
@@ -111,7 +136,19 @@ class Request:
         new_tokens = config.new_tokens(len(ids))
         processors = logits_processors(config, len(ids), new_tokens, source)
         limits = replace(limits, eos=frozenset(config.eos_token_id))
-        return cls(ids, config, limits, new_tokens, processors, options.seed, policy, protect)
+        return cls(
+            ids,
+            config,
+            limits,
+            new_tokens,
+            processors,
+            seed=options.seed,
+            context_policy=policy,
+            context_protect=protect,
+            shape=shape,
+            logprobs=options.logprobs,
+            prompt_logprobs=options.prompt_logprobs,
+        )
 
     @property
     def tokens(self) -> int:

@@ -11,6 +11,8 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from edgeformer.decoding.logprobs import TokenLogprob
+from edgeformer.decoding.tools.answer import AnswerPiece, ParsedAnswer, ToolCall
 from edgeformer.errors import InputError
 
 
@@ -25,6 +27,8 @@ class Piece:
     text: str
     finish_reason: str | None = None
     index: int = 0  # of the answer, where a prompt has several
+    parts: tuple[AnswerPiece, ...] = ()  # what it adds to content, reasoning and tool calls, in a chat that has them
+    logprob: TokenLogprob | None = None  # where asked for
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,9 @@ class Result:
     finish_reason: str
     timings: Timings
     drafts: Drafts = NO_DRAFTS
+    logprobs: list[TokenLogprob] | None = None  # of `ids`, where asked for
+    prompt_logprobs: list[TokenLogprob] | None = None
+    answer: ParsedAnswer | None = None  # divided into content, reasoning and calls, in a chat that has them
 
     def __str__(self) -> str:
         return self.text
@@ -87,6 +94,21 @@ class Result:
     def cached_tokens(self) -> int:
         """Tokens of the prompt that a session or the prefix cache held already."""
         return self.timings.reused_tokens
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """The calls of tools, in their order."""
+        return [] if self.answer is None else list(self.answer.tool_calls)
+
+    @property
+    def content(self) -> str:
+        """The text without reasoning and tool calls."""
+        return self.text if self.answer is None else self.answer.content
+
+    @property
+    def reasoning(self) -> str:
+        """What the model wrote before its answer, as its chat template marks it."""
+        return "" if self.answer is None else self.answer.reasoning
 
 
 class Stream(Iterator[Piece]):

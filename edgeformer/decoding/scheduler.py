@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -19,28 +18,11 @@ from edgeformer.bundle.signature import IDS, KEEP, Array
 from edgeformer.decoding.job import Job, Rows
 from edgeformer.decoding.row_budget import RowBudget
 from edgeformer.decoding.sequence import Sequence
+from edgeformer.decoding.speculation.speculation import Speculation
 from edgeformer.engines.base import Engine, State
 from edgeformer.errors import EdgeformerError, InputError
 
 TOKEN_BUDGET = 512  # rows of one step: bounds the memory of activations, and how long Ctrl-C waits
-
-
-class Speculator(Protocol):
-    """Guesses what follows: one for each scheduler."""
-
-    def propose(self, sequences: Tokens[Sequence], room: int) -> None:
-        """Gives drafts to those sequences (all of them decode) for which they pay, by `Sequence.draft`; at most `room`
-        in all.
-        """
-        ...
-
-    def observe(self, rows: int, seconds: float) -> None:
-        """A step of `rows` rows, none of them of a prompt, took so long."""
-        ...
-
-    def end(self, sequence: Sequence) -> None:
-        """A sequence has ended or failed."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -84,14 +66,14 @@ class Scheduler:
         *,
         keeps_logits: bool,
         options: SchedulerOptions,
-        speculator: Speculator | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self.options = options
         self.waiting: deque[list[Job]] = deque()  # groups that are admitted together: the answers to one prompt
         self.running: list[Job] = []
         self._engine = engine
         self._keeps_logits = keeps_logits
-        self._speculator = speculator
+        self._speculation = speculation
         self._budget = RowBudget(options.token_budget, options.stretch)
 
     # -------------------------------------------------------------------------------------------------- join and leave
@@ -162,8 +144,8 @@ class Scheduler:
         for job in self.running:
             if job.reason is not None or job.error is not None:
                 job.release()
-                if self._speculator is not None and isinstance(job, Sequence):
-                    self._speculator.end(job)
+                if self._speculation is not None and isinstance(job, Sequence):
+                    self._speculation.end(job)
         self.running = [job for job in self.running if job.reason is None and job.error is None]
 
     # -------------------------------------------------------------------------------------------------------- one step
@@ -185,8 +167,8 @@ class Scheduler:
             logits = [self._forward_alone(job, rows) for job, rows in plan]
         seconds = time.perf_counter() - began
         self._budget.observe(decode_rows, prompt_rows, seconds)
-        if self._speculator is not None and not prompt_rows:
-            self._speculator.observe(decode_rows, seconds)
+        if self._speculation is not None and not prompt_rows:
+            self._speculation.observe(decode_rows, seconds)
         for (job, _), scores in zip(plan, logits, strict=True):
             if scores is None or job.reason is not None:
                 continue
@@ -199,9 +181,9 @@ class Scheduler:
     def _plan(self) -> tuple[list[tuple[Job, Rows]], int, int]:
         """(what runs in this step, rows of jobs that decode, rows of prompts)."""
         decoding = [job for job in self.running if job.decodes]
-        if self._speculator is not None:
+        if self._speculation is not None:
             room = self.options.token_budget - sum(job.slots for job in decoding)
-            self._speculator.propose([job for job in decoding if isinstance(job, Sequence)], room)
+            self._speculation.propose([job for job in decoding if isinstance(job, Sequence)], room)
         plan: list[tuple[Job, Rows]] = []
         decode_rows = prompt_rows = 0
         for job in decoding:

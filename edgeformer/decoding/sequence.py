@@ -10,21 +10,26 @@ drafts of a sampled answer, but change its tokens).
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as Tokens
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgeformer.bundle.signature import Array
-from edgeformer.decoding.answer_text import AnswerText, TextStream
+from edgeformer.decoding.answer_text import AnswerText, text_stream
 from edgeformer.decoding.context import shortened
 from edgeformer.decoding.job import Rows
-from edgeformer.decoding.logits_processors import process
+from edgeformer.decoding.logits_processors import next_token
+from edgeformer.decoding.logprobs import TokenLogprob, prompt_logprobs, token_logprobs
 from edgeformer.decoding.request import Request
 from edgeformer.decoding.result import Drafts, Piece, Result, Timings
-from edgeformer.decoding.sampling import check, choose
+from edgeformer.decoding.sampling import check
 from edgeformer.decoding.session import Session, StateSource
+from edgeformer.decoding.tools.answer import AnswerPiece, gather
+from edgeformer.engines.base import CHUNK_TOKENS
 from edgeformer.errors import EdgeformerError
+from edgeformer.processing.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from edgeformer.decoding.speculation.sequence_drafts import SequenceDrafts
 
 if TYPE_CHECKING:
     from edgeformer.decoding.speculation.sequence_drafts import SequenceDrafts
@@ -35,14 +40,19 @@ class Sequence:
 
     slots = 1
 
-    def __init__(self, request: Request, states: StateSource, text: TextStream | None = None, index: int = 0) -> None:
+    def __init__(
+        self,
+        request: Request,
+        states: StateSource,
+        tokenizer: Tokenizer | None,
+        index: int = 0,
+        guesses: SequenceDrafts | None = None,
+    ) -> None:
         self.request = request
         self.index = index  # among the answers to the prompt
         self.ids = list(request.prompt)  # the prompt and all new tokens
         self.reason: str | None = None
         self.error: Exception | None = None
-        self.proposed = self.accepted = 0  # drafts
-        self.guesses: SequenceDrafts | None = None  # what drafts are made of; None without speculation
         self.siblings: list[Sequence] = []  # other answers to the same prompt, which wait for it to run
         self.is_waiting = False  # this is such an answer
         self._states = states
@@ -50,7 +60,15 @@ class Sequence:
         self._context = self.ids  # what the state shall hold: another list once the context slid
         self._drafts: list[int] = []
         self._running = 0  # tokens of the step that runs, without drafts
-        self._text = AnswerText(text, request.config.stop_strings)
+        self.guesses = guesses  # what drafts are made of; None without speculation
+        self.proposed = self.accepted = 0  # drafts
+        self._text = AnswerText(text_stream(tokenizer, request.shape), request.config.stop_strings)
+        self._parser = request.shape.parser()
+        self._parts: list[AnswerPiece] = []  # of the whole answer
+        self.constraint = None if request.shape.grammar is None else request.shape.grammar.start()
+        self._token_texts = None if tokenizer is None or not self._wants_logprobs else tokenizer.token_texts
+        self._logprobs: list[TokenLogprob] = []
+        self._prompt_logprobs: list[TokenLogprob] = []
         self._rng = request.rng(index)
         self._seen = np.array(self.ids, np.int64) if request.processors else np.empty(0, np.int64)
         self._pieces: list[Piece] = []
@@ -123,7 +141,12 @@ class Sequence:
         ids, keep = context[start:end], 1
         if end == len(context):
             ids, keep = ids + self._drafts, 1 + len(self._drafts)
+        elif end - end % CHUNK_TOKENS > start:
+            end -= end % CHUNK_TOKENS  # whole chunks, for the prefix cache
+            ids = context[start:end]
         self._running = end - start
+        if self._scores_prompt:
+            keep = len(ids)
         return Rows(np.array([ids], np.int64), session.state, keep)
 
     def accept(self, logits: Array) -> None:
@@ -136,8 +159,14 @@ class Sequence:
         if cached:
             held = len(session.ids)
             session.ids += self._context[held : held + self._running]
+            if self._scores_prompt:
+                self._score_prompt(logits[0], held)
             if len(session.ids) < len(self._context):
+                if len(session.ids) % CHUNK_TOKENS == 0:
+                    self._states.keep(session)
                 return
+        elif self._scores_prompt:
+            self._score_prompt(logits[0], 0)
         if self.count == 0:
             self._end_prompt(logits[0, -1])
         known, drafts = len(self._context), self._drafts
@@ -169,8 +198,7 @@ class Sequence:
     def cancel(self) -> None:
         """Ends it as it is."""
         self.reason = "cancel"
-        piece = self._text.flush()
-        self._pieces.append(Piece(None, piece, self.reason, self.index))
+        self._add(None, self._text.flush())
         self._hand_over()
 
     def result(self) -> Result:
@@ -184,8 +212,17 @@ class Sequence:
             self._last - self._first,
             self._queued,
         )
-        new = self.ids[len(self.request.prompt) :]
-        return Result(self._text.shown, new, self.reason or "cancel", timings, Drafts(self.proposed, self.accepted))
+        request = self.request
+        return Result(
+            self._text.shown,
+            self.ids[len(request.prompt) :],
+            self.reason or "cancel",
+            timings,
+            drafts=Drafts(self.proposed, self.accepted),
+            logprobs=None if request.logprobs is None else list(self._logprobs),
+            prompt_logprobs=None if request.prompt_logprobs is None else list(self._prompt_logprobs),
+            answer=None if self._parser is None else gather(self._parts),
+        )
 
     # ---------------------------------------------------------------------------------------------------- a new token
 
@@ -196,9 +233,12 @@ class Sequence:
             scores = np.asarray(logits, np.float32)
             if not request.config.remove_invalid_values:
                 check(scores)
-            if request.processors:
-                scores = process(request.processors, self._seen, scores)
-            token = choose(scores, self._rng)
+            raw, constraint = scores, self.constraint
+            if constraint is not None:
+                scores = constraint.apply(scores)
+            token = next_token(request.processors, self._seen, scores, self._rng)
+            if constraint is not None:
+                constraint.accept(token)
         except EdgeformerError as error:
             raise EdgeformerError(
                 f"Step {self.count} of the generation, after {len(self.ids)} tokens: {error}"
@@ -211,6 +251,8 @@ class Sequence:
             self._context.append(token)
         if request.processors:
             self._seen = np.append(self._seen, token)
+        if request.logprobs is not None:
+            self._logprobs += token_logprobs(raw[None], [token], request.logprobs, self._token_texts)
         is_end = token in request.limits.eos
         piece = "" if is_end else self._text.push(token)
         self.reason = "eos" if is_end else self._end()
@@ -218,7 +260,17 @@ class Sequence:
             piece += self._text.flush()
             if self._text.is_stopped and not is_end:
                 self.reason = "stop"
-        self._pieces.append(Piece(token, piece, self.reason, self.index))
+        self._add(token, piece)
+
+    def _add(self, token: int | None, text: str) -> None:
+        """A piece for the caller."""
+        parts: list[AnswerPiece] = []
+        if self._parser is not None:
+            parts = self._parser.push(text) if text else []
+            parts += self._parser.finish() if self.reason is not None else []
+            self._parts += parts
+        logprob = self._logprobs[-1] if self._logprobs and token is not None else None
+        self._pieces.append(Piece(token, text, self.reason, self.index, tuple(parts), logprob))
 
     def _end(self) -> str | None:
         """Why the answer ends with its last token, if it does.
@@ -227,7 +279,7 @@ class Sequence:
             ContextError: the context is full, and the policy is "error".
         """
         request = self.request
-        if self._text.is_stopped:
+        if self._text.is_stopped or (self.constraint is not None and self.constraint.ended):
             return "stop"
         if self.count >= request.max_new_tokens:
             return "length"
@@ -252,6 +304,24 @@ class Sequence:
         if self._session is not None:
             self._session.reuse(self._context)
 
+    @property
+    def _wants_logprobs(self) -> bool:
+        return self.request.logprobs is not None or self.request.prompt_logprobs is not None
+
+    @property
+    def _scores_prompt(self) -> bool:
+        """Whether all logits of the prompt are wanted."""
+        return self.count == 0 and self.request.prompt_logprobs is not None
+
+    def _score_prompt(self, logits: Array, start: int) -> None:
+        """Adds the log probabilities of the prompt's tokens from `start` + 1 on, from `logits` [rows, vocab]."""
+        count, context = self.request.prompt_logprobs, self._context
+        assert count is not None
+        if not self._prompt_logprobs:
+            self._prompt_logprobs = prompt_logprobs(logits[:0], context[:1], count, self._token_texts)
+        following = context[start + 1 : start + 1 + len(logits)]
+        self._prompt_logprobs += token_logprobs(logits[: len(following)], following, count, self._token_texts)
+
     # --------------------------------------------------------------------------------------- answers to one same prompt
 
     def _end_prompt(self, logits: Array) -> None:
@@ -265,6 +335,7 @@ class Sequence:
 
     def _follow(self, first: Sequence, logits: Array) -> None:
         self.is_waiting = False
+        self._prompt_logprobs = first._prompt_logprobs
         self._session = Session(first.session.state.fork(), first.session.ids)
         self._context = self.ids if first._context is first.ids else list(first._context)
         self._reused = len(self._context)

@@ -31,6 +31,8 @@ class Session:
         while common < limit and self.ids[common] == prompt[common]:
             common += 1
         if self.state.length > common:
+            if common < self.state.shortest:
+                common = 0  # a sliding window has dropped keys that the next token would see
             self.state.truncate(common)
         self.ids = self.ids[:common]
         return common

@@ -9,6 +9,17 @@ import numpy as np
 
 Arrays = Mapping[str, np.ndarray]
 
+CHUNK_TOKENS = 128  # of a KvChunk
+
+
+class KvChunk(Protocol):
+    """The keys and values of CHUNK_TOKENS tokens in all layers. Immutable; made by `State.chunks`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it keeps in memory, shared with states or not."""
+        ...
+
 
 class State(Protocol):
     """The KV cache of one sequence, or of one batch of equal length. `Engine.forward` appends to it."""
@@ -28,11 +39,40 @@ class State(Protocol):
 
         Raises:
             InputError: `length` is negative or larger than `self.length`.
+            StateError: `length` is not 0 and less than `self.shortest`.
+        """
+        ...
+
+    @property
+    def shortest(self) -> int:
+        """The least `length` other than 0 for `truncate`; 0 means any.
+
+        A layer with a sliding window drops keys that no later token sees. It keeps enough to remove 128 tokens.
         """
         ...
 
     def fork(self) -> State:
-        """An independent copy of the state."""
+        """An independent state with the same tokens. Engines share the memory of both where they can."""
+        ...
+
+    def chunks(self, first: int = 0) -> list[KvChunk]:
+        """The full chunks of the state from chunk `first` on: chunk i has the tokens from CHUNK_TOKENS * i on.
+
+        Raises:
+            InputError: the state is a batch of several sequences.
+        """
+        ...
+
+    def restore(self, chunks: Sequence[KvChunk], length: int) -> int:
+        """Fill an empty state with the first `length` tokens of the chunks 0, 1, ... of a sequence.
+
+        Returns the tokens that the state now has: `length`, or fewer (a multiple of CHUNK_TOKENS, maybe 0) where a
+        sliding window had dropped keys of the chunks.
+
+        Raises:
+            InputError: the chunks have fewer tokens than `length`.
+            StateError: the state is not empty, or a chunk belongs to another engine.
+        """
         ...
 
     def select(self, rows: Sequence[int]) -> None:
@@ -52,6 +92,11 @@ class Engine(Protocol):
     @property
     def name(self) -> str:
         """`"cpu"`, `"cuda"` or `"native"`."""
+        ...
+
+    @property
+    def rows_are_exact(self) -> bool:
+        """Whether the outputs of a token have the same bits whatever else runs in the call, and in any chunks."""
         ...
 
     def new_state(self, static_inputs: Arrays | None = None) -> State:

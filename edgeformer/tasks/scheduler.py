@@ -25,7 +25,8 @@ class GenerationScheduler:
         self, task: TextGeneration | EncoderDecoder, options: SchedulerOptions, queue_limit: int | None
     ) -> None:
         self._task = task
-        self._worker = Worker(task.generator.scheduler(options), queue_limit)
+        self._generator = task.generator
+        self._worker = Worker(self._generator.scheduler(options), queue_limit)
         self.options = options
 
     def add(self, prompt: Prompt, **arguments: Unpack[CallArguments]) -> Answer:
@@ -51,7 +52,7 @@ class GenerationScheduler:
     def _add(self, prompt: Prompt, arguments: Mapping[str, Any]) -> Answer:
         if arguments.get("session") is not None:
             raise InputError("A scheduler keeps states itself; leave out session (its prefix cache finds old turns).")
-        return self._worker.add(self._task.generator.jobs(self._task.call(prompt, arguments)))
+        return self._worker.add(self._generator.jobs(self._task.call(prompt, arguments)))
 
     def cancel(self, answer: Answer) -> None:
         """Ends an answer before the next step and frees its state; nobody else is disturbed."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from edgeformer.bundle.bundle import Bundle
 from edgeformer.bundle.signature import IDS, Array
+from edgeformer.decoding.answer_shape import Vocabulary, text_shape
 from edgeformer.decoding.generation import Call, TextGenerator
 from edgeformer.decoding.generation_config import GenerationConfig, file_settings
 from edgeformer.decoding.limits import Limits
@@ -67,7 +69,7 @@ class EncoderDecoder:
                     return [value]
         raise InputError(f"{self.bundle.path} names no decoder_start_token_id; give decoder_prompt=[...].")
 
-    @property
+    @cached_property
     def generator(self) -> TextGenerator:
         """Makes answers with this model."""
         return TextGenerator(self.decoder, self.limits, self.tokenizer)
@@ -103,7 +105,9 @@ class EncoderDecoder:
             copies = {name: np.repeat(value, rows, axis=0) for name, value in static.items()} if rows > 1 else static
             return self.decoder.new_state(copies)
 
-        return Call(prompt, config, options, new_state, source, is_cacheable=False)
+        eos = () if options.ignore_eos else config.eos_token_id
+        shape = text_shape(options.shape, Vocabulary(self.tokenizer, eos, self.limits.vocab_size))
+        return Call(prompt, config, options, new_state, source, shape, is_cacheable=False)
 
     def likeliest(self, static: Arrays, prompt: Sequence[int], among: Sequence[int]) -> int:
         """Which of the tokens `among` the model would put after `prompt`."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgeformer.bundle.bundle import Bundle
 from edgeformer.bundle.signature import IDS
+from edgeformer.decoding.answer_shape import Vocabulary, chat_shape, text_shape
 from edgeformer.decoding.generation import Call, TextGenerator
 from edgeformer.decoding.generation_config import GenerationConfig, file_settings
 from edgeformer.decoding.limits import Limits
@@ -37,7 +39,7 @@ class TextGeneration:
     prefix_cache: PrefixCache | None = None
     speculation: Speculation | None = None
 
-    @property
+    @cached_property
     def generator(self) -> TextGenerator:
         """Makes answers with this model."""
         return TextGenerator(self.engine, self.limits, self.tokenizer, self.prefix_cache, self.speculation)
@@ -53,8 +55,14 @@ class TextGeneration:
         if decoder_prompt is not None:
             raise InputError("decoder_prompt is for encoder-decoders; this model's answer begins with its prompt.")
         config = GenerationConfig.for_call(file_settings(self.bundle), given, self.bundle.vocab_size)
-        ids = encode_prompt(prompt, self.tokenizer, str(self.bundle.path))
-        return Call(ids, config, options, lambda _: self.engine.new_state(), ids)
+        eos = () if options.ignore_eos else config.eos_token_id
+        vocabulary = Vocabulary(self.tokenizer, eos, self.bundle.vocab_size)
+        if is_chat(prompt) and self.tokenizer is not None:
+            ids, shape = chat_shape(prompt, options.shape, vocabulary)  # type: ignore[arg-type]
+        else:
+            ids = encode_prompt(prompt, self.tokenizer, str(self.bundle.path))
+            shape = text_shape(options.shape, vocabulary)
+        return Call(ids, config, options, lambda _: self.engine.new_state(), ids, shape)
 
     def logits(self, ids: Sequence[int] | np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The logits at every position, float32 [len(ids), vocab]; see `Model.logits`.
@@ -83,7 +91,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, name: str) -> lis
         return prompt.tolist() if prompt.ndim == 1 and prompt.dtype.kind in "iu" else _no_prompt(prompt)
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         return _no_prompt(prompt)
-    if prompt and all(isinstance(part, Mapping) for part in prompt):
+    if is_chat(prompt):
         return _require(tokenizer, name).encode_chat(prompt)  # type: ignore[arg-type]
     if all(isinstance(part, (int, np.integer)) and not isinstance(part, bool) for part in prompt):
         return [int(part) for part in prompt]  # type: ignore[arg-type]
@@ -101,6 +109,13 @@ def _no_prompt(prompt: object) -> list[int]:
         f"The prompt is {type(prompt).__name__}, expected text, a list of token ids, or a list of chat messages "
         "({'role': ..., 'content': ...})."
     )
+
+
+def is_chat(prompt: object) -> bool:
+    """Whether it is a list of chat messages."""
+    if isinstance(prompt, (str, bytes, np.ndarray)) or not isinstance(prompt, Sequence):
+        return False
+    return len(prompt) > 0 and all(isinstance(part, Mapping) for part in prompt)
 
 
 def is_list_of_prompts(prompt: object) -> bool:

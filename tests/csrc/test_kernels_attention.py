@@ -48,10 +48,13 @@ class Case:
         return cache
 
     def run(self, isa: str, cache, rows: slice = slice(None), mode: str = "rows", step: int = 1 << 20) -> np.ndarray:
-        mask = None if self.mask is None else np.ascontiguousarray(self.mask[rows])
-        strides = (0, 0) if mask is None else (mask.shape[1] * mask.shape[2], mask.shape[2])
-        return testing.Table(isa).attention(cache, 0, self.group, self.q[rows], self.begin[rows], self.end[rows],
-                                            self.scale, self.softcap, mask, *strides, mode, step)  # fmt: skip
+        queries = testing.Queries()
+        queries.q, queries.begin, queries.end = self.q[rows], self.begin[rows], self.end[rows]
+        queries.group, queries.scale, queries.softcap = self.group, self.scale, self.softcap
+        if self.mask is not None:
+            queries.mask = np.ascontiguousarray(self.mask[rows])
+            queries.mask_token, queries.mask_head = self.mask[0].size, self.mask.shape[2]
+        return testing.Table(isa).attention(cache, 0, queries, mode, step)
 
     def exact(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
         """(out, bound) in float64. int8: from integers that numpy quantizes by the formula of kernels.h."""
@@ -178,6 +181,13 @@ def test_nan_in_a_query_reaches_only_its_own_rows(isa: str) -> None:
         assert np.isfinite(np.delete(out, 2, axis=0)).all()
 
 
+def append(cache, case: Case, first: int, last: int) -> None:
+    """The case's tokens [first, last)."""
+    cache.reserve(last - first)
+    testing.Table("scalar").kv_append(cache, 0, case.k[first:last], case.v[first:last])
+    cache.advance(last - first)
+
+
 def test_fork_truncate_save_and_load() -> None:
     case = Case((2, 1, 64, 64), 300, 1)
     cache = case.cache("int8", "scalar")
@@ -185,23 +195,70 @@ def test_fork_truncate_save_and_load() -> None:
     copy = cache.fork()
     copy.truncate(100)
     assert (copy.length, cache.length) == (100, 300)
-    assert copy.bytes < cache.bytes
-    copy.reserve(1)
-    testing.Table("scalar").kv_append(copy, 0, case.k[:1], case.v[:1])
-    copy.advance(1)
+    append(copy, case, 0, 1)
     assert cache.save() == saved, "a fork's append was seen by its origin"
 
     # truncated and filled again: nothing of the removed tokens is seen
     cache.truncate(130)
-    cache.reserve(170)
-    testing.Table("scalar").kv_append(cache, 0, case.k[130:], case.v[130:])
-    cache.advance(170)
+    append(cache, case, 130, 300)
     assert_same_bits(case.run("scalar", cache), case.run("scalar", case.cache("int8", "scalar")))
 
     other = testing.KvCache("int8", 1, 2, 64, 64, 4096)
     other.load(saved)
     assert other.save() == saved
     assert_same_bits(case.run("scalar", other), case.run("scalar", cache))
+
+
+@pytest.mark.parametrize("length", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 300])
+def test_a_fork_copies_one_chunk_when_it_grows(length: int) -> None:
+    case = Case((2, 1, 64, 64), 400, 1)
+    cache = testing.KvCache("int8", 1, 2, 64, 64, 4096)
+    append(cache, case, 0, length)
+    one = cache.bytes_alone // -(-length // CHUNK)
+    cache.reserve(300)  # room that the fork must not share
+    room = cache.bytes_alone
+    saved = cache.save()
+    copy = cache.fork()
+    assert copy.bytes_alone == 0
+    assert copy.bytes_shared == -(-length // CHUNK) * one
+    append(copy, case, length, 400)
+    assert copy.bytes_shared == length // CHUNK * one
+    assert cache.bytes_alone == room - copy.bytes_shared
+    assert cache.save() == saved
+    append(cache, case, 0, 5)
+    assert_same_bits(case.run("scalar", copy), case.run("scalar", case.cache("int8", "scalar")))
+    del cache
+    assert copy.bytes_shared == 0
+
+
+def test_a_window_keeps_what_a_query_may_see() -> None:
+    window, step = 100, 32
+    case = Case((2, 1, 64, 64), 1000, 1, window=window)
+    cache = testing.KvCache("int8", 1, 2, 64, 64, 4096, window=window)
+    everything = testing.KvCache("int8", 1, 2, 64, 64, 4096)
+    for first in range(0, 1000, step):
+        last = min(first + step, 1000)
+        append(cache, case, first, last)
+        append(everything, case, first, last)
+        cache.release_unseen()
+        kept = cache.bytes_alone // (everything.bytes_alone // -(-last // CHUNK))
+        # the chunks with the keys from last - CHUNK + 1 - window (the next query after the longest rewind) to last
+        assert kept == -(-last // CHUNK) - max(0, last - CHUNK + 1 - window) // CHUNK
+        query = Case((2, 1, 64, 64), last, 1, window=window)
+        assert_same_bits(query.run("scalar", cache), query.run("scalar", everything))
+        assert_same_bits(query.run("scalar", cache, mode="chunks"), query.run("scalar", everything))
+        assert cache.shortest <= max(0, last - CHUNK)
+    other = testing.KvCache("int8", 1, 2, 64, 64, 4096, window=window)
+    other.load(cache.save())
+    assert other.save() == cache.save()
+    for shorter in (cache.shortest, 0):
+        with pytest.raises(IndexError, match=f"shortest is {cache.shortest}"):
+            cache.truncate(cache.shortest - 1)
+        cache.truncate(shorter)
+        append(cache, case, shorter, 1000)
+        assert_same_bits(case.run("scalar", cache), case.run("scalar", everything))
+    with pytest.raises(ValueError, match="windows are not those"):
+        testing.KvCache("int8", 1, 2, 64, 64, 4096).load(other.save())
 
 
 def test_the_cache_refuses() -> None:
@@ -211,7 +268,7 @@ def test_the_cache_refuses() -> None:
         cache.reserve(4067)
     with pytest.raises(IndexError, match="cannot truncate 30 tokens to 31"):
         cache.truncate(31)
-    with pytest.raises(ValueError, match="bytes, expected"):
+    with pytest.raises(ValueError, match="expected"):
         cache.load(saved[:-1])
     with pytest.raises(ValueError, match="not those of this model"):
         testing.KvCache("int8", 1, 2, 64, 48, 4096).load(saved)

@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from edgeformer.engines.native.ir.graph import Array
+from edgeformer.bundle.signature import Array
+from edgeformer.engines.base import CHUNK_TOKENS, KvChunk
 from edgeformer.errors import StateError
 
 if TYPE_CHECKING:
@@ -34,21 +35,48 @@ class NativeState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the cache now; it grows in chunks as tokens come."""
+        """Bytes of the cache that this state alone holds; it grows in chunks as tokens come."""
         return int(self._state.nbytes)
+
+    @property
+    def nbytes_shared(self) -> int:
+        """Bytes of chunks that other states or a prefix cache hold too."""
+        return int(self._state.nbytes_shared)
+
+    @property
+    def shortest(self) -> int:
+        """See `edgeformer.engines.base.State.shortest`."""
+        return int(self._state.shortest)
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from `length` on.
 
         Raises:
             InputError: `length` is negative or larger than `self.length`.
-            StateError: the state is in use by another call.
+            StateError: the state is in use by another call, or `length` is not 0 and less than `self.shortest`.
         """
         self._state.truncate(int(length))
 
     def fork(self) -> NativeState:
-        """An independent copy."""
+        """An independent state that shares all chunks: one of 128 tokens is copied before the first append to it."""
         return NativeState(self._state.fork(), self._fingerprint, self._static_inputs)
+
+    def chunks(self, first: int = 0) -> list[KvChunk]:
+        """See `edgeformer.engines.base.State.chunks`. The chunks share the state's memory.
+
+        Raises:
+            InputError: `first` is negative, or the state is a batch of several sequences.
+        """
+        return [self._state.chunk(i) for i in range(first, self.length // CHUNK_TOKENS)]
+
+    def restore(self, chunks: Sequence[KvChunk], length: int) -> int:
+        """See `edgeformer.engines.base.State.restore`. The state shares the memory of the chunks."""
+        from edgeformer import _native
+
+        natives = [chunk for chunk in chunks if isinstance(chunk, _native.KvChunk)]
+        if len(natives) < len(chunks):
+            raise StateError(f"chunks of another engine were given to a state of the native one: {chunks!r:.200}")
+        return int(self._state.restore(natives, int(length)))
 
     def select(self, rows: Sequence[int]) -> None:
         """Sequence i of the batch becomes a copy of what sequence `rows[i]` was; as many as before.

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from support.tiny import IDS, logits
 
-pytest.importorskip("edgeformer._native", reason="the native extension is not built")
+native = pytest.importorskip("edgeformer._native", reason="the native extension is not built")
 
 from edgeformer.engines.native.engine import NativeEngine
 from edgeformer.errors import InputError, StateError
@@ -202,3 +202,113 @@ def test_the_fingerprint_of_a_bundle_comes_from_its_manifest(engine, q8, lm):
     assert NativeEngine.from_bundle(Bundle.open(q8), threads=1)._fingerprint == engine._fingerprint
     assert NativeEngine.from_bundle(lm, threads=1)._fingerprint != engine._fingerprint
     assert NativeEngine.from_bundle(q8 / "model.onnx", threads=1)._fingerprint != engine._fingerprint
+
+
+# -- shared chunks ----------------------------------------------------------------------------------------------------
+
+PROMPT = np.random.default_rng(7).integers(0, 90, (1, 250))  # POSITIONS is 256
+
+
+def run(engine, count):
+    state = engine.new_state()
+    logits(engine, PROMPT[:, :count], state)
+    return state
+
+
+def test_forks_share_their_chunks(engine):
+    state = run(engine, 200)
+    alone, fork = state.nbytes, state.fork()
+    assert (state.nbytes, state.nbytes_shared) == (fork.nbytes, fork.nbytes_shared) == (0, alone)
+    logits(engine, PROMPT[:, :1], fork)
+    assert (fork.nbytes, fork.nbytes_shared) == (alone // 2, alone // 2)  # the second chunk was copied
+    assert state.nbytes == alone // 2
+    del fork
+    assert state.nbytes == alone == engine.kv_bytes(200)
+
+
+def test_beams_that_follow_one_row_share_it(engine):
+    state = engine.new_state()
+    rows = np.concatenate([PROMPT[:, :130], PROMPT[:, 20:150]])
+    logits(engine, rows, state)
+    expected = logits(engine, np.concatenate([PROMPT[:, 130:140]] * 2), _batch(engine, PROMPT[:, :130]))
+    state.select([0, 0])
+    assert state.nbytes == 0
+    np.testing.assert_array_equal(logits(engine, np.concatenate([PROMPT[:, 130:140]] * 2), state), expected)
+
+
+def _batch(engine, ids):
+    state = engine.new_state()
+    logits(engine, np.concatenate([ids, ids]), state)
+    return state
+
+
+@pytest.mark.parametrize("isa", native.isas())
+@pytest.mark.parametrize("kv", ["int8", "float32"])
+def test_a_state_restored_from_chunks_goes_on_with_the_same_bits(q8, isa, kv):
+    engine = NativeEngine.from_bundle(q8, threads=2, isa=isa, kv=kv)
+    whole, state = logits(engine, PROMPT), run(engine, 250)
+    chunks = state.chunks()
+    assert [c.nbytes for c in chunks] == [engine.kv_bytes(128)]
+    before = state.to_bytes()
+    for length in (128, 127, 100, 1):
+        restored = engine.new_state()
+        assert restored.restore(chunks, length) == restored.length == length
+        assert restored.nbytes == 0
+        np.testing.assert_array_equal(logits(engine, PROMPT[:, length:], restored), whole[:, length:])
+    assert state.to_bytes() == before
+
+
+def test_every_isa_saves_a_chunk_as_the_same_bytes(q8):
+    for kv in ("int8", "float32"):
+        saved = set()
+        for isa in native.isas():
+            engine = NativeEngine.from_bundle(q8, threads=1, isa=isa, kv=kv)
+            [chunk] = run(engine, 130).chunks()
+            saved.add(chunk.save())
+            assert engine.chunk_from_bytes(memoryview(chunk.save())).save() == chunk.save()
+        assert len(saved) == 1
+
+
+def test_chunks_that_do_not_fit_are_refused(engine, q8):
+    state = run(engine, 130)
+    [chunk] = state.chunks()
+    other = NativeEngine.from_bundle(q8, threads=1)
+    with pytest.raises(StateError, match="another engine"):
+        other.new_state().restore([chunk], 128)
+    with pytest.raises(StateError, match="another engine"):
+        engine.new_state().restore([object()], 128)
+    with pytest.raises(StateError, match="must be empty"):
+        state.restore([chunk], 128)
+    with pytest.raises(InputError, match="restore 129 of 128"):
+        engine.new_state().restore([chunk], 129)
+    with pytest.raises(InputError, match="one sequence"):
+        _batch(engine, PROMPT[:, :130]).chunks()
+    with pytest.raises(InputError, match="chunk -1"):
+        state.chunks(-1)
+    saved = chunk.save()
+    for damaged in (b"", saved[:-1], saved + b"x", saved[:60], b"x" + saved[1:]):
+        with pytest.raises(StateError, match="does not fit"):
+            engine.chunk_from_bytes(damaged)
+    with pytest.raises(StateError, match="not those of this model"):
+        NativeEngine.from_bundle(q8, threads=1, kv="float32").chunk_from_bytes(saved)
+
+
+def test_forks_in_several_threads_do_not_see_each_other(engine):
+    """They share a chunk that each of them copies when it appends, while others read it."""
+    whole, state, wrong = logits(engine, PROMPT), run(engine, 140), []
+
+    def use(fork):
+        for _ in range(10):
+            mine = fork.fork()
+            if not np.array_equal(logits(engine, PROMPT[:, 140:], mine), whole[:, 140:]):
+                wrong.append(1)
+            mine.truncate(135)
+            if not np.array_equal(logits(engine, PROMPT[:, 135:], mine), whole[:, 135:]):
+                wrong.append(2)
+
+    threads = [threading.Thread(target=use, args=(state.fork(),)) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
