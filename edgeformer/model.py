@@ -17,6 +17,7 @@ from edgeformer.decoding.generation import Call
 from edgeformer.decoding.generation_config import GenerationConfig, file_settings
 from edgeformer.decoding.generation_fields import notes
 from edgeformer.decoding.limits import Limits
+from edgeformer.decoding.prefixes import PrefixCacheOption
 from edgeformer.decoding.request import CallArguments
 from edgeformer.decoding.result import Result, Stream
 from edgeformer.decoding.scheduler import TOKEN_BUDGET, SchedulerOptions
@@ -48,6 +49,7 @@ def load(
     context: int | None = None,
     memory_limit: int | None = None,
     check: Literal["sizes", "hashes"] = "sizes",
+    prefix_cache: PrefixCacheOption = None,
 ) -> Model:
     """The model in the bundle at `path` (or in one that `Bundle.open` gave), ready to run.
 
@@ -57,6 +59,10 @@ def load(
     that this process may use. `isa` ("avx2", ...), `kv` (the cache: "int8", "float32", or "auto": int8 where weights
     are quantized, else float32), `context` (tokens to plan memory for) and `memory_limit` (bytes) are the native
     engine's; an `isa` selects that engine. `check="hashes"` also reads and checks every byte of the bundle.
+
+    `prefix_cache`: prompts that begin like earlier ones go on from these. By default the native engine keeps beginnings
+    of 4096 tokens in all; False keeps none, a number is bytes, "folder" or a path keeps them on disk too, for other
+    processes. On ONNX Runtime engines a cached beginning may change the last bits of logits, so it must be asked for.
 
     The first time that an engine loads a bundle on this machine, it runs the bundle's reference values (tens of
     milliseconds; the result is remembered in the cache folder). One whose numbers differ by more than the bundle
@@ -81,7 +87,7 @@ def load(
     choice = replace(choice, notes=notes(settings, bundle.vocab_size))
     for note in choice.notes:
         warnings.warn(f"{bundle.path.name}: {note}", EdgeformerWarning, stacklevel=2)
-    return Model(bundle, engines, choice, tokenizer())
+    return Model(bundle, engines, choice, tokenizer(), prefix_cache)
 
 
 class Model(EncoderMethods):
@@ -93,10 +99,11 @@ class Model(EncoderMethods):
         engines: Mapping[str, Engine],
         choice: Choice,
         tokenizer: Tokenizer | None = None,
+        prefix_cache: PrefixCacheOption = None,
     ) -> None:
         self.bundle = bundle
         self.tokenizer = tokenizer  # None where the bundle has none
-        self._task = choose_task(bundle, engines, tokenizer)
+        self._task = choose_task(bundle, engines, tokenizer, prefix_cache)
         self._encoder = engines.get("encoder")
         self._graph = "model" if self._encoder is None else "decoder"
         self.engine = engines[self._graph]  # of an encoder-decoder, the decoder's
@@ -174,6 +181,13 @@ class Model(EncoderMethods):
             n: answers to the prompt, which runs once; answer i has the seed `seed + i`.
             stop: means `stop_strings`. ignore_eos: goes on after the model's end.
             session: a conversation whose state is reused; see `session()`.
+            logprobs, prompt_logprobs: report the log probabilities of new tokens, or of the prompt's, and of so many (0
+                to 20) likeliest ones beside each.
+            speculation: "auto" runs guesses of the next tokens in the same step where that is faster and changes no
+                token; "off", "lookup" (on any engine), or a Model of the same vocabulary that drafts.
+            json_schema, regex, grammar, choices, response_format: what the answer must be; see docs/generation.md.
+            tools, tool_choice, parallel_tool_calls: functions that the model may call, as in OpenAI's API; the calls
+                are in `Result.tool_calls`.
             context_policy: what a full context does: "stop" ends the answer, "error" raises ContextError, "slide" drops
                 the oldest tokens behind the first `context_protect` and goes on.
             decoder_prompt: of an encoder-decoder, the tokens that its answer begins with. Its `prompt` is the source: a

@@ -80,12 +80,7 @@ class TextGenerator:
             return [BeamSearch(request, call.new_state, tokenizer.decode if tokenizer else None)]
         cache = self.prefix_cache if call.is_cacheable else None
         states = StateSource(lambda: call.new_state(1), options.session, cache)
-        answers = [
-            Sequence(request, states, tokenizer, index, self._drafts(options))
-            for index in range(options.n)
-        ]
-        for answer in answers:
-            answer.guesses = self._drafts(options)
+        answers = [Sequence(request, states, tokenizer, index, self._drafts(options)) for index in range(options.n)]
         answers[0].siblings = answers[1:]
         for sibling in answers[1:]:
             sibling.is_waiting = True
@@ -101,15 +96,8 @@ class TextGenerator:
 
     def scheduler(self, options: SchedulerOptions) -> Scheduler:
         """A scheduler on this engine."""
-        return Scheduler(self.engine, keeps_logits=self.limits.keeps_logits, options=options, speculation=self.speculation)
-
-    def _drafts(self, options: CallOptions) -> SequenceDrafts | None:
-        """The drafts of a new sequence; None without speculation."""
-        if self.speculation is not None:
-            return self.speculation.drafts(options.speculation)
-        if options.speculation not in ("auto", "off"):
-            raise InputError("Speculation is for models of one graph, and this is an encoder-decoder; leave it out.")
-        return None
+        keeps_logits, speculation = self.limits.keeps_logits, self.speculation
+        return Scheduler(self.engine, keeps_logits=keeps_logits, options=options, speculation=speculation)
 
     def stream(self, call: Call) -> Stream:
         """The answer to a prompt, piece by piece; that of a beam search comes all at its end.

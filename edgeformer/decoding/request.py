@@ -42,7 +42,6 @@ class CallOptions:
     shape: ShapeOptions = ShapeOptions()  # noqa: RUF009  (frozen)
     context_policy: str | None = None  # what happens when the context is full: "stop" (None), "error" or "slide"
     context_protect: int | None = None  # tokens at the beginning that a sliding context keeps
-    speculation: SpeculationName | DraftBundle = "auto"  # or "off", "lookup", a Model of the same vocabulary
 
     def __post_init__(self) -> None:
         if isinstance(self.n, bool) or not isinstance(self.n, int) or not 1 <= self.n <= MOST_ANSWERS:
@@ -55,7 +54,6 @@ class CallOptions:
         seed = self.seed
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0):
             raise InputError(f"seed is {seed!r}, expected a whole number of at least 0.")
-        check_speculation(self.speculation)
 
 
 class CallArguments(Arguments, total=False):

@@ -10,6 +10,8 @@ drafts of a sampled answer, but change its tokens).
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as Tokens
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,9 +29,6 @@ from edgeformer.decoding.tools.answer import AnswerPiece, gather
 from edgeformer.engines.base import CHUNK_TOKENS
 from edgeformer.errors import EdgeformerError
 from edgeformer.processing.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from edgeformer.decoding.speculation.sequence_drafts import SequenceDrafts
 
 if TYPE_CHECKING:
     from edgeformer.decoding.speculation.sequence_drafts import SequenceDrafts

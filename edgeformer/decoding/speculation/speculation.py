@@ -71,7 +71,7 @@ class Speculation:
             guesses = sequence.guesses
             if guesses is None:
                 continue
-            count = guesses.plan(sequence.ids, rows - 1, min(room, sequence.draft_room))
+            count = guesses.plan(sequence.ids, rows - 1, min(room, sequence.draft_room), sequence.constraint)
             if count and guesses.model is not None:
                 waiting.setdefault(guesses.model.source, []).append((sequence, guesses.model, count))
             else:
@@ -83,7 +83,7 @@ class Speculation:
             for (sequence, _, _), tokens in zip(those, made, strict=True):
                 guesses = sequence.guesses
                 assert guesses is not None
-                guesses.take(tokens)
+                guesses.take(tokens, sequence.constraint)
                 sequence.draft(guesses.drafts)
 
     def observe(self, rows: int, seconds: float) -> None:
