@@ -11,8 +11,8 @@ from edgeformer.decoding.speculation.drafts import LONGEST, MOST_DRAFTS
 FIRST = (1, 2, 3, 4, 8, 16)
 KINDS = tuple(sum(match >= first for first in FIRST) - 1 for match in range(LONGEST + MOST_DRAFTS + 1))
 LOOKUP_CHANCES = (0.25, 0.5, 0.72, 0.78, 0.89, 0.96)  # measured with SmolLM2 on edits, summaries, JSON and stories
-PRIOR_WEIGHT = 16.0  # guesses that the prior counts as
-DECAY = 0.9  # what a right or wrong guess weighs after the next one of its kind: a window of about 10 guesses
+PRIOR_WEIGHT = 16.0  # guesses that these count as in the beginning
+DECAY = 0.97  # what a guess weighs after the next one of its kind: a window of about 33 guesses
 LEAST_CHANCE = 0.05  # a draft that is reached so rarely is not worth a row anywhere
 ROWS = 64  # costs are measured up to so many rows, and extrapolated beyond
 
@@ -23,10 +23,9 @@ class DraftRecord:
     For each kind of guess it holds the share of right ones among the recent ones, which begins with `chances`.
     """
 
-    __slots__ = ("_chances", "_prior", "_right", "_tried", "accepted", "proposed")
+    __slots__ = ("_chances", "_right", "_tried", "accepted", "proposed")
 
     def __init__(self, chances: Sequence[float] = LOOKUP_CHANCES) -> None:
-        self._prior = tuple(chances)
         self._right = [chance * PRIOR_WEIGHT for chance in chances]
         self._tried = [PRIOR_WEIGHT] * len(chances)
         self._chances = list(chances)
@@ -47,9 +46,8 @@ class DraftRecord:
     def learn(self, match: int, is_right: bool) -> None:
         """Count a guess that was compared with the next token, whether it was drafted or not."""
         kind = KINDS[match]
-        kept = (1 - DECAY) * PRIOR_WEIGHT  # so the prior keeps its weight
-        self._right[kind] = right = DECAY * self._right[kind] + kept * self._prior[kind] + is_right
-        self._tried[kind] = tried = DECAY * self._tried[kind] + kept + 1
+        self._right[kind] = right = DECAY * self._right[kind] + is_right
+        self._tried[kind] = tried = DECAY * self._tried[kind] + 1
         self._chances[kind] = right / tried
 
 

@@ -149,7 +149,9 @@ def check_vocabulary(target: Tokenizer | None, draft: Tokenizer | None, name: st
         raise InputError(f"{name} cannot draft for this model: both need a tokenizer, to compare their vocabularies.")
     sizes = target.size, draft.size
     if sizes[0] != sizes[1]:
-        raise InputError(f"{name} has {sizes[1]} tokens, the model {sizes[0]}; a draft model needs the same vocabulary.")
+        raise InputError(
+            f"{name} has {sizes[1]} tokens, the model {sizes[0]}; a draft model needs the same vocabulary."
+        )
     for number in range(sizes[0]):
         if target.token(number) != draft.token(number):
             raise InputError(

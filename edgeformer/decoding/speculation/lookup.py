@@ -20,8 +20,8 @@ STORE_TOKENS = 1 << 16
 class Lookup:
     """Guesses by the most recent occurrence of the last tokens, in the sequence itself or in `recent` answers.
 
-    The match of the last guess goes on as long as the tokens are those that followed there. When it breaks, the most
-    recent occurrence of the last 4, else 2, else 1 tokens is the new match.
+    The match of the last guess goes on as long as the tokens are those that followed there. When it breaks, or is
+    shorter, the most recent occurrence of the last 4, else 2, else 1 tokens is the new match.
     """
 
     def __init__(self, recent: RecentAnswers | None = None) -> None:
@@ -47,10 +47,13 @@ class Lookup:
                 added -= 1
         own.extend(tokens[len(tokens) - added :])
         self._add_ngrams()
-        if follows and at < len(source):
-            self._at, self._match = at, min(follows, LONGEST)
-        else:
-            self._source, self._at, self._match = self._find(own)
+        if not follows or at >= len(source):
+            follows = 0
+        if follows < ORDERS[0]:
+            found = self._find(own)
+            if found[2] > follows:
+                source, at, follows = found
+        self._source, self._at, self._match = source, at, min(follows, LONGEST)
 
     def propose(self, count: int, after: Sequence[int] = ()) -> Proposal:
         """At most `count` guesses of what follows the tokens of the sequence and then `after`."""

@@ -13,6 +13,8 @@ from edgeformer.decoding.speculation.lookup import Lookup, RecentAnswers
 FIRST_REST = 16  # steps without a draft model that does not pay; doubled each time, at most to LAST_REST
 LAST_REST = 256
 PROBE = 2  # drafts after a rest, to see whether it pays now
+# That a forced token is right: the grammar forces a text, and the model may write it in other tokens.
+FORCED_CHANCES = (0.95,) * 6
 
 
 class Shape(Protocol):
@@ -42,8 +44,9 @@ class SequenceDrafts:
         self._recent = recent
         self._lookup = Lookup(recent)
         self._lookup_record, self._model_record = DraftRecord(), DraftRecord(CHANCES)
+        self._forced_record = DraftRecord(FORCED_CHANCES)
         self._seen = 0  # tokens of the sequence that the sources know
-        self._forced: list[int] = []  # the drafts of this step: these first, they say nothing about a source,
+        self._forced: list[int] = []  # the drafts of this step: these first,
         self._guessed: Proposal = NOTHING  # then the first of these,
         self._drafted = 0  # so many
         self._is_model = False  # who guessed
@@ -57,14 +60,16 @@ class SequenceDrafts:
         """
         self._settle(ids)
         room = min(room, MOST_DRAFTS)
-        self._forced = shape.forced(room) if shape is not None and room > 0 else []
-        left, certain = room - len(self._forced), len(self._forced)
-        if left <= 0:
+        control, record = self._control, self._lookup_record
+        forced = shape.forced(room) if shape is not None and room > 0 else []
+        certain = control.count(self._forced_record, others, 1, len(forced)) if forced else 0
+        self._forced = forced[:certain]
+        left = room - certain
+        if left <= 0 or certain < len(forced):
             return 0
-        guessed = self._lookup.propose(left, self._forced)
+        guessed = self._lookup.propose(left, forced)
         if shape is not None and guessed.tokens:
             guessed = self._valid(guessed, shape)
-        control, record = self._control, self._lookup_record
         count, rate = control.plan(record, others, guessed.match, len(guessed.tokens), certain=certain)
         self._guessed, self._drafted = guessed, count
         return self._model_count(others, left, rate, certain)
@@ -95,15 +100,14 @@ class SequenceDrafts:
     def _settle(self, ids: Sequence[int]) -> None:
         """Learn from the tokens since the last step."""
         tokens = ids[self._seen :]
-        guessed, rest = self._guessed, tokens[len(self._forced) :]
+        forced, guessed = self._forced, self._guessed
+        if forced:
+            _count(self._forced_record, Proposal(forced, 1), len(forced), tokens)
+        rest = tokens[len(forced) :] if tokens[: len(forced)] == forced else []
         record = self._model_record if self._is_model else self._lookup_record
         if guessed.tokens and rest:
             if self._drafted:
-                right = 0
-                while right < min(self._drafted, len(rest)) and guessed.tokens[right] == rest[right]:
-                    right += 1
-                # Where the answer ended, drafts behind its end were not tried.
-                record.settle(guessed.match, self._drafted if right < len(rest) else right, right)
+                _count(record, guessed, self._drafted, rest)
             else:
                 record.learn(guessed.match, guessed.tokens[0] == rest[0])
         self._seen = len(ids)
@@ -132,3 +136,11 @@ class SequenceDrafts:
             return 0  # lookup is better now
         self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, LAST_REST)
         return min(PROBE, room)
+
+
+def _count(record: DraftRecord, guessed: Proposal, drafted: int, tokens: Sequence[int]) -> None:
+    """Count the first `drafted` guesses, against the `tokens` that came."""
+    right = 0
+    while right < min(drafted, len(tokens)) and guessed.tokens[right] == tokens[right]:
+        right += 1
+    record.settle(guessed.match, drafted if right < len(tokens) else right, right)  # what is behind an end is not tried
