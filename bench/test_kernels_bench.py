@@ -122,12 +122,14 @@ def test_attention(benchmark, isa: str, length: int, tokens: int, kv: str) -> No
     k = rng.standard_normal((length, heads * dim)).astype(np.float32)
     table.kv_append(cache, 0, k, k)
     cache.advance(length)
-    q = rng.standard_normal((tokens, heads * group * dim)).astype(np.float32)
-    end = np.arange(length - tokens + 1, length + 1, dtype=np.int32)
-    begin = np.zeros(tokens, np.int32)
-    benchmark(table.attention, cache, 0, group, q, begin, end, 0.125)
+    queries = testing.Queries()
+    queries.q = rng.standard_normal((tokens, heads * group * dim)).astype(np.float32)
+    queries.end = np.arange(length - tokens + 1, length + 1, dtype=np.int32)
+    queries.begin = np.zeros(tokens, np.int32)
+    queries.group, queries.scale = group, 0.125
+    benchmark(table.attention, cache, 0, queries)
     seconds = benchmark.stats.stats.min
-    note(benchmark, ns_a_query_key_pair=round(seconds * 1e9 / (int(end.sum()) * heads * group), 2))
+    note(benchmark, ns_a_query_key_pair=round(seconds * 1e9 / (int(queries.end.sum()) * heads * group), 2))
     if tokens == 1:
         note(benchmark, GB_a_second=round(cache.bytes / seconds / 1e9, 1))
 

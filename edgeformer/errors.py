@@ -21,6 +21,14 @@ class InputError(EdgeformerError, ValueError):
     """An argument of a call (token ids, arrays, sampling options) is out of its range."""
 
 
+class ContextError(InputError):
+    """A text is longer than the model's context."""
+
+
+class QueueFull(EdgeformerError, RuntimeError):
+    """A scheduler takes no more requests until some have ended."""
+
+
 class StateError(EdgeformerError, RuntimeError):
     """A state was used by two threads at once, after a failed call, or with another model."""
 
@@ -44,6 +52,26 @@ class TrainingError(EdgeformerError, RuntimeError):
 def first_line(error: BaseException) -> str:
     """The first non-blank line of the error's text, because some libraries write many; empty if there is none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+
+
+def pip_install(*packages: str) -> str:
+    """The command that installs these packages, in the versions that edgeformer's own metadata gives.
+
+    Messages name packages, not extras: no package index has edgeformer, so `pip install edgeformer[...]` fails.
+    """
+    import re
+    import shlex
+    from importlib.metadata import PackageNotFoundError, requires
+
+    try:
+        required = requires("edgeformer") or []
+    except PackageNotFoundError:  # it runs from its source tree
+        required = []
+    versions: dict[str, str] = {}  # "torch" -> "torch==2.13.*"
+    for line in required:
+        requirement = line.partition(";")[0].strip()
+        versions.setdefault(re.split(r"[^\w.-]", requirement)[0], requirement)
+    return " ".join(["pip install", *(shlex.quote(versions.get(name, name)) for name in packages)])
 
 
 class EdgeformerWarning(UserWarning):

@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack, overload
 
 import numpy as np
 
 from edgeformer.bundle.bundle import Bundle
 from edgeformer.bundle.signature import IDS
-from edgeformer.decoding.generation_config import Arguments, GenerationConfig, file_settings
+from edgeformer.decoding.generation import Call
+from edgeformer.decoding.generation_config import GenerationConfig, file_settings
 from edgeformer.decoding.generation_fields import notes
 from edgeformer.decoding.limits import Limits
-from edgeformer.decoding.request import CallOptions
+from edgeformer.decoding.prefixes import PrefixCacheOption
+from edgeformer.decoding.request import CallArguments
 from edgeformer.decoding.result import Result, Stream
+from edgeformer.decoding.scheduler import TOKEN_BUDGET, SchedulerOptions
 from edgeformer.decoding.session import Session
 from edgeformer.engines.base import Engine
 from edgeformer.engines.choose import Choice, EngineName, check_arguments, choose
 from edgeformer.engines.native.options import NativeOptions
 from edgeformer.errors import BundleError, EdgeformerWarning, EngineUnavailable, InputError
-from edgeformer.machine import default_threads
 from edgeformer.processing.tokenizer import Tokenizer
 from edgeformer.tasks.choose import choose_task
 from edgeformer.tasks.embedding import Encoder
 from edgeformer.tasks.encoder_methods import EncoderMethods
+from edgeformer.tasks.scheduler import GenerationScheduler, half_of_memory
 from edgeformer.tasks.seq2seq import EncoderDecoder
 from edgeformer.tasks.speech import Transcript, transcribe
-from edgeformer.tasks.text_generation import Prompt, TextGeneration, encode_prompt
+from edgeformer.tasks.text_generation import Prompt, TextGeneration, encode_prompt, is_list_of_prompts
 
 if TYPE_CHECKING:
     from edgeformer.engines.native.engine import Memory
@@ -46,15 +49,20 @@ def load(
     context: int | None = None,
     memory_limit: int | None = None,
     check: Literal["sizes", "hashes"] = "sizes",
+    prefix_cache: PrefixCacheOption = None,
 ) -> Model:
     """The model in the bundle at `path` (or in one that `Bundle.open` gave), ready to run.
 
     `engine="auto"` takes CUDA where a session really runs on it, else the native engine where it can run this graph,
     else ONNX Runtime on the CPU (float models without a cache try these two the other way round); `Model.explain` says
-    which, and why not the others. An engine asked for by name runs or raises. `threads` defaults to the physical cores
+    which, and why not the others. An engine that is named runs or raises. `threads` defaults to the physical cores
     that this process may use. `isa` ("avx2", ...), `kv` (the cache: "int8", "float32", or "auto": int8 where weights
     are quantized, else float32), `context` (tokens to plan memory for) and `memory_limit` (bytes) are the native
-    engine's; an `isa` asks for that engine. `check="hashes"` also reads and checks every byte of the bundle.
+    engine's; an `isa` selects that engine. `check="hashes"` also reads and checks every byte of the bundle.
+
+    `prefix_cache`: prompts that begin like earlier ones go on from these. By default the native engine keeps beginnings
+    of 4096 tokens in all; False keeps none, a number is bytes, "folder" or a path keeps them on disk too, for other
+    processes. On ONNX Runtime engines a cached beginning may change the last bits of logits, so it must be asked for.
 
     The first time that an engine loads a bundle on this machine, it runs the bundle's reference values (tens of
     milliseconds; the result is remembered in the cache folder). One whose numbers differ by more than the bundle
@@ -62,7 +70,7 @@ def load(
 
     Raises:
         BundleError: the bundle is damaged, or none.
-        EngineUnavailable: the engine asked for, or with "auto" every engine, cannot run here or gives other numbers
+        EngineUnavailable: the requested engine, or with "auto" every engine, cannot run here or gives other numbers
             than the bundle's reference.
         InputError: an argument is out of its range.
     """
@@ -75,11 +83,11 @@ def load(
     settings = file_settings(bundle)
     if settings:
         GenerationConfig.of(settings, None, bundle.vocab_size)
-    engines, choice = choose(bundle, engine, threads or default_threads(), native, tokenizer)
+    engines, choice = choose(bundle, engine, threads, native, tokenizer)
     choice = replace(choice, notes=notes(settings, bundle.vocab_size))
     for note in choice.notes:
         warnings.warn(f"{bundle.path.name}: {note}", EdgeformerWarning, stacklevel=2)
-    return Model(bundle, engines, choice, tokenizer())
+    return Model(bundle, engines, choice, tokenizer(), prefix_cache)
 
 
 class Model(EncoderMethods):
@@ -91,10 +99,11 @@ class Model(EncoderMethods):
         engines: Mapping[str, Engine],
         choice: Choice,
         tokenizer: Tokenizer | None = None,
+        prefix_cache: PrefixCacheOption = None,
     ) -> None:
         self.bundle = bundle
         self.tokenizer = tokenizer  # None where the bundle has none
-        self._task = choose_task(bundle, engines, tokenizer)
+        self._task = choose_task(bundle, engines, tokenizer, prefix_cache)
         self._encoder = engines.get("encoder")
         self._graph = "model" if self._encoder is None else "decoder"
         self.engine = engines[self._graph]  # of an encoder-decoder, the decoder's
@@ -150,66 +159,91 @@ class Model(EncoderMethods):
         """The state of a conversation: pass it to `generate` or `stream`, and only the new tokens of a prompt run."""
         return Session(self.engine.new_state())
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        ignore_eos: bool = False,
-        session: Session | None = None,
-        decoder_prompt: Sequence[int] | None = None,
-        **arguments: Unpack[Arguments],
-    ) -> Result:
-        """The whole answer to `prompt`: text, token ids, or a list of chat messages.
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts
+        self, prompt: Prompt, **arguments: Unpack[CallArguments]
+    ) -> Result: ...
+
+    @overload
+    def generate(self, prompt: Sequence[Prompt], **arguments: Unpack[CallArguments]) -> list[Result]: ...
+
+    def generate(self, prompt: Prompt | Sequence[Prompt], **arguments: Unpack[CallArguments]) -> Result | list[Result]:
+        """The whole answer to `prompt`: text, token ids, or a list of chat messages. A list of prompts runs together,
+        and gives a list of answers in their order; so does `n` above 1 (all answers of the first prompt come first).
 
         `arguments` have the names and the meaning of transformers' GenerationConfig: `max_new_tokens`, `temperature`,
         `top_p`, `num_beams`, `no_repeat_ngram_size`, ... One that is left out, or None, is as the bundle's
         generation_config.json says, else transformers' default; but where nothing limits an answer it has 128 tokens.
         So text is greedy unless the file samples or a `temperature` above 0 is given; `temperature=0` is greedy.
-        Sampling without a `seed` is random. `stop` means `stop_strings`; `ignore_eos` goes on after the model's end.
 
-        For an encoder-decoder `prompt` is the source: a text, token ids, or features [without a batch axis], and
-        `decoder_prompt` the tokens that its answer begins with.
+        Others are of this call:
+            seed: the same seed gives the same tokens, whatever runs beside; sampling without one is random.
+            n: answers to the prompt, which runs once; answer i has the seed `seed + i`.
+            stop: means `stop_strings`. ignore_eos: goes on after the model's end.
+            session: a conversation whose state is reused; see `session()`.
+            logprobs, prompt_logprobs: report the log probabilities of new tokens, or of the prompt's, and of so many (0
+                to 20) likeliest ones beside each.
+            speculation: "auto" runs guesses of the next tokens in the same step where that is faster and changes no
+                token; "off", "lookup" (on any engine), or a Model of the same vocabulary that drafts.
+            json_schema, regex, grammar, choices, response_format: what the answer must be; see docs/generation.md.
+            tools, tool_choice, parallel_tool_calls: functions that the model may call, as in OpenAI's API; the calls
+                are in `Result.tool_calls`.
+            context_policy: what a full context does: "stop" ends the answer, "error" raises ContextError, "slide" drops
+                the oldest tokens behind the first `context_protect` and goes on.
+            decoder_prompt: of an encoder-decoder, the tokens that its answer begins with. Its `prompt` is the source: a
+                text, token ids, or features [without a batch axis].
 
         Raises:
             InputError: an argument is unknown or out of its range, or the prompt is longer than the model's context.
             TemplateError: chat messages for a bundle without a chat template, or refused by it.
         """
-        stream = self.stream(
-            prompt,
-            seed=seed,
-            stop=stop,
-            ignore_eos=ignore_eos,
-            session=session,
-            decoder_prompt=decoder_prompt,
-            **arguments,
-        )
+        task = self._generating("generate")
+        if is_list_of_prompts(prompt):
+            if arguments.get("session") is not None:
+                raise InputError("A session holds one conversation, and there are several prompts; leave it out.")
+            calls: Iterable[Call] = (task.call(one, arguments) for one in prompt)  # type: ignore[arg-type]
+            found = dict(task.generator.answers(calls))
+            return [result for index in range(len(prompt)) for result in found[index]]
+        call = task.call(prompt, arguments)  # type: ignore[arg-type]
+        if call.options.n > 1:
+            return next(task.generator.answers([call]))[1]
+        stream = task.generator.stream(call)
         for _ in stream:
             pass
         return stream.result
 
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        ignore_eos: bool = False,
-        session: Session | None = None,
-        decoder_prompt: Sequence[int] | None = None,
-        **arguments: Unpack[Arguments],
-    ) -> Stream:
+    def stream(self, prompt: Prompt, **arguments: Unpack[CallArguments]) -> Stream:
         """The answer piece by piece, as it comes (that of a beam search at its end); `.result` of the stream has the
         whole once it ended.
 
         Arguments and errors are those of `generate`.
         """
-        if isinstance(self._task, Encoder):
-            self._refuse("generate")
-        options = CallOptions(seed, ignore_eos, session)
-        given = arguments if stop is None else {**arguments, "stop_strings": stop}
-        return self._task.stream(prompt, given, options, decoder_prompt)
+        task = self._generating("generate")
+        return task.generator.stream(task.call(prompt, arguments))
+
+    def scheduler(
+        self,
+        max_sequences: int = 8,
+        token_budget: int = TOKEN_BUDGET,
+        memory_limit: int | None = None,
+        *,
+        queue_limit: int | None = None,
+    ) -> GenerationScheduler:
+        """A scheduler: prompts that threads or an event loop add are answered together, as they come.
+
+        Args:
+            max_sequences: How many run at once; more wait.
+            token_budget: The most rows (tokens of all sequences) of one step.
+            memory_limit: Bytes that all states may take; default: half of the memory that is free now. A prompt that
+                does not fit yet waits, one that never can is refused.
+            queue_limit: How many may wait; default: any number.
+
+        Raises:
+            InputError: an argument is out of its range, or the model does not generate.
+        """
+        limit = half_of_memory() if memory_limit is None else memory_limit
+        options = SchedulerOptions(max_sequences, token_budget, limit)
+        return GenerationScheduler(self._generating("scheduler"), options, queue_limit)
 
     def transcribe(
         self,
@@ -275,6 +309,11 @@ class Model(EncoderMethods):
             InputError: it is none of these, or text for a bundle without a tokenizer.
         """
         return encode_prompt(prompt, self.tokenizer, str(self.bundle.path))
+
+    def _generating(self, method: str) -> TextGeneration | EncoderDecoder:
+        if isinstance(self._task, Encoder):
+            self._refuse(method)
+        return self._task
 
     def _refuse(self, method: str) -> NoReturn:
         inputs = ", ".join(self.bundle.manifest["graphs"].get("model", {}).get("inputs", {}))

@@ -21,10 +21,11 @@ def make_bundle(folder: Path) -> np.ndarray:
     from edgeformer.export import ExportOptions, export
     from edgeformer.train.forecast import seasonal_series
     from edgeformer.train.loop import train
+    from edgeformer.train.options import RunOptions
     from edgeformer.train.recipe import load_recipe
 
     recipe = load_recipe("demo-forecast")
-    report = train(recipe, folder / "checkpoint", overwrite=True, progress_bar=True)
+    report = train(recipe, folder / "checkpoint", RunOptions(overwrite=True, progress_bar=True))
     print(f"validation loss {report.validation_loss:.3f}, {report.baseline[0]}: {report.baseline[1]:.3f}")
     options = ExportOptions(str(folder / "checkpoint"), folder / "bundle", quantize="none", overwrite=True)
     export(options)

@@ -26,7 +26,7 @@ TOGETHER = {
     "test_smollm2.py": "SmolLM2",
     "test_native_smollm2.py": "SmolLM2",
     "test_environments.py": "SmolLM2",
-    "test_elsewhere.py": "other runtimes",
+    "test_other_runtimes.py": "other runtimes",
     "test_native_cross.py": "other CPUs",
     "test_engine_cross.py": "other CPUs",
     "test_export.py": "tiny models",
@@ -138,7 +138,7 @@ def smollm2_gguf():
 @pytest.fixture(scope="session")
 def smollm2_traced(smollm2_gguf, tmp_path_factory):
     """SmolLM2, loaded and traced once for all exports of it."""
-    require("torch", "pip install 'edgeformer[export]'")
+    require("torch", "pip install '.[export]'")
     from edgeformer.export import ExportOptions
     from edgeformer.export.graphs import trace_model
     from edgeformer.export.sources.load import load_source

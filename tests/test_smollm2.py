@@ -31,14 +31,14 @@ def test_the_float_bundle_gives_the_tokens_of_transformers(smollm2, smollm2_trac
         ids = torch.tensor([model.encode_prompt(prompt)])
         out = reference.generate(ids, max_new_tokens=64, do_sample=False, attention_mask=torch.ones_like(ids))
         expected = out[0, ids.shape[1] :].tolist()
-        ends = expected[-1:] == [reference.generation_config.eos_token_id]
+        ended_by_eos = expected[-1:] == [reference.generation_config.eos_token_id]
         result = model.generate(prompt, max_new_tokens=64)
         assert list(result.ids) == expected
-        assert result.finish_reason == ("eos" if ends else "length")
+        assert result.finish_reason == ("eos" if ended_by_eos else "length")
 
 
-def test_the_kept_bundle_holds_the_weights_of_the_file(smollm2, smollm2_gguf):
-    """Read back from model.onnx with numpy alone, and from the GGUF with its own package."""
+def test_a_bundle_of_scheme_keep_has_the_gguf_files_own_weights(smollm2, smollm2_gguf):
+    """Dequantized from model.onnx with numpy, and from the GGUF file with the gguf package: equal bits."""
     import gguf
 
     folder = smollm2("keep")
@@ -57,34 +57,34 @@ def test_the_kept_bundle_holds_the_weights_of_the_file(smollm2, smollm2_gguf):
         minimum = arrays.get(name.removesuffix("q") + "minimum")
         if minimum is None:
             values = scale * q.astype(np.float32)
-        else:  # stored centred: q - 8 and m + 8 s; an engine gets both back exactly
+        else:  # INT4 is signed: q - 8 and minimum + 8 scale are stored, both invertible without rounding
             m = (
                 (minimum - np.float32(8) * arrays[name.removesuffix("q") + "scale"])
                 .astype(np.float16)
                 .astype(np.float32)
             )
             values = scale * (q.astype(np.float32) + np.float32(8)) + m.repeat(32, axis=1)
-        assert all(row.tobytes() in rows for row in values), f"{name} has a row that the file has not"
+        assert all(row.tobytes() in rows for row in values), f"{name} has a row that is not in the file"
         checked += 1
     assert checked == 211
 
 
-def test_keeping_costs_no_perplexity_and_four_bits_again_do(smollm2):
+def test_scheme_keep_loses_no_accuracy_and_quantizing_again_to_q4_does(smollm2):
     accuracy = {
         scheme: json.loads((smollm2(scheme) / "edgeformer.json").read_text())["accuracy"]
         for scheme in ("keep", "q8", "q4")
     }
     kept = accuracy["keep"]
     assert kept["perplexity"] / kept["perplexity_float"] < 1.005
-    assert kept["mean_kl"] < accuracy["q4"]["mean_kl"] / 5, "the report can tell a costly quantization from a free one"
+    assert kept["mean_kl"] < accuracy["q4"]["mean_kl"] / 5, "q4 loses more than keep, and the report shows it"
     q8 = accuracy["q8"]
     assert q8["mean_kl"] < 0.01
-    # A token's log-likelihood moves by sqrt(2 KL) or so; over n tokens the mean of that is smaller by sqrt(n).
+    # The log-likelihood of a token changes by about sqrt(2 KL), so the mean over n tokens by sqrt(2 KL / n).
     noise = 3 * np.sqrt(2 * q8["mean_kl"] / q8["tokens"])
     assert abs(np.log(q8["perplexity"] / q8["perplexity_float"])) < q8["mean_kl"] + noise
 
 
-def test_chat_answers_in_the_template(smollm2):
+def test_a_chat_answer_has_text_and_no_template_tokens(smollm2):
     model = edgeformer.load(smollm2("keep"), engine="cpu")
     result = model.generate([{"role": "user", "content": "What is the capital of France?"}], max_new_tokens=32)
     assert result.text.strip() and "<|im" not in result.text

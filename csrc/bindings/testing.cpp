@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -25,6 +26,12 @@ void expect(const Array<T>& a, int64_t size, const char* name) {
   if (a.size() < size)
     throw std::invalid_argument(std::string(name) + " has " + std::to_string(a.size()) + " elements, expected " +
                                 std::to_string(size));
+}
+
+using Given = std::optional<Floats>;  // None: null
+const float* data_of(const Given& a, int64_t size, const char* name) {
+  if (a) expect(*a, size, name);
+  return a ? a->data() : nullptr;
 }
 
 Unary unary_named(const std::string& name) { return value_named(kUnaryTable, "function", name); }
@@ -93,11 +100,20 @@ KvLayout layout_of(const std::string& type, int64_t heads, int64_t head_dim, int
   return {type == "int8" ? KvType::int8 : KvType::float32, heads, head_dim, value_dim};
 }
 
-// One call of attention on one layer of a cache.
-struct Attention {
-  AttentionArgs args = {};
-  Floats q, mask, out;
-  Array<int32_t> begin, end;
+// The rotation of Table::rope.
+struct Rope {
+  int64_t heads, head_dim, rotary;
+  bool interleaved;
+};
+
+// The queries of Table::attention; the fields are those of AttentionArgs in kernels.h.
+struct Queries {
+  Floats q;                   // [tokens, heads * head_dim]
+  Array<int32_t> begin, end;  // [tokens]
+  int64_t group = 1;
+  float scale = 1.0f, softcap = 0.0f;
+  std::optional<Floats> mask;
+  int64_t mask_token = 0, mask_head = 0;
 };
 
 class Table {
@@ -114,7 +130,15 @@ class Table {
     if (span > kBlock && columns % span) throw std::invalid_argument("columns is no multiple of the span");
     Quantized out = {m, columns, Array<int8_t>(m * blocks_of(columns) * kBlock),
                      Bytes(m * blocks_of(columns) * int64_t(sizeof(XBlock)))};
-    k_.quantize(x.data(), ldx, m, columns, span, 0, blocks_of(columns), out.q.mutable_data(), out.xb());
+    k_.quantize({.x = x.data(),
+                 .ldx = ldx,
+                 .m = m,
+                 .k = columns,
+                 .span = span,
+                 .block_begin = 0,
+                 .block_end = blocks_of(columns),
+                 .xq = out.q.mutable_data(),
+                 .xb = out.xb()});
     return out;
   }
   // y: [m, ldy], written from its first column on.
@@ -162,58 +186,57 @@ class Table {
     expect(y, x.size(), "y");
     k_.unary(unary_named(op), x.data(), y.mutable_data(), x.size());
   }
-  void epilogue(Floats& y, int64_t columns, const py::object& bias, const std::string& op, float scale,
-                const py::object& residual) {
+  void epilogue(Floats& y, int64_t columns, const Given& bias, const std::string& op, float scale,
+                const Given& residual) {
     EpilogueArgs a = {};
     a.y = y.mutable_data(), a.ldy = y.shape(1), a.m = y.shape(0), a.columns = columns;
-    a.activation = unary_named(op), a.scale = scale;
-    Floats b, r;
-    if (!bias.is_none()) b = bias.cast<Floats>(), expect(b, columns, "bias"), a.bias = b.data();
-    if (!residual.is_none()) {
-      r = residual.cast<Floats>();
-      if (r.shape(0) != a.m || r.shape(1) < columns) throw std::invalid_argument("residual: wrong shape");
-      a.residual = r.data(), a.ldr = r.shape(1);
+    a.activation = unary_named(op), a.scale = scale, a.bias = data_of(bias, columns, "bias");
+    if (residual) {
+      if (residual->shape(0) != a.m || residual->shape(1) < columns)
+        throw std::invalid_argument("residual: wrong shape");
+      a.residual = residual->data(), a.ldr = residual->shape(1);
     }
     k_.epilogue(a);
   }
-  void gated(const Floats& y, int64_t columns, const py::object& bias, const std::string& op, Floats& out) {
+  void gated(const Floats& y, int64_t columns, const Given& bias, const std::string& op, Floats& out) {
     GatedArgs a = {};
     a.y = y.data(), a.ldy = y.shape(1), a.m = y.shape(0), a.columns = columns, a.activation = unary_named(op);
-    a.out = out.mutable_data(), a.ldo = out.shape(1);
-    Floats b;
-    if (!bias.is_none()) {
-      b = bias.cast<Floats>();
-      expect(b, 2 * round_up(columns, kLanes), "bias");
-      a.bias = b.data();
-    }
+    a.out = out.mutable_data(), a.ldo = out.shape(1), a.bias = data_of(bias, 2 * round_up(columns, kLanes), "bias");
     if (a.ldy < 2 * round_up(columns, kLanes) || a.ldo < columns) throw std::invalid_argument("gated: wrong shape");
     k_.gated(a);
   }
-  void rms_norm(const Floats& x, int64_t n, const py::object& weight, float eps, Floats& y) {
-    Floats w;
-    if (!weight.is_none()) w = weight.cast<Floats>(), expect(w, n, "weight");
-    expect(y, x.shape(0) * y.shape(1), "y");
-    k_.rms_norm(x.data(), x.shape(1), x.shape(0), n, weight.is_none() ? nullptr : w.data(), eps, y.mutable_data(),
-                y.shape(1));
+  void rms_norm(const Floats& x, int64_t n, const Given& weight, float eps, Floats& y) {
+    NormArgs a = norm_args(x, n, eps, y);
+    a.weight = data_of(weight, n, "weight");
+    k_.rms_norm(a);
   }
-  void layer_norm(const Floats& x, int64_t n, const py::object& weight, const py::object& bias, float eps, Floats& y) {
-    Floats w, b;
-    if (!weight.is_none()) w = weight.cast<Floats>(), expect(w, n, "weight");
-    if (!bias.is_none()) b = bias.cast<Floats>(), expect(b, n, "bias");
-    k_.layer_norm(x.data(), x.shape(1), x.shape(0), n, weight.is_none() ? nullptr : w.data(),
-                  bias.is_none() ? nullptr : b.data(), eps, y.mutable_data(), y.shape(1));
+  void layer_norm(const Floats& x, int64_t n, const Given& weight, const Given& bias, float eps, Floats& y) {
+    NormArgs a = norm_args(x, n, eps, y);
+    a.weight = data_of(weight, n, "weight");
+    a.bias = data_of(bias, n, "bias");
+    k_.layer_norm(a);
   }
   void softmax(const Floats& x, int64_t n, Floats& y) {
     k_.softmax(x.data(), x.shape(1), x.shape(0), n, y.mutable_data(), y.shape(1));
   }
-  void rope(const Floats& x, int64_t heads, int64_t head_dim, int64_t rotary, bool interleaved, const Floats& cos,
-            const Floats& sin, Floats& y) {
-    if (x.shape(1) < heads * head_dim || y.shape(1) < heads * head_dim || rotary > head_dim)
+  void rope(const Floats& x, const Rope& rope, const Floats& cos, const Floats& sin, Floats& y) {
+    const int64_t m = x.shape(0), columns = rope.heads * rope.head_dim;
+    if (x.shape(1) < columns || y.shape(0) < m || y.shape(1) < columns || rope.rotary > rope.head_dim)
       throw std::invalid_argument("rope: wrong shape");
-    expect(cos, x.shape(0) * rotary / 2, "cos");
-    expect(sin, x.shape(0) * rotary / 2, "sin");
-    k_.rope(x.data(), x.shape(1), x.shape(0), heads, head_dim, rotary, interleaved, cos.data(), sin.data(), rotary / 2,
-            y.mutable_data(), y.shape(1));
+    expect(cos, m * rope.rotary / 2, "cos");
+    expect(sin, m * rope.rotary / 2, "sin");
+    k_.rope({.x = x.data(),
+             .ldx = x.shape(1),
+             .m = m,
+             .heads = rope.heads,
+             .head_dim = rope.head_dim,
+             .rotary = rope.rotary,
+             .interleaved = rope.interleaved,
+             .cos = cos.data(),
+             .sin = sin.data(),
+             .ldc = rope.rotary / 2,
+             .y = y.mutable_data(),
+             .ldy = y.shape(1)});
   }
 
   // k: [tokens, heads * head_dim], v: [tokens, heads * value_dim], appended to `layer` (no advance).
@@ -227,22 +250,20 @@ class Table {
     k_.kv_append(a);
   }
   // mode "rows": `attention` over tokens in steps of `step`; "chunks": partials of every chunk, then the merge.
-  Floats attention(const KvCache& cache, int64_t layer, int64_t group, const Floats& q, const Array<int32_t>& begin,
-                   const Array<int32_t>& end, float scale, float softcap, const py::object& mask, int64_t mask_token,
-                   int64_t mask_head, const std::string& mode, int64_t step) {
+  Floats attention(const KvCache& cache, int64_t layer, const Queries& given, const std::string& mode, int64_t step) {
+    if (mode != "rows" && mode != "chunks") throw std::invalid_argument("mode is rows or chunks");
     AttentionArgs a = {};
-    a.layout = cache.layout(layer), a.chunks = cache.chunks(layer), a.group = group, a.tokens = q.shape(0);
-    a.q = q.data(), a.ldq = q.shape(1), a.begin = begin.data(), a.end = end.data(), a.scale = scale;
-    a.softcap = softcap, a.mask_token = mask_token, a.mask_head = mask_head;
-    expect(begin, a.tokens, "begin");
-    expect(end, a.tokens, "end");
-    Floats m;
-    if (!mask.is_none()) m = mask.cast<Floats>(), a.mask = m.data();
-    a.ldo = a.layout.kv_heads * group * a.layout.value_dim;
+    a.layout = cache.layout(layer), a.chunks = cache.chunks(layer), a.group = given.group;
+    a.tokens = given.q.shape(0), a.q = given.q.data(), a.ldq = given.q.shape(1);
+    a.begin = given.begin.data(), a.end = given.end.data(), a.scale = given.scale, a.softcap = given.softcap;
+    a.mask = data_of(given.mask, 0, "mask"), a.mask_token = given.mask_token, a.mask_head = given.mask_head;
+    expect(given.begin, a.tokens, "begin");
+    expect(given.end, a.tokens, "end");
+    a.ldo = a.layout.kv_heads * a.group * a.layout.value_dim;
     Floats out({a.tokens, a.ldo});
     a.out = out.mutable_data();
     int64_t chunks = 0;
-    for (int64_t i = 0; i < a.tokens; i++) chunks = std::max<int64_t>(chunks, blocks(end.data()[i]));
+    for (int64_t i = 0; i < a.tokens; i++) chunks = std::max<int64_t>(chunks, blocks(a.end[i]));
     for (int64_t h = 0; h < a.layout.kv_heads; h++) {
       for (int64_t t = 0; t < a.tokens; t += step) {
         const int64_t t_end = std::min(t + step, a.tokens);
@@ -250,10 +271,10 @@ class Table {
           k_.attention(a, h, t, t_end);
           continue;
         }
-        const int64_t stride = (t_end - t) * group * partial_floats(a.layout);
+        const int64_t stride = (t_end - t) * a.group * partial_floats(a.layout);
         std::vector<float> partial(size_t(std::max<int64_t>(chunks, 1) * stride), 1e30f);
         for (int64_t c = 0; c < chunks; c++) k_.attention_partial(a, h, t, t_end, c, partial.data() + c * stride);
-        k_.attention_merge(a, h, t, t_end, chunks, partial.data(), stride);
+        k_.attention_merge(a, h, t, t_end, {.partial = partial.data(), .chunks = chunks, .stride = stride});
       }
     }
     return out;
@@ -261,6 +282,14 @@ class Table {
 
  private:
   static int64_t blocks(int64_t tokens) { return (tokens + kChunkTokens - 1) / kChunkTokens; }
+
+  static NormArgs norm_args(const Floats& x, int64_t n, float eps, Floats& y) {
+    if (x.shape(1) < n || y.shape(0) < x.shape(0) || y.shape(1) < n) throw std::invalid_argument("norm: wrong shape");
+    NormArgs a = {};
+    a.x = x.data(), a.ldx = x.shape(1), a.m = x.shape(0), a.n = n, a.eps = eps, a.y = y.mutable_data();
+    a.ldy = y.shape(1);
+    return a;
+  }
 
   LinearArgs linear_args(const Packed& w, int64_t m, Floats& y, int64_t panel_begin, int64_t panel_end) {
     LinearArgs a = {};
@@ -291,6 +320,22 @@ void bind_testing(py::module_& parent) {
       .def("raw", &Packed::raw)
       .def_readonly("bytes", &Packed::bytes);
   py::class_<Quantized>(m, "Quantized").def_readonly("q", &Quantized::q).def_readonly("blocks", &Quantized::blocks);
+  py::class_<Rope>(m, "Rope").def(py::init([](int64_t heads, int64_t head_dim, int64_t rotary, bool interleaved) {
+                                    return Rope{heads, head_dim, rotary, interleaved};
+                                  }),
+                                  py::kw_only(), py::arg("heads"), py::arg("head_dim"), py::arg("rotary"),
+                                  py::arg("interleaved"));
+  py::class_<Queries>(m, "Queries")
+      .def(py::init<>())
+      .def_readwrite("q", &Queries::q)
+      .def_readwrite("begin", &Queries::begin)
+      .def_readwrite("end", &Queries::end)
+      .def_readwrite("group", &Queries::group)
+      .def_readwrite("scale", &Queries::scale)
+      .def_readwrite("softcap", &Queries::softcap)
+      .def_readwrite("mask", &Queries::mask)
+      .def_readwrite("mask_token", &Queries::mask_token)
+      .def_readwrite("mask_head", &Queries::mask_head);
   py::class_<Table>(m, "Table")
       .def(py::init<std::string>(), py::arg("isa") = "")
       .def_property_readonly("isa", &Table::isa)
@@ -307,9 +352,8 @@ void bind_testing(py::module_& parent) {
       .def("softmax", &Table::softmax)
       .def("rope", &Table::rope)
       .def("kv_append", &Table::kv_append)
-      .def("attention", &Table::attention, py::arg("cache"), py::arg("layer"), py::arg("group"), py::arg("q"),
-           py::arg("begin"), py::arg("end"), py::arg("scale"), py::arg("softcap") = 0.0f, py::arg("mask") = py::none(),
-           py::arg("mask_token") = 0, py::arg("mask_head") = 0, py::arg("mode") = "rows", py::arg("step") = 1 << 20);
+      .def("attention", &Table::attention, py::arg("cache"), py::arg("layer"), py::arg("queries"),
+           py::arg("mode") = "rows", py::arg("step") = 1 << 20);
   py::class_<KvCache>(m, "KvCache")
       .def(py::init([](const std::string& type, int64_t layers, int64_t heads, int64_t head_dim, int64_t value_dim,
                        int64_t limit, int64_t window) {

@@ -66,6 +66,19 @@ struct XBlock {
   int32_t offset_part;  // -128 * sum of q over columns 0 .. 15 (for q8x16); span > 32: over all columns of the span
 };
 
+struct QuantizeArgs {
+  const float* x;  // [m, ldx], k columns
+  int64_t ldx, m, k;
+  int64_t span;                    // columns that share a scale: 32, 64 or 128, as span_of(type)
+  int64_t block_begin, block_end;  // blocks of kBlock columns to write; span > 32: whole spans, k is a multiple of span
+  int8_t* xq;                      // [m, blocks_of(k) * 32]
+  XBlock* xb;                      // [m, blocks_of(k)]
+};
+// The blocks [block_begin, block_end) of each row; columns from k on are zeros.
+//
+//   absmax = max |x[i, c]| over the span of c;  scale = absmax / 127
+//   q[i, c] = round_to_even(x[i, c] * (127 / absmax));  absmax < 2^-100: q = 0, scale = 0
+
 struct LinearArgs {
   const void* w;     // packed W[n, k], 64-byte aligned
   int64_t n, k;      // rows and columns of W, without padding
@@ -134,6 +147,38 @@ struct GatedArgs {
   float* out;  // [m, ldo]; in place: `y` itself with ldo == ldy
   int64_t ldo;
 };
+
+// ---- rows ---------------------------------------------------------------------------------------------------------
+struct NormArgs {
+  const float* x;  // [m, ldx], n columns
+  int64_t ldx, m, n;
+  const float* weight;  // [n] or null for 1: rms_norm then multiplies by none
+  const float* bias;    // [n] or null for 0: of layer_norm; rms_norm has none
+  float eps;
+  float* y;  // [m, ldy]
+  int64_t ldy;
+};
+// Sums run over 16 lanes.
+//
+//   rms_norm     r = 1 / sqrt(sum(x^2) / n + eps), the sum by fma;  y = (x * r) * weight
+//   layer_norm   mean = sum(x) / n;  r = 1 / sqrt(sum((x - mean)^2) / n + eps), the second sum by fma
+//                y = fma((x - mean) * r, weight, bias)
+
+struct RopeArgs {
+  const float* x;  // [m, ldx], head h at column h * head_dim
+  int64_t ldx, m;
+  int64_t heads, head_dim;
+  int64_t rotary;  // columns of each head to rotate, even; the others are copied
+  bool interleaved;
+  const float* cos;  // [m, ldc], rotary / 2 columns
+  const float* sin;
+  int64_t ldc;
+  float* y;  // [m, ldy], as x; in place: `x` itself with ldy == ldx
+  int64_t ldy;
+};
+//   interleaved       a = x[2 j], b = x[2 j + 1]
+//   not interleaved   a = x[j],   b = x[j + rotary / 2]
+//   both              a' = a * cos[j] - b * sin[j];  b' = b * cos[j] + a * sin[j]   without fma
 
 // ---- KV cache -----------------------------------------------------------------------------------------------------
 enum class KvType : int32_t { int8, float32 };
@@ -217,20 +262,20 @@ struct AttentionArgs {
 // A row of partials, one chunk's: [max, sum, 14 unused, out[round_up(value_dim, 16)]].
 static constexpr int64_t partial_floats(const KvLayout& l) { return kPartialHead + l.value_stride(); }
 
+// What attention_partial wrote for the chunks [0, chunks) of a sequence. A chunk that no row sees may be left out by
+// rows with max = -inf, sum = 0.
+struct MergeArgs {
+  const float* partial;  // [chunks, stride], each chunk's rows [(token_end - token_begin) * group, partial_floats]
+  int64_t chunks, stride;
+};
+
 // ---- the table ----------------------------------------------------------------------------------------------------
 struct Kernels {
   const char* isa;
   int64_t prefetch[2];  // LinearArgs::prefetch that suits this CPU: for 1 or 2 rows, for more
   int64_t prefetch_for(int64_t rows) const { return prefetch[rows > 2]; }
 
-  // Quantizes the blocks [block_begin, block_end) of m rows of x[m, ldx], k columns; beyond k they are zeros.
-  //   absmax = max |x[i, c]| over the span of c;  scale = absmax / 127
-  //   q[i, c] = round_to_even(x[i, c] * (127 / absmax));  absmax < 2^-100: q = 0, scale = 0
-  // Writes xq[m, blocks_of(k) * 32] and xb[m, blocks_of(k)]. span: 32, 64 or 128 columns, as span_of(type); of 64 and
-  // 128, k is a multiple and the blocks are whole spans.
-  void (*quantize)(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t span, int64_t block_begin,
-                   int64_t block_end, int8_t* xq, XBlock* xb);
-
+  void (*quantize)(const QuantizeArgs&);
   LinearFn linear[kWeightTypes];
 
   // y = activation(y + bias) * scale + residual
@@ -240,39 +285,23 @@ struct Kernels {
   // y[i] = f(x[i]), n values; in place allowed. Formulas and errors: scalar/scalar_math.h
   void (*unary)(Unary, const float* x, float* y, int64_t n);
 
-  // Row by row, x[m, ldx] with n columns -> y[m, ldy]; softmax: in place allowed. Sums run over 16 lanes.
-  //   rms_norm     r = 1 / sqrt(sum(x^2) / n + eps), the sum by fma;  y = (x * r) * weight
-  //   layer_norm   mean = sum(x) / n;  r = 1 / sqrt(sum((x - mean)^2) / n + eps), the second sum by fma
-  //                y = fma((x - mean) * r, weight, bias)
-  //   softmax      e = exp(x - max);  y = e / sum(e);  -inf gives 0, a row of -inf only gives zeros
-  // weight[n], bias[n] may be null: 1, 0 (rms_norm: no multiplication).
-  void (*rms_norm)(const float* x, int64_t ldx, int64_t m, int64_t n, const float* weight, float eps, float* y,
-                   int64_t ldy);
-  void (*layer_norm)(const float* x, int64_t ldx, int64_t m, int64_t n, const float* weight, const float* bias,
-                     float eps, float* y, int64_t ldy);
+  void (*rms_norm)(const NormArgs&);
+  void (*layer_norm)(const NormArgs&);
+  // x[m, ldx] with n columns -> y[m, ldy]; in place allowed. The sum runs over 16 lanes.
+  //   e = exp(x - max);  y = e / sum(e);  -inf gives 0, a row of -inf only gives zeros
   void (*softmax)(const float* x, int64_t ldx, int64_t m, int64_t n, float* y, int64_t ldy);
-
-  // Rotary embedding of the first `rotary` (even) of each head's head_dim columns; copies the others. x[m, ldx] ->
-  // y[m, ldy], head h at column h * head_dim; in place allowed (y == x, ldy == ldx). cos, sin: [m, ldc], rotary / 2
-  // columns.
-  //   interleaved       a = x[2 j], b = x[2 j + 1]
-  //   not interleaved   a = x[j],   b = x[j + rotary / 2]
-  //   both              a' = a * cos[j] - b * sin[j];  b' = b * cos[j] + a * sin[j]   without fma
-  void (*rope)(const float* x, int64_t ldx, int64_t m, int64_t heads, int64_t head_dim, int64_t rotary,
-               bool interleaved, const float* cos, const float* sin, int64_t ldc, float* y, int64_t ldy);
+  void (*rope)(const RopeArgs&);
 
   void (*kv_append)(const KvAppendArgs&);
   // Attention of the query tokens [token_begin, token_end) and the query heads of one KV head.
   //   attention           over all chunks, into `out`: prefill, and decoding with a short cache
   //   attention_partial   over one chunk: row (token - token_begin) * group + g of partial[, partial_floats]
-  //   attention_merge     merges the partials of the chunks [0, chunks), those of chunk c at partial + c * stride, into
-  //                       `out`: the same bits as `attention`. A chunk that no row sees may be left out by partials
-  //                       with max = -inf, sum = 0.
+  //   attention_merge     merges the partials of all chunks into `out`: the same bits as `attention`
   void (*attention)(const AttentionArgs&, int64_t kv_head, int64_t token_begin, int64_t token_end);
   void (*attention_partial)(const AttentionArgs&, int64_t kv_head, int64_t token_begin, int64_t token_end,
                             int64_t chunk, float* partial);
-  void (*attention_merge)(const AttentionArgs&, int64_t kv_head, int64_t token_begin, int64_t token_end, int64_t chunks,
-                          const float* partial, int64_t stride);
+  void (*attention_merge)(const AttentionArgs&, int64_t kv_head, int64_t token_begin, int64_t token_end,
+                          const MergeArgs&);
 };
 
 // The one list of kernels beside `linear`. Every table sets all of them and linear[0 .. kWeightTypes), each from its own

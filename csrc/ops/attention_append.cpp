@@ -14,20 +14,35 @@ void Attention::rotate(const Run& run, const Side& side, const HeadRows& part, f
   if (side.norm != NormKind::none) {
     const float* weight = has_in(side.norm_weight) ? in(run, side.norm_weight).f32() : nullptr;
     const float* bias = has_in(side.norm_weight + 1) ? in(run, side.norm_weight + 1).f32() : nullptr;
+    const auto norm = side.norm == NormKind::rms ? run.k->rms_norm : run.k->layer_norm;
     for (int64_t h = 0; h < part.heads; ++h) {
-      if (side.norm == NormKind::rms) {
-        run.k->rms_norm(x + h * dim_, ld, m, dim_, weight, side.eps, y + h * dim_, ld);
-      } else {
-        run.k->layer_norm(x + h * dim_, ld, m, dim_, weight, bias, side.eps, y + h * dim_, ld);
-      }
+      norm({.x = x + h * dim_,
+            .ldx = ld,
+            .m = m,
+            .n = dim_,
+            .weight = weight,
+            .bias = bias,
+            .eps = side.eps,
+            .y = y + h * dim_,
+            .ldy = ld});
     }
     x = y;
   }
   if (side.rotary) {
     const Tensor &cos = in(run, side.cos), &sin = in(run, side.cos + 1);
     const int64_t ldc = cos.columns();
-    run.k->rope(x, ld, m, part.heads, dim_, side.rotary, side.interleaved, cos.f32() + part.row * ldc,
-                sin.f32() + part.row * ldc, ldc, y, ld);
+    run.k->rope({.x = x,
+                 .ldx = ld,
+                 .m = m,
+                 .heads = part.heads,
+                 .head_dim = dim_,
+                 .rotary = side.rotary,
+                 .interleaved = side.interleaved,
+                 .cos = cos.f32() + part.row * ldc,
+                 .sin = sin.f32() + part.row * ldc,
+                 .ldc = ldc,
+                 .y = y,
+                 .ldy = ld});
   } else if (side.norm == NormKind::none) {
     for (int64_t r = 0; r < m; ++r) std::memcpy(y + r * ld, x + r * ld, part.heads * dim_ * sizeof(float));
   }

@@ -107,8 +107,9 @@ void Attention::merge(Run& run, int64_t task) const {
   const int64_t kv_head = task % kv_heads_;
   if (s.rows == 0) return;
   const int64_t chunks = (s.keys + kChunkTokens - 1) / kChunkTokens;
-  run.k->attention_merge(attention_args(run, s, nullptr), kv_head, 0, s.rows, chunks, partial(run, s, kv_head, 0),
-                         s.rows * group_ * partial_row(run));
+  run.k->attention_merge(
+      attention_args(run, s, nullptr), kv_head, 0, s.rows,
+      {.partial = partial(run, s, kv_head, 0), .chunks = chunks, .stride = s.rows * group_ * partial_row(run)});
   quantize_head(run, s, kv_head, 0, s.rows);
 }
 

@@ -101,16 +101,23 @@ class ParallelOp : public Op {
 };
 
 // Rows of floats to quantize to blocks [block_begin, block_end) of the rows of q from `row` on.
-struct QuantizeArgs {
+struct RowsToQuantize {
   const float* x;  // column 0 of the first row
   int64_t ldx;     // floats from a row to the next
   int64_t row, rows;
   int64_t block_begin, block_end;
 };
-inline void quantize_rows(const Run& run, const Tensor& q, const QuantizeArgs& a) {
-  const int64_t blocks = blocks_of(q.columns());
-  run.k->quantize(a.x, a.ldx, a.rows, q.columns(), q.span(), a.block_begin, a.block_end,
-                  q.xq() + a.row * blocks * kBlock, q.xb() + a.row * blocks);
+inline void quantize_rows(const Run& run, const Tensor& q, const RowsToQuantize& r) {
+  const int64_t first = r.row * blocks_of(q.columns());
+  run.k->quantize({.x = r.x,
+                   .ldx = r.ldx,
+                   .m = r.rows,
+                   .k = q.columns(),
+                   .span = q.span(),
+                   .block_begin = r.block_begin,
+                   .block_end = r.block_end,
+                   .xq = q.xq() + first * kBlock,
+                   .xb = q.xb() + first});
 }
 
 // The operation of a spec. Throws UnknownName.

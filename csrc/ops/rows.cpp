@@ -30,12 +30,16 @@ class Norm final : public ParallelOp {
     const float* bias = has_in(2) ? in(run, 2).f32() : nullptr;
     for (int64_t r = begin; r < end; ++r) {
       float* y = has_out(0) ? out(run, 0).f32() + r * n : reinterpret_cast<float*>(run.scratch[thread]);
-      const float* row = x.f32() + r * n;
-      if (layer_) {
-        run.k->layer_norm(row, n, 1, n, weight, bias, eps_, y, n);
-      } else {
-        run.k->rms_norm(row, n, 1, n, weight, eps_, y, n);
-      }
+      const auto norm = layer_ ? run.k->layer_norm : run.k->rms_norm;
+      norm({.x = x.f32() + r * n,
+            .ldx = n,
+            .m = 1,
+            .n = n,
+            .weight = weight,
+            .bias = bias,
+            .eps = eps_,
+            .y = y,
+            .ldy = n});
       if (has_out(1)) quantize_rows(run, out(run, 1), {y, n, r, 1, 0, blocks_of(n)});
     }
   }
@@ -119,9 +123,18 @@ class Rope final : public ParallelOp {
   void run_units(Run& run, int64_t begin, int64_t end, int) const override {
     const Tensor &x = in(run, 0), &cos = in(run, 1);
     const int64_t d = x.shape[x.rank - 1], heads = x.shape[x.rank - 2], ld = heads * d, ldc = cos.columns();
-    run.k->rope(x.f32() + begin * ld, ld, end - begin, heads, d, spec_.integer("rotary"),
-                spec_.integer("interleaved") != 0, cos.f32() + begin * ldc, in(run, 2).f32() + begin * ldc, ldc,
-                out(run, 0).f32() + begin * ld, ld);
+    run.k->rope({.x = x.f32() + begin * ld,
+                 .ldx = ld,
+                 .m = end - begin,
+                 .heads = heads,
+                 .head_dim = d,
+                 .rotary = spec_.integer("rotary"),
+                 .interleaved = spec_.integer("interleaved") != 0,
+                 .cos = cos.f32() + begin * ldc,
+                 .sin = in(run, 2).f32() + begin * ldc,
+                 .ldc = ldc,
+                 .y = out(run, 0).f32() + begin * ld,
+                 .ldy = ld});
   }
 };
 

@@ -17,8 +17,6 @@ from edgeformer.errors import BundleError
 if TYPE_CHECKING:
     import onnx
 
-Values = np.ndarray[Any, Any]
-
 
 def read_model(path: Path) -> onnx.ModelProto:
     """The parsed graph, without the weights in the external data file.
@@ -169,7 +167,7 @@ def _storage_problem(tensor: onnx.TensorProto, files: Mapping[str, Any]) -> str 
     return None
 
 
-def load_tensor(folder: Path, tensor: onnx.TensorProto) -> Values:
+def load_tensor(folder: Path, tensor: onnx.TensorProto) -> np.ndarray[Any, Any]:
     """The tensor's values. External data is memory-mapped; 4-bit types are unpacked into a copy."""
     import onnx
 

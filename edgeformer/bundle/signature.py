@@ -22,6 +22,7 @@ SOURCE_MASK = "encoder_attention_mask"
 TYPES = "token_type_ids"
 
 Array = np.ndarray[Any, Any]
+F32 = np.ndarray[Any, np.dtype[np.float32]]
 
 
 @dataclass(frozen=True)

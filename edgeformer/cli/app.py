@@ -54,12 +54,14 @@ app = typer.Typer(
 BundleArg = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle folder.", show_default=False)]
 ItemsArg = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[ITEM]...", help="Texts or picture files; - reads one a line.", show_default=False),
+    typer.Argument(
+        metavar="[ITEM]...", help="Texts or picture files; - reads one per line from stdin.", show_default=False
+    ),
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No timings on stderr.")]
 
-# Engine flags of the commands that run a graph without a cache of their choice.
+# Engine flags of the commands for models without a KV cache.
 CachelessEngine = Annotated[EngineOptions, Only("engine", "threads", "isa")]
 
 FORWARD = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
@@ -145,7 +147,7 @@ def chat(
     quiet: QuietOpt = False,
     engine: EngineOptions,
 ) -> None:
-    """Talk with a model; the conversation is kept, and only what is new of it is run."""
+    """Chat with a model. Its KV cache keeps the conversation, so that only new tokens run."""
     from edgeformer.cli.chat import talk
 
     talk(bundle, engine, system, generation, quiet=quiet)
@@ -189,7 +191,7 @@ def classify(
     *,
     engine: CachelessEngine,
 ) -> None:
-    """Say which labels texts or pictures have, and how sure that is; of words, where the model labels words."""
+    """Label texts or pictures, with probabilities; a token classifier labels the words of a text."""
     from edgeformer.cli.classify import print_labels
 
     print_labels(bundle, engine, items or [], top, as_json=json)
@@ -208,7 +210,7 @@ def transcribe(
         list[Path], typer.Argument(metavar="FILE...", help="Recordings: WAV, FLAC, MP3, OGG.", show_default=False)
     ],
     language: Annotated[
-        str | None, typer.Option(help="A code such as de. Default: the bundle's, else the model listens.")
+        str | None, typer.Option(help="A code such as de.", show_default="the bundle's, else detected")
     ] = None,
     translate: Annotated[bool, typer.Option("--translate", help="Into English.")] = False,
     *,
@@ -216,7 +218,7 @@ def transcribe(
     json: JsonOpt = False,
     engine: Annotated[EngineOptions, Only("engine", "threads", "isa", "kv")],
 ) -> None:
-    """Write down what is said in recordings."""
+    """Transcribe recordings to text."""
     from edgeformer.cli.transcribe import print_transcripts
 
     task = "translate" if translate else None
@@ -305,7 +307,7 @@ def doctor(
     ] = None,
     json: JsonOpt = False,
 ) -> None:
-    """Say what this machine can run, and why not the rest. Exit code 1 if no engine can run."""
+    """Show which engines run on this machine, and why the others do not. Exit code 1 if none runs."""
     from edgeformer.cli.doctor import report
 
     report(bundle, as_json=json)

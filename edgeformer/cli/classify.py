@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from edgeformer.cli.console import load_model, read_items, stdout
@@ -39,12 +40,7 @@ def print_labels(bundle: Path, engine: EngineOptions, arguments: Sequence[str], 
     for item, labels in zip(items, shown, strict=True):
         for place, label in enumerate(labels):
             cells = [item if place == 0 else "", *([label.text] if words else []), label.label, f"{label.score:.4f}"]
-            table.add_row(*map(_literal, cells))
+            table.add_row(*map(escape, cells))
         if not labels:
-            table.add_row(_literal(item), *["-"] * (3 if words else 2))
+            table.add_row(escape(item), *["-"] * (3 if words else 2))
     stdout.print(table)
-
-
-def _literal(text: str) -> str:
-    """The text with its brackets escaped: rich would read them as markup."""
-    return text.replace("[", "\\[")

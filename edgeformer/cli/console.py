@@ -33,10 +33,10 @@ def waiting(text: str) -> Iterator[None]:
 def load_model(bundle: Path | Bundle, where: Mapping[str, Any]) -> Model:
     """The model, with a spinner while it loads; warnings are printed afterwards, a line each."""
     name = bundle.path.name if isinstance(bundle, Bundle) else bundle.name
-    with waiting(f"loading {name} ..."), warnings.catch_warnings(record=True) as said:
+    with waiting(f"loading {name} ..."), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", EdgeformerWarning)
         model = load(bundle, **where)
-    for warning in said:
+    for warning in caught:
         stderr.print(f"[yellow]{escape(str(warning.message))}[/yellow]", soft_wrap=True)
     return model
 
@@ -62,5 +62,7 @@ def read_items(arguments: Sequence[str]) -> list[str]:
     else:
         items = list(arguments)
     if not items:
-        raise InputError("There is nothing to read; give texts or pictures as arguments, or - and one a line on stdin.")
+        raise InputError(
+            "There is nothing to read; give texts or pictures as arguments, or - and one per line on stdin."
+        )
     return items

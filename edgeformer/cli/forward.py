@@ -5,28 +5,26 @@ from __future__ import annotations
 import runpy
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 
-from edgeformer.errors import EngineUnavailable
-
-NEEDS = {"export": ("torch", "transformers", "onnxscript", "onnx_ir", "onnxruntime"), "train": ("torch", "accelerate")}
+from edgeformer.errors import EngineUnavailable, pip_install
+from edgeformer.tools.toolchain import missing_packages
 
 
-def forward(half: str, arguments: Sequence[str]) -> None:
-    """Run the module with these arguments; it raises SystemExit.
+def forward(command: str, arguments: Sequence[str]) -> None:
+    """Run the module of `command` ("export" or "train") with these arguments; it raises SystemExit.
 
     Raises:
         EngineUnavailable: its packages are not installed.
     """
-    missing = [name for name in NEEDS[half] if find_spec(name) is None]
+    missing = missing_packages(command)
     if missing:
         raise EngineUnavailable(
-            f"edgeformer {half} needs {', '.join(missing)}: pip install 'edgeformer[{half}]' (on a workstation; "
-            f"a device that only runs bundles does not need it)."
+            f"edgeformer {command} needs {', '.join(missing)}: {pip_install(*missing)} (on a workstation; a device "
+            "that only runs bundles needs none of them)."
         )
     before = sys.argv
-    sys.argv = [f"edgeformer {half}", *arguments]
+    sys.argv = [f"edgeformer {command}", *arguments]
     try:
-        runpy.run_module(f"edgeformer.{half}", run_name="__main__", alter_sys=True)
+        runpy.run_module(f"edgeformer.{command}", run_name="__main__", alter_sys=True)
     finally:
         sys.argv = before

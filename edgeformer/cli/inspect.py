@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from edgeformer.bundle.bundle import Bundle
@@ -42,7 +43,7 @@ def print_bundle(path: Path, *, hashes: bool, as_json: bool) -> None:
             for port, kind in _folded(graph[side]):
                 table.add_row(f"[dim]{side[:-1]}[/dim]", port, kind)
         stdout.print(table)
-    stdout.print("\n[bold]files[/bold]" + ("  all hashes are right" if hashes else ""))
+    stdout.print("\n[bold]files[/bold]" + ("  all hashes match" if hashes else ""))
     table = Table(box=None, padding=(0, 2), show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -101,7 +102,7 @@ def _model_facts(bundle: Bundle) -> dict[str, Any]:
 
 def _parity(parity: Mapping[str, Any] | None) -> dict[str, str]:
     if not parity:
-        return {"": "not proved"}
+        return {"": "not checked"}
     facts = {}
     for name, found in parity.items():
         if isinstance(found, dict) and "worst" in found:
@@ -130,5 +131,5 @@ def _folded(ports: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines = []
     for (name, kind), layers in rows.items():
         span = f"{min(layers)}...{max(layers)}" if len(layers) > 1 else "".join(map(str, layers))
-        lines.append((name.replace(".N.", f".{{{span}}}.") if layers else name, kind.replace("[", r"\[")))
+        lines.append((name.replace(".N.", f".{{{span}}}.") if layers else name, escape(kind)))
     return lines

@@ -1,7 +1,8 @@
 """Frozen dataclasses of options, and the flags that typer makes of their fields.
 
-A field's metadata may have: `help`, `flags` (by default --field-name), `min`, `max`, `metavar`, and `panel` (the
-heading in --help that the flag stands under).
+A field has a flag if its metadata has `help`. It may also have `flags` (by default --field-name), `min`, `max`,
+`metavar`, `panel` (the flag's heading in --help), and `default_text`: what --help says of a default
+that the field's value does not show.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
+from rich.markup import escape
 
-from edgeformer.engines.options import PANEL
-from edgeformer.engines.options import option as option  # also for edgeformer.train
+from edgeformer.engines.options import PANEL, option
 
 SAMPLING = "Sampling"
 F = TypeVar("F", bound=Callable[..., None])
@@ -27,12 +28,16 @@ class GenerationFlags:
     """Arguments of `Model.generate`. Those that are None are as the bundle's generation_config.json says."""
 
     max_new_tokens: int | None = option(
-        None, "The longest answer, in tokens. Default: as the bundle says.", flags=("--max-new-tokens", "-n"), min=1
+        None,
+        "The longest answer, in tokens.",
+        flags=("--max-new-tokens", "-n"),
+        min=1,
+        default_text="as the bundle says",
     )
     stop: list[str] | None = option(None, "End before this text; may be repeated.")  # noqa: RUF009 (a field)
-    ignore_eos: bool = option(False, "Go on after the model's end token.", flags=("--ignore-eos",))
+    ignore_eos: bool = option(False, "Go on after the model's end token.")
     temperature: float | None = option(
-        None, "0 takes the likeliest token. Default: as the bundle says, else 0.", min=0.0, panel=SAMPLING
+        None, "0 takes the likeliest token.", min=0.0, default_text="as the bundle says, else 0", panel=SAMPLING
     )
     top_k: int | None = option(None, "0 is off.", min=0, panel=SAMPLING)
     top_p: float | None = option(None, "1 is off.", min=0.0, max=1.0, panel=SAMPLING)
@@ -40,7 +45,13 @@ class GenerationFlags:
     repetition_penalty: float | None = option(None, "1 is off.", panel=SAMPLING)
     seed: int | None = option(None, "Same seed, same text.", min=0, panel=SAMPLING)
     num_beams: int | None = option(
-        None, "Beam search. Default: as the bundle says.", flags=("--beams",), min=1, max=256, panel=SAMPLING
+        None,
+        "Beam search.",
+        flags=("--beams",),
+        min=1,
+        max=256,
+        default_text="as the bundle says",
+        panel=SAMPLING,
     )
 
     def arguments(self) -> dict[str, Any]:
@@ -52,13 +63,13 @@ class GenerationFlags:
 class EmbedFlags:
     """Arguments of `Model.embed`. Those that are None are as the bundle says."""
 
-    prompt_name: str | None = option(None, "The bundle's prompt that stands before each text.")
-    prompt: str | None = option(None, "What stands before each text; '' leaves the bundle's own out.")
+    prompt_name: str | None = option(None, "Name of the bundle's prompt to put before each text.")
+    prompt: str | None = option(None, "Text to put before each text; '' for none.")
     pooling: str | None = option(
-        None, "mean, cls, max, last, mean_sqrt_len or weightedmean. Default: as the bundle says."
+        None, "mean, cls, max, last, mean_sqrt_len or weightedmean.", default_text="as the bundle says"
     )
     normalize: bool | None = option(
-        None, "To length 1. Default: as the bundle says.", flags=("--normalize/--no-normalize",)
+        None, "To length 1.", flags=("--normalize/--no-normalize",), default_text="as the bundle says"
     )
     dimensions: int | None = option(None, "Only the first of them, as Matryoshka models allow.", min=1)
     batch_size: int = option(32, "Items that run together.", min=1)
@@ -72,7 +83,7 @@ class EmbedFlags:
 class PromptFlags:
     """How the prompt of `run` is given."""
 
-    chat: bool = option(False, "Wrap the prompt in the model's chat format.", flags=("--chat",))
+    chat: bool = option(False, "Wrap the prompt in the model's chat format.")
     system: str | None = option(None, "A system message (with --chat).")
     ids: str | None = option(None, "Token ids instead of text: 1,2,3.")
 
@@ -104,14 +115,28 @@ class Only:
         self.defaults = defaults
 
 
+class Given:
+    """`Annotated[dict[str, Any], Given(Options)]`: a command has the flags of Options, and gets those that were given.
+
+    For options that another place, such as a recipe, sets too. A field without a default is not required here.
+    """
+
+    def __init__(self, options: type) -> None:
+        self.options = options
+
+
 def with_options(command: F) -> F:
-    """A command in which each parameter that is an options dataclass stands for the flags of its fields."""
+    """A command in which the flags of its fields replace each parameter that is an options dataclass, or `Given`."""
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, tuple[type, list[str]]] = {}  # parameter -> its dataclass and the fields that have flags
+    only_given: set[str] = set()  # the parameters that take the given flags alone
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():
         annotation = hints[name]
         kind, *extras = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+        if given := next((extra for extra in extras if isinstance(extra, Given)), None):
+            kind = given.options
+            only_given.add(name)
         if not is_dataclass(kind):
             parameters.append(parameter.replace(annotation=annotation))
             continue
@@ -119,11 +144,14 @@ def with_options(command: F) -> F:
         made = list(_flags(kind, next((extra for extra in extras if isinstance(extra, Only)), None)))
         groups[name] = kind, [flag.name for flag in made]
         parameters += made
+    parameters.append(inspect.Parameter(_CONTEXT, inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
 
     @functools.wraps(command)
     def call(**values: Any) -> None:
+        context: typer.Context = values.pop(_CONTEXT)
         for name, (kind, names) in groups.items():
-            values[name] = kind(**{flag: values.pop(flag) for flag in names})
+            chosen = {flag: values.pop(flag) for flag in names}
+            values[name] = _on_command_line(context, chosen) if name in only_given else kind(**chosen)
         command(**values)
 
     named = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
@@ -132,15 +160,40 @@ def with_options(command: F) -> F:
     return call  # type: ignore[return-value]
 
 
+_CONTEXT = "typer_context"
+
+
+def _on_command_line(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
+    """Those of `values` (field -> value) whose flags the user wrote."""
+    sources = {name: context.get_parameter_source(name) for name in values}
+    return {name: values[name] for name, source in sources.items() if source and source.name != "DEFAULT"}
+
+
 def _flags(kind: type, only: Only | None) -> Iterator[inspect.Parameter]:
-    """The parameters that typer makes flags of: one for each field, or for those in `only`."""
+    """The parameters that typer makes flags of: one for each field with a help text, or for those in `only`."""
     hints = get_type_hints(kind)
     for one in fields(kind):
-        if only is not None and one.name not in only.names:
+        if "help" not in one.metadata or (only is not None and one.name not in only.names):
             continue
         metadata = dict(one.metadata)
         names = metadata.pop("flags", ("--" + one.name.replace("_", "-"),))
-        declared = typer.Option(*names, rich_help_panel=metadata.pop("panel", None), **metadata)
+        declared = typer.Option(
+            *names,
+            help=escape(metadata.pop("help")),
+            show_default=metadata.pop("default_text", True),
+            rich_help_panel=metadata.pop("panel", None),
+            **metadata,
+        )
         default = one.default if only is None else only.defaults.get(one.name, one.default)
-        annotation: Any = Annotated[hints[one.name], declared]
+        annotation: Any = Annotated[_parsed(hints[one.name]), declared]
+        if default in (MISSING, ()):
+            default = None
         yield inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _parsed(kind: Any) -> Any:
+    """The type that typer parses a flag as, for the type of its field."""
+    if kind == tuple[str, ...]:
+        return list[str] | None
+    first, *others = get_args(kind) or (kind,)
+    return first | None if others else kind  # of a union, the first

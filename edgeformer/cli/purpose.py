@@ -15,7 +15,7 @@ LABELLED = ("text-classification", "image-classification", "token-classification
 def command_for(bundle: Bundle, name: str | None = None) -> str:
     """The command that runs it, with its arguments: `run NAME "text"`, `embed NAME "text"`, ...
 
-    Without a tokenizer a text is token ids; `name` is what stands for the bundle, its folder's name unless given.
+    Without a tokenizer a text is token ids. `name` of the bundle is its folder's name unless given.
     """
     name, graphs = name or bundle.path.name, bundle.manifest["graphs"]
     text = '"text"' if bundle.file("tokenizer.json") is not None else "--ids 1,2,3"

@@ -81,7 +81,7 @@ def run_prompt(
         )
         chat_model = model.tokenizer is not None and model.tokenizer.has_chat_template
         if not result.text and chat_model and not _is_chat(prompt):
-            stderr.print("The model added nothing to this text. It was trained on conversations: try --chat.")
+            stderr.print("The answer is empty. This model was trained on conversations: try --chat.")
 
 
 def _is_chat(prompt: Prompt) -> bool:
@@ -92,18 +92,18 @@ def run_arrays(bundle: Path, engine: EngineOptions, inputs: Path, outputs: Path 
     """Run a model on the arrays in `inputs`; print the outputs, or write them to `outputs` (both .npz).
 
     Raises:
-        InputError: a file is not an .npz file.
+        InputError: `inputs` is not an .npz file, or `outputs` has another suffix.
     """
     try:
         with np.load(inputs, allow_pickle=False) as file:
             given = {name: file[name] for name in file.files}
     except (OSError, ValueError) as error:
         raise InputError(f"{inputs} cannot be read as an .npz file: {error}.") from error
+    if outputs is not None and outputs.suffix != ".npz":
+        raise InputError(f"--outputs is {outputs}, expected a name ending in .npz.")
     model = load_model(bundle, engine.arguments())
     found = model(**given)
     if outputs is not None:
-        if outputs.suffix != ".npz":
-            raise InputError(f"--outputs is {outputs}, expected a name ending in .npz.")
         np.savez(outputs, **found)  # type: ignore[arg-type]
     if as_json:
         print(json.dumps({name: array.tolist() for name, array in found.items()}))

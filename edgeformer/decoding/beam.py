@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from edgeformer.bundle.signature import Array
 from edgeformer.decoding.logits_processors import log_softmax, process
-from edgeformer.decoding.loop import last_logits
 from edgeformer.decoding.request import Request
-from edgeformer.engines.base import Engine, State
 from edgeformer.errors import EdgeformerError
 
 _NEVER = -1.0e9  # lower than any real score, and finite when divided
@@ -27,10 +26,18 @@ class Finished:
     reason: str
 
 
+class Step(NamedTuple):
+    """The next token of each beam, and the beam of the step before that each goes on from."""
+
+    tokens: list[int]
+    beams: list[int]
+
+
 def beam_search(
-    engine: Engine, state: State, request: Request, is_stopped: Callable[[Sequence[int]], bool] | None = None
-) -> Finished:
-    """The best continuation of the request's prompt. `state` is empty, and holds `num_beams` sequences.
+    request: Request, is_stopped: Callable[[Sequence[int]], bool] | None = None
+) -> Generator[Step | None, Array, Finished]:
+    """Finds the best continuation of the request's prompt; a generator that is sent the logits [beams, vocab] of the
+    step that it gave (first those of the prompt, for which it gives None), and whose value is what it found.
 
     A finished text's score is the sum of its tokens' log probabilities divided by `length ** length_penalty`.
     `early_stopping=True` ends with the first `num_beams` finished texts; False as soon as no running one is likely to
@@ -48,14 +55,14 @@ def beam_search(
     scores = np.array([0.0] + [_NEVER] * (beams - 1))  # all beams are equal at first: only one counts
     done: list[Finished] = []  # at most `beams`, best first
     improving = True
-    logits = last_logits(engine, state, np.array(running, np.int64), limits)
+    logits = yield None
     while True:
         if not config.remove_invalid_values and np.isnan(logits).any():
             raise EdgeformerError(f"The logits hold NaN after {len(running[0])} tokens.")
         table = log_softmax(logits.astype(np.float64))
         if request.processors:
             seen = np.array(running, np.int64)
-            table = np.stack([process(request.processors, ids, row) for ids, row in zip(seen, table, strict=True)])
+            table = np.stack([process(request.processors, ids, row, rng) for ids, row in zip(seen, table, strict=True)])
         vocab = table.shape[1]
         sums = (table + scores[:, None]).reshape(-1)
         top = _best(sums if rng is None else sums + rng.gumbel(size=len(sums)), keep)
@@ -80,10 +87,7 @@ def beam_search(
         full = config.early_stopping is True and len(done) == beams
         if not improving or full or ends.all() or (limits.context is not None and length >= limits.context):
             break
-        if limits.cached:
-            state.select(rows)
-        new = [ids[-1:] if limits.cached else ids for ids in running]
-        logits = last_logits(engine, state, np.array(new, np.int64), limits)
+        logits = yield Step([ids[-1] for ids in running], rows)
     return done[0] if done else Finished(float(scores[0]), running[0][start:], "length")
 
 

@@ -1,74 +1,156 @@
-"""A stream of one answer: from the token loop, or from a beam search when it has ended."""
+"""From prompts to answers: makes the jobs of a call, and runs them on a scheduler of its own."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from edgeformer.bundle.signature import Array
-from edgeformer.decoding.beam import beam_search
+from edgeformer.decoding.answer_shape import TEXT, AnswerShape
+from edgeformer.decoding.beam_job import BeamSearch
 from edgeformer.decoding.generation_config import GenerationConfig
+from edgeformer.decoding.job import Job
 from edgeformer.decoding.limits import Limits
-from edgeformer.decoding.loop import tokens
 from edgeformer.decoding.request import CallOptions, Request
-from edgeformer.decoding.result import Piece, Result, Stream, Timings
-from edgeformer.decoding.session import Session
-from edgeformer.decoding.stop import StopFilter
+from edgeformer.decoding.result import Piece, Result, Stream
+from edgeformer.decoding.scheduler import Scheduler, SchedulerOptions
+from edgeformer.decoding.sequence import Sequence
+from edgeformer.decoding.session import StateSource
+from edgeformer.decoding.speculation.speculation import Speculation
+from edgeformer.decoding.token_settings import with_token_ids
 from edgeformer.engines.base import Engine, State
 from edgeformer.errors import InputError
 from edgeformer.processing.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from edgeformer.decoding.prefix_cache import PrefixCache
+    from edgeformer.decoding.speculation.sequence_drafts import SequenceDrafts
+
+MAX_SEQUENCES = 16  # of a list of prompts that run together
+
+
+@dataclass(frozen=True)
+class Call:
+    """One prompt with what its answer depends on.
+
+    new_state: makes the state of a number of sequences. source: the token ids that an encoder read, or the prompt.
+    """
+
+    prompt: Tokens[int]
+    config: GenerationConfig
+    options: CallOptions
+    new_state: Callable[[int], State]
+    source: Tokens[int] | Array | None = None
+    shape: AnswerShape = TEXT
+    is_cacheable: bool = True  # its state depends on its tokens alone: no encoder's output is in it
+
 
 @dataclass(frozen=True)
 class TextGenerator:
-    """An engine that generates, with its limits and its tokenizer."""
+    """An engine that generates, with its limits, its tokenizer, and the prefixes that it keeps."""
 
     engine: Engine
     limits: Limits
     tokenizer: Tokenizer | None
+    prefix_cache: PrefixCache | None = None
+    speculation: Speculation | None = None
 
-    def stream(
-        self,
-        prompt: Sequence[int],
-        config: GenerationConfig,
-        options: CallOptions,
-        new_state: Callable[[int], State],
-        source: Sequence[int] | Array | None = None,
-    ) -> Stream:
-        """The answer to `prompt`, piece by piece; that of a beam search comes all at its end.
-
-        `new_state` makes the state of a number of sequences; `source` holds the token ids that an encoder read, if any.
+    def jobs(self, call: Call) -> list[Job]:
+        """The jobs of one prompt: `n` answers that share its prefill, or one beam search.
 
         Raises:
-            InputError: the prompt is wrong, or there are stop strings and no tokenizer.
+            InputError: the prompt is wrong, there are stop strings and no tokenizer, several answers of beams, or
+                speculation that is not possible here.
         """
+        config, options = call.config, call.options
         if config.stop_strings and self.tokenizer is None:
             raise InputError("Stop strings need a tokenizer, and this bundle has no tokenizer; leave them out.")
-        request = Request.of(prompt, config, self.limits, options, source)
+        config = with_token_ids(config, self.tokenizer)
+        request = Request.of(call.prompt, config, self.limits, options, call.source, call.shape)
+        tokenizer = self.tokenizer
         if config.num_beams > 1:
-            return Stream(self._beams(request, new_state(config.num_beams)))
-        session = options.session or Session(new_state(1))
-        text = self.tokenizer.detokenizer() if self.tokenizer else None
-        return Stream(tokens(self.engine, session, request, text))
+            if options.n > 1:
+                raise InputError(f"n is {options.n}: a beam search gives one answer; leave out n or num_beams.")
+            if options.speculation not in ("auto", "off"):
+                raise InputError("A beam search has no drafts; leave out speculation or num_beams.")
+            if call.shape.grammar is not None or options.logprobs is not None or options.prompt_logprobs is not None:
+                raise InputError("A beam search has no constraints, tools or logprobs; leave them out, or num_beams.")
+            return [BeamSearch(request, call.new_state, tokenizer.decode if tokenizer else None)]
+        cache = self.prefix_cache if call.is_cacheable else None
+        states = StateSource(lambda: call.new_state(1), options.session, cache)
+        answers = [Sequence(request, states, tokenizer, index, self._drafts(options)) for index in range(options.n)]
+        answers[0].siblings = answers[1:]
+        for sibling in answers[1:]:
+            sibling.is_waiting = True
+        return [*answers]
 
-    def _beams(self, request: Request, state: State) -> Generator[Piece, None, Result]:
-        began = time.perf_counter()
-        stops = request.config.stop_strings
+    def _drafts(self, options: CallOptions) -> SequenceDrafts | None:
+        """The drafts of a new sequence; None without speculation."""
+        if self.speculation is not None:
+            return self.speculation.drafts(options.speculation)
+        if options.speculation not in ("auto", "off"):
+            raise InputError("Speculation is for models of one graph, and this is an encoder-decoder; leave it out.")
+        return None
 
-        def is_stopped(ids: Sequence[int]) -> bool:
-            return any(stop in self._text(ids) for stop in stops)
+    def scheduler(self, options: SchedulerOptions) -> Scheduler:
+        """A scheduler on this engine."""
+        keeps_logits, speculation = self.limits.keeps_logits, self.speculation
+        return Scheduler(self.engine, keeps_logits=keeps_logits, options=options, speculation=speculation)
 
-        best = beam_search(self.engine, state, request, is_stopped if stops else None)
-        seconds = time.perf_counter() - began
-        stop = StopFilter(stops)
-        text = stop.push(self._text(best.ids[:-1] if best.reason == "eos" else best.ids))
-        text += stop.flush()
-        for token in best.ids[:-1]:
-            yield Piece(token, "")
-        yield Piece(best.ids[-1], text, best.reason)
-        timings = Timings(len(request.prompt), 0, 0.0, seconds, len(best.ids), seconds)
-        return Result(text, best.ids, best.reason, timings)
+    def stream(self, call: Call) -> Stream:
+        """The answer to a prompt, piece by piece; that of a beam search comes all at its end.
 
-    def _text(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids) if self.tokenizer else ""
+        Raises:
+            InputError: as `jobs`, or several answers are asked for.
+        """
+        if call.options.n != 1:
+            raise InputError(f"n is {call.options.n}: a stream gives one answer; use generate().")
+        (job,) = self.jobs(call)
+        scheduler = self.scheduler(SchedulerOptions(max_sequences=job.slots, stretch=None))
+        scheduler.add([job])
+        return Stream(_pieces(scheduler, job))
+
+    def answers(self, calls: Iterable[Call]) -> Iterator[tuple[int, list[Result]]]:
+        """(index of the call, its answers) in the order in which they end; MAX_SEQUENCES run together.
+
+        A call is taken from `calls` when it can begin soon.
+
+        Raises:
+            EdgeformerError: one failed; those that were not given yet are lost.
+        """
+        scheduler: Scheduler | None = None
+        groups: dict[int, list[Job]] = {}
+        upcoming = enumerate(calls)
+        while True:
+            while scheduler is None or len(scheduler.waiting) < 2:
+                index, call = next(upcoming, (-1, None))
+                if call is None:
+                    break
+                groups[index] = group = self.jobs(call)
+                if scheduler is None:
+                    most = max(MAX_SEQUENCES, *(job.slots * len(group) for job in group))
+                    scheduler = self.scheduler(SchedulerOptions(max_sequences=most, stretch=None))
+                scheduler.add(group)
+            if scheduler is None or scheduler.is_idle:
+                return
+            scheduler.step()
+            for index in [i for i, group in groups.items() if all(job.reason or job.error for job in group)]:
+                group = groups.pop(index)
+                for job in group:
+                    if job.error is not None:
+                        raise job.error
+                yield index, [job.result() for job in group]
+
+
+def _pieces(scheduler: Scheduler, job: Job) -> Generator[Piece, None, Result]:
+    try:
+        while job.reason is None and job.error is None:
+            scheduler.step()
+            yield from job.take()
+    finally:
+        scheduler.cancel(job)  # where the stream was closed early
+    if job.error is not None:
+        raise job.error
+    return job.result()

@@ -1,8 +1,9 @@
 """Generation settings: generation_config.json and the arguments of one call, merged and checked.
 
-Names, meaning and defaults are those of transformers' GenerationConfig; an argument overrides the file. Every name
-that transformers knows is in one of three places: a field of `GenerationConfig` (followed), `UNSUPPORTED` (a
-warning at load and in `Model.explain()`; refused as an argument), or `IRRELEVANT` (no token depends on it here).
+Names, meaning and defaults are those of transformers' GenerationConfig, and for what it has not those of OpenAI's API
+or llama.cpp (generation_fields.py); an argument overrides the file. Every name that transformers knows is in one of
+three places: a field of `GenerationConfig` (followed), `UNSUPPORTED` (a warning at load and in `Model.explain()`;
+refused as an argument), or `IRRELEVANT` (no token depends on it here).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict
 
 from edgeformer.bundle.bundle import Bundle
-from edgeformer.decoding.generation_fields import CHECKS, SAMPLING, listed, problems_of, refuse_unknown
+from edgeformer.decoding.generation_fields import CHECKS, SAMPLING, listed, pairs_of, problems_of, refuse_unknown
 from edgeformer.errors import BundleError, InputError
 
 Ids = tuple[int, ...]
@@ -36,10 +37,19 @@ class GenerationConfig:
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
-    # logits
+    # logits, in the order of logits_processors.py
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token id, added to its logit
     sequence_bias: tuple[tuple[Ids, float], ...] = ()
     encoder_repetition_penalty: float = 1.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    dry_multiplier: float = 0.0  # 0 is off
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1  # tokens to look back at: -1 all, 0 none
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")  # llama.cpp's
+    dry_breaker_ids: tuple[Ids, ...] = ()  # sequences of tokens that break too; `with_token_ids` adds the texts'
     no_repeat_ngram_size: int = 0
     encoder_no_repeat_ngram_size: int = 0
     bad_words_ids: tuple[Ids, ...] = ()
@@ -49,6 +59,7 @@ class GenerationConfig:
     exponential_decay_length_penalty: tuple[int, float] | None = None
     suppress_tokens: Ids = ()
     begin_suppress_tokens: Ids = ()
+    forced_tokens: tuple[tuple[int, int], ...] = ()  # place in the answer, the first is 0; token id
     renormalize_logits: bool = False
     # sampling, in the order in which they apply
     temperature: float = 1.0
@@ -59,6 +70,9 @@ class GenerationConfig:
     typical_p: float = 1.0
     epsilon_cutoff: float = 0.0
     eta_cutoff: float = 0.0
+    xtc_probability: float = 0.0  # 0 is off
+    xtc_threshold: float = 0.1
+    xtc_kept_ids: Ids = ()  # tokens that XTC never excludes, beside the ends; `with_token_ids` adds the newline
 
     @classmethod
     def of(
@@ -151,9 +165,18 @@ class Arguments(TypedDict, total=False):
     num_beams: int | None
     length_penalty: float | None
     early_stopping: bool | Literal["never"] | None
+    logit_bias: dict[int, float] | list[Any] | None
     sequence_bias: list[Any] | dict[tuple[int, ...], float] | None
     encoder_repetition_penalty: float | None
     repetition_penalty: float | None
+    frequency_penalty: float | None
+    presence_penalty: float | None
+    dry_multiplier: float | None
+    dry_base: float | None
+    dry_allowed_length: int | None
+    dry_penalty_last_n: int | None
+    dry_sequence_breakers: list[str] | None
+    dry_breaker_ids: list[list[int]] | None
     no_repeat_ngram_size: int | None
     encoder_no_repeat_ngram_size: int | None
     bad_words_ids: list[list[int]] | None
@@ -163,6 +186,7 @@ class Arguments(TypedDict, total=False):
     exponential_decay_length_penalty: tuple[int, float] | None
     suppress_tokens: list[int] | None
     begin_suppress_tokens: list[int] | None
+    forced_tokens: dict[int, int] | list[Any] | None
     renormalize_logits: bool | None
     temperature: float | None
     top_h: float | None
@@ -172,6 +196,9 @@ class Arguments(TypedDict, total=False):
     typical_p: float | None
     epsilon_cutoff: float | None
     eta_cutoff: float | None
+    xtc_probability: float | None
+    xtc_threshold: float | None
+    xtc_kept_ids: list[int] | None
     watermarking_config: dict[str, Any] | None
 
 
@@ -194,6 +221,9 @@ _FIELDS = frozenset(field.name for field in fields(GenerationConfig))
 
 
 def _conflicts(config: GenerationConfig) -> Iterable[str]:
+    for _, token in config.forced_tokens:
+        if token in config.suppress_tokens:
+            yield f"forced_tokens forces {token}, which suppress_tokens forbids."
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
         forced = set(listed(getattr(config, name)))
         if forced and forced <= set(config.suppress_tokens):
@@ -205,9 +235,15 @@ def _frozen(name: str, value: Any, vocab_size: int | None) -> Any:
     if name == "sequence_bias":
         pairs = value.items() if isinstance(value, dict) else value
         return tuple({tuple(map(int, ids)): float(bias) for ids, bias in pairs}.items())
-    if name == "bad_words_ids":
+    if name == "logit_bias":
+        return tuple({token: float(bias) for token, bias in pairs_of(value)}.items())
+    if name == "forced_tokens":
+        return tuple(dict(pairs_of(value)).items())
+    if name == "dry_sequence_breakers":
+        return tuple(listed(value))
+    if name in ("bad_words_ids", "dry_breaker_ids"):
         return tuple(tuple(map(int, ids)) for ids in value)
-    if name in ("eos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"):
+    if name in ("eos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "xtc_kept_ids"):
         ids = dict.fromkeys(map(int, listed(value)))
         return tuple(token for token in ids if token >= 0 and (vocab_size is None or token < vocab_size))
     if name == "stop_strings":

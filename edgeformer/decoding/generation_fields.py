@@ -1,5 +1,7 @@
-"""Every name of transformers' GenerationConfig: what its value must be, or why it is not followed.
+"""Every generation setting: what its value must be, or why it is not followed.
 
+The names are those of transformers' GenerationConfig; of OpenAI's API (logit_bias, frequency_penalty,
+presence_penalty); of llama.cpp (dry_*, xtc_*); and three of our own (dry_breaker_ids, xtc_kept_ids, forced_tokens).
 A name is in one of three tables: `CHECKS` (followed: a field of `GenerationConfig`), `UNSUPPORTED` (said once at load
 and by `Model.explain()`; refused as an argument), or `IRRELEVANT` (no token depends on it here).
 """
@@ -58,7 +60,14 @@ STARTS = _names("""
     bos_token_id decoder_start_token_id lang_to_id task_to_id no_timestamps_token_id is_multilingual language task
     forced_decoder_ids alignment_heads median_filter_width prev_sot_token_id max_initial_timestamp_index
 """)
-SAMPLING = _names("temperature top_h top_k top_p min_p typical_p epsilon_cutoff eta_cutoff")
+SAMPLING = _names("""
+    temperature top_h top_k top_p min_p typical_p epsilon_cutoff eta_cutoff xtc_probability xtc_threshold xtc_kept_ids
+""")
+# Arguments of `generate` that are no generation settings: for a hint at a name that is nearly right.
+OTHERS = _names("""
+    seed stop ignore_eos session decoder_prompt speculation json_schema response_format regex grammar choices tools
+    tool_choice logprobs n context_policy
+""")
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
@@ -93,6 +102,10 @@ def _ids(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(map(_id, value))
 
 
+def _id_lists(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(_ids(word) and len(word) > 0 for word in value)
+
+
 def _pairs(value: Any) -> bool:
     pairs = list(value.items()) if isinstance(value, dict) else value
     return isinstance(pairs, (list, tuple)) and all(
@@ -104,6 +117,32 @@ def _pairs(value: Any) -> bool:
         and not math.isnan(pair[1])
         for pair in pairs
     )
+
+
+def pairs_of(value: Any) -> list[tuple[int, Any]]:
+    """[(token id or place, value)] of a mapping or a list of pairs; keys that JSON made texts are numbers again."""
+    pairs = value.items() if isinstance(value, Mapping) else value
+    return [(int(key), each) for key, each in pairs]
+
+
+def _keyed(fine: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """A check of a mapping, or of a list of pairs, from whole numbers of at least 0 to values that are `fine`."""
+
+    def checked(value: Any) -> bool:
+        pairs = list(value.items()) if isinstance(value, Mapping) else value
+        return isinstance(pairs, (list, tuple)) and all(
+            isinstance(pair, (list, tuple))
+            and len(pair) == 2
+            and ((_id(pair[0]) and pair[0] >= 0) or (isinstance(pair[0], str) and pair[0].isdecimal()))
+            and fine(pair[1])
+            for pair in pairs
+        )
+
+    return checked
+
+
+def _texts(value: Any) -> bool:
+    return all(isinstance(text, str) and text for text in listed(value))
 
 
 _FLAG: Check = (lambda value: isinstance(value, bool), "true or false")
@@ -118,23 +157,26 @@ CHECKS: dict[str, Check] = {
     "min_new_tokens": _whole(0),
     "max_time": _number(0),
     "eos_token_id": _ONE_OR_MORE,
-    "stop_strings": (
-        lambda value: all(isinstance(text, str) and text for text in listed(value)),
-        "a text or a list of texts, none of them empty",
-    ),
+    "stop_strings": (_texts, "a text or a list of texts, none of them empty"),
     "do_sample": _FLAG,
     "num_beams": _whole(1, 256),
     "length_penalty": _number(-1e6, 1e6),
     "early_stopping": (lambda value: isinstance(value, bool) or value == "never", "True, False or 'never'"),
+    "logit_bias": (_keyed(_number(-100, 100)[0]), "{token id: a number from -100 to 100}"),
     "sequence_bias": (_pairs, "a list of [[token ids], bias]"),
     "encoder_repetition_penalty": _number(0, open_low=True),
     "repetition_penalty": _number(0, open_low=True),
+    "frequency_penalty": _number(-2, 2),
+    "presence_penalty": _number(-2, 2),
+    "dry_multiplier": _number(0),
+    "dry_base": _number(1),
+    "dry_allowed_length": _whole(1),
+    "dry_penalty_last_n": _whole(-1),
+    "dry_sequence_breakers": (_texts, "a text or a list of texts, none of them empty"),
+    "dry_breaker_ids": (_id_lists, "a list of lists of token ids"),
     "no_repeat_ngram_size": _whole(0),
     "encoder_no_repeat_ngram_size": _whole(0),
-    "bad_words_ids": (
-        lambda value: isinstance(value, (list, tuple)) and all(_ids(word) and len(word) > 0 for word in value),
-        "a list of lists of token ids",
-    ),
+    "bad_words_ids": (_id_lists, "a list of lists of token ids"),
     "forced_bos_token_id": (_id, "a token id"),
     "forced_eos_token_id": _ONE_OR_MORE,
     "remove_invalid_values": _FLAG,
@@ -146,6 +188,7 @@ CHECKS: dict[str, Check] = {
     ),
     "suppress_tokens": _LIST,
     "begin_suppress_tokens": _LIST,
+    "forced_tokens": (_keyed(lambda value: _id(value) and value >= 0), "{place in the answer, from 0: token id}"),
     "renormalize_logits": _FLAG,
     "temperature": _number(0, open_low=True),
     "top_h": _number(0, 1, open_low=True),
@@ -155,8 +198,15 @@ CHECKS: dict[str, Check] = {
     "typical_p": _number(0, 1, open_low=True),
     "epsilon_cutoff": _SHARE,
     "eta_cutoff": _SHARE,
+    "xtc_probability": _SHARE,
+    "xtc_threshold": _number(0, 1, open_low=True),
+    "xtc_kept_ids": _LIST,
 }
-_MUST_BE_KNOWN = ("sequence_bias", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id")
+# name -> the part of its value that holds token ids of the model, in lists within lists
+_MUST_BE_KNOWN: dict[str, Callable[[Any], Any]] = {
+    "logit_bias": lambda value: [token for token, _ in pairs_of(value)],
+    "forced_tokens": lambda value: [token for _, token in pairs_of(value)],
+} | dict.fromkeys(("sequence_bias", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id"), lambda value: value)
 
 
 def problems_of(names: Set[str], settings: Mapping[str, Any], vocab_size: int | None) -> list[str]:
@@ -167,7 +217,8 @@ def problems_of(names: Set[str], settings: Mapping[str, Any], vocab_size: int | 
         if not fine(value):
             lines.append(f"{name} is {_short(value)}, expected {expected}")
         elif name in _MUST_BE_KNOWN:
-            unknown = [i for i in _every_id(value) if i < 0 or (vocab_size is not None and i >= vocab_size)]
+            ids = _every_id(_MUST_BE_KNOWN[name](value))
+            unknown = [i for i in ids if i < 0 or (vocab_size is not None and i >= vocab_size)]
             if unknown:
                 known = "numbers of at least 0" if vocab_size is None else f"0 to {vocab_size - 1}"
                 lines.append(f"{name} holds the token id {unknown[0]}, the model knows {known}")
@@ -227,5 +278,5 @@ def refuse_unknown(arguments: Mapping[str, Any]) -> None:
             if not neutral(value, arguments):
                 raise InputError(f"{name}={value!r} is not implemented: {why}. Leave it out.")
         elif name not in CHECKS and name not in IRRELEVANT:
-            near = difflib.get_close_matches(name, [*CHECKS, "seed", "stop", "ignore_eos", "session"], 1)
+            near = difflib.get_close_matches(name, [*CHECKS, *sorted(OTHERS)], 1)
             raise InputError(f"There is no argument {name!r}{f'; {near[0]!r}?' if near else '.'}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from edgeformer.bundle.signature import KEEP, PAST
 from edgeformer.decoding.generation_config import file_settings
 from edgeformer.decoding.generation_fields import listed
 from edgeformer.engines.base import Engine
-from edgeformer.errors import InputError
+from edgeformer.errors import ContextError, InputError
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,23 @@ class Limits:
             bos=next(iter(_ids(bundle, "bos_token_id")), None),
         )
 
+    def refuse_length(self, length: int) -> NoReturn:
+        """
+        Raises:
+            ContextError: always; it says how many tokens there may be.
+        """
+        raise ContextError(
+            f"The text has {length} tokens, the limit is {self.context} ({self.context_reason}); shorten it, or choose "
+            'context_policy="slide".'
+        )
 
-def checked_prompt(prompt: Sequence[int], limits: Limits) -> list[int]:
+
+def checked_prompt(prompt: Sequence[int], limits: Limits, *, may_slide: bool = False) -> list[int]:
     """The token ids of a prompt; an empty one becomes the token that begins a text.
 
     Raises:
-        InputError: the prompt holds an unknown id, is longer than the context, or empty without such a token.
+        InputError: the prompt holds an unknown id, or is empty without such a token.
+        ContextError: it is longer than the context, and the context may not slide.
     """
     array = np.asarray(prompt)
     if array.size == 0:
@@ -67,9 +79,10 @@ def checked_prompt(prompt: Sequence[int], limits: Limits) -> list[int]:
     if low < 0 or (limits.vocab_size is not None and high >= limits.vocab_size):
         known = "" if limits.vocab_size is None else f" to {limits.vocab_size - 1}"
         raise InputError(f"The prompt holds the token id {low if low < 0 else high}, the model knows 0{known}.")
-    if limits.context is not None and len(array) > limits.context:
-        raise InputError(
-            f"The prompt has {len(array)} tokens, the limit is {limits.context} ({limits.context_reason}); shorten it."
+    if limits.context is not None and len(array) > limits.context and not may_slide:
+        raise ContextError(
+            f"The prompt has {len(array)} tokens, the limit is {limits.context} ({limits.context_reason}); shorten it, "
+            'or choose context_policy="slide".'
         )
     return [int(token) for token in array]
 

@@ -1,8 +1,34 @@
-"""Logits processors: pure functions (ids so far, scores) -> scores, one list for every model and every beam.
+"""Logits processors: one list for every model and every beam, built from a GenerationConfig.
 
-`logits_processors` makes the list, in transformers' order, from a GenerationConfig. `ids` is int64 [length], `scores`
-float [vocab]; no argument is changed, and where nothing changes the scores themselves come back. A token that may not
-follow has the score -inf. Formulas: transformers' `generation/logits_process.py`, with which the tests compare.
+`logits_processors` makes the list. First come functions (ids so far, scores of the whole vocabulary) -> scores, then,
+where an answer is sampled, a `Step` on the candidates: the filters. `next_token` gives the token that `process` and a
+draw would give, and faster: what follows a filter works on the tokens that it left. Neither changes its arguments.
+
+`ids` is int64 [length], prompt and answer; `scores` float [vocab]; a token that may not follow has the score -inf.
+Formulas: transformers' `generation/logits_process.py`, with which the tests compare. Each processor is a pure function;
+the one that needs chance (XTC) takes the random generator of the answer, as the draw does: the seed says it all.
+
+| order | setting | transformers | llama.cpp |
+|---|---|---|---|
+| 1 | logit_bias | - (SequenceBias of one token) | logit_bias, first too |
+| 2 | sequence_bias | 1 | - |
+| 3 | encoder_repetition_penalty, repetition_penalty | 2, 3 | penalties: repeat (last 64 tokens) |
+| 4 | frequency_penalty, presence_penalty | - | penalties: after repeat, of the last 64 tokens |
+| 5 | dry_* | - | dry, after the penalties |
+| 6 | no_repeat_ngram_size, encoder_no_repeat_ngram_size, bad_words_ids | 4, 5, 6 | - |
+| 7 | min_length, min_new_tokens | 7, 8 | - |
+| 8 | forced_bos_token_id, forced_eos_token_id | 9, 10 | - |
+| 9 | remove_invalid_values, exponential_decay_length_penalty | 11, 12 | - |
+| 10 | suppress_tokens, begin_suppress_tokens | 13, 14 | ignore_eos is a bias of -inf |
+| 11 | forced_tokens | the former forced_decoder_ids: here too | - |
+| 12 | temperature | 15 | last |
+| 13 | top_h, top_k, top_p, min_p, typical_p | in this order | top_k, typ_p, top_p, min_p |
+| 14 | epsilon_cutoff, eta_cutoff | in this order | - |
+| 15 | xtc_* | - (text-generation-webui: last) | after min_p, before temperature |
+| 16 | renormalize_logits | last | - |
+
+12 to 15 apply only where an answer is sampled. vLLM has 1 before 3 and 4 as here, then temperature, min_p, and top_k
+with top_p at once.
 """
 
 from __future__ import annotations
@@ -14,11 +40,24 @@ from functools import partial
 import numpy as np
 
 from edgeformer.bundle.signature import Array
-from edgeformer.decoding import sampling
+from edgeformer.decoding import penalties, sampling
+from edgeformer.decoding.dry import Dry, by_first_token
+from edgeformer.decoding.filters import Filter, filters
 from edgeformer.decoding.generation_config import GenerationConfig
+from edgeformer.decoding.sampling import Candidates, Random
 
-Processor = Callable[[Array, Array], Array]
+Change = Callable[[Array, Array], Array]  # may write into the scores that it is given
 _LARGEST = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A processor of the tokens that are left, whatever was said before: a filter, or what follows the filters."""
+
+    apply: Filter
+
+
+Processor = Change | Step
 
 
 def logits_processors(
@@ -28,75 +67,122 @@ def logits_processors(
 
     `source` is what the encoder read, or a decoder's prompt; None where that is not made of tokens.
     """
-    eos, made = list(config.eos_token_id), list[Processor]()
     given = None if source is None else np.asarray(source, np.int64)
-    if config.sequence_bias:
-        made.append(SequenceBias.of(config.sequence_bias))
-    if config.encoder_repetition_penalty != 1 and given is not None:
-        made.append(partial(encoder_repetition_penalty, given, config.encoder_repetition_penalty))
-    if config.repetition_penalty != 1:
-        made.append(partial(repetition_penalty, config.repetition_penalty))
-    if config.no_repeat_ngram_size:
-        made.append(partial(no_repeat_ngram, config.no_repeat_ngram_size))
-    if config.encoder_no_repeat_ngram_size and given is not None:
-        made.append(partial(encoder_no_repeat_ngram, given, config.encoder_no_repeat_ngram_size))
-    words = [(word, -np.inf) for word in config.bad_words_ids if len(word) > 1 or word[0] not in eos]
-    if words:
-        made.append(SequenceBias.of(words))
-    shortest = max(config.min_length, prompt_length + config.min_new_tokens if config.min_new_tokens else 0)
-    if shortest > prompt_length and eos:
-        made.append(partial(_before, shortest, partial(forbid, eos)))
-    if config.forced_bos_token_id is not None and prompt_length == 1:
-        made.append(partial(_at, 1, partial(force, [config.forced_bos_token_id])))
-    if config.forced_eos_token_id:
-        last = prompt_length + max_new_tokens - 1
-        made.append(partial(_at, last, partial(force, list(config.forced_eos_token_id))))
-    if config.remove_invalid_values:
-        made.append(remove_invalid)
-    if config.exponential_decay_length_penalty is not None and eos:
-        start, factor = config.exponential_decay_length_penalty
-        made.append(partial(exponential_decay, eos, prompt_length + start, factor))
-    if config.suppress_tokens:
-        made.append(partial(forbid, list(config.suppress_tokens)))
-    if config.begin_suppress_tokens:
-        begin = prompt_length + (config.forced_bos_token_id is not None and prompt_length == 1)
-        made.append(partial(_at, begin, partial(forbid, list(config.begin_suppress_tokens))))
+    made: list[Processor] = [
+        *_raised_and_lowered(config, prompt_length, given),
+        *_forbidden_and_forced(config, prompt_length, max_new_tokens, given),
+    ]
     if config.do_sample:
         # One token that ends nothing must stay for a beam to go on with.
-        least = max(2, len(eos) + 1) if config.num_beams > 1 else 1
-        made.append(_some_left)
-        made += [partial(_without_ids, mask) for mask in sampling.filters(config, least)]
+        least = max(2, len(config.eos_token_id) + 1) if config.num_beams > 1 else 1
+        made += [Step(each) for each in (_some_left, *filters(config, least))]
     if config.renormalize_logits:
-        made.append(lambda _, scores: log_softmax(scores))
+        made.append(Step(_renormalized))
     return tuple(made)
 
 
-def process(processors: Iterable[Processor], ids: Array, scores: Array) -> Array:
-    """`scores` after all processors, in their order."""
+def _raised_and_lowered(config: GenerationConfig, prompt_length: int, source: Array | None) -> Iterable[Change]:
+    if config.logit_bias:
+        yield penalties.SequenceBias.of(((token,), bias) for token, bias in config.logit_bias)
+    if config.sequence_bias:
+        yield penalties.SequenceBias.of(config.sequence_bias)
+    if config.encoder_repetition_penalty != 1 and source is not None:
+        yield partial(penalties.encoder_repetition_penalty, source, config.encoder_repetition_penalty)
+    if config.repetition_penalty != 1:
+        yield partial(penalties.repetition_penalty, config.repetition_penalty)
+    frequency, presence = config.frequency_penalty, config.presence_penalty
+    if frequency or presence:
+        yield partial(penalties.frequency_and_presence_penalty, frequency, presence, prompt_length)
+    if config.dry_multiplier and config.dry_penalty_last_n:
+        strength, breakers = (config.dry_multiplier, config.dry_base), by_first_token(config.dry_breaker_ids)
+        yield Dry(*strength, config.dry_allowed_length, config.dry_penalty_last_n, breakers)
+
+
+def _forbidden_and_forced(
+    config: GenerationConfig, prompt_length: int, max_new_tokens: int, source: Array | None
+) -> Iterable[Change]:
+    eos = list(config.eos_token_id)
+    if config.no_repeat_ngram_size:
+        yield partial(no_repeat_ngram, config.no_repeat_ngram_size)
+    if config.encoder_no_repeat_ngram_size and source is not None:
+        yield partial(encoder_no_repeat_ngram, source, config.encoder_no_repeat_ngram_size)
+    words = [(word, -np.inf) for word in config.bad_words_ids if len(word) > 1 or word[0] not in eos]
+    if words:
+        yield penalties.SequenceBias.of(words)
+    shortest = max(config.min_length, prompt_length + config.min_new_tokens if config.min_new_tokens else 0)
+    if shortest > prompt_length and eos:
+        yield partial(_before, shortest, partial(forbid, eos))
+    if config.forced_bos_token_id is not None and prompt_length == 1:
+        yield partial(_at, 1, partial(force, [config.forced_bos_token_id]))
+    if config.forced_eos_token_id:
+        last = prompt_length + max_new_tokens - 1
+        yield partial(_at, last, partial(force, list(config.forced_eos_token_id)))
+    if config.remove_invalid_values:
+        yield remove_invalid
+    if config.exponential_decay_length_penalty is not None and eos:
+        start, factor = config.exponential_decay_length_penalty
+        yield partial(penalties.exponential_decay, eos, prompt_length + start, factor)
+    if config.suppress_tokens:
+        yield partial(forbid, list(config.suppress_tokens))
+    if config.begin_suppress_tokens:
+        begin = prompt_length + (config.forced_bos_token_id is not None and prompt_length == 1)
+        yield partial(_at, begin, partial(forbid, list(config.begin_suppress_tokens)))
+    if config.forced_tokens:
+        yield partial(_forced_at, {prompt_length + place: token for place, token in config.forced_tokens})
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+def process(processors: Sequence[Processor], ids: Array, scores: Array, rng: Random | None = None) -> Array:
+    """`scores` [vocab] after all processors, in their order. `rng` is that of a sampled answer; XTC takes a number."""
+    return _candidates(processors, ids, scores, rng).spread(len(scores))
+
+
+def next_token(processors: Sequence[Processor], ids: Array, scores: Array, rng: Random | None) -> int:
+    """The token that follows `ids`: a draw of what `process` leaves with `rng`, the most likely without.
+
+    Raises:
+        EdgeformerError: no token is left.
+    """
+    left = _candidates(processors, ids, scores, rng)
+    return left.token(sampling.choose(left.scores, rng))
+
+
+def _candidates(processors: Sequence[Processor], ids: Array, scores: Array, rng: Random | None) -> Candidates:
+    left = Candidates(scores.copy() if processors and not isinstance(processors[0], Step) else scores)
     for processor in processors:
-        scores = processor(ids, scores)
-    return scores
+        if isinstance(processor, Step):
+            left = processor.apply(left, rng)
+            continue
+        left = Candidates(processor(ids, left.scores))
+    return left
 
 
-def _some_left(_: Array, scores: Array) -> Array:
+def _some_left(candidates: Candidates, _: Random | None) -> Candidates:
     """
     Raises:
         EdgeformerError: there is nothing to draw from.
     """
-    sampling.choose(scores, None)
-    return scores
+    sampling.choose(candidates.scores, None)
+    return candidates
 
 
-def _without_ids(mask: sampling.Filter, _: Array, scores: Array) -> Array:
-    return mask(scores)
+def _renormalized(candidates: Candidates, _: Random | None) -> Candidates:
+    return Candidates(log_softmax(candidates.scores), candidates.tokens)
 
 
-def _at(length: int, processor: Processor, ids: Array, scores: Array) -> Array:
-    return processor(ids, scores) if len(ids) == length else scores
+def _at(length: int, change: Change, ids: Array, scores: Array) -> Array:
+    return change(ids, scores) if len(ids) == length else scores
 
 
-def _before(length: int, processor: Processor, ids: Array, scores: Array) -> Array:
-    return processor(ids, scores) if len(ids) < length else scores
+def _before(length: int, change: Change, ids: Array, scores: Array) -> Array:
+    return change(ids, scores) if len(ids) < length else scores
+
+
+def _forced_at(tokens: dict[int, int], ids: Array, scores: Array) -> Array:
+    token = tokens.get(len(ids))
+    return scores if token is None else force([token], ids, scores)
 
 
 # ---------------------------------------------------------------------------------------------------- forbid and force
@@ -104,16 +190,15 @@ def _before(length: int, processor: Processor, ids: Array, scores: Array) -> Arr
 
 def forbid(tokens: Sequence[int] | Array, _: Array, scores: Array) -> Array:
     """No token of `tokens` may follow."""
-    changed = scores.copy()
-    changed[tokens] = -np.inf
-    return changed
+    scores[tokens] = -np.inf
+    return scores
 
 
 def force(tokens: Sequence[int], _: Array, scores: Array) -> Array:
     """Only `tokens` may follow, all alike."""
-    changed = np.full_like(scores, -np.inf)
-    changed[tokens] = 0.0
-    return changed
+    scores[:] = -np.inf
+    scores[tokens] = 0.0
+    return scores
 
 
 def no_repeat_ngram(size: int, ids: Array, scores: Array) -> Array:
@@ -131,72 +216,6 @@ def encoder_no_repeat_ngram(source: Array, size: int, ids: Array, scores: Array)
         same &= source[offset : offset + places] == token
     last = source[size - 1 :][same]
     return forbid(last[last < len(scores)], ids, scores) if len(last) else scores
-
-
-# --------------------------------------------------------------------------------------------------- raise and lower
-
-
-@dataclass(frozen=True)
-class SequenceBias:
-    """A bias for the last token of a sequence whose other tokens have just been said."""
-
-    tokens: Array  # int64 [n]: sequences of one token
-    biases: Array  # float32 [n]
-    longer: tuple[tuple[Array, Array, Array], ...]  # of each length: the tokens before [m, length], the last, the bias
-
-    @classmethod
-    def of(cls, sequences: Iterable[tuple[tuple[int, ...], float]]) -> SequenceBias:
-        """The processor that adds each bias to the last token of its sequence, after the ones before it."""
-        lengths: dict[int, list[tuple[tuple[int, ...], float]]] = {}
-        for ids, bias in sequences:
-            lengths.setdefault(len(ids) - 1, []).append((ids, bias))
-        single = lengths.pop(0, [])
-        longer = tuple(
-            (
-                np.array([ids[:-1] for ids, _ in group], np.int64),
-                np.array([ids[-1] for ids, _ in group], np.int64),
-                np.array([bias for _, bias in group], np.float32),
-            )
-            for group in lengths.values()
-        )
-        tokens = np.array([ids[0] for ids, _ in single], np.int64)
-        return cls(tokens, np.array([bias for _, bias in single], np.float32), longer)
-
-    def __call__(self, ids: Array, scores: Array) -> Array:
-        """The scores [vocab] with the biases that fit the end of `ids` added."""
-        changed = scores.copy()
-        changed[self.tokens] += self.biases
-        for before, last, biases in self.longer:
-            length = before.shape[1]
-            if length <= len(ids):
-                said = (before == ids[-length:]).all(1)
-                np.add.at(changed, last[said], biases[said])
-        return changed
-
-
-def repetition_penalty(penalty: float, ids: Array, scores: Array) -> Array:
-    """Scores of the tokens in `ids` divided by `penalty` where positive, multiplied where negative (CTRL, 2019)."""
-    known = ids if not len(ids) or ids.max() < len(scores) else ids[ids < len(scores)]
-    changed, old = scores.copy(), scores[known]
-    changed[known] = np.where(old < 0, old * penalty, old / penalty)  # a token said twice is set twice, to the same
-    return changed
-
-
-def encoder_repetition_penalty(source: Array, penalty: float, _: Array, scores: Array) -> Array:
-    """The inverse, for the tokens of the source: above 1 they become likelier."""
-    return repetition_penalty(1 / penalty, source, scores)
-
-
-def exponential_decay(eos: Sequence[int], start: int, factor: float, ids: Array, scores: Array) -> Array:
-    """The ends' scores grow by |score| (factor ** n - 1) once n tokens more than `start` were said."""
-    beyond = len(ids) - start
-    if beyond <= 0:
-        return scores
-    changed, old = scores.copy(), scores[eos]
-    finite = np.isfinite(old)
-    with np.errstate(over="ignore"):
-        changed[eos] = old + np.abs(np.where(finite, old, 0)) * (factor**beyond - 1)
-    return changed
 
 
 def remove_invalid(_: Array, scores: Array) -> Array:

@@ -1,15 +1,18 @@
 """What a generation gives: pieces as they come, and the whole result with its timings.
 
 `finish_reason` is why it ended: "eos" (the model ended its answer), "stop" (a stop string appeared), "length"
-(`max_new_tokens` reached), "time" (`max_time` passed) or "context" (the context is full). OpenAI's API calls the first
-two "stop".
+(`max_new_tokens` reached), "time" (`max_time` passed), "context" (the context is full) or "cancel" (the caller ended
+it). OpenAI's API calls the first two "stop".
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from edgeformer.decoding.logprobs import TokenLogprob
+from edgeformer.decoding.tools.answer import AnswerPiece, ParsedAnswer, ToolCall
 from edgeformer.errors import InputError
 
 
@@ -23,6 +26,9 @@ class Piece:
     id: int | None
     text: str
     finish_reason: str | None = None
+    index: int = 0  # of the answer, where a prompt has several
+    parts: tuple[AnswerPiece, ...] = ()  # what it adds to content, reasoning and tool calls, in a chat that has them
+    logprob: TokenLogprob | None = None  # where asked for
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Timings:
     first_token_seconds: float
     new_tokens: int
     decode_seconds: float  # from the first new token to the last
+    queue_seconds: float = 0.0  # before the prompt began to run
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -57,6 +64,16 @@ class Timings:
         return ", ".join(parts)
 
 
+class Drafts(NamedTuple):
+    """Guesses of tokens that ran in the steps of an answer (speculation), and how many of them were right."""
+
+    proposed: int = 0
+    accepted: int = 0
+
+
+NO_DRAFTS = Drafts()
+
+
 @dataclass(frozen=True)
 class Result:
     """A whole answer. `ids` holds every new token, the end token too; `text` holds neither it nor the stop string."""
@@ -65,9 +82,33 @@ class Result:
     ids: list[int]
     finish_reason: str
     timings: Timings
+    drafts: Drafts = NO_DRAFTS
+    logprobs: list[TokenLogprob] | None = None  # of `ids`, where asked for
+    prompt_logprobs: list[TokenLogprob] | None = None
+    answer: ParsedAnswer | None = None  # divided into content, reasoning and calls, in a chat that has them
 
     def __str__(self) -> str:
         return self.text
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that a session or the prefix cache held already."""
+        return self.timings.reused_tokens
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """The calls of tools, in their order."""
+        return [] if self.answer is None else list(self.answer.tool_calls)
+
+    @property
+    def content(self) -> str:
+        """The text without reasoning and tool calls."""
+        return self.text if self.answer is None else self.answer.content
+
+    @property
+    def reasoning(self) -> str:
+        """What the model wrote before its answer, as its chat template marks it."""
+        return "" if self.answer is None else self.answer.reasoning
 
 
 class Stream(Iterator[Piece]):

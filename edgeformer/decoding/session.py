@@ -1,18 +1,23 @@
-"""A conversation: a state and the token ids that it holds."""
+"""A conversation: a state and the token ids that it holds; and where the sequences of a scheduler get theirs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from edgeformer.engines.base import State
+
+if TYPE_CHECKING:
+    from edgeformer.decoding.prefix_cache import PrefixCache
 
 
 class Session:
     """One conversation: a state and its token ids. The next prompt runs only the tokens that are new."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, ids: Sequence[int] = ()) -> None:
         self.state = state
-        self.ids: list[int] = []
+        self.ids: list[int] = list(ids)
 
     def reuse(self, prompt: Sequence[int]) -> int:
         """Cuts the state to its common prefix with `prompt`; returns the length of that prefix.
@@ -36,3 +41,26 @@ class Session:
         """Empties the state."""
         self.state.truncate(0)
         self.ids = []
+
+
+@dataclass(frozen=True)
+class StateSource:
+    """Where a sequence gets its state: a session of the caller, else the longest cached prefix, else a new one."""
+
+    new_state: Callable[[], State]
+    session: Session | None = None
+    prefix_cache: PrefixCache | None = None
+
+    def open(self, ids: Sequence[int]) -> Session:
+        """A session for a sequence that begins with `ids`."""
+        if self.session is not None:
+            return self.session
+        if self.prefix_cache is None:
+            return Session(self.new_state())
+        state, length = self.prefix_cache.match(ids, self.new_state)
+        return Session(state, ids[:length])
+
+    def keep(self, session: Session) -> None:
+        """The tokens of `session` have run: later sequences may begin with them."""
+        if self.prefix_cache is not None:
+            self.prefix_cache.insert(session.ids, session.state)

@@ -94,6 +94,11 @@ class Engine(Protocol):
         """`"cpu"`, `"cuda"` or `"native"`."""
         ...
 
+    @property
+    def rows_are_exact(self) -> bool:
+        """Whether the outputs of a token have the same bits whatever else runs in the call, and in any chunks."""
+        ...
+
     def new_state(self, static_inputs: Arrays | None = None) -> State:
         """An empty state. `static_inputs` are graph inputs that are the same for all calls with this state.
 

@@ -13,6 +13,7 @@ from edgeformer.engines.native.engine import NativeEngine
 from edgeformer.engines.native.options import NativeOptions
 from edgeformer.engines.self_check import recorded_problem, self_check
 from edgeformer.errors import EdgeformerWarning, EngineUnavailable, InputError
+from edgeformer.machine import default_threads
 
 EngineName = Literal["auto", "cuda", "native", "cpu"]
 ORDER = ("cuda", "native", "cpu")
@@ -52,13 +53,15 @@ def check_arguments(engine: str, threads: int | None, isa: str | None) -> None:
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024):
         raise InputError(f"threads is {threads!r}, expected a whole number from 1 to 1024.")
     if isa is not None and engine in ("cuda", "cpu"):
-        raise InputError(f"isa={isa!r} is an option of the native engine, but engine={engine!r} was asked for.")
+        raise InputError(
+            f"isa={isa!r} is an option of the native engine, but engine is {engine!r}; leave one of them out."
+        )
 
 
 def choose(
     bundle: Bundle,
     engine: str,
-    threads: int,
+    threads: int | None,
     native: NativeOptions,
     while_packing: WhilePacking = lambda: None,
     *,
@@ -66,17 +69,19 @@ def choose(
 ) -> tuple[dict[str, Engine], Choice]:
     """(one engine for each graph of the bundle, all of one kind; the reasons for that kind).
 
-    `while_packing` runs once, while the native engine packs weights with the GIL released. With `judged` an engine that
-    fails the parity check, here or at export, counts as unavailable; see `self_check`.
+    `threads` defaults to `default_threads()`. `while_packing` runs once, while the native engine packs weights with the
+    GIL released. With `judged` an engine that fails the parity check, here or at export, counts as unavailable; see
+    `self_check`.
 
     Raises:
-        EngineUnavailable: the engine asked for, or with "auto" every engine, cannot run here.
+        EngineUnavailable: the requested engine, or with "auto" every engine, cannot run here.
     """
-    asked = "native" if engine == "auto" and native.isa is not None else engine
-    if asked != "auto":
-        made = _usable(asked, bundle, threads, native, while_packing, judged)
-        why = f"an isa ({native.isa}) was asked for" if engine == "auto" else "it was asked for by name"
-        return made, Choice(asked, {asked: _chosen(made, threads, why)})
+    threads = threads or default_threads()
+    requested = "native" if engine == "auto" and native.isa is not None else engine
+    if requested != "auto":
+        made = _usable(requested, bundle, threads, native, while_packing, judged)
+        why = f"by isa={native.isa!r}" if engine == "auto" else f"by engine={engine!r}"
+        return made, Choice(requested, {requested: _chosen(made, threads, why)})
     reasons: dict[str, str] = {}
     order = _order(bundle)
     for position, name in enumerate(order):
@@ -89,7 +94,7 @@ def choose(
         except EngineUnavailable as error:
             reasons[name] = str(error)
             continue
-        reasons[name] = _chosen(made, threads, "the first that can run this bundle here")
+        reasons[name] = _chosen(made, threads, "as the first that can run this bundle here")
         for rest in order[position + 1 :]:
             why = FLOAT_AT_ONCE if (name, rest) == ("cpu", "native") else f"{name} comes first"
             reasons[rest] = f"not tried: {why}"
@@ -121,9 +126,9 @@ def _order(bundle: Bundle) -> tuple[str, ...]:
 
 
 def create(
-    name: str, bundle: Bundle, threads: int, native: NativeOptions, while_packing: WhilePacking = lambda: None
+    name: str, bundle: Bundle, threads: int | None, native: NativeOptions, while_packing: WhilePacking = lambda: None
 ) -> dict[str, Engine]:
-    """An engine called `name` for each graph of the bundle. See `choose` for `while_packing`.
+    """An engine called `name` for each graph of the bundle. See `choose` for `threads` and `while_packing`.
 
     Raises:
         EngineUnavailable: it cannot run one of them here; with several graphs the message names which.
@@ -141,14 +146,15 @@ def create(
 
 
 def _native(
-    bundle: Bundle, graphs: list[str], threads: int, options: NativeOptions, while_packing: WhilePacking
+    bundle: Bundle, graphs: list[str], threads: int | None, options: NativeOptions, while_packing: WhilePacking
 ) -> dict[str, NativeEngine]:
     made: dict[str, NativeEngine] = {}
     left = options.memory_limit
     for graph in graphs:
         try:
-            given = replace(options, threads=threads, memory_limit=left)
-            made[graph] = NativeEngine.create(bundle, graph, given, while_packing)
+            made[graph] = NativeEngine.create(
+                bundle, graph, threads, replace(options, memory_limit=left), while_packing
+            )
         except EngineUnavailable as error:
             if len(graphs) == 1:
                 raise
@@ -165,4 +171,4 @@ def _chosen(engines: Mapping[str, Engine], threads: int, why: str) -> str:
     what = ", ".join(parts)
     rounded = sum(getattr(engine, "rounded", 0) for engine in engines.values())
     note = f"; {rounded} weights have scales of more bits than float16, rounded by at most 0.025 %" if rounded else ""
-    return f"chosen, {why} ({what}){note}"
+    return f"chosen {why} ({what}){note}"

@@ -215,6 +215,11 @@ class OrtEngine:
         """`"cpu"` or `"cuda"`."""
         return self.provider
 
+    @property
+    def rows_are_exact(self) -> bool:
+        """No: ONNX Runtime's matrix products depend on the number of rows."""
+        return False
+
     def new_state(self, static_inputs: Arrays | None = None) -> OrtState:
         """See `Engine.new_state`."""
         if not static_inputs:

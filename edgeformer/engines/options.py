@@ -19,7 +19,13 @@ class EngineOptions:
 
     engine: str = option("auto", "auto, cuda, native or cpu.", flags=("--engine", "-e"), metavar="NAME", panel=PANEL)
     threads: int | None = option(
-        None, "Default: physical cores.", flags=("--threads", "-t"), min=1, max=1024, panel=PANEL
+        None,
+        "CPU threads.",
+        flags=("--threads", "-t"),
+        min=1,
+        max=1024,
+        default_text="the physical cores",
+        panel=PANEL,
     )
     isa: str | None = option(None, "Native kernels to use: avx2, ...", panel=PANEL)
     kv: str = option("auto", "Native cache: auto (as the weights), int8 or float32.", panel=PANEL)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -18,13 +16,18 @@ from rich.table import Table
 from tqdm import tqdm
 
 from edgeformer.cli import INTERRUPTED, REFUSED, USAGE, exit_code
+from edgeformer.cli.options import Given, with_options
 from edgeformer.errors import EdgeformerError, ExportError
-from edgeformer.export.options import ExportOptions, Flag, make_options, read_recipe
+from edgeformer.export.options import ExportOptions, make_options, read_recipe
 
 T = TypeVar("T")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
+SOURCE = (
+    "A .gguf file, a Hugging Face folder or hub name, a checkpoint folder of edgeformer.train, module:factory or "
+    "file.py:factory, or a recipe (.toml)."
+)
 EXAMPLES = """
 Examples:
 
@@ -63,9 +66,14 @@ class ConsoleProgress:
         return bar
 
 
-def main(source: str, **flags: Any) -> None:
+@app.command(epilog=EXAMPLES)
+@with_options
+def main(
+    source: Annotated[str, typer.Argument(help=SOURCE, show_default=False)],
+    *,
+    given: Annotated[dict[str, Any], Given(ExportOptions)],
+) -> None:
     """Export SOURCE to a bundle: an ordinary ONNX folder, written only if its numbers are those of PyTorch."""
-    given = {name: value for name, value in flags.items() if value is not None and value is not False and value != []}
     try:
         options = _options(source, given)
     except ExportError as error:  # a value or a recipe is wrong; nothing was loaded yet
@@ -79,37 +87,6 @@ def main(source: str, **flags: Any) -> None:
     except KeyboardInterrupt:
         console.print("interrupted; nothing was written.")
         raise typer.Exit(INTERRUPTED) from None
-
-
-def _parameters() -> Iterator[inspect.Parameter]:
-    """The parameters of `main` for typer: one for each option of an export, None where it is not given."""
-    hints = get_type_hints(ExportOptions, include_extras=True)
-    for field in dataclasses.fields(ExportOptions):
-        kind, flag = get_args(hints[field.name])
-        assert isinstance(flag, Flag)
-        default = flag.default or (field.default if type(field.default) in (int, str) else None)
-        text = escape(flag.help + (f" [default: {default}]" if default else ""))
-        if field.name == "source":
-            annotation: Any = Annotated[str, typer.Argument(help=text, show_default=False)]
-            yield inspect.Parameter(field.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation)
-            continue
-        names = flag.names or (f"--{field.name.replace('_', '-')}",)
-        annotation = Annotated[_parsed(kind), typer.Option(*names, help=text)]
-        yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-
-
-def _parsed(kind: Any) -> Any:
-    """The type that typer parses a flag as, for the type of its option."""
-    if kind is bool:
-        return bool
-    if kind == tuple[str, ...]:
-        return list[str] | None
-    return (kind if isinstance(kind, type) else get_args(kind)[0]) | None
-
-
-main.__signature__ = inspect.Signature(list(_parameters()))  # type: ignore[attr-defined]
-main.__annotations__ = {}
-app.command(epilog=EXAMPLES)(main)
 
 
 def _failed(message: str, code: int) -> typer.Exit:
@@ -177,8 +154,8 @@ def _summary(path: Path, manifest: dict[str, Any]) -> None:
             console.print(problem, markup=False, highlight=False)
     for note in manifest.get("notes", ()):
         console.print(f"[yellow]note:[/] {note}", highlight=False)
-    run = command_for(Bundle.open(path), str(path)).replace("[", "\\[")
-    console.print(f"Next: [bold]edgeformer inspect {path}[/]  or  [bold]edgeformer {run}[/]")
+    run = command_for(Bundle.open(path), str(path))
+    console.print(f"Next: [bold]edgeformer inspect {path}[/]  or  [bold]edgeformer {escape(run)}[/]")
 
 
 def _difference(found: dict[str, Any]) -> str:

@@ -12,9 +12,9 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
+from edgeformer.bundle.signature import F32
 from edgeformer.errors import ExportError
 
-F32 = NDArray[np.float32]
 _PIECE = 1 << 18  # elements: the dozen temporary arrays of a search stay in the CPU's cache
 MAX_Q8 = 127  # never -128: kernels negate weights, and -(-128) does not fit
 

@@ -21,7 +21,6 @@ from edgeformer.export.passes.rounding import round_activations
 from edgeformer.export.progress import Progress
 from edgeformer.export.quantize.weights import QuantizedWeight
 from edgeformer.export.write import save_models
-from edgeformer.machine import default_threads
 
 # Engines round the same activations by the same rule. But float sums in another order change on which side of a half
 # single values lie, and later layers amplify that: the errors of two engines are two draws of the same size. On tiny
@@ -62,7 +61,7 @@ def engine_gate(
     found: dict[str, Any] = {}
     for name in ORDER:
         try:
-            engines = create(name, bundle, default_threads(), NativeOptions(kv="float32", use_disk_cache=False))
+            engines = create(name, bundle, None, NativeOptions(kv="float32", use_disk_cache=False))
         except EngineUnavailable as error:
             found[name] = {"passed": None, "unavailable": str(error)[:500]}
             continue

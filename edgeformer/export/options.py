@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from edgeformer.bundle.manifest import SCHEMES
+from edgeformer.engines.options import option
 from edgeformer.errors import ExportError
 from edgeformer.export.sizes import parse_size
 
@@ -18,82 +19,66 @@ SAMPLES = "samples"
 
 
 @dataclass(frozen=True)
-class Flag:
-    """How the command line shows an option."""
-
-    help: str
-    default: str | None = None  # for the help, where the field's own default does not say it
-    names: tuple[str, ...] = ()  # of the flag, where they are not --FIELD
-
-
-@dataclass(frozen=True)
 class ExportOptions:
-    """The options of one export.
+    """The options of one export. The metadata of a field describe its flag; `source` is an argument.
 
     Raises:
         ExportError: a value is not one of those allowed.
     """
 
-    source: Annotated[
-        str,
-        Flag(
-            "A .gguf file, a Hugging Face folder or hub name, a checkpoint folder of edgeformer.train, "
-            "module:factory or file.py:factory, or a recipe (.toml)."
-        ),
-    ]
-    output: Annotated[Path, Flag("The bundle's folder.", names=("-o", "--output"))]
-    quantize: Annotated[
-        str | None,
-        Flag("q4a (4 bits, scale and minimum), q4, q8, keep (GGUF), none.", default="keep for GGUF, else q4a"),
-    ] = None
-    block: Annotated[int, Flag("Weights that share a scale: 16, 32, 64, 128.")] = 32
-    head: Annotated[
-        str | None,
-        Flag("The output layer: tied, q4a, q4, q8, none.", default="tied if the model ties it, else as --quantize"),
-    ] = None
-    calibration: Annotated[
-        str | None,
-        Flag(
-            "Text that q4a and q4 weights of a language model are fitted to (GPTQ): samples (drawn from the model), a "
-            "text file, or none (round to nearest).",
-            default=SAMPLES,
-        ),
-    ] = None
-    calibration_tokens: Annotated[
-        int | None, Flag("Tokens of calibration text.", default="by the model's width, 512 to 16384")
-    ] = None
-    dtype: Annotated[str, Flag("float32, or float16 for CUDA.")] = "float32"
-    adapter: Annotated[
-        Path | None, Flag("Merge the PEFT adapter in this folder (LoRA, DoRA, IA3, ...) into the model.")
-    ] = None
-    weights: Annotated[
-        Path | None, Flag("For a factory: its checkpoint: .safetensors, .pt, .ckpt, or a folder of shards.")
-    ] = None
-    tokenizer: Annotated[
-        Path | None,
-        Flag("Use the tokenizer in this folder instead; for a factory, also a tokenizer.json; none: no tokenizer."),
-    ] = None
-    input: Annotated[
-        tuple[str, ...],
-        Flag("For a factory: name=dtype[axis,...], such as x=float32[batch,sequence,3]; named axes are dynamic."),
-    ] = ()
-    output_names: Annotated[
-        tuple[str, ...], Flag("For a factory: the name of an output; repeat it for each.", names=("--output-name",))
-    ] = ()
-    architecture: Annotated[
-        str | None, Flag("For a Hugging Face source: the class to load.", default="as config.json says")
-    ] = None
-    task: Annotated[str | None, Flag("The model's task, for the manifest: text-generation, forecasting, ...")] = None
-    text: Annotated[Path | None, Flag("Measure accuracy on this text.", default="Python's language reference")] = None
-    tokens: Annotated[int, Flag("Tokens to measure accuracy on; 0: do not measure it.")] = 1024
-    overwrite: Annotated[bool, Flag("Replace an existing bundle.")] = False
-    allow_missing: Annotated[
-        tuple[str, ...],
-        Flag("A pattern of tensors that may be missing or unused: 'pooler.*'; may be repeated."),
-    ] = ()
-    memory_limit: Annotated[
-        str | int | None, Flag("Refuse an export that needs more memory: 6G.", default="the machine's")
-    ] = None
+    source: str
+    output: Path = option(MISSING, "The bundle's folder.", flags=("-o", "--output"))  # noqa: RUF009 (a field)
+    quantize: str | None = option(
+        None,
+        "q4a (4 bits, scale and minimum), q4, q8, keep (GGUF), none.",
+        default_text="keep for GGUF, else q4a",
+    )
+    block: int = option(32, "Weights that share a scale: 16, 32, 64, 128.")
+    head: str | None = option(
+        None,
+        "The output layer: tied, q4a, q4, q8, none.",
+        default_text="tied if the model ties it, else as --quantize",
+    )
+    calibration: str | None = option(
+        None,
+        "Text that q4a and q4 weights of a language model are fitted to (GPTQ): samples (drawn from the model), a "
+        "text file, or none (round to nearest).",
+        default_text=SAMPLES,
+    )
+    calibration_tokens: int | None = option(
+        None, "Tokens of calibration text.", default_text="by the model's width, 512 to 16384"
+    )
+    dtype: str = option("float32", "float32, or float16 for CUDA.")
+    adapter: Path | None = option(  # noqa: RUF009 (a field)
+        None, "Merge the PEFT adapter in this folder (LoRA, DoRA, IA3, ...) into the model."
+    )
+    weights: Path | None = option(  # noqa: RUF009 (a field)
+        None, "For a factory: its checkpoint: .safetensors, .pt, .ckpt, or a folder of shards."
+    )
+    tokenizer: Path | None = option(  # noqa: RUF009 (a field)
+        None, "Use the tokenizer in this folder instead; for a factory, also a tokenizer.json; none: no tokenizer."
+    )
+    input: tuple[str, ...] = option(
+        (), "For a factory: name=dtype[axis,...], such as x=float32[batch,sequence,3]; named axes are dynamic."
+    )
+    output_names: tuple[str, ...] = option(
+        (), "For a factory: the name of an output; repeat it for each.", flags=("--output-name",)
+    )
+    architecture: str | None = option(
+        None, "For a Hugging Face source: the class to load.", default_text="as config.json says"
+    )
+    task: str | None = option(None, "The model's task, for the manifest: text-generation, forecasting, ...")
+    text: Path | None = option(  # noqa: RUF009 (a field)
+        None, "Measure accuracy on this text.", default_text="Python's language reference"
+    )
+    tokens: int = option(1024, "Tokens to measure accuracy on; 0: do not measure it.")
+    overwrite: bool = option(False, "Replace an existing bundle.")
+    allow_missing: tuple[str, ...] = option(
+        (), "A pattern of tensors that may be missing or unused: 'pooler.*'; may be repeated."
+    )
+    memory_limit: str | int | None = option(
+        None, "Refuse an export that needs more memory: 6G.", default_text="the machine's"
+    )
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -154,9 +139,9 @@ def read_recipe(path: Path, **flags: Any) -> ExportOptions:
         raise ExportError(f"{path}: unknown {', '.join(unknown)}; a recipe may have {', '.join(sorted(known))}.")
     if "source" not in recipe:
         raise ExportError(f'{path} names no source; add source = "...".')
-    beside = path.parent / str(recipe["source"])
-    if beside.exists():
-        recipe["source"] = str(beside)
+    relative = path.parent / str(recipe["source"])
+    if relative.exists():
+        recipe["source"] = str(relative)
     for name in ("weights", "tokenizer", "text", "adapter"):
         if name in recipe and (name, recipe[name]) != ("tokenizer", "none"):
             recipe[name] = path.parent / recipe[name]

@@ -86,7 +86,7 @@ def _scheme(options: ExportOptions, source: AnySource) -> str:
 
 @dataclass(frozen=True)
 class _Job:
-    """One export: what is asked for, and where files go."""
+    """One export: its options, and where files go."""
 
     options: ExportOptions
     scheme: str

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from edgeformer.bundle.context import context_length
+from edgeformer.bundle.signature import F32
 from edgeformer.errors import ExportError
-from edgeformer.export.blocks import F32, Blocks
+from edgeformer.export.blocks import Blocks
 from edgeformer.export.inputs import Input
 from edgeformer.export.positions import learned_positions
 

@@ -11,12 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from edgeformer.bundle.signature import Array
-from edgeformer.errors import InputError
+from edgeformer.bundle.signature import F32, Array
+from edgeformer.errors import InputError, pip_install
 
-F32 = np.ndarray[Any, np.dtype[np.float32]]
-
-INSTALL = "pip install 'edgeformer[audio]'"
 _PIPED = 0x7FFF_0000  # bytes
 
 
@@ -51,12 +48,12 @@ def _by_soundfile(path: str | os.PathLike[str]) -> tuple[F32, int] | None:
     try:
         with soundfile.SoundFile(os.fspath(path)) as file:
             samples = file.read(dtype="float32", always_2d=True)
-            promised, rate = file.frames, file.samplerate
+            expected, rate = file.frames, file.samplerate
             streamed = file.format in ("WAV", "WAVEX", "AU")  # written to a pipe, these have no valid length
     except (OSError, RuntimeError, TypeError, ValueError) as error:  # libsndfile's errors are RuntimeErrors
         raise InputError(f"{path} cannot be read as a recording: {error}") from error
-    if len(samples) < promised and not streamed:
-        raise InputError(f"{path} is cut short: it has {len(samples):,} of {promised:,} samples; copy it again.")
+    if len(samples) < expected and not streamed:
+        raise InputError(f"{path} is cut short: it has {len(samples):,} of {expected:,} samples; copy it again.")
     return samples, rate
 
 
@@ -69,10 +66,12 @@ def _by_wave(path: str | os.PathLike[str]) -> tuple[F32, int]:
     except (OSError, EOFError, ValueError, wave.Error) as error:
         raise InputError(
             f"{path} cannot be read as a PCM WAV file: {error or 'it ends too early'}. FLAC, MP3, OGG and other forms "
-            f"of WAV (float, extensible, mu-law) need soundfile: {INSTALL}"
+            f"of WAV (float, extensible, mu-law) need soundfile: {pip_install('soundfile')}"
         ) from error
     if width not in (1, 2, 3, 4):
-        raise InputError(f"{path} has samples of {width} bytes, expected 1 to 4; for others: {INSTALL}")
+        raise InputError(
+            f"{path} has samples of {width} bytes, expected 1 to 4; for others: {pip_install('soundfile')}"
+        )
     data = data[: len(data) // (width * channels) * width * channels]  # the header of piped data may give a larger size
     samples: F32
     if width == 1:  # 8-bit samples are unsigned, all others signed
@@ -137,7 +136,7 @@ def resample(samples: F32, rate: int, wanted: int) -> F32:
     except ImportError:
         raise InputError(
             f"the recording has {rate:,} samples a second, the model takes {wanted:,}, and changing the rate needs "
-            f"soxr: {INSTALL}"
+            f"soxr: {pip_install('soxr')}"
         ) from None
     changed: F32 = soxr.resample(samples, rate, wanted, quality="HQ").astype(np.float32, copy=False)
     return changed

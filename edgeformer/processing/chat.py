@@ -1,7 +1,7 @@
 """Conversations as text: the chat templates of a bundle, and their variables.
 
 It follows transformers' `apply_chat_template`: how a template is chosen, how messages are prepared, how the last
-message is continued, and how control tokens of a message are told from those of the template.
+message is continued, and how control tokens of a message are distinguished from the template's.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ class ChatFormat:
     def names(self) -> list[str]:
         """Names of the templates."""
         return sorted(self._templates)
+
+    @property
+    def texts(self) -> list[str]:
+        """The templates themselves."""
+        return list(self._templates.values())
 
     def source(self, request: ChatRequest) -> str:
         """The text of the template for `request`.

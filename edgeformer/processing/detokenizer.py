@@ -60,7 +60,7 @@ class Detokenizer:
     text is returned once it ends with a whole character.
 
     With byte fallback, one invalid byte turns all adjacent bytes into U+FFFD, also those of valid characters. So the
-    bytes of a run are decoded together, at the end of the run. `is_byte` tells which ids are bytes.
+    bytes of a run are decoded together, at the end of the run. `is_byte` says which ids are bytes.
     """
 
     PATIENCE = 16  # tokens; a character has at most 4 bytes, so an incomplete one is invalid after these

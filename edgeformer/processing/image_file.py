@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from edgeformer.bundle.signature import Array
-from edgeformer.errors import InputError
+from edgeformer.errors import InputError, pip_install
 
-INSTALL = "pip install 'edgeformer[image]'"
 # Pillow's modes of more than 8 bits a channel: its conversion to RGB clips all values above 255.
 _DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
@@ -68,7 +67,7 @@ def _open(path: str | os.PathLike[str], channels: int, over_white: bool) -> Arra
         from PIL import Image, ImageOps
     except ImportError:
         raise InputError(
-            f"Opening {path} needs Pillow ({INSTALL}); or give the picture as uint8 [height, width, 3]."
+            f"Opening {path} needs Pillow ({pip_install('pillow')}); or give the picture as uint8 [height, width, 3]."
         ) from None
     try:
         with Image.open(path) as image:

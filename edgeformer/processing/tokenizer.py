@@ -14,6 +14,7 @@ from edgeformer.bundle.manifest import read_json
 from edgeformer.errors import BundleError, InputError
 from edgeformer.processing.chat import DEFAULT, MARKS, ChatFormat, ChatRequest, Message, any_of, short
 from edgeformer.processing.detokenizer import Detokenizer, clean_up
+from edgeformer.processing.token_texts import TokenTexts
 
 SETTINGS = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
@@ -96,7 +97,7 @@ class Tokenizer:
         if not isinstance(text, str):
             raise InputError(f"The text is {type(text).__name__}, expected str.")
         if self._fill is not None and self._fill in text:
-            raise InputError(f"{self._fill} asks for infilling, which is unsupported; write the model's own prompt.")
+            raise InputError(f"{self._fill} marks infilling, which is unsupported; write the model's own prompt.")
         backend = self._variant(None, self._splits if split_special_tokens is None else split_special_tokens)
         ids: list[int] = _encoded(lambda: backend.encode(text, add_special_tokens=add_special_tokens)).ids
         return ids
@@ -126,16 +127,54 @@ class Tokenizer:
         return text
 
     @cached_property
+    def token_texts(self) -> TokenTexts:
+        """The bytes that each token stands for within a text."""
+        return TokenTexts(self._backend)
+
+    @cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids of the special tokens in tokenizer_config.json."""
         more = [*self._more_special, *self.special_tokens.values()]
         found = map(self._backend.token_to_id, more)
         return frozenset(number for number in found if number is not None)
 
+    @cached_property
+    def special_texts(self) -> Mapping[str, int]:
+        """Text -> id of the tokens that `decode` leaves out; `tokenizer.json` marks them as special."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items() if token.special}
+
     @property
     def size(self) -> int:
         """Entries of the vocabulary, added tokens included."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The entries of the vocabulary and their ids, added tokens included; ids may have gaps."""
+        found: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return found
+
+    @property
+    def skipped_ids(self) -> frozenset[int]:
+        """Ids that `decode` leaves out: those that tokenizer.json marks as special."""
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special)
+
+    @property
+    def decoder(self) -> str:
+        """The decoder of tokenizer.json, as JSON; empty if it has none."""
+        return _decoder(self._backend)
+
+    @property
+    def cleans_up(self) -> bool:
+        """Whether `decode` removes spaces before punctuation and contractions."""
+        return self._cleans
+
+    def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """`decode` of each row, on several threads."""
+        texts: list[str] = self._backend.decode_batch(rows, skip_special_tokens=True)
+        return [clean_up(text) for text in texts] if self._cleans else texts
 
     @property
     def has_chat_template(self) -> bool:
@@ -241,7 +280,7 @@ class Tokenizer:
         ]
 
     def _encode_marked(self, text: str) -> list[int]:
-        """Token ids of a rendered text in which MARKS stand around control tokens that are text."""
+        """Token ids of a rendered text in which MARKS enclose control tokens that are text."""
         begin, end = MARKS
         added = any_of([token.content for token in self._backend.get_added_tokens_decoder().values()])
         # Text, a marked token, text, a marked token, ..., text; None for a mark without its other half.
@@ -316,7 +355,7 @@ def _more_special(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _templates(settings: Mapping[str, Any], file: str | None) -> dict[str, str]:
-    """Name -> template. A file stands above the settings, which have one, or a list of several with names."""
+    """Name -> template. A file overrides the settings, which have one, or a list of several with names."""
     value = settings.get("chat_template")
     if isinstance(value, list):
         value = {part.get("name"): part.get("template") for part in value if isinstance(part, Mapping)}

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from edgeformer.bundle.bundle import Bundle
 from edgeformer.bundle.signature import IDS
 from edgeformer.decoding.limits import Limits
+from edgeformer.decoding.prefixes import PrefixCacheOption, make_prefix_cache
+from edgeformer.decoding.speculation.speculation import Speculation
 from edgeformer.engines.base import Engine
 from edgeformer.processing.tokenizer import Tokenizer
 from edgeformer.tasks.embedding import Encoder
@@ -16,8 +18,10 @@ from edgeformer.tasks.text_generation import TextGeneration
 Task = TextGeneration | EncoderDecoder | Encoder
 
 
-def choose_task(bundle: Bundle, engines: Mapping[str, Engine], tokenizer: Tokenizer | None) -> Task:
-    """What a loaded bundle does. `engines` has one for each graph of it.
+def choose_task(
+    bundle: Bundle, engines: Mapping[str, Engine], tokenizer: Tokenizer | None, prefix_cache: PrefixCacheOption = None
+) -> Task:
+    """What a loaded bundle does. `engines` has one for each graph of it; `prefix_cache` is of `load`.
 
     Two graphs are an encoder-decoder. One graph with `input_ids` and `logits` whose task is text-generation generates
     text. Any other is an encoder: of text, pictures, sound or plain arrays.
@@ -28,5 +32,8 @@ def choose_task(bundle: Bundle, engines: Mapping[str, Engine], tokenizer: Tokeni
         return EncoderDecoder(bundle, engines["encoder"], engines["decoder"], tokenizer, limits)
     graph, engine = graphs["model"], engines["model"]
     if bundle.task == "text-generation" and IDS in graph["inputs"] and "logits" in graph["outputs"]:
-        return TextGeneration(bundle, engine, tokenizer, Limits.of(bundle, engine))
+        limits = Limits.of(bundle, engine)
+        speculation = Speculation(limits, tokenizer, is_exact=engine.rows_are_exact)
+        cache = make_prefix_cache(engine, limits, prefix_cache)
+        return TextGeneration(bundle, engine, tokenizer, limits, cache, speculation)
     return Encoder(bundle, engine, tokenizer)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from edgeformer.bundle.bundle import Bundle
 from edgeformer.bundle.signature import IDS, Array
-from edgeformer.decoding.generation import TextGenerator
+from edgeformer.decoding.answer_shape import Vocabulary, text_shape
+from edgeformer.decoding.generation import Call, TextGenerator
 from edgeformer.decoding.generation_config import GenerationConfig, file_settings
 from edgeformer.decoding.limits import Limits
-from edgeformer.decoding.request import CallOptions
-from edgeformer.decoding.result import Stream
+from edgeformer.decoding.request import CallOptions, split_arguments
 from edgeformer.engines.base import Arrays, Engine, State
 from edgeformer.engines.feed import encode_source
 from edgeformer.errors import InputError
@@ -68,35 +69,35 @@ class EncoderDecoder:
                     return [value]
         raise InputError(f"{self.bundle.path} names no decoder_start_token_id; give decoder_prompt=[...].")
 
-    def stream(
-        self,
-        prompt: Prompt,
-        arguments: Mapping[str, Any],
-        options: CallOptions,
-        decoder_prompt: Sequence[int] | None,
-    ) -> Stream:
-        """The answer to a source, piece by piece; see `Model.stream`.
+    @cached_property
+    def generator(self) -> TextGenerator:
+        """Makes answers with this model."""
+        return TextGenerator(self.decoder, self.limits, self.tokenizer)
+
+    def call(self, prompt: Prompt, arguments: Mapping[str, Any]) -> Call:
+        """One source, encoded, with its arguments, checked; see `Model.generate`.
 
         Raises:
-            InputError: an argument or the source is wrong, or the decoder's prompt leaves no room.
+            InputError: an argument or the source is wrong.
         """
+        given, options, decoder_prompt = split_arguments(arguments)
         inputs = self.source(prompt)
         tokens = inputs[IDS][0] if IDS in inputs else None
-        return self.decode(self.encode(inputs), decoder_prompt or self.start(), tokens, arguments, options)
+        return self.decoding(self.encode(inputs), decoder_prompt or self.start(), tokens, given, options)
 
-    def decode(
+    def decoding(
         self,
         static: Arrays,
         prompt: Sequence[int],
         source: Array | None,
         arguments: Mapping[str, Any],
         options: CallOptions,
-    ) -> Stream:
-        """The answer for the `static` inputs that `encode` made. `arguments` override the bundle's generation config;
-        `source` holds the token ids [length] that were encoded, if they were tokens.
+    ) -> Call:
+        """The answer that begins with `prompt`, for the `static` inputs that `encode` made. `arguments` override the
+        bundle's generation config; `source` holds the token ids [length] that were encoded, if they were tokens.
 
         Raises:
-            InputError: an argument is wrong, or the prompt leaves no room.
+            InputError: an argument is wrong.
         """
         config = GenerationConfig.for_call(file_settings(self.bundle), arguments, self.limits.vocab_size)
 
@@ -104,8 +105,9 @@ class EncoderDecoder:
             copies = {name: np.repeat(value, rows, axis=0) for name, value in static.items()} if rows > 1 else static
             return self.decoder.new_state(copies)
 
-        generator = TextGenerator(self.decoder, self.limits, self.tokenizer)
-        return generator.stream(prompt, config, options, new_state, source)
+        eos = () if options.ignore_eos else config.eos_token_id
+        shape = text_shape(options.shape, Vocabulary(self.tokenizer, eos, self.limits.vocab_size))
+        return Call(prompt, config, options, new_state, source, shape, is_cacheable=False)
 
     def likeliest(self, static: Arrays, prompt: Sequence[int], among: Sequence[int]) -> int:
         """Which of the tokens `among` the model would put after `prompt`."""

@@ -94,9 +94,8 @@ def transcribe(
         prompt, language = speech_prompt(pair, static, language, task)
         room = max(1, (pair.limits.context or 448) - len(prompt))
         asked = arguments.get("max_new_tokens") or pair.bundle.generation_config.get("max_new_tokens") or room
-        stream = pair.decode(static, prompt, None, {**arguments, "max_new_tokens": min(asked, room)}, CallOptions())
-        for _ in stream:
-            pass
-        ids += [token for token in stream.result.ids if token not in pair.limits.eos]
+        call = pair.decoding(static, prompt, None, {**arguments, "max_new_tokens": min(asked, room)}, CallOptions())
+        (result,) = next(pair.generator.answers([call]))[1]
+        ids += [token for token in result.ids if token not in pair.limits.eos]
     text = pair.tokenizer.decode(ids).strip() if pair.tokenizer else ""
     return Transcript(text, ids, language)

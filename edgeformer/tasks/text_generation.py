@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgeformer.bundle.bundle import Bundle
 from edgeformer.bundle.signature import IDS
-from edgeformer.decoding.generation import TextGenerator
+from edgeformer.decoding.answer_shape import Vocabulary, chat_shape, text_shape
+from edgeformer.decoding.generation import Call, TextGenerator
 from edgeformer.decoding.generation_config import GenerationConfig, file_settings
 from edgeformer.decoding.limits import Limits
-from edgeformer.decoding.request import CallOptions
-from edgeformer.decoding.result import Stream
+from edgeformer.decoding.request import split_arguments
+from edgeformer.decoding.speculation.speculation import Speculation
 from edgeformer.engines.base import Engine
 from edgeformer.engines.feed import CHUNK, feed, joined
 from edgeformer.errors import InputError
 from edgeformer.processing.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from edgeformer.decoding.prefix_cache import PrefixCache
 
 Prompt = str | Sequence[int] | np.ndarray[Any, Any] | Sequence[Mapping[str, Any]]
 
@@ -31,26 +36,33 @@ class TextGeneration:
     engine: Engine
     tokenizer: Tokenizer | None
     limits: Limits
+    prefix_cache: PrefixCache | None = None
+    speculation: Speculation | None = None
 
-    def stream(
-        self,
-        prompt: Prompt,
-        arguments: Mapping[str, Any],
-        options: CallOptions,
-        decoder_prompt: Sequence[int] | None,
-    ) -> Stream:
-        """The answer to `prompt`, piece by piece; see `Model.stream`.
+    @cached_property
+    def generator(self) -> TextGenerator:
+        """Makes answers with this model."""
+        return TextGenerator(self.engine, self.limits, self.tokenizer, self.prefix_cache, self.speculation)
+
+    def call(self, prompt: Prompt, arguments: Mapping[str, Any]) -> Call:
+        """One prompt with its arguments, checked; see `Model.generate`.
 
         Raises:
-            InputError: an argument is wrong, or the prompt is longer than the context.
+            InputError: an argument is wrong.
             TemplateError: the chat template refuses the messages.
         """
+        given, options, decoder_prompt = split_arguments(arguments)
         if decoder_prompt is not None:
             raise InputError("decoder_prompt is for encoder-decoders; this model's answer begins with its prompt.")
-        config = GenerationConfig.for_call(file_settings(self.bundle), arguments, self.bundle.vocab_size)
-        ids = encode_prompt(prompt, self.tokenizer, str(self.bundle.path))
-        generator = TextGenerator(self.engine, self.limits, self.tokenizer)
-        return generator.stream(ids, config, options, lambda _: self.engine.new_state(), ids)
+        config = GenerationConfig.for_call(file_settings(self.bundle), given, self.bundle.vocab_size)
+        eos = () if options.ignore_eos else config.eos_token_id
+        vocabulary = Vocabulary(self.tokenizer, eos, self.bundle.vocab_size)
+        if is_chat(prompt) and self.tokenizer is not None:
+            ids, shape = chat_shape(prompt, options.shape, vocabulary)  # type: ignore[arg-type]
+        else:
+            ids = encode_prompt(prompt, self.tokenizer, str(self.bundle.path))
+            shape = text_shape(options.shape, vocabulary)
+        return Call(ids, config, options, lambda _: self.engine.new_state(), ids, shape)
 
     def logits(self, ids: Sequence[int] | np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The logits at every position, float32 [len(ids), vocab]; see `Model.logits`.
@@ -79,7 +91,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, name: str) -> lis
         return prompt.tolist() if prompt.ndim == 1 and prompt.dtype.kind in "iu" else _no_prompt(prompt)
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         return _no_prompt(prompt)
-    if prompt and all(isinstance(part, Mapping) for part in prompt):
+    if is_chat(prompt):
         return _require(tokenizer, name).encode_chat(prompt)  # type: ignore[arg-type]
     if all(isinstance(part, (int, np.integer)) and not isinstance(part, bool) for part in prompt):
         return [int(part) for part in prompt]  # type: ignore[arg-type]
@@ -97,3 +109,17 @@ def _no_prompt(prompt: object) -> list[int]:
         f"The prompt is {type(prompt).__name__}, expected text, a list of token ids, or a list of chat messages "
         "({'role': ..., 'content': ...})."
     )
+
+
+def is_chat(prompt: object) -> bool:
+    """Whether it is a list of chat messages."""
+    if isinstance(prompt, (str, bytes, np.ndarray)) or not isinstance(prompt, Sequence):
+        return False
+    return len(prompt) > 0 and all(isinstance(part, Mapping) for part in prompt)
+
+
+def is_list_of_prompts(prompt: object) -> bool:
+    """Whether it holds several prompts: a list of texts, of lists of token ids, or of lists of messages."""
+    if isinstance(prompt, (str, bytes, Mapping, np.ndarray)) or not isinstance(prompt, Sequence) or not prompt:
+        return False
+    return all(isinstance(part, (str, list, tuple, np.ndarray)) for part in prompt)

@@ -17,9 +17,10 @@ from typing import Any, Literal
 import numpy as np
 
 import edgeformer
+from edgeformer.bundle.signature import IDS, Array
 from edgeformer.decoding.limits import Limits
-from edgeformer.decoding.loop import last_logits
-from edgeformer.engines.base import State
+from edgeformer.engines.base import Engine, State
+from edgeformer.engines.feed import CHUNK, feed
 from edgeformer.engines.options import EngineOptions
 from edgeformer.errors import EngineUnavailable, InputError
 from edgeformer.machine import cpu_name, peak_memory
@@ -250,7 +251,7 @@ def _check_fit(model: Model, tests: Sequence[Test]) -> None:
 def _filled(model: Model, depth: int) -> State:
     state = model.engine.new_state()
     if depth:
-        last_logits(model.engine, state, _random_ids(model, depth)[None], Limits.of(model.bundle, model.engine))
+        _run(model.engine, state, _random_ids(model, depth)[None], Limits.of(model.bundle, model.engine))
     return state
 
 
@@ -259,11 +260,18 @@ def _measure(model: Model, state: State, test: Test) -> float:
     ids, limits, engine = _random_ids(model, test.tokens), Limits.of(model.bundle, model.engine), model.engine
     began = time.perf_counter()
     if test.kind == "pp":
-        last_logits(engine, state, ids[None], limits)
+        _run(engine, state, ids[None], limits)
     else:
         for start in range(test.tokens):
-            last_logits(engine, state, ids[None, start : start + 1], limits)
+            _run(engine, state, ids[None, start : start + 1], limits)
     return test.tokens / (time.perf_counter() - began)
+
+
+def _run(engine: Engine, state: State, ids: Array, limits: Limits) -> None:
+    """Runs `ids` [1, length] through `state` in chunks; only the last logits are computed, where the graph allows."""
+    chunk, keep = CHUNK if limits.cached else None, 1 if limits.keeps_logits else None
+    for _ in feed(engine, state, {IDS: ids}, chunk=chunk, keep=keep):
+        pass
 
 
 def _random_ids(model: Model, count: int) -> np.ndarray[Any, Any]:

@@ -26,8 +26,9 @@ from edgeformer.engines.onnxruntime import (
     installed_wheels,
     version_of,
 )
-from edgeformer.errors import EdgeformerError, EngineUnavailable
+from edgeformer.errors import EdgeformerError, EngineUnavailable, pip_install
 from edgeformer.machine import available_memory, cpu_name, cpu_quota, default_threads, total_memory, usable_cpus
+from edgeformer.tools.toolchain import missing_packages
 
 Verdict = Literal["yes", "no", "warning", "fact"]
 
@@ -149,7 +150,10 @@ def _cuda() -> Iterator[Finding]:
             if "CUDAExecutionProvider" in module.get_available_providers():
                 problem = _try_provider(module, "CUDAExecutionProvider")
             else:
-                problem = "there is a device, but this onnxruntime is the CPU build; install edgeformer[cuda] instead"
+                problem = (
+                    "there is a device, but this onnxruntime is the CPU build; replace it: pip uninstall onnxruntime, "
+                    f"then {pip_install('onnxruntime-gpu')}"
+                )
         except EngineUnavailable as error:
             problem = str(error)
     yield Finding("engine cuda", "no" if problem else "yes", problem or "a small graph runs on the device")
@@ -182,16 +186,13 @@ def _native() -> Iterator[Finding]:
 
 
 def _toolchain() -> Iterator[Finding]:
-    for what, extra, names in (
-        ("export", "export", ("torch", "transformers", "onnxscript", "safetensors", "gguf")),
-        ("training", "train", ("torch", "accelerate", "safetensors", "matplotlib")),
-    ):
-        missing = [name for name in names if find_spec(name) is None]
+    for topic, command in (("export", "export"), ("training", "train")):
+        missing = missing_packages(command)
         if missing:
-            text = f"{', '.join(missing)} not installed; install edgeformer[{extra}] (not needed on a device)"
-            yield Finding(what, "no", text)
+            text = f"{', '.join(missing)} not installed: {pip_install(*missing)} (not needed on a device)"
+            yield Finding(topic, "no", text)
         else:
-            yield Finding(what, "yes", "all packages are installed")
+            yield Finding(topic, "yes", "all packages are installed")
 
 
 def _try_provider(module: Any, provider: str) -> str | None:

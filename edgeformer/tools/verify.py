@@ -11,7 +11,6 @@ from edgeformer.bundle.bundle import Bundle
 from edgeformer.engines.choose import EngineName, check_arguments, choose
 from edgeformer.engines.native.options import NativeOptions
 from edgeformer.engines.reference import Check, checks
-from edgeformer.machine import default_threads
 
 
 @dataclass(frozen=True)
@@ -56,5 +55,5 @@ def verify(
     progress("checking hashes")
     bundle = Bundle.open(path, check="hashes")
     progress("loading")
-    engines, choice = choose(bundle, engine, threads or default_threads(), NativeOptions(isa, kv), judged=False)
+    engines, choice = choose(bundle, engine, threads, NativeOptions(isa, kv), judged=False)
     return Report(str(bundle.path), choice.engine, tuple(checks(bundle, engines, progress)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgeformer.cli.exit_codes import DONE, INTERRUPTED, REFUSED, USAGE, exit_code
-from edgeformer.cli.options import option, with_options
+from edgeformer.cli.options import with_options
+from edgeformer.engines.options import option
 from edgeformer.errors import EdgeformerError, TrainingError
+from edgeformer.train.options import RunOptions
 from edgeformer.train.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -63,16 +65,6 @@ class RecipeFlags:
         return given | dict(map(parse_setting, self.settings or []))
 
 
-@dataclass(frozen=True)
-class RunFlags:
-    """Arguments of `train`."""
-
-    resume: bool = option(False, "Go on from the last checkpoint in --out.", flags=("--resume",))
-    overwrite: bool = option(False, "Start again in a folder that holds a run.", flags=("--overwrite",))
-    stop_at: int | None = option(None, "Stop at this step, with a checkpoint to resume from.")
-    cpu: bool = option(False, "Leave the GPU alone.", flags=("--cpu",))
-
-
 @with_options
 def command(
     recipe: Annotated[
@@ -81,7 +73,7 @@ def command(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Checkpoint folder.  [default: runs/RECIPE]")] = None,
     *,
     changes: RecipeFlags,
-    flags: RunFlags,
+    options: RunOptions,
 ) -> None:
     """Train a small Transformer: a language model on text, or a sequence encoder that forecasts a series.
 
@@ -93,7 +85,7 @@ def command(
         raise _failed(error, USAGE) from None
     folder = out or Path("runs") / Path(recipe).stem
     try:
-        code = run(loaded, folder, flags)
+        code = run(loaded, folder, options)
     except EdgeformerError as error:
         raise _failed(error, exit_code(error)) from None
     except OSError as error:
@@ -120,7 +112,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def run(recipe: Recipe, folder: Path, flags: RunFlags) -> int:
+def run(recipe: Recipe, folder: Path, options: RunOptions) -> int:
     """Train and print the result; returns the exit code: 0, or 130 after Ctrl-C."""
     # OpenMP threads that spin while they wait (the default) double a run's time on a busy machine. Read by torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -138,13 +130,7 @@ def run(recipe: Recipe, folder: Path, flags: RunFlags) -> int:
 
     before = signal.signal(signal.SIGINT, interrupt)
     try:
-        report = train(
-            recipe,
-            folder,
-            **vars(flags),
-            progress_bar=True,
-            should_stop=lambda: bool(interrupts),
-        )
+        report = train(recipe, folder, replace(options, progress_bar=True, should_stop=lambda: bool(interrupts)))
     finally:
         signal.signal(signal.SIGINT, before)
     if PartialState().is_main_process:

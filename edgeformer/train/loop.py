@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from edgeformer.errors import TrainingError
 from edgeformer.train.checkpoint import STATE_FILE, SavedRun, load_run, restore, save_checkpoint, write_atomically
 from edgeformer.train.forecast import ForecastTask
+from edgeformer.train.options import RunOptions
 from edgeformer.train.picture import loss_picture
 from edgeformer.train.recipe import Recipe, SeriesData, TrainOptions, differences
 from edgeformer.train.task import TrainingTask, picks
@@ -49,39 +49,32 @@ class TrainingReport:
 def train(
     recipe: Recipe,
     folder: str | Path,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    stop_at: int | None = None,
-    cpu: bool = False,
-    progress_bar: bool = False,
-    should_stop: Callable[[], bool] = lambda: False,
+    run: RunOptions = RunOptions(),  # noqa: B008 (frozen)
 ) -> TrainingReport:
     """Train the model of `recipe` and write a checkpoint to `folder`; `edgeformer.train.checkpoint` lists the files.
 
-    `resume` continues from the last checkpoint in `folder`. On the same machine, with the same numbers of threads and
-    processes, the result has the same bits as an uninterrupted run. `stop_at` (a step) and `should_stop` (called once
-    a step) end the run early, with a checkpoint. Under torchrun each process calls this.
+    With `run.resume`, on the same machine and with the same numbers of threads and processes, the result has the same
+    bits as that of an uninterrupted run. Under torchrun each process calls this.
 
     Raises:
         TrainingError: the recipe, the data and `folder` do not fit each other, or the loss is no longer a number.
     """
     options, folder = recipe.train, Path(folder)
-    saved, tensors = load_run(folder) if resume else (None, {})
+    saved, tensors = load_run(folder) if run.resume else (None, {})
     if saved and (changed := differences(saved.recipe, recipe.to_dict())):
         raise TrainingError(
             f"cannot resume {folder} with another recipe ({'; '.join(changed)}); use --overwrite to start again"
         )
-    if not resume and not overwrite and any((folder / name).exists() for name in (STATE_FILE, "config.json")):
+    if not run.resume and not run.overwrite and any((folder / name).exists() for name in (STATE_FILE, "config.json")):
         raise TrainingError(
             f"{folder} already holds a model; continue it with --resume, or start again with --overwrite"
         )
-    if stop_at is not None and stop_at < 1:
-        raise TrainingError(f"stop_at is {stop_at}, expected at least 1")
+    if run.stop_at is not None and run.stop_at < 1:
+        raise TrainingError(f"stop_at is {run.stop_at}, expected at least 1")
 
     # Devices and processes. Accelerate keeps its state until the process ends; reset it for a second run.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision(options.precision, cpu))
+    accelerator = Accelerator(cpu=run.cpu, mixed_precision=mixed_precision(options.precision, run.cpu))
     processes, rank, is_main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
     local_batch, rest = divmod(options.batch_size, processes * options.gradient_accumulation_steps)
     if rest:
@@ -91,7 +84,7 @@ def train(
         )
 
     # Data, model, optimizer.
-    task = make_task(recipe, read_tokenizer(folder) if resume else None)
+    task = make_task(recipe, read_tokenizer(folder) if run.resume else None)
     require_same_data(task, accelerator)
     if saved and saved.fingerprint != task.fingerprint:
         raise TrainingError(f"cannot resume {folder}: the data is not what it was; restore it, or use --overwrite")
@@ -107,14 +100,14 @@ def train(
         prepare_folder(folder, task, fresh=saved is None)
 
     # The loop.
-    started, last = time.perf_counter(), min(options.steps, stop_at if stop_at is not None else options.steps)
+    started, last = time.perf_counter(), min(options.steps, run.stop_at or options.steps)
     validation_loss = next((loss for loss in history[::-1, 2] if not np.isnan(loss)), math.nan)
     bar = tqdm(
         total=options.steps,
         initial=step,
         desc=folder.resolve().name,
         unit="step",
-        disable=not (progress_bar and is_main),
+        disable=not (run.progress_bar and is_main),
     )
     rows: list[tuple[float, float, float, float]] = []
     if step == 0:
@@ -149,7 +142,7 @@ def train(
                     f"the loss is {training_loss} at step {step}: try a lower train.learning_rate than "
                     f"{options.learning_rate}; the last checkpoint in {folder} is untouched"
                 )
-            if should_stop():
+            if run.should_stop():
                 accelerator.set_trigger()
             stopped = accelerator.check_trigger()  # if one process stops, all do
             if step % options.eval_every == 0 or step == options.steps:
@@ -158,8 +151,8 @@ def train(
             if step % options.save_every == 0 or step == last or stopped:
                 history, rows = np.concatenate([history, np.array(rows)]), []
                 if is_main:
-                    run = SavedRun(step, history, recipe.to_dict(), task.fingerprint)
-                    save_checkpoint(folder, module, optimizer, run)
+                    state = SavedRun(step, history, recipe.to_dict(), task.fingerprint)
+                    save_checkpoint(folder, module, optimizer, state)
             bar.set_postfix(loss=f"{training_loss:.3f}", validation=f"{validation_loss:.3f}", refresh=False)
             bar.update()
 

@@ -48,10 +48,13 @@ class Case:
         return cache
 
     def run(self, isa: str, cache, rows: slice = slice(None), mode: str = "rows", step: int = 1 << 20) -> np.ndarray:
-        mask = None if self.mask is None else np.ascontiguousarray(self.mask[rows])
-        strides = (0, 0) if mask is None else (mask.shape[1] * mask.shape[2], mask.shape[2])
-        return testing.Table(isa).attention(cache, 0, self.group, self.q[rows], self.begin[rows], self.end[rows],
-                                            self.scale, self.softcap, mask, *strides, mode, step)  # fmt: skip
+        queries = testing.Queries()
+        queries.q, queries.begin, queries.end = self.q[rows], self.begin[rows], self.end[rows]
+        queries.group, queries.scale, queries.softcap = self.group, self.scale, self.softcap
+        if self.mask is not None:
+            queries.mask = np.ascontiguousarray(self.mask[rows])
+            queries.mask_token, queries.mask_head = self.mask[0].size, self.mask.shape[2]
+        return testing.Table(isa).attention(cache, 0, queries, mode, step)
 
     def exact(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
         """(out, bound) in float64. int8: from integers that numpy quantizes by the formula of kernels.h."""

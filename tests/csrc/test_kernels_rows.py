@@ -261,7 +261,8 @@ def test_rope(interleaved: bool, head_dim: int, rotary: int) -> None:
 
     def call(table, in_place=False):
         y = x.copy() if in_place else np.full((m, heads * head_dim + 3), POISON)
-        table.rope(y if in_place else x, heads, head_dim, rotary, interleaved, cos, sin, y)
+        rope = testing.Rope(heads=heads, head_dim=head_dim, rotary=rotary, interleaved=interleaved)
+        table.rope(y if in_place else x, rope, cos, sin, y)
         assert (y[:, heads * head_dim :] == POISON).all()
         return y[:, : heads * head_dim].copy()
 

@@ -8,9 +8,10 @@ import torch
 import transformers as tf
 from transformers.generation import logits_process as hf
 
-from edgeformer.decoding import sampling
+from edgeformer.decoding import filters
 from edgeformer.decoding.generation_config import GenerationConfig
 from edgeformer.decoding.logits_processors import encoder_no_repeat_ngram, logits_processors, process
+from edgeformer.decoding.sampling import Candidates
 from edgeformer.errors import EdgeformerError
 
 VOCABULARY, LONGEST = 60, 20
@@ -144,7 +145,7 @@ def test_combinations_run_in_the_order_of_transformers(reference, seed):
 def test_a_wrong_order_gives_other_scores(reference):
     settings = {"do_sample": True, "temperature": 3.0, "top_k": 0, "min_p": 0.2}
     prompt, ids, scores = next(iter(texts()))
-    late = sampling.min_p(scores, 0.2) / 3.0
+    late = Candidates(scores).at(filters.min_p(scores, 0.2)).spread(VOCABULARY) / 3.0
     assert not np.array_equal(np.isneginf(late), np.isneginf(theirs(reference, settings, prompt, ids, scores)))
 
 

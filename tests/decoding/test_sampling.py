@@ -1,4 +1,4 @@
-"""Sampling: filters on a large vocabulary, compared with transformers; the random draw; checks of arguments."""
+"""Sampling: the random draw, what `next_token` makes of all processors, checks of arguments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from edgeformer.decoding import sampling
 from edgeformer.decoding.generation_config import GenerationConfig
 from edgeformer.decoding.limits import Limits
-from edgeformer.decoding.logits_processors import repetition_penalty
+from edgeformer.decoding.logits_processors import logits_processors, next_token, process
 from edgeformer.decoding.request import CallOptions, Request
 from edgeformer.decoding.sampling import choose
 from edgeformer.errors import EdgeformerError, InputError
@@ -22,27 +22,24 @@ def _logits(seed, size=997):
     return (RNG(seed).standard_normal(size) * 3).astype(np.float32)
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(
-    ("ours", "name", "argument"),
-    [
-        (lambda s, a: sampling.top_k(s, a), "TopKLogitsWarper", 1),
-        (lambda s, a: sampling.top_k(s, a), "TopKLogitsWarper", 40),
-        (lambda s, a: sampling.top_p(s, a), "TopPLogitsWarper", 0.9),
-        (lambda s, a: sampling.top_p(s, a), "TopPLogitsWarper", 0.2),
-        (lambda s, a: sampling.top_p(s, a), "TopPLogitsWarper", 1e-6),
-        (lambda s, a: sampling.min_p(s, a), "MinPLogitsWarper", 0.05),
-        (lambda s, a: sampling.min_p(s, a), "MinPLogitsWarper", 1.0),
-        (lambda s, a: repetition_penalty(a, np.array([3, 3, 7, 500]), s), "RepetitionPenaltyLogitsProcessor", 1.3),
-        (lambda s, a: repetition_penalty(a, np.array([3, 3, 7, 500]), s), "RepetitionPenaltyLogitsProcessor", 0.5),
-    ],
-)
-def test_each_filter_equals_that_of_transformers(seed, ours, name, argument):
-    torch = pytest.importorskip("torch")
-    processors = pytest.importorskip("transformers.generation.logits_process")
-    scores = _logits(seed)
-    theirs = getattr(processors, name)(argument)(torch.tensor([[3, 3, 7, 500]]), torch.tensor(scores[None]))
-    np.testing.assert_allclose(ours(scores, argument), theirs[0].numpy(), rtol=1e-6)
+def reference_draw(scores, share):
+    """Inverse transform sampling in the order of the ids, over all tokens, in float64."""
+    likely = np.exp(scores - scores.max()).astype(np.float64)
+    ends = np.cumsum(likely)
+    return int(np.searchsorted(ends, share * ends[-1], side="right"))
+
+
+@pytest.mark.parametrize("size", [1, 5, 255, 256, 2047, 2048, 2049, 5000, 49_152])
+def test_draws_are_those_of_a_running_sum_over_the_vocabulary(size):
+    scores = _logits(size, size)
+    scores[:: 3 if size > 5 else 9] = -np.inf
+    scores[size // 2] = 0.0
+    found, expected = RNG(1), RNG(1)
+    draws = [(sampling.draw(scores, found), reference_draw(scores, expected.random())) for _ in range(300)]
+    assert all(scores[token] > -np.inf for token, _ in draws)
+    # Sums of blocks are float32: a share within 1e-6 of a token's end may fall on its other side.
+    assert sum(ours != theirs for ours, theirs in draws) <= (1 if size > 2048 else 0)
+    assert size < 2000 or len({token for token, _ in draws}) > 50
 
 
 def test_tokens_are_drawn_with_their_probabilities():
@@ -58,7 +55,8 @@ def test_tokens_are_drawn_with_their_probabilities():
 def test_removed_tokens_are_never_drawn():
     scores = _logits(1, 50)
     rng, best = RNG(0), set(np.argsort(scores)[-3:].tolist())
-    assert {choose(sampling.top_k(scores / 5, 3), rng) for _ in range(500)} == best
+    settings = GenerationConfig(do_sample=True, top_k=3, temperature=5.0)
+    assert {next_token(logits_processors(settings, 1, 9, None), np.array([1]), scores, rng) for _ in range(500)} == best
 
 
 def test_draws_at_both_ends_of_the_range_give_kept_tokens():
@@ -69,11 +67,12 @@ def test_draws_at_both_ends_of_the_range_give_kept_tokens():
         def random(self):
             return self.value
 
-    scores = np.array([-np.inf, 0.0, 1.0, -np.inf], np.float32)
-    assert sampling.draw(scores, Fixed(0.0)) == 1
-    assert (
-        sampling.draw(scores, Fixed(1.0)) == 2
-    )  # rng.random() is below 1, but its product with the sum may round up to the sum
+    for before, between, after in ((1, 0, 1), (3000, 0, 9), (700, 2500, 700)):
+        gap = [[-np.inf] * count for count in (before, between, after)]
+        scores = np.array([*gap[0], 0.0, *gap[1], 1.0, *gap[2]], np.float32)
+        assert sampling.draw(scores, Fixed(0.0)) == before
+        # rng.random() is below 1, but its product with the sum may round up to the sum
+        assert sampling.draw(scores, Fixed(1.0)) == before + 1 + between
 
 
 def test_the_seed_determines_the_draws():
@@ -102,10 +101,8 @@ def test_logits_without_any_token_raise_and_a_single_token_is_chosen():
         sampling.check(scores)
     scores[7] = -3.0
     config = GenerationConfig(do_sample=True, top_p=0.5, top_k=3, min_p=0.5, typical_p=0.5, top_h=0.5, eta_cutoff=0.5)
-    left = scores
-    for mask in sampling.filters(config):
-        left = mask(left)
-    assert choose(left, RNG(0)) == choose(scores, None) == 7
+    processors = logits_processors(config, 1, 9, None)
+    assert next_token(processors, np.array([1]), scores, RNG(0)) == choose(scores, None) == 7
 
 
 @pytest.mark.parametrize(
@@ -143,6 +140,39 @@ def test_all_wrong_arguments_are_in_one_message():
         GenerationConfig.of({}, {"temperature": -1, "top_p": 2, "top_k": -1})
 
 
-def test_a_top_k_above_the_vocabulary_size_keeps_all():
+SAMPLED = [
+    {"top_k": 0},
+    {"temperature": 0.7, "top_k": 50},
+    {"top_k": 0, "top_p": 0.9},
+    {"top_k": 0, "min_p": 0.05, "repetition_penalty": 1.2},
+    {"top_k": 0, "typical_p": 0.8, "renormalize_logits": True},
+    {"top_k": 0, "top_h": 0.8, "frequency_penalty": 0.5, "presence_penalty": 0.5},
+    {"top_k": 0, "epsilon_cutoff": 3e-4, "eta_cutoff": 3e-4},
+    {"top_k": 0, "xtc_probability": 0.5, "xtc_threshold": 0.02},
+    {"dry_multiplier": 0.8, "top_k": 200, "top_p": 0.95, "min_p": 0.01, "xtc_probability": 0.5, "logit_bias": {3: 9.0}},
+]
+
+
+@pytest.mark.parametrize("settings", SAMPLED, ids=str)
+def test_next_token_is_a_draw_of_what_process_leaves(settings):
+    config = GenerationConfig.of({"do_sample": True, "eos_token_id": 2}, settings)
+    processors, ids, seen = logits_processors(config, 3, 99, None), [4, 5, 6], set()
+    found, expected = RNG(3), RNG(3)
+    for step in range(60):
+        scores = _logits(step, 3000)
+        before = scores.copy()
+        token = next_token(processors, np.array(ids), scores, found)
+        assert np.array_equal(scores, before)
+        left = process(processors, np.array(ids), scores, expected)
+        assert token == choose(left, expected) and left[token] > -np.inf
+        ids.append(token)
+        seen.add(token)
+    assert found.random() == expected.random() and len(seen) > 10
+
+
+def test_no_processors_leave_the_scores_as_they_are():
     scores = _logits(0, 10)
-    assert np.array_equal(sampling.top_k(scores, 1000), scores)
+    assert process((), np.array([1]), scores) is scores
+    assert next_token((), np.array([1]), scores, None) == scores.argmax()
+    config = GenerationConfig(do_sample=True, top_k=1000)
+    assert np.array_equal(process(logits_processors(config, 1, 9, None), np.array([1]), scores), scores)

@@ -19,7 +19,7 @@ from edgeformer.errors import ExportError
 from edgeformer.export import ExportOptions, blocks, export, read_recipe
 from edgeformer.export.check import accuracy
 from edgeformer.export.graphs import trace_model
-from edgeformer.export.passes.linear import linears
+from edgeformer.export.passes.linear_layers import linear_layers
 from edgeformer.export.progress import Silent
 from edgeformer.export.quantize import calibrate, gptq
 from edgeformer.export.sources.hub.hub import language_model
@@ -186,7 +186,7 @@ def test_hessians_are_those_of_pytorchs_own_inputs(name, memory, graph, monkeypa
         module(torch.from_numpy(ids))
     for hook in hooks:
         hook.remove()
-    layers = {layer.weight.name: layer for layer in linears(shared.models["model"])}
+    layers = {layer.weight.name: layer for layer in linear_layers(shared.models["model"])}
     assert layers.keys() == seen.keys()
     sizes = {(layer.x.name,): layer.weight.shape[1] for layer in layers.values()}
     text = calibrate.Calibration(path, ids, "test")

@@ -25,7 +25,7 @@ from edgeformer.engines.native.engine import NativeEngine
 from edgeformer.errors import ExportError
 from edgeformer.export import ExportOptions, export
 from edgeformer.export.graphs import trace_model
-from edgeformer.export.passes.linear import linears
+from edgeformer.export.passes.linear_layers import linear_layers
 from edgeformer.export.progress import Silent
 from edgeformer.export.quantize import calibrate
 from edgeformer.export.source import Source
@@ -69,7 +69,7 @@ def test_a_layer_that_reads_the_cache_itself_has_its_own_inputs(traced, tmp_path
     """A latent's up-projection: its input is an output of the cache; the reference is from PyTorch's hooks."""
     shared, path = traced("minicpm3"), tmp_path / "model.onnx"
     save_graph(shared.models["model"].clone(), path)
-    layers = {layer.weight.name: layer for layer in linears(shared.models["model"])}
+    layers = {layer.weight.name: layer for layer in linear_layers(shared.models["model"])}
     reading = {name: layer for name, layer in layers.items() if str(layer.x.name).startswith("present.")}
     assert len(reading) == 2, "one up-projection a layer reads the cache; if none does, this test is about nothing"
     seen = {}

@@ -16,7 +16,7 @@ from edgeformer.export.passes.attention_node import standard_attention, window_m
 from edgeformer.export.passes.finish import finish
 from edgeformer.export.passes.float16 import to_float16
 from edgeformer.export.passes.kv_cache import insert_cache
-from edgeformer.export.passes.linear import canonical_linears
+from edgeformer.export.passes.linear_layers import canonical_linear_layers
 from edgeformer.export.passes.logits import keep_logits
 from edgeformer.export.passes.names import restore_names
 from edgeformer.export.passes.quantized_nodes import quantize_embeddings, quantize_linears
@@ -36,7 +36,7 @@ def test_a_matmul_with_columns_becomes_one_with_rows():
     w, x = floats(64, 8), floats(2, 3, 64)
     model = parse("(float[b,s,64] x) => (float[b,s,8] y) { y = MatMul(x, w) }", w=w)
     before = run(model, x=x)[0]
-    assert canonical_linears(model) == {"w"}
+    assert canonical_linear_layers(model) == {"w"}
     assert ops(model) == ["Transpose", "MatMul"]
     np.testing.assert_array_equal(model.graph.initializers["w"].const_value.numpy(), w.T)
     np.testing.assert_allclose(run(model, x=x)[0], before, rtol=1e-5, atol=1e-5)
@@ -58,14 +58,14 @@ def test_a_gemm_between_reshapes_becomes_a_matmul_on_all_axes():
         bias=bias,
     )
     before = run(model, x=x)[0]
-    assert canonical_linears(model) == set()
+    assert canonical_linear_layers(model) == set()
     assert ops(model) == ["Transpose", "MatMul", "Add"]
     np.testing.assert_allclose(run(model, x=x)[0], before, rtol=1e-5, atol=1e-5)
 
 
 def test_a_scaled_gemm_is_left_alone():
     model = parse("(float[r,64] x) => (float[r,8] y) { y = Gemm<alpha=0.5>(x, w) }", w=floats(64, 8))
-    canonical_linears(model)
+    canonical_linear_layers(model)
     assert ops(model) == ["Gemm"]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from edgeformer import machine
 from edgeformer.bundle.bundle import Bundle
-from edgeformer.tools import doctor
+from edgeformer.tools import doctor, toolchain
 from edgeformer.tools.doctor import examine, examine_bundle, fused_weights
 
 
@@ -85,10 +85,10 @@ def test_a_forced_isa_that_cannot_run_is_reported(monkeypatch):
 
 
 def test_missing_toolchain_packages_are_named(monkeypatch):
-    monkeypatch.setattr(doctor, "find_spec", lambda name: None if name == "torch" else object())
+    monkeypatch.setattr(toolchain, "find_spec", lambda name: None if name == "torch" else object())
     found = _topics()
     assert found["export"].verdict == found["training"].verdict == "no"
-    assert "torch not installed; install edgeformer[export]" in found["export"].text
+    assert "torch not installed: pip install" in found["export"].text
 
 
 def test_a_bundles_engines_are_tried(q8):

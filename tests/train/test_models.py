@@ -1,4 +1,4 @@
-"""The two models are what they say: causal or not, same numbers as other people's code, clean when traced."""
+"""The decoder and the encoder: causal or not, equal to transformers and torch.nn, exported to fused operators."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from edgeformer.models.checkpoint import stored_tensors
 
 TINY = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 DECODERS = {
-    "grouped, tied": DecoderConfig(**TINY, num_key_value_heads=2),
-    "one kv head, own head": DecoderConfig(**TINY, num_key_value_heads=1, tie_word_embeddings=False),
-    "nothing grouped": DecoderConfig(**TINY, num_key_value_heads=4),
+    "grouped-query, tied head": DecoderConfig(**TINY, num_key_value_heads=2),
+    "multi-query, untied head": DecoderConfig(**TINY, num_key_value_heads=1, tie_word_embeddings=False),
+    "multi-head": DecoderConfig(**TINY, num_key_value_heads=4),
 }
 
 
 def decoder(config: DecoderConfig) -> CausalLM:
     torch.manual_seed(0)
     model = CausalLM(config).eval()
-    for parameter in model.parameters():  # as after training: norms are not all one, logits not all near zero
+    for parameter in model.parameters():  # as if trained: norm weights that differ from 1, logits of all sizes
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.1)
     return model
 
@@ -47,7 +47,7 @@ def language_inputs(batch: int, length: int) -> dict[str, torch.Tensor]:
 
 
 def exported(model: torch.nn.Module, inputs: dict[str, torch.Tensor], path: Path) -> Counter[str]:
-    """Trace as the exporter does, with both axes free; the operators of the graph, counted."""
+    """Writes the ONNX graph with dynamic batch and sequence axes; how often it has each operator."""
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
     program = torch.onnx.export(
         model,
@@ -63,7 +63,7 @@ def exported(model: torch.nn.Module, inputs: dict[str, torch.Tensor], path: Path
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_decoder_exports_to_one_node_an_idea(name: str, tmp_path: Path) -> None:
+def test_decoder_exports_to_fused_operators(name: str, tmp_path: Path) -> None:
     model = decoder(DECODERS[name])
     nodes = exported(model, language_inputs(2, 7), tmp_path / "m.onnx")
     assert nodes["Attention"] == 2
@@ -80,7 +80,7 @@ def test_decoder_exports_to_one_node_an_idea(name: str, tmp_path: Path) -> None:
         assert np.abs(got - expected).max() < 1e-4 * np.ptp(expected)
 
 
-def test_encoder_exports_with_free_axes_and_refuses_what_is_too_long(tmp_path: Path) -> None:
+def test_encoder_exports_with_dynamic_axes_and_refuses_longer_sequences(tmp_path: Path) -> None:
     model = encoder()
     nodes = exported(model, {"input_values": torch.zeros(2, 7, 3)}, tmp_path / "m.onnx")
     assert nodes["Attention"] == 2
@@ -118,18 +118,18 @@ def test_encoder_attends_over_the_sequence_and_never_over_the_batch() -> None:
     torch.testing.assert_close(model(x[2:3]), y[2:3], rtol=0, atol=1e-6)
     moved = x.clone()
     moved[2, 8] += 1
-    assert (model(moved)[2, 0] - y[2, 0]).abs().max() > 1e-4  # the first position sees the last one
+    assert (model(moved)[2, 0] - y[2, 0]).abs().max() > 1e-4  # the first position attends to the last one
     assert torch.equal(model(moved)[[0, 1, 3]], y[[0, 1, 3]])
 
 
 def test_encoder_layers_equal_those_of_torch() -> None:
     model = encoder()
     for layer in model.layers:
-        twin = torch.nn.TransformerEncoderLayer(
+        reference = torch.nn.TransformerEncoderLayer(
             32, 4, dim_feedforward=128, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         ).eval()
         projections = [layer.q_proj, layer.k_proj, layer.v_proj]
-        twin.load_state_dict(
+        reference.load_state_dict(
             {
                 "self_attn.in_proj_weight": torch.cat([p.weight for p in projections]),
                 "self_attn.in_proj_bias": torch.cat([p.bias for p in projections]),
@@ -146,11 +146,11 @@ def test_encoder_layers_equal_those_of_torch() -> None:
             }
         )
         x = torch.linspace(-1, 1, 2 * 9 * 32).reshape(2, 9, 32).sin()
-        torch.testing.assert_close(layer(x), twin(x), rtol=0, atol=2e-6)
+        torch.testing.assert_close(layer(x), reference(x), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_decoder_does_not_see_the_future(name: str) -> None:
+def test_decoder_is_causal(name: str) -> None:
     model = decoder(DECODERS[name])
     inputs = language_inputs(2, 9)
     before = model(**inputs)
@@ -166,9 +166,9 @@ def test_transformers_opens_a_decoder_checkpoint_and_gives_the_same_logits(name:
     transformers = pytest.importorskip("transformers")
     model = decoder(DECODERS[name])
     save(model, tmp_path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     inputs = language_inputs(2, 11)
-    expected = theirs(**inputs).logits.detach()
+    expected = reference(**inputs).logits.detach()
     torch.testing.assert_close(model(**inputs), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
@@ -177,8 +177,8 @@ def save(model: CausalLM | Transformer, folder: Path) -> None:
     save_file({name: t.detach() for name, t in stored_tensors(model).items()}, folder / "model.safetensors")
 
 
-def test_checkpoint_gives_the_module_back(tmp_path: Path) -> None:
-    for model in (decoder(DECODERS["grouped, tied"]), encoder(max_length=12)):
+def test_checkpoint_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
+    for model in (decoder(DECODERS["grouped-query, tied head"]), encoder(max_length=12)):
         save(model, tmp_path)
         again, config = load_checkpoint(tmp_path)
         assert not again.training
@@ -188,14 +188,14 @@ def test_checkpoint_gives_the_module_back(tmp_path: Path) -> None:
 
 
 def test_tied_head_is_stored_once_and_stays_tied(tmp_path: Path) -> None:
-    model = decoder(DECODERS["grouped, tied"])
+    model = decoder(DECODERS["grouped-query, tied head"])
     assert "lm_head.weight" not in stored_tensors(model)
     save(model, tmp_path)
     again, _ = load_checkpoint(tmp_path)
     assert again.lm_head.weight is again.model.embed_tokens.weight
 
 
-def test_checkpoint_never_chooses_what_code_runs(tmp_path: Path) -> None:
+def test_checkpoint_cannot_name_the_code_to_run(tmp_path: Path) -> None:
     model = encoder()
     for name in ("os:system", "builtins:exec", "edgeformer.models.encoder:Transformer", "edgeformer.models.no:f", None):
         save(model, tmp_path)

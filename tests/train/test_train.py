@@ -1,4 +1,4 @@
-"""Training learns, can be interrupted anywhere, and leaves nothing that has to be unpickled."""
+"""Training: models learn, an interrupted run resumes with the same bits, and no file is a pickle."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ import edgeformer.train.checkpoint as checkpoint_module
 from edgeformer.errors import TrainingError
 from edgeformer.models import load_checkpoint
 from edgeformer.train.loop import TrainingReport, learning_rate, train
+from edgeformer.train.options import RunOptions
 from edgeformer.train.recipe import TrainOptions, make_recipe
 from edgeformer.train.task import picks
 
@@ -34,7 +35,7 @@ BASES = {"text": TEXT, "forecast": FORECAST}
 
 
 def run(table: dict[str, Any], folder: Path, **options: Any) -> TrainingReport:
-    return train(make_recipe(table), folder, cpu=True, **options)
+    return train(make_recipe(table), folder, RunOptions(cpu=True, **options))
 
 
 def short(base: dict[str, Any], tmp_path: Path, **changes: Any) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def forecast_run(tmp_path_factory: pytest.TempPathFactory) -> TrainingReport:
     return run(FORECAST, tmp_path_factory.mktemp("forecast") / "run")
 
 
-def test_text_model_learns_more_than_the_frequency_of_tokens(text_run: TrainingReport) -> None:
+def test_text_model_beats_the_unigram_loss(text_run: TrainingReport) -> None:
     name, unigram = text_run.baseline
     assert name == "unigram guess"
     assert 3.5 < unigram < math.log(320)
@@ -70,28 +71,26 @@ def test_forecast_beats_repeating_the_last_day(forecast_run: TrainingReport) -> 
     assert forecast_run.shown["mean absolute error"] < forecast_run.shown["error of repeating the last 24 values"]
 
 
-def test_text_checkpoint_is_a_folder_that_others_open(text_run: TrainingReport) -> None:
+def test_transformers_opens_a_text_checkpoint(text_run: TrainingReport) -> None:
     transformers = pytest.importorskip("transformers")
     folder = text_run.folder
     module, config = load_checkpoint(folder)
     assert config["task"] == "text-generation"
     assert sum(p.numel() for p in module.parameters()) == text_run.parameters
     text = "The “with” statement — naïve\n\n   >>> x = 1\n"
-    ours, theirs = (
-        Tokenizer.from_file(str(folder / "tokenizer.json")),
-        transformers.AutoTokenizer.from_pretrained(folder),
-    )
-    assert ours.decode(ours.encode(text).ids) == text
-    assert theirs(text)["input_ids"] == ours.encode(text).ids
-    assert theirs.eos_token_id == ours.token_to_id("<|endoftext|>") == config["eos_token_id"]
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    opened = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert opened(text)["input_ids"] == tokenizer.encode(text).ids
+    assert opened.eos_token_id == tokenizer.token_to_id("<|endoftext|>") == config["eos_token_id"]
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == config["eos_token_id"]
-    ids = torch.tensor([ours.encode(text).ids])
+    ids = torch.tensor([tokenizer.encode(text).ids])
     logits = module(ids, torch.arange(ids.shape[1])[None])
-    twin = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    torch.testing.assert_close(logits, twin(ids).logits, rtol=0, atol=1e-4)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(logits, model(ids).logits, rtol=0, atol=1e-4)
 
 
-def test_forecast_checkpoint_says_how_values_are_scaled(forecast_run: TrainingReport) -> None:
+def test_forecast_checkpoint_records_the_scaling_of_values(forecast_run: TrainingReport) -> None:
     module, config = load_checkpoint(forecast_run.folder)
     assert config["task"] == "forecasting"
     assert (config["context_length"], config["prediction_length"]) == (24, 12)
@@ -100,7 +99,7 @@ def test_forecast_checkpoint_says_how_values_are_scaled(forecast_run: TrainingRe
     assert module(input_values=torch.zeros(1, 24, 1)).shape == (1, 24, 12)
 
 
-def test_run_leaves_a_curve_and_something_to_see(text_run: TrainingReport, forecast_run: TrainingReport) -> None:
+def test_run_writes_its_losses_and_pictures(text_run: TrainingReport, forecast_run: TrainingReport) -> None:
     for report, extra in ((text_run, "sample.txt"), (forecast_run, "forecast.png")):
         rows = list(csv.DictReader((report.folder / "loss.csv").open()))
         assert [int(row["step"]) for row in rows] == list(range(report.steps + 1))
@@ -116,7 +115,7 @@ def test_run_leaves_a_curve_and_something_to_see(text_run: TrainingReport, forec
 def test_ten_steps_and_ten_resumed_have_the_bits_of_twenty(task: str, tmp_path: Path) -> None:
     table = short(BASES[task], tmp_path, train__gradient_accumulation_steps=2)
     if task == "forecast":
-        table["model"]["dropout"] = 0.1  # random numbers inside the steps, too
+        table["model"]["dropout"] = 0.1  # so that steps draw random numbers
     whole = run(table, tmp_path / "whole")
     first = run(table, tmp_path / "halves", stop_at=10)
     assert (first.step, first.steps) == (10, 20)
@@ -128,7 +127,7 @@ def test_ten_steps_and_ten_resumed_have_the_bits_of_twenty(task: str, tmp_path: 
         for key in a:
             np.testing.assert_array_equal(a[key].numpy(), b[key].numpy(), err_msg=key)
     assert (tmp_path / "whole" / "loss.csv").read_bytes() == (tmp_path / "halves" / "loss.csv").read_bytes()
-    # The same comparison does see a difference: another seed for dropout and order, one optimizer step.
+    # The comparison can fail: another seed changes the dropout and the order of the data.
     other = run(recipe_table(table, train__seed=1), tmp_path / "other")
     assert other.validation_loss != whole.validation_loss
 
@@ -145,11 +144,11 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
 
 def test_stop_request_ends_after_the_step_with_a_checkpoint(tmp_path: Path) -> None:
     table = short(FORECAST, tmp_path)
-    asked: list[int] = []
+    calls: list[int] = []
 
     def stop_at_fifth() -> bool:
-        asked.append(1)
-        return len(asked) == 5
+        calls.append(1)
+        return len(calls) == 5
 
     assert run(table, tmp_path / "run", should_stop=stop_at_fifth).step == 5
     run(table, tmp_path / "run", resume=True)
@@ -228,7 +227,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     arguments = ["-m", "edgeformer.train", str(tmp_path / "r.toml"), "-o", str(tmp_path / "two"), "--cpu"]
     done = subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("validation loss") == 1  # only the first process speaks
+    assert done.stdout.count("validation loss") == 1  # only the first process prints
     losses = [
         np.genfromtxt(tmp_path / name / "loss.csv", delimiter=",", skip_header=2)[:, 1] for name in ("one", "two")
     ]
@@ -294,7 +293,7 @@ def test_every_pass_sees_every_window_once_in_a_new_order() -> None:
     for epoch in range(3):
         assert sorted(pick.window for pick in seen if pick.epoch == epoch) == list(range(10))
     assert [p.window for p in seen[:10]] != [p.window for p in seen[10:20]]
-    assert picks(3, 13, 4, 10) == seen[13:17]  # a position is a number, not a state
+    assert picks(3, 13, 4, 10) == seen[13:17]  # a pick depends on its position alone, no state
     assert picks(4, 0, 30, 10) != seen
 
 

@@ -1,4 +1,4 @@
-"""`python -m edgeformer.train` as a user meets it."""
+"""The command `python -m edgeformer.train`: help, errors, interruption."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def cli(*arguments: str | Path, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-def test_help_has_examples_and_does_not_wait_for_torch() -> None:
+def test_help_has_examples_and_does_not_import_torch() -> None:
     code = "import sys, typer.testing as t; from edgeformer.train.__main__ import app; "
     code += "r = t.CliRunner().invoke(app, ['--help']); print(r.output); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -76,7 +76,7 @@ def test_interrupted_run_keeps_its_step_and_resumes(tmp_path: Path) -> None:
     assert process.returncode == 130, err[-3000:]
     assert "of 100000; --resume goes on from there" in out
     assert "loss=" in err  # the progress bar
-    done = int((tmp_path / "run" / "loss.csv").read_text().splitlines()[-1].split(",")[0])
-    assert done >= 5
-    out = cli(tmp_path / "tiny.toml", "-o", tmp_path / "run", "--resume", "--stop-at", str(done + 3))
-    assert f"stopped at step {done + 3} of 100000" in out
+    steps_done = int((tmp_path / "run" / "loss.csv").read_text().splitlines()[-1].split(",")[0])
+    assert steps_done >= 5
+    out = cli(tmp_path / "tiny.toml", "-o", tmp_path / "run", "--resume", "--stop-at", str(steps_done + 3))
+    assert f"stopped at step {steps_done + 3} of 100000" in out

@@ -1,4 +1,4 @@
-"""Recipes and data: what is wrong is refused with its place, and nothing of the validation part is ever trained on."""
+"""Recipes and data: errors name their place, and training never sees the validation part."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def test_wrong_recipe_is_refused_with_its_place(text: str, message: str, tmp_pat
         load_recipe(tmp_path / "r.toml")
 
 
-def test_recipe_that_is_not_there_names_the_presets() -> None:
+def test_error_for_a_missing_recipe_names_the_presets() -> None:
     with pytest.raises(TrainingError, match="no recipe demo-tex: expected a TOML file, or a preset: demo-forecast"):
         load_recipe("demo-tex")
 
 
-def test_sources_of_a_recipe_start_at_its_folder_and_overrides_win(tmp_path: Path) -> None:
+def test_sources_are_relative_to_the_recipes_folder_and_overrides_win(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text('task = "text"\n[data]\nsource = ["a.txt", "b.txt"]\n[train]\nlearning_rate = 1')
     recipe = load_recipe(tmp_path / "r.toml", {"train.steps": 7, "model.hidden_size": 64})
     assert recipe.data == TextData(source=(str(tmp_path / "a.txt"), str(tmp_path / "b.txt")))
@@ -141,35 +141,35 @@ def test_text_windows_cover_the_training_tokens_and_targets_are_the_next_token(t
         flat = torch.cat([ids.flatten(), targets[-1, -1:]]).numpy()
         offset = task.offset(epoch)
         np.testing.assert_array_equal(flat, task.train_ids[offset : offset + len(flat)])
-        assert len(task.train_ids) - len(flat) <= 64  # what one pass leaves out
+        assert len(task.train_ids) - len(flat) <= 64  # at most two windows are left out of a pass
     assert len({task.offset(epoch) for epoch in range(8)}) > 3
 
 
-def test_unigram_guess_is_the_cross_entropy_of_the_frequencies(tmp_path: Path) -> None:
+def test_unigram_baseline_is_the_cross_entropy_of_the_frequencies(tmp_path: Path) -> None:
     task = text_task(tmp_path)
     counts = [1 + task.train_ids.tolist().count(token) for token in range(320)]
     expected = sum(-math.log(counts[token] / sum(counts)) for token in task.validation_ids.tolist())
     assert task.baseline[1] == pytest.approx(expected / len(task.validation_ids), rel=1e-9)
 
 
-def test_forecasts_are_checked_on_values_that_no_training_window_holds() -> None:
+def test_forecasts_are_validated_on_values_outside_all_training_windows() -> None:
     task = ForecastTask(SeriesData(context_length=48, prediction_length=12, hours=2400), {}, seed=0)
-    last_trained = task.windows - 1 + 48 + 12
-    first_checked = int(task.validation_starts[0]) + 48
-    assert last_trained == first_checked == task.cut_at == 1920
+    training_end = task.windows - 1 + 48 + 12
+    validation_start = int(task.validation_starts[0]) + 48
+    assert training_end == validation_start == task.cut_at == 1920
     assert int(task.validation_starts[-1]) + 60 == 2400
     batch = task.batch([Pick(0, task.windows - 1)])
     np.testing.assert_array_equal(batch.targets[0].numpy(), task.values[1908:1920])
     np.testing.assert_array_equal(batch.inputs["input_values"][0, :, 0].numpy(), task.values[1860:1908])
 
 
-def test_scale_comes_from_the_training_part_alone() -> None:
+def test_scaling_is_computed_from_the_training_part_alone() -> None:
     task = ForecastTask(SeriesData(context_length=48, prediction_length=12, hours=2400), {}, seed=0)
     assert task.mean == pytest.approx(task.series[:1920].mean())
     assert task.values[:1920].std() == pytest.approx(1, abs=1e-5)
 
 
-def test_naive_guess_repeats_the_last_period() -> None:
+def test_forecast_baseline_repeats_the_last_period() -> None:
     data = SeriesData(context_length=48, prediction_length=12, period=24, hours=400)
     task = ForecastTask(data, {}, seed=0)
     errors = [
@@ -214,7 +214,7 @@ def test_series_that_cannot_be_learned_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("total", "count"), [(1, 1), (1, 5), (10, 3), (10, 10), (7, 100), (1000, 64)])
-def test_spread_takes_different_numbers_from_end_to_end(total: int, count: int) -> None:
+def test_spread_gives_distinct_numbers_that_include_both_ends(total: int, count: int) -> None:
     numbers = spread(total, count)
     assert len(numbers) == min(total, count)
     assert numbers[0] == 0

@@ -69,25 +69,26 @@ inline __attribute__((always_inline)) void unpack_block(const uint8_t* packed, u
 }
 
 template <class Q, int R>
-inline __attribute__((always_inline)) void tile_rows(const LinearArgs& a, const uint8_t* tile, int64_t tile_blocks,
-                                                     int64_t first_block, int64_t row, float* y, int64_t lanes) {
+inline __attribute__((always_inline)) void tile_rows(const LinearArgs& a, const Tile& tile, int64_t row, float* y,
+                                                     int64_t lanes) {
+  const uint8_t* from = tile.data;
   const int64_t blocks = blocks_of(a.k);
   const int8_t* xq[R];
   const XBlock* xb[R];
   F acc[R];
   each<R>([&](auto r) __attribute__((always_inline)) {
-    xq[r] = a.xq + ((row + r) * blocks + first_block) * kBlock;
-    xb[r] = a.xb + (row + r) * blocks + first_block;
-    acc[r] = first_block ? load_tail(y + (row + r) * a.ldy, lanes) : f16(0.0f);
+    xq[r] = a.xq + ((row + r) * blocks + tile.first) * kBlock;
+    xb[r] = a.xb + (row + r) * blocks + tile.first;
+    acc[r] = tile.first ? load_tail(y + (row + r) * a.ldy, lanes) : f16(0.0f);
   });
-  for (int64_t g = 0; g < tile_blocks; g++) {
+  for (int64_t g = 0; g < tile.count; g++) {
     S::X x[R];
     I sum[R];
     each<R>([&](auto r) __attribute__((always_inline)) { sum[r] = S::iset1(0); });
     const auto dots = [&](int column) __attribute__((always_inline)) {  // column .. column + 15
       each<R>([&](auto r) __attribute__((always_inline)) { x[r] = S::load_x(xq[r] + column); });
       each<4>([&](auto s) __attribute__((always_inline)) {
-        const S::W w = take(tile);
+        const S::W w = take(from);
         each<R>([&](auto r) __attribute__((always_inline)) { sum[r] = S::bdot<s.value>(sum[r], w, x[r]); });
       });
     };
@@ -98,13 +99,13 @@ inline __attribute__((always_inline)) void tile_rows(const LinearArgs& a, const 
     };
     dots(0);
     if constexpr (Q::kHalves) {
-      add(take_floats(tile));
+      add(take_floats(from));
       each<R>([&](auto r) __attribute__((always_inline)) { sum[r] = S::iset1(0); });
     }
     each<2 * Q::kParts - 1>([&](auto i) __attribute__((always_inline)) { dots(16 * i + 16); });
-    add(take_floats(tile));
+    add(take_floats(from));
     if constexpr (Q::kMinimum) {
-      const F wm = take_floats(tile);
+      const F wm = take_floats(from);
       each<R>([&](auto r) __attribute__((always_inline)) { acc[r] = S::fma(f16(xb[r]->scaled_sum), wm, acc[r]); });
     }
     each<R>([&](auto r) __attribute__((always_inline)) { xq[r] += kBlock * Q::kParts, xb[r] += Q::kParts; });

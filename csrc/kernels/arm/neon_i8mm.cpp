@@ -97,15 +97,16 @@ inline __attribute__((always_inline)) void unpack_block(const uint8_t* packed, u
 
 // See neon_linear.inl. R = 1: both halves of an operand are the same row, which is stored once.
 template <class Q, int R>
-inline __attribute__((always_inline)) void tile_rows(const LinearArgs& a, const uint8_t* tile, int64_t tile_blocks,
-                                                     int64_t first_block, int64_t row, float* y, int64_t lanes) {
+inline __attribute__((always_inline)) void tile_rows(const LinearArgs& a, const Tile& tile, int64_t row, float* y,
+                                                     int64_t lanes) {
+  const uint8_t* from = tile.data;
   const int64_t blocks = blocks_of(a.k);
-  const int8_t *x0 = a.xq + (row * blocks + first_block) * kBlock, *x1 = x0 + (R - 1) * blocks * kBlock;
-  const XBlock *b0 = a.xb + row * blocks + first_block, *b1 = b0 + (R - 1) * blocks;
+  const int8_t *x0 = a.xq + (row * blocks + tile.first) * kBlock, *x1 = x0 + (R - 1) * blocks * kBlock;
+  const XBlock *b0 = a.xb + row * blocks + tile.first, *b1 = b0 + (R - 1) * blocks;
   float* const y0 = y + row * a.ldy;
   float* const y1 = y0 + (R - 1) * a.ldy;
   float32x4_t acc[8];
-  if (first_block) {
+  if (tile.first) {
     const F v0 = load_tail(y0, lanes), v1 = load_tail(y1, lanes);
     each<4>([&](auto j) __attribute__((always_inline)) {
       acc[2 * j] = vzip1q_f32(v0.v[j], v1.v[j]);
@@ -114,11 +115,11 @@ inline __attribute__((always_inline)) void tile_rows(const LinearArgs& a, const 
   } else {
     each<8>([&](auto j) __attribute__((always_inline)) { acc[j] = vdupq_n_f32(0.0f); });
   }
-  for (int64_t g = 0; g < tile_blocks; g++) {
+  for (int64_t g = 0; g < tile.count; g++) {
     int32x4_t sum[8];
     const auto octet = [&](int64x2_t x) __attribute__((always_inline)) {
       each<2>([&](auto half) __attribute__((always_inline)) {
-        const S::W w = take(tile);
+        const S::W w = take(from);
         each<4>([&](auto j) __attribute__((always_inline)) {
           sum[4 * half + j] = vmmlaq_s32(sum[4 * half + j], w.v[j], vreinterpretq_s8_s64(x));
         });
@@ -138,7 +139,7 @@ inline __attribute__((always_inline)) void tile_rows(const LinearArgs& a, const 
     const float32x4_t scales = vreinterpretq_f32_f64(vdupq_laneq_f64(vreinterpretq_f64_f32(both), 0));
     const auto add = [&]() __attribute__((always_inline)) {
       each<2>([&](auto half) __attribute__((always_inline)) {
-        const F ws = take_floats(tile);
+        const F ws = take_floats(from);
         each<4>([&](auto j) __attribute__((always_inline)) {
           float32x4_t& to = acc[4 * half + j];
           to = vfmaq_f32(to, vcvtq_f32_s32(sum[4 * half + j]), vmulq_f32(scales, ws.v[j]));
@@ -160,7 +161,7 @@ inline __attribute__((always_inline)) void tile_rows(const LinearArgs& a, const 
     if constexpr (Q::kMinimum) {
       const float32x4_t sums = vreinterpretq_f32_f64(vdupq_laneq_f64(vreinterpretq_f64_f32(both), 1));
       each<2>([&](auto half) __attribute__((always_inline)) {
-        const F wm = take_floats(tile);
+        const F wm = take_floats(from);
         each<4>([&](auto j) __attribute__((always_inline)) {
           acc[4 * half + j] = vfmaq_f32(acc[4 * half + j], sums, wm.v[j]);
         });

@@ -15,10 +15,16 @@ template <class Q>
 struct TileBlock;  // kBytes: of an unpacked block of a panel
 template <class Q>
 inline __attribute__((always_inline)) void unpack_block(const uint8_t* packed, uint8_t* tile);
-// y[row .. row + R) += tile_blocks blocks. The sums start from y, or from 0 if first_block is 0.
+// Unpacked blocks of a panel.
+struct Tile {
+  const uint8_t* data;  // `count` of TileBlock<Q>::kBytes
+  int64_t first;        // its first 32 columns are those of this activation block
+  int64_t count;
+};
+// y[row .. row + R) += a tile. The sums start from y, or from 0 if the tile's first block is 0.
 template <class Q, int R>
-inline __attribute__((always_inline)) void tile_rows(const LinearArgs& a, const uint8_t* tile, int64_t tile_blocks,
-                                                     int64_t first_block, int64_t row, float* y, int64_t lanes);
+inline __attribute__((always_inline)) void tile_rows(const LinearArgs& a, const Tile& tile, int64_t row, float* y,
+                                                     int64_t lanes);
 
 // ---- loads and stores that advance their pointer ------------------------------------------------------------------
 
@@ -176,19 +182,20 @@ constexpr int64_t kTileBlocks = 24;
 
 template <class Q>
 inline void tiled_rows(const LinearArgs& a, const uint8_t* w, float* y, int64_t lanes) {
-  alignas(64) uint8_t tile[kTileBlocks / Q::kParts * TileBlock<Q>::kBytes];
+  alignas(64) uint8_t unpacked[kTileBlocks / Q::kParts * TileBlock<Q>::kBytes];
   const int64_t blocks = blocks_of(a.k), parts = (blocks + kTileBlocks - 1) / kTileBlocks, wides = blocks / Q::kParts;
   const int64_t passes = (a.m + S::kTileRows - 1) / S::kTileRows;
   for (int64_t part = 0; part < parts; part++) {
     const int64_t first = wides * part / parts, count = wides * (part + 1) / parts - first;
     for (int64_t g = 0; g < count; g++, w += Q::kBytes) {
       for (int64_t line = 0; line < Q::kBytes; line += 64) __builtin_prefetch(w + line + count * Q::kBytes, 0, 2);
-      unpack_block<Q>(w, tile + g * TileBlock<Q>::kBytes);
+      unpack_block<Q>(w, unpacked + g * TileBlock<Q>::kBytes);
     }
+    const Tile tile = {unpacked, first * Q::kParts, count};
     for (int64_t pass = 0; pass < passes; pass++) {
       const int64_t row = a.m * pass / passes, rows = a.m * (pass + 1) / passes - row;
       with_count<S::kTileRows>(rows, [&](auto R) __attribute__((always_inline)) {
-        tile_rows<Q, decltype(R)::value>(a, tile, count, first * Q::kParts, row, y, lanes);
+        tile_rows<Q, decltype(R)::value>(a, tile, row, y, lanes);
       });
     }
   }

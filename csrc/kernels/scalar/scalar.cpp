@@ -52,33 +52,31 @@ float quantize_values(const float* x, int64_t n, T* q) {
   return absmax / float(limit);
 }
 
-void quantize_wide(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t span, int64_t block_begin,
-                   int64_t block_end, int8_t* xq, XBlock* xb) {
-  for (int64_t i = 0; i < m; i++) {
-    for (int64_t c = block_begin * kBlock; c < block_end * kBlock; c += span) {
-      int8_t* q = xq + i * k + c;
-      const float scale = quantize_values(x + i * ldx + c, span, q);
+void quantize_wide(const QuantizeArgs& a) {
+  for (int64_t i = 0; i < a.m; i++) {
+    for (int64_t c = a.block_begin * kBlock; c < a.block_end * kBlock; c += a.span) {
+      int8_t* q = a.xq + i * a.k + c;
+      const float scale = quantize_values(a.x + i * a.ldx + c, a.span, q);
       int32_t all = 0;
-      for (int64_t j = 0; j < span; j++) all += q[j];
-      for (int64_t j = 0; j < span; j += kBlock) {
+      for (int64_t j = 0; j < a.span; j++) all += q[j];
+      for (int64_t j = 0; j < a.span; j += kBlock) {
         int32_t sum = 0;
         for (int64_t d = 0; d < kBlock; d++) sum += q[j + d];
-        xb[(i * k + c + j) / kBlock] = {scale, scale * float(sum), -128 * sum, -128 * all};
+        a.xb[(i * a.k + c + j) / kBlock] = {scale, scale * float(sum), -128 * sum, -128 * all};
       }
     }
   }
 }
 
-void quantize(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t span, int64_t block_begin, int64_t block_end,
-              int8_t* xq, XBlock* xb) {
-  if (span > kBlock) return quantize_wide(x, ldx, m, k, span, block_begin, block_end, xq, xb);
-  const int64_t blocks = blocks_of(k);
-  for (int64_t i = 0; i < m; i++) {
-    for (int64_t g = block_begin; g < block_end; g++) {
+void quantize(const QuantizeArgs& a) {
+  if (a.span > kBlock) return quantize_wide(a);
+  const int64_t blocks = blocks_of(a.k);
+  for (int64_t i = 0; i < a.m; i++) {
+    for (int64_t g = a.block_begin; g < a.block_end; g++) {
       float values[kBlock];
-      for (int64_t c = 0; c < kBlock; c++) values[c] = g * kBlock + c < k ? x[i * ldx + g * kBlock + c] : 0.0f;
-      int8_t* q = xq + (i * blocks + g) * kBlock;
-      XBlock& b = xb[i * blocks + g];
+      for (int64_t c = 0; c < kBlock; c++) values[c] = g * kBlock + c < a.k ? a.x[i * a.ldx + g * kBlock + c] : 0.0f;
+      int8_t* q = a.xq + (i * blocks + g) * kBlock;
+      XBlock& b = a.xb[i * blocks + g];
       b.scale = quantize_values(values, kBlock, q);
       int32_t low = 0, high = 0;
       for (int c = 0; c < 16; c++) low += q[c];
@@ -199,32 +197,30 @@ void unary(Unary op, const float* x, float* y, int64_t n) {
   for (int64_t i = 0; i < n; i++) y[i] = unary1(op, x[i]);
 }
 
-void rms_norm(const float* x, int64_t ldx, int64_t m, int64_t n, const float* weight, float eps, float* y,
-              int64_t ldy) {
-  for (int64_t i = 0; i < m; i++) {
-    const float* row = x + i * ldx;
+void rms_norm(const NormArgs& a) {
+  for (int64_t i = 0; i < a.m; i++) {
+    const float* row = a.x + i * a.ldx;
     float s[16] = {};
-    for (int64_t c = 0; c < n; c++) s[c % 16] = fma1(row[c], row[c], s[c % 16]);
-    const float r = 1.0f / sqrt1(sum16(s) / float(n) + eps);
-    for (int64_t c = 0; c < n; c++) {
+    for (int64_t c = 0; c < a.n; c++) s[c % 16] = fma1(row[c], row[c], s[c % 16]);
+    const float r = 1.0f / sqrt1(sum16(s) / float(a.n) + a.eps);
+    for (int64_t c = 0; c < a.n; c++) {
       const float v = row[c] * r;
-      y[i * ldy + c] = weight ? v * weight[c] : v;
+      a.y[i * a.ldy + c] = a.weight ? v * a.weight[c] : v;
     }
   }
 }
 
-void layer_norm(const float* x, int64_t ldx, int64_t m, int64_t n, const float* weight, const float* bias, float eps,
-                float* y, int64_t ldy) {
-  for (int64_t i = 0; i < m; i++) {
-    const float* row = x + i * ldx;
+void layer_norm(const NormArgs& a) {
+  for (int64_t i = 0; i < a.m; i++) {
+    const float* row = a.x + i * a.ldx;
     float s[16] = {};
-    for (int64_t c = 0; c < n; c++) s[c % 16] = s[c % 16] + row[c];
-    const float mean = sum16(s) / float(n);
+    for (int64_t c = 0; c < a.n; c++) s[c % 16] = s[c % 16] + row[c];
+    const float mean = sum16(s) / float(a.n);
     float v[16] = {};
-    for (int64_t c = 0; c < n; c++) v[c % 16] = fma1(row[c] - mean, row[c] - mean, v[c % 16]);
-    const float r = 1.0f / sqrt1(sum16(v) / float(n) + eps);
-    for (int64_t c = 0; c < n; c++)
-      y[i * ldy + c] = fma1((row[c] - mean) * r, weight ? weight[c] : 1.0f, bias ? bias[c] : 0.0f);
+    for (int64_t c = 0; c < a.n; c++) v[c % 16] = fma1(row[c] - mean, row[c] - mean, v[c % 16]);
+    const float r = 1.0f / sqrt1(sum16(v) / float(a.n) + a.eps);
+    for (int64_t c = 0; c < a.n; c++)
+      a.y[i * a.ldy + c] = fma1((row[c] - mean) * r, a.weight ? a.weight[c] : 1.0f, a.bias ? a.bias[c] : 0.0f);
   }
 }
 
@@ -244,20 +240,19 @@ void softmax(const float* x, int64_t ldx, int64_t m, int64_t n, float* y, int64_
   }
 }
 
-void rope(const float* x, int64_t ldx, int64_t m, int64_t heads, int64_t head_dim, int64_t rotary, bool interleaved,
-          const float* cos, const float* sin, int64_t ldc, float* y, int64_t ldy) {
-  const int64_t half = rotary / 2;
-  for (int64_t i = 0; i < m; i++) {
-    for (int64_t h = 0; h < heads; h++) {
-      const float* from = x + i * ldx + h * head_dim;
-      float* to = y + i * ldy + h * head_dim;
+void rope(const RopeArgs& args) {
+  const int64_t half = args.rotary / 2;
+  for (int64_t i = 0; i < args.m; i++) {
+    for (int64_t h = 0; h < args.heads; h++) {
+      const float* from = args.x + i * args.ldx + h * args.head_dim;
+      float* to = args.y + i * args.ldy + h * args.head_dim;
       for (int64_t j = 0; j < half; j++) {
-        const int64_t at_a = interleaved ? 2 * j : j, at_b = interleaved ? 2 * j + 1 : j + half;
-        const float a = from[at_a], b = from[at_b], c = cos[i * ldc + j], s = sin[i * ldc + j];
+        const int64_t at_a = args.interleaved ? 2 * j : j, at_b = args.interleaved ? 2 * j + 1 : j + half;
+        const float a = from[at_a], b = from[at_b], c = args.cos[i * args.ldc + j], s = args.sin[i * args.ldc + j];
         to[at_a] = a * c - b * s;
         to[at_b] = b * c + a * s;
       }
-      for (int64_t j = rotary; j < head_dim; j++) to[j] = from[j];
+      for (int64_t j = args.rotary; j < args.head_dim; j++) to[j] = from[j];
     }
   }
 }

@@ -122,14 +122,15 @@ void attention_partial(const AttentionArgs& a, int64_t kv_head, int64_t token_be
       attend(a, kv_head, i, kv_head * a.group + g, chunk, partial);
 }
 
-void attention_merge(const AttentionArgs& a, int64_t kv_head, int64_t token_begin, int64_t token_end, int64_t chunks,
-                     const float* partial, int64_t stride) {
+void attention_merge(const AttentionArgs& a, int64_t kv_head, int64_t token_begin, int64_t token_end,
+                     const MergeArgs& merge) {
   const int64_t floats = partial_floats(a.layout);
+  const float* partial = merge.partial;  // of the row, in chunk 0
   for (int64_t i = token_begin; i < token_end; i++) {
     for (int64_t g = 0; g < a.group; g++, partial += floats) {
       float acc[kPartialHead + kMaxHeadDim] = {};
       acc[0] = -__builtin_inff();
-      for (int64_t c = 0; c < chunks; c++) merge_into(acc, partial + c * stride, floats);
+      for (int64_t c = 0; c < merge.chunks; c++) merge_into(acc, partial + c * merge.stride, floats);
       finish(acc, a.layout.value_dim, a.out + i * a.ldo + (kv_head * a.group + g) * a.layout.value_dim);
     }
   }

@@ -87,6 +87,14 @@ inline Seen seen_by(const AttentionArgs& a, int64_t token, int64_t chunk) {
   return {b < 0 ? 0 : b, e > kChunkTokens ? kChunkTokens : e};
 }
 
+// One chunk of one KV head, in the layout of KvLayout.
+struct Chunk {
+  int64_t index;
+  const uint8_t *keys, *values;
+  const float *key_scales, *value_scales;  // null for float32
+  int64_t tile_begin, tile_end;            // the tiles of 16 keys that some row sees
+};
+
 // s = softcap * tanh(s / softcap); s += mask; s *= log2(e), on the 16 scores of a tile. mask: of this row and chunk.
 inline F bend(const AttentionArgs& a, F v, const float* mask, int64_t tile, const Seen& seen) {
   if (a.softcap != 0.0f) v = S::mul(f16(a.softcap), tanh16(S::div(v, f16(a.softcap))));
@@ -102,19 +110,19 @@ inline F bend(const AttentionArgs& a, F v, const float* mask, int64_t tile, cons
   return S::mul(v, f16(kLog2E));
 }
 
-// Finishes one row's scores of the tiles [tile_begin, tile_end): softcap, mask, -inf for hidden keys. Returns their
-// maximum.
-inline float top_score(const AttentionArgs& a, const Rows& rows, int r, int64_t chunk, const Seen& seen,
-                       int64_t tile_begin, int64_t tile_end, float* s) {
+// Finishes the scores of row r: softcap, mask, -inf for hidden keys. Returns their maximum.
+inline float top_score(const AttentionArgs& a, const Rows& rows, int r, const Seen& seen, const Chunk& chunk,
+                       float* s) {
   alignas(64) static constexpr float kIndex[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const F hidden = f16(-__builtin_inff());
   F tops = hidden;
   if (!is_plain(a)) {
     const float* mask = a.mask;
-    if (mask) mask += rows.token[r] * a.mask_token + rows.head[r] * a.mask_head + chunk * kChunkTokens;
-    for (int64_t t = tile_begin; t < tile_end; t++) S::store(s + t * 16, bend(a, S::load(s + t * 16), mask, t, seen));
+    if (mask) mask += rows.token[r] * a.mask_token + rows.head[r] * a.mask_head + chunk.index * kChunkTokens;
+    for (int64_t t = chunk.tile_begin; t < chunk.tile_end; t++)
+      S::store(s + t * 16, bend(a, S::load(s + t * 16), mask, t, seen));
   }
-  for (int64_t t = tile_begin; t < tile_end; t++) {
+  for (int64_t t = chunk.tile_begin; t < chunk.tile_end; t++) {
     F v = S::load(s + t * 16);
     if (!seen.whole(t)) {
       const F index = S::load(kIndex);
@@ -127,36 +135,43 @@ inline float top_score(const AttentionArgs& a, const Rows& rows, int r, int64_t 
   return S::maximum(tops);
 }
 
-// Replaces s by p = 2^(s - top); returns the sum of p over 16 lanes. With value_scales: by p * value_scales, and
-// *most = the largest of these.
-inline float soften(float top, const float* value_scales, const Seen& seen, int64_t tile_begin, int64_t tile_end,
-                    float* s, float* most) {
+// Replaces s by p = 2^(s - top); returns the sum of p over 16 lanes. int8: by p * value_scales, and *most = the largest
+// of these.
+inline float soften(float top, const Seen& seen, const Chunk& chunk, float* s, float* most) {
   const F shift = f16(top == -__builtin_inff() ? 0.0f : top), zero = f16(0.0f);
   F sums = zero, mosts = zero;
-  for (int64_t t = tile_begin; t < tile_end; t++) {
+  for (int64_t t = chunk.tile_begin; t < chunk.tile_end; t++) {
     const F p = exp2_of_negative16(S::sub(S::load(s + t * 16), shift));
     sums = S::add(sums, p);
     F w = p;
-    if (value_scales) {
-      w = S::mul(p, S::load(value_scales + t * 16));
+    if (chunk.value_scales) {
+      w = S::mul(p, S::load(chunk.value_scales + t * 16));
       if (!seen.whole(t)) w = S::select_lt(zero, p, w, zero);  // a hidden key's scale may be anything
       mosts = S::max(w, mosts);
     }
     S::store(s + t * 16, w);
   }
-  if (value_scales) *most = S::maximum(mosts);
+  if (chunk.value_scales) *most = S::maximum(mosts);
   return S::sum(sums);
 }
 
+// Columns of a chunk's values, from the one that `data` has for token 0 on; tokens in [begin, end).
+struct Values {
+  const uint8_t* data;
+  int64_t stride;  // columns of a token
+  int64_t begin, end;
+};
+
 // out[r][16 C] = float(sum over t of w[r][t] * v[t][16 C]) * scale[r], by pairs of tokens; outside [begin, end) w is 0.
 template <int R, int C>
-inline void add_pairs(const int16_t (*w)[kChunkTokens], const float* scale, int64_t begin, int64_t end,
-                      const uint8_t* values, int64_t stride, float* out, int64_t ldo) {
+inline void add_pairs(const int16_t (*w)[kChunkTokens], const float* scale, const Values& values, float* out,
+                      int64_t ldo) {
   I acc[R * C];
   each<R * C>([&](auto i) __attribute__((always_inline)) { acc[i] = S::iset1(0); });
-  for (int64_t t = begin / 2 * 2; t < end; t += 2) {
+  for (int64_t t = values.begin / 2 * 2; t < values.end; t += 2) {
     typename S::Pairs v[C];
-    each<C>([&](auto c) __attribute__((always_inline)) { v[c] = S::load_pairs(values + t * stride + 32 * c); });
+    each<C>([&](auto c)
+                __attribute__((always_inline)) { v[c] = S::load_pairs(values.data + t * values.stride + 32 * c); });
     each<R>([&](auto r) __attribute__((always_inline)) {
       int32_t both;
       __builtin_memcpy(&both, w[r] + t, 4);
@@ -170,14 +185,14 @@ inline void add_pairs(const int16_t (*w)[kChunkTokens], const float* scale, int6
 
 // out[r][16 C] = fma over t ascending of p[r][t] * v[t][16 C].
 template <int R, int C>
-inline void add_values(const float (*p)[kChunkTokens], int64_t begin, int64_t end, const uint8_t* values,
-                       int64_t stride, float* out, int64_t ldo) {
+inline void add_values(const float (*p)[kChunkTokens], const Values& values, float* out, int64_t ldo) {
   F acc[R][C];
   for (int r = 0; r < R; r++)
     for (int c = 0; c < C; c++) acc[r][c] = f16(0.0f);
-  for (int64_t t = begin; t < end; t++) {
+  for (int64_t t = values.begin; t < values.end; t++) {
+    const float* row = reinterpret_cast<const float*>(values.data) + t * values.stride;
     F v[C];
-    for (int c = 0; c < C; c++) v[c] = S::load(reinterpret_cast<const float*>(values) + t * stride + 16 * c);
+    for (int c = 0; c < C; c++) v[c] = S::load(row + 16 * c);
     for (int r = 0; r < R; r++)
       for (int c = 0; c < C; c++) acc[r][c] = S::fma(f16(p[r][t]), v[c], acc[r][c]);
   }
@@ -195,14 +210,14 @@ struct Partials {
 inline bool is_empty(float top, float sum) { return top == -__builtin_inff() && sum == 0.0f; }
 
 // Partials of all rows for one chunk.
-inline void attend_chunk(const AttentionArgs& a, int64_t kv_head, int64_t chunk, const Rows& rows, Partials& part) {
+inline void attend_chunk(const AttentionArgs& a, int64_t kv_head, int64_t index, const Rows& rows, Partials& part) {
   const KvLayout& l = a.layout;
   const bool is_int8 = l.type == KvType::int8;
   const int64_t d4 = round_up(l.head_dim, 4), stride = l.value_stride();
   Seen seen[kAttentionRows];
   int64_t begin = kChunkTokens, end = 0;  // the keys that some row sees
   for (int r = 0; r < rows.count; r++) {
-    seen[r] = seen_by(a, rows.token[r], chunk);
+    seen[r] = seen_by(a, rows.token[r], index);
     if (seen[r].begin >= seen[r].end) continue;
     begin = seen[r].begin < begin ? seen[r].begin : begin;
     end = seen[r].end > end ? seen[r].end : end;
@@ -215,33 +230,33 @@ inline void attend_chunk(const AttentionArgs& a, int64_t kv_head, int64_t chunk,
     }
     return;
   }
-  const int64_t tile_begin = begin / 16, tile_end = (end + 15) / 16;
-  const uint8_t* head = a.chunks[chunk] + kv_head * l.head_bytes();
-  const float* key_scales = reinterpret_cast<const float*>(head + l.key_scales());
-  const float* value_scales = is_int8 ? reinterpret_cast<const float*>(head + l.value_scales()) : nullptr;
+  const uint8_t* head = a.chunks[index] + kv_head * l.head_bytes();
+  const auto scales = [&](int64_t at) { return is_int8 ? reinterpret_cast<const float*>(head + at) : nullptr; };
+  const Chunk chunk = {index,      head,           head + l.values(), scales(l.key_scales()), scales(l.value_scales()),
+                       begin / 16, (end + 15) / 16};
 
   alignas(64) float s[kAttentionRows][kChunkTokens];
   for (int r = 0; r < rows.count; r += S::kGemvRows) {
     const int count = rows.count - r < S::kGemvRows ? rows.count - r : S::kGemvRows;
     with_count<S::kGemvRows>(count, [&](auto R) __attribute__((always_inline)) {
       constexpr int n = decltype(R)::value, tiles = S::kKeyTiles;
-      int64_t t = tile_begin;
+      int64_t t = chunk.tile_begin;
       if (is_int8) {
         const auto at = [&](int64_t t) { return reinterpret_cast<float (*)[kChunkTokens]>(&s[r][t * 16]); };
-        for (; t + tiles <= tile_end; t += tiles)
-          key_dots<n, tiles>(rows, r, d4, head + t * 16 * d4, key_scales + t * 16, at(t));
-        for (; t < tile_end; t++) key_dots<n, 1>(rows, r, d4, head + t * 16 * d4, key_scales + t * 16, at(t));
+        for (; t + tiles <= chunk.tile_end; t += tiles)
+          key_dots<n, tiles>(rows, r, d4, chunk.keys + t * 16 * d4, chunk.key_scales + t * 16, at(t));
+        for (; t < chunk.tile_end; t++)
+          key_dots<n, 1>(rows, r, d4, chunk.keys + t * 16 * d4, chunk.key_scales + t * 16, at(t));
       }
-      for (; t < tile_end; t++)
-        key_dots_f32<n>(rows, r, l.head_dim, reinterpret_cast<const float*>(head) + t * 16 * l.head_dim,
+      for (; t < chunk.tile_end; t++)
+        key_dots_f32<n>(rows, r, l.head_dim, reinterpret_cast<const float*>(chunk.keys) + t * 16 * l.head_dim,
                         reinterpret_cast<float (*)[kChunkTokens]>(&s[r][t * 16]));
     });
   }
   // Each stage over all rows: the rows' dependency chains overlap.
   alignas(64) float scale[kAttentionRows] = {}, inverse[kAttentionRows];
-  for (int r = 0; r < rows.count; r++) part.top[r] = top_score(a, rows, r, chunk, seen[r], tile_begin, tile_end, s[r]);
-  for (int r = 0; r < rows.count; r++)
-    part.sum[r] = soften(part.top[r], value_scales, seen[r], tile_begin, tile_end, s[r], scale + r);
+  for (int r = 0; r < rows.count; r++) part.top[r] = top_score(a, rows, r, seen[r], chunk, s[r]);
+  for (int r = 0; r < rows.count; r++) part.sum[r] = soften(part.top[r], seen[r], chunk, s[r], scale + r);
 
   alignas(64) int16_t w[kAttentionRows][kChunkTokens];  // 15-bit weights of the values
   if (is_int8) {
@@ -249,7 +264,7 @@ inline void attend_chunk(const AttentionArgs& a, int64_t kv_head, int64_t chunk,
     S::store(scale, S::select_lt(most, least, zero, S::div(most, f16(32767.0f))));
     S::store(inverse, S::select_lt(most, least, zero, S::div(f16(32767.0f), most)));
     for (int r = 0; r < rows.count; r++)
-      for (int64_t t = tile_begin * 16; t < tile_end * 16; t += 16)
+      for (int64_t t = chunk.tile_begin * 16; t < chunk.tile_end * 16; t += 16)
         S::narrow16(w[r] + t, S::to_int(S::mul(S::load(s[r] + t), f16(inverse[r]))));
   }
   for (int r = 0; r < rows.count; r += S::kValueRows) {
@@ -258,19 +273,20 @@ inline void attend_chunk(const AttentionArgs& a, int64_t kv_head, int64_t chunk,
       constexpr int n = decltype(R)::value;
       constexpr int wide = n * S::kValueColumns > S::kValueSums ? S::kValueColumns / 2 : S::kValueColumns;
       float* out = part.out + r * part.ldo;
-      const uint8_t* values = head + l.values();
+      // the values from column d on: 2 bytes a pair of tokens, or 4 a token
+      const auto from = [&](int64_t d) { return Values{chunk.values + (is_int8 ? 2 : 4) * d, stride, begin, end}; };
       int64_t d = 0;
       for (; d + 16 * wide <= stride; d += 16 * wide) {
         if (is_int8)
-          add_pairs<n, wide>(w + r, scale + r, begin, end, values + 2 * d, stride, out + d, part.ldo);
+          add_pairs<n, wide>(w + r, scale + r, from(d), out + d, part.ldo);
         else
-          add_values<n, wide>(s + r, begin, end, values + 4 * d, stride, out + d, part.ldo);
+          add_values<n, wide>(s + r, from(d), out + d, part.ldo);
       }
       for (; d < stride; d += 16) {
         if (is_int8)
-          add_pairs<n, 1>(w + r, scale + r, begin, end, values + 2 * d, stride, out + d, part.ldo);
+          add_pairs<n, 1>(w + r, scale + r, from(d), out + d, part.ldo);
         else
-          add_values<n, 1>(s + r, begin, end, values + 4 * d, stride, out + d, part.ldo);
+          add_values<n, 1>(s + r, from(d), out + d, part.ldo);
       }
     });
   }
@@ -321,15 +337,16 @@ inline void attention_partial(const AttentionArgs& a, int64_t kv_head, int64_t t
 }
 
 inline void attention_merge(const AttentionArgs& a, int64_t kv_head, int64_t token_begin, int64_t token_end,
-                            int64_t chunks, const float* partial, int64_t stride) {
+                            const MergeArgs& merge) {
   const int64_t floats = partial_floats(a.layout), n = floats - kPartialHead;
+  const float* partial = merge.partial;  // of the row, in chunk 0
   for (int64_t i = token_begin; i < token_end; i++) {
     for (int64_t g = 0; g < a.group; g++, partial += floats) {
       alignas(64) float acc[kMaxHeadDim];
       for (int64_t d = 0; d < n; d++) acc[d] = 0.0f;
       float top = -__builtin_inff(), sum = 0.0f;
-      for (int64_t c = 0; c < chunks; c++) {
-        const float* part = partial + c * stride;
+      for (int64_t c = 0; c < merge.chunks; c++) {
+        const float* part = partial + c * merge.stride;
         if (is_empty(part[0], part[1])) continue;
         const float most = max1(top, part[0]);
         const float factor = exp2_of_negative1(top - most), part_factor = exp2_of_negative1(part[0] - most);

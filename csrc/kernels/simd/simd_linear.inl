@@ -221,24 +221,28 @@ inline void small_linear(const LinearArgs& a, int64_t panel_begin, int64_t panel
 // next the accumulators are stored in y and loaded again, which does not change their bits.
 constexpr int64_t kTileBlocks = 24;
 
-// y[row .. row + R) += tile_blocks blocks of P panels. Panel p's blocks start at tile + p * panel_bytes; the sums start
-// from y, or from 0 if first_block is 0.
+// The blocks [first, first + count) of kBlock columns of some panels: panel p's start at data + p * panel_bytes.
+struct Tile {
+  const uint8_t* data;
+  int64_t panel_bytes, first, count;
+};
+
+// y[row .. row + R) += a tile of P panels. The sums start from y, or from 0 if the tile's first block is 0.
 template <class Q, class Block, int R, int P>
-inline void tile_rows(const LinearArgs& a, const uint8_t* tile, int64_t panel_bytes, int64_t tile_blocks,
-                      int64_t first_block, int64_t row, float* y, int64_t lanes) {
+inline void tile_rows(const LinearArgs& a, const Tile& tile, int64_t row, float* y, int64_t lanes) {
   const int64_t blocks = blocks_of(a.k);
   F acc[R][P];
   each<R>([&](auto r) __attribute__((always_inline)) {
     each<P>([&](auto p) __attribute__((always_inline)) {
-      acc[r][p] = first_block ? load_tail(y + (row + r) * a.ldy + 16 * p, lanes - 16 * p) : f16(0.0f);
+      acc[r][p] = tile.first ? load_tail(y + (row + r) * a.ldy + 16 * p, lanes - 16 * p) : f16(0.0f);
     });
   });
-  const int8_t* xq = a.xq + (row * blocks + first_block) * kBlock;
-  const XBlock* xb = a.xb + row * blocks + first_block;
-  for (int64_t g = 0; g < tile_blocks; g += Q::kParts) {
+  const int8_t* xq = a.xq + (row * blocks + tile.first) * kBlock;
+  const XBlock* xb = a.xb + row * blocks + tile.first;
+  for (int64_t g = 0; g < tile.count; g += Q::kParts) {
     Block block[P];
     each<P>([&](auto p) __attribute__((always_inline)) {
-      block[p].p = tile + p * panel_bytes + g / Q::kParts * Block::kBytes;
+      block[p].p = tile.data + p * tile.panel_bytes + g / Q::kParts * Block::kBytes;
     });
     add_block<Q, R, P>(block, xq + g * kBlock, xb + g, blocks * kBlock, blocks, acc);
   }
@@ -278,7 +282,7 @@ inline void tiled_panels(const LinearArgs& a, int64_t panel, float* y) {
   // Plain bytes in whole cache lines need no tile: the packed blocks stay in L1 as they are.
   constexpr bool as_packed = S::kBytesAsTheyAre && !Q::kNibbles && Q::kBytes % 64 == 0 && !Q::kHalves;
   constexpr int64_t tile_bytes = kTileBlocks / Q::kParts * TileBlock<Q>::kBytes;
-  alignas(64) uint8_t tile[as_packed ? 64 : P * tile_bytes];
+  alignas(64) uint8_t unpacked[as_packed ? 64 : P * tile_bytes];
   const int64_t blocks = blocks_of(a.k), parts = (blocks + kTileBlocks - 1) / kTileBlocks, wides = blocks / Q::kParts;
   const int64_t panel_bytes = wides * Q::kBytes;
   const int64_t passes = (a.m + S::kTileRows - 1) / S::kTileRows;
@@ -288,14 +292,16 @@ inline void tiled_panels(const LinearArgs& a, int64_t panel, float* y) {
     if constexpr (!as_packed) {
       for (int p = 0; p < P; p++)
         for (int64_t g = 0; g < count; g++)
-          unpack_block<Q>(packed + p * panel_bytes + g * Q::kBytes, tile + p * tile_bytes + g * TileBlock<Q>::kBytes);
+          unpack_block<Q>(packed + p * panel_bytes + g * Q::kBytes,
+                          unpacked + p * tile_bytes + g * TileBlock<Q>::kBytes);
     }
+    const Tile tile = {as_packed ? packed : unpacked, as_packed ? panel_bytes : tile_bytes, first * Q::kParts,
+                       count * Q::kParts};
     for (int64_t pass = 0; pass < passes; pass++) {
       const int64_t row = a.m * pass / passes, rows = a.m * (pass + 1) / passes - row;
       with_count<S::kTileRows>(rows, [&](auto R) __attribute__((always_inline)) {
         using Block = typename Either<as_packed, PackedBlock<Q>, TileBlock<Q>>::type;
-        tile_rows<Q, Block, decltype(R)::value, P>(a, as_packed ? packed : tile, as_packed ? panel_bytes : tile_bytes,
-                                                   count * Q::kParts, first * Q::kParts, row, y, a.n - panel * kLanes);
+        tile_rows<Q, Block, decltype(R)::value, P>(a, tile, row, y, a.n - panel * kLanes);
       });
     }
   }

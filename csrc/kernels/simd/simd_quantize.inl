@@ -1,28 +1,28 @@
 // Floats -> int8: activations by blocks, and the keys and values of the KV cache. Included by simd.inl.
 
-// The formula at Kernels::quantize, 16 blocks at a time across rows: one division gives 16 scales, and blocks are
+// The formula at QuantizeArgs, 16 blocks at a time across rows: one division gives 16 scales, and blocks are
 // independent. whole: every block has 32 columns. shared: blocks of one span: 1, 2 or 4, from a multiple of it on.
 template <bool whole, int shared>
-inline void quantize_blocks(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t block_begin, int64_t block_end,
-                            int8_t* xq, XBlock* xb) {
-  const int64_t blocks = blocks_of(k), all = m * (block_end - block_begin);
+inline void quantize_blocks(const QuantizeArgs& args) {
+  const QuantizeArgs a = args;  // a copy: what is stored cannot change it, so it stays in registers
+  const int64_t blocks = blocks_of(a.k), all = a.m * (a.block_end - a.block_begin);
   const F least = f16(0x1p-100f), zero = f16(0.0f), limit = f16(127.0f);
-  int64_t row = 0, g = block_begin;
+  int64_t row = 0, g = a.block_begin;
   for (int64_t done = 0; done < all; done += 16) {
     const int64_t count = all - done < 16 ? all - done : 16, fours = round_up(count, 4);
     const float* from[16];
     int64_t columns[16], to[16];
     for (int64_t j = 0; j < fours; j++) {
-      from[j] = x + row * ldx + g * kBlock;
-      columns[j] = k - g * kBlock;
+      from[j] = a.x + row * a.ldx + g * kBlock;
+      columns[j] = a.k - g * kBlock;
       to[j] = row * blocks + g;
-      if (j + 1 < count && ++g == block_end) {  // repeats of the last block fill up the four; it is written once
-        g = block_begin;
+      if (j + 1 < count && ++g == a.block_end) {  // repeats of the last block fill up the four; it is written once
+        g = a.block_begin;
         row++;
       }
     }
-    if (++g == block_end) {
-      g = block_begin;
+    if (++g == a.block_end) {
+      g = a.block_begin;
       row++;
     }
     const auto low = [&](int64_t j) __attribute__((always_inline)) {
@@ -51,32 +51,31 @@ inline void quantize_blocks(const float* x, int64_t ldx, int64_t m, int64_t k, i
         v[e] = S::to_int(S::mul(e % 2 ? high(b) : low(b), f16(inverse[b])));
       });
       int32_t halves[4];
-      S::put_blocks(xq + to[j] * kBlock, xq + to[j + 1] * kBlock, v[0], v[1], v[2], v[3], halves);
+      S::put_blocks(a.xq + to[j] * kBlock, a.xq + to[j + 1] * kBlock, v[0], v[1], v[2], v[3], halves);
       each<2>([&](auto e) __attribute__((always_inline)) {
         const int32_t sum = halves[2 * e] + halves[2 * e + 1];
-        xb[to[j + e]] = {scale[j + e], scale[j + e] * float(sum), -128 * sum, -128 * halves[2 * e]};
+        a.xb[to[j + e]] = {scale[j + e], scale[j + e] * float(sum), -128 * sum, -128 * halves[2 * e]};
       });
     }
     if (shared > 1) {
       for (int64_t j = 0; j < count; j += shared) {
         int32_t sum = 0;
-        for (int e = 0; e < shared; e++) sum += xb[to[j + e]].offset;
-        for (int e = 0; e < shared; e++) xb[to[j + e]].offset_part = sum;
+        for (int e = 0; e < shared; e++) sum += a.xb[to[j + e]].offset;
+        for (int e = 0; e < shared; e++) a.xb[to[j + e]].offset_part = sum;
       }
     }
   }
 }
 
-inline void quantize(const float* x, int64_t ldx, int64_t m, int64_t k, int64_t span, int64_t block_begin,
-                     int64_t block_end, int8_t* xq, XBlock* xb) {
-  if (span == 4 * kBlock)
-    quantize_blocks<true, 4>(x, ldx, m, k, block_begin, block_end, xq, xb);
-  else if (span == 2 * kBlock)
-    quantize_blocks<true, 2>(x, ldx, m, k, block_begin, block_end, xq, xb);
-  else if (block_end * kBlock <= k)
-    quantize_blocks<true, 1>(x, ldx, m, k, block_begin, block_end, xq, xb);
+inline void quantize(const QuantizeArgs& a) {
+  if (a.span == 4 * kBlock)
+    quantize_blocks<true, 4>(a);
+  else if (a.span == 2 * kBlock)
+    quantize_blocks<true, 2>(a);
+  else if (a.block_end * kBlock <= a.k)
+    quantize_blocks<true, 1>(a);
   else
-    quantize_blocks<false, 1>(x, ldx, m, k, block_begin, block_end, xq, xb);
+    quantize_blocks<false, 1>(a);
 }
 
 // absmax / 127 and 127 / absmax, both 0 for absmax < 2^-100; given absmax by its bits.

@@ -41,48 +41,48 @@ inline void unary(Unary op, const float* x, float* y, int64_t n) {
   });
 }
 
-inline void rms_norm(const float* x, int64_t ldx, int64_t m, int64_t n, const float* weight, float eps, float* y,
-                     int64_t ldy) {
-  for (int64_t i = 0; i < m; i++) {
-    const float* row = x + i * ldx;
+inline void rms_norm(const NormArgs& args) {
+  const NormArgs a = args;  // a copy: what is stored cannot change it, so it stays in registers
+  for (int64_t i = 0; i < a.m; i++) {
+    const float* row = a.x + i * a.ldx;
     F s = f16(0.0f);
-    for (int64_t c = 0; c < n; c += 16) {
-      const F v = load_tail(row + c, n - c);
+    for (int64_t c = 0; c < a.n; c += 16) {
+      const F v = load_tail(row + c, a.n - c);
       s = S::fma(v, v, s);
     }
-    const F r = f16(1.0f / sqrt1(S::sum(s) / float(n) + eps));
-    for (int64_t c = 0; c < n; c += 16) {
-      F v = S::mul(load_tail(row + c, n - c), r);
-      if (weight) v = S::mul(v, load_tail(weight + c, n - c));
-      store_tail(y + i * ldy + c, v, n - c);
+    const F r = f16(1.0f / sqrt1(S::sum(s) / float(a.n) + a.eps));
+    for (int64_t c = 0; c < a.n; c += 16) {
+      F v = S::mul(load_tail(row + c, a.n - c), r);
+      if (a.weight) v = S::mul(v, load_tail(a.weight + c, a.n - c));
+      store_tail(a.y + i * a.ldy + c, v, a.n - c);
     }
   }
 }
 
-inline void layer_norm(const float* x, int64_t ldx, int64_t m, int64_t n, const float* weight, const float* bias,
-                       float eps, float* y, int64_t ldy) {
-  for (int64_t i = 0; i < m; i++) {
-    const float* row = x + i * ldx;
+inline void layer_norm(const NormArgs& args) {
+  const NormArgs a = args;  // a copy: what is stored cannot change it, so it stays in registers
+  for (int64_t i = 0; i < a.m; i++) {
+    const float* row = a.x + i * a.ldx;
     F s = f16(0.0f);
-    for (int64_t c = 0; c < n; c += 16) s = S::add(s, load_tail(row + c, n - c));
-    const F mean = f16(S::sum(s) / float(n));
+    for (int64_t c = 0; c < a.n; c += 16) s = S::add(s, load_tail(row + c, a.n - c));
+    const F mean = f16(S::sum(s) / float(a.n));
     F v = f16(0.0f);
-    for (int64_t c = 0; c < n; c += 16) {
+    for (int64_t c = 0; c < a.n; c += 16) {
       // A short tail is filled with the mean: its lanes add an exact zero.
-      F d = S::sub(load_tail(row + c, n - c), mean);
-      if (n - c < 16) {
+      F d = S::sub(load_tail(row + c, a.n - c), mean);
+      if (a.n - c < 16) {
         float t[16];
         S::store(t, d);
-        for (int64_t l = n - c; l < 16; l++) t[l] = 0.0f;
+        for (int64_t l = a.n - c; l < 16; l++) t[l] = 0.0f;
         d = S::load(t);
       }
       v = S::fma(d, d, v);
     }
-    const F r = f16(1.0f / sqrt1(S::sum(v) / float(n) + eps));
-    for (int64_t c = 0; c < n; c += 16) {
-      const F d = S::mul(S::sub(load_tail(row + c, n - c), mean), r);
-      const F w = weight ? load_tail(weight + c, n - c) : f16(1.0f);
-      store_tail(y + i * ldy + c, S::fma(d, w, bias ? load_tail(bias + c, n - c) : f16(0.0f)), n - c);
+    const F r = f16(1.0f / sqrt1(S::sum(v) / float(a.n) + a.eps));
+    for (int64_t c = 0; c < a.n; c += 16) {
+      const F d = S::mul(S::sub(load_tail(row + c, a.n - c), mean), r);
+      const F w = a.weight ? load_tail(a.weight + c, a.n - c) : f16(1.0f);
+      store_tail(a.y + i * a.ldy + c, S::fma(d, w, a.bias ? load_tail(a.bias + c, a.n - c) : f16(0.0f)), a.n - c);
     }
   }
 }
@@ -120,15 +120,15 @@ inline void softmax(const float* x, int64_t ldx, int64_t m, int64_t n, float* y,
   }
 }
 
-inline void rope(const float* x, int64_t ldx, int64_t m, int64_t heads, int64_t head_dim, int64_t rotary,
-                 bool interleaved, const float* cos, const float* sin, int64_t ldc, float* y, int64_t ldy) {
-  const int64_t half = rotary / 2;
-  for (int64_t i = 0; i < m; i++) {
-    const float *cs = cos + i * ldc, *sn = sin + i * ldc;
-    for (int64_t h = 0; h < heads; h++) {
-      const float* from = x + i * ldx + h * head_dim;
-      float* to = y + i * ldy + h * head_dim;
-      if (interleaved) {
+inline void rope(const RopeArgs& given) {
+  const RopeArgs args = given;  // a copy: what is stored cannot change it, so it stays in registers
+  const int64_t half = args.rotary / 2;
+  for (int64_t i = 0; i < args.m; i++) {
+    const float *cs = args.cos + i * args.ldc, *sn = args.sin + i * args.ldc;
+    for (int64_t h = 0; h < args.heads; h++) {
+      const float* from = args.x + i * args.ldx + h * args.head_dim;
+      float* to = args.y + i * args.ldy + h * args.head_dim;
+      if (args.interleaved) {
         for (int64_t j = 0; j < half; j++) {
           const float a = from[2 * j], b = from[2 * j + 1];
           to[2 * j] = a * cs[j] - b * sn[j];
@@ -144,7 +144,7 @@ inline void rope(const float* x, int64_t ldx, int64_t m, int64_t heads, int64_t 
         }
       }
       if (to != from)
-        for (int64_t j = rotary; j < head_dim; j++) to[j] = from[j];
+        for (int64_t j = args.rotary; j < args.head_dim; j++) to[j] = from[j];
     }
   }
 }

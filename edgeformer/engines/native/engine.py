@@ -16,13 +16,14 @@ import numpy as np
 import edgeformer
 from edgeformer.bundle.context import context_length
 from edgeformer.bundle.manifest import MANIFEST
-from edgeformer.engines.native.ir.graph import Array
+from edgeformer.bundle.signature import Array
 from edgeformer.engines.native.options import NativeOptions
 from edgeformer.engines.native.program.executable import Executable, load_executable
 from edgeformer.engines.native.program.packing import give_weights
 from edgeformer.engines.native.program.program import KEEP_INPUT
 from edgeformer.engines.native.state import NativeState, saved_parts
 from edgeformer.errors import EngineUnavailable, InputError, StateError
+from edgeformer.machine import default_threads
 
 if TYPE_CHECKING:
     from edgeformer import _native
@@ -68,6 +69,7 @@ class NativeEngine:
     """
 
     name = "native"
+    rows_are_exact = True
 
     def __init__(self, native: _native.Engine, executable: Executable, path: Path, fingerprint: str) -> None:
         self._native = native
@@ -96,20 +98,21 @@ class NativeEngine:
         memory_limit: int | None = None,
     ) -> NativeEngine:
         """The engine for the graph `graph` of `bundle`; see `create`, and `NativeOptions` for the options."""
-        options = NativeOptions(isa, kv, context, memory_limit, threads=threads)
-        return cls.create(bundle, graph, options)
+        return cls.create(bundle, graph, threads, NativeOptions(isa, kv, context, memory_limit))
 
     @classmethod
     def create(
         cls,
         bundle: Bundle | str | os.PathLike[str],
         graph: str,
+        threads: int | None,
         options: NativeOptions,
         while_packing: Callable[[], object] = lambda: None,
     ) -> NativeEngine:
         """The engine for one graph of a bundle (a Bundle, or the path of a bundle or of an .onnx file).
 
-        `while_packing` is called once, while other threads pack the weights and the GIL is free.
+        `threads` defaults to `default_threads()`. `while_packing` is called once, while other threads pack the weights
+        and the GIL is free.
 
         Raises:
             EngineUnavailable: the extension is missing, the graph has nodes that cannot be lowered (all are named),
@@ -127,7 +130,7 @@ class NativeEngine:
         executable = load_executable(path, use_disk_cache=options.use_disk_cache)
         kind, why = _cache_type(options.kv, executable)
         context = options.context if options.context is not None else _default_context(opened, graph)
-        threads = options.threads if options.threads is not None else len(os.sched_getaffinity(0))
+        threads = default_threads() if threads is None else threads
         native = extension.Engine(executable.program, threads, options.isa or "", kind, int(context), PREFILL_ROWS)
         engine = cls(native, executable, path, _fingerprint(path, opened))
         engine.kv = kind
@@ -212,7 +215,7 @@ class NativeEngine:
             report.nanoseconds, report.runs = self._native.profile(False)
 
     def new_state(self, static_inputs: Mapping[str, Array] | None = None) -> NativeState:
-        """An empty state. Its memory grows in chunks as tokens come. See `edgeformer.engines.base.Engine.new_state`."""
+        """An empty state. Its memory grows in chunks. See `edgeformer.engines.base.Engine.new_state`."""
         given = static_inputs or {}
         self._require_known(given)
         arrays = {n: _fitting(n, given[n], dtype, shape) for n, dtype, shape in self._inputs if n in given}
@@ -346,7 +349,7 @@ def _cache_type(kv: str, executable: Executable) -> tuple[str, str]:
     if kv not in KV:
         raise InputError(f"kv is {kv!r}, expected {', '.join(KV)}.")
     if kv != "auto":
-        return kv, "asked for"
+        return kv, f"kv={kv!r}"
     quantized = any(weight.type != "f32" for weight in executable.weights)
     return ("int8", "its weights are quantized") if quantized else ("float32", "its weights are float")
 

@@ -16,7 +16,6 @@ class NativeOptions:
         context: most tokens of a state; None: the bundle's context length, at most 4096.
         memory_limit: bytes that weights, one state at full context and working memory may take together.
         use_disk_cache: read and write the lowered program and the packed weights in the disk cache.
-        threads: None: the CPUs that this process may use.
     """
 
     isa: str | None = None
@@ -24,4 +23,3 @@ class NativeOptions:
     context: int | None = None
     memory_limit: int | None = None
     use_disk_cache: bool = True
-    threads: int | None = None

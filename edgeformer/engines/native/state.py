@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from edgeformer.bundle.signature import Array
 from edgeformer.engines.base import CHUNK_TOKENS, KvChunk
-from edgeformer.engines.native.ir.graph import Array
 from edgeformer.errors import StateError
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
+from edgeformer.bundle.signature import F32
 from edgeformer.errors import ParityError
-from edgeformer.export.blocks import F32
 from edgeformer.export.check.encoder_decoder import EncoderDecoderChecks
 from edgeformer.export.check.one_graph import OneGraphChecks
 from edgeformer.export.check.parity import Expected, Runs

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from edgeformer.bundle.signature import F32
 from edgeformer.errors import ParityError
-from edgeformer.export.blocks import F32
 from edgeformer.export.check.parity import (
     SHORT_PIECES,
     SHORTER,

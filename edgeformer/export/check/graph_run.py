@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import onnxruntime as ort
 
 from edgeformer.bundle.signature import Array
 from edgeformer.errors import ExportError
+from edgeformer.machine import default_threads
 
 # name of the graph -> its file; an encoder-decoder's are named as in Hugging Face's ONNX folders
 FILES = {"model": "model.onnx", "encoder": "encoder_model.onnx", "decoder": "decoder_model.onnx"}
@@ -27,7 +27,7 @@ class OrtGraph:
     def __init__(self, path: Path, *, optimized: bool = True, mapped: bool = False) -> None:
         options = ort.SessionOptions()
         options.enable_cpu_mem_arena = False  # the arena would keep all memory that a run needed
-        options.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+        options.intra_op_num_threads = default_threads()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         if not optimized:

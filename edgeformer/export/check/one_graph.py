@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from edgeformer.bundle.signature import F32
 from edgeformer.errors import EdgeformerError, ExportError, ParityError
-from edgeformer.export.blocks import F32
 from edgeformer.export.check.parity import (
     SHORT_PIECES,
     SHORTER,

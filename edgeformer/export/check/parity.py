@@ -12,8 +12,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 
+from edgeformer.bundle.signature import F32
 from edgeformer.errors import ParityError
-from edgeformer.export.blocks import F32
 from edgeformer.export.source import Source
 
 T = TypeVar("T")

@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from edgeformer.export.passes.attention_node import standard_attention
 from edgeformer.export.passes.einsum import plain_products
-from edgeformer.export.passes.linear import canonical_linears
+from edgeformer.export.passes.linear_layers import canonical_linear_layers
 from edgeformer.export.passes.masked_assignment import masked_assignments
 from edgeformer.export.passes.masks import drop_true
 from edgeformer.export.passes.names import merge_tied, restore_names
@@ -39,7 +39,7 @@ def standard_graph(source: Source) -> tuple[ir.Model, set[str]]:
     drop_true(model)
     masked_assignments(model)
     drop_reshapes(model)
-    transposed = canonical_linears(model)
+    transposed = canonical_linear_layers(model)
     full_angles(model)
     standard_attention(model)
     plain_products(model)

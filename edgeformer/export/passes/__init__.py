@@ -1,1 +1,1 @@
-"""Graph passes: each makes a traced float graph one step more ready to decode. In place, one file each."""
+"""Graph passes, one file each. They rewrite a traced float graph in place, to one that decodes with a KV cache."""

@@ -19,7 +19,7 @@ from onnx_ir.tape import Tape
 
 from edgeformer.export.blocks import Blocks
 from edgeformer.export.passes.edit import constant, infer_shapes, initializer, nodes, replace
-from edgeformer.export.passes.linear import Linear, linears
+from edgeformer.export.passes.linear_layers import LinearLayer, linear_layers
 
 BlocksOf = Callable[[str, ir.Value], Blocks | None]  # (parameter name, initializer) -> its blocks; None: keep it float
 
@@ -27,7 +27,7 @@ BlocksOf = Callable[[str, ir.Value], Blocks | None]  # (parameter name, initiali
 def quantize_linears(model: ir.Model, blocks_of: BlocksOf) -> None:
     """Float weight of a linear layer -> the blocks that `blocks_of` returns for it."""
     sums: dict[tuple[ir.Value, int], ir.Value] = {}
-    for linear in tuple(linears(model)):
+    for linear in tuple(linear_layers(model)):
         assert linear.weight.name is not None
         blocks = blocks_of(linear.weight.name, linear.weight)
         if blocks is None:
@@ -115,7 +115,7 @@ def _register(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir.Value
     return model.graph.initializers[name] if name in model.graph.initializers else initializer(model, name, tensor)
 
 
-def _block_sums(model: ir.Model, linear: Linear, block_size: int) -> ir.Value:
+def _block_sums(model: ir.Model, linear: LinearLayer, block_size: int) -> ir.Value:
     """The sums of x over each block, [..., K / block_size]; all linear layers that read x share them."""
     x, k = linear.x, linear.weight.shape[1]  # type: ignore[index]
     assert x.shape is not None and isinstance(k, int)

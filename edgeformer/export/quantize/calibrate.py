@@ -23,7 +23,7 @@ from edgeformer.export.check.accuracy import read_tokens
 from edgeformer.export.check.graph_run import OrtGraph
 from edgeformer.export.options import SAMPLES, ExportOptions
 from edgeformer.export.passes.edit import ancestors
-from edgeformer.export.passes.linear import linears
+from edgeformer.export.passes.linear_layers import linear_layers
 from edgeformer.export.progress import Progress
 from edgeformer.export.source import AnySource, Source
 
@@ -71,7 +71,7 @@ def enough(model: ir.Model) -> int:
     On SmolLM2 (1536 inputs) 2048 to 16384 tokens gave a KL divergence of 0.16 to 0.18 in q4, and another random draw
     of the same size changes it as much.
     """
-    return min(max(3 * max((layer.inputs for layer in linears(model)), default=0), 512), 16384)
+    return min(max(3 * max((layer.inputs for layer in linear_layers(model)), default=0), 512), 16384)
 
 
 def calibration(source: Source, options: ExportOptions, model: ir.Model, path: Path, progress: Progress) -> Calibration:

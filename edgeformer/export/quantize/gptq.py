@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from edgeformer.bundle.signature import F32
 from edgeformer.errors import ExportError
-from edgeformer.export.blocks import F32, INTEGER_RANGE, SEARCH_RANGES, Blocks, Grid, grids, require_quantizable
+from edgeformer.export.blocks import INTEGER_RANGE, SEARCH_RANGES, Blocks, Grid, grids, require_quantizable
 
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal: the paper's
 # Wider than for rounding to nearest: errors of earlier columns change a block's range. q4a gains nothing by it.

@@ -12,7 +12,7 @@ import torch
 from edgeformer.errors import ExportError
 from edgeformer.export.blocks import Blocks, quantize
 from edgeformer.export.options import CALIBRATED
-from edgeformer.export.passes.linear import Linear, linears
+from edgeformer.export.passes.linear_layers import LinearLayer, linear_layers
 from edgeformer.export.passes.quantized_nodes import quantize_embeddings, quantize_linears, tables
 from edgeformer.export.progress import Progress
 from edgeformer.export.quantize import gptq
@@ -45,11 +45,11 @@ def quantize_graph(model: ir.Model, source: Source, plan: Plan, progress: Progre
     """Quantizes the graph in place; returns the quantized weights. `plan.calibration` must be of this graph.
 
     Raises:
-        ExportError: nothing can be quantized, or `--head tied` is asked for a model that does not tie its head.
+        ExportError: nothing can be quantized, or `--head tied` is given for a model that does not tie its head.
     """
     known = Parameters(source.module.state_dict())
     embedded = {str(table.name): table for table in tables(model) if table.name in known}
-    layers = {str(layer.weight.name): layer.weight for layer in linears(model)}
+    layers = {str(layer.weight.name): layer.weight for layer in linear_layers(model)}
     layers = {name: weight for name, weight in layers.items() if name.removesuffix(".rows") in known}
     head = list(layers)[-1] if layers and source.is_language_model else None
     if plan.head == "tied" and head not in embedded:
@@ -101,9 +101,9 @@ def _calibrated(
     """
     if plan.calibration is None:
         return {}
-    weights: dict[str, Linear] = {}
+    weights: dict[str, LinearLayer] = {}
     read: dict[str, dict[str, None]] = {}  # weight -> its inputs: several where layers share the weight
-    for layer in linears(model):
+    for layer in linear_layers(model):
         name = str(layer.weight.name)
         own = dict.__contains__(known, name.removesuffix(".rows"))
         if own and wanted.get(name) in CALIBRATED and layer.inputs >= plan.block and layer.x.producer() is not None:

@@ -23,7 +23,7 @@ CAUSAL_MASK = "CausalMask"  # custom operator: (query positions [S], key positio
 
 
 def register() -> None:
-    """Registers the attention and mask functions with transformers; calling it again does no harm."""
+    """Registers the attention and mask functions with transformers; repeated calls have no effect."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     for name in (CAUSAL_ATTENTION, MASKED_ATTENTION, CACHED_ATTENTION):

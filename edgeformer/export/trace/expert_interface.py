@@ -15,7 +15,7 @@ EXPERTS = "edgeformer"  # the name that `model.set_experts_implementation` takes
 
 
 def register() -> None:
-    """Registers `experts_implementation="edgeformer"` with transformers; calling it again does no harm."""
+    """Registers `experts_implementation="edgeformer"` with transformers; repeated calls have no effect."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _every_expert)

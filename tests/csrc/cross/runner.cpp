@@ -78,7 +78,15 @@ void linears(const Kernels& kernels) {
         const std::vector<float> x = floats(random, m * k);
         std::vector<int8_t> xq(static_cast<size_t>(m * blocks_of(k) * kBlock));
         std::vector<XBlock> xb(static_cast<size_t>(m * blocks_of(k)));
-        kernels.quantize(x.data(), k, m, k, span, 0, blocks_of(k), xq.data(), xb.data());
+        kernels.quantize({.x = x.data(),
+                          .ldx = k,
+                          .m = m,
+                          .k = k,
+                          .span = span,
+                          .block_begin = 0,
+                          .block_end = blocks_of(k),
+                          .xq = xq.data(),
+                          .xb = xb.data()});
         if (type == 0 || wide) print("quantize " + name, xq.data(), xq.size());
         if (type == 0 || wide) print("quantize scales " + name, xb.data(), xb.size() * sizeof(XBlock));
         std::vector<float> y(static_cast<size_t>(m * n));
@@ -111,9 +119,18 @@ void elementwise(const Kernels& kernels) {
     const int64_t wide = 2 * round_up(n, 16);
     const std::vector<float> in = floats(random, 3 * wide), weight = floats(random, wide), bias = floats(random, wide);
     std::vector<float> y(static_cast<size_t>(3 * n));
-    kernels.rms_norm(in.data(), wide, 3, n, weight.data(), 1e-5f, y.data(), n);
+    const NormArgs norm = {.x = in.data(),
+                           .ldx = wide,
+                           .m = 3,
+                           .n = n,
+                           .weight = weight.data(),
+                           .bias = bias.data(),
+                           .eps = 1e-5f,
+                           .y = y.data(),
+                           .ldy = n};
+    kernels.rms_norm(norm);
     print("rms_norm" + name, y);
-    kernels.layer_norm(in.data(), wide, 3, n, weight.data(), bias.data(), 1e-5f, y.data(), n);
+    kernels.layer_norm(norm);
     print("layer_norm" + name, y);
     kernels.softmax(in.data(), wide, 3, n, y.data(), n);
     print("softmax" + name, y);
@@ -128,7 +145,18 @@ void elementwise(const Kernels& kernels) {
     const std::vector<float> in = floats(random, 3 * 2 * 80), cos = floats(random, 3 * 19),
                              sin = floats(random, 3 * 19);
     std::vector<float> y(in.size());
-    kernels.rope(in.data(), 160, 3, 2, 80, 38, interleaved, cos.data(), sin.data(), 19, y.data(), 160);
+    kernels.rope({.x = in.data(),
+                  .ldx = 160,
+                  .m = 3,
+                  .heads = 2,
+                  .head_dim = 80,
+                  .rotary = 38,
+                  .interleaved = interleaved,
+                  .cos = cos.data(),
+                  .sin = sin.data(),
+                  .ldc = 19,
+                  .y = y.data(),
+                  .ldy = 160});
     print(interleaved ? "rope interleaved" : "rope half", y);
   }
 }
@@ -166,7 +194,7 @@ void attention(const Kernels& kernels) {
       std::vector<float> partial(static_cast<size_t>(2 * stride));
       for (int64_t h = 0; h < heads; h++) {
         for (int64_t c = 0; c < 2; c++) kernels.attention_partial(a, h, 0, tokens, c, partial.data() + c * stride);
-        kernels.attention_merge(a, h, 0, tokens, 2, partial.data(), stride);
+        kernels.attention_merge(a, h, 0, tokens, {.partial = partial.data(), .chunks = 2, .stride = stride});
       }
       print("attention" + name, out);  // the same name: both must give one hash
     }

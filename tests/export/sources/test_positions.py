@@ -102,7 +102,7 @@ def test_a_longer_text_is_refused_with_the_numbers(tmp_path):
 
 def test_long_texts_are_cut_to_what_the_table_holds(tmp_path):
     """The config and the library have 34, the rows of the table, which is too long: 32 tokens fit."""
-    library = pytest.importorskip("sentence_transformers", reason="pip install 'edgeformer[reference]'")
+    library = pytest.importorskip("sentence_transformers", reason="pip install '.[reference]'")
     from bench.sources import _sentences as tiny
 
     tiny.saved(tmp_path / "folder", tiny.base(tmp_path / "base", tiny.roberta, length=512))

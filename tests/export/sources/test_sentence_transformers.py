@@ -14,7 +14,7 @@ import edgeformer
 from edgeformer.errors import ExportError, InputError
 from edgeformer.export import ExportOptions, export
 
-pytest.importorskip("sentence_transformers", reason="pip install 'edgeformer[reference]'")
+pytest.importorskip("sentence_transformers", reason="pip install '.[reference]'")
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as library

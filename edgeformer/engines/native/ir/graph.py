@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgeformer.bundle.signature import Array
 from edgeformer.engines.native.ir.cache import Cache
 from edgeformer.engines.native.ir.dims import Shape, Size, symbol
 from edgeformer.errors import BundleError, EngineUnavailable
@@ -21,7 +22,6 @@ from edgeformer.errors import BundleError, EngineUnavailable
 if TYPE_CHECKING:
     import onnx
 
-Array = np.ndarray[Any, np.dtype[Any]]
 
 # onnx.TensorProto.DataType -> our name; the numbers are part of the file format.
 ONNX_DTYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64"}

@@ -42,7 +42,7 @@ def _elementwise(g: Graph, node: Node, dtype: str | None = None) -> Info:
 
 
 def _pairs(g: Graph, node: Node) -> list[tuple[Size, ...]] | None:
-    """The inputs' elements side by side when all are known sizes of rank <= 1."""
+    """The inputs' elements, concatenated, when all are known sizes of rank <= 1."""
     found = [g.info[i].value for i in node.inputs]
     if any(v is None for v in found):
         return None

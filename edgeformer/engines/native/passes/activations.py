@@ -1,4 +1,4 @@
-"""Activations that a graph holds in small steps, recognized by the numbers they give."""
+"""Decomposed activations, recognized by their values at test points."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from edgeformer.engines.native.ir.graph import Array, Graph, Node
+from edgeformer.bundle.signature import Array
+from edgeformer.engines.native.ir.graph import Graph, Node
 
 DEPTH = 10  # most elementwise steps of one activation
 POINTS = np.concatenate([np.linspace(-6, 6, 61), [-20.0, 20.0, 1e-3, -1e-3]])

@@ -1,4 +1,4 @@
-"""The rows that `logits_to_keep` asks for: what follows the last attention is computed for them alone."""
+"""The rows that `logits_to_keep` selects: everything after the last attention is computed for them alone."""
 
 from __future__ import annotations
 

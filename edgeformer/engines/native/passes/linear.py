@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from edgeformer.engines.native.ir.graph import Array, Graph, Info, Node
+from edgeformer.bundle.signature import Array
+from edgeformer.engines.native.ir.graph import Graph, Info, Node
 from edgeformer.engines.native.ir.ops import LinearSpec
 from edgeformer.engines.native.ir.weight import Weight
 

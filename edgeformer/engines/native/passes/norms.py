@@ -69,7 +69,7 @@ def _is_neutral(g: Graph, name: str, op: str) -> bool:
 
 
 def norms(g: Graph) -> None:
-    """RMSNormalization, LayerNormalization, and x / sqrt(mean(x^2) + eps) in small steps -> Norm(x, weight, bias)."""
+    """RMSNormalization, LayerNormalization, and decomposed x / sqrt(mean(x^2) + eps) -> Norm(x, weight, bias)."""
     for node in list(g.nodes):
         if node.op in ("RMSNormalization", "LayerNormalization"):
             _standard(g, node)

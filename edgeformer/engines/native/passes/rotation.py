@@ -1,4 +1,4 @@
-"""Rotary position embeddings (RoPE): in small steps, as RotaryEmbedding, of all columns of a head or of the first."""
+"""Rotary position embeddings (RoPE), decomposed or as RotaryEmbedding, of all or the first columns -> Rope."""
 
 from __future__ import annotations
 

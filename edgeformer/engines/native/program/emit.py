@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from edgeformer.bundle.signature import Array
 from edgeformer.engines.native.ir.cache import Cache
 from edgeformer.engines.native.ir.dims import Dim, Size
 from edgeformer.engines.native.ir.functions import UNARY_FUNCTIONS
-from edgeformer.engines.native.ir.graph import Array, Graph, Info, Node
+from edgeformer.engines.native.ir.graph import Graph, Info, Node
 from edgeformer.engines.native.ir.infer import conv_geometry
 from edgeformer.engines.native.ir.rows import is_batch_local, is_row_local, row_symbols
 from edgeformer.engines.native.ir.weight import Weight

@@ -18,7 +18,8 @@ import numpy as np
 import edgeformer
 from edgeformer import disk_cache
 from edgeformer.bundle.manifest import MANIFEST
-from edgeformer.engines.native.ir.graph import Array, Constant
+from edgeformer.bundle.signature import Array
+from edgeformer.engines.native.ir.graph import Constant
 from edgeformer.engines.native.ir.weight import Weight
 from edgeformer.engines.native.program.program import PackedWeight, Program, spec
 
@@ -131,7 +132,7 @@ def _file_state(path: Path) -> list[int]:
 
 
 class _Blob:
-    """Arrays one behind the other, and their places."""
+    """Arrays concatenated to one blob, and their places in it."""
 
     def __init__(self, files: Mapping[str, Array]) -> None:
         self.parts: list[Array] = []

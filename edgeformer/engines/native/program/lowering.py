@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from edgeformer.bundle.signature import Array
 from edgeformer.engines.native.ir.cache import Cache
-from edgeformer.engines.native.ir.graph import Array, Graph, Node, read_graph
+from edgeformer.engines.native.ir.graph import Graph, Node, read_graph
 from edgeformer.engines.native.ir.ops import AttendSpec, LinearSpec
 from edgeformer.engines.native.ir.weight import Weight
 from edgeformer.engines.native.passes import lower, unsupported_nodes

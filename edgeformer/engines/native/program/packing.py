@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeformer import disk_cache
-from edgeformer.engines.native.ir.graph import Array, Constant
+from edgeformer.bundle.signature import Array
+from edgeformer.engines.native.ir.graph import Constant
 from edgeformer.engines.native.ir.weight import Weight
 from edgeformer.engines.native.program.executable import Executable
 

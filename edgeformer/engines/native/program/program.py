@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from edgeformer.bundle.signature import Array
 from edgeformer.engines.native.ir.dims import Atom, Shape, Size
-from edgeformer.engines.native.ir.graph import Array
 from edgeformer.engines.native.ir.weight import Weight
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Program:
     inputs: dict[str, int] = field(default_factory=dict)
     outputs: dict[str, int] = field(default_factory=dict)
     row_local: bool = False
-    batch_local: bool = False  # no caches, and the items of a batch never meet
+    batch_local: bool = False  # no caches, and no operation mixes the items of a batch
     row_symbols: tuple[str, str] = ("", "")
     past_symbol: str = ""  # the caches' length
 

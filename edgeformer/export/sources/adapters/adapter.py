@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edgeformer.bundle.signature import F32
 from edgeformer.errors import ExportError
-from edgeformer.export.blocks import F32
 from edgeformer.export.inputs import axes
 from edgeformer.export.source import TOKENIZER_FILES, EncoderDecoderSource, Source, pytorch_outputs, vocabulary
 from edgeformer.export.sources.adapters.adapter_folder import ADAPTER_CONFIG, Adapter, peft_version

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 
-from edgeformer.errors import ExportError
+from edgeformer.errors import ExportError, pip_install
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT reads the first that exists
 PREFIX = "base_model.model."
-_INSTALL = "pip install 'edgeformer[export]'"
 
 # Fields of every PEFT config about the adapter's origin or training; no weight depends on them.
 _BOOKKEEPING = (
@@ -106,7 +105,9 @@ def peft_version() -> str:
     try:
         import peft
     except ImportError as error:
-        raise ExportError(f"adapters are merged by PEFT, which cannot be imported ({error}): {_INSTALL}") from error
+        raise ExportError(
+            f"adapters are merged by PEFT, which cannot be imported ({error}): {pip_install('peft')}"
+        ) from error
     return str(peft.__version__)
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from edgeformer.bundle.signature import F32
 from edgeformer.errors import ExportError, ParityError
-from edgeformer.export.blocks import F32
 from edgeformer.export.check import parity
 from edgeformer.export.quiet import quiet
 from edgeformer.export.sources.adapters.adapter_folder import ADAPTER_CONFIG, PREFIX, Adapter

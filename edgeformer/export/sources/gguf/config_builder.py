@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgeformer.bundle.signature import F32
 from edgeformer.errors import ExportError
-from edgeformer.export.blocks import F32
 from edgeformer.export.sources.gguf.keys import Setting
 from edgeformer.export.sources.gguf.shards import GgufFile
 

@@ -19,8 +19,9 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeformer.bundle.signature import F32
 from edgeformer.errors import ExportError
-from edgeformer.export.blocks import F32, Blocks
+from edgeformer.export.blocks import Blocks
 
 Raw = NDArray[Any]  # of uint8
 

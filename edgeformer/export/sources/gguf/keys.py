@@ -156,7 +156,6 @@ IGNORED_TOKENIZER_KEYS: dict[str, str] = {
 TEMPLATES = ("tokenizer.chat_template", "tokenizer.chat_templates")
 HUGGING_FACE = "tokenizer.huggingface.json"
 OTHER_KINDS = ("adapter.", "imatrix.", "clip.", "diffusion.", "xielu.", "tokenizer.rwkv.")
-GENERAL_READ = frozenset({"architecture", "alignment", "type", "quantization_version", "license", "name"})
 SAMPLING_KEYS = {
     "temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repetition_penalty",
 }  # fmt: skip

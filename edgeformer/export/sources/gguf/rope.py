@@ -13,8 +13,8 @@ import gguf
 import numpy as np
 import torch
 
+from edgeformer.bundle.signature import F32
 from edgeformer.errors import ExportError
-from edgeformer.export.blocks import F32
 from edgeformer.export.sources.gguf.config_builder import EDIT, ConfigBuilder, RotaryScaling
 
 FREQUENCIES, SHORT, LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"

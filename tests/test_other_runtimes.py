@@ -42,7 +42,7 @@ def run(*command, **options) -> str:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Bundles of three tasks, with edgeformer's outputs for their inputs."""
-    folder = tmp_path_factory.mktemp("elsewhere")
+    folder = tmp_path_factory.mktemp("other-runtimes")
     torch.manual_seed(0)
     letters = folder / "letters"
     letters.mkdir()
@@ -111,8 +111,8 @@ found["labels"] = []
 for text in expected["texts"]:
     batch = tokenizer(text, return_tensors="pt")
     batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
-    shares = model(**batch).logits.softmax(-1)[0]
-    found["labels"].append({model.config.id2label[i]: float(share) for i, share in enumerate(shares)})
+    scores = model(**batch).logits.softmax(-1)[0]
+    found["labels"].append({model.config.id2label[i]: float(score) for i, score in enumerate(scores)})
 print("RESULT" + json.dumps(found))
 """
 
@@ -276,7 +276,7 @@ def node_folder():
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         (place / "package.json").write_text('{"name": "elsewhere", "private": true, "type": "module"}')
-        # Their install scripts fetch GPU libraries from elsewhere; the CPU ones are in the packages.
+        # Their install scripts fetch GPU libraries from other hosts; the CPU ones are in the packages.
         run("npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", *JAVASCRIPT, cwd=place)
         stamp.write_text(repr(JAVASCRIPT))
     (place / "scripts").mkdir(exist_ok=True)

@@ -15,7 +15,7 @@ from edgeformer.export.passes.reshape import same_dims
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearLayer:
     """One linear layer of a graph: `MatMul(x, Transpose(weight))`."""
 
     node: ir.Node  # the MatMul
@@ -28,16 +28,16 @@ class Linear:
         return int(self.weight.shape[1])  # type: ignore[index, arg-type]
 
 
-def linears(model: ir.Model) -> Iterator[Linear]:
+def linear_layers(model: ir.Model) -> Iterator[LinearLayer]:
     """The linear layers with a float32 weight, in order."""
     for node in nodes(model, "MatMul"):
         transpose = producer(node.inputs[1], "Transpose")
         weight = transpose.inputs[0] if transpose is not None else None
         if weight is not None and node.inputs[0] is not None and _is_matrix(weight):
-            yield Linear(node, node.inputs[0], weight)
+            yield LinearLayer(node, node.inputs[0], weight)
 
 
-def canonical_linears(model: ir.Model) -> set[str]:
+def canonical_linear_layers(model: ir.Model) -> set[str]:
     """`Gemm(x, W, b)`, `MatMul(x, W)` -> `MatMul(x, Transpose(W)) + b`; returns the weights that were transposed.
 
     A Gemm comes from a two-dimensional call, or from a layer that stores [K, N]. The Reshapes that flatten its leading

@@ -1,4 +1,4 @@
-"""The whole road on each of the project's own models: train, export, run. No torch in the last step."""
+"""Train, export and run each of the project's own models; the last step without torch."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import edgeformer
 from edgeformer.export import ExportOptions, export
 from edgeformer.models import load_checkpoint
 from edgeformer.train.loop import train
+from edgeformer.train.options import RunOptions
 from edgeformer.train.recipe import make_recipe
 
 ENGINES = ("cpu", "native")
@@ -26,7 +27,7 @@ ENGINES = ("cpu", "native")
 def test_a_decoder_is_trained_exported_and_run(tmp_path):
     table = training.recipe_table(training.TEXT, train__steps=150)
     table["data"]["source"] = training.text_file(tmp_path)
-    train(make_recipe(table), tmp_path / "run", cpu=True)
+    train(make_recipe(table), tmp_path / "run", RunOptions(cpu=True))
     manifest = export(ExportOptions(str(tmp_path / "run"), tmp_path / "b", quantize="q8", tokens=256))
     assert manifest["task"] == "text-generation"
     assert manifest["accuracy"]["perplexity_float"] < 200, "of 320 tokens: it has learned something"
@@ -43,7 +44,7 @@ def test_a_decoder_is_trained_exported_and_run(tmp_path):
 
 def test_an_encoder_is_trained_exported_and_run(tmp_path):
     table = training.recipe_table(training.FORECAST, train__steps=120)
-    train(make_recipe(table), tmp_path / "run", cpu=True)
+    train(make_recipe(table), tmp_path / "run", RunOptions(cpu=True))
     export(ExportOptions(str(tmp_path / "run"), tmp_path / "b", quantize="q8"))
     module, _ = load_checkpoint(tmp_path / "run")
     history = np.sin(np.arange(24, dtype=np.float32) / 24 * 2 * np.pi)[None, :, None]

@@ -1,0 +1,78 @@
+"""What a scheduler runs: jobs that say which tokens run next, and take the logits of these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from edgeformer.bundle.signature import Array
+from edgeformer.decoding.result import Piece, Result
+from edgeformer.engines.base import State
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Token ids [batch, length] to run through `state`; the logits of the last `keep` positions are wanted."""
+
+    ids: Array
+    state: State
+    keep: int
+
+
+class Job(Protocol):
+    """One request in a scheduler: a sequence, or a beam search. The scheduler alone calls it, from one thread."""
+
+    reason: str | None  # why it ended; None while it goes on
+    error: Exception | None  # why it failed
+
+    @property
+    def slots(self) -> int:
+        """How many sequences it runs: one, or its beams."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """The most tokens that each of its sequences will hold."""
+        ...
+
+    def start(self) -> None:
+        """It was admitted: makes its state."""
+        ...
+
+    @property
+    def decodes(self) -> bool:
+        """Whether its prompt has run, so that each step gives it new tokens."""
+        ...
+
+    def pending(self, room: int) -> Rows | None:
+        """What to run next, at most `room` rows (decode rows may be more); None while it waits for another job."""
+        ...
+
+    def accept(self, logits: Array) -> None:
+        """Takes the logits [batch, keep, vocab] of what `pending` gave last, which has run.
+
+        Raises:
+            EdgeformerError: the logits hold NaN, or nothing may follow; the job has ended.
+        """
+        ...
+
+    def take(self) -> Sequence[Piece]:
+        """The pieces since the last call."""
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """It ends with an error."""
+        ...
+
+    def cancel(self) -> None:
+        """It ends where it is, with the finish reason "cancel"."""
+        ...
+
+    def result(self) -> Result:
+        """The whole answer, once it has ended."""
+        ...
+
+    def release(self) -> None:
+        """Drops its state."""
+        ...
