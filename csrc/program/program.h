@@ -64,7 +64,7 @@ struct ProgramSpec {
   std::vector<OpSpec> ops;
   KvType kv = KvType::int8;  // of keys and values that may be int8
   std::vector<KvLayout> caches;
-  std::vector<int64_t> windows;  // of each cache: most keys that a query sees, 0 for all
+  std::vector<int64_t> windows;      // of each cache: most keys that a query sees, 0 for all
   std::vector<int> inputs, outputs;  // slots
   int logits_to_keep = -1;           // the place of that input in `inputs`, -1: the graph has none
   bool row_local = false;            // rows of several states may run as one sequence

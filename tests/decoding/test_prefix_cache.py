@@ -187,7 +187,7 @@ def whole_logits(engine, ids):
     return engine.forward([({"input_ids": np.asarray([ids])}, engine.new_state())])[0]["logits"]
 
 
-@pytest.mark.parametrize("chunks", [0, 3, 1000])
+@pytest.mark.parametrize("chunks", [3, 1000])
 def test_native_logits_have_the_same_bits_with_and_without_the_cache(bundle, chunks):
     for engine in native_engines(bundle):
         cache = PrefixCache(chunks * engine.kv_bytes(CHUNK_TOKENS))
@@ -196,7 +196,7 @@ def test_native_logits_have_the_same_bits_with_and_without_the_cache(bundle, chu
             got, found = logits_by_cache(engine, cache, ids)
             np.testing.assert_array_equal(got, whole_logits(engine, ids)[:, found:])
             total += found
-        assert (total > 0) == (chunks > 0)
+        assert total > 0
         assert cache.nbytes <= cache.limit_bytes
         assert cache.nbytes == len(cache) * engine.kv_bytes(CHUNK_TOKENS)
 

@@ -116,6 +116,31 @@ def test_the_bytes_of_a_state_are_those_of_its_tensors(engine):
         engine.kv_bytes(-1)
 
 
+def test_a_state_restored_from_chunks_goes_on(float_engine, q8):
+    ids = np.random.default_rng(6).integers(3, 90, (1, 250))
+    state = float_engine.new_state()
+    whole = _logits(float_engine, state, ids)
+    chunks = state.chunks()
+    assert [chunk.nbytes for chunk in chunks] == [float_engine.kv_bytes(128)]
+    assert state.chunks(1) == float_engine.new_state().chunks() == []
+    for length in (128, 127, 1):
+        restored = float_engine.new_state()
+        assert restored.restore(chunks, length) == restored.length == length
+        _close(_logits(float_engine, restored, ids[:, length:]), whole[:, length:])
+    with pytest.raises(StateError, match="250 tokens; restore needs an empty one"):
+        state.restore(chunks, 1)
+    for count in (129, -1):
+        with pytest.raises(InputError, match=f"1 chunks cannot restore {count}"):
+            float_engine.new_state().restore(chunks, count)
+    other = OrtEngine(Bundle.open(q8), threads=1)
+    with pytest.raises(StateError, match="another engine"):
+        other.new_state().restore(chunks, 128)
+    pair = float_engine.new_state()
+    _logits(float_engine, pair, np.concatenate([ids, ids]))
+    with pytest.raises(InputError, match="holds 2"):
+        pair.chunks()
+
+
 def test_a_fork_and_its_origin_never_meet(engine):
     state = engine.new_state()
     _logits(engine, state, IDS[:, :6])

@@ -233,18 +233,11 @@ class NativeEngine:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies all that keys and values depend on: the model, the type of the cache, and this version's kernels.
-
-        64 hex digits, the same for every ISA and number of threads.
-        """
+        """64 hex digits of all that keys and values depend on: model, type of the cache, version; the ISA is not."""
         return hashlib.sha256(f"{self._fingerprint} {self.kv} {edgeformer.__version__}".encode()).hexdigest()
 
     def chunk_from_bytes(self, data: bytes | memoryview) -> KvChunk:
-        """The chunk that `_native.KvChunk.save` wrote, with the same bits on every ISA.
-
-        Raises:
-            StateError: its layers are not those of this engine, or it is damaged.
-        """
+        """The chunk that `_native.KvChunk.save` wrote, on any ISA; StateError if it does not fit this engine."""
         return self._native.load_chunk(data)
 
     def forward(self, batch: Sequence[tuple[Mapping[str, Array], Any]]) -> list[dict[str, Array]]:
