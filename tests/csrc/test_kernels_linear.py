@@ -14,7 +14,7 @@ KINDS = ["q4a", "q4", "q4x64", "q8", "q8x16", "q8x128"]
 SPANS = {"q4x64": 64, "q8x128": 128}  # columns that share an activation scale, where they are not 32
 # Around every edge: one row, panels of 16 rows, tiles of 32; blocks of 32 columns, halves of 16, 24 blocks in a tile.
 SIZES = [(1, 1), (2, 16), (3, 17), (15, 31), (16, 32), (17, 33), (31, 63), (32, 64), (33, 95), (49, 800), (70, 1570)]
-ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 35]
+ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 25, 35, 48]  # from 25 on every table takes tiles
 # Multiples of the span; a tile is 6 blocks of 128 columns or 12 of 64.
 WIDE_SIZES = {
     64: [(1, 64), (2, 128), (17, 64), (31, 192), (33, 768), (49, 832), (70, 1600)],
@@ -166,7 +166,7 @@ def test_one_wrong_weight_is_outside_the_bound(kind: str) -> None:
 def test_every_isa_gives_the_same_bits(isa: str, kind: str, extreme: bool) -> None:
     for n, k in sizes(kind):
         weights = Weights(kind, n, k, BLOCKS[kind], extreme=extreme)
-        for m in ROWS if n * k < 3000 else (1, 6, 19):
+        for m in ROWS if n * k < 3000 else (1, 6, 19, 31):
             x = activations(m, k)
             expected = run("scalar", weights, x)
             for prefetch in (0, 4096):  # both are in use, see csrc/engine/dispatch.cpp

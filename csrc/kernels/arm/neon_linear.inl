@@ -194,7 +194,7 @@ inline void tiled_rows(const LinearArgs& a, const uint8_t* w, float* y, int64_t 
     const Tile tile = {unpacked, first * Q::kParts, count};
     for (int64_t pass = 0; pass < passes; pass++) {
       const int64_t row = a.m * pass / passes, rows = a.m * (pass + 1) / passes - row;
-      with_count<S::kTileRows>(rows, [&](auto R) __attribute__((always_inline)) {
+      with_count<S::kTileRows, fewest_rows(S::kDirectRows, S::kTileRows)>(rows, [&](auto R) __attribute__((always_inline)) {
         tile_rows<Q, decltype(R)::value>(a, tile, row, y, lanes);
       });
     }

@@ -84,14 +84,26 @@ inline __attribute__((always_inline)) void each(Body body) {
   }
 }
 
-// Calls body with `count` (1..N) as a compile-time constant.
-template <int N, class Body>
+// Calls body with `count` (least .. N) as a compile-time constant.
+template <int N, int least = 1, class Body>
 inline void with_count(int64_t count, Body body) {
-  if constexpr (N > 1) {
-    if (count < N) return with_count<N - 1>(count, body);
+  if constexpr (N > least) {
+    if (count < N) return with_count<N - 1, least>(count, body);
   }
   body(Count<N>{});
 }
+
+// The fewest rows of a pass, where more than `few` rows are divided evenly over passes of at most `most`. What no pass
+// can have is not compiled. Beyond few + most * most rows there are more than `most` passes, of at least most - 1 rows.
+constexpr int fewest_rows(int few, int most) {
+  int fewest = most;
+  for (int m = few + 1; m <= few + most * most; m++) {
+    const int rows = m / ((m + most - 1) / most);
+    fewest = rows < fewest ? rows : fewest;
+  }
+  return fewest;
+}
+static_assert(fewest_rows(24, 8) == 6 && fewest_rows(8, 5) == 3 && fewest_rows(8, 4) == 3);
 
 #include "kernels/simd/simd_math.inl"
 #include "kernels/simd/simd_quantize.inl"

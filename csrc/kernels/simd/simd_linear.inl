@@ -299,7 +299,7 @@ inline void tiled_panels(const LinearArgs& a, int64_t panel, float* y) {
                        count * Q::kParts};
     for (int64_t pass = 0; pass < passes; pass++) {
       const int64_t row = a.m * pass / passes, rows = a.m * (pass + 1) / passes - row;
-      with_count<S::kTileRows>(rows, [&](auto R) __attribute__((always_inline)) {
+      with_count<S::kTileRows, fewest_rows(S::kFewRows, S::kTileRows)>(rows, [&](auto R) __attribute__((always_inline)) {
         using Block = typename Either<as_packed, PackedBlock<Q>, TileBlock<Q>>::type;
         tile_rows<Q, Block, decltype(R)::value, P>(a, tile, row, y, a.n - panel * kLanes);
       });
