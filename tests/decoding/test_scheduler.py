@@ -261,7 +261,7 @@ def test_a_sequence_that_fails_ends_alone(model):
     with model.scheduler(4) as scheduler:
         good = scheduler.add(PROMPT, max_new_tokens=10, ignore_eos=True)
         bad = scheduler.add(PROMPT, suppress_tokens=forbidden)
-        with pytest.raises(EdgeformerError, match="Step 0 of the generation.*forbid every token"):
+        with pytest.raises(EdgeformerError, match=r"Step 0 of the generation.*forbid every token"):
             bad.result()
         assert good.result().ids == expected
 
@@ -396,9 +396,7 @@ def test_a_context_that_slid_is_that_of_the_shorter_text(model, protect):
     """Each token is the one that follows the kept tokens, run as a text of its own."""
     context = model.info["context"]
     prompt = [int(i) for i in np.random.default_rng(3).integers(3, 299, context + 60)]
-    result = model.generate(
-        prompt, context_policy="slide", context_protect=protect, max_new_tokens=90, ignore_eos=True
-    )
+    result = model.generate(prompt, context_policy="slide", context_protect=protect, max_new_tokens=90, ignore_eos=True)
     kept_first = min(128, context // 4) if protect is None else protect
     chunk, held, expected = context // 8, list(prompt), []
 
@@ -432,5 +430,5 @@ def test_wrong_options_are_refused(native, arguments, message):
 
 def test_a_session_is_for_one_answer(native):
     for prompt, more in ((PROMPT, {"n": 2}), ([PROMPT, PROMPT], {})):
-        with pytest.raises(InputError, match="a session holds one conversation|A session holds one"):
+        with pytest.raises(InputError, match=r"a session holds one conversation|A session holds one"):
             native.generate(prompt, session=native.session(), **more)
