@@ -13,7 +13,7 @@ KINDS = tuple(sum(match >= first for first in FIRST) - 1 for match in range(LONG
 LOOKUP_CHANCES = (0.25, 0.5, 0.72, 0.78, 0.89, 0.96)  # measured with SmolLM2 on edits, summaries, JSON and stories
 PRIOR_WEIGHT = 16.0  # guesses that these count as in the beginning
 DECAY = 0.97  # what a guess weighs after the next one of its kind: a window of about 33 guesses
-LEAST_CHANCE = 0.05  # a draft that is reached so rarely is not worth a row anywhere
+LEAST_CHANCE = 0.002  # drafts that are reached more rarely give less than 0.03 tokens together
 ROWS = 64  # costs are measured up to so many rows, and extrapolated beyond
 
 

@@ -116,13 +116,13 @@ def test_any_drafts_change_no_token_in_a_changing_batch(model, seed):
         calls.append((prompt, {"max_new_tokens": rng.randint(1, NEW), "ignore_eos": True, **sampled}, index))
     expected = [model.generate(prompt, speculation="off", **arguments).ids for prompt, arguments, _ in calls]
     options = SchedulerOptions(max_sequences=5, token_budget=64)
-    scheduler = Scheduler(model.engine, keeps_logits=True, options=options, speculator=RandomDrafts(rng, expected))
+    scheduler = Scheduler(model.engine, keeps_logits=True, options=options, speculation=RandomDrafts(rng, expected))
     sequences = []
     while calls or not scheduler.is_idle:
         if calls and rng.random() < 0.2:
             prompt, arguments, index = calls.pop(0)
             (job,) = task.generator.jobs(task.call(prompt, arguments))
-            sequence = Sequence(job.request, StateSource(model.engine.new_state, None, None), None, 0)
+            sequence = Sequence(job.request, StateSource(model.engine.new_state), None)
             sequence.index = index
             sequences.append(sequence)
             scheduler.add([sequence])
