@@ -21,8 +21,7 @@ import numpy as np
 
 from edgeformer.bundle.bundle import Bundle
 from edgeformer.bundle.signature import IDS, KEEP, PAST, Array, Signature
-from edgeformer.engines.base import Arrays, KvChunk, State
-from edgeformer.engines.ort_chunks import chunks_of, joined_chunks
+from edgeformer.engines.base import CHUNK_TOKENS, Arrays, KvChunk, State
 from edgeformer.errors import BundleError, EdgeformerError, EngineUnavailable, InputError, StateError
 from edgeformer.machine import default_threads
 
@@ -90,6 +89,19 @@ class OpRun:
     shapes: tuple[tuple[int, ...], ...]
 
 
+@dataclass(frozen=True, eq=False)
+class OrtChunk:
+    """See `KvChunk`: copies of a part of each cache tensor, [1, kv_heads, CHUNK_TOKENS, head_dim], in host memory."""
+
+    owner: OrtEngine
+    arrays: tuple[Array, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """See `KvChunk.nbytes`."""
+        return sum(array.nbytes for array in self.arrays)
+
+
 class OrtState:
     """The KV cache of one sequence, or of one batch of equal length: OrtValues [batch, kv_heads, length, head_dim]."""
 
@@ -140,17 +152,29 @@ class OrtState:
         """See `State.chunks`. They are copies."""
         if self.batch not in (None, 1):
             raise InputError(f"Chunks are of one sequence, the state holds {self.batch}.")
+        starts = range(first * CHUNK_TOKENS, self._length - CHUNK_TOKENS + 1, CHUNK_TOKENS)
+        if not starts:
+            return []
         with _locked([self]):
-            return chunks_of(self.owner, [value.numpy()[0] for value in self.cache], first)
+            whole = [value.numpy() for value in self.cache]
+        return [OrtChunk(self.owner, tuple(a[:, :, at : at + CHUNK_TOKENS].copy() for a in whole)) for at in starts]
 
     def restore(self, chunks: Sequence[KvChunk], length: int) -> int:
         """See `State.restore`."""
+        arrays = []
+        for chunk in chunks:
+            if not isinstance(chunk, OrtChunk) or chunk.owner is not self.owner:
+                raise StateError("A chunk belongs to another engine; restore chunks of this engine's states.")
+            arrays.append(chunk.arrays)
+        if not 0 <= length <= len(chunks) * CHUNK_TOKENS:
+            raise InputError(f"{len(chunks)} chunks cannot restore {length} tokens.")
         with _locked([self]):
             if self._length:
                 raise StateError(f"The state has {self._length} tokens; restore needs an empty one.")
             if length:
-                arrays = joined_chunks(self.owner, chunks, length)
-                self.cache, self.batch, self._length = [self.owner.to_device(a) for a in arrays], 1, length
+                parts = (np.concatenate(layer, axis=2)[:, :, :length] for layer in zip(*arrays, strict=True))
+                self.cache = [self.owner.to_device(np.ascontiguousarray(part)) for part in parts]
+                self.batch, self._length = 1, length
         return length
 
     def select(self, rows: Sequence[int]) -> None:
