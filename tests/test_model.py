@@ -26,7 +26,7 @@ def test_an_engine_asked_for_by_name_runs_or_raises(lm, monkeypatch):
 
 
 def test_auto_takes_the_first_that_runs_and_says_why_not_the_others(lm, monkeypatch):
-    monkeypatch.setattr("edgeformer.engines.onnxruntime.cuda_driver_problem", lambda: "there is no NVIDIA driver")
+    monkeypatch.setattr("edgeformer.engines.ort_install.cuda_driver_problem", lambda: "there is no NVIDIA driver")
     monkeypatch.setitem(sys.modules, "edgeformer._native", None)
     model = load(lm, threads=1)
     choice = model.explain()
@@ -40,7 +40,7 @@ def test_auto_takes_the_first_that_runs_and_says_why_not_the_others(lm, monkeypa
 
 
 def test_auto_that_finds_nothing_names_every_reason(lm, monkeypatch):
-    monkeypatch.setattr("edgeformer.engines.onnxruntime.cuda_driver_problem", lambda: "there is no NVIDIA driver")
+    monkeypatch.setattr("edgeformer.engines.ort_install.cuda_driver_problem", lambda: "there is no NVIDIA driver")
     monkeypatch.setitem(sys.modules, "edgeformer._native", None)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(EngineUnavailable) as error:
@@ -68,7 +68,7 @@ def test_engines_after_the_chosen_one_are_not_tried(lm, monkeypatch):
     [("forecast", ["cuda", "cpu", "native"]), ("float", ["cuda", "native", "cpu"]), ("q8", ["cuda", "native", "cpu"])],
 )
 def test_float_models_without_a_cache_try_onnxruntime_first(bundles, monkeypatch, name, order):
-    monkeypatch.setattr("edgeformer.engines.onnxruntime.cuda_driver_problem", lambda: "there is no NVIDIA driver")
+    monkeypatch.setattr("edgeformer.engines.ort_install.cuda_driver_problem", lambda: "there is no NVIDIA driver")
     choice = load(bundles / name).explain()
     assert list(choice.reasons) == order
     assert choice.engine == order[1]

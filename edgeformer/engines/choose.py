@@ -136,7 +136,8 @@ def create(
     graphs = list(bundle.manifest["graphs"])
     if name == "native":
         return {**_native(bundle, graphs, threads, native, while_packing)}
-    from edgeformer.engines.onnxruntime import OrtEngine, cuda_driver_problem
+    from edgeformer.engines.onnxruntime import OrtEngine
+    from edgeformer.engines.ort_install import cuda_driver_problem
 
     if name == "cuda":
         problem = cuda_driver_problem()  # cheap, and most machines end here without importing onnxruntime

@@ -17,9 +17,9 @@ import numpy as np
 import edgeformer
 from edgeformer import disk_cache
 from edgeformer.bundle.bundle import Bundle
-from edgeformer.engines.onnxruntime import (
+from edgeformer.engines.onnxruntime import OrtEngine
+from edgeformer.engines.ort_install import (
     MINIMUM_QUANTIZED,
-    OrtEngine,
     both_wheels,
     cuda_driver_problem,
     import_onnxruntime,

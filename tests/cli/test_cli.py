@@ -255,7 +255,7 @@ def test_doctor_fails_where_no_engine_runs(edgeformer, monkeypatch):
 def test_a_mistake_gives_one_message_and_its_exit_code(
     edgeformer, bundles, lm, copy_of, monkeypatch, arguments, code, expected
 ):
-    monkeypatch.setattr("edgeformer.engines.onnxruntime.cuda_driver_problem", lambda: "there is no NVIDIA driver")
+    monkeypatch.setattr("edgeformer.engines.ort_install.cuda_driver_problem", lambda: "there is no NVIDIA driver")
     names = {"LM": lm, "FORECAST": bundles / "forecast"}
     if "DAMAGED" in arguments:
         names["DAMAGED"] = copy_of(lm)

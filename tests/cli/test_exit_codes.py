@@ -106,7 +106,7 @@ def test_a_missing_bundle_ends_with_3(edgeformer, stdin, tmp_path, command):
 
 @pytest.mark.parametrize("command", [("run", "text"), ("chat",), ("verify",), ("bench", "-p", 4)], ids=lambda c: c[0])
 def test_an_engine_that_cannot_run_ends_with_4(edgeformer, lm, stdin, monkeypatch, command):
-    monkeypatch.setattr("edgeformer.engines.onnxruntime.cuda_driver_problem", lambda: "there is no NVIDIA driver")
+    monkeypatch.setattr("edgeformer.engines.ort_install.cuda_driver_problem", lambda: "there is no NVIDIA driver")
     stdin("text\n")
     code, _, err = edgeformer(command[0], lm, *command[1:], "-e", "cuda")
     assert code == 4

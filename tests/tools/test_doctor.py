@@ -26,7 +26,7 @@ def test_this_machine_runs_the_cpu_engine():
 
 
 def test_cuda_is_yes_only_where_a_graph_ran_on_it():
-    from edgeformer.engines.onnxruntime import cuda_driver_problem
+    from edgeformer.engines.ort_install import cuda_driver_problem
 
     finding = _topics()["engine cuda"]
     if cuda_driver_problem():
