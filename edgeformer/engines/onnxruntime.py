@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,12 +17,18 @@ import numpy as np
 
 from edgeformer.bundle.bundle import Bundle
 from edgeformer.bundle.signature import IDS, KEEP, PAST, Array, Signature
-from edgeformer.engines.base import CHUNK_TOKENS, Arrays, KvChunk, State
+from edgeformer.engines.base import Arrays, State
 from edgeformer.engines.ort_install import both_wheels, check_cuda, check_version, import_onnxruntime
+from edgeformer.engines.ort_padding import CACHE_MASK, cannot_pad, masked_graph
+from edgeformer.engines.ort_state import Call, Joint, OrtState, locked, short
 from edgeformer.errors import BundleError, EdgeformerError, EngineUnavailable, InputError, StateError
 from edgeformer.machine import default_threads
 
 Provider = Literal["cpu", "cuda"]
+Commit = Callable[[], None]
+Run = tuple[dict[str, Array], Commit]
+
+TOLERANCE = 1e-3  # of the range of logits, where the bundle names none
 
 HEAVY = {"MatMul", "MatMulNBits", "Gemm", "Attention", "Conv"}  # all of these must run on CUDA with provider="cuda"
 
@@ -37,106 +42,12 @@ class OpRun:
     shapes: tuple[tuple[int, ...], ...]
 
 
-@dataclass(frozen=True, eq=False)
-class OrtChunk:
-    """See `KvChunk`: copies of a part of each cache tensor, [1, kv_heads, CHUNK_TOKENS, head_dim], in host memory."""
+@dataclass(frozen=True)
+class Loaded:
+    """A graph in ONNX Runtime; `masked` says that it has the input `CACHE_MASK`."""
 
-    owner: OrtEngine
-    arrays: tuple[Array, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """See `KvChunk.nbytes`."""
-        return sum(array.nbytes for array in self.arrays)
-
-
-class OrtState:
-    """The KV cache of one sequence, or of one batch of equal length: OrtValues [batch, kv_heads, length, head_dim]."""
-
-    def __init__(self, owner: OrtEngine, static_inputs: dict[str, Any] | None = None, batch: int | None = None) -> None:
-        self.owner = owner
-        self.lock = threading.Lock()
-        self.cache: list[Any] = []  # in the order of signature.caches; empty before the first token
-        self.static_inputs = static_inputs or {}  # OrtValues on the device
-        self._fixed_batch = batch
-        self.batch = batch
-        self._length = 0
-
-    @property
-    def length(self) -> int:
-        """See `State.length`."""
-        return self._length
-
-    @property
-    def nbytes(self) -> int:
-        """See `State.nbytes`. Tensors that forks share until their next step count in each of them."""
-        return self.owner.kv_bytes(self._length) * (self.batch or 1)
-
-    def truncate(self, length: int) -> None:
-        """See `State.truncate`."""
-        if not 0 <= length <= self._length:
-            raise InputError(f"A state of {self._length} tokens cannot be cut to {length}.")
-        with _locked([self]):
-            if length == 0:
-                self.cache, self.batch = [], self._fixed_batch
-            elif length < self._length:
-                self.cache = [self.owner.to_device(np.ascontiguousarray(v.numpy()[:, :, :length])) for v in self.cache]
-            self._length = length
-
-    def fork(self) -> OrtState:
-        """See `State.fork`."""
-        with _locked([self]):
-            copy = OrtState(self.owner, self.static_inputs, self._fixed_batch)
-            # A step creates new OrtValues and does not write to old ones, so both states may share them.
-            copy.cache, copy.batch, copy._length = list(self.cache), self.batch, self._length
-            return copy
-
-    @property
-    def shortest(self) -> int:
-        """See `State.shortest`."""
-        return 0
-
-    def chunks(self, first: int = 0) -> list[KvChunk]:
-        """See `State.chunks`. They are copies."""
-        if self.batch not in (None, 1):
-            raise InputError(f"Chunks are of one sequence, the state holds {self.batch}.")
-        starts = range(first * CHUNK_TOKENS, self._length - CHUNK_TOKENS + 1, CHUNK_TOKENS)
-        if not starts:
-            return []
-        with _locked([self]):
-            whole = [value.numpy() for value in self.cache]
-        return [OrtChunk(self.owner, tuple(a[:, :, at : at + CHUNK_TOKENS].copy() for a in whole)) for at in starts]
-
-    def restore(self, chunks: Sequence[KvChunk], length: int) -> int:
-        """See `State.restore`."""
-        arrays = []
-        for chunk in chunks:
-            if not isinstance(chunk, OrtChunk) or chunk.owner is not self.owner:
-                raise StateError("A chunk belongs to another engine; restore chunks of this engine's states.")
-            arrays.append(chunk.arrays)
-        if not 0 <= length <= len(chunks) * CHUNK_TOKENS:
-            raise InputError(f"{len(chunks)} chunks cannot restore {length} tokens.")
-        with _locked([self]):
-            if self._length:
-                raise StateError(f"The state has {self._length} tokens; restore needs an empty one.")
-            if length:
-                parts = (np.concatenate(layer, axis=2)[:, :, :length] for layer in zip(*arrays, strict=True))
-                self.cache = [self.owner.to_device(np.ascontiguousarray(part)) for part in parts]
-                self.batch, self._length = 1, length
-        return length
-
-    def select(self, rows: Sequence[int]) -> None:
-        """See `State.select`."""
-        if self.batch is None or len(rows) != self.batch or not all(0 <= row < self.batch for row in rows):
-            raise InputError(f"A state of {self.batch} sequences cannot select {list(rows)}.")
-        if list(rows) == list(range(self.batch)):
-            return
-        with _locked([self]):
-            self.cache = [self.owner.to_device(np.ascontiguousarray(value.numpy()[list(rows)])) for value in self.cache]
-
-    def grow(self, cache: list[Any], batch: int, tokens: int) -> None:
-        """Replace the cache by the one that a run returned. The caller must own the lock."""
-        self.cache, self.batch, self._length = cache, batch, self._length + tokens
+    session: Any
+    masked: bool = False
 
 
 class OrtEngine:
@@ -178,9 +89,20 @@ class OrtEngine:
             check_cuda(self._ort)
             self._device = "cuda"
         self._pid = os.getpid()
-        self._session = self._create(bundle, graph, spin, profile)
+        self._path, self._spin = bundle.graph_path(graph), spin
+        self.loaded = Loaded(self._create(str(self._path), profile))
         self._check_signature(bundle, graph)
         self._caches = self.signature.caches
+        tolerances = (bundle.manifest["reference"] or {}).get("tolerance", {})
+        self.tolerance: float = tolerances.get("logits") or TOLERANCE
+        self.gate = threading.Lock()  # held while locks of states are taken
+        self._judging = threading.Lock()
+        self._judged = False
+        self._alone_because = cannot_pad(self.signature)
+        if provider == "cuda":
+            self._alone_because = "padded batches were never tried on CUDA"
+        if profile is not None:
+            self._alone_because = "a profile is of one session, and padded batches need another one"
 
     @property
     def name(self) -> str:
@@ -211,12 +133,24 @@ class OrtEngine:
             if not isinstance(state, OrtState) or state.owner is not self:
                 raise StateError("The state belongs to another engine; create one with this engine's new_state().")
             states.append(state)
-        with _locked(states):
-            checked = [
-                self.signature.check(inputs, state.length, state.batch, state.static_inputs)
+        with locked(states):
+            calls = [
+                (self.signature.check(inputs, state.length, state.batch, state.static_inputs), state)
                 for (inputs, _), state in zip(batch, states, strict=True)
             ]
-            return [self._run(arrays, state) for arrays, state in zip(checked, states, strict=True)]
+            return self._run(calls)
+
+    def prepare_batches(self) -> str | None:
+        """Why several states of one `forward` run one after another here; None if short calls run as a padded batch.
+
+        The first answer takes as long as loading the bundle: the graph is loaded again, with a mask for padding, and
+        its numbers are compared. `forward` asks when it first gets several short calls.
+        """
+        with self._judging:
+            if not self._judged and self._alone_because is None:
+                self._alone_because = self._use_mask()
+            self._judged = True
+            return self._alone_because
 
     def kv_bytes(self, tokens: int) -> int:
         """See `Engine.kv_bytes`. A step needs twice as much for a moment: it copies the past to a new tensor."""
@@ -241,39 +175,98 @@ class OrtEngine:
                 runs.append(OpRun(facts["op_name"], event["dur"] / 1e6, shapes))
         return runs
 
-    def _run(self, arrays: dict[str, Array], state: OrtState) -> dict[str, Array]:
-        binding = self._session.io_binding()
+    def run_alone(self, loaded: Loaded, arrays: Arrays, state: OrtState) -> Run:
+        """The outputs of one call, and a function that appends its tokens to the state."""
+        rows = next(iter(arrays.values())).shape[0] if self._caches else 0
+        past = state.cache or [self._empty(name, rows) for name in self._caches]
+        static = {name: value for name, value in state.static_inputs.items() if name not in arrays}
+        if loaded.masked:
+            count = arrays[IDS].shape[1]
+            arrays = {**arrays, CACHE_MASK: np.ones((rows, 1, count, state.length + count), np.bool_)}
+        outputs, present = self._execute(loaded, arrays, static, past)
+        count = arrays[IDS].shape[1] if IDS in arrays else 0
+        return outputs, lambda: state.grow(present, rows, count) if self._caches else None
+
+    def run_joint(self, loaded: Loaded, joint: Joint, calls: Sequence[Call]) -> tuple[list[dict[str, Array]], Commit]:
+        """The outputs of all calls, one for each member of `joint`, and a function that appends their tokens."""
+        outputs, present = self._execute(loaded, joint.feeds(calls), {}, joint.values)
+
+        def commit() -> None:
+            joint.grow(calls, present)
+            for arrays, state in calls:
+                state.grow_joint(arrays[IDS].shape[1])
+
+        return [{"logits": logits} for logits in joint.logits(calls, outputs["logits"])], commit
+
+    def _run(self, calls: Sequence[Call]) -> list[dict[str, Array]]:
+        """The outputs of each call. The states change once all runs succeeded."""
+        together = [call for call in calls if self._alone_because is None and short(*call)]
+        if len(together) < 2 or self.prepare_batches() is not None:
+            together = []
+        loaded = self.loaded
+        outputs: dict[int, dict[str, Array]] = {}  # by the identity of the state
+        commits = []
+        if together:
+            states = [state for _, state in together]
+            found, commit = self.run_joint(loaded, Joint.joining(states), together)
+            outputs.update(zip(map(id, states), found, strict=True))
+            commits.append(commit)
+        for arrays, state in calls:
+            if id(state) not in outputs:
+                outputs[id(state)], commit = self.run_alone(loaded, arrays, state)
+                commits.append(commit)
+        for commit in commits:
+            commit()
+        return [outputs[id(state)] for _, state in calls]
+
+    def _execute(
+        self, loaded: Loaded, arrays: Arrays, static: dict[str, Any], past: list[Any]
+    ) -> tuple[dict[str, Array], list[Any]]:
+        """(the outputs, the OrtValues of the new cache)."""
+        binding = loaded.session.io_binding()
         value = self._ort.OrtValue.ortvalue_from_numpy
         for name, array in arrays.items():
             if name != KEEP or int(array) != 0:  # 0 is the graph's default
                 binding.bind_ortvalue_input(name, value(array))
-        for name, value in state.static_inputs.items():
-            if name not in arrays:
-                binding.bind_ortvalue_input(name, value)
-        rows = next(iter(arrays.values())).shape[0] if self._caches else 0
-        cache = state.cache or [self._empty(name, rows) for name in self._caches]
-        for name, past in zip(self._caches, cache, strict=True):
-            binding.bind_ortvalue_input(name, past)
+        for name, held in (*static.items(), *zip(self._caches, past, strict=True)):
+            binding.bind_ortvalue_input(name, held)
         for name in self.signature.outputs:
             binding.bind_output(name, "cpu")
         for name in self._caches.values():
             binding.bind_output(name, self._device, 0)
         try:
-            self._session.run_with_iobinding(binding)
+            loaded.session.run_with_iobinding(binding)
         except Exception as error:
             _reraise(error)
         values = binding.get_outputs()
         count = len(self.signature.outputs)
-        if self._caches:
-            state.grow(values[count:], rows, arrays[IDS].shape[1] if IDS in arrays else 0)
-        return {name: v.numpy() for name, v in zip(self.signature.outputs, values[:count], strict=True)}
+        return {name: v.numpy() for name, v in zip(self.signature.outputs, values[:count], strict=True)}, values[count:]
+
+    def _use_mask(self) -> str | None:
+        """Load the graph with a mask in place of the one without; why not, if that is impossible or gives others."""
+        graph = masked_graph(self._path)
+        if isinstance(graph, str):
+            return graph
+        try:
+            masked = Loaded(self._create(graph, None), masked=True)
+            problem = _padding_problem(self, masked)
+        except EdgeformerError as error:
+            return f"the graph with a mask does not run: {error}"
+        if problem is None:
+            self.loaded = masked  # it runs single sequences too, with the same numbers, so one is enough
+        return problem
 
     def _empty(self, name: str, rows: int) -> Any:
         port = self.signature.cache_ports[name]
         shape = [rows] + [size if isinstance(size, int) else 0 for size in port.shape[1:]]
         return self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, port.dtype))
 
-    def _create(self, bundle: Bundle, graph: str, spin: bool, profile: Path | None) -> Any:
+    @property
+    def _session(self) -> Any:
+        return self.loaded.session
+
+    def _create(self, graph: str | bytes, profile: Path | None) -> Any:
+        """A session for a file, or for a serialized graph whose weights stand beside that file."""
         options = self._ort.SessionOptions()
         if profile is not None:
             options.enable_profiling = True
@@ -281,18 +274,18 @@ class OrtEngine:
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self._spin else "0")
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._path.parent))
         providers: list[Any] = ["CPUExecutionProvider"]
         if self.provider == "cuda":
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
             # The cache is a new, slightly larger tensor at each step; doubling the arena would waste memory.
             cuda = {"device_id": 0, "arena_extend_strategy": "kSameAsRequested"}
             providers = [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
-        path = bundle.graph_path(graph)
         try:
-            session = self._ort.InferenceSession(str(path), options, providers=providers)
+            session = self._ort.InferenceSession(graph, options, providers=providers)
         except Exception as error:
-            raise EngineUnavailable(f"ONNX Runtime {self.version} cannot load {path}: {_brief(error)}") from error
+            raise EngineUnavailable(f"ONNX Runtime {self.version} cannot load {self._path}: {_brief(error)}") from error
         session.disable_fallback()
         if self.provider == "cuda":
             self._require_cuda(session)
@@ -329,19 +322,36 @@ class OrtEngine:
             raise BundleError(f"{bundle.path}: a {PAST}* input has no present.* output; export the model again.")
 
 
-@contextlib.contextmanager
-def _locked(states: Sequence[OrtState]) -> Iterator[None]:
-    """Lock all states for one call, or raise StateError: a second call on a state would mix the tokens of both."""
-    taken: list[OrtState] = []
-    try:
-        for state in states:
-            if not state.lock.acquire(blocking=False):
-                raise StateError("The state is in use by another call; use one state per thread, for example a fork().")
-            taken.append(state)
-        yield
-    finally:
-        for state in taken:
-            state.lock.release()
+def _padding_problem(engine: OrtEngine, masked: Loaded) -> str | None:
+    """How a padded batch in the graph `masked` differs from sequences that run alone; None if it does not.
+
+    Whatever stands in the padding, the numbers are the same to the bit; and they are those of a sequence alone, up to
+    the tolerance that the bundle has for an engine.
+    """
+    rng = np.random.default_rng(0)
+    most = engine.signature.vocab_size or 1
+
+    def call(state: OrtState, tokens: int) -> Call:
+        return engine.signature.check({IDS: rng.integers(0, most, (1, tokens))}, state.length), state
+
+    states = [engine.new_state() for _ in range(3)]
+    for state, length in zip(states, (1, 9, 4), strict=True):
+        engine.run_alone(engine.loaded, *call(state, length))[1]()
+    calls = [call(state, tokens) for state, tokens in zip(states, (2, 1, 1), strict=True)]
+    expected = [engine.run_alone(engine.loaded, *one)[0]["logits"] for one in calls]
+    found = []
+    for fill in (0.0, 4.0):
+        joint = Joint.of(states, fill)
+        for row, state in enumerate(states):
+            state.row = row
+        found.append([one["logits"] for one in engine.run_joint(masked, joint, calls)[0]])
+    for first, second, wanted in zip(*found, expected, strict=True):
+        if not np.array_equal(first, second):
+            return "the padding changes the logits"
+        far = float(np.abs(first.astype(np.float64) - wanted).max() / (np.ptp(wanted.astype(np.float64)) or 1.0))
+        if not far <= engine.tolerance:
+            return f"padded logits differ by {far:.3g} of their range from those alone, allowed {engine.tolerance:.3g}"
+    return None
 
 
 def _brief(error: Exception) -> str:
