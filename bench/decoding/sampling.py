@@ -159,8 +159,7 @@ def text(saved: dict[str, Any]) -> str:
         by = saved["steps"].get(str(vocab))
         if by:
             shown = ", ".join(
-                f"{by[str(number)]['min'] / 1e3:.2f} ms with {number} thread{'s' * (number > 1)}"
-                for number in threads
+                f"{by[str(number)]['min'] / 1e3:.2f} ms with {number} thread{'s' * (number > 1)}" for number in threads
             )
             told.append(f"{saved['models'][str(vocab)]}: {shown}")
     target = f"The target is {TARGET:.0%} of a decode step. The fastest steps: {'; '.join(told)}."
