@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack, overload
@@ -13,7 +13,7 @@ import numpy as np
 
 from edgeformer.bundle.bundle import Bundle
 from edgeformer.bundle.signature import IDS
-from edgeformer.decoding.generation import Call
+from edgeformer.decoding.generation import MAX_SEQUENCES, Call, Ended
 from edgeformer.decoding.generation_config import GenerationConfig, file_settings
 from edgeformer.decoding.generation_fields import notes
 from edgeformer.decoding.limits import Limits
@@ -25,7 +25,7 @@ from edgeformer.decoding.session import Session
 from edgeformer.engines.base import Engine
 from edgeformer.engines.choose import Choice, EngineName, check_arguments, choose
 from edgeformer.engines.native.options import NativeOptions
-from edgeformer.errors import BundleError, EdgeformerWarning, EngineUnavailable, InputError
+from edgeformer.errors import BundleError, EdgeformerError, EdgeformerWarning, EngineUnavailable, InputError
 from edgeformer.processing.tokenizer import Tokenizer
 from edgeformer.tasks.choose import choose_task
 from edgeformer.tasks.embedding import Encoder
@@ -201,12 +201,15 @@ class Model(EncoderMethods):
         if is_list_of_prompts(prompt):
             if arguments.get("session") is not None:
                 raise InputError("A session holds one conversation, and there are several prompts; leave it out.")
-            calls: Iterable[Call] = (task.call(one, arguments) for one in prompt)  # type: ignore[arg-type]
-            found = dict(task.generator.answers(calls))
+            found: dict[int, list[Result]] = {}
+            for ended in self.generate_each(prompt, **arguments):  # type: ignore[arg-type]
+                if ended.error is not None:
+                    ended.error.add_note(f"This was prompt {ended.index} of {len(prompt)}.")
+                found[ended.index] = ended.answers()
             return [result for index in range(len(prompt)) for result in found[index]]
         call = task.call(prompt, arguments)  # type: ignore[arg-type]
         if call.options.n > 1:
-            return next(task.generator.answers([call]))[1]
+            return next(task.generator.answers([call], max(MAX_SEQUENCES, call.options.n))).answers()
         stream = task.generator.stream(call)
         for _ in stream:
             pass
@@ -220,6 +223,34 @@ class Model(EncoderMethods):
         """
         task = self._generating("generate")
         return task.generator.stream(task.call(prompt, arguments))
+
+    def generate_each(
+        self,
+        prompts: Iterable[Prompt | tuple[Prompt, CallArguments]],
+        *,
+        max_sequences: int = MAX_SEQUENCES,
+        **arguments: Unpack[CallArguments],
+    ) -> Iterator[Ended]:
+        """The answers to any number of prompts, as they end: `.index` of the prompt, `.results`, or its `.error`.
+
+        `max_sequences` run together, and a prompt is taken from `prompts` when it can begin soon, so that neither all
+        prompts nor all answers are in memory. A prompt may come with arguments of its own, which override `arguments`.
+        One that fails does not stop the others.
+
+        Raises:
+            InputError: `max_sequences` is no number of sequences, or the model does not generate.
+        """
+        task = self._generating("generate_each")
+
+        def calls() -> Iterator[Call | EdgeformerError]:
+            for one in prompts:
+                prompt, own = one if isinstance(one, tuple) else (one, {})
+                try:
+                    yield task.call(prompt, {**arguments, **own})
+                except EdgeformerError as error:
+                    yield error
+
+        return task.generator.answers(calls(), max(max_sequences, arguments.get("n") or 1))
 
     def scheduler(
         self,

@@ -13,11 +13,13 @@ import typer.core
 from edgeformer.cli.exit_codes import INTERRUPTED, REFUSED
 from edgeformer.cli.options import (
     ArrayFlags,
+    BatchFlags,
     BenchFlags,
     EmbedFlags,
     GenerationFlags,
     Only,
     PromptFlags,
+    SpeedFlags,
     with_options,
 )
 from edgeformer.engines.options import EngineOptions
@@ -102,6 +104,8 @@ def train(context: typer.Context) -> None:
     '  edgeformer run smollm2 "The capital of France is" -n 32\n\n'
     '  edgeformer run smollm2 --chat "Explain tides." --temperature 0.7 --seed 1\n\n'
     "  cat letter.txt | edgeformer run smollm2 - --stop END\n\n"
+    '  edgeformer run smollm2 --chat "A person, please." --json-schema person.schema.json\n\n'
+    "  edgeformer run smollm2 --prompts questions.jsonl -o answers.jsonl\n\n"
     '  edgeformer run translator "Where is the station?" --beams 4\n\n'
     "  edgeformer run forecast --inputs week.npz --outputs next.npz",
 )
@@ -114,18 +118,25 @@ def run(
     *,
     prompt: PromptFlags,
     arrays: ArrayFlags,
+    batch: BatchFlags,
     generation: GenerationFlags,
+    speed: SpeedFlags,
     quiet: QuietOpt = False,
     json: JsonOpt = False,
     engine: EngineOptions,
 ) -> None:
-    """Run a bundle once: text streams to stdout, timings go to stderr."""
+    """Run a bundle: text streams to stdout, timings go to stderr. With --prompts: many prompts, into a file."""
     from edgeformer.cli import run as work
 
+    if batch.prompts is not None:
+        from edgeformer.cli.batch import run_prompts
+
+        raise typer.Exit(run_prompts(work.Runner(bundle, engine, speed), batch, generation))
     if arrays.inputs is not None:
         work.run_arrays(bundle, engine, arrays.inputs, arrays.outputs, as_json=json)
     else:
-        work.run_prompt(bundle, engine, work.read_prompt(text, prompt), generation, quiet=quiet, as_json=json)
+        runner = work.Runner(bundle, engine, speed)
+        work.run_prompt(runner, work.read_prompt(text, prompt), generation, quiet=quiet, as_json=json)
 
 
 @app.command(

@@ -18,8 +18,9 @@ import typer
 from rich.markup import escape
 
 from edgeformer.engines.options import PANEL, option
+from edgeformer.errors import InputError
 
-SAMPLING = "Sampling"
+SAMPLING, SHAPE, SPEED = "Sampling", "What the answer must be", "Speed"
 F = TypeVar("F", bound=Callable[..., None])
 
 
@@ -43,6 +44,10 @@ class GenerationFlags:
     top_p: float | None = option(None, "1 is off.", min=0.0, max=1.0, panel=SAMPLING)
     min_p: float | None = option(None, "0 is off.", min=0.0, max=1.0, panel=SAMPLING)
     repetition_penalty: float | None = option(None, "1 is off.", panel=SAMPLING)
+    frequency_penalty: float | None = option(
+        None, "For each time that a token was generated. 0 is off.", panel=SAMPLING
+    )
+    presence_penalty: float | None = option(None, "For tokens that were generated. 0 is off.", panel=SAMPLING)
     seed: int | None = option(None, "Same seed, same text.", min=0, panel=SAMPLING)
     num_beams: int | None = option(
         None,
@@ -54,9 +59,59 @@ class GenerationFlags:
         panel=SAMPLING,
     )
 
+    context_policy: str | None = option(None, "When the context is full: stop (default), error or slide.")
+    json_schema: str | None = option(None, "A JSON Schema: a file, or JSON.", metavar="FILE|JSON", panel=SHAPE)
+    regex: str | None = option(None, "A regular expression that the whole answer matches.", panel=SHAPE)
+    grammar: str | None = option(None, "A grammar (Lark or GBNF): a file.", metavar="FILE", panel=SHAPE)
+    choices: list[str] | None = option(None, "One of these; repeat it.", flags=("--choice",), panel=SHAPE)  # noqa: RUF009 (a field)
+
     def arguments(self) -> dict[str, Any]:
-        """The options that are given, as keyword arguments of `Model.generate`."""
-        return {name: value for name, value in vars(self).items() if value is not None and value != []}
+        """The options that are given, as keyword arguments of `Model.generate`.
+
+        Raises:
+            InputError: the file of a schema or grammar cannot be read.
+        """
+        given = {name: value for name, value in vars(self).items() if value is not None and value != []}
+        if self.json_schema is not None and not self.json_schema.lstrip().startswith("{"):
+            given["json_schema"] = _text_of("--json-schema", self.json_schema)
+        if self.grammar is not None:
+            given["grammar"] = _text_of("--grammar", self.grammar)
+        return given
+
+
+def _text_of(flag: str, path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{flag} is {path!r}, which cannot be read as a file: {error}.") from error
+
+
+@dataclass(frozen=True)
+class SpeedFlags:
+    """Speculation, and the prefix cache."""
+
+    speculation: str = option("auto", "Guess next tokens: auto, off or lookup.", metavar="NAME", panel=SPEED)
+    draft: Path | None = option(  # noqa: RUF009 (a field)
+        None, "A smaller bundle of the same vocabulary that guesses.", metavar="BUNDLE", panel=SPEED
+    )
+    prefix_cache: str | None = option(
+        None, "Keep beginnings of prompts in this folder, for the next run.", metavar="FOLDER", panel=SPEED
+    )
+
+
+@dataclass(frozen=True)
+class BatchFlags:
+    """Many prompts from a file."""
+
+    prompts: Path | None = option(  # noqa: RUF009 (a field)
+        None, "Many prompts: JSON Lines of texts, messages or objects with their own options.", metavar="FILE"
+    )
+    output: Path | None = option(  # noqa: RUF009 (a field)
+        None, "Where their answers go (.jsonl); goes on there if interrupted.", flags=("--output", "-o")
+    )
+    max_sequences: int = option(
+        16, "How many prompts of --prompts run together.", flags=("--parallel",), min=1, max=1024
+    )
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from edgeformer.cli.console import load_model, stderr
-from edgeformer.cli.options import GenerationFlags, PromptFlags
+from edgeformer.cli.options import GenerationFlags, PromptFlags, SpeedFlags
 from edgeformer.cli.purpose import require
 from edgeformer.engines.options import EngineOptions
 from edgeformer.errors import InputError
-from edgeformer.model import Prompt
+from edgeformer.model import Model, Prompt
 
 
 def read_prompt(text: str | None, flags: PromptFlags) -> Prompt:
@@ -42,9 +43,33 @@ def read_prompt(text: str | None, flags: PromptFlags) -> Prompt:
     return [*system, {"role": "user", "content": text}]
 
 
+@dataclass(frozen=True)
+class Runner:
+    """A bundle and how it is to run."""
+
+    bundle: Path
+    engine: EngineOptions
+    speed: SpeedFlags
+
+    def load(self) -> tuple[Model, dict[str, Any]]:
+        """(the model, arguments of `generate` that make it faster).
+
+        Raises:
+            InputError: --draft and --speculation exclude each other.
+        """
+        speed = self.speed
+        if speed.draft is not None and speed.speculation != "auto":
+            raise InputError("--draft names who guesses, --speculation another way; leave out one of them.")
+        more = {} if speed.prefix_cache is None else {"prefix_cache": speed.prefix_cache}
+        model = load_model(require(self.bundle, "run"), {**self.engine.arguments(), **more})
+        how: Any = speed.speculation
+        if speed.draft is not None:
+            how = load_model(require(speed.draft, "run"), self.engine.arguments())
+        return model, {} if how == "auto" else {"speculation": how}
+
+
 def run_prompt(
-    bundle: Path,
-    engine: EngineOptions,
+    runner: Runner,
     prompt: Prompt,
     generation: GenerationFlags,
     *,
@@ -55,8 +80,9 @@ def run_prompt(
 
     For an encoder-decoder the prompt is the source. A beam search gives its text at the end only.
     """
-    model = load_model(require(bundle, "run"), engine.arguments())
-    pieces = model.stream(prompt, **generation.arguments())
+    arguments = generation.arguments()
+    model, faster = runner.load()
+    pieces = model.stream(prompt, **arguments, **faster)
     if as_json:
         for _ in pieces:
             pass

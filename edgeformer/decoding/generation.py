@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from edgeformer.bundle.signature import Array
@@ -15,13 +15,13 @@ from edgeformer.decoding.job import Job
 from edgeformer.decoding.limits import Limits
 from edgeformer.decoding.request import CallOptions, Request
 from edgeformer.decoding.result import Piece, Result, Stream
-from edgeformer.decoding.scheduler import Scheduler, SchedulerOptions
+from edgeformer.decoding.scheduler import TOKEN_BUDGET, Scheduler, SchedulerOptions
 from edgeformer.decoding.sequence import Sequence
 from edgeformer.decoding.session import StateSource
 from edgeformer.decoding.speculation.speculation import Speculation
 from edgeformer.decoding.token_settings import with_token_ids
 from edgeformer.engines.base import Engine, State
-from edgeformer.errors import InputError
+from edgeformer.errors import EdgeformerError, InputError
 from edgeformer.processing.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -45,6 +45,25 @@ class Call:
     source: Tokens[int] | Array | None = None
     shape: AnswerShape = TEXT
     is_cacheable: bool = True  # its state depends on its tokens alone: no encoder's output is in it
+
+
+@dataclass(frozen=True)
+class Ended:
+    """One of many prompts, by its number: its answers, or why it failed."""
+
+    index: int
+    results: list[Result] = field(default_factory=list)
+    error: Exception | None = None
+
+    def answers(self) -> list[Result]:
+        """The results.
+
+        Raises:
+            Exception: the error, if it failed.
+        """
+        if self.error is not None:
+            raise self.error
+        return self.results
 
 
 @dataclass(frozen=True)
@@ -112,36 +131,41 @@ class TextGenerator:
         scheduler.add([job])
         return Stream(_pieces(scheduler, job))
 
-    def answers(self, calls: Iterable[Call]) -> Iterator[tuple[int, list[Result]]]:
-        """(index of the call, its answers) in the order in which they end; MAX_SEQUENCES run together.
+    def answers(self, calls: Iterable[Call | EdgeformerError], max_sequences: int = MAX_SEQUENCES) -> Iterator[Ended]:
+        """The answers to many prompts in the order in which they end; `max_sequences` run together.
 
-        A call is taken from `calls` when it can begin soon.
-
-        Raises:
-            EdgeformerError: one failed; those that were not given yet are lost.
+        A call is taken from `calls` when it can begin soon. One that is an error, or fails, ends with its error; the
+        others go on.
         """
-        scheduler: Scheduler | None = None
+        options = SchedulerOptions(max_sequences, max(TOKEN_BUDGET, max_sequences), stretch=None)
+        scheduler = self.scheduler(options)
         groups: dict[int, list[Job]] = {}
         upcoming = enumerate(calls)
-        while True:
-            while scheduler is None or len(scheduler.waiting) < 2:
-                index, call = next(upcoming, (-1, None))
-                if call is None:
-                    break
-                groups[index] = group = self.jobs(call)
-                if scheduler is None:
-                    most = max(MAX_SEQUENCES, *(job.slots * len(group) for job in group))
-                    scheduler = self.scheduler(SchedulerOptions(max_sequences=most, stretch=None))
-                scheduler.add(group)
-            if scheduler is None or scheduler.is_idle:
-                return
-            scheduler.step()
-            for index in [i for i, group in groups.items() if all(job.reason or job.error for job in group)]:
-                group = groups.pop(index)
+        try:
+            while True:
+                while len(scheduler.waiting) < 2 and (taken := next(upcoming, None)) is not None:
+                    index, call = taken
+                    if isinstance(call, EdgeformerError):
+                        yield Ended(index, error=call)
+                        continue
+                    try:
+                        group = self.jobs(call)
+                        scheduler.add(group)
+                    except EdgeformerError as error:
+                        yield Ended(index, error=error)
+                    else:
+                        groups[index] = group
+                if scheduler.is_idle:
+                    return
+                scheduler.step()
+                for index in [i for i, group in groups.items() if all(job.reason or job.error for job in group)]:
+                    group = groups.pop(index)
+                    failure = next((job.error for job in group if job.error is not None), None)
+                    yield Ended(index, [] if failure else [job.result() for job in group], failure)
+        finally:
+            for group in groups.values():  # where the caller took no more
                 for job in group:
-                    if job.error is not None:
-                        raise job.error
-                yield index, [job.result() for job in group]
+                    scheduler.cancel(job)
 
 
 def _pieces(scheduler: Scheduler, job: Job) -> Generator[Piece, None, Result]:

@@ -1,0 +1,101 @@
+"""`edgeformer run --prompts`: forms of lines, options of a line, errors of a line, order, and going on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from edgeformer.cli.app import app
+from edgeformer.errors import InputError
+from edgeformer.model import load
+
+LINES = [
+    "hello world",
+    [5, 17, 90],
+    {"id": "chat", "messages": [{"role": "user", "content": "hello"}], "max_new_tokens": 3},
+    {"prompt": "hello", "top_p": 7},
+    {"prompt": [5, 17], "temperature": 1.0, "seed": 4, "n": 2},
+    {"prompt": "hello", "regex": "[a-z]{2,4}"},
+]
+
+
+@pytest.fixture
+def run(lm, tmp_path):
+    def call(lines, *flags, output=tmp_path / "answers.jsonl"):
+        prompts = tmp_path / "prompts.jsonl"
+        prompts.write_text("\n\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+        arguments = ["run", str(lm), "--prompts", str(prompts), "-e", "cpu", "-n", "8", *flags]
+        result = CliRunner().invoke(app, [*arguments, *([] if output is None else ["-o", str(output)])])
+        answers = [json.loads(line) for line in output.read_text().splitlines()] if output and output.exists() else []
+        return result, answers
+
+    return call
+
+
+def _quoted(lines):
+    return [json.dumps(line) if isinstance(line, str) else line for line in lines]
+
+
+def test_each_line_has_its_answer_in_order(run, lm):
+    result, answers = run(_quoted(LINES), "--parallel", "3")
+    assert result.exit_code == 1  # one line failed
+    assert "1 of 6 prompts failed" in result.stderr
+    assert [answer["line"] for answer in answers] == [1, 2, 3, 4, 5, 6]
+    model = load(lm, "cpu")
+    assert answers[0]["ids"] == model.generate("hello world", max_new_tokens=8).ids
+    assert answers[1]["ids"] == model.generate([5, 17, 90], max_new_tokens=8).ids
+    assert (answers[2]["id"], len(answers[2]["ids"]) <= 3) == ("chat", True)
+    assert answers[3]["error"] == {
+        "type": "InputError",
+        "message": "top_p is 7, expected a number of at least 0 and at most 1.",
+    }
+    expected = model.generate([5, 17], temperature=1.0, seed=4, n=2, max_new_tokens=8)
+    assert [answer["ids"] for answer in answers[4]["answers"]] == [one.ids for one in expected]
+    assert answers[5]["text"].isalpha()
+
+
+@pytest.mark.parametrize("cut", [0, 1, 40, 350, 10**6])
+def test_a_run_that_was_interrupted_goes_on(run, tmp_path, cut):
+    lines = _quoted(LINES[:3])
+    _, whole = run(lines)
+    path = tmp_path / "answers.jsonl"
+    kept = path.read_bytes()[:cut]
+    path.write_bytes(kept)
+    result, again = run(lines)
+    assert result.exit_code == 0
+
+    def facts(answers):
+        return [{key: value for key, value in answer.items() if key != "timings"} for answer in answers]
+
+    assert facts(again) == facts(whole)
+    assert path.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])  # what was whole is not written again
+
+
+def test_the_answers_to_other_prompts_are_not_continued(run):
+    run(_quoted(LINES[:2]))
+    result, _ = run(_quoted(["another text", LINES[1]]))
+    assert isinstance(result.exception, InputError)
+    assert "line 1 is no answer to line 1 of the prompts" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["hello"], "line 1 is not JSON"),
+        (['{"text": 1}'], "either 'prompt' or 'messages'"),
+        (['{"prompt": "a", "messages": []}'], "either 'prompt' or 'messages'"),
+        (["5"], "expected a text, a list, or an object"),
+        ([""], "has no prompts"),
+    ],
+)
+def test_a_malformed_file_is_refused_before_anything_runs(run, lines, message):
+    result, answers = run(lines)
+    assert message in str(result.exception)
+    assert answers == []
+
+
+def test_answers_need_a_file(run):
+    result, _ = run(['"a"'], output=None)
+    assert "--prompts needs --output" in str(result.exception)
