@@ -275,7 +275,9 @@ class OrtEngine:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self._spin else "0")
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._path.parent))
+        if isinstance(graph, bytes):
+            folder = str(self._path.resolve().parent)
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         providers: list[Any] = ["CPUExecutionProvider"]
         if self.provider == "cuda":
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
