@@ -18,7 +18,7 @@ from edgeformer.decoding.logprobs import check_count
 from edgeformer.decoding.session import Session
 from edgeformer.decoding.speculation.draft_model import DraftBundle
 from edgeformer.decoding.speculation.speculation import SpeculationName, check_speculation
-from edgeformer.errors import InputError
+from edgeformer.errors import ContextError, InputError
 
 MOST_ANSWERS = 128  # to one prompt; OpenAI's API has the same limit
 
@@ -131,6 +131,11 @@ class Request:
             config = replace(config, eos_token_id=())
         policy, protect = checked_policy(options.context_policy, options.context_protect, limits.context)
         ids = checked_prompt(prompt, limits, may_slide=policy == "slide")
+        if options.prompt_logprobs is not None and limits.context is not None and len(ids) > limits.context:
+            raise ContextError(
+                f"prompt_logprobs needs the logits of the whole prompt, which has {len(ids)} tokens; the limit is "
+                f"{limits.context} ({limits.context_reason}). Shorten the prompt, or leave out prompt_logprobs."
+            )
         new_tokens = config.new_tokens(len(ids))
         processors = logits_processors(config, len(ids), new_tokens, source)
         limits = replace(limits, eos=frozenset(config.eos_token_id))

@@ -109,7 +109,8 @@ class Sequence:
         """Makes the state, or takes one that holds a beginning of the prompt."""
         if self._is_full():
             self._slide()
-        self._session = self._states.open(self._context)
+        # The logits of tokens that ran before are gone: their log probabilities need them to run again.
+        self._session = self._states.open(self._context, empty=self._scores_prompt)
         self._reused = self._session.reuse(self._context)
 
     def release(self) -> None:
@@ -358,3 +359,4 @@ class Sequence:
         if self._session is not None:
             heir._session, self._session = self._session, None
             heir._context = heir.ids if self._context is self.ids else self._context
+            heir._reused, heir._prompt_logprobs = self._reused, self._prompt_logprobs

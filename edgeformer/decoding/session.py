@@ -51,11 +51,13 @@ class StateSource:
     session: Session | None = None
     prefix_cache: PrefixCache | None = None
 
-    def open(self, ids: Sequence[int]) -> Session:
-        """A session for a sequence that begins with `ids`."""
+    def open(self, ids: Sequence[int], *, empty: bool = False) -> Session:
+        """A session for a sequence that begins with `ids`; with `empty` its state holds none of them."""
         if self.session is not None:
+            if empty:
+                self.session.reset()
             return self.session
-        if self.prefix_cache is None:
+        if self.prefix_cache is None or empty:
             return Session(self.new_state())
         state, length = self.prefix_cache.match(ids, self.new_state)
         return Session(state, ids[:length])
