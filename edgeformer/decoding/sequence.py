@@ -103,7 +103,8 @@ class Sequence:
     def start(self) -> None:
         """The time in the queue ends. The state is made when the prompt begins to run: others may cache it until then."""
         now = time.perf_counter()
-        self._queued, self._began = now - self._began, now
+        self._queued = now - self._began
+        self._began = self._prompt_end = self._first = self._last = now
 
     def _open(self) -> None:
         """Makes the state, or takes one that holds a beginning of the prompt."""
@@ -339,13 +340,15 @@ class Sequence:
     def _follow(self, first: Sequence, logits: Array) -> None:
         self.is_waiting = False
         self._prompt_logprobs = first._prompt_logprobs
-        self._session = Session(first.session.state.fork(), first.session.ids)
-        self._context = self.ids if first._context is first.ids else list(first._context)
-        self._reused = len(self._context)
-        self._prompt_end = time.perf_counter()
         try:
+            self._session = Session(first.session.state.fork(), first.session.ids)
+            self._context = self.ids if first._context is first.ids else list(first._context)
+            self._reused = len(self._context)
+            self._prompt_end = time.perf_counter()
             self._choose(logits)
-        except EdgeformerError as error:
+            if self.reason is None and self._is_full():
+                self._slide()
+        except (EdgeformerError, MemoryError) as error:
             self.fail(error)
 
     def _hand_over(self) -> None:

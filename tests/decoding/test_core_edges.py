@@ -66,3 +66,47 @@ def test_an_answer_that_takes_over_a_prompt_takes_over_its_logprobs(model):
 def test_prompt_logprobs_of_a_prompt_that_does_not_fit_are_refused(model):
     with pytest.raises(ContextError, match=r"prompt_logprobs needs .* 400 tokens; the limit is 256"):
         model.generate(LONG * 2, prompt_logprobs=0, context_policy="slide", **SHORT)
+
+
+# ---------------------------------------------------------------------------------------------------- several answers
+
+
+@pytest.mark.parametrize("length", [254, 255, 256, 300])
+def test_the_context_of_each_of_several_answers_slides(model, length):
+    prompt = (LONG * 2)[:length]
+    arguments = {"context_policy": "slide", "temperature": 1.0, **SHORT}
+    expected = [model.generate(prompt, seed=3 + i, **arguments).ids for i in range(3)]
+    assert [result.ids for result in model.generate(prompt, n=3, seed=3, **arguments)] == expected
+
+
+def test_answers_that_get_no_memory_for_their_state_end_alone(model, monkeypatch):
+    generator = model._task.generator
+    scheduler = generator.scheduler(SchedulerOptions(max_sequences=4))
+    group = generator.jobs(model._task.call(PROMPT, {"n": 3, **SHORT}))
+    scheduler.add(group)
+    forked = []
+
+    def scarce(state):
+        forked.append(state)
+        if len(forked) == 1:
+            raise MemoryError("no memory for a state")
+        return fork(state)
+
+    kind = type(model.engine.new_state())
+    fork = kind.fork
+    monkeypatch.setattr(kind, "fork", scarce)
+    for _ in range(20):
+        scheduler.step()
+    assert scheduler.is_idle
+    assert [type(job.error).__name__ for job in group] == ["NoneType", "MemoryError", "NoneType"]
+
+
+def test_an_answer_that_is_cancelled_within_its_prompt_has_no_negative_times(model):
+    generator = model._task.generator
+    scheduler = generator.scheduler(SchedulerOptions(max_sequences=1, token_budget=3))
+    (job,) = group = generator.jobs(model._task.call(PROMPT, SHORT))
+    scheduler.add(group)
+    scheduler.step()
+    scheduler.cancel(job)
+    timings = job.result().timings
+    assert min(timings.prompt_seconds, timings.first_token_seconds, timings.decode_seconds) >= 0
