@@ -28,8 +28,8 @@ class CallOptions:
     """Arguments of one call that are no part of a generation config.
 
     Raises:
-        InputError: the seed is no whole number of at least 0, `n` is no number of answers, or there is a session for
-            several.
+        InputError: the seed is no whole number of at least 0, `n` is no number of answers, the session is none, or
+            there is one for several answers.
     """
 
     seed: int | None = None  # the same seed gives the same tokens; None takes a fresh one
@@ -49,6 +49,8 @@ class CallOptions:
         for name in ("logprobs", "prompt_logprobs"):
             check_count(getattr(self, name), name)
         check_speculation(self.speculation)
+        if self.session is not None and not isinstance(self.session, Session):
+            raise InputError(f"session is {self.session!r}, expected one that Model.session() made.")
         if self.n > 1 and self.session is not None:
             raise InputError(f"n is {self.n}, and a session holds one conversation; leave out one of them.")
         seed = self.seed

@@ -18,6 +18,7 @@ class Session:
     def __init__(self, state: State, ids: Sequence[int] = ()) -> None:
         self.state = state
         self.ids: list[int] = list(ids)
+        self.user: object = None  # the sequence that runs in it
 
     def reuse(self, prompt: Sequence[int]) -> int:
         """Cuts the state to its common prefix with `prompt`; returns the length of that prefix.

@@ -110,3 +110,86 @@ def test_an_answer_that_is_cancelled_within_its_prompt_has_no_negative_times(mod
     scheduler.cancel(job)
     timings = job.result().timings
     assert min(timings.prompt_seconds, timings.first_token_seconds, timings.decode_seconds) >= 0
+
+
+# ----------------------------------------------------------------------------------------------------------- sessions
+
+
+def test_an_answer_whose_session_another_took_says_so(model):
+    session = model.session()
+    arguments = {"max_new_tokens": 12, "ignore_eos": True, "speculation": "off"}
+    expected = model.generate(PROMPT[:3], **arguments).ids
+    stream = model.stream(PROMPT, session=session, **arguments)
+    next(stream)
+    assert model.generate(PROMPT[:3], session=session, **arguments).ids == expected
+    with pytest.raises(EdgeformerError, match="Another answer runs in this session"):
+        list(stream)
+    assert model.generate(PROMPT[:3], session=session, **arguments).ids == expected
+
+
+def test_a_session_goes_on_after_a_stream_that_was_closed_or_interrupted(model, monkeypatch):
+    session = model.session()
+    arguments = {"max_new_tokens": 12, "ignore_eos": True}
+    expected = model.generate(PROMPT, **arguments).ids
+    stream = model.stream(PROMPT, session=session, **arguments)
+    next(stream)
+    stream.close()
+    assert model.generate(PROMPT, session=session, **arguments).ids == expected
+    kind, forward = type(model.engine), model.engine.forward
+
+    def interrupted(_, batch):
+        forward(batch)
+        raise KeyboardInterrupt
+
+    stream = model.stream([*PROMPT, 9], session=session, **arguments)
+    next(stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+    assert model.generate(PROMPT, session=session, **arguments).ids == expected
+
+
+@pytest.mark.parametrize("session", [5, "a", {}])
+def test_what_is_no_session_is_refused(model, session):
+    with pytest.raises(InputError, match=r"session is .*, expected one that Model.session\(\) made"):
+        model.generate(PROMPT, session=session)
+
+
+# ------------------------------------------------------------------------------------------------- forms of arguments
+
+
+def test_many_prompts_share_no_session(model):
+    with pytest.raises(InputError, match="holds one conversation"):
+        list(model.generate_each([PROMPT, PROMPT[:3]], session=model.session()))
+
+
+def test_tuples_are_prompts(model):
+    ids = [(5, 17), (5, 17, 90), (200, 31)]
+    assert [result.ids for result in model.generate(ids, **SHORT)] == [model.generate(i, **SHORT).ids for i in ids]
+    turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+    (ended,) = model.generate_each([turns], **SHORT)
+    assert ended.answers()[0].ids == model.generate(list(turns), **SHORT).ids
+
+
+def test_a_prompt_in_a_list_has_arguments_of_its_own(model):
+    found = {one.index: one.answers()[0] for one in model.generate_each([((5, 17), {"max_new_tokens": 2}), PROMPT])}
+    assert len(found[0].ids) == 2
+    assert found[1].ids == model.generate(PROMPT).ids
+
+
+@pytest.mark.parametrize("arguments", [{"n": "2"}, {"n": None}, {"num_beams": "a"}, {"max_sequences": "x"}])
+def test_wrong_counts_for_a_list_are_refused(model, arguments):
+    with pytest.raises(InputError, match=next(iter(arguments))):
+        model.generate([PROMPT, PROMPT], **arguments)
+
+
+def test_a_text_is_no_list_of_prompts(model):
+    with pytest.raises(InputError, match=r"use generate\(\) for one"):
+        model.generate_each("abc")
+
+
+def test_a_list_of_prompts_may_have_more_beams_than_run_together_by_default(model):
+    together = model.generate([PROMPT, PROMPT[:2]], num_beams=20, max_new_tokens=2)
+    alone = [model.generate(prompt, num_beams=20, max_new_tokens=2) for prompt in (PROMPT, PROMPT[:2])]
+    assert [result.ids for result in together] == [result.ids for result in alone]
