@@ -193,3 +193,20 @@ def test_a_list_of_prompts_may_have_more_beams_than_run_together_by_default(mode
     together = model.generate([PROMPT, PROMPT[:2]], num_beams=20, max_new_tokens=2)
     alone = [model.generate(prompt, num_beams=20, max_new_tokens=2) for prompt in (PROMPT, PROMPT[:2])]
     assert [result.ids for result in together] == [result.ids for result in alone]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"regex": "a\ud800"},
+        {"grammar": 'start: "\ud800"'},
+        {"grammar": 'root ::= "\ud800"'},
+        {"grammar": 'start: %json {"const": "\ud800"}'},
+        {"json_schema": {"const": "\ud800"}},
+        {"json_schema": {"type": "object", "properties": {"\ud800": {}}}},
+        {"choices": ["\ud800"]},
+    ],
+)
+def test_a_constraint_with_a_lone_surrogate_is_refused(model, shape):
+    with pytest.raises(InputError):
+        model.generate(PROMPT, **shape)
