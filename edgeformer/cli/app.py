@@ -23,6 +23,7 @@ from edgeformer.cli.options import (
     with_options,
 )
 from edgeformer.engines.options import EngineOptions
+from edgeformer.errors import InputError
 
 
 class _Commands(typer.core.TyperGroup):
@@ -131,7 +132,10 @@ def run(
     if batch.prompts is not None:
         from edgeformer.cli.batch import run_prompts
 
+        work.refuse_beside_prompts(text, prompt, arrays, as_json=json)
         raise typer.Exit(run_prompts(work.Runner(bundle, engine, speed), batch, generation))
+    if batch.output is not None:
+        raise InputError("--output is the file of --prompts; for one prompt, redirect stdout: > FILE.")
     if arrays.inputs is not None:
         work.run_arrays(bundle, engine, arrays.inputs, arrays.outputs, as_json=json)
     else:

@@ -127,7 +127,7 @@ class TextGenerator:
         if call.options.n != 1:
             raise InputError(f"n is {call.options.n}: a stream gives one answer; use generate().")
         (job,) = self.jobs(call)
-        scheduler = self.scheduler(SchedulerOptions(max_sequences=job.slots, stretch=None))
+        scheduler = self.scheduler(_unwatched(job.slots))
         scheduler.add([job])
         return Stream(_pieces(scheduler, job))
 
@@ -137,8 +137,7 @@ class TextGenerator:
         A call is taken from `calls` when it can begin soon. One that is an error, or fails, ends with its error; the
         others go on.
         """
-        options = SchedulerOptions(max_sequences, max(TOKEN_BUDGET, max_sequences), stretch=None)
-        scheduler = self.scheduler(options)
+        scheduler = self.scheduler(_unwatched(max_sequences))
         groups: dict[int, list[Job]] = {}
         upcoming = enumerate(calls)
         try:
@@ -166,6 +165,12 @@ class TextGenerator:
             for group in groups.values():  # where the caller took no more
                 for job in group:
                     scheduler.cancel(job)
+
+
+def _unwatched(max_sequences: int) -> SchedulerOptions:
+    """Of a scheduler whose answers nobody waits for one by one: prompts run as fast as they can."""
+    budget = max(TOKEN_BUDGET, max_sequences) if isinstance(max_sequences, int) else TOKEN_BUDGET
+    return SchedulerOptions(max_sequences, budget, stretch=None)
 
 
 def _pieces(scheduler: Scheduler, job: Job) -> Generator[Piece, None, Result]:
