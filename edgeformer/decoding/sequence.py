@@ -108,8 +108,9 @@ class Sequence:
             return
         if self._is_full() and self.request.context_policy == "slide":
             self._slide()
-        self._session = self._states.open(self._context)
-        self._reused = self._session.reuse(self._context)
+        known = [] if self._scores_prompt else self._context  # for the logits of the prompt all of it runs
+        self._session = self._states.open(known)
+        self._reused = self._session.reuse(known)
 
     def release(self) -> None:
         """Drops the state; its memory is free once no session and no cache holds it."""
@@ -181,8 +182,7 @@ class Sequence:
             if cached:
                 session.ids += self._context[known:right]
                 session.state.truncate(right)
-        if self.reason is None and self._is_full():
-            self._slide()
+        self._keep_room()
 
     def take(self) -> list[Piece]:
         """The pieces since the last call."""
@@ -295,6 +295,11 @@ class Sequence:
         context = self.request.limits.context
         return context is not None and len(self._context) > context
 
+    def _keep_room(self) -> None:
+        """After a new token: the next one must fit, too."""
+        if self.reason is None and self._is_full():
+            self._slide()
+
     def _slide(self) -> None:
         """Drops old tokens of the context. What is left runs again: at other positions its keys are others."""
         context = self.request.limits.context
@@ -341,6 +346,7 @@ class Sequence:
         self._prompt_end = time.perf_counter()
         try:
             self._choose(logits)
+            self._keep_room()
         except EdgeformerError as error:
             self.fail(error)
 
@@ -352,6 +358,7 @@ class Sequence:
             return
         heir, *rest = siblings
         heir.is_waiting, heir.siblings = False, rest
+        heir._prompt_logprobs = self._prompt_logprobs
         if self._session is not None:
             heir._session, self._session = self._session, None
             heir._context = heir.ids if self._context is self.ids else self._context
