@@ -51,10 +51,10 @@ demo: setup ## train, export, verify and run a small Transformer
 
 # The tests without exports, training, other processors and downloads, and of the native engine those on small graphs.
 FAST := tests/bundle tests/cli tests/decoding tests/engines tests/processing tests/tools \
-	tests/test_layers.py tests/test_imports.py tests/test_model.py tests/test_disk_cache.py
+	tests/test_layers.py tests/test_imports.py tests/test_model.py tests/test_disk_cache.py tests/test_errors.py
 SLOWER := $(addprefix --ignore=tests/,engines/native/test_native_architectures.py engines/native/test_native_smollm2.py \
 	decoding/test_generation_rules.py cli/test_cli_tasks.py \
-	processing/test_tokenizer_families.py processing/test_images.py processing/test_audio.py)
+	processing/test_tokenizer_families.py processing/test_images.py)
 
 check: setup ## the fast tests (no downloads, no exports)
 	$(BIN)/ruff check --quiet .

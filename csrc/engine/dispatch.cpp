@@ -81,7 +81,9 @@ struct Table {
   Kernels (*make)();
 };
 
-#if defined(__aarch64__)
+#if defined(__x86_64__)
+Kernels make_avx512vnni() { return kernels_avx512vnni_bytes(kernels_avx512vnni()); }
+#elif defined(__aarch64__)
 Kernels make_i8mm() { return kernels_neon_i8mm(kernels_neon_dotprod()); }
 #endif
 
@@ -90,7 +92,7 @@ const std::vector<Table>& tables() {  // best first
 #if defined(__x86_64__)
       {"avx512vnni",
        {"avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512vnni"},
-       kernels_avx512vnni},
+       make_avx512vnni},
       {"avxvnni", {"avx2", "fma", "f16c", "avxvnni"}, kernels_avxvnni},
       {"avx2", {"avx2", "fma", "f16c"}, kernels_avx2},
 #elif defined(__aarch64__)

@@ -305,7 +305,7 @@ struct Kernels {
 };
 
 // The one list of kernels beside `linear`. Every table sets all of them and linear[0 .. kWeightTypes), each from its own
-// file; only neon_i8mm inherits, all but the linears of quantized weights, from neon_dotprod. kernels_for in
+// file or two; only neon_i8mm inherits, all but the linears of quantized weights, from neon_dotprod. kernels_for in
 // engine/dispatch.h refuses a table with a null pointer.
 // clang-format off
 #define EDGEFORMER_KERNELS(X) \
@@ -329,11 +329,12 @@ static_assert(sizeof(Kernels) == sizeof(Kernels::isa) + sizeof(Kernels::prefetch
               "a kernel is missing in EDGEFORMER_KERNELS");
 #undef EDGEFORMER_COUNT
 
-// One file, one symbol each.
+// One file, one symbol each. A function that takes a table returns it with more kernels set.
 Kernels kernels_scalar();
 Kernels kernels_avx2();
 Kernels kernels_avxvnni();
-Kernels kernels_avx512vnni();
+Kernels kernels_avx512vnni();  // without the linears of q8, q8x16 and q8x128
+Kernels kernels_avx512vnni_bytes(Kernels avx512vnni);
 Kernels kernels_neon_dotprod();
 Kernels kernels_neon_i8mm(Kernels neon_dotprod);
 

@@ -11,13 +11,13 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from edgeformer.bundle.signature import IDS, KEEP, POSITIONS, Array, Signature
-from edgeformer.engines.base import KvChunk
-from edgeformer.engines.ort_chunks import chunks_of, joined_chunks
+from edgeformer.engines.base import CHUNK_TOKENS, KvChunk
 from edgeformer.engines.ort_padding import CACHE_MASK
 from edgeformer.errors import InputError, StateError
 
@@ -38,6 +38,19 @@ class Owner(Protocol):
     def to_device(self, array: Array) -> Any:
         """The array as an OrtValue."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class OrtChunk:
+    """See `KvChunk`: copies of a part of each cache tensor, [1, kv_heads, CHUNK_TOKENS, head_dim], in host memory."""
+
+    owner: Owner
+    arrays: tuple[Array, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """See `KvChunk.nbytes`."""
+        return sum(array.nbytes for array in self.arrays)
 
 
 class OrtState:
@@ -110,17 +123,29 @@ class OrtState:
         """See `State.chunks`. They are copies."""
         if self.batch not in (None, 1):
             raise InputError(f"Chunks are of one sequence, the state holds {self.batch}.")
+        starts = range(first * CHUNK_TOKENS, self._length - CHUNK_TOKENS + 1, CHUNK_TOKENS)
+        if not starts:
+            return []
         with locked([self]):
-            return chunks_of(self.owner, self.entries(), first)
+            whole = [value.numpy() for value in self.cache]
+        return [OrtChunk(self.owner, tuple(a[:, :, at : at + CHUNK_TOKENS].copy() for a in whole)) for at in starts]
 
     def restore(self, chunks: Sequence[KvChunk], length: int) -> int:
         """See `State.restore`."""
+        arrays = []
+        for chunk in chunks:
+            if not isinstance(chunk, OrtChunk) or chunk.owner is not self.owner:
+                raise StateError("A chunk belongs to another engine; restore chunks of this engine's states.")
+            arrays.append(chunk.arrays)
+        if not 0 <= length <= len(chunks) * CHUNK_TOKENS:
+            raise InputError(f"{len(chunks)} chunks cannot restore {length} tokens.")
         with locked([self]):
             if self._length:
                 raise StateError(f"The state has {self._length} tokens; restore needs an empty one.")
             if length:
-                arrays = joined_chunks(self.owner, chunks, length)
-                self._cache, self.batch, self._length = [self._copied(array) for array in arrays], 1, length
+                parts = (np.concatenate(layer, axis=2)[:, :, :length] for layer in zip(*arrays, strict=True))
+                self._cache = [self.owner.to_device(np.ascontiguousarray(part)) for part in parts]
+                self.batch, self._length = 1, length
         return length
 
     def select(self, rows: Sequence[int]) -> None:

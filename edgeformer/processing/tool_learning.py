@@ -178,28 +178,24 @@ def _tools(probe: Probe) -> ToolFormat:
         learned = learn_pairs(probe) if arguments is None else _named_format(probe, body)
     turned = probe.body([(NAMES[0], {KEYS[1]: 1, KEYS[0]: "x"})])
     sorts = turned.find(KEYS[0]) < turned.find(KEYS[1])
-    learned = _marked(replace(learned, sorts=sorts, arguments_as_text=probe.arguments_as_text), probe.ends)
+    learned = _marked(replace(learned, sorts=sorts, arguments_as_text=probe.arguments_as_text))
     return _checked(probe, learned)
 
 
-def _marked(learned: ToolFormat, ends: Sequence[str]) -> ToolFormat:
-    """The format with marks for the ids of calls, and nothing behind a token that ends the answer."""
+def _marked(learned: ToolFormat) -> ToolFormat:
+    """The format with marks for the ids of calls."""
 
     def marked(text: str) -> str:
         return re.sub(ID.format(r"\d"), lambda _: CALL_ID, text)
-
-    def cut(text: str) -> str:
-        return text[: min((text.find(end) for end in ends if end in text), default=len(text))]
 
     call = learned.call
     if isinstance(call, NamedCall):
         call = replace(call, middle=marked(call.middle))
     elif isinstance(call, PairCall):
         between = None if call.none_between is None else marked(call.none_between)
-        call = replace(call, middle=marked(call.middle), none=cut(marked(call.none)), none_between=between)
+        call = replace(call, middle=marked(call.middle), none=marked(call.none), none_between=between)
     between = None if learned.between is None else marked(learned.between)
-    after = cut(marked(learned.after))
-    return replace(learned, before=marked(learned.before), between=between, after=after, call=call)
+    return replace(learned, before=marked(learned.before), between=between, after=marked(learned.after), call=call)
 
 
 def _spans(body: str) -> list[tuple[Span, str]]:

@@ -52,7 +52,7 @@ class Probe:
         self.reasoning: ReasoningFormat | None = None
         self.arguments_as_text = False
         self._rendered: dict[str, str] = {}
-        self.ends = [*filter(None, (*ends, tokenizer.special_tokens.get("eos_token")))]
+        self._ends = [*filter(None, (*ends, tokenizer.special_tokens.get("eos_token")))]
         self.prompt = self._render([])
         self.answer = self.text(content=ANSWER)
 
@@ -97,8 +97,7 @@ class Probe:
             closed = re.search(r"[>\]]", text[end:])
             end += closed.end() if closed else 0
         text = text[:end]
-        for ending in self.ends:
-            text = text.removesuffix(ending)
+        text = text[: min((text.find(ending) for ending in self._ends if ending in text), default=len(text))]
         return self.without_reasoning(text)
 
     def without_reasoning(self, text: str) -> str:

@@ -122,10 +122,10 @@ def test_a_step_keeps_to_its_budget_and_runs_decoding_sequences_first(native, mo
         "forward",
         lambda _, batch: rows.append([inputs["input_ids"].shape[1] for inputs, _ in batch]) or forward(batch),
     )
-    first = _jobs(native, generator, PROMPT[:4], max_new_tokens=30, ignore_eos=True)
+    first = _jobs(native, generator, PROMPT[:4], max_new_tokens=30, ignore_eos=True, speculation="off")
     scheduler.add(first)
     scheduler.step()
-    scheduler.add(_jobs(native, generator, PROMPT * 8, max_new_tokens=30, ignore_eos=True))
+    scheduler.add(_jobs(native, generator, PROMPT * 8, max_new_tokens=30, ignore_eos=True, speculation="off"))
     for _ in range(6):
         scheduler.step()
     assert rows[0] == [4]

@@ -115,7 +115,7 @@ inline __attribute__((always_inline)) void tile_rows(const LinearArgs& a, const 
 
 }  // namespace
 
-Kernels kernels_neon_dotprod() { return simd_table("neon_dotprod"); }
+Kernels kernels_neon_dotprod() { return simd_table<Q4a, Q4, Q4x64, Q8, Q8x16, Q8x128>("neon_dotprod"); }
 
 }  // namespace edgeformer
 

@@ -182,12 +182,7 @@ inline __attribute__((always_inline)) void tile_rows(const LinearArgs& a, const 
 
 Kernels kernels_neon_i8mm(Kernels k) {
   k.isa = "neon_i8mm";
-  k.linear[int(WeightType::q4a)] = linear<Q4a>;
-  k.linear[int(WeightType::q4)] = linear<Q4>;
-  k.linear[int(WeightType::q4x64)] = linear<Q4x64>;
-  k.linear[int(WeightType::q8)] = linear<Q8>;
-  k.linear[int(WeightType::q8x16)] = linear<Q8x16>;
-  k.linear[int(WeightType::q8x128)] = linear<Q8x128>;
+  set_linears<Q4a, Q4, Q4x64, Q8, Q8x16, Q8x128>(k);
   return k;
 }
 

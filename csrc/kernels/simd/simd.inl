@@ -111,6 +111,7 @@ static_assert(fewest_rows(24, 8) == 6 && fewest_rows(8, 5) == 3 && fewest_rows(8
 // ---- linears ------------------------------------------------------------------------------------------------------
 
 // What differs between the weight types: a template argument Q of the linears.
+//   kType     its WeightType
 //   kBytes    of a packed block: kHead and the weights
 //   kHead     bytes of fp16 scales (and minima) before the weights
 //   kParts    groups of 32 columns in a block; more than 1: a wide block
@@ -119,26 +120,32 @@ static_assert(fewest_rows(24, 8) == 6 && fewest_rows(8, 5) == 3 && fewest_rows(8
 //   kHalves   a scale for each 16 columns: 16 fp16 scales of the columns 16 .. 31 behind the others
 //   kCentred  nibbles are q + 8
 struct Q4a {
+  static constexpr WeightType kType = WeightType::q4a;
   static constexpr int64_t kBytes = 320, kHead = 64, kParts = 1;
   static constexpr bool kNibbles = true, kMinimum = true, kHalves = false, kCentred = false;
 };
 struct Q4 {
+  static constexpr WeightType kType = WeightType::q4;
   static constexpr int64_t kBytes = 288, kHead = 32, kParts = 1;
   static constexpr bool kNibbles = true, kMinimum = false, kHalves = false, kCentred = true;
 };
 struct Q8 {
+  static constexpr WeightType kType = WeightType::q8;
   static constexpr int64_t kBytes = 544, kHead = 32, kParts = 1;
   static constexpr bool kNibbles = false, kMinimum = false, kHalves = false, kCentred = false;
 };
 struct Q8x16 {
+  static constexpr WeightType kType = WeightType::q8x16;
   static constexpr int64_t kBytes = 576, kHead = 64, kParts = 1;
   static constexpr bool kNibbles = false, kMinimum = false, kHalves = true, kCentred = false;
 };
 struct Q4x64 {
+  static constexpr WeightType kType = WeightType::q4x64;
   static constexpr int64_t kBytes = 544, kHead = 32, kParts = 2;
   static constexpr bool kNibbles = true, kMinimum = false, kHalves = false, kCentred = true;
 };
 struct Q8x128 {
+  static constexpr WeightType kType = WeightType::q8x128;
   static constexpr int64_t kBytes = 2112, kHead = 64, kParts = 4;
   static constexpr bool kNibbles = false, kMinimum = false, kHalves = false, kCentred = false;
 };
@@ -176,16 +183,17 @@ inline void linear_f32(const LinearArgs& a, int64_t panel_begin, int64_t panel_e
 #include "kernels/simd/simd_attention.inl"
 #include "kernels/simd/simd_rows.inl"
 
-// A table of the kernels above: it sets every kernel of kernels.h.
+template <class... Q>
+inline void set_linears(Kernels& k) {
+  ((k.linear[int(Q::kType)] = linear<Q>), ...);
+}
+
+// A table of the kernels above, with the linears of the weight types Q and of f32.
+template <class... Q>
 inline Kernels simd_table(const char* isa) {
   Kernels k = {};
   k.isa = isa;
-  k.linear[int(WeightType::q4a)] = linear<Q4a>;
-  k.linear[int(WeightType::q4)] = linear<Q4>;
-  k.linear[int(WeightType::q4x64)] = linear<Q4x64>;
-  k.linear[int(WeightType::q8)] = linear<Q8>;
-  k.linear[int(WeightType::q8x16)] = linear<Q8x16>;
-  k.linear[int(WeightType::q8x128)] = linear<Q8x128>;
+  set_linears<Q...>(k);
   k.linear[int(WeightType::f32)] = linear_f32;
 #define EDGEFORMER_SET(name) k.name = name;
   EDGEFORMER_KERNELS(EDGEFORMER_SET)

@@ -59,7 +59,7 @@ struct S : Lanes {
 
 }  // namespace
 
-Kernels kernels_avx2() { return simd_table("avx2"); }
+Kernels kernels_avx2() { return simd_table<Q4a, Q4, Q4x64, Q8, Q8x16, Q8x128>("avx2"); }
 
 }  // namespace edgeformer
 

@@ -57,7 +57,7 @@ struct S : Lanes {
 
 }  // namespace
 
-Kernels kernels_avxvnni() { return simd_table("avxvnni"); }
+Kernels kernels_avxvnni() { return simd_table<Q4a, Q4, Q4x64, Q8, Q8x16, Q8x128>("avxvnni"); }
 
 }  // namespace edgeformer
 

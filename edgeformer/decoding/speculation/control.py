@@ -13,7 +13,7 @@ KINDS = tuple(sum(match >= first for first in FIRST) - 1 for match in range(LONG
 LOOKUP_CHANCES = (0.25, 0.5, 0.72, 0.78, 0.89, 0.96)  # measured with SmolLM2 on edits, summaries, JSON and stories
 PRIOR_WEIGHT = 16.0  # guesses that these count as in the beginning
 DECAY = 0.97  # what a guess weighs after the next one of its kind: a window of about 33 guesses
-LEAST_CHANCE = 0.05  # a draft that is reached so rarely is not worth a row anywhere
+LEAST_CHANCE = 0.002  # drafts that are reached more rarely give less than 0.03 tokens together
 ROWS = 64  # costs are measured up to so many rows, and extrapolated beyond
 
 
@@ -55,7 +55,8 @@ class DraftControl:
     """The cost of a step by its number of rows, and the number of drafts that gives the most tokens a second.
 
     The cost of r rows is `prior(r) * correction(r)` in units that follow the speed of the machine: a busy neighbour or
-    a growing context slows all steps alike, and only what remains changes a correction. One thread uses a control.
+    a growing context slows all steps alike, and only what remains changes a correction. Threads may share a control:
+    what one writes over another's is one measurement of many.
     """
 
     def __init__(self) -> None:

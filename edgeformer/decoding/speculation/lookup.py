@@ -15,7 +15,7 @@ from edgeformer.decoding.speculation.drafts import LONGEST, NOTHING, Proposal
 
 ORDERS = (4, 2, 1)  # lengths of the n-grams that are indexed, the longest first
 STORE_ORDER = 3  # least match in another answer: shorter ones are right in only one of five cases
-STORE_TOKENS = 1 << 16
+STORE_TOKENS = 1 << 14  # about 3 MB
 
 
 class Lookup:

@@ -92,10 +92,10 @@ class SequenceDrafts:
         """Of these, the ones that a grammar forces, which come first."""
         return self._forced
 
-    def close(self, ids: Sequence[int], prompt_length: int) -> None:
+    def close(self, answer: Sequence[int]) -> None:
         """The answer has ended: remember it for others."""
         if self._recent is not None:
-            self._recent.add(ids[prompt_length:])
+            self._recent.add(answer)
 
     def _settle(self, ids: Sequence[int]) -> None:
         """Learn from the tokens since the last step."""

@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Tokens
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 from weakref import WeakKeyDictionary
 
 from edgeformer.decoding.limits import Limits
 from edgeformer.decoding.speculation.control import DraftControl
 from edgeformer.decoding.speculation.draft_model import DraftBundle, DraftModel, ModelDrafts, check_vocabulary
 from edgeformer.decoding.speculation.lookup import RecentAnswers
-from edgeformer.decoding.speculation.sequence_drafts import SequenceDrafts
+from edgeformer.decoding.speculation.sequence_drafts import SequenceDrafts, Shape
 from edgeformer.errors import InputError
 from edgeformer.processing.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from edgeformer.decoding.sequence import Sequence
-
 SpeculationName = Literal["auto", "off", "lookup"]
 NAMES: tuple[SpeculationName, ...] = ("auto", "off", "lookup")
+
+
+class Drafting(Protocol):
+    """What drafts are made for: a `Sequence`."""
+
+    ids: list[int]  # the prompt and all new tokens
+    guesses: SequenceDrafts | None
+
+    @property
+    def constraint(self) -> Shape | None:
+        """The grammar of the answer."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """The number of new tokens."""
+        ...
+
+    @property
+    def draft_room(self) -> int:
+        """How many drafts the next step can take."""
+        ...
+
+    def draft(self, tokens: Tokens[int]) -> None:
+        """Drafts for the next step."""
+        ...
 
 
 def check_speculation(asked: object) -> None:
@@ -63,10 +86,10 @@ class Speculation:
             return SequenceDrafts(self.control, self.recent if asked == "auto" else None)
         return SequenceDrafts(self.control, model=ModelDrafts(self._draft_model(asked)))
 
-    def propose(self, sequences: Tokens[Sequence], room: int) -> None:
+    def propose(self, sequences: Tokens[Drafting], room: int) -> None:
         """Gives drafts to those sequences (all of them decode) for which they pay, at most `room` in all."""
         rows = len(sequences)
-        waiting: dict[DraftModel, list[tuple[Sequence, ModelDrafts, int]]] = {}
+        waiting: dict[DraftModel, list[tuple[Drafting, ModelDrafts, int]]] = {}
         for sequence in sequences:
             guesses = sequence.guesses
             if guesses is None:
@@ -90,10 +113,10 @@ class Speculation:
         """A step of `rows` rows, none of them of a prompt, took so long."""
         self.control.observe(rows, seconds)
 
-    def end(self, sequence: Sequence) -> None:
+    def end(self, sequence: Drafting) -> None:
         """A sequence has ended: its answer is remembered, its drafts are not."""
         if sequence.guesses is not None:
-            sequence.guesses.close(sequence.ids, len(sequence.request.prompt))
+            sequence.guesses.close(sequence.ids[len(sequence.ids) - sequence.count :])
             sequence.guesses = None
 
     def _draft_model(self, bundle: DraftBundle) -> DraftModel:

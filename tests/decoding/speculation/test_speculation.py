@@ -116,13 +116,13 @@ def test_any_drafts_change_no_token_in_a_changing_batch(model, seed):
         calls.append((prompt, {"max_new_tokens": rng.randint(1, NEW), "ignore_eos": True, **sampled}, index))
     expected = [model.generate(prompt, speculation="off", **arguments).ids for prompt, arguments, _ in calls]
     options = SchedulerOptions(max_sequences=5, token_budget=64)
-    scheduler = Scheduler(model.engine, keeps_logits=True, options=options, speculator=RandomDrafts(rng, expected))
+    scheduler = Scheduler(model.engine, keeps_logits=True, options=options, speculation=RandomDrafts(rng, expected))
     sequences = []
     while calls or not scheduler.is_idle:
         if calls and rng.random() < 0.2:
             prompt, arguments, index = calls.pop(0)
             (job,) = task.generator.jobs(task.call(prompt, arguments))
-            sequence = Sequence(job.request, StateSource(model.engine.new_state, None, None), None, 0)
+            sequence = Sequence(job.request, StateSource(model.engine.new_state), None)
             sequence.index = index
             sequences.append(sequence)
             scheduler.add([sequence])
@@ -164,3 +164,30 @@ def test_speculation_that_is_not_possible_is_refused(model, drafter, bundles):
         model.generate([5], num_beams=2, speculation="lookup")
     with pytest.raises(InputError, match="both need a tokenizer"):
         model.generate([5], speculation=edgeformer.load(bundles / "plain", "native"))
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"enum": ["harbour", "lighthouse"]},
+        "count": {"type": "integer"},
+        "open": {"type": "boolean"},
+    },
+    "required": ["name", "count", "open"],
+    "additionalProperties": False,
+}
+SHAPES = ({"json_schema": SCHEMA}, {"regex": "(ab|ba){3,9}"}, {"choices": ["small device", "small model", "lazy dog"]})
+
+
+@pytest.mark.parametrize("sampled", SAMPLED, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: next(iter(shape)))
+def test_drafts_change_no_token_of_a_constrained_answer(model, drafter, shape, sampled):
+    proposed = accepted = 0
+    for prompt in PROMPTS:
+        plain = model.generate(prompt, max_new_tokens=80, speculation="off", **shape, **sampled)
+        for speculation in ("auto", "lookup", drafter):
+            drafted = model.generate(prompt, max_new_tokens=80, speculation=speculation, **shape, **sampled)
+            assert (drafted.ids, drafted.text, drafted.finish_reason) == (plain.ids, plain.text, plain.finish_reason)
+            proposed, accepted = proposed + drafted.drafts.proposed, accepted + drafted.drafts.accepted
+    assert accepted > 20
+    assert accepted > 0.5 * proposed  # most are forced
