@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 og: Any = None
+PAD = 2  # the model's pad token, as in its genai_config.json
 
 
 def load_library() -> None:
@@ -49,6 +50,21 @@ class Loaded:
             generator.generate_next_token()
             times.append(time.perf_counter())
         return times, [int(t) for t in generator.get_sequence(0)[len(prompts[0]) :]]
+
+    def answer(self, prompts: Sequence[Sequence[int]], new: int) -> tuple[list[float], list[list[int]]]:
+        """One batch, padded on the left: its Engine, which batches continuously, runs no graph of the model builder."""
+        length = max(map(len, prompts))
+        ids = np.full((len(prompts), length), PAD, np.int32)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[length - len(prompt) :] = prompt
+        generator = self._generator(len(prompts), length + new, length + new)
+        generator.append_tokens(ids)
+        first = 0.0
+        for _ in range(new):
+            generator.generate_next_token()
+            first = first or time.perf_counter()
+        tokens = [[int(t) for t in generator.get_sequence(i)[length:]] for i in range(len(prompts))]
+        return [first] * len(prompts), tokens
 
     def logits(self, ids: Sequence[int]) -> Any:
         generator = self._generator(1, len(ids) + 1, 0)
