@@ -93,6 +93,8 @@ class testing:  # noqa: N801
     Packed: Any
     Quantized: Any
     Table: Any
+    Rope: Any  # the rotation of Table.rope
+    Queries: Any  # the queries of Table.attention
     KvCache: Any
     ThreadPool: Any
     WorkRanges: Any

@@ -98,6 +98,8 @@ def change(folder: Path, file: str, **values: Any) -> None:
 class Traceless:
     """An engine that runs a Source in PyTorch without an export; other tests check the graph."""
 
+    name = "torch"
+
     def __init__(self, source: Any) -> None:
         self.source = source
 

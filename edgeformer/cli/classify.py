@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ def print_labels(bundle: Path, engine: EngineOptions, arguments: Sequence[str], 
     words = opened.task == "token-classification"
     items = read_items(arguments)
     model = load_model(opened, engine.arguments())
-    found: Sequence[Sequence[Any]] = model.classify_tokens(items) if words else model.classify(items)
+    method: Callable[..., Sequence[Sequence[Any]]] = model.classify_tokens if words else model.classify
+    found = method(items, show_progress=None)
     shown = found if words else [labels[:top] for labels in found]
     if as_json:
         for item, labels in zip(items, shown, strict=True):

@@ -127,11 +127,11 @@ class EmbedFlags:
         None, "To length 1.", flags=("--normalize/--no-normalize",), default_text="as the bundle says"
     )
     dimensions: int | None = option(None, "Only the first of them, as Matryoshka models allow.", min=1)
-    batch_size: int = option(32, "Items that run together.", min=1)
+    batch_size: int | None = option(None, "At most so many items run together. Default: as many as run well.", min=1)
 
     def arguments(self) -> dict[str, Any]:
-        """The fields as keyword arguments of `Model.embed`."""
-        return dict(vars(self))
+        """The fields as keyword arguments of `Model.embed`, with a progress bar for many items on a terminal."""
+        return vars(self) | {"show_progress": None}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from edgeformer.processing.tokenizer import Tokenizer
 from edgeformer.processing.tool_format import AnswerFormat
 from edgeformer.processing.tool_learning import learn_answer_format
 
-_formats: weakref.WeakKeyDictionary[Tokenizer, AnswerFormat] = weakref.WeakKeyDictionary()
+_formats: weakref.WeakKeyDictionary[Tokenizer, dict[frozenset[int], AnswerFormat]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -109,14 +109,15 @@ class Vocabulary:
         return compile_constraint(self.tokenizer, self.eos, self.size or self.tokenizer.size, spec)
 
 
-def answer_format(tokenizer: Tokenizer) -> AnswerFormat:
-    """What the chat template shows of calls and reasoning; learned once for each tokenizer."""
+def answer_format(tokenizer: Tokenizer, eos: Collection[int]) -> AnswerFormat:
+    """What the chat template shows of calls and reasoning; learned once for each tokenizer and set of end tokens."""
+    key = frozenset(eos)
     with _lock:
-        known = _formats.get(tokenizer)
+        known = _formats.setdefault(tokenizer, {}).get(key)
     if known is None:
-        known = learn_answer_format(tokenizer)
+        known = learn_answer_format(tokenizer, [text for text in map(tokenizer.token, eos) if text is not None])
         with _lock:
-            _formats[tokenizer] = known
+            _formats[tokenizer][key] = known
     return known
 
 
@@ -147,7 +148,7 @@ def chat_shape(
     has_calls = any("tool_calls" in message for message in messages)
     if not request.tools and not has_calls and not _may_reason(tokenizer):
         return tokenizer.encode_chat(messages), AnswerShape(vocabulary.compile(spec)) if spec else TEXT
-    form = answer_format(tokenizer)
+    form = answer_format(tokenizer, vocabulary.eos)
     messages = messages_for(messages, form)
     text = tokenizer.render_chat(messages, tools=request.definitions)
     ids = tokenizer.encode_chat(messages, tools=request.definitions)

@@ -159,6 +159,7 @@ class Scheduler:
         self.admit()
         plan, decode_rows, prompt_rows = self._plan()
         if not plan:
+            self._drop_ended()
             return
         began = time.perf_counter()
         try:
@@ -174,7 +175,7 @@ class Scheduler:
                 continue
             try:
                 job.accept(scores)
-            except EdgeformerError as error:
+            except (EdgeformerError, MemoryError) as error:
                 job.fail(error)
         self._drop_ended()
 
@@ -187,7 +188,7 @@ class Scheduler:
         plan: list[tuple[Job, Rows]] = []
         decode_rows = prompt_rows = 0
         for job in decoding:
-            rows = job.pending(1)
+            rows = _pending(job, 1)
             if rows is not None:
                 plan.append((job, rows))
                 decode_rows += rows.ids.size
@@ -195,7 +196,7 @@ class Scheduler:
         for job in self.running:
             if room <= 0:
                 break
-            if not job.decodes and (rows := job.pending(room)) is not None:
+            if not job.decodes and (rows := _pending(job, room)) is not None:
                 plan.append((job, rows))
                 prompt_rows += rows.ids.size
                 room -= rows.ids.size
@@ -219,3 +220,12 @@ class Scheduler:
         except (EdgeformerError, MemoryError) as error:
             job.fail(error)
             return None
+
+
+def _pending(job: Job, room: int) -> Rows | None:
+    """What it runs next; None if it waits, or failed to get a state."""
+    try:
+        return job.pending(room)
+    except (EdgeformerError, MemoryError) as error:
+        job.fail(error)
+        return None

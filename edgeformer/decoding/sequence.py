@@ -84,7 +84,7 @@ class Sequence:
 
     @property
     def session(self) -> Session:
-        """The state and the tokens that it holds; from `start` to `release`."""
+        """The state and the tokens that it holds; from the first `pending` to `release`."""
         assert self._session is not None
         return self._session
 
@@ -101,12 +101,13 @@ class Sequence:
         return not self.request.limits.cached or len(self._session.ids) == len(self._context) - 1
 
     def start(self) -> None:
-        """Makes the state, or takes one that holds a beginning of the prompt."""
+        """The time in the queue ends. The state is made when the prompt begins to run: others may cache it until then."""
         now = time.perf_counter()
         self._queued, self._began = now - self._began, now
-        if self.is_waiting:
-            return
-        if self._is_full() and self.request.context_policy == "slide":
+
+    def _open(self) -> None:
+        """Makes the state, or takes one that holds a beginning of the prompt."""
+        if self._is_full():
             self._slide()
         self._session = self._states.open(self._context)
         self._reused = self._session.reuse(self._context)
@@ -134,6 +135,8 @@ class Sequence:
         """The last token and its drafts; else the next tokens of the prompt, at most `room`. None while it waits."""
         if self.is_waiting:
             return None
+        if self._session is None:
+            self._open()
         session, context = self.session, self._context
         start = len(session.ids) if self.request.limits.cached else 0
         end = min(start + room, len(context)) if self.request.limits.cached else len(context)

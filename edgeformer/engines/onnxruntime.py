@@ -21,7 +21,7 @@ from edgeformer.engines.base import Arrays, State
 from edgeformer.engines.ort_install import both_wheels, check_cuda, check_version, import_onnxruntime
 from edgeformer.engines.ort_padding import CACHE_MASK, cannot_pad, masked_graph
 from edgeformer.engines.ort_state import Call, Joint, OrtState, locked, short
-from edgeformer.errors import BundleError, EdgeformerError, EngineUnavailable, InputError, StateError
+from edgeformer.errors import BundleError, EdgeformerError, EngineUnavailable, InputError, StateError, pip_install
 from edgeformer.machine import default_threads
 
 Provider = Literal["cpu", "cuda"]
@@ -275,7 +275,9 @@ class OrtEngine:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self._spin else "0")
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._path.parent))
+        if isinstance(graph, bytes):
+            folder = str(self._path.resolve().parent)
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         providers: list[Any] = ["CPUExecutionProvider"]
         if self.provider == "cuda":
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -296,7 +298,8 @@ class OrtEngine:
         if first != "CUDAExecutionProvider":
             raise EngineUnavailable(
                 f"CUDA was requested, but the session runs on {first}: the CUDA or cuDNN libraries that this "
-                f"onnxruntime needs are missing or have another version. Install edgeformer[cuda], or use engine='cpu'."
+                f"onnxruntime needs are missing or have another version: {pip_install('onnxruntime-gpu')}, "
+                "or use engine='cpu'."
             )
         elsewhere: dict[str, str] = {}
         for part in getattr(session, "get_provider_graph_assignment_info", list)():

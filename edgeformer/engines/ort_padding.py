@@ -7,6 +7,7 @@ causal, and positions are an input. No value then depends on where in the cache 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,8 @@ def cannot_pad(signature: Signature) -> str | None:
 def masked_graph(path: Path) -> bytes | str:
     """The serialized graph with the input `CACHE_MASK` at each Attention node with a cache, or why it cannot have it.
 
-    Weights in other files stay there.
+    Weights in other files stay there: their paths are relative to the real folder of `path`, which may be a link, as in
+    a Hugging Face cache.
     """
     import onnx
 
@@ -60,6 +62,10 @@ def masked_graph(path: Path) -> bytes | str:
         if len(node.input) > _MASK and node.input[_MASK]:
             return f"{node.name} has a mask of its own, such as a window: it may depend on where an entry lies"
         node.input[_MASK] = CACHE_MASK
+    for tensor in graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = os.path.relpath((path.parent / entry.value).resolve(), path.resolve().parent)
     kind = onnx.TensorProto.BOOL
     shape: list[str | int | None] = ["batch", 1, "sequence", "total_sequence"]
     graph.input.append(onnx.helper.make_tensor_value_info(CACHE_MASK, kind, shape))

@@ -14,6 +14,7 @@ from edgeformer.engines.base import Engine
 from edgeformer.errors import BundleError, InputError
 from edgeformer.processing.pooling import activate, modes_of, pool, softmax, unit
 from edgeformer.processing.tokenizer import Encoded, Tokenizer
+from edgeformer.tasks.encoder_batches import BATCH_ITEMS, BATCH_TOKENS, Batching
 
 POOLED = "pooling_mask"  # 0 at tokens that a graph with its own pooling leaves out: those of a prompt
 VECTORS = ("sentence_embedding", "text_embeds", "image_embeds")  # outputs that are one vector already
@@ -96,7 +97,7 @@ class Encoder:
         return settings
 
     def embed(
-        self, items: Sequence[Any], options: EmbedOptions, batch_size: int
+        self, items: Sequence[Any], options: EmbedOptions, batching: Batching
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
         """float32 [len(items), size]; see `Model.embed`."""
         name = next((name for name in (*VECTORS, HIDDEN_STATES) if name in self.outputs), None)
@@ -113,7 +114,7 @@ class Encoder:
         normal = self.processing.get("normalize", True) if options.normalize is None else options.normalize
         prompt = self.prompt(options.prompt, options.prompt_name)
         rows: list[Array] = [np.empty(0, np.float32)] * len(items)
-        for places, feeds, _ in self._batches(items, batch_size, prompt):
+        for places, feeds, _ in self._batches(items, batching, prompt):
             pooled = feeds[POOLED] if POOLED in self.inputs else feeds.pop(POOLED, None)
             states = self.engine.forward([(feeds, self.engine.new_state())])[0][name].astype(np.float32)
             vectors = pool(states, feeds.get(MASK), modes, pooled) if states.ndim == 3 else states
@@ -150,12 +151,12 @@ class Encoder:
             raise InputError(f"prompt_name is {chosen!r}; {self.bundle.path} has {', '.join(map(repr, prompts))}.")
         return str(prompts[chosen])
 
-    def classify(self, items: Sequence[Any], batch_size: int) -> list[list[Label]]:
+    def classify(self, items: Sequence[Any], batching: Batching) -> list[list[Label]]:
         """For each item all labels, the likeliest first."""
         several = self.bundle.config.get("problem_type") == "multi_label_classification"
         activation = self.processing.get("activation")
         found: list[list[Label]] = [[] for _ in items]
-        for places, feeds, _ in self._batches(items, batch_size, self.prompt(None, None)):
+        for places, feeds, _ in self._batches(items, batching, self.prompt(None, None)):
             logits = self._logits(feeds, 2)
             single = several or logits.shape[-1] == 1
             name = activation or ("sigmoid" if single else None)
@@ -166,12 +167,12 @@ class Encoder:
         return found
 
     def score(
-        self, pairs: Sequence[Any], activation: str | None, prompt: str, batch_size: int
+        self, pairs: Sequence[Any], activation: str | None, prompt: str, batching: Batching
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
         """float32 [len(pairs)], or [len(pairs), labels] of a model with several labels; see `Model.score`."""
         texts = [tuple(pair) if isinstance(pair, list) else pair for pair in pairs]
         rows: list[Array] = [np.empty(0, np.float32)] * len(texts)
-        for places, feeds, _ in self._batches(texts, batch_size, prompt):
+        for places, feeds, _ in self._batches(texts, batching, prompt):
             logits = self._logits(feeds, 2)
             own = self.processing.get("activation") or ("sigmoid" if logits.shape[-1] == 1 else "identity")
             scores = activate(logits, activation or own).astype(np.float32)
@@ -180,10 +181,10 @@ class Encoder:
         found = np.stack(rows)
         return found[:, 0] if found.shape[1] == 1 else found
 
-    def classify_tokens(self, texts: Sequence[str], batch_size: int) -> list[list[Entity]]:
+    def classify_tokens(self, texts: Sequence[str], batching: Batching) -> list[list[Entity]]:
         """For each text its words that have a label other than O; a word takes the label of its first token."""
         found: list[list[Entity]] = [[] for _ in texts]
-        for places, feeds, encoded in self._batches(texts, batch_size, ""):
+        for places, feeds, encoded in self._batches(texts, batching, ""):
             scores = softmax(self._logits(feeds, 3))
             for place, row, tokens in zip(places, scores, encoded, strict=True):
                 found[place] = list(self._entities(texts[place], row, tokens))
@@ -217,16 +218,20 @@ class Encoder:
     # ----------------------------------------------------------------------------------------------------------- inputs
 
     def _batches(
-        self, items: Sequence[Any], batch_size: int, prompt: str
+        self, items: Sequence[Any], batching: Batching, prompt: str
     ) -> Iterator[tuple[list[int], dict[str, Array], list[Encoded]]]:
         """(places in `items`, the graph's inputs, the texts' tokens) of each batch; texts of like length together."""
         if isinstance(items, (str, bytes)) or not isinstance(items, Sequence) or not items:
             raise InputError("Expected a list of at least one text or picture: embed(['a text']).")
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}, expected at least 1.")
-        if IDS in self.inputs:
-            yield from self._text_batches(items, batch_size, prompt)
-            return
+        batches = self._text_batches if IDS in self.inputs else self._picture_batches
+        with batching.reporting(len(items)) as report:
+            for places, feeds, encoded in batches(items, batching, prompt):
+                yield places, feeds, encoded
+                report(len(places))
+
+    def _picture_batches(
+        self, items: Sequence[Any], batching: Batching, prompt: str
+    ) -> Iterator[tuple[list[int], dict[str, Array], list[Encoded]]]:
         if prompt:
             raise InputError(f"{self.bundle.path} takes no text, so there is no place for the prompt {prompt!r}.")
         if "pixel_values" in self.inputs:
@@ -234,8 +239,9 @@ class Encoder:
 
             shape = self.inputs["pixel_values"]["shape"]
             steps = ImageSteps.of(self._preprocessor())
-            for start in range(0, len(items), batch_size):
-                part = items[start : start + batch_size]
+            size = batching.size or BATCH_ITEMS
+            for start in range(0, len(items), size):
+                part = items[start : start + size]
                 arrays = np.stack([pixels(item, steps, tuple(shape[1:])) for item in part])
                 yield list(range(start, start + len(part))), {"pixel_values": arrays}, []
             return
@@ -245,7 +251,7 @@ class Encoder:
         )
 
     def _text_batches(
-        self, items: Sequence[Any], batch_size: int, prompt: str
+        self, items: Sequence[Any], batching: Batching, prompt: str
     ) -> Iterator[tuple[list[int], dict[str, Array], list[Encoded]]]:
         if self.tokenizer is None:
             raise InputError(f"{self.bundle.path} has no tokenizer; call it with token ids: model(input_ids=...).")
@@ -256,9 +262,8 @@ class Encoder:
         padding = self.bundle.config.get("pad_token_id")
         if padding is None:
             padding = self.tokenizer.pad_id
-        order = sorted(range(len(items)), key=lambda place: -len(encoded[place].ids))
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
+        budget = None if self.engine.name == "cuda" else BATCH_TOKENS
+        for places in batching.by_length([len(text.ids) for text in encoded], budget):
             part = [encoded[place] for place in places]
             length = max(1, len(part[0].ids))
             lists = {

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgeformer.bundle.signature import F32
 from edgeformer.errors import InputError
 from edgeformer.processing.pooling import ACTIVATIONS, Pooling, Similarity, similarity
 from edgeformer.tasks.choose import Task
 from edgeformer.tasks.embedding import EmbedOptions, Encoder, Entity, Label, Ranked
+from edgeformer.tasks.encoder_batches import Batching, Progress
 
 if TYPE_CHECKING:
     from edgeformer.bundle.bundle import Bundle
-
-F32 = np.ndarray[Any, np.dtype[np.float32]]
 
 
 class EncoderMethods:
@@ -33,7 +33,8 @@ class EncoderMethods:
         pooling: Pooling | Sequence[Pooling] | None = None,
         normalize: bool | None = None,
         dimensions: int | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        show_progress: bool | Progress | None = False,
     ) -> F32:
         """One vector for each text or picture, float32 [len(items), size].
 
@@ -43,11 +44,15 @@ class EncoderMethods:
         vector is not pooled. The first `dimensions` are kept, as Matryoshka models allow it; these are at length 1
         only with `normalize=True`, as in sentence-transformers.
 
+        Items of like length run together: as many as run well, and at most `batch_size`. `show_progress` is a function
+        of (items done, items in all), True for a bar on stderr, or None for one if stderr is a terminal and there are
+        many items. Both are the same in all methods here.
+
         Raises:
             InputError: the model has no such vectors, no such prompt, or an item is of another kind.
         """
         options = EmbedOptions(pooling, normalize, dimensions, prompt, prompt_name)
-        return self._encoding.embed(items, options, batch_size)
+        return self._encoding.embed(items, options, Batching(batch_size, show_progress))
 
     def similarity(self, a: Any, b: Any, function: Similarity | None = None) -> F32:
         """float32 [len(a), len(b)]: how alike vectors are, by the bundle's own function (cosine where it has none).
@@ -59,7 +64,9 @@ class EncoderMethods:
         """
         return similarity(a, b, function or self._encoding.processing.get("similarity", "cosine"))
 
-    def classify(self, items: Sequence[Any], *, batch_size: int = 32) -> list[list[Label]]:
+    def classify(
+        self, items: Sequence[Any], *, batch_size: int | None = None, show_progress: bool | Progress | None = False
+    ) -> list[list[Label]]:
         """For each text or picture its labels, the likeliest first, with probabilities.
 
         Of a cross-encoder, which brings its own activation, the scores are what that activation gives.
@@ -67,15 +74,17 @@ class EncoderMethods:
         Raises:
             InputError: the model gives no labels for an item, or an item is of another kind.
         """
-        return self._encoding.classify(items, batch_size)
+        return self._encoding.classify(items, Batching(batch_size, show_progress))
 
-    def classify_tokens(self, texts: Sequence[str], *, batch_size: int = 32) -> list[list[Entity]]:
+    def classify_tokens(
+        self, texts: Sequence[str], *, batch_size: int | None = None, show_progress: bool | Progress | None = False
+    ) -> list[list[Entity]]:
         """For each text the words with a label (other than O), and where they stand.
 
         Raises:
             InputError: the model gives no labels for tokens, or has no tokenizer.
         """
-        return self._encoding.classify_tokens(texts, batch_size)
+        return self._encoding.classify_tokens(texts, Batching(batch_size, show_progress))
 
     def score(
         self,
@@ -84,7 +93,8 @@ class EncoderMethods:
         prompt_name: str | None = None,
         prompt: str | None = None,
         activation: str | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        show_progress: bool | Progress | None = False,
     ) -> F32:
         """A cross-encoder's score for each pair of texts: float32 [len(pairs)], or [len(pairs), labels].
 
@@ -99,7 +109,9 @@ class EncoderMethods:
         if activation is not None and activation not in ACTIVATIONS:
             raise InputError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}.")
         encoding = self._encoding
-        return encoding.score(pairs, activation, encoding.prompt(prompt, prompt_name), batch_size)
+        return encoding.score(
+            pairs, activation, encoding.prompt(prompt, prompt_name), Batching(batch_size, show_progress)
+        )
 
     def rank(
         self,
@@ -109,7 +121,8 @@ class EncoderMethods:
         top_k: int | None = None,
         prompt_name: str | None = None,
         prompt: str | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        show_progress: bool | Progress | None = False,
     ) -> list[Ranked]:
         """The documents by a cross-encoder's score for each with the query, the best first.
 
@@ -117,7 +130,11 @@ class EncoderMethods:
             InputError: the model has several labels, or see `score`.
         """
         scores = self.score(
-            [(query, document) for document in documents], prompt_name=prompt_name, prompt=prompt, batch_size=batch_size
+            [(query, document) for document in documents],
+            prompt_name=prompt_name,
+            prompt=prompt,
+            batch_size=batch_size,
+            show_progress=show_progress,
         )
         if scores.ndim != 1:
             raise InputError(f"{self.bundle.path} gives {scores.shape[1]} labels a pair, so there is no one order.")

@@ -273,6 +273,7 @@ def test_a_hugging_face_cache_folder_of_links_opens(lm, tmp_path):
     bundle = Bundle.open(snapshot, check="hashes")
     engine = OrtEngine(bundle, threads=1)
     assert engine.forward([({"input_ids": [[5]]}, engine.new_state())])[0]["logits"].shape[:2] == (1, 1)
+    assert engine.prepare_batches() is None  # the graph is loaded again, with the weights behind the link
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "C:x", "a\0b", "a\nb"])

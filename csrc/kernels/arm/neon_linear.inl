@@ -184,6 +184,7 @@ template <class Q>
 inline void tiled_rows(const LinearArgs& a, const uint8_t* w, float* y, int64_t lanes) {
   alignas(64) uint8_t unpacked[kTileBlocks / Q::kParts * TileBlock<Q>::kBytes];
   const int64_t blocks = blocks_of(a.k), parts = (blocks + kTileBlocks - 1) / kTileBlocks, wides = blocks / Q::kParts;
+  constexpr int fewest = fewest_rows(S::kDirectRows, S::kTileRows);
   const int64_t passes = (a.m + S::kTileRows - 1) / S::kTileRows;
   for (int64_t part = 0; part < parts; part++) {
     const int64_t first = wides * part / parts, count = wides * (part + 1) / parts - first;
@@ -194,7 +195,7 @@ inline void tiled_rows(const LinearArgs& a, const uint8_t* w, float* y, int64_t 
     const Tile tile = {unpacked, first * Q::kParts, count};
     for (int64_t pass = 0; pass < passes; pass++) {
       const int64_t row = a.m * pass / passes, rows = a.m * (pass + 1) / passes - row;
-      with_count<S::kTileRows, fewest_rows(S::kDirectRows, S::kTileRows)>(rows, [&](auto R) __attribute__((always_inline)) {
+      with_count<S::kTileRows, fewest>(rows, [&](auto R) __attribute__((always_inline)) {
         tile_rows<Q, decltype(R)::value>(a, tile, row, y, lanes);
       });
     }

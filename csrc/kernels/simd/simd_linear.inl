@@ -285,6 +285,7 @@ inline void tiled_panels(const LinearArgs& a, int64_t panel, float* y) {
   alignas(64) uint8_t unpacked[as_packed ? 64 : P * tile_bytes];
   const int64_t blocks = blocks_of(a.k), parts = (blocks + kTileBlocks - 1) / kTileBlocks, wides = blocks / Q::kParts;
   const int64_t panel_bytes = wides * Q::kBytes;
+  constexpr int fewest = fewest_rows(S::kFewRows, S::kTileRows);
   const int64_t passes = (a.m + S::kTileRows - 1) / S::kTileRows;
   for (int64_t part = 0; part < parts; part++) {
     const int64_t first = wides * part / parts, count = wides * (part + 1) / parts - first;
@@ -299,7 +300,7 @@ inline void tiled_panels(const LinearArgs& a, int64_t panel, float* y) {
                        count * Q::kParts};
     for (int64_t pass = 0; pass < passes; pass++) {
       const int64_t row = a.m * pass / passes, rows = a.m * (pass + 1) / passes - row;
-      with_count<S::kTileRows, fewest_rows(S::kFewRows, S::kTileRows)>(rows, [&](auto R) __attribute__((always_inline)) {
+      with_count<S::kTileRows, fewest>(rows, [&](auto R) __attribute__((always_inline)) {
         using Block = typename Either<as_packed, PackedBlock<Q>, TileBlock<Q>>::type;
         tile_rows<Q, Block, decltype(R)::value, P>(a, tile, row, y, a.n - panel * kLanes);
       });

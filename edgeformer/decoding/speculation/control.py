@@ -55,7 +55,8 @@ class DraftControl:
     """The cost of a step by its number of rows, and the number of drafts that gives the most tokens a second.
 
     The cost of r rows is `prior(r) * correction(r)` in units that follow the speed of the machine: a busy neighbour or
-    a growing context slows all steps alike, and only what remains changes a correction. One thread uses a control.
+    a growing context slows all steps alike, and only what remains changes a correction. Threads may share a control:
+    what one writes over another's is one measurement of many.
     """
 
     def __init__(self) -> None:

@@ -33,7 +33,7 @@ class DraftModel:
     """An engine that drafts for any number of sequences; each has its own state in it.
 
     Raises:
-        InputError: the graph has no KV cache, or gives logits of more tokens than are asked for.
+        InputError: the graph has no KV cache, or cannot give the logits of the last token alone.
     """
 
     def __init__(self, engine: Engine, limits: Limits) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from threading import Lock
 
 from edgeformer.decoding.speculation.drafts import LONGEST, NOTHING, Proposal
 
 ORDERS = (4, 2, 1)  # lengths of the n-grams that are indexed, the longest first
 STORE_ORDER = 3  # least match in another answer: shorter ones are right in only one of five cases
-STORE_TOKENS = 1 << 16
+STORE_TOKENS = 1 << 14  # about 3 MB
 
 
 class Lookup:
@@ -101,7 +102,7 @@ class Lookup:
 class RecentAnswers:
     """Answers of other sequences, of at most `limit` tokens in all; the least recently used goes first.
 
-    One thread uses it at a time (that of the scheduler).
+    Threads may share it.
     """
 
     def __init__(self, limit: int = STORE_TOKENS) -> None:
@@ -109,6 +110,7 @@ class RecentAnswers:
         self._answers: OrderedDict[int, list[int]] = OrderedDict()
         self._index: dict[tuple[int, ...], tuple[int, int]] = {}  # n-gram -> (number of the answer, position after it)
         self._added = 0
+        self._lock = Lock()
         self.tokens = 0  # that are held now
 
     def add(self, answer: Sequence[int]) -> None:
@@ -116,22 +118,24 @@ class RecentAnswers:
         kept = list(answer[-self._limit :])
         if len(kept) <= STORE_ORDER:
             return
-        self._added += 1
-        self._answers[self._added] = kept
-        self.tokens += len(kept)
-        places = ((self._added, place) for place in range(STORE_ORDER, len(kept)))
-        self._index.update(zip(_ngrams(kept), places, strict=False))
-        while self.tokens > self._limit:
-            self._forget_oldest()
+        with self._lock:
+            self._added += 1
+            self._answers[self._added] = kept
+            self.tokens += len(kept)
+            places = ((self._added, place) for place in range(STORE_ORDER, len(kept)))
+            self._index.update(zip(_ngrams(kept), places, strict=False))
+            while self.tokens > self._limit:
+                self._forget_oldest()
 
     def find(self, tokens: Sequence[int]) -> tuple[list[int], int]:
         """The answer with the most recently added occurrence of the last 3 tokens, and the position after it; or []."""
-        found = self._index.get(tuple(tokens[-STORE_ORDER:]))
-        if found is None:
-            return [], 0
-        number, place = found
-        self._answers.move_to_end(number)
-        return self._answers[number], place
+        with self._lock:
+            found = self._index.get(tuple(tokens[-STORE_ORDER:]))
+            if found is None:
+                return [], 0
+            number, place = found
+            self._answers.move_to_end(number)
+            return self._answers[number], place
 
     def _forget_oldest(self) -> None:
         number, answer = self._answers.popitem(last=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -100,3 +101,10 @@ def test_other_vocabularies_are_refused(model, bundles, tmp_path):
     tokenizer = type(model.tokenizer).read(path, other / "tokenizer_config.json", None)
     with pytest.raises(InputError, match="tokens, the model"):
         check_vocabulary(model.tokenizer, tokenizer, "other")
+
+
+@pytest.mark.parametrize(("field", "missing"), [("cached", "KV cache"), ("keeps_logits", "logits_to_keep")])
+def test_a_graph_that_cannot_draft_is_refused(model, field, missing):
+    limits = replace(Limits.of(model.bundle, model.engine), **{field: False})
+    with pytest.raises(InputError, match=missing):
+        DraftModel(model.engine, limits)

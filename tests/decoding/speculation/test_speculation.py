@@ -164,3 +164,30 @@ def test_speculation_that_is_not_possible_is_refused(model, drafter, bundles):
         model.generate([5], num_beams=2, speculation="lookup")
     with pytest.raises(InputError, match="both need a tokenizer"):
         model.generate([5], speculation=edgeformer.load(bundles / "plain", "native"))
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"enum": ["harbour", "lighthouse"]},
+        "count": {"type": "integer"},
+        "open": {"type": "boolean"},
+    },
+    "required": ["name", "count", "open"],
+    "additionalProperties": False,
+}
+SHAPES = ({"json_schema": SCHEMA}, {"regex": "(ab|ba){3,9}"}, {"choices": ["small device", "small model", "lazy dog"]})
+
+
+@pytest.mark.parametrize("sampled", SAMPLED, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: next(iter(shape)))
+def test_drafts_change_no_token_of_a_constrained_answer(model, drafter, shape, sampled):
+    proposed = accepted = 0
+    for prompt in PROMPTS:
+        plain = model.generate(prompt, max_new_tokens=80, speculation="off", **shape, **sampled)
+        for speculation in ("auto", "lookup", drafter):
+            drafted = model.generate(prompt, max_new_tokens=80, speculation=speculation, **shape, **sampled)
+            assert (drafted.ids, drafted.text, drafted.finish_reason) == (plain.ids, plain.text, plain.finish_reason)
+            proposed, accepted = proposed + drafted.drafts.proposed, accepted + drafted.drafts.accepted
+    assert accepted > 20
+    assert accepted > 0.5 * proposed  # most are forced
