@@ -36,6 +36,9 @@ def contestants(quick: bool) -> list[Contestant]:
         elif one.project == results.OURS:
             settings = f"{one.settings}; model.scheduler, no drafts"
             found.append(replace(one, options={"loop": "scheduler", "speculation": "off"}, settings=settings))
+        elif one.quality_file is not None:  # onnxruntime-genai: its Engine needs all logits
+            settings = f"{one.settings.replace(', last-token head', '')}; its Engine, static batching, all logits"
+            found.append(replace(one, file=one.quality_file, options={"batch": max(COUNTS)}, settings=settings))
         elif one.project != "CTranslate2":  # its generate_batch takes no request while it runs, and is the slowest
             found.append(one)
     return [one for one in found if not quick or one.name in QUICK]

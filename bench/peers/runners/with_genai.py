@@ -1,6 +1,7 @@
 """onnxruntime-genai through its Generator.
 
-Options: session (session options that its genai_config.json takes, beside the number of threads).
+Options: session (session options that its genai_config.json takes, beside the number of threads), batch (the most
+requests that its Engine runs together).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any
 import numpy as np
 
 og: Any = None
-PAD = 2  # the model's pad token, as in its genai_config.json
 
 
 def load_library() -> None:
@@ -32,7 +32,10 @@ class Loaded:
     def __init__(self, file: str, threads: int, options: dict[str, Any], context: int) -> None:
         config = og.Config(file)
         session = {"intra_op_num_threads": threads, "inter_op_num_threads": 1, **options.get("session", {})}
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+        settings: dict[str, Any] = {"model": {"decoder": {"session_options": session}}}
+        if "batch" in options:
+            settings["engine"] = {"static_batching": {"max_batch_size": options["batch"]}}
+        config.overlay(json.dumps(settings))
         self._model = og.Model(config)
 
     def _generator(self, sequences: int, length: int, least: int) -> Any:
@@ -52,19 +55,30 @@ class Loaded:
         return times, [int(t) for t in generator.get_sequence(0)[len(prompts[0]) :]]
 
     def answer(self, prompts: Sequence[Sequence[int]], new: int) -> tuple[list[float], list[list[int]]]:
-        """One batch, padded on the left: its Engine, which batches continuously, runs no graph of the model builder."""
-        length = max(map(len, prompts))
-        ids = np.full((len(prompts), length), PAD, np.int32)
-        for row, prompt in zip(ids, prompts, strict=True):
-            row[length - len(prompt) :] = prompt
-        generator = self._generator(len(prompts), length + new, length + new)
-        generator.append_tokens(ids)
-        first = 0.0
-        for _ in range(new):
-            generator.generate_next_token()
-            first = first or time.perf_counter()
-        tokens = [[int(t) for t in generator.get_sequence(i)[length:]] for i in range(len(prompts))]
-        return [first] * len(prompts), tokens
+        """Through its Engine. It needs a graph with all logits: with those of the last position it fails."""
+        engine = og.Engine(self._model)
+        requests = []
+        for ids in prompts:
+            options = og.RequestOptions()
+            options.set_max_session_tokens(len(ids) + new)
+            request = engine.create_request(options=options)
+            turn = og.TurnOptions(request)
+            turn.set_do_sample(False)
+            turn.set_max_generated_tokens(new)
+            turn.set_min_generated_tokens(new)  # keeps the end token from ending it
+            request.begin_turn(np.array(ids, np.int32), turn)
+            requests.append(request)  # one that is dropped is closed
+        events = engine.create_event_buffer(4 * len(prompts))
+        times, tokens = [0.0] * len(prompts), [list[int]() for _ in prompts]
+        while engine.has_pending_requests():
+            for event in engine.run(events):
+                number = next(i for i, request in enumerate(requests) if request is event.request)
+                if event.error_code != og.EngineErrorCode.NONE:
+                    raise SystemExit(f"onnxruntime-genai's engine failed: {event.error_code}")
+                if event.token is not None:
+                    times[number] = times[number] or time.perf_counter()
+                    tokens[number].append(int(event.token))
+        return times, tokens
 
     def logits(self, ids: Sequence[int]) -> Any:
         generator = self._generator(1, len(ids) + 1, 0)
