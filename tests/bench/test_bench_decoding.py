@@ -264,7 +264,10 @@ def throughputs() -> dict:
         return {"rate": one(rate), "first": one(100 / rate), "first_p90": one(200 / rate)}
 
     def ways(rate: float) -> dict:
-        return {"off": {"1": numbers(rate), "8": numbers(4 * rate)}, "auto": {"1": numbers(2 * rate), "8": numbers(rate)}}
+        return {
+            "off": {"1": numbers(rate), "8": numbers(4 * rate)},
+            "auto": {"1": numbers(2 * rate), "8": numbers(rate)},
+        }
 
     return study(counts=[1, 8], new=64, measured={"1": ways(100.0), "2": ways(200.0)})
 
@@ -298,7 +301,13 @@ def beginnings() -> dict:
 
 def drafts() -> dict:
     def numbers(times: float) -> dict:
-        return {"times": times, "lowest": times - 0.1, "accepted": 0.5, "plain tokens/s": 300.0, "tokens/s": 300 * times}
+        return {
+            "times": times,
+            "lowest": times - 0.1,
+            "accepted": 0.5,
+            "plain tokens/s": 300.0,
+            "tokens/s": 300 * times,
+        }
 
     return study(measured={t: {"code edit": numbers(2.4), "story": numbers(0.99), "JSON": numbers(1.9)} for t in "12"})
 
