@@ -101,7 +101,7 @@ class Sequence:
         return not self.request.limits.cached or len(self._session.ids) == len(self._context) - 1
 
     def start(self) -> None:
-        """Ends its time in the queue. Its state is made when its prompt begins to run: until then others may cache it."""
+        """Ends its time in the queue. The state is made when the prompt runs: until then others may cache it."""
         now = time.perf_counter()
         self._queued = now - self._began
         self._began = self._prompt_end = self._first = self._last = now
