@@ -24,7 +24,7 @@ log = logging.getLogger("edgeformer.server")
 class SignalledServer(uvicorn.Server):
     """The first SIGTERM or SIGINT takes no more requests and lets answers end; the second ends the process at once."""
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 (uvicorn's name)
         """The handler of both signals."""
         if self.should_exit:
             os._exit(128 + sig)
