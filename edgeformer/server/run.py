@@ -64,9 +64,9 @@ def serve(bundles: Sequence[str], options: ServeOptions, where: Mapping[str, Any
         InputError: an option is wrong.
         BundleError: a bundle is damaged, or none.
     """
-    logs.set_up()
     registry = Registry(bundles, options, where)
     app = create_app(registry, options)
+    logs.set_up()
     server = SignalledServer(uvicorn_config(app, options))
     address = f"unix:{options.uds}" if options.uds else f"{options.host}:{options.port}"
     log.info("starting", extra={"address": address, "models": list(registry.entries), "pid": os.getpid()})

@@ -136,7 +136,7 @@ def test_a_repeated_beginning_is_cached(client):
     long = [{"role": "user", "content": "the lazy dog jumps over " * 10}]
     for cached in (False, True):
         found = client.chat.completions.create(model="lm", messages=long, max_tokens=2)
-        assert (found.usage.prompt_tokens_details.cached_tokens > 0) == cached
+        assert (found.usage.prompt_tokens_details.cached_tokens >= 100) == cached
     assert found.timings["cache_n"] == found.usage.prompt_tokens_details.cached_tokens
 
 

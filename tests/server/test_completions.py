@@ -17,7 +17,9 @@ def test_a_completion_is_that_of_generate(client, model):
 
 def test_token_ids_are_a_prompt(client, model):
     ids = model.encode_prompt(PROMPT)
-    texts = [client.completions.create(**GREEDY | {"prompt": prompt}).choices[0].text for prompt in (ids, [ids], PROMPT)]
+    texts = [
+        client.completions.create(**GREEDY | {"prompt": prompt}).choices[0].text for prompt in (ids, [ids], PROMPT)
+    ]
     assert len(set(texts)) == 1
 
 
@@ -25,9 +27,7 @@ def test_several_prompts_with_several_answers_are_in_order(client, model):
     prompts = [PROMPT, "hello world"]
     sampled = {"n": 2, "temperature": 1.0, "seed": 1}
     found = client.completions.create(**GREEDY | {"prompt": prompts}, **sampled)
-    expected = [
-        one.text for prompt in prompts for one in model.generate(prompt, max_new_tokens=10, top_k=0, **sampled)
-    ]
+    expected = [one.text for prompt in prompts for one in model.generate(prompt, max_new_tokens=10, top_k=0, **sampled)]
     assert [choice.text for choice in found.choices] == expected
     assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
     texts = dict.fromkeys(range(4), "")

@@ -126,7 +126,7 @@ def test_a_request_waits_no_longer_than_the_time_limit(served, slow):
             with pytest.raises(openai.RateLimitError):
                 client.chat.completions.create(model="lm", messages=LONG["messages"])
             assert time.monotonic() - began >= 0.3
-            assert counts(one) == (1, 0)
+            wait_for(lambda: counts(one) == (1, 0), 2)
         first.close()
         wait_for(lambda: is_free(one), 2)
 
@@ -154,7 +154,7 @@ def test_answers_are_the_same_while_others_come_and_go(narrow, model):
     wait_for(lambda: is_free(narrow), 5)
 
 
-def test_a_failing_answer_is_an_event_of_its_stream(narrow, monkeypatch):
+def test_a_failing_answer_is_an_event_of_its_stream(narrow, slow, monkeypatch):
     import openai
 
     from edgeformer.decoding.sequence import Sequence

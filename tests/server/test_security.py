@@ -64,7 +64,9 @@ def test_without_a_named_origin_there_are_no_cors_headers(server):
     assert httpx.options(server.url + "/v1/models").status_code == 405
 
 
-@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "", "[::1", "a:b:c"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "", "[::1", "a:b:c"]
+)
 def test_a_foreign_name_of_this_machine_is_refused(server, host):
     assert httpx.get(server.url + "/v1/models", headers={"Host": host}).status_code == 403
 
@@ -92,7 +94,9 @@ def test_a_large_body_is_refused_whether_its_length_is_said_or_not(locked):
 
 def test_too_many_messages_are_refused(locked):
     headers = {"Authorization": f"Bearer {KEY}"}
-    found = httpx.post(locked.url + "/v1/chat/completions", json=CHAT | {"messages": CHAT["messages"] * 4}, headers=headers)
+    found = httpx.post(
+        locked.url + "/v1/chat/completions", json=CHAT | {"messages": CHAT["messages"] * 4}, headers=headers
+    )
     assert found.status_code == 400 and found.json()["error"]["param"] == "messages"
 
 

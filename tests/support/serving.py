@@ -27,7 +27,7 @@ class Running:
     """A server that runs in a thread: its address and what is inside."""
 
     def __init__(self, bundles, options=None, where=None):
-        options = ServeOptions(port=0, queue_timeout=30.0, **(options or {}))
+        options = ServeOptions(port=0, **(options or {}))
         self.registry = Registry([str(bundle) for bundle in bundles], options, {"threads": 1, **(where or {})})
         self.app = create_app(self.registry, options)
         self.server = uvicorn.Server(uvicorn_config(self.app, options))
