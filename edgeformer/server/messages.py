@@ -312,14 +312,18 @@ async def count_tokens(call: Call) -> Response:
     lease = await call.server.registry.lease(body.model)
     try:
         call.log["model"] = lease.entry.name
-        tokenizer = lease.loaded.model.tokenizer
-        if tokenizer is None:
-            raise ApiError(400, f"{lease.entry.name} has no tokenizer.", param="model")
+        if lease.loaded.scheduler is None:
+            raise ApiError(400, f"{lease.entry.name} does not generate text.", param="model")
+        model = lease.loaded.model
+        given = {"tools": tools, "tool_choice": "none"} if tools else {}
         loop = asyncio.get_running_loop()
-        ids = await loop.run_in_executor(None, lambda: tokenizer.encode_chat(conversation, tools=tools))
+        # The prompt as for an answer: what a template needs changed in messages with calls is changed.
+        prompt = await loop.run_in_executor(
+            None, lambda: model._generating("count_tokens").call(conversation, given).prompt
+        )
     finally:
         lease.release()
-    return reply(TokenCount(len(ids)))
+    return reply(TokenCount(len(prompt)))
 
 
 ENDPOINTS = [
