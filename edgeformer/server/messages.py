@@ -19,7 +19,7 @@ from edgeformer.server.answer_parts import Part, PartReader
 from edgeformer.server.endpoint import Call, Endpoint, reply
 from edgeformer.server.errors import ApiError, api_error
 from edgeformer.server.generation import Generation, finish_reason
-from edgeformer.server.messages_errors import error_event
+from edgeformer.server.messages_errors import SCHEMA, error_event
 from edgeformer.server.messages_types import CountRequest, MessagesRequest
 from edgeformer.server.sse import PING, EventStream, event
 
@@ -220,8 +220,7 @@ class MessageRun:
         Raises:
             ApiError, EdgeformerError: it failed.
         """
-        while pieces := await self._run.feed.next(3600.0):
-            self._add(pieces)
+        self._add(await self._run.feed.whole())
         end = self._end()
         found = self._empty(end.usage)
         found.content, found.stop_reason, found.stop_sequence = (
@@ -328,7 +327,7 @@ async def count_tokens(call: Call) -> Response:
 
 ENDPOINTS = [
     Endpoint(
-        "POST", "/v1/messages", messages, MessagesRequest, MessageAnswer, Event, summary="Answers a conversation."
+        "POST", "/v1/messages", messages, MessagesRequest, MessageAnswer, Event, "Answers a conversation.", SCHEMA
     ),
     Endpoint(
         "POST",
@@ -337,5 +336,6 @@ ENDPOINTS = [
         CountRequest,
         TokenCount,
         summary="Counts the tokens of a conversation.",
+        error=SCHEMA,
     ),
 ]

@@ -148,8 +148,7 @@ class ResponseRun:
         Raises:
             ApiError, EdgeformerError: it failed.
         """
-        while pieces := await self._run.feed.next(3600.0):
-            self._add(pieces)
+        self._add(await self._run.feed.whole())
         _, found = self._end()
         return found
 
