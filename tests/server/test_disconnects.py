@@ -55,6 +55,25 @@ def test_a_running_answer_ends_with_its_client(narrow, slow, stream):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("messages", {"messages": LONG["messages"], "max_tokens": 800}),
+        ("responses", {"input": LONG["messages"], "max_output_tokens": 800}),
+    ],
+)
+def test_an_answer_of_another_api_ends_with_its_client(narrow, slow, path, fields, stream):
+    one = post(narrow.port, f"/v1/{path}", {"model": "lm", "stream": stream} | fields)
+    wait_for(lambda: counts(narrow) == (1, 0))
+    job = narrow.scheduler("lm")._worker._scheduler.running[0]
+    wait_for(lambda: job.count > 3)
+    one.close()
+    wait_for(lambda: is_free(narrow), 2)
+    assert job.reason == "cancel" and job.count < 400
+    wait_for(lambda: narrow.registry.entries["lm"].users == 0, 2)
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_a_queued_answer_ends_with_its_client_and_the_others_go_on(narrow, slow, stream):
     first = [post(narrow.port, "/v1/chat/completions", LONG | {"stream": True}) for _ in range(2)]
     wait_for(lambda: counts(narrow) == (2, 0))
