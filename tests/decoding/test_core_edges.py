@@ -210,3 +210,70 @@ def test_a_list_of_prompts_may_have_more_beams_than_run_together_by_default(mode
 def test_a_constraint_with_a_lone_surrogate_is_refused(model, shape):
     with pytest.raises(InputError):
         model.generate(PROMPT, **shape)
+
+
+# ------------------------------------------------------------------------------------------------------------- drafts
+
+
+@pytest.fixture(scope="module")
+def draft(bundles):
+    return load(bundles / "q8", "native", threads=1)
+
+
+def test_a_draft_model_that_fails_ends_its_answers_alone(model, draft, monkeypatch):
+    arguments = {"max_new_tokens": 30, "ignore_eos": True}
+    expected = model.generate(PROMPT, **arguments).ids
+    kind = type(model.engine)
+    forward = kind.forward
+
+    def scarce(engine, batch):
+        if engine is draft.engine:
+            raise MemoryError("no memory for drafts")
+        return forward(engine, batch)
+
+    monkeypatch.setattr(kind, "forward", scarce)
+    with model.scheduler(4) as scheduler:
+        drafted = scheduler.add(PROMPT, speculation=draft, **arguments)
+        other = scheduler.add(PROMPT, **arguments)
+        with pytest.raises(MemoryError, match="no memory for drafts"):
+            drafted.result(timeout=20)
+        assert other.result(timeout=20).ids == expected
+
+
+def test_a_prompt_does_not_wait_until_drafts_leave_room(model, monkeypatch):
+    from edgeformer.decoding.speculation.speculation import Speculation
+
+    generator = model._task.generator
+    scheduler = generator.scheduler(SchedulerOptions(max_sequences=2, token_budget=12, stretch=None))
+
+    def fill(self, sequences, room):
+        for sequence in sequences:
+            sequence.draft([3] * max(0, room))
+
+    monkeypatch.setattr(Speculation, "propose", fill)
+    (first,) = generator.jobs(model._task.call(PROMPT, {"max_new_tokens": 200, "ignore_eos": True}))
+    (second,) = generator.jobs(model._task.call(PROMPT, SHORT))
+    scheduler.add([first])
+    scheduler.step()
+    scheduler.add([second])
+    for _ in range(10):
+        scheduler.step()
+    assert second.reason == "length"
+    assert first.reason is None
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 9, 40])
+def test_drafts_change_neither_the_end_nor_the_session(model, draft, max_new_tokens):
+    """Stop strings, end tokens and lengths that a draft runs into: the same answer, and a state of just its tokens."""
+    whole = model.generate(PROMPT, max_new_tokens=40, ignore_eos=True, speculation="off")
+    ends = [{"stop": whole.text[at : at + 3], "ignore_eos": True} for at in range(1, 12)]
+    ends += [{"eos_token_id": token} for token in sorted(set(whole.ids))]
+    for end in ends:
+        arguments = {"max_new_tokens": max_new_tokens, "logprobs": 1, **end}
+        plain = model.generate(PROMPT, speculation="off", **arguments)
+        session = model.session()
+        drafted = model.generate(PROMPT, speculation=draft, session=session, **arguments)
+        facts = [(one.text, one.ids, one.finish_reason, one.logprobs) for one in (plain, drafted)]
+        assert facts[0] == facts[1]
+        assert session.ids == [*PROMPT, *drafted.ids[:-1]]
+        assert session.state.length == len(session.ids)
