@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import weakref
+
 import numpy as np
 import pytest
 
@@ -277,3 +281,54 @@ def test_drafts_change_neither_the_end_nor_the_session(model, draft, max_new_tok
         assert facts[0] == facts[1]
         assert session.ids == [*PROMPT, *drafted.ids[:-1]]
         assert session.state.length == len(session.ids)
+
+
+# -------------------------------------------------------------------------------------------------- schedulers that end
+
+
+def test_a_loop_that_is_left_early_cancels_the_answer(model):
+    with model.scheduler(1) as scheduler:
+        answer = scheduler.stream(PROMPT, max_new_tokens=240, ignore_eos=True)
+        for _ in answer:
+            break
+        assert answer.result(timeout=20).finish_reason == "cancel"
+
+
+def test_a_dropped_scheduler_finishes_its_answers_and_is_freed(model):
+    scheduler = model.scheduler(1)
+    answer = scheduler.add(PROMPT, max_new_tokens=100, ignore_eos=True)
+    thread, worker = scheduler._worker._thread, weakref.ref(scheduler._worker)
+    del scheduler
+    assert len(answer.result(timeout=20).ids) == 100
+    thread.join(timeout=20)
+    assert not thread.is_alive()
+    del answer
+    gc.collect()
+    assert worker() is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_says_that_the_scheduler_is_the_parents(model):
+    with model.scheduler(1) as scheduler:
+        answer = scheduler.add(PROMPT, max_new_tokens=240, ignore_eos=True)
+        child = os.fork()
+        if child == 0:
+            problems = 0
+            for ask in (lambda: scheduler.add(PROMPT, **SHORT), lambda: answer.result(timeout=20)):
+                try:
+                    ask()
+                except EdgeformerError:
+                    problems += 1
+            scheduler.close()
+            os._exit(problems)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) in (1, 2)  # 1: the answer had ended before
+        assert len(answer.result(timeout=20).ids) == 240
+
+
+def test_a_listener_may_close_the_scheduler(model):
+    scheduler = model.scheduler(1)
+    answer = scheduler.add(PROMPT, max_new_tokens=240, ignore_eos=True)
+    answer._listeners.append(scheduler.close)  # called by the worker's own thread
+    assert answer.result(timeout=20).finish_reason in ("cancel", "length")
+    scheduler.close()
