@@ -101,7 +101,7 @@ class Sequence:
         return not self.request.limits.cached or len(self._session.ids) == len(self._context) - 1
 
     def start(self) -> None:
-        """The time in the queue ends. The state is made when the prompt begins to run: others may cache it until then."""
+        """The time in the queue ends. The state is made when the prompt begins to run: others may fill the cache."""
         now = time.perf_counter()
         self._queued = now - self._began
         self._began = self._prompt_end = self._first = self._last = now

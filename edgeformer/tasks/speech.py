@@ -95,7 +95,7 @@ def transcribe(
         room = max(1, (pair.limits.context or 448) - len(prompt))
         asked = arguments.get("max_new_tokens") or pair.bundle.generation_config.get("max_new_tokens") or room
         call = pair.decoding(static, prompt, None, {**arguments, "max_new_tokens": min(asked, room)}, CallOptions())
-        (result,) = next(pair.generator.answers([call])).answers()
+        (result,) = next(pair.generator.answers([call], call.config.num_beams)).answers()
         ids += [token for token in result.ids if token not in pair.limits.eos]
     text = pair.tokenizer.decode(ids).strip() if pair.tokenizer else ""
     return Transcript(text, ids, language)
