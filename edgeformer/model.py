@@ -363,8 +363,8 @@ class Model(EncoderMethods):
 def _with_arguments(one: Prompt | tuple[Prompt, CallArguments]) -> tuple[Prompt, CallArguments]:
     """(prompt, arguments of its own). A tuple may also be a prompt: of token ids, or of messages."""
     if isinstance(one, tuple) and len(one) == 2 and isinstance(one[1], Mapping) and not isinstance(one[0], Mapping):
-        return one  # type: ignore[return-value]
-    return one, {}  # type: ignore[return-value]
+        return one
+    return one, {}
 
 
 __all__ = ["BundleError", "Choice", "EngineName", "Model", "NativeOptions", "Prompt", "load"]

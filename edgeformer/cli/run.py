@@ -124,8 +124,11 @@ def run_prompt(
     print(flush=True)
     if not quiet:
         result = pieces.result
+        drafts = result.drafts
+        guessed = f", {drafts.accepted} of {drafts.proposed} guessed tokens right" if drafts.proposed else ""
         stderr.print(
-            f"[dim]{result.timings} ({model.engine.name}), ended by {result.finish_reason}[/dim]", soft_wrap=True
+            f"[dim]{result.timings}{guessed} ({model.engine.name}), ended by {result.finish_reason}[/dim]",
+            soft_wrap=True,
         )
         chat_model = model.tokenizer is not None and model.tokenizer.has_chat_template
         if not result.text and chat_model and not _is_chat(prompt):

@@ -89,6 +89,7 @@ class TextGenerator:
         config = with_token_ids(config, self.tokenizer)
         request = Request.of(call.prompt, config, self.limits, options, call.source, call.shape)
         tokenizer = self.tokenizer
+        cache = self.prefix_cache if call.is_cacheable else None
         if config.num_beams > 1:
             if options.n > 1:
                 raise InputError(f"n is {options.n}: a beam search gives one answer; leave out n or num_beams.")
@@ -96,8 +97,9 @@ class TextGenerator:
                 raise InputError("A beam search has no drafts; leave out speculation or num_beams.")
             if call.shape.grammar is not None or options.logprobs is not None or options.prompt_logprobs is not None:
                 raise InputError("A beam search has no constraints, tools or logprobs; leave them out, or num_beams.")
-            return [BeamSearch(request, call.new_state, tokenizer.decode if tokenizer else None)]
-        cache = self.prefix_cache if call.is_cacheable else None
+            rows = 1 if self.limits.cached else config.num_beams
+            states = StateSource(lambda: call.new_state(rows), prefix_cache=cache)
+            return [BeamSearch(request, states, tokenizer.decode if tokenizer else None)]
         states = StateSource(lambda: call.new_state(1), options.session, cache)
         answers = [Sequence(request, states, tokenizer, index, self._drafts(options)) for index in range(options.n)]
         answers[0].siblings = answers[1:]

@@ -101,7 +101,7 @@ class Sequence:
         return not self.request.limits.cached or len(self._session.ids) == len(self._context) - 1
 
     def start(self) -> None:
-        """The time in the queue ends. The state is made when the prompt begins to run: others may fill the cache."""
+        """Ends its time in the queue. The state is made when the prompt runs: until then others may cache it."""
         now = time.perf_counter()
         self._queued = now - self._began
         self._began = self._prompt_end = self._first = self._last = now
@@ -195,8 +195,7 @@ class Sequence:
             if cached:
                 session.ids += self._context[known:right]
                 session.state.truncate(right)
-        if self.reason is None and self._is_full():
-            self._slide()
+        self._keep_room()
 
     def take(self) -> list[Piece]:
         """The pieces since the last call."""
@@ -309,6 +308,11 @@ class Sequence:
         context = self.request.limits.context
         return context is not None and len(self._context) > context
 
+    def _keep_room(self) -> None:
+        """After a new token: the next one must fit, too."""
+        if self.reason is None and self._is_full():
+            self._slide()
+
     def _slide(self) -> None:
         """Drops old tokens of the context. What is left runs again: at other positions its keys are others."""
         context = self.request.limits.context
@@ -356,8 +360,7 @@ class Sequence:
             self._reused = len(self._context)
             self._prompt_end = time.perf_counter()
             self._choose(logits)
-            if self.reason is None and self._is_full():
-                self._slide()
+            self._keep_room()
         except (EdgeformerError, MemoryError) as error:
             self.fail(error)
 
