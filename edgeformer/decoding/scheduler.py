@@ -137,8 +137,12 @@ class Scheduler:
                 return
             self.waiting.popleft()
             for job in group:
-                job.start()
-                self.running.append(job)
+                try:
+                    job.start()
+                except (EdgeformerError, MemoryError) as error:  # of the state that a beam search makes
+                    job.fail(error)
+                else:
+                    self.running.append(job)
 
     def _drop_ended(self) -> None:
         for job in self.running:

@@ -332,3 +332,47 @@ def test_a_listener_may_close_the_scheduler(model):
     answer._listeners.append(scheduler.close)  # called by the worker's own thread
     assert answer.result(timeout=20).finish_reason in ("cancel", "length")
     scheduler.close()
+
+
+def test_a_closed_stream_says_why_it_has_no_result(model):
+    stream = model.stream(PROMPT, max_new_tokens=20, ignore_eos=True)
+    next(stream)
+    stream.close()
+    assert list(stream) == []
+    with pytest.raises(InputError, match="was closed before its end"):
+        _ = stream.result
+    whole = model.stream(PROMPT, **SHORT)
+    ids = [piece.id for piece in whole]
+    whole.close()
+    assert whole.result.ids == ids
+
+
+# -------------------------------------------------------------------------------------------------------- beam searches
+
+
+@pytest.mark.parametrize("option", ["session", "slide", "error"])
+def test_a_beam_search_refuses_what_it_would_ignore(model, option):
+    arguments = {"session": model.session()} if option == "session" else {"context_policy": option}
+    with pytest.raises(InputError, match=r"[Ll]eave out (session|context_policy) or num_beams"):
+        model.generate(PROMPT, num_beams=2, **arguments)
+
+
+def test_a_beam_search_whose_context_is_full_says_so(model):
+    result = model.generate((PROMPT * 40)[:253], num_beams=2, max_new_tokens=20, ignore_eos=True)
+    assert result.finish_reason == "context"
+    assert len(result.ids) == 3
+
+
+def test_a_beam_search_that_gets_no_state_ends_alone(model, monkeypatch):
+    expected = model.generate(PROMPT, **SHORT).ids
+    generator = model._task.generator
+    scheduler = generator.scheduler(SchedulerOptions(max_sequences=4))
+    (search,) = generator.jobs(model._task.call(PROMPT, {"num_beams": 3, **SHORT}))
+    monkeypatch.setattr(search, "start", lambda: (_ for _ in ()).throw(MemoryError("no memory for a state")))
+    (other,) = generator.jobs(model._task.call(PROMPT, SHORT))
+    scheduler.add([search])
+    scheduler.add([other])
+    while not scheduler.is_idle:
+        scheduler.step()
+    assert isinstance(search.error, MemoryError)
+    assert other.result().ids == expected

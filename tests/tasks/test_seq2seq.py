@@ -129,7 +129,9 @@ def test_odd_sources_and_arguments_are_refused_or_understood(tmp_path):
         model.generate(source, session=model.session(), **arguments)
     expected = model.generate(source, decoder_prompt=[2, 5], **arguments).ids
     assert model.generate(source, decoder_prompt=np.array([2, 5]), **arguments).ids == expected
-    assert [one.ids for one in model.generate([tuple(source)] * 2, decoder_prompt=(2, 5), **arguments)] == [expected] * 2
+    assert [one.ids for one in model.generate([tuple(source)] * 2, decoder_prompt=(2, 5), **arguments)] == [
+        expected
+    ] * 2
 
 
 def test_positions_that_ignore_past_tokens_are_refused(tmp_path, monkeypatch):
