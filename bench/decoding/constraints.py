@@ -67,7 +67,9 @@ def cases(quick: bool) -> dict[str, list[tuple[str, dict[str, Any]]]]:
         "JSON schema": [(m, {"json_schema": s}) for m, s in zip(TASKS["JSON"], SCHEMAS, strict=False)],
         "regex, words": [(story, {"regex": REGEX})],
         "regex, sentences": [(story, {"regex": PROSE})],
-        "49 choices": [(several, {"choices": [f"After {a} comes {b}, as everyone knows." for a in DAYS for b in DAYS]})],
+        "49 choices": [
+            (several, {"choices": [f"After {a} comes {b}, as everyone knows." for a in DAYS for b in DAYS]})
+        ],
     }
     return {kind: those[:1] for kind, those in found.items()} if quick else found
 

@@ -110,7 +110,9 @@ def text(saved: dict[str, Any], images: Path) -> str:
         for key in sorted(keys, key=lambda k: (not k.startswith(results.OURS), k)):
             shown = f"**{key}**" if key.startswith(results.OURS) else key
             cells = [results.both([results.measured(saved, key, t, name) for t in order], 0) for name in names]
-            cells += [results.both([results.measured(saved, key, t, f"{name}, first") for t in order], 2) for name in names]
+            cells += [
+                results.both([results.measured(saved, key, t, f"{name}, first") for t in order], 2) for name in names
+            ]
             rows.append([shown, *cells])
     path = plots.peers(saved, images / "decoding-peers.png")
     parts = [

@@ -109,6 +109,6 @@ def note(saved: dict[str, Any]) -> str:
 
 
 def verdict(reached: float, bar: float, *, least: bool) -> str:
-    """"reached" or "missed": `least` where the bar is the smallest good value, else it is the largest."""
+    """ "reached" or "missed": `least` where the bar is the smallest good value, else it is the largest."""
     good = reached >= bar if least else reached <= bar
     return "reached" if good else "missed"

@@ -34,7 +34,7 @@ class CallOptions:
 
     seed: int | None = None  # the same seed gives the same tokens; None takes a fresh one
     ignore_eos: bool = False
-    session: Session | None = None  # not used by a beam search
+    session: Session | None = None
     n: int = 1  # answers to the prompt
     logprobs: int | None = None  # likeliest tokens to report beside each new one; None: no log probabilities
     prompt_logprobs: int | None = None  # the same of the prompt's tokens

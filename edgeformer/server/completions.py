@@ -52,9 +52,7 @@ class CompletionRequest(SamplingFields, kw_only=True):
             raise ApiError(400, "echo with logprobs is not streamed; leave out stream.", param="echo")
         given = self.prompt
         found: list[Any]
-        if isinstance(given, str):
-            found = [given]
-        elif given and all(isinstance(one, int) for one in given):
+        if isinstance(given, str) or (given and all(isinstance(one, int) for one in given)):
             found = [given]
         else:
             found = list(given)
@@ -94,7 +92,7 @@ class Completion(msgspec.Struct, kw_only=True):
     created: int
     model: str
     choices: list[CompletionChoice]
-    usage: Usage | None | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET
     system_fingerprint: str
     timings: Timings | UnsetType = UNSET
 

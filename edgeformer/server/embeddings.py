@@ -37,9 +37,7 @@ class EmbeddingRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
         """
         given = self.input
         found: list[Any]
-        if isinstance(given, str):
-            found = [given]
-        elif given and all(isinstance(one, int) for one in given):
+        if isinstance(given, str) or (given and all(isinstance(one, int) for one in given)):
             found = [given]
         else:
             found = list(given)

@@ -37,7 +37,7 @@ def study(**numbers: object) -> dict:
 def test_every_number_of_requests_has_the_same_mixture_of_lengths(count: int) -> None:
     lengths = mixed_lengths(count)
     assert lengths == mixed_lengths(count) and len(lengths) == count
-    assert 16 <= min(lengths) and max(lengths) <= 512
+    assert min(lengths) >= 16 and max(lengths) <= 512
     assert np.exp(np.mean(np.log(lengths))) == pytest.approx((16 * 512) ** 0.5, rel=0.02)  # the middle of the scale
     assert count < 8 or lengths != sorted(lengths)
 
