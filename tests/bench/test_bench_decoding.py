@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,7 +37,7 @@ def study(**numbers: object) -> dict:
 def test_every_number_of_requests_has_the_same_mixture_of_lengths(count: int) -> None:
     lengths = mixed_lengths(count)
     assert lengths == mixed_lengths(count) and len(lengths) == count
-    assert 16 <= min(lengths) and max(lengths) <= 512
+    assert min(lengths) >= 16 and max(lengths) <= 512
     assert np.exp(np.mean(np.log(lengths))) == pytest.approx((16 * 512) ** 0.5, rel=0.02)  # the middle of the scale
     assert count < 8 or lengths != sorted(lengths)
 
@@ -143,7 +143,7 @@ def test_masks_are_timed_only_inside_the_block(monkeypatch: pytest.MonkeyPatch) 
     from edgeformer.decoding.constraints.grammar import GrammarConstraint
 
     clock = iter([0.0, 2.0, 10.0, 11.0, 20.0, 25.0])
-    monkeypatch.setattr(constraints.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(constraints.time, "thread_time", lambda: next(clock))
     calls: list[object] = []
 
     def apply(self: object, scores: object) -> object:
@@ -217,7 +217,7 @@ def test_llama_batches_are_those_of_its_server(monkeypatch: pytest.MonkeyPatch, 
         def _context(self, sequences: int, each: int = 256) -> object:
             return None
 
-        def _decode_batch(self, context: object, rows: list[tuple[int, int, int, bool]]) -> None:
+        def _decode_batch(self, context: object, rows: Sequence[tuple[int, int, int, bool]]) -> None:
             sizes.append(len(rows))
             last.clear()
             for token, position, sequence, wanted in rows:
@@ -264,7 +264,10 @@ def throughputs() -> dict:
         return {"rate": one(rate), "first": one(100 / rate), "first_p90": one(200 / rate)}
 
     def ways(rate: float) -> dict:
-        return {"off": {"1": numbers(rate), "8": numbers(4 * rate)}, "auto": {"1": numbers(2 * rate), "8": numbers(rate)}}
+        return {
+            "off": {"1": numbers(rate), "8": numbers(4 * rate)},
+            "auto": {"1": numbers(2 * rate), "8": numbers(rate)},
+        }
 
     return study(counts=[1, 8], new=64, measured={"1": ways(100.0), "2": ways(200.0)})
 
@@ -298,7 +301,13 @@ def beginnings() -> dict:
 
 def drafts() -> dict:
     def numbers(times: float) -> dict:
-        return {"times": times, "lowest": times - 0.1, "accepted": 0.5, "plain tokens/s": 300.0, "tokens/s": 300 * times}
+        return {
+            "times": times,
+            "lowest": times - 0.1,
+            "accepted": 0.5,
+            "plain tokens/s": 300.0,
+            "tokens/s": 300 * times,
+        }
 
     return study(measured={t: {"code edit": numbers(2.4), "story": numbers(0.99), "JSON": numbers(1.9)} for t in "12"})
 
