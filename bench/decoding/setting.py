@@ -26,6 +26,7 @@ class Options:
     threads: tuple[int, ...] = (1, 2)
     rounds: int = 5
     quick: bool = False  # fewer cases, beside fewer rounds
+    peers: tuple[str, ...] = ()  # words: only the peers whose project and name contain one
     tiny: bool = False  # the least that runs everything: not for numbers
 
 
@@ -69,7 +70,7 @@ class Prompts:
 
 
 def undisturbed(run: Callable[[], Found], tries: int = 3) -> tuple[Found, float]:
-    """(what `run` gave, cores that other processes used meanwhile): the first quiet one of `tries`, else the quietest."""
+    """(what `run` gave, cores that others used meanwhile): the first quiet one of `tries`, else the quietest."""
     taken: list[tuple[Found, float]] = []
     while len(taken) < tries and (not taken or taken[-1][1] > LIMIT):
         others = Others()
