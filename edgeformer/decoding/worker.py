@@ -218,7 +218,7 @@ class Worker:
         """(requests that run, requests that wait)."""
         with self._lock:
             waiting = len(self._queue())
-            return len(self._answers) - waiting, waiting
+            return sum(not one.done for one in self._answers) - waiting, waiting
 
     @property
     def reserved_bytes(self) -> int:
