@@ -87,9 +87,7 @@ class DraftControl:
         """How many drafts to verify of at most `limit`, the first of which rests on `match` tokens."""
         return self.plan(record, others, match, limit)[0]
 
-    def plan(
-        self, record: DraftRecord, others: int, match: int, limit: int, seconds: float = 0.0
-    ) -> tuple[int, float]:
+    def plan(self, record: DraftRecord, others: int, match: int, limit: int, seconds: float = 0.0) -> tuple[int, float]:
         """As `best`, for `limit` guesses of one kind, the first of which rests on `match` tokens."""
         return self.best((record.chance(match + i) for i in range(limit)), others, seconds)
 

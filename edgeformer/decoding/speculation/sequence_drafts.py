@@ -85,7 +85,6 @@ class SequenceDrafts:
         self._seen = 0  # tokens of the sequence that the sources know
         self._guesses: list[Guess] = []  # of this step;
         self._drafted = 0  # so many of them are drafts
-        self._replacements: Habits | None = None
         self._rest, self._next_rest = 0, FIRST_REST
 
     def plan(self, ids: Sequence[int], others: int, room: int, shape: Shape | None = None) -> int:
@@ -94,14 +93,13 @@ class SequenceDrafts:
         `others` are the rows of the other sequences in the step, `room` is the most drafts. If it is not 0, call
         `take` with what `model` made.
         """
-        self._settle(ids)
+        self._settle(ids, shape)
         room = min(room, MOST_DRAFTS)
         if room <= 0:
             return 0
         if shape is None:
-            self._guesses = self._looked_up([], room, self._lookup_record)
+            self._guesses = self._looked_up([], room)
         else:
-            self._replacements = shape.replacements
             self._guesses = self._shaped(shape, room)
         self._drafted, rate = self._control.best((guess.chance for guess in self._guesses), others)
         if self._guesses and self._guesses[0].record is not self._lookup_record and self._drafted:
@@ -127,18 +125,21 @@ class SequenceDrafts:
         if self._recent is not None:
             self._recent.add(answer)
 
-    def _settle(self, ids: Sequence[int]) -> None:
+    def _settle(self, ids: Sequence[int], shape: Shape | None) -> None:
         """Learn from the tokens since the last step, up to the first wrong guess: what comes after was not tried.
 
         Where all drafts were right, the token behind them says something about the guess behind them too.
         """
         tokens = ids[self._seen :]
         for guess, token in zip(self._guesses, tokens, strict=False):
+            is_right = guess.token == token
             if guess.record is not None:
-                guess.record.learn(guess.match, guess.token == token)
-            if guess.found >= 0 and self._replacements is not None:
-                self._replacements.learn(guess.found, token)
-            if guess.token != token:
+                guess.record.learn(guess.match, is_right)
+            if guess.found >= 0 and shape is not None:
+                # A wrong guess was for the last token. It ends the copied text if the grammar leaves few choices then.
+                ends = guess.record is None if is_right else shape.habit[1] > 0 or shape.likely(1) != []
+                shape.replacements.learn(guess.found, token if ends else None)
+            if not is_right:
                 break
         self._seen = len(ids)
         self._guesses, self._drafted = [], 0
@@ -146,14 +147,14 @@ class SequenceDrafts:
         if self.model is not None:
             self.model.extend(tokens)
 
-    def _looked_up(self, after: list[int], room: int, record: DraftRecord) -> list[Guess]:
-        """Guesses of lookup behind `after`; `record` knows about the first one."""
+    def _looked_up(self, after: list[int], room: int, framed: int = 0) -> list[Guess]:
+        """Guesses of lookup behind `after`. A match of the last `framed` tokens alone says little about a value."""
         tokens, match = self._lookup.propose(room, after)
-        rest = self._lookup_record
-        records = (rest if place else record for place in range(len(tokens)))
+        first = self._value_record if 0 < match <= framed else self._lookup_record
+        records = [first] + [self._lookup_record] * (len(tokens) - 1)
         return [
-            Guess(token, found.chance(match + place), found, match + place, token)
-            for place, (token, found) in enumerate(zip(tokens, records, strict=True))
+            Guess(token, record.chance(match + place), record, match + place, token)
+            for place, (token, record) in enumerate(zip(tokens, records, strict=False))
         ]
 
     def _shaped(self, shape: Shape, room: int) -> list[Guess]:
@@ -185,12 +186,12 @@ class SequenceDrafts:
         forced, record = ahead.likely(room), self._forced_record
         if forced and (token == forced[0] or chance <= record.chance(1)):
             return [Guess(token, record.chance(1), record, 1) for token in forced]
-        found = self._looked_up(after, room, self._value_record if framed else self._lookup_record)
+        found = self._looked_up(after, room, framed)
         if chance and (not found or chance >= found[0].chance):
             return [Guess(token, chance, None, 0)]
         for place, guess in enumerate(found):
             token, chance = ahead.replacements.guess(guess.token)
-            if token != guess.token and chance > 0.5:  # the token says more than the length of the match
+            if chance > 0.5:  # the token says more than the length of the match
                 return [*found[:place], Guess(token, chance, None, 0, guess.token)]
         return found
 
