@@ -238,19 +238,26 @@ class Model(EncoderMethods):
         One that fails does not stop the others.
 
         Raises:
-            InputError: `max_sequences` is no number of sequences, or the model does not generate.
+            InputError: `max_sequences` is no number of sequences, there is one prompt or a session for all, or the
+                model does not generate.
         """
         task = self._generating("generate_each")
+        if isinstance(prompts, (str, bytes)):
+            raise InputError("prompts is one text, expected a list of prompts; use generate() for one.")
+        if arguments.get("session") is not None:
+            raise InputError("A session holds one conversation, and there are several prompts; leave it out.")
+        least = [count for name in ("n", "num_beams") if type(count := arguments.get(name)) is int]
+        together = max([max_sequences, *least]) if type(max_sequences) is int else max_sequences
 
         def calls() -> Iterator[Call | EdgeformerError]:
             for one in prompts:
-                prompt, own = one if isinstance(one, tuple) else (one, {})
+                prompt, own = _with_arguments(one)
                 try:
                     yield task.call(prompt, {**arguments, **own})
                 except EdgeformerError as error:
                     yield error
 
-        return task.generator.answers(calls(), max(max_sequences, arguments.get("n") or 1))
+        return task.generator.answers(calls(), together)
 
     def scheduler(
         self,
@@ -351,6 +358,13 @@ class Model(EncoderMethods):
         raise InputError(
             f"{self.bundle.path} is a {self.bundle.task} model and has no {method}(); call it: model({inputs})."
         )
+
+
+def _with_arguments(one: Prompt | tuple[Prompt, CallArguments]) -> tuple[Prompt, CallArguments]:
+    """(prompt, arguments of its own). A tuple may also be a prompt: of token ids, or of messages."""
+    if isinstance(one, tuple) and len(one) == 2 and isinstance(one[1], Mapping) and not isinstance(one[0], Mapping):
+        return one
+    return one, {}
 
 
 __all__ = ["BundleError", "Choice", "EngineName", "Model", "NativeOptions", "Prompt", "load"]

@@ -87,13 +87,11 @@ class Answer:
             with contextlib.suppress(RuntimeError):  # the loop was closed
                 loop.call_soon_threadsafe(event.set)
 
-        with self._changed:
-            self._listeners.append(wake)
+        self.listen(wake)
         try:
             while True:
                 event.clear()
-                with self._changed:
-                    pieces, done = self._take(), self.done
+                pieces, done = self.take()
                 for piece in pieces:
                     yield piece
                 if done and not pieces:
@@ -101,8 +99,7 @@ class Answer:
                 if not pieces:
                     await event.wait()
         finally:
-            with self._changed:
-                self._listeners.remove(wake)
+            self.unlisten(wake)
             if not self.done:
                 self.cancel()
         self.results()
@@ -112,6 +109,26 @@ class Answer:
         async for _ in self:
             pass
         return self.result()
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether its content is in `Piece.parts`: a chat whose template has tool calls or reasoning."""
+        return self._jobs[0].request.shape.format is not None
+
+    def listen(self, wake: Callable[[], None]) -> None:
+        """`wake` is called, from another thread, whenever there are new pieces, and at the end."""
+        with self._changed:
+            self._listeners.append(wake)
+
+    def unlisten(self, wake: Callable[[], None]) -> None:
+        """Undoes `listen`."""
+        with self._changed:
+            self._listeners.remove(wake)
+
+    def take(self) -> tuple[list[Piece], bool]:
+        """(the pieces since the last call, whether no more will come). It does not wait."""
+        with self._changed:
+            return self._take(), self.done
 
     def _take(self) -> list[Piece]:
         pieces = list(self._pieces)
@@ -196,6 +213,11 @@ class Worker:
         with self._lock:
             waiting = len(self._queue())
             return len(self._answers) - waiting, waiting
+
+    @property
+    def reserved_bytes(self) -> int:
+        """See `Scheduler.reserved_bytes`."""
+        return self._scheduler.reserved_bytes
 
     def close(self, *, finish: bool = False) -> None:
         """Ends the thread: after all answers with `finish`, else they are cancelled before the next step."""

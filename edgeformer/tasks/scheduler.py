@@ -68,6 +68,11 @@ class GenerationScheduler:
         """Requests in the queue."""
         return self._worker.counts[1]
 
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of cache that the running requests may need; `options.memory_limit` bounds them."""
+        return self._worker.reserved_bytes
+
     def close(self, *, finish: bool = False) -> None:
         """Ends it: cancels all answers, or with `finish` waits for them. It takes no more prompts."""
         self._worker.close(finish=finish)

@@ -316,14 +316,20 @@ def test_states_of_several_sequences_are_reordered(exported):
 
         state = model.engine.new_state(static)
         model.engine.forward([({"input_ids": first}, state)])
-        for wrong in ((0, 1), (0, 1, 3), (0, 1, -1)):
+        for wrong in ((), (0, 1, 3), (0, 1, -1)):
             with pytest.raises(InputError, match="select"):
                 state.select(wrong)
         copy = state.fork()
         state.select([2, 0, 2])
-        for moved, rows in ((state, (2, 0, 2)), (copy, (0, 1, 2))):
+        fewer, one = copy.fork(), copy.fork()
+        fewer.select([1])
+        one.select([1])
+        one.select([0, 0, 0])  # static inputs too
+        for moved, rows in ((state, (2, 0, 2)), (copy, (0, 1, 2)), (one, (1, 1, 1))):
             found = model.engine.forward([({"input_ids": last}, moved)])[0]["logits"][:, -1]
             assert np.abs(found - after(rows)).max() < 1e-5
+        found = model.engine.forward([({"input_ids": last[1:2]}, fewer)])[0]["logits"][:, -1]
+        assert np.abs(found - after((0, 1, 2))[1]).max() < 1e-5
         assert np.abs(after((2, 0, 2)) - after((0, 1, 2))).max() > 0.1, "the order of rows changes nothing"
         with pytest.raises(InputError, match="encoder_hidden"):
             model.engine.new_state({"encoder_hidden_states": ids})
