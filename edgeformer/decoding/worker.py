@@ -248,6 +248,7 @@ class Worker:
         self._thread = None
         for answer in self._answers:
             answer._changed = threading.Condition()
+            answer._listeners = []  # they would wake the parent's event loop, whose pipe both share
         self._fail(StateError("the process was forked, and the thread is the parent's; make a scheduler in the child"))
 
     def _queue(self) -> list[Answer]:
