@@ -353,7 +353,7 @@ def test_a_closed_stream_says_why_it_has_no_result(model):
 @pytest.mark.parametrize("option", ["session", "slide", "error"])
 def test_a_beam_search_refuses_what_it_would_ignore(model, option):
     arguments = {"session": model.session()} if option == "session" else {"context_policy": option}
-    with pytest.raises(InputError, match=r"[Ll]eave out (session|context_policy) or num_beams"):
+    with pytest.raises(InputError, match=r"[Ll]eave out (session|context_policy), or pass num_beams=1"):
         model.generate(PROMPT, num_beams=2, **arguments)
 
 
