@@ -30,7 +30,8 @@ ALLOWED = {
     "model": f"{RUNTIME} tasks",
     "": f"{RUNTIME} tasks model",  # edgeformer/__init__.py
     "tools": f"{RUNTIME} tasks model _native",
-    "cli": f"{RUNTIME} tasks model tools _native",
+    "server": f"{RUNTIME} tasks model",
+    "cli": f"{RUNTIME} tasks model tools server _native",
     "__main__": "cli",
     # the toolchain
     "models": "errors",

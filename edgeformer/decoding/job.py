@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from edgeformer.bundle.signature import Array
+from edgeformer.decoding.request import Request
 from edgeformer.decoding.result import Piece, Result
 from edgeformer.engines.base import State
 
@@ -23,6 +24,7 @@ class Rows:
 class Job(Protocol):
     """One request in a scheduler: a sequence, or a beam search. The scheduler alone calls it, from one thread."""
 
+    request: Request
     reason: str | None  # why it ended; None while it goes on
     error: Exception | None  # why it failed
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import os
 import threading
 import weakref
 from collections import deque
@@ -13,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from edgeformer.decoding.job import Job
 from edgeformer.decoding.result import Piece, Result
 from edgeformer.decoding.scheduler import Scheduler
-from edgeformer.errors import EdgeformerError, InputError, QueueFull
+from edgeformer.errors import EdgeformerError, InputError, QueueFull, StateError
 
 
 class Answer:
@@ -65,35 +66,37 @@ class Answer:
         return self._results
 
     def __iter__(self) -> Iterator[Piece]:
-        """The pieces as they come.
+        """The pieces as they come; if the loop is left early, the answer is cancelled.
 
         Raises:
             EdgeformerError: it failed.
         """
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: bool(self._pieces) or self.done)
-                pieces = self._take()
-            if not pieces:
-                self.results()  # raises if it failed
-                return
-            yield from pieces
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: bool(self._pieces) or self.done)
+                    pieces = self._take()
+                if not pieces:
+                    break
+                yield from pieces
+        finally:
+            if not self.done:
+                self.cancel()
+        self.results()  # raises if it failed
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
-        """The pieces as they come; if the task is cancelled, so is the answer."""
+        """The pieces as they come; if the task is cancelled or the loop is left early, so is the answer."""
         loop, event = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
             with contextlib.suppress(RuntimeError):  # the loop was closed
                 loop.call_soon_threadsafe(event.set)
 
-        with self._changed:
-            self._listeners.append(wake)
+        self.listen(wake)
         try:
             while True:
                 event.clear()
-                with self._changed:
-                    pieces, done = self._take(), self.done
+                pieces, done = self.take()
                 for piece in pieces:
                     yield piece
                 if done and not pieces:
@@ -101,8 +104,7 @@ class Answer:
                 if not pieces:
                     await event.wait()
         finally:
-            with self._changed:
-                self._listeners.remove(wake)
+            self.unlisten(wake)
             if not self.done:
                 self.cancel()
         self.results()
@@ -112,6 +114,26 @@ class Answer:
         async for _ in self:
             pass
         return self.result()
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether its content is in `Piece.parts`: a chat whose template has tool calls or reasoning."""
+        return self._jobs[0].request.shape.format is not None
+
+    def listen(self, wake: Callable[[], None]) -> None:
+        """`wake` is called, from another thread, whenever there are new pieces, and at the end."""
+        with self._changed:
+            self._listeners.append(wake)
+
+    def unlisten(self, wake: Callable[[], None]) -> None:
+        """Undoes `listen`."""
+        with self._changed:
+            self._listeners.remove(wake)
+
+    def take(self) -> tuple[list[Piece], bool]:
+        """(the pieces since the last call, whether no more will come). It does not wait."""
+        with self._changed:
+            return self._take(), self.done
 
     def _take(self) -> list[Piece]:
         pieces = list(self._pieces)
@@ -150,6 +172,7 @@ class Worker:
         self._answers: list[Answer] = []  # that have not ended
         self._thread: threading.Thread | None = None
         self._closing = False
+        _workers.add(self)
 
     def add(self, jobs: list[Job]) -> Answer:
         """Queues the answers to one prompt.
@@ -195,7 +218,12 @@ class Worker:
         """(requests that run, requests that wait)."""
         with self._lock:
             waiting = len(self._queue())
-            return len(self._answers) - waiting, waiting
+            return sum(not one.done for one in self._answers) - waiting, waiting
+
+    @property
+    def reserved_bytes(self) -> int:
+        """See `Scheduler.reserved_bytes`."""
+        return self._scheduler.reserved_bytes
 
     def close(self, *, finish: bool = False) -> None:
         """Ends the thread: after all answers with `finish`, else they are cancelled before the next step."""
@@ -208,16 +236,29 @@ class Worker:
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
+    def retire(self) -> None:
+        """Nobody can add to it any more: the thread ends after all answers. Does not wait."""
+        with self._lock:
+            self._closing = True
+            self._lock.notify_all()
+
+    def forget_parent(self) -> None:
+        """After a fork, in the child: threads do not survive it, and what they locked stays locked."""
+        self._lock = threading.Condition()
+        self._thread = None
+        for answer in self._answers:
+            answer._changed = threading.Condition()
+        self._fail(StateError("the process was forked, and the thread is the parent's; make a scheduler in the child"))
+
     def _queue(self) -> list[Answer]:
         """The answers that wait, in their order."""
         running = {id(job) for job in self._scheduler.running}
         return [one for one in self._answers if not one.done and not any(id(job) in running for job in one._jobs)]
 
     def _start(self) -> None:
-        # A daemon thread, closed at exit: the interpreter must not end while it holds an engine.
+        # A daemon thread, which _close_all ends at exit: the interpreter must not end while it holds an engine.
         self._thread = threading.Thread(target=self._run, name="edgeformer-scheduler", daemon=True)
         self._thread.start()
-        atexit.register(_close, weakref.ref(self))
 
     def _run(self) -> None:
         try:
@@ -262,7 +303,19 @@ class Worker:
             answer._publish([], None, failure)
 
 
-def _close(worker: weakref.ref[Worker]) -> None:
-    alive = worker()
-    if alive is not None:
-        alive.close()
+_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for worker in list(_workers):
+        worker.close()
+
+
+def _forget_parent() -> None:
+    for worker in list(_workers):
+        worker.forget_parent()
+
+
+atexit.register(_close_all)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forget_parent)

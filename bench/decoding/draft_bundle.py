@@ -1,0 +1,104 @@
+"""A draft bundle on the demo text: a larger and a small model of one tokenizer, with drafts and without.
+
+    D="python -m edgeformer.train demo-text --cpu"
+    $D -o runs/large --steps 220 --set model.hidden_size=256 --set model.intermediate_size=768 \\
+        --set model.num_hidden_layers=6 --set model.num_attention_heads=8 --set model.num_key_value_heads=4 \\
+        --set train.learning_rate=2e-3
+    $D -o runs/small --set model.hidden_size=64 --set model.intermediate_size=192 --set model.num_hidden_layers=2 \\
+        --set model.num_attention_heads=2 --set model.num_key_value_heads=1
+    python -m edgeformer.export runs/large -o large --quantize q4a
+    python -m edgeformer.export runs/small -o small --quantize q4a
+    python -m bench.decoding.draft_bundle large small
+
+Both train the same tokenizer, because it follows from the text alone. Greedy continuations of the text that training
+held out. Modes alternate within a round, so that other load on the machine affects all; a speed-up is the median of
+the rounds' ratios. Writes bench/results/draft-bundle.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from statistics import median
+from typing import Any
+
+import edgeformer
+from bench import report
+from edgeformer.decoding.speculation.speculation import SpeculationName
+from edgeformer.train.text import read_pydoc, split_documents
+
+PROMPTS, BEGIN, NEW = 8, 64, 192  # number of prompts; their tokens, and those of each answer
+RESULT = report.RESULTS / "draft-bundle.json"
+
+
+def prompts(model: edgeformer.Model) -> list[list[int]]:
+    """The first tokens of held-out texts, from all over the alphabet of topics."""
+    assert model.tokenizer is not None
+    held_out = split_documents(read_pydoc(), 0.1)[1]
+    ids = [model.tokenizer.encode(text) for text in held_out]
+    long = [each[:BEGIN] for each in ids if len(each) > BEGIN]
+    return long[:: max(1, len(long) // PROMPTS)][:PROMPTS]
+
+
+def measure(model: edgeformer.Model, draft: edgeformer.Model, rounds: int) -> dict[str, dict[str, float]]:
+    """mode -> tokens/s, times as fast as without drafts, the share of drafts that were right, drafts a token.
+
+    Raises:
+        AssertionError: drafts changed a token.
+    """
+    modes: dict[str, SpeculationName | edgeformer.Model] = {"off": "off", "lookup": "lookup", "draft": draft}
+    seconds: dict[str, list[float]] = {mode: [] for mode in modes}
+    counts = {mode: [0, 0, 0] for mode in modes}  # tokens, proposed, accepted
+    starts = prompts(model)
+    for number in range(rounds):
+        for mode in list(modes)[:: 1 if number % 2 else -1]:
+            seconds[mode].append(0.0)
+        for start in starts:
+            answers = {}
+            for mode in list(modes)[:: 1 if number % 2 else -1]:
+                answer = model.generate(start, max_new_tokens=NEW, temperature=0, speculation=modes[mode])
+                answers[mode] = answer.ids
+                seconds[mode][-1] += answer.timings.decode_seconds
+                for place, count in enumerate((len(answer.ids) - 1, answer.drafts.proposed, answer.drafts.accepted)):
+                    counts[mode][place] += count
+            assert answers["off"] == answers["lookup"] == answers["draft"], "drafts changed an answer"
+    found = {}
+    for mode, (tokens, proposed, accepted) in counts.items():
+        found[mode] = {
+            "tokens/s": tokens / rounds / median(seconds[mode]),
+            "times": median(off / own for off, own in zip(seconds["off"], seconds[mode], strict=True)),
+            "accepted": accepted / max(1, proposed),
+            "proposed a token": proposed / tokens,
+        }
+    return found
+
+
+def agreement(model: edgeformer.Model, draft: edgeformer.Model) -> float:
+    """How often the draft model's greedy token is the larger one's, over greedy answers of the larger one."""
+    right = tried = 0
+    for start in prompts(model):
+        ids = [*start, *model.generate(start, max_new_tokens=48, temperature=0).ids]
+        for end in range(len(start), len(ids)):
+            right += draft.generate(ids[:end], max_new_tokens=1, temperature=0).ids == [ids[end]]
+            tried += 1
+    return right / tried
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A draft bundle on the demo text.")
+    parser.add_argument("large")
+    parser.add_argument("small")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    models = [edgeformer.load(path, threads=1) for path in (options.large, options.small)]
+    entry: dict[str, Any] = report.machine() | {"threads": 1, "rounds": options.rounds}
+    entry |= {"modes": measure(models[0], models[1], options.rounds), "agreement": agreement(models[0], models[1])}
+    entry["weights MB"] = [model.bundle.path.joinpath("model.onnx.data").stat().st_size / 1e6 for model in models]
+    for mode, row in entry["modes"].items():
+        print(f"{mode:7} {row['tokens/s']:.0f} tokens/s, {row['times']:.2f} x, {row['accepted']:.0%} of drafts right")
+    print(f"the small model's greedy token is the larger one's in {entry['agreement']:.0%} of the places")
+    RESULT.write_text(json.dumps([entry], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
