@@ -26,6 +26,7 @@ class Feed:
     ) -> None:
         self.answers = answers
         self._interval = interval
+        self._waits_for_ends = False
         self._n = n
         self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
         self._is_signalled = False
@@ -69,6 +70,7 @@ class Feed:
         Raises:
             ApiError, EdgeformerError: as `next`.
         """
+        self._waits_for_ends = True
         while await self.next(3600.0) != []:
             pass
         return [result for answer in self.answers for result in answer.results(0)]
@@ -101,12 +103,14 @@ class Feed:
         left = self._began + self._queue_timeout - time.monotonic()
         if left > 0:
             return left
-        if all(answer.position == 0 for answer in self.answers):
+        if any(answer.position == 0 for answer in self.answers):
             self._has_begun = True  # the prompt runs
             return 3600.0
         raise too_busy(f"The request waited {self._queue_timeout:g} s for its turn. Try again later.")
 
     def _wake(self) -> None:
+        if self._waits_for_ends and not all(answer.done for answer in self.answers):
+            return
         if not self._is_signalled:  # at most one call waits in the loop
             self._is_signalled = True
             with contextlib.suppress(RuntimeError):  # the loop was closed

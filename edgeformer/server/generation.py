@@ -111,7 +111,9 @@ class Generation:
     def close(self) -> None:
         """Cancels what has not ended and gives the model back."""
         if not self._is_counted and any(not answer.done for answer in self.answers):
-            self._call.log["finish"] = "cancel"
+            self._is_counted = True
+            self._call.log["finish"] = "abort"
+            self._call.server.metrics.aborted(self.entry.name, len(self.answers) * self.n)
         self.loaded.streams -= self._is_stream
         self._is_stream = False
         self.feed.close()
