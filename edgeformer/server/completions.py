@@ -15,7 +15,7 @@ from edgeformer.decoding.result import Piece, Result
 from edgeformer.server.endpoint import Call, Endpoint, reply
 from edgeformer.server.errors import ApiError
 from edgeformer.server.generation import Generation, finish_reason
-from edgeformer.server.options import MOST_ITEMS
+from edgeformer.server.items import Items, items_of
 from edgeformer.server.registry import Loaded
 from edgeformer.server.sampling import Neutral, SamplingFields
 from edgeformer.server.sse import DONE, PING, EventStream, event
@@ -27,7 +27,7 @@ DEFAULT_TOKENS = 16  # OpenAI's, of this route
 class CompletionRequest(SamplingFields, kw_only=True):
     """The body of POST /v1/completions. A prompt is a text, token ids, or a list of either."""
 
-    prompt: str | list[str | int | list[int]]
+    prompt: Items
     logprobs: int | None = None
     echo: bool | None = None
     best_of: Any = None
@@ -50,19 +50,7 @@ class CompletionRequest(SamplingFields, kw_only=True):
             raise ApiError(400, "best_of must be n: no other answers are made and dropped.", param="best_of")
         if self.echo and self.stream and self.logprobs is not None:
             raise ApiError(400, "echo with logprobs is not streamed; leave out stream.", param="echo")
-        given = self.prompt
-        found: list[Any]
-        if isinstance(given, str):
-            found = [given]
-        elif given and all(isinstance(one, int) for one in given):
-            found = [given]
-        else:
-            found = list(given)
-        if not 1 <= len(found) <= MOST_ITEMS:
-            raise ApiError(400, f"prompt holds {len(found)} prompts, expected 1 to {MOST_ITEMS}.", param="prompt")
-        if len({type(one) for one in found}) > 1 or isinstance(found[0], int):
-            raise ApiError(400, "prompt mixes texts and token ids; expected all of one kind.", param="prompt")
-        return found
+        return items_of(self.prompt, "prompt")
 
     def arguments(self, loaded: Loaded) -> dict[str, Any]:
         """See `SamplingFields.arguments`."""
@@ -94,7 +82,7 @@ class Completion(msgspec.Struct, kw_only=True):
     created: int
     model: str
     choices: list[CompletionChoice]
-    usage: Usage | None | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET
     system_fingerprint: str
     timings: Timings | UnsetType = UNSET
 

@@ -16,14 +16,14 @@ from edgeformer.model import Model
 from edgeformer.processing.tokenizer import Tokenizer
 from edgeformer.server.endpoint import Call, Endpoint, reply
 from edgeformer.server.errors import ApiError, too_busy
-from edgeformer.server.options import MOST_ITEMS
+from edgeformer.server.items import Items, items_of
 from edgeformer.server.registry import Loaded
 
 
 class EmbeddingRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The body. `input` is a text, token ids, or a list of either."""
 
-    input: str | list[str | int | list[int]]
+    input: Items
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
@@ -35,18 +35,7 @@ class EmbeddingRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
         Raises:
             ApiError: there is none or too many, one is empty, or the list mixes kinds.
         """
-        given = self.input
-        found: list[Any]
-        if isinstance(given, str):
-            found = [given]
-        elif given and all(isinstance(one, int) for one in given):
-            found = [given]
-        else:
-            found = list(given)
-        if not 1 <= len(found) <= MOST_ITEMS:
-            raise ApiError(400, f"input holds {len(found)} inputs, expected 1 to {MOST_ITEMS}.", param="input")
-        if len({type(one) for one in found}) > 1 or isinstance(found[0], int):
-            raise ApiError(400, "input mixes texts and token ids; expected all of one kind.", param="input")
+        found = items_of(self.input, "input")
         if not all(found):
             raise ApiError(400, "input holds an empty text.", param="input")
         return found

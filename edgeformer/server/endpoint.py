@@ -1,7 +1,7 @@
-"""A route and what its handler gets. Each group of routes is a module with a list `ENDPOINTS`; app.py lists the modules.
+"""A route and what its handler gets. A group of routes is a module with a list `ENDPOINTS`; app.py lists the modules.
 
-A handler takes a `Call` and gives a Response: `reply(...)` for JSON, or an `EventStream`. It is cancelled when the client
-goes away, so what it holds must be released in `finally`.
+A handler takes a `Call` and gives a Response: `reply(...)` for JSON, or an `EventStream`. It is cancelled when the
+client goes away, so what it holds must be released in `finally`.
 """
 
 from __future__ import annotations

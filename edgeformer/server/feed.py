@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from edgeformer.decoding.result import Piece, Result
 from edgeformer.decoding.worker import Answer
@@ -17,12 +17,15 @@ Numbered = tuple[int, Piece]  # the index of the choice, and a piece of it
 class Feed:
     """Reads answers of a scheduler; choice `i * n + k` is answer k to prompt i. Close it in `finally`.
 
-    `queue_timeout`: seconds that they may wait for others. `interval`: seconds between two deliveries, at least.
+    `queue_timeout`: seconds that they may wait for others. `interval`: seconds between two deliveries, at least; asked
+    before each.
     """
 
-    def __init__(self, answers: Sequence[Answer], n: int, queue_timeout: float) -> None:
+    def __init__(
+        self, answers: Sequence[Answer], n: int, queue_timeout: float, interval: Callable[[], float] = lambda: 0.0
+    ) -> None:
         self.answers = answers
-        self.interval = 0.0
+        self._interval = interval
         self._n = n
         self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
         self._is_signalled = False
@@ -39,7 +42,8 @@ class Feed:
             ApiError: they waited too long (429).
             EdgeformerError: an answer failed.
         """
-        if self.interval and (wait := self._delivered + self.interval - self._loop.time()) > 0:
+        if self._has_begun and (wait := self._delivered + self._interval() - self._loop.time()) > 0:
+            self._is_signalled = True  # new pieces need not wake it
             await asyncio.sleep(wait)
         end = self._loop.time() + timeout
         while True:

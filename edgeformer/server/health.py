@@ -40,7 +40,7 @@ class Props(msgspec.Struct):
     models: list[str]
 
 
-async def health(call: Call) -> Response:
+async def health(_: Call) -> Response:
     """Says that the process answers. It needs no key."""
     return reply(Status("ok"))
 

@@ -76,7 +76,7 @@ def document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
 def endpoint(endpoints: Sequence[Endpoint]) -> Endpoint:
     """The route that gives the document of `endpoints` and itself."""
 
-    async def openapi(call: Call) -> Response:
+    async def openapi(_: Call) -> Response:
         """The document."""
         return reply(made)
 

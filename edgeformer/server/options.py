@@ -10,7 +10,6 @@ from edgeformer.engines.options import option
 from edgeformer.errors import InputError
 
 NETWORK, SAFETY, LOAD = "Network", "Safety", "Load"
-MOST_ITEMS = 2048  # inputs of one embeddings request, and prompts of one completion; OpenAI's limit of the former
 
 
 @dataclass(frozen=True)
@@ -23,17 +22,17 @@ class ServeOptions:
 
     host: str = option("127.0.0.1", "The address to listen on.", panel=NETWORK)
     port: int = option(8080, "0 takes a free one.", min=0, max=65535, panel=NETWORK)
-    uds: Path | None = option(None, "A unix socket instead of an address and a port.", panel=NETWORK)
-    tls_cert: Path | None = option(None, "The certificate chain, as PEM: serves HTTPS.", panel=NETWORK)
-    tls_key: Path | None = option(None, "The certificate's private key, as PEM.", panel=NETWORK)
+    uds: Path | None = option(None, "A unix socket instead of an address and a port.", panel=NETWORK)  # noqa: RUF009
+    tls_cert: Path | None = option(None, "The certificate chain, as PEM: serves HTTPS.", panel=NETWORK)  # noqa: RUF009
+    tls_key: Path | None = option(None, "The certificate's private key, as PEM.", panel=NETWORK)  # noqa: RUF009
     api_key: str | None = option(
         None,
         "Requests need `Authorization: Bearer KEY`. Better in a file or in EDGEFORMER_API_KEY: arguments are visible.",
         panel=SAFETY,
     )
-    api_key_file: Path | None = option(None, "A file with the key in its first line.", panel=SAFETY)
+    api_key_file: Path | None = option(None, "A file with the key in its first line.", panel=SAFETY)  # noqa: RUF009
     insecure: bool = option(False, "Listen beyond this machine without a key.", panel=SAFETY)
-    cors: list[str] | None = option(  # noqa: RUF009 (a field)
+    cors: list[str] | None = option(  # noqa: RUF009
         None, "An origin whose web pages may call; may be repeated.", metavar="ORIGIN", panel=SAFETY
     )
     max_body: int = option(8 << 20, "The most bytes of a request.", min=1, panel=SAFETY)

@@ -24,7 +24,7 @@ log = logging.getLogger("edgeformer.server")
 class SignalledServer(uvicorn.Server):
     """The first SIGTERM or SIGINT takes no more requests and lets answers end; the second ends the process at once."""
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 (uvicorn's name)
         """The handler of both signals."""
         if self.should_exit:
             os._exit(128 + sig)
@@ -64,9 +64,9 @@ def serve(bundles: Sequence[str], options: ServeOptions, where: Mapping[str, Any
         InputError: an option is wrong.
         BundleError: a bundle is damaged, or none.
     """
-    logs.set_up()
     registry = Registry(bundles, options, where)
     app = create_app(registry, options)
+    logs.set_up()
     server = SignalledServer(uvicorn_config(app, options))
     address = f"unix:{options.uds}" if options.uds else f"{options.host}:{options.port}"
     log.info("starting", extra={"address": address, "models": list(registry.entries), "pid": os.getpid()})

@@ -90,8 +90,8 @@ class Guard:
         if self._checks_host and not _is_loopback(headers.get("host", "")):
             raise ApiError(
                 403,
-                f"The Host header is {headers.get('host', '')[:80]!r}, and this server answers to names of this machine "
-                "alone; use localhost, or start it with an API key.",
+                f"The Host header is {headers.get('host', '')[:80]!r}, and this server answers to names of this "
+                "machine alone; use localhost, or start it with an API key.",
                 code="wrong_host",
             )
         if self._key is not None:
