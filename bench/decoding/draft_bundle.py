@@ -105,9 +105,9 @@ def text(saved: dict[str, Any]) -> str:
     gain = saved["modes"]["draft"]["times"] / saved["modes"]["lookup"]["times"]
     pays = "pays" if gain > 1.02 else "does not pay"
     told = (
-        f"Two demo models, {sizes} in q4a, trained apart (no distillation), {saved['threads']} thread; {PROMPTS} greedy "
-        f"continuations of {NEW} tokens of the text that training held out; medians of {saved['rounds']} rounds. The "
-        f"small model's greedy token is the large one's in {saved['agreement']:.0%} of the places, and it makes "
+        f"Two demo models, {sizes} in q4a, trained apart (no distillation), {saved['threads']} thread; {PROMPTS} "
+        f"greedy continuations of {NEW} tokens of the text that training held out; medians of {saved['rounds']} "
+        f"rounds. The small model's greedy token is the large one's in {saved['agreement']:.0%} of the places, and it makes "
         f"{saved['small tokens/s']:,.0f} tokens/s alone. Beside lookup, which always drafts too, this draft model "
         f"{pays}: x {gain:.2f}. These are demo models; larger pairs were not measured."
     )

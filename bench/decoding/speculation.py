@@ -59,9 +59,10 @@ def measure(model: edgeformer.Model, speculation: SpeculationName | edgeformer.M
             pair = {}
             for name in ("off", "on") if number % 2 else ("on", "off"):
                 chosen = speculation if name == "on" else "off"
-                own = {
+                # Another title makes another grammar.
+                own: dict[str, Any] = {
                     key: {**schema, "title": f"{number} {name}"} for key, schema in arguments.items()
-                }  # a new grammar
+                }
                 pair[name] = model.generate(prompt, max_new_tokens=NEW, temperature=0, speculation=chosen, **own)
             assert pair["on"].ids == pair["off"].ids, f"drafts changed the answer to {message!r}"
             pairs.append((pair["off"].timings.decode_seconds, pair["on"].timings.decode_seconds))
