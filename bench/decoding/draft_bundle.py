@@ -107,9 +107,9 @@ def text(saved: dict[str, Any]) -> str:
     told = (
         f"Two demo models, {sizes} in q4a, trained apart (no distillation), {saved['threads']} thread; {PROMPTS} "
         f"greedy continuations of {NEW} tokens of the text that training held out; medians of {saved['rounds']} "
-        f"rounds. The small model's greedy token is the large one's in {saved['agreement']:.0%} of the places, and it makes "
-        f"{saved['small tokens/s']:,.0f} tokens/s alone. Beside lookup, which always drafts too, this draft model "
-        f"{pays}: x {gain:.2f}. These are demo models; larger pairs were not measured."
+        f"rounds. The small model's greedy token is the large one's in {saved['agreement']:.0%} of the places, "
+        f"and it makes {saved['small tokens/s']:,.0f} tokens/s alone. Beside lookup, which always drafts too, "
+        f"this draft model {pays}: x {gain:.2f}. These are demo models; larger pairs were not measured."
     )
     return "\n\n".join([table(heads, rows), told, footnote(saved["machine"])])
 
