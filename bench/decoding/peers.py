@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.decoding.setting import NEW, Options, by_threads, mixed_lengths
+from bench.decoding.setting import NEW, Options, by_threads, mixed_lengths, order_text, threads_text
 from bench.peers import models, pages, quality, results
 from bench.peers.contestants import ALL, Contestant
 from bench.peers.field import Plan, set_up, take_rounds
@@ -118,11 +118,10 @@ def text(saved: dict[str, Any], images: Path) -> str:
     path = plots.peers(saved, images / "decoding-peers.png")
     parts = [
         pages.conditions(saved),
-        "Tokens a second of all requests together, prompts of 16 to 512 tokens included; "
-        + ("2 threads (1 thread)." if order == [2, 1] else f"{order[0]} threads."),
+        f"Tokens a second of all requests together, prompts of 16 to 512 tokens included; {order_text(saved)}.",
         table(heads, rows),
         f"Over the fastest peer of the class, target {TARGET} (a file that loses more than 1 %: of all):",
-        table(["file", "requests", *(f"{t} threads" if t > 1 else "1 thread" for t in order)], ratios(saved)),
+        table(["file", "requests", *map(threads_text, order)], ratios(saved)),
         f"![Requests of mixed lengths](images/{path.name})",
         pages.settings(saved),
     ]

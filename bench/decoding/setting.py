@@ -100,6 +100,12 @@ def threads_text(count: int) -> str:
     return f"{count} thread{'s' if count > 1 else ''}"
 
 
+def order_text(saved: dict[str, Any]) -> str:
+    """What a cell "200 (100)" holds: "2 threads (1 thread)"."""
+    most, *rest = [threads_text(count) for count in by_threads(saved)]
+    return most + "".join(f" ({one})" for one in rest[:1])
+
+
 def note(saved: dict[str, Any]) -> str:
     """Where and when; first, whether other work ran."""
     others = saved.get("others", 0.0)

@@ -96,11 +96,11 @@ class TextGenerator:
             if options.speculation not in ("auto", "off"):
                 raise InputError("A beam search has no drafts; leave out speculation or num_beams.")
             if options.session is not None:
-                raise InputError("A beam search keeps no session; leave out session or num_beams.")
+                raise InputError("A beam search keeps no session; leave out session, or pass num_beams=1.")
             if options.context_policy not in (None, "stop"):
                 raise InputError(
                     f"context_policy is {options.context_policy!r}; a beam search ends where the context is full. "
-                    "Leave out context_policy or num_beams."
+                    "Leave out context_policy, or pass num_beams=1."
                 )
             if call.shape.grammar is not None or options.logprobs is not None or options.prompt_logprobs is not None:
                 raise InputError("A beam search has no constraints, tools or logprobs; leave them out, or num_beams.")

@@ -31,7 +31,7 @@ class RowBudget:
         return min(room, max(SMALLEST, rows // SMALLEST * SMALLEST))
 
     def observe(self, decode_rows: int, prompt_rows: int, seconds: float) -> None:
-        """A step of these rows took so long."""
+        """A step of these rows, none of them a draft, took so long."""
         if decode_rows == 0:
             return
         if prompt_rows == 0:

@@ -38,6 +38,11 @@ class Answer:
         return self._results is not None or self._error is not None
 
     @property
+    def prompt_tokens(self) -> int:
+        """Tokens of its prompt."""
+        return len(self._jobs[0].request.prompt)
+
+    @property
     def position(self) -> int:
         """0 once it runs or has ended, else its place in the queue, from 1."""
         return self._worker.position(self)
@@ -248,6 +253,7 @@ class Worker:
         self._thread = None
         for answer in self._answers:
             answer._changed = threading.Condition()
+            answer._listeners = []  # they would wake the parent's event loop, whose pipe both share
         self._fail(StateError("the process was forked, and the thread is the parent's; make a scheduler in the child"))
 
     def _queue(self) -> list[Answer]:

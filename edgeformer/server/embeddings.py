@@ -119,7 +119,8 @@ def _vectors(
         raise ApiError(400, f"{model.bundle.path.name} generates text and gives no vectors.", param="model")
     texts = [one if isinstance(one, str) else _text_of(model.tokenizer, one) for one in items]
     lengths = [len(model.tokenizer.encode_for_encoder(text).ids) for text in texts]
-    limit = model._encoding.processing.get("max_length") or model.bundle.positions() or model.bundle.context
+    settings = model.bundle.manifest.get("processing") or {}
+    limit = settings.get("max_length") or model.bundle.positions() or model.bundle.context
     if limit is not None and max(lengths) > limit:
         place = lengths.index(max(lengths))
         raise ApiError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from edgeformer.decoding.result import Piece, Result
 from edgeformer.decoding.worker import Answer
@@ -17,12 +17,16 @@ Numbered = tuple[int, Piece]  # the index of the choice, and a piece of it
 class Feed:
     """Reads answers of a scheduler; choice `i * n + k` is answer k to prompt i. Close it in `finally`.
 
-    `queue_timeout`: seconds that they may wait for others. `interval`: seconds between two deliveries, at least.
+    `queue_timeout`: seconds that they may wait for others. `interval`: seconds between two deliveries, at least; asked
+    before each.
     """
 
-    def __init__(self, answers: Sequence[Answer], n: int, queue_timeout: float) -> None:
+    def __init__(
+        self, answers: Sequence[Answer], n: int, queue_timeout: float, interval: Callable[[], float] = lambda: 0.0
+    ) -> None:
         self.answers = answers
-        self.interval = 0.0
+        self._interval = interval
+        self._waits_for_ends = False
         self._n = n
         self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
         self._is_signalled = False
@@ -39,7 +43,8 @@ class Feed:
             ApiError: they waited too long (429).
             EdgeformerError: an answer failed.
         """
-        if self.interval and (wait := self._delivered + self.interval - self._loop.time()) > 0:
+        if self._has_begun and (wait := self._delivered + self._interval() - self._loop.time()) > 0:
+            self._is_signalled = True  # new pieces need not wake it
             await asyncio.sleep(wait)
         end = self._loop.time() + timeout
         while True:
@@ -65,6 +70,7 @@ class Feed:
         Raises:
             ApiError, EdgeformerError: as `next`.
         """
+        self._waits_for_ends = True
         while await self.next(3600.0) != []:
             pass
         return [result for answer in self.answers for result in answer.results(0)]
@@ -97,12 +103,14 @@ class Feed:
         left = self._began + self._queue_timeout - time.monotonic()
         if left > 0:
             return left
-        if all(answer.position == 0 for answer in self.answers):
+        if any(answer.position == 0 for answer in self.answers):
             self._has_begun = True  # the prompt runs
             return 3600.0
         raise too_busy(f"The request waited {self._queue_timeout:g} s for its turn. Try again later.")
 
     def _wake(self) -> None:
+        if self._waits_for_ends and not all(answer.done for answer in self.answers):
+            return
         if not self._is_signalled:  # at most one call waits in the loop
             self._is_signalled = True
             with contextlib.suppress(RuntimeError):  # the loop was closed

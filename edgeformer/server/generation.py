@@ -37,7 +37,9 @@ class Generation:
         self._call, self._lease = call, lease
         self.entry, self.n = lease.entry, n
         self.answers = answers
-        self.feed = Feed(answers, n, call.server.options.queue_timeout)
+        self._is_stream = bool(call.body.stream)
+        self.loaded.streams += self._is_stream
+        self.feed = Feed(answers, n, call.server.options.queue_timeout, self._pace)
         self._is_counted = False
 
     @classmethod
@@ -76,6 +78,9 @@ class Generation:
         """The model that answers."""
         return self._lease.loaded
 
+    def _pace(self) -> float:
+        return self.loaded.interval() if self._is_stream else 0.0
+
     async def results(self) -> list[Result]:
         """Waits for all answers: one result for each choice."""
         await self.feed.results()
@@ -106,7 +111,11 @@ class Generation:
     def close(self) -> None:
         """Cancels what has not ended and gives the model back."""
         if not self._is_counted and any(not answer.done for answer in self.answers):
-            self._call.log["finish"] = "cancel"
+            self._is_counted = True
+            self._call.log["finish"] = "abort"
+            self._call.server.metrics.aborted(self.entry.name, len(self.answers) * self.n)
+        self.loaded.streams -= self._is_stream
+        self._is_stream = False
         self.feed.close()
         self._lease.release()
 

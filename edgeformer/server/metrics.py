@@ -68,6 +68,10 @@ class Metrics:
         """A request has ended; `path` is the route's, so that there are few."""
         self._requests.labels(path, str(status)).inc()
 
+    def aborted(self, model: str, count: int) -> None:
+        """So many answers were ended before their end, because their client went away."""
+        self._ended.labels(model, "abort").inc(count)
+
     def answers(self, model: str, results: Sequence[Result]) -> None:
         """The answers to one prompt have ended."""
         for result in results:

@@ -25,6 +25,7 @@ from edgeformer.server.options import ServeOptions
 from edgeformer.tasks.scheduler import GenerationScheduler
 
 log = logging.getLogger("edgeformer.server")
+EACH_STREAM, LONGEST_INTERVAL = 0.003, 0.03  # seconds; see `Loaded.interval`
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Loaded:
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # of an encoder: one request runs at a time
     mean_seconds: float = 1.0  # of recent answers
     waiting: int = 0  # requests for an encoder that wait
+    streams: int = 0  # answers that are streamed now
 
     def retry_after(self) -> int:
         """Seconds after which a place is likely to be free, 1 to 60."""
@@ -46,6 +48,14 @@ class Loaded:
             self.waiting if self.scheduler is None else self.scheduler.waiting / self.scheduler.options.max_sequences
         )
         return max(1, min(60, math.ceil(self.mean_seconds * waiting)))
+
+    def interval(self) -> float:
+        """Seconds between two events of a stream, at least.
+
+        Each event costs a system call and a turn of the event loop, on a machine whose cores all compute. One stream
+        gets every token at once; of several, each event brings what came in the meantime.
+        """
+        return min(LONGEST_INTERVAL, EACH_STREAM * (self.streams - 1))
 
     def close(self) -> None:
         """Ends its answers."""

@@ -109,7 +109,7 @@ class SamplingFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 _SAME = (
     "frequency_penalty", "logit_bias", "n", "presence_penalty", "seed", "stop", "temperature", "top_p", "top_k",
     "min_p", "typical_p", "dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n",
-    "dry_sequence_breakers", "xtc_probability", "xtc_threshold", "ignore_eos", "grammar", "json_schema", "regex", "choices", "speculation",
-    "context_policy",
+    "dry_sequence_breakers", "xtc_probability", "xtc_threshold", "ignore_eos", "grammar", "json_schema", "regex",
+    "choices", "speculation", "context_policy",
 )  # fmt: skip
 _RENAMED = {"repeat_penalty": "repetition_penalty", "min_tokens": "min_new_tokens"}

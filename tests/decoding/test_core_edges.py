@@ -353,7 +353,7 @@ def test_a_closed_stream_says_why_it_has_no_result(model):
 @pytest.mark.parametrize("option", ["session", "slide", "error"])
 def test_a_beam_search_refuses_what_it_would_ignore(model, option):
     arguments = {"session": model.session()} if option == "session" else {"context_policy": option}
-    with pytest.raises(InputError, match=r"[Ll]eave out (session|context_policy) or num_beams"):
+    with pytest.raises(InputError, match=r"[Ll]eave out (session|context_policy), or pass num_beams=1"):
         model.generate(PROMPT, num_beams=2, **arguments)
 
 
@@ -376,3 +376,20 @@ def test_a_beam_search_that_gets_no_state_ends_alone(model, monkeypatch):
         scheduler.step()
     assert isinstance(search.error, MemoryError)
     assert other.result().ids == expected
+
+
+def test_a_forced_end_token_does_not_break_a_constraint(model):
+    result = model.generate(PROMPT, regex="[a-c]{10}", forced_eos_token_id=2, max_new_tokens=3)
+    assert (len(result.ids), result.finish_reason) == (3, "length")
+    assert set(result.text) <= set("abc")
+    plain = model.generate(PROMPT, forced_eos_token_id=2, max_new_tokens=3)
+    assert (plain.ids[-1], plain.finish_reason) == (2, "eos")
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 4])
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_a_constraint_that_ends_with_the_last_token_is_whole(model, max_new_tokens, ignore_eos):
+    result = model.generate(PROMPT, regex="[a-c]{3}", max_new_tokens=max_new_tokens, ignore_eos=ignore_eos)
+    is_whole = len(result.text) == 3
+    assert result.finish_reason == ("stop" if is_whole else "length")
+    assert is_whole == (max_new_tokens >= 3)

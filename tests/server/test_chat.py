@@ -6,6 +6,7 @@ import json
 
 import jsonschema
 import pytest
+from support.serving import wait_for
 
 CHAT = [{"role": "user", "content": "What is the time?"}]
 GREEDY = {"model": "lm", "messages": CHAT, "max_tokens": 12}
@@ -218,3 +219,20 @@ def test_the_async_client_works_too(server):
         return await asyncio.gather(*(talk() for _ in range(12)))
 
     assert len(set(asyncio.run(together()))) == 1
+
+
+def test_streams_that_run_together_join_tokens_and_keep_their_text(server, model):
+    from concurrent.futures import ThreadPoolExecutor
+
+    def talk(number):
+        with server.client() as client:
+            messages = [{"role": "user", "content": f"Number {number}"}]
+            more = {"max_tokens": 150, "extra_body": {"ignore_eos": True, "speculation": "off"}}
+            chunks, texts, _ = streamed(client, model="lm", messages=messages, **more)
+            return texts[0] == model.generate(messages, max_new_tokens=150, ignore_eos=True).text, len(chunks)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(talk, range(8)))
+    assert all(same for same, _ in found)
+    assert sum(count for _, count in found) < 8 * 100
+    wait_for(lambda: server.loaded("lm").streams == 0)

@@ -50,7 +50,8 @@ def test_a_running_answer_ends_with_its_client(narrow, slow, stream):
     one.close()
     wait_for(lambda: is_free(narrow), 2)
     assert job.reason == "cancel" and job.count < 400
-    assert narrow.registry.entries["lm"].users == 0
+    wait_for(lambda: narrow.registry.entries["lm"].users == 0, 2)
+    assert b'finished_reason="abort",model_name="lm"' in narrow.app.state.server.metrics.text()
 
 
 @pytest.mark.parametrize("stream", [False, True])

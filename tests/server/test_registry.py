@@ -78,7 +78,7 @@ def test_memory_that_is_short_unloads_the_one_that_was_idle_for_longest(served):
 
 def test_a_model_that_does_not_fit_is_refused_with_numbers(served):
     with running([f"lm={served['lm']}"], {"memory_limit": 1000}) as one, one.client() as client:
-        with pytest.raises(openai.InternalServerError, match="needs .* bytes and 1,000 are free") as caught:
+        with pytest.raises(openai.InternalServerError, match=r"needs .* bytes and 1,000 are free") as caught:
             client.chat.completions.create(model="lm", **CHAT)
         assert caught.value.code == "out_of_memory"
 
