@@ -26,7 +26,7 @@ class RowBudget:
         if decode_rows == 0 or self._stretch is None:
             return room
         if not self._plain or self._row_seconds is None:
-            return min(room, 2 * SMALLEST)
+            return min(room, SMALLEST)  # behind 1,900 cached tokens, 16 rows beside 7 make a step 3.8 times as long
         rows = int((self._stretch - 1) * median(self._plain) / self._row_seconds)
         return min(room, max(SMALLEST, rows // SMALLEST * SMALLEST))
 
