@@ -20,7 +20,18 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from edgeformer.server import chat, completions, embeddings, health, messages, models, openapi, tokenize
+from edgeformer.server import (
+    chat,
+    completions,
+    embeddings,
+    health,
+    messages,
+    models,
+    openapi,
+    rerank,
+    responses,
+    tokenize,
+)
 from edgeformer.server.endpoint import Call, Endpoint, Server
 from edgeformer.server.errors import ApiError, api_error
 from edgeformer.server.messages_errors import MessagesErrors
@@ -29,7 +40,17 @@ from edgeformer.server.options import ServeOptions
 from edgeformer.server.registry import Registry
 from edgeformer.server.security import Guard, read_body, read_key
 
-GROUPS = (chat, completions, messages, embeddings, models, tokenize, health)  # modules with ENDPOINTS
+GROUPS = (
+    chat,
+    completions,
+    messages,
+    responses,
+    embeddings,
+    rerank,
+    models,
+    tokenize,
+    health,
+)  # modules with ENDPOINTS
 CLIENT_GONE = 499  # nginx's number, for the log
 GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 

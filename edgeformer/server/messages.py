@@ -19,7 +19,7 @@ from edgeformer.server.answer_parts import Part, PartReader
 from edgeformer.server.endpoint import Call, Endpoint, reply
 from edgeformer.server.errors import ApiError, api_error
 from edgeformer.server.generation import Generation, finish_reason
-from edgeformer.server.messages_errors import error_event
+from edgeformer.server.messages_errors import SCHEMA, error_event
 from edgeformer.server.messages_types import CountRequest, MessagesRequest
 from edgeformer.server.sse import PING, EventStream, event
 
@@ -220,8 +220,7 @@ class MessageRun:
         Raises:
             ApiError, EdgeformerError: it failed.
         """
-        while pieces := await self._run.feed.next(3600.0):
-            self._add(pieces)
+        self._add(await self._run.feed.whole())
         end = self._end()
         found = self._empty(end.usage)
         found.content, found.stop_reason, found.stop_sequence = (
@@ -312,19 +311,23 @@ async def count_tokens(call: Call) -> Response:
     lease = await call.server.registry.lease(body.model)
     try:
         call.log["model"] = lease.entry.name
-        tokenizer = lease.loaded.model.tokenizer
-        if tokenizer is None:
-            raise ApiError(400, f"{lease.entry.name} has no tokenizer.", param="model")
+        if lease.loaded.scheduler is None:
+            raise ApiError(400, f"{lease.entry.name} does not generate text.", param="model")
+        model = lease.loaded.model
+        given = {"tools": tools, "tool_choice": "none"} if tools else {}
         loop = asyncio.get_running_loop()
-        ids = await loop.run_in_executor(None, lambda: tokenizer.encode_chat(conversation, tools=tools))
+        # The prompt as for an answer: what a template needs changed in messages with calls is changed.
+        prompt = await loop.run_in_executor(
+            None, lambda: model._generating("count_tokens").call(conversation, given).prompt
+        )
     finally:
         lease.release()
-    return reply(TokenCount(len(ids)))
+    return reply(TokenCount(len(prompt)))
 
 
 ENDPOINTS = [
     Endpoint(
-        "POST", "/v1/messages", messages, MessagesRequest, MessageAnswer, Event, summary="Answers a conversation."
+        "POST", "/v1/messages", messages, MessagesRequest, MessageAnswer, Event, "Answers a conversation.", SCHEMA
     ),
     Endpoint(
         "POST",
@@ -333,5 +336,6 @@ ENDPOINTS = [
         CountRequest,
         TokenCount,
         summary="Counts the tokens of a conversation.",
+        error=SCHEMA,
     ),
 ]

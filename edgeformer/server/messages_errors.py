@@ -22,6 +22,20 @@ KINDS = {
     503: "overloaded_error",
 }
 
+SCHEMA = {
+    "type": "object",
+    "required": ["type", "error", "request_id"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+        "request_id": {"type": ["string", "null"]},
+    },
+}
+
 
 def messages_error(status: int, body: dict[str, Any], request_id: str | None) -> dict[str, Any]:
     """The error object for one of OpenAI's (`ApiError.body`). It has no `param`, so the message names the field."""

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Literal
 
 import msgspec
 
+from edgeformer.decoding.answer_shape import answer_format
+from edgeformer.decoding.generation_config import GenerationConfig, file_settings
 from edgeformer.server.chat_types import ChatRequest
 from edgeformer.server.errors import ApiError, unsupported
 from edgeformer.server.registry import Loaded
@@ -279,8 +281,8 @@ class CountRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         thinking = self.thinking
         if thinking is None:
             return
-        if thinking.type in ("disabled", "between_tools"):
-            raise unsupported("thinking.type", f"{thinking.type!r} is not known to chat templates; 'adaptive' is taken")
+        if thinking.type == "between_tools":
+            raise unsupported("thinking.type", "a chat template says where a model reasons; 'adaptive' is taken")
         if thinking.display == "omitted":
             raise unsupported("thinking.display", "reasoning is always shown")
         limit = getattr(self, "max_tokens", None)
@@ -323,6 +325,8 @@ class MessagesRequest(CountRequest, kw_only=True):
         Raises:
             ApiError: a field is wrong, or asks for what this server does not do.
         """
+        if self.thinking is not None and self.thinking.type == "disabled" and _may_reason(loaded):
+            raise unsupported("thinking.type", "chat templates have no switch for it in common; 'adaptive' is taken")
         if self.max_tokens < 1:
             raise ApiError(400, f"max_tokens is {self.max_tokens}, expected 1 or more.", param="max_tokens")
         if not all(self.stop_sequences or ()):
@@ -343,6 +347,15 @@ class MessagesRequest(CountRequest, kw_only=True):
             response_format=None if schema is None else {"type": "json_schema", "json_schema": schema},
         )
         return same.arguments(loaded)
+
+
+def _may_reason(loaded: Loaded) -> bool:
+    """Whether the chat template has a place for reasoning."""
+    model = loaded.model
+    if model.tokenizer is None or loaded.scheduler is None or not model.tokenizer.has_chat_template:
+        return False
+    eos = GenerationConfig.of(file_settings(model.bundle), {}, model.bundle.vocab_size).eos_token_id
+    return answer_format(model.tokenizer, eos).reasoning is not None
 
 
 def _join(last: dict[str, Any], more: dict[str, Any]) -> None:
