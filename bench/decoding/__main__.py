@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, help="SmolLM2's bundle; exported to out/ where none is given")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--rounds", type=int, default=0, help="default: 5, with --quick 1")
+    parser.add_argument("--peers", nargs="*", help="only those whose project and name contain one of these words")
     parser.add_argument("--quick", action="store_true", help="one round of fewer cases")
     parser.add_argument("--tiny", action="store_true", help="the least that runs everything; printed, not saved")
     parser.add_argument("--write-only", action="store_true", help="write the page again from the saved numbers")
@@ -76,7 +77,7 @@ def main() -> None:
     quick = given.quick or given.tiny
     threads = tuple(int(count) for count in given.threads.split(","))
     bundle = (given.bundle or models.bundle("keep")).resolve()
-    options = Options(bundle, threads, given.rounds or (1 if quick else 5), quick, given.tiny)
+    options = Options(bundle, threads, given.rounds or (1 if quick else 5), quick, tuple(given.peers or ()), given.tiny)
     failed = []
     for name in names:
         try:

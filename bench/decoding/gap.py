@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -54,7 +55,7 @@ def gaps(arrivals: Arrivals, asked: float, answered: float) -> dict[str, float]:
 
 
 def _pairs(times: list[float]) -> list[tuple[float, float]]:
-    return list(zip(times, times[1:], strict=False))
+    return list(pairwise(times))
 
 
 def timeline(arrivals: Arrivals, asked: float, answered: float) -> list[tuple[float, float]]:
@@ -111,7 +112,6 @@ def measure(options: Options) -> dict[str, Any]:
     for threads in options.threads:
         model = edgeformer.load(options.bundle, "native", threads=threads, prefix_cache=False)
         texts = Prompts.of(model)
-        began = time.perf_counter()
         model.generate(texts.take(long), max_new_tokens=1, speculation="off")  # warms up
         for way in ("off", "auto"):
             rounds = []

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.decoding.setting import NEW, Options, by_threads, mixed_lengths
+from bench.decoding.setting import NEW, Options, by_threads, mixed_lengths, order_text, threads_text
 from bench.peers import models, pages, quality, results
 from bench.peers.contestants import ALL, Contestant
 from bench.peers.field import Plan, set_up, take_rounds
@@ -48,7 +48,7 @@ def tests(ids: list[int], number: int, options: Options) -> list[dict[str, Any]]
     """The requests of round `number`; no two prompts of a process begin alike."""
     places = _places(ids, number)
     new = 4 if options.tiny else NEW
-    runs_of_test = 1 if options.quick else 3
+    repeated = 1 if options.quick else 3
 
     def prompts(count: int) -> list[list[int]]:
         found = []
@@ -58,9 +58,9 @@ def tests(ids: list[int], number: int, options: Options) -> list[dict[str, Any]]
         return found
 
     return [
-        {"name": f"{count} requests", "kind": "requests", "runs": [prompts(count) for _ in range(runs_of_test)], "new": new}
+        {"name": f"{count} requests", "kind": "requests", "runs": [prompts(count) for _ in range(repeated)], "new": new}
         for count in ((2, 3) if options.tiny else COUNTS)
-    ]  # fmt: skip
+    ]
 
 
 def _places(ids: list[int], number: int) -> Iterator[int]:
@@ -71,7 +71,8 @@ def _places(ids: list[int], number: int) -> Iterator[int]:
 
 def measure(options: Options) -> dict[str, Any]:
     """As `bench.peers` saves it; tests are "8 requests" (tokens a second) and "8 requests, first" (mean seconds)."""
-    chosen = contestants(options.quick)
+    words = [word.lower() for word in options.peers or ("",)]
+    chosen = [one for one in contestants(options.quick) if any(word in one.key.lower() for word in words)]
     files, absent = set_up(chosen)
     chosen = [one for one in chosen if one.key in files]
     ids = quality.token_ids(16384)
@@ -109,17 +110,18 @@ def text(saved: dict[str, Any], images: Path) -> str:
             rows.append([f"**{group}**", *[""] * (len(heads) - 1)])
         for key in sorted(keys, key=lambda k: (not k.startswith(results.OURS), k)):
             shown = f"**{key}**" if key.startswith(results.OURS) else key
-            cells = [results.both([results.measured(saved, key, t, name) for t in order], 0) for name in names]
-            cells += [results.both([results.measured(saved, key, t, f"{name}, first") for t in order], 2) for name in names]
+            cells = []
+            for digits, tests_shown in ((0, names), (2, [f"{name}, first" for name in names])):
+                for test in tests_shown:
+                    cells.append(results.both([results.measured(saved, key, t, test) for t in order], digits))
             rows.append([shown, *cells])
     path = plots.peers(saved, images / "decoding-peers.png")
     parts = [
         pages.conditions(saved),
-        "Tokens a second of all requests together, prompts of 16 to 512 tokens included; "
-        + ("2 threads (1 thread)." if order == [2, 1] else f"{order[0]} threads."),
+        f"Tokens a second of all requests together, prompts of 16 to 512 tokens included; {order_text(saved)}.",
         table(heads, rows),
         f"Over the fastest peer of the class, target {TARGET} (a file that loses more than 1 %: of all):",
-        table(["file", "requests", *(f"{t} threads" if t > 1 else "1 thread" for t in order)], ratios(saved)),
+        table(["file", "requests", *map(threads_text, order)], ratios(saved)),
         f"![Requests of mixed lengths](images/{path.name})",
         pages.settings(saved),
     ]

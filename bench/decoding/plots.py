@@ -57,7 +57,7 @@ def gap(saved: dict[str, Any], path: Path) -> Path:
         pane.set_ylim(bottom=0)
         pane.set_ylabel("gap, ms")
         pane.set_title(f"{threads_text(int(threads))}, {'with' if way == 'auto' else 'no'} drafts", fontsize=9)
-    pane.set_xlabel("seconds after the prompt came; grey: until its first token; lines: median before, and 3 times that")
+    pane.set_xlabel("seconds after the prompt came; grey: until its first token; lines: median before, 3 times that")
     _title(figure, saved, f"A prompt of {saved['long']:,} tokens beside seven sequences")
     return _save(figure, path)
 

@@ -26,6 +26,7 @@ class Options:
     threads: tuple[int, ...] = (1, 2)
     rounds: int = 5
     quick: bool = False  # fewer cases, beside fewer rounds
+    peers: tuple[str, ...] = ()  # words: only the peers whose project and name contain one
     tiny: bool = False  # the least that runs everything: not for numbers
 
 
@@ -69,7 +70,7 @@ class Prompts:
 
 
 def undisturbed(run: Callable[[], Found], tries: int = 3) -> tuple[Found, float]:
-    """(what `run` gave, cores that other processes used meanwhile): the first quiet one of `tries`, else the quietest."""
+    """(what `run` gave, cores that others used meanwhile): the first quiet one of `tries`, else the quietest."""
     taken: list[tuple[Found, float]] = []
     while len(taken) < tries and (not taken or taken[-1][1] > LIMIT):
         others = Others()
@@ -99,6 +100,12 @@ def threads_text(count: int) -> str:
     return f"{count} thread{'s' if count > 1 else ''}"
 
 
+def order_text(saved: dict[str, Any]) -> str:
+    """What a cell "200 (100)" holds: "2 threads (1 thread)"."""
+    most, *rest = [threads_text(count) for count in by_threads(saved)]
+    return most + "".join(f" ({one})" for one in rest[:1])
+
+
 def note(saved: dict[str, Any]) -> str:
     """Where and when; first, whether other work ran."""
     others = saved.get("others", 0.0)
@@ -109,6 +116,6 @@ def note(saved: dict[str, Any]) -> str:
 
 
 def verdict(reached: float, bar: float, *, least: bool) -> str:
-    """"reached" or "missed": `least` where the bar is the smallest good value, else it is the largest."""
+    """ "reached" or "missed": `least` where the bar is the smallest good value, else it is the largest."""
     good = reached >= bar if least else reached <= bar
     return "reached" if good else "missed"

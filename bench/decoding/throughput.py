@@ -11,7 +11,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench.decoding.setting import NEW, Options, Prompts, by_threads, note, percentile, summaries, undisturbed
+from bench.decoding.setting import (
+    NEW,
+    Options,
+    Prompts,
+    by_threads,
+    note,
+    order_text,
+    percentile,
+    summaries,
+    undisturbed,
+)
 from bench.peers.results import both
 from bench.report import table
 
@@ -91,7 +101,6 @@ def text(saved: dict[str, Any], images: Path) -> str:
         cells = [both([value(saved, t, way, count, "rate") for t in order], 0) for way in ways]
         cells += [both([value(saved, t, "off", count, name) for t in order], 3) for name in ("first", "first_p90")]
         rows.append([str(count), *cells])
-    told = " (".join(f"{t} threads" if t > 1 else "1 thread" for t in order) + ")" * (len(order) - 1)
     path = plots.throughput(saved, images / "decoding-throughput.png")
     gains = []
     for threads in order:
@@ -100,7 +109,7 @@ def text(saved: dict[str, Any], images: Path) -> str:
             gains.append(f"x {many / one:.1f} with {threads} thread{'s' * (threads > 1)}")
     return "\n\n".join(
         [
-            f"{told}; {saved['new']} new tokens each.",
+            f"{order_text(saved)}; {saved['new']} new tokens each.",
             table(heads, rows),
             f"{saved['counts'][-1]} sequences together over one alone: {', '.join(gains)}.",
             f"![Throughput and first token](images/{path.name})",

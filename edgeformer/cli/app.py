@@ -217,7 +217,8 @@ def classify(
     rich_help_panel="Use a bundle",
     epilog="Examples:\n\n"
     "  edgeformer transcribe whisper talk.wav\n\n"
-    "  edgeformer transcribe whisper talk.wav --language de --translate",
+    "  edgeformer transcribe whisper talk.wav --language de --translate\n\n"
+    "  edgeformer transcribe whisper *.wav --json > texts.jsonl",
 )
 @with_options
 def transcribe(
@@ -239,7 +240,7 @@ def transcribe(
 
     task = "translate" if translate else None
     options = {"language": language, "task": task, "num_beams": generation.num_beams}
-    print_transcripts(bundle, engine, files, options, as_json=json)
+    raise typer.Exit(print_transcripts(bundle, engine, files, options, as_json=json))
 
 
 @app.command(

@@ -63,7 +63,8 @@ class BeamSearch:
     def start(self) -> None:
         """Makes the state, or takes one that holds a beginning of the prompt."""
         now = time.perf_counter()
-        self._queued, self._began = now - self._began, now
+        self._queued = now - self._began
+        self._began = self._prompt_end = now
         self._session = self._states.open(self.request.prompt)
         self._reused = len(self._session.ids)
 

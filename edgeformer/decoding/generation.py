@@ -80,8 +80,8 @@ class TextGenerator:
         """The jobs of one prompt: `n` answers that share its prefill, or one beam search.
 
         Raises:
-            InputError: the prompt is wrong, there are stop strings and no tokenizer, several answers of beams, or
-                speculation that is not possible here.
+            InputError: the prompt is wrong, there are stop strings and no tokenizer, beams with what they cannot have,
+                or speculation that is not possible here.
         """
         config, options = call.config, call.options
         if config.stop_strings and self.tokenizer is None:
@@ -95,6 +95,13 @@ class TextGenerator:
                 raise InputError(f"n is {options.n}: a beam search gives one answer; leave out n or num_beams.")
             if options.speculation not in ("auto", "off"):
                 raise InputError("A beam search has no drafts; leave out speculation or num_beams.")
+            if options.session is not None:
+                raise InputError("A beam search keeps no session; leave out session, or pass num_beams=1.")
+            if options.context_policy not in (None, "stop"):
+                raise InputError(
+                    f"context_policy is {options.context_policy!r}; a beam search ends where the context is full. "
+                    "Leave out context_policy, or pass num_beams=1."
+                )
             if call.shape.grammar is not None or options.logprobs is not None or options.prompt_logprobs is not None:
                 raise InputError("A beam search has no constraints, tools or logprobs; leave them out, or num_beams.")
             rows = 1 if self.limits.cached else config.num_beams

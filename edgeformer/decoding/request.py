@@ -34,7 +34,7 @@ class CallOptions:
 
     seed: int | None = None  # the same seed gives the same tokens; None takes a fresh one
     ignore_eos: bool = False
-    session: Session | None = None  # not used by a beam search
+    session: Session | None = None
     n: int = 1  # answers to the prompt
     logprobs: int | None = None  # likeliest tokens to report beside each new one; None: no log probabilities
     prompt_logprobs: int | None = None  # the same of the prompt's tokens
@@ -131,6 +131,8 @@ class Request:
         """
         if options.ignore_eos:
             config = replace(config, eos_token_id=())
+        if shape.grammar is not None:  # it says where the answer may end; a forced end token would break it
+            config = replace(config, forced_eos_token_id=())
         policy, protect = checked_policy(options.context_policy, options.context_protect, limits.context)
         ids = checked_prompt(prompt, limits, may_slide=policy == "slide")
         if options.prompt_logprobs is not None and limits.context is not None and len(ids) > limits.context:

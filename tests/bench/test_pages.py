@@ -13,8 +13,8 @@ from bench.arm import __main__ as arm
 from bench.coverage import page as coverage_page
 from bench.coverage import sweep
 from bench.decoding import __main__ as decoding
+from bench.decoding import draft_bundle, sampling
 from bench.decoding import plots as decoding_plots
-from bench.decoding import sampling
 from bench.peers import __main__ as peers
 from bench.peers import pages, plots, studies
 from bench.report import RESULTS, ROOT, runs
@@ -38,6 +38,7 @@ def test_every_page_is_what_its_generators_print(tmp_path: Path, monkeypatch: py
         peers.write_study(study)
     encoders.write()
     sampling.write()
+    draft_bundle.write()
     for study in decoding.STUDIES:
         decoding.write(study)
     smollm2.write_pages(runs("smollm2")[0])

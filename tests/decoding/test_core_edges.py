@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import weakref
+
 import numpy as np
 import pytest
 
@@ -210,3 +214,182 @@ def test_a_list_of_prompts_may_have_more_beams_than_run_together_by_default(mode
 def test_a_constraint_with_a_lone_surrogate_is_refused(model, shape):
     with pytest.raises(InputError):
         model.generate(PROMPT, **shape)
+
+
+# ------------------------------------------------------------------------------------------------------------- drafts
+
+
+@pytest.fixture(scope="module")
+def draft(bundles):
+    return load(bundles / "q8", "native", threads=1)
+
+
+def test_a_draft_model_that_fails_ends_its_answers_alone(model, draft, monkeypatch):
+    arguments = {"max_new_tokens": 30, "ignore_eos": True}
+    expected = model.generate(PROMPT, **arguments).ids
+    kind = type(model.engine)
+    forward = kind.forward
+
+    def scarce(engine, batch):
+        if engine is draft.engine:
+            raise MemoryError("no memory for drafts")
+        return forward(engine, batch)
+
+    monkeypatch.setattr(kind, "forward", scarce)
+    with model.scheduler(4) as scheduler:
+        drafted = scheduler.add(PROMPT, speculation=draft, **arguments)
+        other = scheduler.add(PROMPT, **arguments)
+        with pytest.raises(MemoryError, match="no memory for drafts"):
+            drafted.result(timeout=20)
+        assert other.result(timeout=20).ids == expected
+
+
+def test_a_prompt_does_not_wait_until_drafts_leave_room(model, monkeypatch):
+    from edgeformer.decoding.speculation.speculation import Speculation
+
+    generator = model._task.generator
+    scheduler = generator.scheduler(SchedulerOptions(max_sequences=2, token_budget=12, stretch=None))
+
+    def fill(self, sequences, room):
+        for sequence in sequences:
+            sequence.draft([3] * max(0, room))
+
+    monkeypatch.setattr(Speculation, "propose", fill)
+    (first,) = generator.jobs(model._task.call(PROMPT, {"max_new_tokens": 200, "ignore_eos": True}))
+    (second,) = generator.jobs(model._task.call(PROMPT, SHORT))
+    scheduler.add([first])
+    scheduler.step()
+    scheduler.add([second])
+    for _ in range(10):
+        scheduler.step()
+    assert second.reason == "length"
+    assert first.reason is None
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 9, 40])
+def test_drafts_change_neither_the_end_nor_the_session(model, draft, max_new_tokens):
+    """Stop strings, end tokens and lengths that a draft runs into: the same answer, and a state of just its tokens."""
+    whole = model.generate(PROMPT, max_new_tokens=40, ignore_eos=True, speculation="off")
+    ends = [{"stop": whole.text[at : at + 3], "ignore_eos": True} for at in range(1, 12)]
+    ends += [{"eos_token_id": token} for token in sorted(set(whole.ids))]
+    for end in ends:
+        arguments = {"max_new_tokens": max_new_tokens, "logprobs": 1, **end}
+        plain = model.generate(PROMPT, speculation="off", **arguments)
+        session = model.session()
+        drafted = model.generate(PROMPT, speculation=draft, session=session, **arguments)
+        facts = [(one.text, one.ids, one.finish_reason, one.logprobs) for one in (plain, drafted)]
+        assert facts[0] == facts[1]
+        assert session.ids == [*PROMPT, *drafted.ids[:-1]]
+        assert session.state.length == len(session.ids)
+
+
+# -------------------------------------------------------------------------------------------------- schedulers that end
+
+
+def test_a_loop_that_is_left_early_cancels_the_answer(model):
+    with model.scheduler(1) as scheduler:
+        answer = scheduler.stream(PROMPT, max_new_tokens=240, ignore_eos=True)
+        for _ in answer:
+            break
+        assert answer.result(timeout=20).finish_reason == "cancel"
+
+
+def test_a_dropped_scheduler_finishes_its_answers_and_is_freed(model):
+    scheduler = model.scheduler(1)
+    answer = scheduler.add(PROMPT, max_new_tokens=100, ignore_eos=True)
+    thread, worker = scheduler._worker._thread, weakref.ref(scheduler._worker)
+    del scheduler
+    assert len(answer.result(timeout=20).ids) == 100
+    thread.join(timeout=20)
+    assert not thread.is_alive()
+    del answer
+    gc.collect()
+    assert worker() is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_says_that_the_scheduler_is_the_parents(model):
+    with model.scheduler(1) as scheduler:
+        answer = scheduler.add(PROMPT, max_new_tokens=240, ignore_eos=True)
+        child = os.fork()
+        if child == 0:
+            problems = 0
+            for ask in (lambda: scheduler.add(PROMPT, **SHORT), lambda: answer.result(timeout=20)):
+                try:
+                    ask()
+                except EdgeformerError:
+                    problems += 1
+            scheduler.close()
+            os._exit(problems)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) in (1, 2)  # 1: the answer had ended before
+        assert len(answer.result(timeout=20).ids) == 240
+
+
+def test_a_listener_may_close_the_scheduler(model):
+    scheduler = model.scheduler(1)
+    answer = scheduler.add(PROMPT, max_new_tokens=240, ignore_eos=True)
+    answer._listeners.append(scheduler.close)  # called by the worker's own thread
+    assert answer.result(timeout=20).finish_reason in ("cancel", "length")
+    scheduler.close()
+
+
+def test_a_closed_stream_says_why_it_has_no_result(model):
+    stream = model.stream(PROMPT, max_new_tokens=20, ignore_eos=True)
+    next(stream)
+    stream.close()
+    assert list(stream) == []
+    with pytest.raises(InputError, match="was closed before its end"):
+        _ = stream.result
+    whole = model.stream(PROMPT, **SHORT)
+    ids = [piece.id for piece in whole]
+    whole.close()
+    assert whole.result.ids == ids
+
+
+# -------------------------------------------------------------------------------------------------------- beam searches
+
+
+@pytest.mark.parametrize("option", ["session", "slide", "error"])
+def test_a_beam_search_refuses_what_it_would_ignore(model, option):
+    arguments = {"session": model.session()} if option == "session" else {"context_policy": option}
+    with pytest.raises(InputError, match=r"[Ll]eave out (session|context_policy), or pass num_beams=1"):
+        model.generate(PROMPT, num_beams=2, **arguments)
+
+
+def test_a_beam_search_whose_context_is_full_says_so(model):
+    result = model.generate((PROMPT * 40)[:253], num_beams=2, max_new_tokens=20, ignore_eos=True)
+    assert result.finish_reason == "context"
+    assert len(result.ids) == 3
+
+
+def test_a_beam_search_that_gets_no_state_ends_alone(model, monkeypatch):
+    expected = model.generate(PROMPT, **SHORT).ids
+    generator = model._task.generator
+    scheduler = generator.scheduler(SchedulerOptions(max_sequences=4))
+    (search,) = generator.jobs(model._task.call(PROMPT, {"num_beams": 3, **SHORT}))
+    monkeypatch.setattr(search, "start", lambda: (_ for _ in ()).throw(MemoryError("no memory for a state")))
+    (other,) = generator.jobs(model._task.call(PROMPT, SHORT))
+    scheduler.add([search])
+    scheduler.add([other])
+    while not scheduler.is_idle:
+        scheduler.step()
+    assert isinstance(search.error, MemoryError)
+    assert other.result().ids == expected
+
+
+def test_a_forced_end_token_does_not_break_a_constraint(model):
+    result = model.generate(PROMPT, regex="[a-c]{10}", forced_eos_token_id=2, max_new_tokens=3)
+    assert (len(result.ids), result.finish_reason) == (3, "length")
+    assert set(result.text) <= set("abc")
+    plain = model.generate(PROMPT, forced_eos_token_id=2, max_new_tokens=3)
+    assert (plain.ids[-1], plain.finish_reason) == (2, "eos")
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 4])
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_a_constraint_that_ends_with_the_last_token_is_whole(model, max_new_tokens, ignore_eos):
+    result = model.generate(PROMPT, regex="[a-c]{3}", max_new_tokens=max_new_tokens, ignore_eos=ignore_eos)
+    is_whole = len(result.text) == 3
+    assert result.finish_reason == ("stop" if is_whole else "length")
+    assert is_whole == (max_new_tokens >= 3)

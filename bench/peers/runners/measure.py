@@ -155,7 +155,9 @@ def requests(runner: Runner, test: dict[str, Any]) -> dict[str, Any]:
         times, tokens = runner.answer(prompts, test["new"])
         seconds = time.perf_counter() - began
         if len(times) != len(prompts) or any(len(answer) != test["new"] for answer in tokens):
-            raise SystemExit(f"{test['name']}: {[len(answer) for answer in tokens]} tokens came, {test['new']} each were due")
+            raise SystemExit(
+                f"{test['name']}: {[len(answer) for answer in tokens]} tokens came, {test['new']} each were due"
+            )
         rates.append(len(prompts) * test["new"] / seconds)
         waits.append(statistics.fmean(times) - began)
         first = first or [answer[:8] for answer in tokens]

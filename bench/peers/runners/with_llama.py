@@ -104,7 +104,7 @@ class Loaded:
         while any(len(answer) < new for answer in tokens):
             rows: list[tuple[int, int, int, bool]] = []
             asked = []
-            for number, (prompt, answer) in enumerate(zip(prompts, tokens, strict=True)):
+            for number, answer in enumerate(tokens):
                 if answer and len(answer) < new:
                     rows.append((answer[-1], done[number], number, True))
                     asked.append(number)
