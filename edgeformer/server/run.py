@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
@@ -52,7 +53,7 @@ def uvicorn_config(app: Starlette, options: ServeOptions) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=int(options.grace),
+        timeout_graceful_shutdown=math.ceil(options.grace),
         timeout_keep_alive=75,
     )
 

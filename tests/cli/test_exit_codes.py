@@ -15,7 +15,9 @@ from edgeformer.cli import exit_codes
 from edgeformer.cli.app import app
 from edgeformer.errors import BundleError, EngineUnavailable, ExportError, InputError, ParityError, TrainingError
 
-COMMANDS = ("export", "train", "run", "chat", "embed", "classify", "transcribe", "inspect", "verify", "bench", "doctor")
+COMMANDS = (
+    "export", "train", "run", "chat", "embed", "classify", "transcribe", "serve", "inspect", "verify", "bench", "doctor",
+)  # fmt: skip
 # What each command calls for its work, and arguments with which it gets there. BUNDLE is a folder that is none.
 WORK = {
     "export": ("edgeformer.export.pipeline.export", ["model", "-o", "BUNDLE"]),
@@ -25,6 +27,7 @@ WORK = {
     "embed": ("edgeformer.cli.embed.print_vectors", ["BUNDLE", "text"]),
     "classify": ("edgeformer.cli.classify.print_labels", ["BUNDLE", "text"]),
     "transcribe": ("edgeformer.cli.transcribe.print_transcripts", ["BUNDLE", "speech.wav"]),
+    "serve": ("edgeformer.cli.serve.serve", ["BUNDLE"]),
     "inspect": ("edgeformer.cli.inspect.print_bundle", ["BUNDLE"]),
     "verify": ("edgeformer.cli.verify.check", ["BUNDLE"]),
     "bench": ("edgeformer.cli.bench.print_rates", ["BUNDLE"]),
