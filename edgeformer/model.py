@@ -32,7 +32,7 @@ from edgeformer.tasks.embedding import Encoder
 from edgeformer.tasks.encoder_methods import EncoderMethods
 from edgeformer.tasks.scheduler import GenerationScheduler, half_of_memory
 from edgeformer.tasks.seq2seq import EncoderDecoder
-from edgeformer.tasks.speech import Transcript, transcribe
+from edgeformer.tasks.speech import Audio, SpeechArguments, Transcript, transcribe_each
 from edgeformer.tasks.text_generation import Prompt, TextGeneration, encode_prompt, is_list_of_prompts
 
 if TYPE_CHECKING:
@@ -238,19 +238,26 @@ class Model(EncoderMethods):
         One that fails does not stop the others.
 
         Raises:
-            InputError: `max_sequences` is no number of sequences, or the model does not generate.
+            InputError: `max_sequences` is no number of sequences, there is one prompt or a session for all, or the
+                model does not generate.
         """
         task = self._generating("generate_each")
+        if isinstance(prompts, (str, bytes)):
+            raise InputError("prompts is one text, expected a list of prompts; use generate() for one.")
+        if arguments.get("session") is not None:
+            raise InputError("A session holds one conversation, and there are several prompts; leave it out.")
+        least = [count for name in ("n", "num_beams") if type(count := arguments.get(name)) is int]
+        together = max([max_sequences, *least]) if type(max_sequences) is int else max_sequences
 
         def calls() -> Iterator[Call | EdgeformerError]:
             for one in prompts:
-                prompt, own = one if isinstance(one, tuple) else (one, {})
+                prompt, own = _with_arguments(one)
                 try:
                     yield task.call(prompt, {**arguments, **own})
                 except EdgeformerError as error:
                     yield error
 
-        return task.generator.answers(calls(), max(max_sequences, arguments.get("n") or 1))
+        return task.generator.answers(calls(), together)
 
     def scheduler(
         self,
@@ -276,28 +283,58 @@ class Model(EncoderMethods):
         options = SchedulerOptions(max_sequences, token_budget, limit)
         return GenerationScheduler(self._generating("scheduler"), options, queue_limit)
 
-    def transcribe(
-        self,
-        audio: str | os.PathLike[str] | np.ndarray[Any, Any],
-        *,
-        language: str | None = None,
-        task: str | None = None,
-        num_beams: int | None = None,
-        max_new_tokens: int | None = None,
-    ) -> Transcript:
-        """The transcript of a recording: a file, or float samples [count] at the model's rate.
+    @overload
+    def transcribe(  # type: ignore[overload-overlap]  # a path is a sequence of texts
+        self, audio: Audio, **arguments: Unpack[SpeechArguments]
+    ) -> Transcript: ...
 
-        Longer recordings are cut into the windows that the model was made for. Without a `language` (the bundle's, if
-        it names one) the model says which it hears, if it knows several; `task="translate"` gives English, "transcribe"
-        is what a bundle without a task of its own does.
+    @overload
+    def transcribe(self, audio: Sequence[Audio], **arguments: Unpack[SpeechArguments]) -> list[Transcript]: ...
+
+    def transcribe(
+        self, audio: Audio | Sequence[Audio], **arguments: Unpack[SpeechArguments]
+    ) -> Transcript | list[Transcript]:
+        """The transcript of a recording: a file, or float samples [count] at the model's rate. A list of recordings
+        gives a list of transcripts.
+
+        Recordings are cut into the windows that the model was made for, and several windows run at once.
+
+        Args:
+            audio: A recording, or a list of them.
+            language: A code. By default the bundle's, if it names one; else the model says which it hears in the first
+                window of each recording, if it knows several.
+            task: "translate" gives English; "transcribe" is what a bundle without a task of its own does.
+            num_beams, max_new_tokens: As in `generate`, for each window.
+            show_progress: A function of (windows done, windows of the recordings read so far), True for a bar on
+                stderr, or None for one if stderr is a terminal.
 
         Raises:
-            InputError: this is no speech model, or the recording cannot be read.
+            InputError: this is no speech model, an argument is unknown, or a recording cannot be read.
+        """
+        audios = list(audio) if isinstance(audio, (list, tuple)) else None
+        found: list[Transcript] = []
+        for transcript in self.transcribe_each([audio] if audios is None else audios, **arguments):  # type: ignore[list-item]
+            if isinstance(transcript, EdgeformerError):
+                if audios is not None:
+                    transcript.add_note(f"This was recording {len(found)} of {len(audios)}.")
+                raise transcript
+            found.append(transcript)
+        return found[0] if audios is None else found
+
+    def transcribe_each(
+        self, audios: Iterable[Audio], **arguments: Unpack[SpeechArguments]
+    ) -> Iterator[Transcript | EdgeformerError]:
+        """The transcript of each recording, in order and as soon as it is whole; or why it has none, in place of it.
+
+        A recording is taken from `audios` when it can begin soon, so that neither all recordings nor all transcripts
+        are in memory. Arguments are those of `transcribe`.
+
+        Raises:
+            InputError: this is no speech model, or an argument is unknown.
         """
         if not isinstance(self._task, EncoderDecoder):
             raise InputError(f"{self.bundle.path} is a {self.bundle.task} model and has no transcribe().")
-        arguments = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
-        return transcribe(self._task, audio, language, task, arguments)
+        return transcribe_each(self._task, audios, arguments)
 
     def logits(self, ids: Sequence[int] | np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The logits at every position, float32 [len(ids), vocab]: row i scores what follows ids[:i + 1].
@@ -351,6 +388,13 @@ class Model(EncoderMethods):
         raise InputError(
             f"{self.bundle.path} is a {self.bundle.task} model and has no {method}(); call it: model({inputs})."
         )
+
+
+def _with_arguments(one: Prompt | tuple[Prompt, CallArguments]) -> tuple[Prompt, CallArguments]:
+    """(prompt, arguments of its own). A tuple may also be a prompt: of token ids, or of messages."""
+    if isinstance(one, tuple) and len(one) == 2 and isinstance(one[1], Mapping) and not isinstance(one[0], Mapping):
+        return one
+    return one, {}
 
 
 __all__ = ["BundleError", "Choice", "EngineName", "Model", "NativeOptions", "Prompt", "load"]

@@ -25,6 +25,7 @@ os.environ["EDGEFORMER_CACHE"] = ""
 TOGETHER = {
     "test_smollm2.py": "SmolLM2",
     "test_native_smollm2.py": "SmolLM2",
+    "test_docs.py": "SmolLM2",
     "test_environments.py": "SmolLM2",
     "test_other_runtimes.py": "other runtimes",
     "test_native_cross.py": "other CPUs",

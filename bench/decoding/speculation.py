@@ -4,7 +4,8 @@
 
 Answers with and without drafts alternate, so that other load on the machine affects both; a figure is the median of
 the rounds. Tokens must be equal. Lookup sees the prompt and the answer alone: a store of recent answers would hold the
-answer of the round before. Times are those from the first token of an answer to its last.
+answer of the round before. Nor do answers by schema know the habits of earlier ones: each has a grammar of its own.
+Times are those from the first token of an answer to its last.
 """
 
 from __future__ import annotations
@@ -58,7 +59,11 @@ def measure(model: edgeformer.Model, speculation: SpeculationName | edgeformer.M
             pair = {}
             for name in ("off", "on") if number % 2 else ("on", "off"):
                 chosen = speculation if name == "on" else "off"
-                pair[name] = model.generate(prompt, max_new_tokens=NEW, temperature=0, speculation=chosen, **arguments)
+                # Another title makes another grammar.
+                own: dict[str, Any] = {
+                    key: {**schema, "title": f"{number} {name}"} for key, schema in arguments.items()
+                }
+                pair[name] = model.generate(prompt, max_new_tokens=NEW, temperature=0, speculation=chosen, **own)
             assert pair["on"].ids == pair["off"].ids, f"drafts changed the answer to {message!r}"
             pairs.append((pair["off"].timings.decode_seconds, pair["on"].timings.decode_seconds))
             drafts = pair["on"].drafts

@@ -52,8 +52,8 @@ std::unique_ptr<PyState> fork_state(PyState& self) {
   return copy;
 }
 
-// Row i becomes a fork of what row rows[i] was. Forks are made first: if one fails, nothing has changed; the last row
-// that wants a cache takes it as it is.
+// Row i becomes a fork of what row rows[i] was; there may be more or fewer rows than before. Forks are made first: if
+// one fails, nothing has changed; the last row that wants a cache takes it as it is.
 void select_state(PyState& self, const std::vector<int64_t>& rows) {
   const InUse use({&self.state});
   auto& current = self.state.caches;
@@ -63,9 +63,7 @@ void select_state(PyState& self, const std::vector<int64_t>& rows) {
     if (r < 0 || r >= count) raise("InputError", text("select row ", r, ", the state holds ", count, " sequences"));
     ++wanted[r];
   }
-  if (rows.size() != current.size()) {
-    raise("InputError", text("select ", rows.size(), " rows, the state holds ", count, " sequences"));
-  }
+  if (rows.empty()) raise("InputError", text("select no rows, the state holds ", count, " sequences"));
   std::vector<std::unique_ptr<KvCache>> caches(rows.size());
   for (size_t i = 0; i < rows.size(); ++i) {
     if (--wanted[rows[i]] > 0) caches[i] = std::make_unique<KvCache>(current[rows[i]]->fork());

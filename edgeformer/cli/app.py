@@ -23,6 +23,7 @@ from edgeformer.cli.options import (
     with_options,
 )
 from edgeformer.engines.options import EngineOptions
+from edgeformer.errors import InputError
 from edgeformer.server.options import ServeOptions
 
 
@@ -132,7 +133,10 @@ def run(
     if batch.prompts is not None:
         from edgeformer.cli.batch import run_prompts
 
+        work.refuse_beside_prompts(text, prompt, arrays, as_json=json)
         raise typer.Exit(run_prompts(work.Runner(bundle, engine, speed), batch, generation))
+    if batch.output is not None:
+        raise InputError("--output is the file of --prompts; for one prompt, redirect stdout: > FILE.")
     if arrays.inputs is not None:
         work.run_arrays(bundle, engine, arrays.inputs, arrays.outputs, as_json=json)
     else:
@@ -213,7 +217,8 @@ def classify(
     rich_help_panel="Use a bundle",
     epilog="Examples:\n\n"
     "  edgeformer transcribe whisper talk.wav\n\n"
-    "  edgeformer transcribe whisper talk.wav --language de --translate",
+    "  edgeformer transcribe whisper talk.wav --language de --translate\n\n"
+    "  edgeformer transcribe whisper *.wav --json > texts.jsonl",
 )
 @with_options
 def transcribe(
@@ -235,7 +240,7 @@ def transcribe(
 
     task = "translate" if translate else None
     options = {"language": language, "task": task, "num_beams": generation.num_beams}
-    print_transcripts(bundle, engine, files, options, as_json=json)
+    raise typer.Exit(print_transcripts(bundle, engine, files, options, as_json=json))
 
 
 @app.command(

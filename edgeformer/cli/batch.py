@@ -25,6 +25,8 @@ from edgeformer.decoding.result import Result
 from edgeformer.errors import InputError
 
 Request = tuple[Any, dict[str, Any]]
+# What some readers, such as str.splitlines(), take for the end of a line -> its escape in JSON.
+BREAKS = {number: f"\\u{number:04x}" for number in (0x85, 0x2028, 0x2029)}
 
 
 def read_requests(path: Path) -> list[tuple[str, Any, Request]]:
@@ -34,11 +36,11 @@ def read_requests(path: Path) -> list[tuple[str, Any, Request]]:
         InputError: the file cannot be read, or a line is none of the forms above; it names the line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}.") from error
     found = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would also cut at U+2028, which JSON may hold
         if line.strip():
             name, request = _request(f"{path}, line {number}", line)
             found.append((hashlib.sha256(line.strip().encode()).hexdigest()[:16], name, request))
@@ -73,18 +75,20 @@ def run_prompts(runner: Runner, batch: BatchFlags, generation: GenerationFlags) 
         raise InputError("--prompts needs --output FILE.jsonl for the answers.")
     arguments = generation.arguments()
     requests = read_requests(prompts)
-    done = _resume(output, [digest for digest, _, _ in requests])
+    done, failed = _resume(output, [digest for digest, _, _ in requests])
     if done == len(requests):
-        stderr.print(f"{output} has all {done} answers already.")
-        return DONE
+        stderr.print(f"{output} has all {done} answers already" + (f"; {failed} of them failed." if failed else "."))
+        return CHECK_FAILED if failed else DONE
     model, faster = runner.load()
     if done:
         stderr.print(f"[dim]{done} of {len(requests)} answers are in {output}; going on.[/dim]")
     upcoming = [request for _, _, request in requests[done:]]
     each = model.generate_each(upcoming, max_sequences=batch.max_sequences, **arguments, **faster)
-    failed = tokens = 0
-    bar = tqdm(total=len(requests), initial=done, unit="prompt", dynamic_ncols=True, smoothing=0.1)
-    with output.open("a", encoding="utf-8") as file, bar:
+    tokens = 0
+    # disable=None: no bar where stderr is no terminal
+    bar = tqdm(total=len(requests), initial=done, unit="prompt", dynamic_ncols=True, smoothing=0.1, disable=None)
+    # An `id` may hold a lone surrogate, which UTF-8 cannot: the replacement is its escape in JSON.
+    with output.open("a", encoding="utf-8", errors="backslashreplace") as file, bar:
         for ended in _in_order(each, bar):
             digest, name, _ = requests[done + ended.index]
             entry: dict[str, Any] = {"line": done + ended.index + 1, "input": digest}
@@ -98,10 +102,10 @@ def run_prompts(runner: Runner, batch: BatchFlags, generation: GenerationFlags) 
                 entry |= answers[0] if len(answers) == 1 else {"answers": answers}
                 tokens += sum(len(result.ids) for result in ended.results)
                 bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s")
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            file.write(json.dumps(entry, ensure_ascii=False).translate(BREAKS) + "\n")
             file.flush()
     if failed:
-        stderr.print(f"[yellow]{failed} of {len(requests) - done} prompts failed; see `error` in {output}.[/yellow]")
+        stderr.print(f"[yellow]{failed} of {len(requests)} prompts failed; see `error` in {output}.[/yellow]")
     return CHECK_FAILED if failed else DONE
 
 
@@ -129,20 +133,22 @@ def _entry(result: Result) -> dict[str, Any]:
     return entry
 
 
-def _resume(output: Path, digests: list[str]) -> int:
-    """How many answers `output` has; a last line that was cut off is removed.
+def _resume(output: Path, digests: list[str]) -> tuple[int, int]:
+    """(how many answers `output` has, how many of them are errors); a last line that was cut off is removed.
 
     Raises:
         InputError: the file holds something else, or answers to other prompts.
     """
     if not output.exists():
-        return 0
+        return 0, 0
+    failed = 0
     data = output.read_bytes()
     whole = data.rfind(b"\n") + 1
     for number, line in enumerate(data[:whole].splitlines()):
         try:
             entry = json.loads(line)
             fits = number < len(digests) and (entry["line"], entry["input"]) == (number + 1, digests[number])
+            failed += "error" in entry
         except (ValueError, KeyError, TypeError):
             fits = False
         if not fits:
@@ -153,4 +159,4 @@ def _resume(output: Path, digests: list[str]) -> int:
     if whole < len(data):
         with output.open("r+b") as file:
             file.truncate(whole)
-    return data[:whole].count(b"\n")
+    return data[:whole].count(b"\n"), failed

@@ -34,7 +34,8 @@ def talk(bundle: Path, engine: EngineOptions, system: str | None, generation: Ge
     if all(limits.get(name) is None for limits in (arguments, file) for name in ("max_new_tokens", "max_length")):
         arguments["max_new_tokens"] = LONGEST
     opening = [] if system is None else [{"role": "system", "content": system}]
-    messages, session = list(opening), model.session()
+    messages = list(opening)
+    session = None if (file.get("num_beams") or 1) > 1 else model.session()  # beams keep none
     interactive = sys.stdin.isatty()
     if interactive:
         stderr.print(f"[bold]{model.bundle.path.name}[/bold] on {model.engine.name}. [dim]{HELP}[/dim]")
@@ -44,7 +45,8 @@ def talk(bundle: Path, engine: EngineOptions, system: str | None, generation: Ge
             return
         if line == "/reset":
             messages = list(opening)
-            session.reset()
+            if session is not None:
+                session.reset()
             stderr.print("[dim]a new conversation[/dim]")
         elif line.startswith("/"):
             stderr.print(f"[dim]{HELP}[/dim]" if line == "/help" else f"[dim]unknown command {line}; {HELP}[/dim]")
@@ -53,7 +55,7 @@ def talk(bundle: Path, engine: EngineOptions, system: str | None, generation: Ge
 
 
 def _answer(
-    model: Model, session: Session, messages: list[dict[str, str]], arguments: Mapping[str, Any], quiet: bool
+    model: Model, session: Session | None, messages: list[dict[str, str]], arguments: Mapping[str, Any], quiet: bool
 ) -> list[dict[str, str]]:
     """Stream one answer and return the conversation with it; without the last message if that was refused."""
     parts: list[str] = []

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from edgeformer.cli.console import load_model, stderr
-from edgeformer.cli.options import GenerationFlags, PromptFlags, SpeedFlags
+from edgeformer.cli.options import ArrayFlags, GenerationFlags, PromptFlags, SpeedFlags
 from edgeformer.cli.purpose import require
 from edgeformer.engines.options import EngineOptions
 from edgeformer.errors import InputError
@@ -41,6 +41,28 @@ def read_prompt(text: str | None, flags: PromptFlags) -> Prompt:
         return text
     system = [] if flags.system is None else [{"role": "system", "content": flags.system}]
     return [*system, {"role": "user", "content": text}]
+
+
+def refuse_beside_prompts(text: str | None, prompt: PromptFlags, arrays: ArrayFlags, *, as_json: bool) -> None:
+    """
+    Raises:
+        InputError: a flag is given that --prompts does not obey.
+    """
+    beside = {
+        "a text": text is not None,
+        "--ids": prompt.ids is not None,
+        "--system": prompt.system is not None,
+        "--chat": prompt.chat,
+        "--inputs": arrays.inputs is not None,
+        "--outputs": arrays.outputs is not None,
+        "--json": as_json,
+    }
+    for name, given in beside.items():
+        if given:
+            raise InputError(
+                f"{name} has no meaning with --prompts, whose lines are the prompts and whose answers are JSON; leave "
+                'it out. A line in the chat format is a list of messages: [{"role": "user", "content": "Hi"}].'
+            )
 
 
 @dataclass(frozen=True)
@@ -102,8 +124,11 @@ def run_prompt(
     print(flush=True)
     if not quiet:
         result = pieces.result
+        drafts = result.drafts
+        guessed = f", {drafts.accepted} of {drafts.proposed} guessed tokens right" if drafts.proposed else ""
         stderr.print(
-            f"[dim]{result.timings} ({model.engine.name}), ended by {result.finish_reason}[/dim]", soft_wrap=True
+            f"[dim]{result.timings}{guessed} ({model.engine.name}), ended by {result.finish_reason}[/dim]",
+            soft_wrap=True,
         )
         chat_model = model.tokenizer is not None and model.tokenizer.has_chat_template
         if not result.text and chat_model and not _is_chat(prompt):

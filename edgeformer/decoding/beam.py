@@ -88,7 +88,7 @@ def beam_search(
         if not improving or full or ends.all() or (limits.context is not None and length >= limits.context):
             break
         logits = yield Step([ids[-1] for ids in running], rows)
-    return done[0] if done else Finished(float(scores[0]), running[0][start:], "length")
+    return done[0] if done else Finished(float(scores[0]), running[0][start:], "context")
 
 
 def _best(values: Array, count: int) -> Array:

@@ -1,4 +1,7 @@
-"""A beam search as a job of a scheduler: its beams are the batch of one state, and fork by sharing the cache."""
+"""A beam search as a job of a scheduler: its prompt runs once, then its beams are the batch of one state.
+
+Beams that come from one beam share the cache of what they have in common.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from edgeformer.decoding.beam import Finished, beam_search
 from edgeformer.decoding.job import Rows
 from edgeformer.decoding.request import Request
 from edgeformer.decoding.result import Piece, Result, Timings
-from edgeformer.engines.base import State
+from edgeformer.decoding.session import Session, StateSource
+from edgeformer.engines.base import CHUNK_TOKENS
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -21,22 +25,24 @@ Decode = Callable[[Sequence[int]], str]
 class BeamSearch:
     """One beam search. All its pieces come at its end. See `edgeformer.decoding.job.Job`."""
 
-    def __init__(self, request: Request, new_state: Callable[[int], State], decode: Decode | None) -> None:
+    def __init__(self, request: Request, states: StateSource, decode: Decode | None) -> None:
+        """`states` gives a state of one sequence, or where the graph has no KV cache, of all beams."""
         self.request = request
         self.reason: str | None = None
         self.error: Exception | None = None
         self.slots = request.config.num_beams
-        self._new_state = new_state
+        self._states = states
         self._decode = decode
         self._search = beam_search(request, self._is_stopped if request.config.stop_strings else None)
         next(self._search)
         self._running = [list(request.prompt)] * self.slots
-        self._state: State | None = None
-        self._held = 0  # tokens of each beam that the state holds
-        self._step = 0  # tokens of each beam that run now
+        self._session: Session | None = None  # the ids are those of the prompt that the state holds
+        self._reused = 0  # of them, tokens that were cached
+        self._step = 0  # tokens of each row that run now
         self._pieces: list[Piece] = []
         self._result: Result | None = None
         self._began = self._prompt_end = time.perf_counter()
+        self._queued = 0.0
 
     @property
     def tokens(self) -> int:
@@ -48,46 +54,70 @@ class BeamSearch:
         """Whether the prompt has run."""
         return len(self._running[0]) > len(self.request.prompt)
 
+    @property
+    def session(self) -> Session:
+        """The state; from `start` to `release`."""
+        assert self._session is not None
+        return self._session
+
     def start(self) -> None:
-        """Makes the state of all beams."""
-        self._began = time.perf_counter()
-        self._state = self._new_state(self.slots)
+        """Makes the state, or takes one that holds a beginning of the prompt."""
+        now = time.perf_counter()
+        self._queued = now - self._began
+        self._began = self._prompt_end = now
+        self._session = self._states.open(self.request.prompt)
+        self._reused = len(self._session.ids)
 
     def release(self) -> None:
         """Drops the state."""
-        self._state = None
+        self._session = None
 
     def pending(self, room: int) -> Rows:
-        """The next tokens of each beam."""
-        assert self._state is not None
-        start = self._held if self.request.limits.cached else 0
-        self._step = len(self._running[0]) - start
-        if self.request.limits.cached and not self.decodes:
-            self._step = min(self._step, max(1, room // len(self._running)))
-        ids = [beam[start : start + self._step] for beam in self._running]
-        return Rows(np.array(ids, np.int64), self._state, 1)
+        """The next tokens of the prompt, or the last one of each beam; without a KV cache all tokens of each beam."""
+        if not self.request.limits.cached:
+            ids = self._running
+        elif self.decodes:
+            ids = [beam[-1:] for beam in self._running]
+        else:
+            start = len(self.session.ids)
+            end = min(start + max(1, room), len(self.request.prompt))
+            if end < len(self.request.prompt) and end - end % CHUNK_TOKENS > start:
+                end -= end % CHUNK_TOKENS  # whole chunks, for the prefix cache
+            ids = [self.request.prompt[start:end]]
+        self._step = len(ids[0])
+        return Rows(np.array(ids, np.int64), self.session.state, 1)
 
     def accept(self, logits: Array) -> None:
-        """Takes the logits [beams, 1, vocab] of what ran.
+        """Takes the logits [rows, 1, vocab] of what ran.
 
         Raises:
             EdgeformerError: the logits hold NaN.
         """
-        if self.request.limits.cached:
-            self._held += self._step
-            if self._held < len(self._running[0]):
-                return
         if not self.decodes:
+            if self.request.limits.cached and not self._end_chunk():
+                return
             self._prompt_end = time.perf_counter()
+            logits = np.broadcast_to(logits, (self.slots, *logits.shape[1:]))
         try:
             step = self._search.send(logits[:, -1])
         except StopIteration as end:
             self._finish(end.value)
             return
         assert step is not None
-        if self.request.limits.cached and self._state is not None:
-            self._state.select(step.beams)
+        if self.request.limits.cached:
+            # After the prompt all beams are its only row.
+            self.session.state.select(step.beams if self.decodes else [0] * self.slots)
         self._running = [[*self._running[beam], token] for beam, token in zip(step.beams, step.tokens, strict=True)]
+
+    def _end_chunk(self) -> bool:
+        """Counts the tokens of the prompt that ran; whether it is all of them."""
+        session, prompt = self.session, self.request.prompt
+        held = len(session.ids)
+        session.ids += prompt[held : held + self._step]
+        is_whole = len(session.ids) == len(prompt)
+        if is_whole or len(session.ids) % CHUNK_TOKENS == 0:
+            self._states.keep(session)
+        return is_whole
 
     def take(self) -> list[Piece]:
         """All pieces, once it has ended."""
@@ -119,7 +149,9 @@ class BeamSearch:
         self._pieces = [Piece(token, "") for token in best.ids[:-1]]
         self._pieces.append(Piece(best.ids[-1] if best.ids else None, shown, best.reason))
         prompt = self._prompt_end - self._began
-        timings = Timings(len(self.request.prompt), 0, prompt, seconds, len(best.ids), seconds - prompt)
+        timings = Timings(
+            len(self.request.prompt), self._reused, prompt, seconds, len(best.ids), seconds - prompt, self._queued
+        )
         self._result = Result(shown, best.ids, best.reason, timings)
         self.reason = best.reason
 

@@ -80,8 +80,8 @@ class TextGenerator:
         """The jobs of one prompt: `n` answers that share its prefill, or one beam search.
 
         Raises:
-            InputError: the prompt is wrong, there are stop strings and no tokenizer, several answers of beams, or
-                speculation that is not possible here.
+            InputError: the prompt is wrong, there are stop strings and no tokenizer, beams with what they cannot have,
+                or speculation that is not possible here.
         """
         config, options = call.config, call.options
         if config.stop_strings and self.tokenizer is None:
@@ -89,15 +89,24 @@ class TextGenerator:
         config = with_token_ids(config, self.tokenizer)
         request = Request.of(call.prompt, config, self.limits, options, call.source, call.shape)
         tokenizer = self.tokenizer
+        cache = self.prefix_cache if call.is_cacheable else None
         if config.num_beams > 1:
             if options.n > 1:
                 raise InputError(f"n is {options.n}: a beam search gives one answer; leave out n or num_beams.")
             if options.speculation not in ("auto", "off"):
                 raise InputError("A beam search has no drafts; leave out speculation or num_beams.")
+            if options.session is not None:
+                raise InputError("A beam search keeps no session; leave out session, or pass num_beams=1.")
+            if options.context_policy not in (None, "stop"):
+                raise InputError(
+                    f"context_policy is {options.context_policy!r}; a beam search ends where the context is full. "
+                    "Leave out context_policy, or pass num_beams=1."
+                )
             if call.shape.grammar is not None or options.logprobs is not None or options.prompt_logprobs is not None:
                 raise InputError("A beam search has no constraints, tools or logprobs; leave them out, or num_beams.")
-            return [BeamSearch(request, call.new_state, tokenizer.decode if tokenizer else None)]
-        cache = self.prefix_cache if call.is_cacheable else None
+            rows = 1 if self.limits.cached else config.num_beams
+            states = StateSource(lambda: call.new_state(rows), prefix_cache=cache)
+            return [BeamSearch(request, states, tokenizer.decode if tokenizer else None)]
         states = StateSource(lambda: call.new_state(1), options.session, cache)
         answers = [Sequence(request, states, tokenizer, index, self._drafts(options)) for index in range(options.n)]
         answers[0].siblings = answers[1:]
@@ -127,7 +136,7 @@ class TextGenerator:
         if call.options.n != 1:
             raise InputError(f"n is {call.options.n}: a stream gives one answer; use generate().")
         (job,) = self.jobs(call)
-        scheduler = self.scheduler(SchedulerOptions(max_sequences=job.slots, stretch=None))
+        scheduler = self.scheduler(_unwatched(job.slots))
         scheduler.add([job])
         return Stream(_pieces(scheduler, job))
 
@@ -137,8 +146,7 @@ class TextGenerator:
         A call is taken from `calls` when it can begin soon. One that is an error, or fails, ends with its error; the
         others go on.
         """
-        options = SchedulerOptions(max_sequences, max(TOKEN_BUDGET, max_sequences), stretch=None)
-        scheduler = self.scheduler(options)
+        scheduler = self.scheduler(_unwatched(max_sequences))
         groups: dict[int, list[Job]] = {}
         upcoming = enumerate(calls)
         try:
@@ -166,6 +174,12 @@ class TextGenerator:
             for group in groups.values():  # where the caller took no more
                 for job in group:
                     scheduler.cancel(job)
+
+
+def _unwatched(max_sequences: int) -> SchedulerOptions:
+    """Of a scheduler whose answers nobody waits for one by one: prompts run as fast as they can."""
+    budget = max(TOKEN_BUDGET, max_sequences) if isinstance(max_sequences, int) else TOKEN_BUDGET
+    return SchedulerOptions(max_sequences, budget, stretch=None)
 
 
 def _pieces(scheduler: Scheduler, job: Job) -> Generator[Piece, None, Result]:

@@ -18,7 +18,7 @@ from edgeformer.decoding.logprobs import check_count
 from edgeformer.decoding.session import Session
 from edgeformer.decoding.speculation.draft_model import DraftBundle
 from edgeformer.decoding.speculation.speculation import SpeculationName, check_speculation
-from edgeformer.errors import InputError
+from edgeformer.errors import ContextError, InputError
 
 MOST_ANSWERS = 128  # to one prompt; OpenAI's API has the same limit
 
@@ -28,13 +28,13 @@ class CallOptions:
     """Arguments of one call that are no part of a generation config.
 
     Raises:
-        InputError: the seed is no whole number of at least 0, `n` is no number of answers, or there is a session for
-            several.
+        InputError: the seed is no whole number of at least 0, `n` is no number of answers, the session is none, or
+            there is one for several answers.
     """
 
     seed: int | None = None  # the same seed gives the same tokens; None takes a fresh one
     ignore_eos: bool = False
-    session: Session | None = None  # not used by a beam search
+    session: Session | None = None
     n: int = 1  # answers to the prompt
     logprobs: int | None = None  # likeliest tokens to report beside each new one; None: no log probabilities
     prompt_logprobs: int | None = None  # the same of the prompt's tokens
@@ -49,6 +49,8 @@ class CallOptions:
         for name in ("logprobs", "prompt_logprobs"):
             check_count(getattr(self, name), name)
         check_speculation(self.speculation)
+        if self.session is not None and not isinstance(self.session, Session):
+            raise InputError(f"session is {self.session!r}, expected one that Model.session() made.")
         if self.n > 1 and self.session is not None:
             raise InputError(f"n is {self.n}, and a session holds one conversation; leave out one of them.")
         seed = self.seed
@@ -129,8 +131,15 @@ class Request:
         """
         if options.ignore_eos:
             config = replace(config, eos_token_id=())
+        if shape.grammar is not None:  # it says where the answer may end; a forced end token would break it
+            config = replace(config, forced_eos_token_id=())
         policy, protect = checked_policy(options.context_policy, options.context_protect, limits.context)
         ids = checked_prompt(prompt, limits, may_slide=policy == "slide")
+        if options.prompt_logprobs is not None and limits.context is not None and len(ids) > limits.context:
+            raise ContextError(
+                f"prompt_logprobs needs the logits of the whole prompt, which has {len(ids)} tokens; the limit is "
+                f"{limits.context} ({limits.context_reason}). Shorten the prompt, or leave out prompt_logprobs."
+            )
         new_tokens = config.new_tokens(len(ids))
         processors = logits_processors(config, len(ids), new_tokens, source)
         limits = replace(limits, eos=frozenset(config.eos_token_id))

@@ -117,6 +117,7 @@ class Stream(Iterator[Piece]):
     def __init__(self, pieces: Generator[Piece, None, Result]) -> None:
         self._pieces = pieces
         self._result: Result | None = None
+        self._is_closed = False
 
     def __next__(self) -> Piece:
         try:
@@ -133,12 +134,15 @@ class Stream(Iterator[Piece]):
         Raises:
             InputError: the stream was not read to its end.
         """
+        if self._result is None and self._is_closed:
+            raise InputError("The stream was closed before its end, so it has no result; read its pieces instead.")
         if self._result is None:
             raise InputError("The stream has not ended; read all its pieces first.")
         return self._result
 
     def close(self) -> None:
         """Stop early; what was generated stays in the session."""
+        self._is_closed = True
         self._pieces.close()
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from edgeformer.bundle.signature import IDS, KEEP, Array
 from edgeformer.decoding.job import Job, Rows
-from edgeformer.decoding.row_budget import RowBudget
+from edgeformer.decoding.row_budget import SMALLEST, RowBudget
 from edgeformer.decoding.sequence import Sequence
 from edgeformer.decoding.speculation.speculation import Speculation
 from edgeformer.engines.base import Engine, State
@@ -137,8 +137,12 @@ class Scheduler:
                 return
             self.waiting.popleft()
             for job in group:
-                job.start()
-                self.running.append(job)
+                try:
+                    job.start()
+                except (EdgeformerError, MemoryError) as error:  # of the state that a beam search makes
+                    job.fail(error)
+                else:
+                    self.running.append(job)
 
     def _drop_ended(self) -> None:
         for job in self.running:
@@ -159,14 +163,17 @@ class Scheduler:
         self.admit()
         plan, decode_rows, prompt_rows = self._plan()
         if not plan:
+            self._drop_ended()
             return
+        has_drafts = decode_rows > sum(job.slots for job, _ in plan if job.decodes)
         began = time.perf_counter()
         try:
             logits: list[Array | None] = [*self._forward([rows for _, rows in plan])]
         except (EdgeformerError, MemoryError):
             logits = [self._forward_alone(job, rows) for job, rows in plan]
         seconds = time.perf_counter() - began
-        self._budget.observe(decode_rows, prompt_rows, seconds)
+        if not has_drafts:
+            self._budget.observe(decode_rows, prompt_rows, seconds)
         if self._speculation is not None and not prompt_rows:
             self._speculation.observe(decode_rows, seconds)
         for (job, _), scores in zip(plan, logits, strict=True):
@@ -174,7 +181,7 @@ class Scheduler:
                 continue
             try:
                 job.accept(scores)
-            except EdgeformerError as error:
+            except (EdgeformerError, MemoryError) as error:
                 job.fail(error)
         self._drop_ended()
 
@@ -183,11 +190,15 @@ class Scheduler:
         decoding = [job for job in self.running if job.decodes]
         if self._speculation is not None:
             room = self.options.token_budget - sum(job.slots for job in decoding)
+            if self.options.stretch is not None and len(decoding) < len(self.running):
+                room = 0  # a prompt waits for the time that drafts would take, and others for the end of the step
+            if len(decoding) < len(self.running):
+                room -= SMALLEST  # for prompts, which would wait as long as drafts fill the steps
             self._speculation.propose([job for job in decoding if isinstance(job, Sequence)], room)
         plan: list[tuple[Job, Rows]] = []
         decode_rows = prompt_rows = 0
         for job in decoding:
-            rows = job.pending(1)
+            rows = None if job.error is not None else _pending(job, 1)
             if rows is not None:
                 plan.append((job, rows))
                 decode_rows += rows.ids.size
@@ -195,7 +206,7 @@ class Scheduler:
         for job in self.running:
             if room <= 0:
                 break
-            if not job.decodes and (rows := job.pending(room)) is not None:
+            if not job.decodes and (rows := _pending(job, room)) is not None:
                 plan.append((job, rows))
                 prompt_rows += rows.ids.size
                 room -= rows.ids.size
@@ -219,3 +230,12 @@ class Scheduler:
         except (EdgeformerError, MemoryError) as error:
             job.fail(error)
             return None
+
+
+def _pending(job: Job, room: int) -> Rows | None:
+    """What it runs next; None if it waits, or failed to get a state."""
+    try:
+        return job.pending(room)
+    except (EdgeformerError, MemoryError) as error:
+        job.fail(error)
+        return None

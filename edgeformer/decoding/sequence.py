@@ -27,7 +27,7 @@ from edgeformer.decoding.sampling import check
 from edgeformer.decoding.session import Session, StateSource
 from edgeformer.decoding.tools.answer import AnswerPiece, gather
 from edgeformer.engines.base import CHUNK_TOKENS
-from edgeformer.errors import EdgeformerError
+from edgeformer.errors import EdgeformerError, StateError
 from edgeformer.processing.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Sequence:
 
     @property
     def session(self) -> Session:
-        """The state and the tokens that it holds; from `start` to `release`."""
+        """The state and the tokens that it holds; from the first `pending` to `release`."""
         assert self._session is not None
         return self._session
 
@@ -101,21 +101,27 @@ class Sequence:
         return not self.request.limits.cached or len(self._session.ids) == len(self._context) - 1
 
     def start(self) -> None:
-        """Makes the state, or takes one that holds a beginning of the prompt."""
+        """Ends its time in the queue. The state is made when the prompt runs: until then others may cache it."""
         now = time.perf_counter()
-        self._queued, self._began = now - self._began, now
-        if self.is_waiting:
-            return
-        if self._is_full() and self.request.context_policy == "slide":
+        self._queued = now - self._began
+        self._began = self._prompt_end = self._first = self._last = now
+
+    def _open(self) -> None:
+        """Makes the state, or takes one that holds a beginning of the prompt."""
+        if self._is_full():
             self._slide()
-        self._session = self._states.open(self._context)
+        # The logits of tokens that ran before are gone: their log probabilities need them to run again.
+        self._session = self._states.open(self._context, empty=self._scores_prompt)
+        self._session.user = self
         self._reused = self._session.reuse(self._context)
 
     def release(self) -> None:
         """Drops the state; its memory is free once no session and no cache holds it."""
-        if self._session is not None and self.error is None:
-            self._states.keep(self._session)
-        self._session = None
+        session, self._session = self._session, None
+        if session is not None and session.user is self:
+            session.user = None
+            if self.error is None:
+                self._states.keep(session)
 
     # ------------------------------------------------------------------------------------------------------- one step
 
@@ -131,9 +137,17 @@ class Sequence:
         self._drafts = list(tokens[: max(0, self.draft_room)])
 
     def pending(self, room: int) -> Rows | None:
-        """The last token and its drafts; else the next tokens of the prompt, at most `room`. None while it waits."""
+        """The last token and its drafts; else the next tokens of the prompt, at most `room`. None while it waits.
+
+        Raises:
+            StateError: another answer has taken its session.
+        """
         if self.is_waiting:
             return None
+        if self._session is None:
+            self._open()
+        if self.session.user is not self:
+            raise StateError("Another answer runs in this session now; end one before the next, or use two sessions.")
         session, context = self.session, self._context
         start = len(session.ids) if self.request.limits.cached else 0
         end = min(start + room, len(context)) if self.request.limits.cached else len(context)
@@ -181,8 +195,7 @@ class Sequence:
             if cached:
                 session.ids += self._context[known:right]
                 session.state.truncate(right)
-        if self.reason is None and self._is_full():
-            self._slide()
+        self._keep_room()
 
     def take(self) -> list[Piece]:
         """The pieces since the last call."""
@@ -295,6 +308,11 @@ class Sequence:
         context = self.request.limits.context
         return context is not None and len(self._context) > context
 
+    def _keep_room(self) -> None:
+        """After a new token: the next one must fit, too."""
+        if self.reason is None and self._is_full():
+            self._slide()
+
     def _slide(self) -> None:
         """Drops old tokens of the context. What is left runs again: at other positions its keys are others."""
         context = self.request.limits.context
@@ -335,13 +353,15 @@ class Sequence:
     def _follow(self, first: Sequence, logits: Array) -> None:
         self.is_waiting = False
         self._prompt_logprobs = first._prompt_logprobs
-        self._session = Session(first.session.state.fork(), first.session.ids)
-        self._context = self.ids if first._context is first.ids else list(first._context)
-        self._reused = len(self._context)
-        self._prompt_end = time.perf_counter()
         try:
+            self._session = Session(first.session.state.fork(), first.session.ids)
+            self._session.user = self
+            self._context = self.ids if first._context is first.ids else list(first._context)
+            self._reused = len(self._context)
+            self._prompt_end = time.perf_counter()
             self._choose(logits)
-        except EdgeformerError as error:
+            self._keep_room()
+        except (EdgeformerError, MemoryError) as error:
             self.fail(error)
 
     def _hand_over(self) -> None:
@@ -354,4 +374,6 @@ class Sequence:
         heir.is_waiting, heir.siblings = False, rest
         if self._session is not None:
             heir._session, self._session = self._session, None
+            heir._session.user = heir
             heir._context = heir.ids if self._context is self.ids else self._context
+            heir._reused, heir._prompt_logprobs = self._reused, self._prompt_logprobs

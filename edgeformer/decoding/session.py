@@ -18,6 +18,7 @@ class Session:
     def __init__(self, state: State, ids: Sequence[int] = ()) -> None:
         self.state = state
         self.ids: list[int] = list(ids)
+        self.user: object = None  # the sequence that runs in it
 
     def reuse(self, prompt: Sequence[int]) -> int:
         """Cuts the state to its common prefix with `prompt`; returns the length of that prefix.
@@ -51,11 +52,13 @@ class StateSource:
     session: Session | None = None
     prefix_cache: PrefixCache | None = None
 
-    def open(self, ids: Sequence[int]) -> Session:
-        """A session for a sequence that begins with `ids`."""
+    def open(self, ids: Sequence[int], *, empty: bool = False) -> Session:
+        """A session for a sequence that begins with `ids`; with `empty` its state holds none of them."""
         if self.session is not None:
+            if empty:
+                self.session.reset()
             return self.session
-        if self.prefix_cache is None:
+        if self.prefix_cache is None or empty:
             return Session(self.new_state())
         state, length = self.prefix_cache.match(ids, self.new_state)
         return Session(state, ids[:length])

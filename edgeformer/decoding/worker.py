@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import os
 import threading
 import weakref
 from collections import deque
@@ -13,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from edgeformer.decoding.job import Job
 from edgeformer.decoding.result import Piece, Result
 from edgeformer.decoding.scheduler import Scheduler
-from edgeformer.errors import EdgeformerError, InputError, QueueFull
+from edgeformer.errors import EdgeformerError, InputError, QueueFull, StateError
 
 
 class Answer:
@@ -35,6 +36,11 @@ class Answer:
     def done(self) -> bool:
         """Whether it has ended or failed."""
         return self._results is not None or self._error is not None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of its prompt."""
+        return len(self._jobs[0].request.prompt)
 
     @property
     def position(self) -> int:
@@ -65,22 +71,26 @@ class Answer:
         return self._results
 
     def __iter__(self) -> Iterator[Piece]:
-        """The pieces as they come.
+        """The pieces as they come; if the loop is left early, the answer is cancelled.
 
         Raises:
             EdgeformerError: it failed.
         """
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: bool(self._pieces) or self.done)
-                pieces = self._take()
-            if not pieces:
-                self.results()  # raises if it failed
-                return
-            yield from pieces
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: bool(self._pieces) or self.done)
+                    pieces = self._take()
+                if not pieces:
+                    break
+                yield from pieces
+        finally:
+            if not self.done:
+                self.cancel()
+        self.results()  # raises if it failed
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
-        """The pieces as they come; if the task is cancelled, so is the answer."""
+        """The pieces as they come; if the task is cancelled or the loop is left early, so is the answer."""
         loop, event = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
@@ -167,6 +177,7 @@ class Worker:
         self._answers: list[Answer] = []  # that have not ended
         self._thread: threading.Thread | None = None
         self._closing = False
+        _workers.add(self)
 
     def add(self, jobs: list[Job]) -> Answer:
         """Queues the answers to one prompt.
@@ -230,16 +241,30 @@ class Worker:
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
+    def retire(self) -> None:
+        """Nobody can add to it any more: the thread ends after all answers. Does not wait."""
+        with self._lock:
+            self._closing = True
+            self._lock.notify_all()
+
+    def forget_parent(self) -> None:
+        """After a fork, in the child: threads do not survive it, and what they locked stays locked."""
+        self._lock = threading.Condition()
+        self._thread = None
+        for answer in self._answers:
+            answer._changed = threading.Condition()
+            answer._listeners = []  # they would wake the parent's event loop, whose pipe both share
+        self._fail(StateError("the process was forked, and the thread is the parent's; make a scheduler in the child"))
+
     def _queue(self) -> list[Answer]:
         """The answers that wait, in their order."""
         running = {id(job) for job in self._scheduler.running}
         return [one for one in self._answers if not one.done and not any(id(job) in running for job in one._jobs)]
 
     def _start(self) -> None:
-        # A daemon thread, closed at exit: the interpreter must not end while it holds an engine.
+        # A daemon thread, which _close_all ends at exit: the interpreter must not end while it holds an engine.
         self._thread = threading.Thread(target=self._run, name="edgeformer-scheduler", daemon=True)
         self._thread.start()
-        atexit.register(_close, weakref.ref(self))
 
     def _run(self) -> None:
         try:
@@ -284,7 +309,19 @@ class Worker:
             answer._publish([], None, failure)
 
 
-def _close(worker: weakref.ref[Worker]) -> None:
-    alive = worker()
-    if alive is not None:
-        alive.close()
+_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for worker in list(_workers):
+        worker.close()
+
+
+def _forget_parent() -> None:
+    for worker in list(_workers):
+        worker.forget_parent()
+
+
+atexit.register(_close_all)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forget_parent)

@@ -78,10 +78,12 @@ class State(Protocol):
     def select(self, rows: Sequence[int]) -> None:
         """Reorder the batch: sequence i becomes a copy of the former sequence `rows[i]`.
 
-        The batch keeps its size. Static inputs stay in place, because all rows of a beam search have the same ones.
+        There may be more or fewer rows than before: a beam search runs its prompt as one row and then selects it for
+        each beam. Static inputs follow the rows only where their number changes; else they stay in place, because all
+        rows of a beam search have the same ones.
 
         Raises:
-            InputError: `rows` does not have one entry per sequence, or an entry is out of range.
+            InputError: `rows` is empty, an entry is out of range, or no token has run.
         """
         ...
 

@@ -21,7 +21,7 @@ from edgeformer.engines.base import Arrays, State
 from edgeformer.engines.ort_install import both_wheels, check_cuda, check_version, import_onnxruntime
 from edgeformer.engines.ort_padding import CACHE_MASK, cannot_pad, masked_graph
 from edgeformer.engines.ort_state import Call, Joint, OrtState, locked, short
-from edgeformer.errors import BundleError, EdgeformerError, EngineUnavailable, InputError, StateError
+from edgeformer.errors import BundleError, EdgeformerError, EngineUnavailable, InputError, StateError, pip_install
 from edgeformer.machine import default_threads
 
 Provider = Literal["cpu", "cuda"]
@@ -298,7 +298,8 @@ class OrtEngine:
         if first != "CUDAExecutionProvider":
             raise EngineUnavailable(
                 f"CUDA was requested, but the session runs on {first}: the CUDA or cuDNN libraries that this "
-                f"onnxruntime needs are missing or have another version. Install edgeformer[cuda], or use engine='cpu'."
+                f"onnxruntime needs are missing or have another version: {pip_install('onnxruntime-gpu')}, "
+                "or use engine='cpu'."
             )
         elsewhere: dict[str, str] = {}
         for part in getattr(session, "get_provider_graph_assignment_info", list)():

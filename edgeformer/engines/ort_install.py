@@ -9,7 +9,7 @@ from importlib import metadata
 from types import ModuleType
 
 from edgeformer.bundle.bundle import Bundle
-from edgeformer.errors import EngineUnavailable
+from edgeformer.errors import EngineUnavailable, pip_install
 
 WHEELS = ("onnxruntime", "onnxruntime-gpu")
 MINIMUM = (1, 23)  # the first version with Attention, RotaryEmbedding and RMSNormalization of opset 23
@@ -33,8 +33,8 @@ def both_wheels() -> str | None:
     names = " and ".join(f"{name} {version}" for name, version in found.items())
     return (
         f"{names} are both installed; they install to the same folder, so one has overwritten the other. "
-        "Uninstall both (pip uninstall -y onnxruntime onnxruntime-gpu), then install one: edgeformer[cpu] or "
-        "edgeformer[cuda]"
+        "Uninstall both (pip uninstall -y onnxruntime onnxruntime-gpu), then install one: "
+        f"{pip_install('onnxruntime')}, or {pip_install('onnxruntime-gpu')}"
     )
 
 
@@ -49,7 +49,9 @@ def import_onnxruntime() -> ModuleType:
     except ImportError as error:
         if installed_wheels():
             raise EngineUnavailable(f"onnxruntime is installed but cannot be imported: {error}.") from error
-        raise EngineUnavailable("onnxruntime is not installed; install edgeformer[cpu] or edgeformer[cuda].") from error
+        raise EngineUnavailable(
+            f"onnxruntime is not installed: {pip_install('onnxruntime')}, or {pip_install('onnxruntime-gpu')}."
+        ) from error
     if not hasattr(onnxruntime, "InferenceSession"):
         reason = both_wheels() or "files are missing, as after uninstalling one of two wheels; install it again"
         raise EngineUnavailable(f"onnxruntime is broken: {reason}.")
@@ -82,7 +84,9 @@ def check_version(version: str, bundle: Bundle) -> None:
 def check_cuda(ort: ModuleType) -> None:
     """Raise if a CUDA session is impossible; ONNX Runtime itself would silently fall back to the CPU."""
     if "CUDAExecutionProvider" not in ort.get_available_providers():
-        reason = both_wheels() or "this onnxruntime is the CPU build; uninstall it, then install edgeformer[cuda]"
+        reason = both_wheels() or (
+            f"this onnxruntime is the CPU build; uninstall it, then {pip_install('onnxruntime-gpu')}"
+        )
         raise EngineUnavailable(f"CUDA is not available: {reason}.")
     problem = cuda_driver_problem()
     if problem:

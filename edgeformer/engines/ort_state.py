@@ -150,12 +150,19 @@ class OrtState:
 
     def select(self, rows: Sequence[int]) -> None:
         """See `State.select`."""
-        if self.batch is None or len(rows) != self.batch or not all(0 <= row < self.batch for row in rows):
-            raise InputError(f"A state of {self.batch} sequences cannot select {list(rows)}.")
-        if list(rows) == list(range(self.batch)):
+        wanted, before = [int(row) for row in rows], self.batch
+        if before is None or not wanted or not all(0 <= row < before for row in wanted):
+            raise InputError(f"A state of {before} sequences cannot select {wanted}.")
+        if wanted == list(range(before)):
             return
         with locked([self]):
-            self._cache = [self._copied(value.numpy()[list(rows)]) for value in self._cache]
+            self._cache = [self._copied(value.numpy()[wanted]) for value in self.cache]
+            self.joint, self.batch = None, len(wanted)
+            if len(wanted) != before and self.static_inputs:
+                self._fixed_batch = len(wanted)
+                self.static_inputs = {
+                    name: self._copied(value.numpy()[wanted]) for name, value in self.static_inputs.items()
+                }
 
     # The rest is for runs: the caller must own the lock.
 

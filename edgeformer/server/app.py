@@ -20,15 +20,37 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from edgeformer.server import chat, completions, embeddings, health, models, openapi, tokenize
+from edgeformer.server import (
+    chat,
+    completions,
+    embeddings,
+    health,
+    messages,
+    models,
+    openapi,
+    rerank,
+    responses,
+    tokenize,
+)
 from edgeformer.server.endpoint import Call, Endpoint, Server
 from edgeformer.server.errors import ApiError, api_error
+from edgeformer.server.messages_errors import MessagesErrors
 from edgeformer.server.metrics import Metrics
 from edgeformer.server.options import ServeOptions
 from edgeformer.server.registry import Registry
 from edgeformer.server.security import Guard, read_body, read_key
 
-GROUPS = (chat, completions, embeddings, models, tokenize, health)  # modules with ENDPOINTS
+GROUPS = (
+    chat,
+    completions,
+    messages,
+    responses,
+    embeddings,
+    rerank,
+    models,
+    tokenize,
+    health,
+)  # modules with ENDPOINTS
 CLIENT_GONE = 499  # nginx's number, for the log
 GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -53,7 +75,7 @@ def create_app(registry: Registry, options: ServeOptions) -> Starlette:
         finally:
             await registry.close()
 
-    middleware = [Middleware(Guard, options=options, key=read_key(options))]
+    middleware = [Middleware(MessagesErrors), Middleware(Guard, options=options, key=read_key(options))]
     if options.cors:
         middleware.insert(
             0,

@@ -6,7 +6,7 @@ client goes away, so what it holds must be released in `finally`.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,8 @@ Handler = Callable[[Call], Awaitable[Response]]
 class Endpoint:
     """A route: what it takes and gives, for the router and for /openapi.json.
 
-    body, result: msgspec structs. streams: with `stream` it answers by server-sent events of `chunk`.
+    body, result: msgspec structs. streams: with `stream` it answers by server-sent events of `chunk`. error: the JSON
+    schema of its errors, if it is not OpenAI's.
     """
 
     method: str
@@ -57,6 +58,7 @@ class Endpoint:
     result: Any = None
     chunk: Any = None
     summary: str = ""
+    error: Mapping[str, Any] | None = None
 
 
 _encoder = msgspec.json.Encoder()

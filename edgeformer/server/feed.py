@@ -71,10 +71,20 @@ class Feed:
         Raises:
             ApiError, EdgeformerError: as `next`.
         """
-        self._waits_for_ends = True
-        while await self.next(3600.0) != []:
-            pass
+        await self.whole()
         return [result for answer in self.answers for result in answer.results(0)]
+
+    async def whole(self) -> list[Numbered]:
+        """Waits for all answers; all their pieces.
+
+        Raises:
+            ApiError, EdgeformerError: as `next`.
+        """
+        self._waits_for_ends = True
+        found: list[Numbered] = []
+        while (pieces := await self.next(3600.0)) != []:
+            found += pieces or ()
+        return found
 
     def close(self) -> None:
         """Cancels what has not ended."""

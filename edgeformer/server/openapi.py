@@ -49,7 +49,7 @@ def document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
                 "200": {"description": "The answer.", "content": content},
                 "default": {
                     "description": "An error.",
-                    "content": {"application/json": {"schema": {"$ref": _REF.format(name="Error")}}},
+                    "content": {"application/json": {"schema": one.error or {"$ref": _REF.format(name="Error")}}},
                 },
             },
         }

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgeformer.bundle.signature import F32
 from edgeformer.errors import InputError
 from edgeformer.processing.pooling import ACTIVATIONS, Pooling, Similarity, similarity
 from edgeformer.tasks.choose import Task
@@ -15,8 +16,6 @@ from edgeformer.tasks.encoder_batches import Batching, Progress
 
 if TYPE_CHECKING:
     from edgeformer.bundle.bundle import Bundle
-
-F32 = np.ndarray[Any, np.dtype[np.float32]]
 
 
 class EncoderMethods:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Unpack
@@ -18,7 +19,8 @@ from edgeformer.tasks.text_generation import Prompt, TextGeneration
 class GenerationScheduler:
     """Answers many prompts at once with one model: those that arrive while others run join them at the next step.
 
-    Threads may share it; `Answer` also works in an event loop. Use it in a `with` block, or call `close`.
+    Threads may share it; `Answer` also works in an event loop. Use it in a `with` block, or call `close`; one that is
+    dropped finishes its answers.
     """
 
     def __init__(
@@ -28,6 +30,8 @@ class GenerationScheduler:
         self._generator = task.generator
         self._worker = Worker(self._generator.scheduler(options), queue_limit)
         self.options = options
+        # Its thread holds the worker, not this: without it, a scheduler that was dropped would keep the model for ever.
+        weakref.finalize(self, self._worker.retire).atexit = False
 
     def add(self, prompt: Prompt, **arguments: Unpack[CallArguments]) -> Answer:
         """Queues a prompt. Arguments are those of `Model.generate`.

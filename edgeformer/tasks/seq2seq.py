@@ -41,7 +41,7 @@ class EncoderDecoder:
         """The encoder's inputs for a text, token ids, or features without their batch axis.
 
         Raises:
-            InputError: it is none of these.
+            InputError: it is none of these, or holds a negative id.
         """
         ports = self.bundle.manifest["graphs"]["encoder"]["inputs"]
         if IDS not in ports:
@@ -54,6 +54,8 @@ class EncoderDecoder:
         ids = np.asarray(source)
         if ids.ndim != 1 or ids.dtype.kind not in "iu" or not ids.size:
             raise InputError(f"The source is {ids.dtype}{list(ids.shape)}, expected a text or a list of token ids.")
+        if ids.min() < 0:
+            raise InputError(f"The source holds the token id {ids.min()}, expected ids of at least 0.")
         return {IDS: ids[None].astype(np.int64)}
 
     def start(self) -> list[int]:
@@ -81,9 +83,12 @@ class EncoderDecoder:
             InputError: an argument or the source is wrong.
         """
         given, options, decoder_prompt = split_arguments(arguments)
+        if options.session is not None:
+            raise InputError("A session keeps tokens alone, and this answer also depends on its source; leave it out.")
+        begins = self.start() if decoder_prompt is None or np.size(decoder_prompt) == 0 else decoder_prompt
         inputs = self.source(prompt)
         tokens = inputs[IDS][0] if IDS in inputs else None
-        return self.decoding(self.encode(inputs), decoder_prompt or self.start(), tokens, given, options)
+        return self.decoding(self.encode(inputs), begins, tokens, given, options)
 
     def decoding(
         self,

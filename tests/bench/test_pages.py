@@ -12,7 +12,9 @@ from bench import encoders, smollm2
 from bench.arm import __main__ as arm
 from bench.coverage import page as coverage_page
 from bench.coverage import sweep
-from bench.decoding import sampling
+from bench.decoding import __main__ as decoding
+from bench.decoding import draft_bundle, sampling
+from bench.decoding import plots as decoding_plots
 from bench.peers import __main__ as peers
 from bench.peers import pages, plots, studies
 from bench.report import RESULTS, ROOT, runs
@@ -30,11 +32,15 @@ def test_every_page_is_what_its_generators_print(tmp_path: Path, monkeypatch: py
     for module in (pages, arm):
         monkeypatch.setattr(module, "PAGE", tmp_path / "docs" / "performance.md")
     monkeypatch.setattr(pages, "IMAGES", tmp_path)
-    monkeypatch.setattr(plots, "_save", lambda _, path: path)
+    for module in (plots, decoding_plots):
+        monkeypatch.setattr(module, "_save", lambda _, path: path)
     for study in studies.ALL.values():
         peers.write_study(study)
     encoders.write()
     sampling.write()
+    draft_bundle.write()
+    for study in decoding.STUDIES:
+        decoding.write(study)
     smollm2.write_pages(runs("smollm2")[0])
     arm.write()
     for page in PAGES:

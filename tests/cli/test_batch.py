@@ -99,3 +99,45 @@ def test_a_malformed_file_is_refused_before_anything_runs(run, lines, message):
 def test_answers_need_a_file(run):
     result, _ = run(['"a"'], output=None)
     assert "--prompts needs --output" in str(result.exception)
+
+
+def test_lines_end_where_json_lines_do(run):
+    """Python's splitlines() also cuts at U+2028 and U+0085, which JSON strings may hold as they are."""
+    lines = [json.dumps({"prompt": f"a{mark}b", "id": mark}, ensure_ascii=False) for mark in "\u2028\u0085\x7f"]
+    result, answers = run(["\ufeff" + lines[0], *lines[1:]])
+    assert result.exit_code == 0
+    assert [answer["id"] for answer in answers] == ["\u2028", "\u0085", "\x7f"]
+
+
+def test_an_id_may_hold_what_utf_8_cannot(run):
+    result, answers = run([r'{"prompt": "a", "id": "\ud800"}'])
+    assert result.exit_code == 0
+    assert answers[0]["id"] == "\ud800"
+
+
+def test_a_finished_run_with_failures_still_fails(run):
+    lines = _quoted([LINES[0], LINES[3]])
+    assert run(lines)[0].exit_code == 1
+    result, _ = run(lines)
+    assert "has all 2 answers already; 1 of them failed" in result.stderr.replace("\n", " ")
+    assert result.exit_code == 1
+
+
+def test_without_a_terminal_there_is_no_progress_bar(run):
+    result, _ = run(_quoted(LINES[:2]))
+    assert "\r" not in result.stderr
+    assert "prompt/s" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "flags", [["text"], ["--chat"], ["--ids", "1,2"], ["--system", "a"], ["--json"], ["--inputs", "a.npz"]]
+)
+def test_flags_that_prompts_would_ignore_are_refused(run, flags):
+    result, answers = run(_quoted(LINES[:1]), *flags)
+    assert "has no meaning with --prompts" in str(result.exception)
+    assert answers == []
+
+
+def test_an_output_without_prompts_is_refused(lm):
+    result = CliRunner().invoke(app, ["run", str(lm), "hello", "-o", "answers.jsonl"])
+    assert "--output is the file of --prompts" in str(result.exception)

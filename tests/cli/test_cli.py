@@ -125,6 +125,18 @@ def test_a_chat_keeps_the_conversation(edgeformer, lm, stdin):
     assert re.search(r"prompt \d+ tokens \(\d+ reused\)", err)
 
 
+def test_a_chat_with_a_bundle_that_searches_with_beams(edgeformer, lm, stdin, copy_of, reseal):
+    bundle = copy_of(lm)
+    path = bundle / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_beams": 2}))
+    reseal(bundle)
+    stdin("hello\n/reset\n")
+    code, out, err = edgeformer("chat", bundle, "-n", 6, "-e", "cpu", "-t", 1)
+    assert (code, "not taken" in err) == (0, False)
+    chat = [{"role": "user", "content": "hello"}]
+    assert out == load(lm, "cpu", 1).generate(chat, max_new_tokens=6, num_beams=2).text + "\n"
+
+
 def test_a_message_that_is_too_long_is_refused_and_the_chat_goes_on(edgeformer, lm, stdin):
     stdin("hello\n" + "word " * 2000 + "\nhello again\n")
     code, out, err = edgeformer("chat", lm, "-n", 2, "-e", "cpu", "-q", "--system", "Be brief.")

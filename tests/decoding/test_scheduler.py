@@ -284,6 +284,30 @@ def test_a_call_that_the_engine_refuses_ends_the_one_that_caused_it(native, monk
         assert [one.result().ids for one in good] == [expected] * 2
 
 
+def test_a_sequence_that_gets_no_state_ends_alone(native, monkeypatch):
+    expected = _alone(native, PROMPT, {"max_new_tokens": 10, "ignore_eos": True}).ids
+    new_state, made = native.engine.new_state, []
+
+    def scarce(self, static_inputs=None):
+        made.append(1)
+        if len(made) == 2:
+            raise MemoryError("no memory for a state")
+        return new_state(static_inputs)
+
+    monkeypatch.setattr(type(native.engine), "new_state", scarce)
+    ended = list(native.generate_each([PROMPT] * 3, max_new_tokens=10, ignore_eos=True))
+    assert sorted(type(one.error).__name__ for one in ended) == ["MemoryError", "NoneType", "NoneType"]
+    assert [one.results[0].ids for one in ended if one.error is None] == [expected] * 2
+
+
+def test_prompts_with_the_same_beginning_share_it_when_they_come_together(bundles):
+    model = load(bundles / "q8", "native", threads=1)
+    beginning = [int(i) for i in np.random.default_rng(1).integers(3, 299, 128)]
+    with model.scheduler(3, token_budget=130) as scheduler:  # the first prompt fills the first step
+        answers = [scheduler.add([*beginning, 5 + i, 6], max_new_tokens=4, ignore_eos=True) for i in range(3)]
+        assert [answer.result().cached_tokens for answer in answers] == [0, 128, 128]
+
+
 def test_an_unexpected_error_reaches_every_answer(native, monkeypatch):
     def broken(self, batch):
         raise ZeroDivisionError("a bug")

@@ -32,9 +32,10 @@ def test_requests_of_the_document_get_documented_answers(server, method, path, m
     def check(case):
         if isinstance(case.body, dict):
             if "model" in case.body and mode is GenerationMode.POSITIVE:
-                case.body["model"] = "encoder" if path == "/v1/embeddings" else "lm"
-            if isinstance(case.body.get("max_tokens"), int):
-                case.body["max_tokens"] %= 50
+                case.body["model"] = "encoder" if path in ("/v1/embeddings", "/v1/rerank") else "lm"
+            for limit in ("max_tokens", "max_output_tokens"):
+                if isinstance(case.body.get(limit), int):
+                    case.body[limit] %= 50
         case.call_and_validate(checks=[not_a_server_error, response_schema_conformance], timeout=30)
 
     check()

@@ -44,9 +44,10 @@ def build(folder: Path, architecture: str, name: str, watched: str = "", instead
     """The executable of tests/csrc/cross/<name>.cpp and the engine's sources; objects in `folder` are built once.
 
     watched: a kernel table that ThreadSanitizer instruments, with everything that is not a kernel. instead: a source
-    that replaces the one of the same name.
+    that replaces the one of the same name; its folder's name tells such sources apart.
     """
-    out = folder / "-".join(filter(None, [architecture, name, watched, instead and instead.name]))
+    replacement = f"{instead.parent.name}-{instead.stem}" if instead else ""
+    out = folder / "-".join(filter(None, [architecture, name, watched, replacement]))
     if out.exists():
         return out
     native = architecture == platform.machine()
@@ -55,7 +56,8 @@ def build(folder: Path, architecture: str, name: str, watched: str = "", instead
     def compiled(source: Path) -> Path:
         watch = watched and ((ROOT / "csrc" / "kernels") not in source.parents or source.stem == watched)
         replaced = instead is not None and source.name == instead.name
-        made = folder / f"{architecture}{'-watched' * bool(watch)}{'-instead' * replaced}-{source.stem}.o"
+        stem = replacement if replaced else source.stem
+        made = folder / f"{architecture}{'-watched' * bool(watch)}-{stem}.o"
         if not made.exists():
             flags = [*FLAGS, *["-g", "-fsanitize=thread"] * bool(watch)]
             subprocess.run([compiler, *flags, "-c", instead if replaced else source, "-o", made], check=True)

@@ -84,11 +84,7 @@ def wait_for(condition, seconds=20.0):
 
 def write_long_lm(path):
     """The tiny decoder with a context of 1024 tokens."""
-    positions, tiny.POSITIONS = tiny.POSITIONS, 1024
-    try:
-        return tiny.write_lm(path, seed=1)
-    finally:
-        tiny.POSITIONS = positions
+    return tiny.write_lm(path, seed=1, positions=1024)
 
 
 def with_template(source, path, template):

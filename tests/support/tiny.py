@@ -71,8 +71,11 @@ class GraphBuilder:
         return name, name + ".scale"
 
 
-def decoder(vocab, seed=0, scheme="none", dtype=np.float32):
-    """A causal LM as the bundle format wants it: 2 layers, 4 query heads over 2 KV heads, RoPE, SwiGLU, a tied head."""
+def decoder(vocab, seed=0, scheme="none", dtype=np.float32, positions=POSITIONS, window=None):
+    """A causal LM as the bundle format wants it: 2 layers, 4 query heads over 2 KV heads, RoPE, SwiGLU, a tied head.
+
+    `window`: the most keys that a query of the first layer sees.
+    """
     rng = np.random.default_rng(seed)
     g = GraphBuilder(dtype)
     elem = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
@@ -87,7 +90,7 @@ def decoder(vocab, seed=0, scheme="none", dtype=np.float32):
         q, s = g.quantized("embed.weight", table)
         rows, scales = g.add("Gather", [q, "input_ids"]), g.add("Gather", [s, "input_ids"])
         x = g.add("DequantizeLinear", [rows, scales], axis=2, block_size=32)
-    angle = np.outer(np.arange(POSITIONS), 1e4 ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM))
+    angle = np.outer(np.arange(positions), 1e4 ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM))
     cos, sin = g.weight("cos", np.cos(angle).astype(dtype)), g.weight("sin", np.sin(angle).astype(dtype))
     ones = g.weight("norm", np.ones(HIDDEN, dtype))
 
@@ -98,6 +101,7 @@ def decoder(vocab, seed=0, scheme="none", dtype=np.float32):
         shape = g.weight(f"heads_{g.count}", np.array([0, 0, n, HEAD_DIM], np.int64))
         return g.add("Transpose", [g.add("Reshape", [x, shape])], perm=[0, 2, 1, 3])
 
+    mask = window_mask(g, window) if window else ""
     flat = g.weight("flat", np.array([0, 0, HIDDEN], np.int64))
     for i in range(LAYERS):
         h = norm(x)
@@ -109,7 +113,7 @@ def decoder(vocab, seed=0, scheme="none", dtype=np.float32):
         past = f"past_key_values.{i}."
         y = g.add(
             "Attention",
-            [q, k, heads(v, KV_HEADS), "", past + "key", past + "value"],
+            [q, k, heads(v, KV_HEADS), "" if i else mask, past + "key", past + "value"],
             [f"attention_{i}", f"present.{i}.key", f"present.{i}.value"],
             is_causal=1,
         )
@@ -136,6 +140,18 @@ def decoder(vocab, seed=0, scheme="none", dtype=np.float32):
     inputs += [info("logits_to_keep", TensorProto.INT64, [])]
     outputs = [info("logits", elem, ["batch", "kept", vocab])] + [info("present." + n, elem, total) for n in names]
     return model(g, inputs, outputs)
+
+
+def window_mask(g, window):
+    """Whether a key is less than `window` tokens before a query, bool [sequence, total_sequence]."""
+    zero, one = g.weight("zero", np.array(0, np.int64)), g.weight("one_step", np.array(1, np.int64))
+    axes = g.weight("first", np.array([0], np.int64)), g.weight("second", np.array([1], np.int64))
+    past = g.add("Shape", ["past_key_values.0.key"], start=2, end=3)
+    total = g.add("Add", [past, g.add("Shape", ["input_ids"], start=1, end=2)])
+    past, total = g.add("Squeeze", [past, axes[0]]), g.add("Squeeze", [total, axes[0]])
+    query = g.add("Unsqueeze", [g.add("Range", [past, total, one]), axes[1]])
+    key = g.add("Unsqueeze", [g.add("Range", [zero, total, one]), axes[0]])
+    return g.add("Less", [g.add("Sub", [query, key]), g.weight("window", np.array(window, np.int64))])
 
 
 def encoder(features=5, outputs=3, length=16, seed=0):
@@ -255,7 +271,17 @@ def ort_outputs(made, inputs):
 
 
 def write_lm(
-    path, *, seed=0, scheme="none", dtype=np.float32, with_tokenizer=True, with_reference=True, config=None, change=None
+    path,
+    *,
+    seed=0,
+    scheme="none",
+    dtype=np.float32,
+    positions=POSITIONS,
+    window=None,
+    with_tokenizer=True,
+    with_reference=True,
+    config=None,
+    change=None,
 ):
     """A tiny causal-LM bundle at `path`; `change` may alter the graph before it is written."""
     with write_bundle(path) as folder:
@@ -263,8 +289,8 @@ def write_lm(
         if not with_tokenizer:
             for name in ("tokenizer.json", "tokenizer_config.json"):
                 (folder / name).unlink(missing_ok=True)
-        made = decoder(vocab, seed, scheme, dtype)
-        settings = {"vocab_size": vocab, "max_position_embeddings": POSITIONS, "num_hidden_layers": LAYERS}
+        made = decoder(vocab, seed, scheme, dtype, positions, window)
+        settings = {"vocab_size": vocab, "max_position_embeddings": positions, "num_hidden_layers": LAYERS}
         (folder / "config.json").write_text(json.dumps(settings | (config or {})))
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2], "bos_token_id": 1}))
         reference = None
@@ -272,7 +298,7 @@ def write_lm(
             ids = np.random.default_rng(7).integers(3, vocab, (2, 9))
             inputs = {"input_ids": ids, "position_ids": np.broadcast_to(np.arange(9), ids.shape).copy()}
             bundle_logits = ort_outputs(made, inputs)["logits"]
-            float_logits = ort_outputs(decoder(vocab, seed, "none", np.float32), inputs)["logits"]
+            float_logits = ort_outputs(decoder(vocab, seed, "none", np.float32, positions, window), inputs)["logits"]
             arrays = {"input." + k: v for k, v in inputs.items()}
             arrays |= {"float.logits": float_logits[:, -4:], "bundle.logits": bundle_logits[:, -4:].astype(np.float32)}
             np.savez(folder / "reference.npz", **arrays)

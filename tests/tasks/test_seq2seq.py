@@ -116,6 +116,24 @@ def test_a_folder_becomes_two_graphs_and_the_encoder_computes_the_cross_attentio
     assert len(loaded.generate([5, 6, 7], max_new_tokens=4).ids) <= 4
 
 
+def test_odd_sources_and_arguments_are_refused_or_understood(tmp_path):
+    torch.manual_seed(0)
+    pair = encoder_decoder_source(with_varied_answers(MODELS["BART"]()), "bart", "text2text-generation")
+    export(ExportOptions(source="bart", output=tmp_path / "bundle", quantize="none"), traced=pair)
+    model = edgeformer.load(tmp_path / "bundle", engine="native")
+    arguments = {"max_new_tokens": 6, "num_beams": 1, "ignore_eos": True}
+    source = [20, 31, 42, 53]
+    with pytest.raises(InputError, match="the token id -1"):
+        model.generate([20, -1], **arguments)
+    with pytest.raises(InputError, match="also depends on its source"):
+        model.generate(source, session=model.session(), **arguments)
+    expected = model.generate(source, decoder_prompt=[2, 5], **arguments).ids
+    assert model.generate(source, decoder_prompt=np.array([2, 5]), **arguments).ids == expected
+    assert [one.ids for one in model.generate([tuple(source)] * 2, decoder_prompt=(2, 5), **arguments)] == [
+        expected
+    ] * 2
+
+
 def test_positions_that_ignore_past_tokens_are_refused(tmp_path, monkeypatch):
     torch.manual_seed(0)
     pair = encoder_decoder_source(with_varied_answers(MODELS["BART"]()), "bart", "text2text-generation")
@@ -316,14 +334,20 @@ def test_states_of_several_sequences_are_reordered(exported):
 
         state = model.engine.new_state(static)
         model.engine.forward([({"input_ids": first}, state)])
-        for wrong in ((0, 1), (0, 1, 3), (0, 1, -1)):
+        for wrong in ((), (0, 1, 3), (0, 1, -1)):
             with pytest.raises(InputError, match="select"):
                 state.select(wrong)
         copy = state.fork()
         state.select([2, 0, 2])
-        for moved, rows in ((state, (2, 0, 2)), (copy, (0, 1, 2))):
+        fewer, one = copy.fork(), copy.fork()
+        fewer.select([1])
+        one.select([1])
+        one.select([0, 0, 0])  # static inputs too
+        for moved, rows in ((state, (2, 0, 2)), (copy, (0, 1, 2)), (one, (1, 1, 1))):
             found = model.engine.forward([({"input_ids": last}, moved)])[0]["logits"][:, -1]
             assert np.abs(found - after(rows)).max() < 1e-5
+        found = model.engine.forward([({"input_ids": last[1:2]}, fewer)])[0]["logits"][:, -1]
+        assert np.abs(found - after((0, 1, 2))[1]).max() < 1e-5
         assert np.abs(after((2, 0, 2)) - after((0, 1, 2))).max() > 0.1, "the order of rows changes nothing"
         with pytest.raises(InputError, match="encoder_hidden"):
             model.engine.new_state({"encoder_hidden_states": ids})

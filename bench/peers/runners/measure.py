@@ -33,6 +33,13 @@ class Runner(Protocol):
         """
         ...
 
+    def answer(self, prompts: Sequence[Sequence[int]], new: int) -> tuple[list[float], list[list[int]]]:
+        """As `generate`, of requests with prompts of any lengths, which the project schedules as it does for a server.
+
+        Returns the time of each request's first token, and its `new` tokens. Only where a test asks for it.
+        """
+        ...
+
     def logits(self, ids: Sequence[int]) -> Any:
         """float32 [len(ids), vocab], computed in one piece, as a prompt is."""
         ...
@@ -94,12 +101,15 @@ def measure(runner: Any, job: dict[str, Any]) -> dict[str, Any]:
     second, the first new token included) or "decode" (new tokens a second over all prompts, without the first step).
     The prompts of its runs follow each other until they have taken `ENOUGH` seconds, so that the number of
     a fast peer does not depend on a few tenths of a second, when another guest of the host may have been busy.
-    An encoder's tests are of kind "encode": see there.
+    An encoder's tests are of kind "encode", those of a server's requests of kind "requests": see there.
     """
     found: dict[str, Any] = {}
     for test in job["tests"]:
         try:
-            found[test["name"]] = encode(runner, test) if test["kind"] == "encode" else repeat(runner, test)
+            if test["kind"] == "requests":
+                found |= requests(runner, test)
+            else:
+                found[test["name"]] = encode(runner, test) if test["kind"] == "encode" else repeat(runner, test)
         except NotImplementedError as error:
             found[test["name"]] = {"missing": str(error)}
     return found
@@ -128,6 +138,34 @@ def repeat(runner: Runner, test: dict[str, Any]) -> dict[str, Any]:
         "others": others.cores() if seconds > 0.5 else None,
         "tokens": first[:16],
         "rss_mib": status_mib("VmHWM"),
+    }
+
+
+def requests(runner: Runner, test: dict[str, Any]) -> dict[str, Any]:
+    """Two values of requests that are handed over together: {name: new tokens a second, "name, first": seconds}.
+
+    The rate is that of all new tokens from the call to its end, the second the mean wait for a request's first token;
+    each of the median run. The first run is not timed.
+    """
+    rates, waits, first = list[float](), list[float](), list[list[int]]()
+    runner.answer([prompt[:16] for prompt in test["runs"][0]], 2)
+    others, started = Others(), time.perf_counter()
+    for prompts in test["runs"]:
+        began = time.perf_counter()
+        times, tokens = runner.answer(prompts, test["new"])
+        seconds = time.perf_counter() - began
+        if len(times) != len(prompts) or any(len(answer) != test["new"] for answer in tokens):
+            raise SystemExit(
+                f"{test['name']}: {[len(answer) for answer in tokens]} tokens came, {test['new']} each were due"
+            )
+        rates.append(len(prompts) * test["new"] / seconds)
+        waits.append(statistics.fmean(times) - began)
+        first = first or [answer[:8] for answer in tokens]
+    seconds = time.perf_counter() - started
+    shared = {"seconds": seconds, "others": others.cores() if seconds > 0.5 else None, "rss_mib": status_mib("VmHWM")}
+    return {
+        test["name"]: shared | {"value": statistics.median(rates), "runs": rates, "tokens": first},
+        f"{test['name']}, first": shared | {"value": statistics.median(waits), "runs": waits},
     }
 
 

@@ -1,6 +1,6 @@
 """edgeformer on its native engine, through the engine's own call and an argmax; `stream` is the public token loop.
 
-Options: engine, kv, loop ("engine" or "stream").
+Options: engine, kv, loop ("engine", "stream" or "scheduler"), speculation (of the scheduler).
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Loaded:
         engine, kv = options.get("engine", "native"), options.get("kv", "int8")
         self._model = package.load(file, engine=engine, threads=threads, kv=kv, context=context)
         self._stream = options.get("loop") == "stream"
+        self._speculation = options.get("speculation", "off")
 
     def _step(self, states: Sequence[Any], ids: Sequence[Sequence[int]]) -> Any:
         one = np.array(1, np.int64)
@@ -71,6 +72,17 @@ class Loaded:
             if piece.id is not None:
                 times.append(time.perf_counter())
                 tokens.append(piece.id)
+        return times, tokens
+
+    def answer(self, prompts: Sequence[Sequence[int]], new: int) -> tuple[list[float], list[list[int]]]:
+        times, tokens = [], []
+        with self._model.scheduler(max_sequences=len(prompts)) as scheduler:
+            settings = {"max_new_tokens": new, "ignore_eos": True, "temperature": 0.0, "speculation": self._speculation}
+            added = [(time.perf_counter(), scheduler.add(list(ids), **settings)) for ids in prompts]
+            for began, answer in added:
+                result = answer.result()
+                times.append(began + result.timings.queue_seconds + result.timings.first_token_seconds)
+                tokens.append(list(result.ids))
         return times, tokens
 
     def logits(self, ids: Sequence[int]) -> Any:

@@ -1,6 +1,6 @@
 """llama.cpp through llama-cpp-python's C API: one llama_decode a step, no Python in the token loop but an argmax.
 
-Options: flash_attn (-1 lets llama.cpp choose), ubatch.
+Options: flash_attn (-1 lets llama.cpp choose), ubatch, kv_unified (one cache for all sequences).
 """
 
 from __future__ import annotations
@@ -42,24 +42,26 @@ class Loaded:
             raise SystemExit(f"llama.cpp cannot load {file}")
         self._vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model))
         self._threads, self._options = threads, options
-        self._contexts: dict[int, Any] = {}
+        self._contexts: dict[tuple[int, int], Any] = {}
         self._size = context
         self._context(1)
 
-    def _context(self, sequences: int) -> Any:
-        if sequences not in self._contexts:
+    def _context(self, sequences: int, each: int = 256) -> Any:
+        """One for so many sequences of `each` tokens; a single one has room for the whole context."""
+        if (sequences, each) not in self._contexts:
             params = api.llama_context_default_params()
-            params.n_ctx = self._size if sequences == 1 else 256 * sequences
+            params.n_ctx = self._size if sequences == 1 else each * sequences
             params.n_batch, params.n_ubatch = BATCH, self._options.get("ubatch", 512)
             params.n_seq_max = sequences
             params.n_threads = params.n_threads_batch = self._threads
             params.flash_attn_type = self._options.get("flash_attn", -1)
+            params.kv_unified = self._options.get("kv_unified", False)
             params.no_perf = True
             made = api.llama_init_from_model(self._model, params)
             if not made:
                 raise SystemExit("llama.cpp cannot make a context")
-            self._contexts[sequences] = made
-        return self._contexts[sequences]
+            self._contexts[sequences, each] = made
+        return self._contexts[sequences, each]
 
     def _decode(self, context: Any, rows: Sequence[tuple[int, int, int, bool]]) -> None:
         """Rows are (token, position, sequence, wants logits); of more than a batch, the last one's logits stay."""
@@ -91,6 +93,34 @@ class Loaded:
             times.append(time.perf_counter())
             tokens.append(int(chosen[0]))
             rows = [(int(t), len(p) + step, s, True) for s, (t, p) in enumerate(zip(chosen, prompts, strict=True))]
+        return times, tokens
+
+    def answer(self, prompts: Sequence[Sequence[int]], new: int) -> tuple[list[float], list[list[int]]]:
+        """As its server schedules: a batch has the rows of all sequences that decode, then prompts as they fit."""
+        context = self._context(len(prompts), self._size)
+        api.llama_memory_clear(api.llama_get_memory(context), True)
+        tokens: list[list[int]] = [[] for _ in prompts]
+        times, done = [0.0] * len(prompts), [0] * len(prompts)  # tokens that the cache holds
+        while any(len(answer) < new for answer in tokens):
+            rows: list[tuple[int, int, int, bool]] = []
+            asked = []
+            for number, answer in enumerate(tokens):
+                if answer and len(answer) < new:
+                    rows.append((answer[-1], done[number], number, True))
+                    asked.append(number)
+                    done[number] += 1
+            for number, prompt in enumerate(prompts):
+                piece = prompt[done[number] : done[number] + BATCH - len(rows)] if not tokens[number] else []
+                ends = bool(piece) and done[number] + len(piece) == len(prompt)
+                rows += [(t, done[number] + i, number, ends and i == len(piece) - 1) for i, t in enumerate(piece)]
+                done[number] += len(piece)
+                asked += [number] * ends
+            self._decode_batch(context, rows)
+            chosen = self._rows(context, len(asked)).argmax(-1)
+            now = time.perf_counter()
+            for number, token in zip(asked, chosen, strict=True):
+                times[number] = times[number] or now
+                tokens[number].append(int(token))
         return times, tokens
 
     def logits(self, ids: Sequence[int]) -> Any:

@@ -79,13 +79,28 @@ class Loaded:
         result = self._pipe.generate(ov.Tensor(np.array(prompts, np.int64)), self._greedy(new), Clock())
         return times, [int(t) for t in result.tokens[0]]
 
-    def _generate_batch(self, prompts: Sequence[Sequence[int]], new: int) -> tuple[list[float], list[int]]:
+    def _requests(self, prompts: Sequence[Sequence[int]], new: int) -> list[Any]:
         if self._batch is None:
             self._batch = genai.ContinuousBatchingPipeline(self._file, self._scheduler(), "CPU", self._properties, {})
-        handles = [
+        return [
             self._batch.add_request(i, ov.Tensor(np.array([ids], np.int64)), self._greedy(new))
             for i, ids in enumerate(prompts)
         ]
+
+    def answer(self, prompts: Sequence[Sequence[int]], new: int) -> tuple[list[float], list[list[int]]]:
+        handles = self._requests(prompts, new)
+        times: dict[int, float] = {}
+        while self._batch.has_non_finished_requests():
+            self._batch.step()
+            now = time.perf_counter()
+            for number, handle in enumerate(handles):
+                if number not in times and handle.can_read():
+                    times[number] = now
+        tokens = [[int(t) for t in handle.read_all()[0].generated_ids] for handle in handles]
+        return [times[number] for number in range(len(prompts))], tokens
+
+    def _generate_batch(self, prompts: Sequence[Sequence[int]], new: int) -> tuple[list[float], list[int]]:
+        handles = self._requests(prompts, new)
         times = []
         while self._batch.has_non_finished_requests():
             self._batch.step()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from edgeformer.bundle.signature import Array
+from edgeformer.decoding.constraints.habits import Habits
 
 
 class Constraint(Protocol):
@@ -31,6 +32,25 @@ class Constraint(Protocol):
 
     def forced(self, limit: int) -> list[int]:
         """At most `limit` tokens that must follow now, [] if none: drafts. Does not advance."""
+        ...
+
+    def likely(self, limit: int) -> list[int]:
+        """At most `limit` tokens that write the text that must follow now, [] if none must. Other tokens may too."""
+        ...
+
+    @property
+    def habit(self) -> tuple[int, float]:
+        """(the token that followed the last one in earlier answers and fields, the chance that it does; 0: none)"""
+        ...
+
+    @property
+    def replacements(self) -> Habits:
+        """Token of a text that is copied -> what answers write in its place, as a quotation mark for a full stop."""
+        ...
+
+    @property
+    def framed(self) -> int:
+        """How many of the last tokens, up to the last one, were chosen where few may follow: keys and punctuation."""
         ...
 
     def valid(self, tokens: Sequence[int]) -> int:

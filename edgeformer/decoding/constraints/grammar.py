@@ -10,19 +10,23 @@ from typing import Any
 import numpy as np
 
 from edgeformer.bundle.signature import Array
+from edgeformer.decoding.constraints.habits import Habits
 from edgeformer.decoding.constraints.token_trie import TokenTrie
 from edgeformer.errors import InputError, StateError, first_line
 
 _FEW = 64  # words of 32 tokens: up to here, writing the allowed scores is faster than choosing among all
+_NARROW = 8  # few tokens may follow where they are in fewer than 1 of 8 words: not in the text of a string
 
 
 class Grammar:
-    """What an answer may be. Immutable; threads may share it."""
+    """What an answer may be. Immutable but for the habits of its answers; threads may share it."""
 
     def __init__(self, trie: TokenTrie, matcher: Any, eos: Collection[int], vocab_size: int) -> None:
         """`matcher` stands at the beginning; `vocab_size` is the length of the logits, `eos` the ids of end tokens."""
         self.trie, self.vocab_size = trie, vocab_size
         self.eos = tuple(sorted({int(number) for number in eos if 0 <= number < vocab_size}))
+        self.followers = Habits()  # token -> the next one, where few may follow
+        self.replacements = Habits()  # token -> what answers have in its place; see `Constraint.replacements`
         self._matcher = matcher
         self._lock = threading.Lock()
 
@@ -38,6 +42,9 @@ class GrammarConstraint:
     def __init__(self, grammar: Grammar, matcher: Any, length: int) -> None:
         self._grammar, self._matcher = grammar, matcher
         self._length = length  # tokens accepted; -1 after an end token
+        self._last = -1  # the last of them
+        self._choices = 0  # words of the mask of `apply`: 1 where one token may follow; 0 before `apply`
+        self._framed = 0
         self._buffer = np.zeros(grammar.trie.words, np.int32)
 
     # ------------------------------------------------------------------------------------------------------- Constraint
@@ -48,6 +55,7 @@ class GrammarConstraint:
             raise InputError(f"The scores have shape {scores.shape}, expected ({self._grammar.vocab_size},).")
         mask = self._mask()
         filled = np.flatnonzero(mask)
+        self._choices = len(filled)
         if len(filled) > _FEW:
             found: Array = np.minimum(scores, _limits(mask, scores.dtype)[: len(scores)])
             return found
@@ -65,6 +73,7 @@ class GrammarConstraint:
             self._length = -1
         elif inside is not None and self._matcher.try_consume_tokens([inside]) == 1:
             self._length += 1
+            self._learn(token)
         else:
             self._check_matcher()
             raise InputError(f"The token {token} may not follow in the constraint; choose one that `apply` leaves.")
@@ -75,6 +84,32 @@ class GrammarConstraint:
             return []
         ids = self._forced_at_beginning() if self._aliased else self._matcher.compute_ff_tokens()
         return list(ids[: self.valid(ids[:limit])])
+
+    def likely(self, limit: int) -> list[int]:
+        """As `Constraint.likely`: unlike `forced`, also where the last token of the text may be a longer one."""
+        if limit < 1 or self.ended:
+            return []
+        if self._aliased:
+            ids = self._forced_at_beginning()
+        else:
+            text = self._matcher.compute_ff_bytes()
+            ids = self._grammar.trie.spell(text) if text else []
+        return ids[: self.valid(ids[:limit])]
+
+    @property
+    def habit(self) -> tuple[int, float]:
+        """As `Constraint.habit`."""
+        return self._grammar.followers.guess(self._last)
+
+    @property
+    def replacements(self) -> Habits:
+        """As `Constraint.replacements`."""
+        return self._grammar.replacements
+
+    @property
+    def framed(self) -> int:
+        """As `Constraint.framed`."""
+        return self._framed
 
     def valid(self, tokens: Sequence[int]) -> int:
         """As `Constraint.valid`."""
@@ -99,7 +134,9 @@ class GrammarConstraint:
 
     def fork(self) -> GrammarConstraint:
         """As `Constraint.fork`; costs 5 to 80 microseconds."""
-        return GrammarConstraint(self._grammar, self._matcher.deep_copy(), self._length)
+        copy = GrammarConstraint(self._grammar, self._matcher.deep_copy(), self._length)
+        copy._last, copy._framed = self._last, self._framed
+        return copy
 
     # ------------------------------------------------------------------------------------------------------------- more
 
@@ -167,6 +204,16 @@ class GrammarConstraint:
     def _forced_at_beginning(self) -> list[int]:
         text = self._matcher.compute_ff_bytes()
         return self._grammar.trie.spell_beginning(text) if text else []
+
+    def _learn(self, token: int) -> None:
+        """The habits of an answer, from a token that was chosen among those of `apply`; not from a guess."""
+        choices, self._choices = self._choices, 0
+        if choices:
+            is_narrow = choices * _NARROW < self._buffer.size
+            if choices > 1:  # else the token is forced, or nearly so
+                self._grammar.followers.learn(self._last, token if is_narrow else None)
+            self._framed = self._framed + 1 if is_narrow else 0
+        self._last = token
 
     def _check_open(self) -> None:
         if self._length < 0:

@@ -30,6 +30,10 @@ class ConstraintSpec:
     kind: Kind
     text: str
 
+    def __post_init__(self) -> None:
+        if any(0xD800 <= ord(letter) < 0xE000 for letter in self.text):
+            raise InputError("The constraint holds a lone surrogate, which is no character; take it out.")
+
     @classmethod
     def of(
         cls,

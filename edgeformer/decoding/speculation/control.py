@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from edgeformer.decoding.speculation.drafts import LONGEST, MOST_DRAFTS
@@ -23,25 +23,16 @@ class DraftRecord:
     For each kind of guess it holds the share of right ones among the recent ones, which begins with `chances`.
     """
 
-    __slots__ = ("_chances", "_right", "_tried", "accepted", "proposed")
+    __slots__ = ("_chances", "_right", "_tried")
 
     def __init__(self, chances: Sequence[float] = LOOKUP_CHANCES) -> None:
         self._right = [chance * PRIOR_WEIGHT for chance in chances]
         self._tried = [PRIOR_WEIGHT] * len(chances)
         self._chances = list(chances)
-        self.proposed = 0  # drafts that were verified
-        self.accepted = 0  # drafts that were right
 
     def chance(self, match: int) -> float:
         """The chance that a guess that rests on `match` tokens is right, given that the guesses before it are."""
         return self._chances[KINDS[match]]
-
-    def settle(self, match: int, proposed: int, accepted: int) -> None:
-        """Count `proposed` drafts, the first on `match` tokens, of which the first `accepted` were right."""
-        self.proposed += proposed
-        self.accepted += accepted
-        for position in range(min(accepted + 1, proposed)):  # what comes after a wrong one was not tried
-            self.learn(match + position, position < accepted)
 
     def learn(self, match: int, is_right: bool) -> None:
         """Count a guess that was compared with the next token, whether it was drafted or not."""
@@ -96,21 +87,23 @@ class DraftControl:
         """How many drafts to verify of at most `limit`, the first of which rests on `match` tokens."""
         return self.plan(record, others, match, limit)[0]
 
-    def plan(
-        self, record: DraftRecord, others: int, match: int, limit: int, seconds: float = 0.0, certain: int = 0
-    ) -> tuple[int, float]:
+    def plan(self, record: DraftRecord, others: int, match: int, limit: int, seconds: float = 0.0) -> tuple[int, float]:
+        """As `best`, for `limit` guesses of one kind, the first of which rests on `match` tokens."""
+        return self.best((record.chance(match + i) for i in range(limit)), others, seconds)
+
+    def best(self, chances: Iterable[float], others: int, seconds: float = 0.0) -> tuple[int, float]:
         """(the number of drafts that gives the most tokens a cost, that many tokens a cost)
 
-        `others` are the rows of the other sequences of the step; each is taken to give one token, so that a draft must
-        be worth the delay of the others too. `seconds` is what making one draft takes. `certain` drafts stand before
-        these in the step and are right.
+        `chances` are those of the guesses, each given that the ones before it are right. `others` are the rows of the
+        other sequences of the step; each is taken to give one token, so that a draft must be worth the delay of the
+        others too. `seconds` is what making one draft takes.
         """
-        rows, reached, chance, cost = others + 1 + certain, 1.0, record.chance, self.cost
+        rows, reached, cost = others + 1, 1.0, self.cost
         tokens = float(rows)
         best, most = 0, tokens / cost(rows)
         making = seconds / self._unit if self._unit else 0.0
-        for count in range(1, limit + 1):
-            reached *= chance(match + count - 1)
+        for count, chance in enumerate(chances, 1):
+            reached *= chance
             if reached < LEAST_CHANCE:
                 break
             tokens += reached

@@ -11,7 +11,7 @@ from edgeformer.decoding.speculation.control import DraftControl
 from edgeformer.decoding.speculation.draft_model import DraftBundle, DraftModel, ModelDrafts, check_vocabulary
 from edgeformer.decoding.speculation.lookup import RecentAnswers
 from edgeformer.decoding.speculation.sequence_drafts import SequenceDrafts, Shape
-from edgeformer.errors import InputError
+from edgeformer.errors import EdgeformerError, InputError
 from edgeformer.processing.tokenizer import Tokenizer
 
 SpeculationName = Literal["auto", "off", "lookup"]
@@ -41,6 +41,10 @@ class Drafting(Protocol):
 
     def draft(self, tokens: Tokens[int]) -> None:
         """Drafts for the next step."""
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """Its draft model failed."""
         ...
 
 
@@ -87,7 +91,10 @@ class Speculation:
         return SequenceDrafts(self.control, model=ModelDrafts(self._draft_model(asked)))
 
     def propose(self, sequences: Tokens[Drafting], room: int) -> None:
-        """Gives drafts to those sequences (all of them decode) for which they pay, at most `room` in all."""
+        """Gives drafts to those sequences (all of them decode) for which they pay, at most `room` in all.
+
+        Those whose draft model fails, fail.
+        """
         rows = len(sequences)
         waiting: dict[DraftModel, list[tuple[Drafting, ModelDrafts, int]]] = {}
         for sequence in sequences:
@@ -102,7 +109,12 @@ class Speculation:
                 sequence.draft(guesses.drafts)
             rows, room = rows + count, room - count
         for model, those in waiting.items():
-            made = model.propose_batch([drafts for _, drafts, _ in those], [count for _, _, count in those])
+            try:
+                made = model.propose_batch([drafts for _, drafts, _ in those], [count for _, _, count in those])
+            except (EdgeformerError, MemoryError) as error:
+                for sequence, _, _ in those:
+                    sequence.fail(error)
+                continue
             for (sequence, _, _), tokens in zip(those, made, strict=True):
                 guesses = sequence.guesses
                 assert guesses is not None

@@ -79,16 +79,18 @@ class NativeState:
         return int(self._state.restore(natives, int(length)))
 
     def select(self, rows: Sequence[int]) -> None:
-        """Sequence i of the batch becomes a copy of what sequence `rows[i]` was; as many as before.
-
-        Static inputs do not change: a beam search has the same in every row.
+        """See `edgeformer.engines.base.State.select`. Sequences that come from one row share its chunks.
 
         Raises:
-            InputError: `rows` has another length than the batch, or a number that no sequence has.
+            InputError: `rows` is empty, or has a number that no sequence has.
             StateError: the state is in use by another call.
         """
-        if list(rows) != list(range(self._state.batch)):
-            self._state.select([int(row) for row in rows])
+        wanted, before = [int(row) for row in rows], self._state.batch
+        if wanted == list(range(before)):
+            return
+        self._state.select(wanted)
+        if len(wanted) != before:
+            self._static_inputs = {name: array[wanted] for name, array in self._static_inputs.items()}
 
     def to_bytes(self) -> bytes:
         """The state as bytes, for `NativeEngine.state_from_bytes` of an engine of the same bundle and kv type.

@@ -95,7 +95,8 @@ class RandomDrafts(Speculation):
             known = self._right[sequence.index]
             guessed = known[sequence.count : sequence.count + self._rng.randint(0, 9)]
             guessed = [t if self._rng.random() < 0.8 else self._rng.randrange(300) for t in guessed]
-            sequence.draft(guessed)
+            sequence.draft(guessed[:room])
+            room -= len(guessed[:room])
 
     def observe(self, rows, seconds):
         pass
@@ -130,6 +131,39 @@ def test_any_drafts_change_no_token_in_a_changing_batch(model, seed):
     assert [sequence.result().ids for sequence in sequences] == expected
     assert sum(sequence.accepted for sequence in sequences) > 200
     assert sum(sequence.proposed - sequence.accepted for sequence in sequences) > 200
+
+
+@pytest.mark.parametrize(("stretch", "drafts"), [(2.0, False), (None, True)])
+def test_nobody_drafts_beside_a_prompt_where_gaps_are_kept_short(model, stretch, drafts):
+    task, rows = model._task, []
+
+    class Counted(Scheduler):
+        def _forward(self, batch):
+            rows.append([one.ids.size for one in batch])
+            return super()._forward(batch)
+
+    def jobs(prompt, new):
+        return task.generator.jobs(task.call(prompt, {"max_new_tokens": new, "ignore_eos": True}))
+
+    expected = model.generate([5, 6], max_new_tokens=60, ignore_eos=True, speculation="off").ids
+    options = SchedulerOptions(max_sequences=2, token_budget=16, stretch=stretch)
+    guesses = RandomDrafts(random.Random(0), [expected, []])
+    scheduler = Counted(model.engine, keeps_logits=True, options=options, speculation=guesses)
+    (decoding,) = jobs([5, 6], 60)
+    decoding.guesses = None
+    scheduler.add([decoding])
+    for _ in range(4):
+        scheduler.step()
+    assert any(sizes[0] > 1 for sizes in rows[1:]), "drafts run where nobody waits"
+    scheduler.add(jobs(list(range(3, 60)), 2))
+    del rows[:]
+    while any(not job.decodes for job in [*scheduler.running, *(job for group in scheduler.waiting for job in group)]):
+        scheduler.step()
+    assert len(rows) > 1 and all(len(sizes) == 2 for sizes in rows)
+    assert any(sizes[0] > 1 for sizes in rows) == drafts
+    while not scheduler.is_idle:
+        scheduler.step()
+    assert decoding.result().ids == expected
 
 
 def test_a_list_of_prompts_and_a_scheduler_speculate(model, drafter):
