@@ -27,6 +27,7 @@ class Feed:
         self.answers = answers
         self._interval = interval
         self._waits_for_ends = False
+        self._ended = 0  # answers
         self._n = n
         self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
         self._is_signalled = False
@@ -102,6 +103,7 @@ class Feed:
             if done:
                 ended += 1
                 answer.results(0)  # raises if it failed
+        self._ended = ended
         return found, ended == len(self.answers)
 
     def _patience(self) -> float:
@@ -119,7 +121,7 @@ class Feed:
         raise too_busy(f"The request waited {self._queue_timeout:g} s for its turn. Try again later.")
 
     def _wake(self) -> None:
-        if self._waits_for_ends and not all(answer.done for answer in self.answers):
+        if self._waits_for_ends and sum(answer.done for answer in self.answers) == self._ended:
             return
         if not self._is_signalled:  # at most one call waits in the loop
             self._is_signalled = True

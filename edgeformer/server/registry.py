@@ -212,6 +212,11 @@ class Registry:
         most = model.engine.kv_bytes(context or TOKEN_BUDGET) * options.max_sequences
         room = self._room()
         cache = most if room is None else max(model.engine.kv_bytes(1), min(most, max(0, room - entry.size) // 2))
+        if context is not None and cache < model.engine.kv_bytes(context):
+            log.warning(
+                "memory for less than one answer that fills the context; requests need max_tokens",
+                extra={"model": entry.name, "cache_bytes": cache, "context_bytes": model.engine.kv_bytes(context)},
+            )
         scheduler = model.scheduler(
             options.max_sequences, max(TOKEN_BUDGET, options.max_sequences), cache or None, queue_limit=options.queue
         )

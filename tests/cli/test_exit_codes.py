@@ -16,7 +16,8 @@ from edgeformer.cli.app import app
 from edgeformer.errors import BundleError, EngineUnavailable, ExportError, InputError, ParityError, TrainingError
 
 COMMANDS = (
-    "export", "train", "run", "chat", "embed", "classify", "transcribe", "serve", "inspect", "verify", "bench", "doctor",
+    "export", "train", "run", "chat", "embed", "classify", "transcribe", "serve", "inspect", "verify", "bench",
+    "doctor",
 )  # fmt: skip
 # What each command calls for its work, and arguments with which it gets there. BUNDLE is a folder that is none.
 WORK = {

@@ -75,3 +75,27 @@ def test_streamed_logprobs_are_the_same(client):
 def test_the_default_length_is_that_of_the_api(client):
     found = client.completions.create(model="lm", prompt=PROMPT, extra_body={"ignore_eos": True})
     assert found.usage.completion_tokens == 16
+
+
+def test_a_prompt_that_fails_ends_the_others(server, client, slow, monkeypatch):
+    import openai
+    from support.serving import wait_for
+
+    from edgeformer.decoding.sequence import Sequence
+    from edgeformer.errors import EdgeformerError
+
+    accept, others = Sequence.accept, set()
+
+    def fail(self, logits):
+        if len(self.request.prompt) == 1:
+            raise EdgeformerError("planted")
+        others.add(self)
+        accept(self, logits)
+
+    monkeypatch.setattr(Sequence, "accept", fail)
+    with pytest.raises(openai.InternalServerError, match="planted"):
+        client.completions.create(
+            model="lm", prompt=[[5, 6], [7]], max_tokens=200, extra_body={"ignore_eos": True, "speculation": "off"}
+        )
+    wait_for(lambda: server.scheduler("lm").running == 0)
+    assert [one.reason for one in others] == ["cancel"]

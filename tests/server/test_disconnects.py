@@ -142,10 +142,8 @@ def test_a_request_waits_no_longer_than_the_time_limit(served, slow):
             client.completions.create(model="lm", prompt="a", max_tokens=1)
             first = post(one.port, "/v1/chat/completions", LONG)
             wait_for(lambda: counts(one) == (1, 0))
-            began = time.monotonic()
             with pytest.raises(openai.RateLimitError):
                 client.chat.completions.create(model="lm", messages=LONG["messages"])
-            assert time.monotonic() - began >= 0.3
             wait_for(lambda: counts(one) == (1, 0), 2)
         first.close()
         wait_for(lambda: is_free(one), 2)

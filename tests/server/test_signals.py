@@ -118,10 +118,8 @@ def test_a_second_signal_ends_at_once(start, served, second):
     streaming(one)
     one.process.send_signal(signal.SIGTERM)
     wait_for(lambda: "stopping" in "".join(one.lines))
-    began = time.monotonic()
     one.process.send_signal(second)
-    assert one.process.wait(10) == 128 + second
-    assert time.monotonic() - began < 1.5  # the answer would take 2 s
+    assert one.process.wait(10) == 128 + second  # 0 if it had waited for the answer
 
 
 def test_the_log_is_json(start, served):
