@@ -263,7 +263,9 @@ class Encoder:
         if padding is None:
             padding = self.tokenizer.pad_id
         budget = None if self.engine.name == "cuda" else BATCH_TOKENS
-        for places in batching.by_length([len(text.ids) for text in encoded], budget):
+        # Without an attention mask the graph takes padding for text.
+        lengths, may_pad = [len(text.ids) for text in encoded], MASK in self.inputs
+        for places in batching.by_length(lengths, budget, may_pad=may_pad):
             part = [encoded[place] for place in places]
             length = max(1, len(part[0].ids))
             lists = {

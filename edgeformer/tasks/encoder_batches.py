@@ -41,10 +41,11 @@ class Batching:
                 f"show_progress is {self.progress!r}, expected True, False, None or a function of (done, total)."
             )
 
-    def by_length(self, lengths: Sequence[int], tokens: int | None) -> Iterator[list[int]]:
+    def by_length(self, lengths: Sequence[int], tokens: int | None, *, may_pad: bool = True) -> Iterator[list[int]]:
         """The places of each batch, the longest items first, so that little of a batch is padding.
 
-        A batch has at most `tokens` tokens with its padding (None: any number), but at least one item.
+        A batch has at most `tokens` tokens with its padding (None: any number), but at least one item. Without
+        `may_pad` its items have one length.
         """
         order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
         while order:
@@ -53,6 +54,8 @@ class Batching:
             else:
                 fitting = max(1, tokens // max(1, lengths[order[0]]))
                 count = min(fitting, self.size or fitting)
+            if not may_pad:
+                count = sum(lengths[place] == lengths[order[0]] for place in order[:count])
             yield order[:count]
             del order[:count]
 

@@ -151,3 +151,12 @@ def test_a_bar_is_shown_where_it_helps(monkeypatch, capsys, progress, terminal, 
     assert (f"{count}/{count}" in stream.getvalue()) == shown
     assert shown or not stream.getvalue()
     assert capsys.readouterr().out == ""
+
+
+def test_texts_of_a_graph_without_an_attention_mask_are_not_padded(tmp_path):
+    from support import serving
+
+    model = edgeformer.load(serving.write_text_encoder(tmp_path / "encoder"), "native", threads=1)
+    texts = ["hello", "hello world, and more of it", "world", "a b c d", "hello world"]
+    together = model.embed(texts)
+    np.testing.assert_array_equal(together, np.concatenate([model.embed([text]) for text in texts]))
