@@ -133,6 +133,8 @@ def wishes(draw, context):
         arguments |= draw(part)
     if context == NARROW:
         arguments |= draw(POLICIES)
+        if arguments.get("context_policy") == "slide":
+            prompt = [*BEGINNINGS[0][: context - draw(st.integers(0, 24))], *prompt]  # about to be full, or more
     if arguments.get("context_policy") != "slide" or draw(st.booleans()):
         prompt = prompt[-context:]
     return Wish(tuple(prompt), arguments, draw(st.sampled_from([1, 1, 1, 2, 4])))

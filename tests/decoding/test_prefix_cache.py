@@ -144,9 +144,7 @@ def test_the_cache_refuses():
 def bundle(tmp_path_factory):
     """A tiny q8 decoder with 1,024 positions."""
     folder = tmp_path_factory.mktemp("long") / "q8"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny, "POSITIONS", 1024)
-        tiny.write_lm(folder, scheme="q8")
+    tiny.write_lm(folder, scheme="q8", positions=1024)
     return folder
 
 

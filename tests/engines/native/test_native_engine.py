@@ -115,11 +115,10 @@ def test_every_isa_and_thread_count_gives_the_same_bits(q8):
     assert len(found) == 1
 
 
-def test_split_attention_whose_output_blocks_are_not_those_of_heads_is_quantized(tmp_path, monkeypatch):
+def test_split_attention_whose_output_blocks_are_not_those_of_heads_is_quantized(tmp_path):
     """A head group's 16 columns are half a block, so the output is quantized after all parts of all heads are merged:
     here by all threads, since 8 rows over 18 KV chunks are more than one thread merges."""
-    monkeypatch.setattr(tiny, "POSITIONS", 2400)
-    tiny.write_lm(tmp_path / "long", scheme="q8")
+    tiny.write_lm(tmp_path / "long", scheme="q8", positions=2400)
     ids, found = np.random.default_rng(0).integers(0, 90, (1, 2300)), set()
     for threads in (1, 2, 3):
         engine = NativeEngine.from_bundle(tmp_path / "long", threads=threads, context=2400)

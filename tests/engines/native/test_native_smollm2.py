@@ -81,8 +81,9 @@ def measured(code: str) -> list[int]:
 def test_peak_memory_is_the_weights_the_cache_and_little_more(bundle):
     """From a fresh process through `edgeformer.load` to an answer, beyond what Python and the libraries take that read
     the graph and the tokenizer. These are measured beside it: one machine saw a peak 12 MB above the others', and
-    why is not known. A fifth: what is read of the file while it is packed, and working memory; 16 MB: our own modules,
-    jinja2, the graph while it is lowered. A second copy of the embedding alone, 28 MB, would be too much."""
+    why is not known. A fifth: what is read of the file while it is packed, and working memory; 22 MB: our own modules,
+    jinja2, the graph while it is lowered, and twice the logits of a token and its drafts (16 rows of 49,152 floats,
+    3 MB). A second copy of the embedding alone, 28 MB, would be too much."""
     (libraries,) = measured(f"""
         import json, numpy, onnx, tokenizers
         from edgeformer.machine import peak_memory
@@ -98,7 +99,7 @@ def test_peak_memory_is_the_weights_the_cache_and_little_more(bundle):
         model.generate("The capital of France is", max_new_tokens=16, session=session)
         print(json.dumps([edgeformer.machine.peak_memory(), model.memory().weights, session.state.nbytes]))
     """)
-    assert weights < peak - libraries <= 1.2 * (weights + cache) + 16e6, (peak, libraries, weights, cache)
+    assert weights < peak - libraries <= 1.2 * (weights + cache) + 22e6, (peak, libraries, weights, cache)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
