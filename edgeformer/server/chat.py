@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from typing import Any
 
 from msgspec import UNSET
 from starlette.responses import Response
@@ -25,10 +23,13 @@ from edgeformer.server.chat_types import (
     ToolCall,
     ToolCallDelta,
 )
+from edgeformer.server.choices import ChoiceStream, head
 from edgeformer.server.endpoint import Call, Endpoint, reply
 from edgeformer.server.generation import Generation, finish_reason
-from edgeformer.server.sse import DONE, PING, EventStream, event
+from edgeformer.server.sse import EventStream
 from edgeformer.server.usage import Logprob, Timings, Usage, piece_logprobs, shown_logprobs
+
+PREFIX = "chatcmpl"  # of ids
 
 
 async def chat(call: Call) -> Response:
@@ -44,21 +45,12 @@ async def chat(call: Call) -> Response:
         results = await run.results()
     return reply(
         ChatCompletion(
-            **_head(call, run),
+            **head(PREFIX, call, run),
             choices=[_choice(number, result, bool(body.logprobs)) for number, result in enumerate(results)],
             usage=Usage.of(results, run.n),
             timings=Timings.of(results[0]),
         )
     )
-
-
-def _head(call: Call, run: Generation) -> dict[str, Any]:
-    return {
-        "id": f"chatcmpl-{call.id}",
-        "created": int(time.time()),
-        "model": run.entry.name,
-        "system_fingerprint": run.entry.fingerprint,
-    }
 
 
 def _choice(number: int, result: Result, has_logprobs: bool) -> ChatChoice:
@@ -77,62 +69,34 @@ def _finish(reason: str, has_calls: bool) -> str:
     return "tool_calls" if has_calls and found == "stop" else found
 
 
-class ChatStream:
+class ChatStream(ChoiceStream[ChatChunk]):
     """The chunks of one streamed request."""
 
+    prefix, kind = PREFIX, ChatChunk
+
     def __init__(self, run: Generation, body: ChatRequest, call: Call) -> None:
-        self._run, self._body = run, body
-        self._ping = call.server.options.ping
-        self._head = _head(call, run)
-        self._usage = None if body.includes_usage else UNSET
+        super().__init__(run, call, includes_usage=body.includes_usage)
+        self._has_logprobs = bool(body.logprobs)
         self._has_parts = run.answers[0].has_parts
         self._begun: set[int] = set()
         self._with_calls: set[int] = set()
-        self._ended = 0
-        self._last: ChatChunk | None = None  # the end of the last answer, which also has the timings
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """The events; closing the generator ends the answers.
-
-        Raises:
-            ApiError, EdgeformerError: an answer failed.
-        """
-        run = self._run
-        try:
-            while (pieces := await run.feed.next(self._ping)) != []:
-                yield PING if pieces is None else b"".join(self._of(pieces))
-            results = run.ended()
-            assert self._last is not None
-            chunks = [self._last]
-            if self._body.includes_usage:
-                chunks.append(self._chunk(choices=[], usage=Usage.of(results, run.n)))
-            chunks[-1].timings = Timings.of(results[0])
-            yield b"".join(map(event, chunks)) + DONE
-        finally:
-            run.close()
-
-    def _of(self, pieces: Sequence[tuple[int, Piece]]) -> list[bytes]:
-        """The events of the pieces that came together: one for the new text of each answer."""
-        found: list[bytes] = []
-        for number in sorted({number for number, _ in pieces}):
-            own = [piece for index, piece in pieces if index == number]
-            if number not in self._begun:
-                self._begun.add(number)
-                found.append(event(self._chunk([ChunkChoice(number, Delta(role="assistant", content=""))])))
-            delta = self._delta(number, own)
-            logprobs = None
-            if self._body.logprobs and (tokens := piece_logprobs(own)):
-                logprobs = ChoiceLogprobs([Logprob.of(one) for one in tokens])
-            if delta is not None or logprobs is not None:
-                choice = ChunkChoice(number, delta or Delta(content=""), logprobs)
-                found.append(event(self._chunk([choice])))
-            if (reason := own[-1].finish_reason) is not None:
-                end = ChunkChoice(number, Delta(), None, _finish(reason, number in self._with_calls))
-                self._ended += 1
-                self._last = self._chunk([end])
-                if self._ended < self._run.n:
-                    found.append(event(self._last))
+    def _choices(self, number: int, pieces: Sequence[Piece]) -> list[ChunkChoice]:
+        """The role, before the first, and the new text of the answer."""
+        found: list[ChunkChoice] = []
+        if number not in self._begun:
+            self._begun.add(number)
+            found.append(ChunkChoice(number, Delta(role="assistant", content="")))
+        delta = self._delta(number, pieces)
+        logprobs = None
+        if self._has_logprobs and (tokens := piece_logprobs(pieces)):
+            logprobs = ChoiceLogprobs([Logprob.of(one) for one in tokens])
+        if delta is not None or logprobs is not None:
+            found.append(ChunkChoice(number, delta or Delta(content=""), logprobs))
         return found
+
+    def _end(self, number: int, reason: str) -> ChunkChoice:
+        return ChunkChoice(number, Delta(), None, _finish(reason, number in self._with_calls))
 
     def _delta(self, number: int, pieces: Sequence[Piece]) -> Delta | None:
         """What the pieces add; None if nothing."""
@@ -152,9 +116,6 @@ class ChatStream:
         if not (calls or content or reasoning):
             return None
         return Delta(content=content or UNSET, reasoning_content=reasoning or UNSET, tool_calls=calls or UNSET)
-
-    def _chunk(self, choices: list[ChunkChoice], usage: Usage | None = None) -> ChatChunk:
-        return ChatChunk(**self._head, choices=choices, usage=self._usage if usage is None else usage)
 
 
 ENDPOINTS = [

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from typing import Any, ClassVar
 
@@ -12,15 +11,17 @@ from msgspec import UNSET, UnsetType
 from starlette.responses import Response
 
 from edgeformer.decoding.result import Piece, Result
+from edgeformer.server.choices import ChoiceStream, head
 from edgeformer.server.endpoint import Call, Endpoint, reply
 from edgeformer.server.errors import ApiError
 from edgeformer.server.generation import Generation, finish_reason
 from edgeformer.server.items import Items, items_of
 from edgeformer.server.registry import Loaded
 from edgeformer.server.sampling import Neutral, SamplingFields
-from edgeformer.server.sse import DONE, PING, EventStream, event
+from edgeformer.server.sse import EventStream
 from edgeformer.server.usage import CompletionLogprobs, Timings, Usage, piece_logprobs, shown_logprobs
 
+PREFIX = "cmpl"  # of ids
 DEFAULT_TOKENS = 16  # OpenAI's, of this route
 
 
@@ -105,16 +106,7 @@ async def complete(call: Call) -> Response:
         results = await run.results()
     choices = [_choice(number, result, echoes[number // run.n], body) for number, result in enumerate(results)]
     usage, timings = Usage.of(results, run.n), Timings.of(results[0])
-    return reply(Completion(**_head(call, run), choices=choices, usage=usage, timings=timings))
-
-
-def _head(call: Call, run: Generation) -> dict[str, Any]:
-    return {
-        "id": f"cmpl-{call.id}",
-        "created": int(time.time()),
-        "model": run.entry.name,
-        "system_fingerprint": run.entry.fingerprint,
-    }
+    return reply(Completion(**head(PREFIX, call, run), choices=choices, usage=usage, timings=timings))
 
 
 def _text(loaded: Loaded, prompt: str | list[int]) -> str:
@@ -133,60 +125,27 @@ def _choice(number: int, result: Result, echo: str, body: CompletionRequest) -> 
     return CompletionChoice(echo + result.text, number, logprobs, finish_reason(result.finish_reason))
 
 
-class CompletionStream:
+class CompletionStream(ChoiceStream[Completion]):
     """The events of one streamed request."""
 
+    prefix, kind = PREFIX, Completion
+
     def __init__(self, run: Generation, body: CompletionRequest, call: Call, echoes: Sequence[str]) -> None:
-        self._run, self._body = run, body
-        self._ping = call.server.options.ping
-        self._head = _head(call, run)
-        self._usage = None if body.includes_usage else UNSET
-        self._count = len(echoes) * run.n
-        self._echoes = {number: echoes[number // run.n] for number in range(self._count)}  # that were not sent yet
-        self._offsets = {number: len(echoes[number // run.n]) for number in range(self._count)}
-        self._ended = 0
-        self._last: Completion | None = None  # the end of the last answer, which also has the timings
+        super().__init__(run, call, includes_usage=body.includes_usage)
+        self._has_logprobs = body.logprobs is not None
+        self._echoes = {number: echoes[number // run.n] for number in range(len(echoes) * run.n)}  # not sent yet
+        self._offsets = {number: len(echo) for number, echo in self._echoes.items()}
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """The events; closing the generator ends the answers.
+    def _choices(self, number: int, pieces: Sequence[Piece]) -> list[CompletionChoice]:
+        text = self._echoes.pop(number, "") + "".join(piece.text for piece in pieces)
+        logprobs = None
+        if self._has_logprobs and (tokens := piece_logprobs(pieces)):
+            logprobs = CompletionLogprobs.of(tokens, self._offsets[number])
+            self._offsets[number] += sum(len(token) for token in logprobs.tokens)
+        return [CompletionChoice(text, number, logprobs)] if text or logprobs is not None else []
 
-        Raises:
-            ApiError, EdgeformerError: an answer failed.
-        """
-        run = self._run
-        try:
-            while (pieces := await run.feed.next(self._ping)) != []:
-                yield PING if pieces is None else b"".join(self._of(pieces))
-            results = run.ended()
-            assert self._last is not None
-            chunks = [self._last]
-            if self._body.includes_usage:
-                chunks.append(self._chunk([], Usage.of(results, run.n)))
-            chunks[-1].timings = Timings.of(results[0])
-            yield b"".join(map(event, chunks)) + DONE
-        finally:
-            run.close()
-
-    def _of(self, pieces: Sequence[tuple[int, Piece]]) -> list[bytes]:
-        found: list[bytes] = []
-        for number in sorted({number for number, _ in pieces}):
-            own = [piece for index, piece in pieces if index == number]
-            text = self._echoes.pop(number, "") + "".join(piece.text for piece in own)
-            logprobs = None
-            if self._body.logprobs is not None and (tokens := piece_logprobs(own)):
-                logprobs = CompletionLogprobs.of(tokens, self._offsets[number])
-                self._offsets[number] += sum(len(token) for token in logprobs.tokens)
-            if text or logprobs is not None:
-                found.append(event(self._chunk([CompletionChoice(text, number, logprobs)])))
-            if (reason := own[-1].finish_reason) is not None:
-                self._ended += 1
-                self._last = self._chunk([CompletionChoice("", number, None, finish_reason(reason))])
-                if self._ended < self._count:
-                    found.append(event(self._last))
-        return found
-
-    def _chunk(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
-        return Completion(**self._head, choices=choices, usage=self._usage if usage is None else usage)
+    def _end(self, number: int, reason: str) -> CompletionChoice:
+        return CompletionChoice("", number, None, finish_reason(reason))
 
 
 ENDPOINTS = [

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any, Literal
 
 import msgspec
@@ -15,9 +12,9 @@ from starlette.responses import Response
 from edgeformer.model import Model
 from edgeformer.processing.tokenizer import Tokenizer
 from edgeformer.server.endpoint import Call, Endpoint, reply
-from edgeformer.server.errors import ApiError, too_busy
+from edgeformer.server.errors import ApiError
 from edgeformer.server.items import Items, items_of
-from edgeformer.server.registry import Loaded
+from edgeformer.server.turns import in_turn
 
 
 class EmbeddingRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -69,44 +66,10 @@ async def embed(call: Call) -> Response:
     """Turns texts into vectors."""
     body: EmbeddingRequest = call.body
     items = body.items()
-    lease = await call.server.registry.lease(body.model)
-    try:
-        call.log["model"] = lease.entry.name
-        loaded = lease.loaded
-        async with turn(loaded, call.server.options.queue_timeout):
-            work = asyncio.get_running_loop().run_in_executor(None, _vectors, loaded.model, items, body.dimensions)
-            try:
-                vectors, tokens = await asyncio.shield(work)
-            except asyncio.CancelledError:
-                await asyncio.wait([work])  # the engine is busy until then
-                raise
-    finally:
-        lease.release()
+    name, (vectors, tokens) = await in_turn(call, body.model, lambda model: _vectors(model, items, body.dimensions))
     call.log["prompt_tokens"] = tokens
     data = [Embedding(index=i, embedding=_written(row, body.encoding_format)) for i, row in enumerate(vectors)]
-    return reply(Embeddings(data=data, model=lease.entry.name, usage=EmbeddingUsage(tokens, tokens)))
-
-
-@asynccontextmanager
-async def turn(loaded: Loaded, timeout: float) -> AsyncIterator[None]:
-    """The model for one request alone: an encoder runs a batch with all its threads.
-
-    Raises:
-        ApiError: too many wait, or this one waited `timeout` seconds.
-    """
-    if loaded.turn.locked() and loaded.waiting >= loaded.queue:
-        raise too_busy(f"{loaded.waiting} requests wait already. Try again later.", loaded.retry_after())
-    loaded.waiting += 1
-    try:
-        await asyncio.wait_for(loaded.turn.acquire(), timeout or None)
-    except TimeoutError:
-        raise too_busy(f"The request waited {timeout:g} s for its turn.", loaded.retry_after()) from None
-    finally:
-        loaded.waiting -= 1
-    try:
-        yield
-    finally:
-        loaded.turn.release()
+    return reply(Embeddings(data=data, model=name, usage=EmbeddingUsage(tokens, tokens)))
 
 
 def _vectors(

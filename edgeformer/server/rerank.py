@@ -5,7 +5,6 @@ https://api.jina.ai/docs, https://docs.cohere.com/reference/rerank
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any, ClassVar
 
 import msgspec
@@ -14,11 +13,11 @@ from msgspec import UNSET, UnsetType
 from starlette.responses import Response
 
 from edgeformer.model import Model
-from edgeformer.server.embeddings import turn
 from edgeformer.server.endpoint import Call, Endpoint, reply
 from edgeformer.server.errors import ApiError, unsupported
 from edgeformer.server.items import MOST_ITEMS
 from edgeformer.server.sampling import Neutral
+from edgeformer.server.turns import in_turn
 
 
 class Document(msgspec.Struct, forbid_unknown_fields=True):
@@ -100,19 +99,7 @@ async def rerank(call: Call) -> Response:
     """Orders documents by a query."""
     body: RerankRequest = call.body
     texts = body.texts()
-    lease = await call.server.registry.lease(body.model)
-    try:
-        call.log["model"] = lease.entry.name
-        model = lease.loaded.model
-        async with turn(lease.loaded, call.server.options.queue_timeout):
-            work = asyncio.get_running_loop().run_in_executor(None, _scores, model, body.query, texts)
-            try:
-                scores, tokens = await asyncio.shield(work)
-            except asyncio.CancelledError:
-                await asyncio.wait([work])  # the engine is busy until then
-                raise
-    finally:
-        lease.release()
+    name, (scores, tokens) = await in_turn(call, body.model, lambda model: _scores(model, body.query, texts))
     call.log["prompt_tokens"] = tokens
     order = np.argsort(-scores, kind="stable")[: body.top_n]
     results = [RankedDocument(index=int(i), relevance_score=float(scores[i])) for i in order]
@@ -120,7 +107,7 @@ async def rerank(call: Call) -> Response:
         for one in results:
             one.document = Document(texts[one.index])
     usage = RerankUsage(tokens, tokens)
-    return reply(Reranked(id=f"rerank-{call.id}", model=lease.entry.name, results=results, usage=usage))
+    return reply(Reranked(id=f"rerank-{call.id}", model=name, results=results, usage=usage))
 
 
 def _scores(model: Model, query: str, texts: list[str]) -> tuple[np.ndarray[Any, np.dtype[np.float32]], int]:

@@ -8,6 +8,7 @@ import httpx
 import jsonschema
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from support.serving import wait_for
 
 CHAT = {"model": "lm", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
 
@@ -104,7 +105,8 @@ def test_the_log_has_numbers_and_no_prompts(server, client, caplog):
     with caplog.at_level(logging.INFO, "edgeformer.server"):
         secret = [{"role": "user", "content": "xyzzy plugh"}]
         found = client.chat.completions.create(**CHAT | {"messages": secret}, extra_headers={"X-Request-Id": "mine"})
-    (record,) = [one for one in caplog.records if getattr(one, "id", "") == "mine"]
+        wait_for(lambda: _own(caplog))  # the line is written behind the answer
+    (record,) = _own(caplog)
     assert record.status == 200 and record.model == "lm" and record.completion_tokens == 3
     from edgeformer.server.logs import JsonFormatter
 
@@ -130,3 +132,8 @@ def test_the_openapi_document_describes_what_is_answered(server):
         check(path, "get", get(server, path).json())
     with pytest.raises(jsonschema.ValidationError):
         check("/v1/models", "get", {"data": [{}]})
+
+
+def _own(caplog):
+    """The log's records of the request "mine"."""
+    return [one for one in caplog.records if getattr(one, "id", "") == "mine"]
