@@ -151,7 +151,7 @@ def chat_shape(
     form = answer_format(tokenizer, vocabulary.eos)
     messages = messages_for(messages, form)
     text = tokenizer.render_chat(messages, tools=request.definitions)
-    ids = tokenizer.encode_chat(messages, tools=request.definitions)
+    ids = tokenizer.encode(text, add_special_tokens=False)  # as `encode_chat`, which would render again
     in_reasoning = form.reasoning is not None and form.reasoning.is_open(text)
     tokens = GrammarTokens(tokenizer.special_texts, frozenset(vocabulary.eos))
     lark = tool_grammar(form, request, tokens, in_reasoning) if request.tools else None

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from edgeformer.bundle.signature import Array
 from edgeformer.decoding.selection import largest
 from edgeformer.errors import InputError
+from edgeformer.processing.token_texts import TokenTexts
 
 MOST = 20  # `top_logprobs` of OpenAI's API
 
@@ -50,14 +51,6 @@ class RowLogprobs(NamedTuple):
 
     own: Array  # float64 [rows]
     top: tuple[tuple[Array, Array], ...]  # of each row: ids int64 [count], log probabilities float64 [count]
-
-
-class TokenTexts(Protocol):
-    """The bytes of each token."""
-
-    def of(self, token: int) -> bytes | None:
-        """The token's bytes; None if there is no such token."""
-        ...
 
 
 def check_count(count: int | None, name: str = "logprobs") -> None:

@@ -29,7 +29,7 @@ class StopFilter:
             self._found = True
             out, self._pending = self._pending[:place], ""
             return out
-        keep = max((_overlap(self._pending, stop) for stop in self._stops), default=0)
+        keep = max((overlap(self._pending, stop) for stop in self._stops), default=0)
         cut = len(self._pending) - keep
         out, self._pending = self._pending[:cut], self._pending[cut:]
         return out
@@ -40,7 +40,7 @@ class StopFilter:
         return out
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """The length of the longest end of `text` that begins `stop`, but is not all of it."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):

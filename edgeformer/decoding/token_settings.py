@@ -4,39 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
 from weakref import WeakKeyDictionary
 
 from edgeformer.decoding.dry import Ids, breaker_ids
 from edgeformer.decoding.generation_config import GenerationConfig
 from edgeformer.errors import InputError
-
-
-class TokenTexts(Protocol):
-    """The bytes of each token."""
-
-    def of(self, token: int) -> bytes | None:
-        """The token's bytes; None if there is no such token."""
-        ...
-
-
-class Tokenizer(Protocol):
-    """The part of a tokenizer that is needed here."""
-
-    @property
-    def size(self) -> int:
-        """Entries of the vocabulary."""
-        ...
-
-    @property
-    def token_texts(self) -> TokenTexts:
-        """The bytes of each token."""
-        ...
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text."""
-        ...
-
+from edgeformer.processing.tokenizer import Tokenizer
 
 # Reading a vocabulary takes 0.1 s for 49,152 tokens, so the breakers of each tokenizer are kept as long as it lives.
 _BREAKERS: WeakKeyDictionary[Tokenizer, dict[tuple[str, ...], tuple[Ids, ...]]] = WeakKeyDictionary()

@@ -17,7 +17,7 @@ class TokenTexts:
     def __init__(self, backend: Any) -> None:
         self._backend = backend
         state = "" if backend.decoder is None else backend.decoder.__getstate__().decode()
-        self._bytes = _byte_table() if '"ByteLevel"' in state else None
+        self._bytes = byte_alphabet() if '"ByteLevel"' in state else None
         self._falls_back = '"ByteFallback"' in state
         self._added = {token: added.content for token, added in backend.get_added_tokens_decoder().items()}
 
@@ -43,7 +43,7 @@ class TokenTexts:
         return text
 
 
-def _byte_table() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """GPT-2's character for each byte, inverted: printable ones stand for themselves, the others are moved up."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     moved = [byte for byte in range(256) if byte not in plain]

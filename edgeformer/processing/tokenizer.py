@@ -158,8 +158,7 @@ class Tokenizer:
     @property
     def skipped_ids(self) -> frozenset[int]:
         """Ids that `decode` leaves out: those that tokenizer.json marks as special."""
-        added = self._backend.get_added_tokens_decoder()
-        return frozenset(number for number, token in added.items() if token.special)
+        return frozenset(self.special_texts.values())
 
     @property
     def decoder(self) -> str:

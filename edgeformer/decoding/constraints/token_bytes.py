@@ -13,10 +13,10 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from edgeformer.errors import InputError
 from edgeformer.processing.detokenizer import REPLACEMENT
+from edgeformer.processing.token_texts import byte_alphabet
 from edgeformer.processing.tokenizer import Tokenizer
 
 _SAMPLES, _LENGTH = 200, 8  # random sequences of the check, and their tokens
@@ -100,14 +100,6 @@ class TokenBytes:
     def joined(self, ids: Sequence[int]) -> bytes:
         """The bytes of a whole answer."""
         return b"".join((self.later if place else self.first)[number] for place, number in enumerate(ids))
-
-
-@lru_cache(1)
-def byte_alphabet() -> dict[str, int]:
-    """Character -> byte in byte-level BPE: printable Latin-1 stands for itself, the rest for U+0100 and up (GPT-2)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
 
 
 def _anchor(tokenizer: Tokenizer, entries: dict[int, str]) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from edgeformer.decoding.constraints.habits import Habits
+from edgeformer.decoding.constraints.constraint import Constraint
 from edgeformer.decoding.speculation.control import DraftControl, DraftRecord
 from edgeformer.decoding.speculation.draft_model import CHANCES, ModelDrafts
 from edgeformer.decoding.speculation.drafts import MOST_DRAFTS
@@ -19,41 +19,6 @@ FORCED_CHANCES = (0.95,) * 6
 # That the first token of a value is what lookup finds: its match is the key and punctuation, which say little.
 VALUE_CHANCES = (0.05, 0.05, 0.1, 0.2, 0.4, 0.6)
 LEAST_REACHED = 0.02  # guesses that are reached more rarely are not looked for
-
-
-class Shape(Protocol):
-    """The part of a constraint that drafts need; see `constraints.constraint.Constraint`."""
-
-    def likely(self, limit: int) -> list[int]:
-        """At most `limit` tokens that write the text that must follow now."""
-        ...
-
-    @property
-    def habit(self) -> tuple[int, float]:
-        """(the token that mostly follows the last one, the chance that it does)"""
-        ...
-
-    @property
-    def replacements(self) -> Habits:
-        """Token of a text that is copied -> what answers write in its place."""
-        ...
-
-    @property
-    def framed(self) -> int:
-        """How many of the last tokens were chosen where few may follow."""
-        ...
-
-    def valid(self, tokens: Sequence[int]) -> int:
-        """How many of the tokens, from the first, are allowed in turn."""
-        ...
-
-    def accept(self, token: int) -> None:
-        """Advances by a token."""
-        ...
-
-    def fork(self) -> Shape:
-        """An independent copy."""
-        ...
 
 
 class Guess(NamedTuple):
@@ -87,7 +52,7 @@ class SequenceDrafts:
         self._drafted = 0  # so many of them are drafts
         self._rest, self._next_rest = 0, FIRST_REST
 
-    def plan(self, ids: Sequence[int], others: int, room: int, shape: Shape | None = None) -> int:
+    def plan(self, ids: Sequence[int], others: int, room: int, shape: Constraint | None = None) -> int:
         """Decide on the drafts after `ids`, all tokens of the sequence; returns how many the draft model shall make.
 
         `others` are the rows of the other sequences in the step, `room` is the most drafts. If it is not 0, call
@@ -106,7 +71,7 @@ class SequenceDrafts:
             return 0  # the draft model knows nothing of what is forced
         return self._model_count(others, room, rate)
 
-    def take(self, tokens: list[int], shape: Shape | None = None) -> None:
+    def take(self, tokens: list[int], shape: Constraint | None = None) -> None:
         """The guesses that the draft model made for this step."""
         if shape is not None and tokens:
             tokens = tokens[: shape.valid(tokens)]
@@ -125,7 +90,7 @@ class SequenceDrafts:
         if self._recent is not None:
             self._recent.add(answer)
 
-    def _settle(self, ids: Sequence[int], shape: Shape | None) -> None:
+    def _settle(self, ids: Sequence[int], shape: Constraint | None) -> None:
         """Learn from the tokens since the last step, up to the first wrong guess: what comes after was not tried.
 
         Where all drafts were right, the token behind them says something about the guess behind them too.
@@ -157,7 +122,7 @@ class SequenceDrafts:
             for place, (token, record) in enumerate(zip(tokens, records, strict=False))
         ]
 
-    def _shaped(self, shape: Shape, room: int) -> list[Guess]:
+    def _shaped(self, shape: Constraint, room: int) -> list[Guess]:
         """Guesses that the grammar allows: in turn what it forces, the habit of its answers, and lookup.
 
         Behind each of them the grammar stands at another place, and may force the next tokens. So one step can write
@@ -180,7 +145,7 @@ class SequenceDrafts:
             guesses += found
         return guesses
 
-    def _next(self, ahead: Shape, after: list[int], room: int, framed: int) -> list[Guess]:
+    def _next(self, ahead: Constraint, after: list[int], room: int, framed: int) -> list[Guess]:
         """The guesses of the source with the best chance that its first one is right."""
         token, chance = ahead.habit
         forced, record = ahead.likely(room), self._forced_record

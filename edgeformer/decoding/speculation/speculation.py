@@ -6,11 +6,12 @@ from collections.abc import Sequence as Tokens
 from typing import Literal, Protocol
 from weakref import WeakKeyDictionary
 
+from edgeformer.decoding.constraints.constraint import Constraint
 from edgeformer.decoding.limits import Limits
 from edgeformer.decoding.speculation.control import DraftControl
 from edgeformer.decoding.speculation.draft_model import DraftBundle, DraftModel, ModelDrafts, check_vocabulary
 from edgeformer.decoding.speculation.lookup import RecentAnswers
-from edgeformer.decoding.speculation.sequence_drafts import SequenceDrafts, Shape
+from edgeformer.decoding.speculation.sequence_drafts import SequenceDrafts
 from edgeformer.errors import EdgeformerError, InputError
 from edgeformer.processing.tokenizer import Tokenizer
 
@@ -25,7 +26,7 @@ class Drafting(Protocol):
     guesses: SequenceDrafts | None
 
     @property
-    def constraint(self) -> Shape | None:
+    def constraint(self) -> Constraint | None:
         """The grammar of the answer."""
         ...
 

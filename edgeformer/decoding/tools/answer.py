@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgeformer.decoding.stop import overlap
 from edgeformer.decoding.tools.definitions import Tool
 from edgeformer.errors import InputError
 from edgeformer.processing.tool_format import (
@@ -161,7 +162,7 @@ class AnswerParser:
         close = self._thinks.close
         place = self._text.find(close)
         if place < 0:
-            keep = 0 if final else max(overlap(self._text, close), 0)
+            keep = 0 if final else overlap(self._text, close)
             text = self._text[: len(self._text) - keep]
             shown = text.rstrip()
             self._trims = self._trims and not shown
@@ -289,11 +290,6 @@ def call_id(seed: str, index: int, name: str) -> str:
         number, rest = divmod(number, len(LETTERS))
         letters.append(LETTERS[rest])
     return "".join(letters)
-
-
-def overlap(text: str, wanted: str) -> int:
-    """The length of the longest end of `text` that begins `wanted`, but is not all of it."""
-    return next((n for n in range(min(len(text), len(wanted) - 1), 0, -1) if text.endswith(wanted[:n])), 0)
 
 
 def messages_for(messages: Sequence[Mapping[str, Any]], format: AnswerFormat) -> list[dict[str, Any]]:  # noqa: A002
