@@ -51,7 +51,7 @@ def test_an_idle_model_is_unloaded_and_comes_again(served):
         first = client.chat.completions.create(model="lm", **CHAT).choices[0].message.content
         scheduler = one.scheduler("lm")
         wait_for(lambda: loaded(one) == [])
-        assert scheduler._worker._closing
+        wait_for(lambda: scheduler._worker._closing)
         assert client.chat.completions.create(model="lm", **CHAT).choices[0].message.content == first
 
 
