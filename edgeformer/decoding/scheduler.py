@@ -188,12 +188,13 @@ class Scheduler:
     def _plan(self) -> tuple[list[tuple[Job, Rows]], int, int]:
         """(what runs in this step, rows of jobs that decode, rows of prompts)."""
         decoding = [job for job in self.running if job.decodes]
+        prompts = len(self.running) - len(decoding)
         if self._speculation is not None:
             room = self.options.token_budget - sum(job.slots for job in decoding)
-            if self.options.stretch is not None and len(decoding) < len(self.running):
-                room = 0  # a prompt waits for the time that drafts would take, and others for the end of the step
-            if len(decoding) < len(self.running):
+            if prompts:
                 room -= SMALLEST  # for prompts, which would wait as long as drafts fill the steps
+            if prompts and self.options.stretch is not None:
+                room = 0  # a prompt waits for the time that drafts would take, and others for the end of the step
             self._speculation.propose([job for job in decoding if isinstance(job, Sequence)], room)
         plan: list[tuple[Job, Rows]] = []
         decode_rows = prompt_rows = 0
@@ -202,7 +203,7 @@ class Scheduler:
             if rows is not None:
                 plan.append((job, rows))
                 decode_rows += rows.ids.size
-        room = self._budget.prompt_rows(decode_rows)
+        room = self._budget.prompt_rows(decode_rows, prompts)
         for job in self.running:
             if room <= 0:
                 break
