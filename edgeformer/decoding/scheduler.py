@@ -21,6 +21,7 @@ from edgeformer.decoding.sequence import Sequence
 from edgeformer.decoding.speculation.speculation import Speculation
 from edgeformer.engines.base import Engine, State
 from edgeformer.errors import EdgeformerError, InputError
+from edgeformer.machine import usable_cpus
 
 TOKEN_BUDGET = 512  # rows of one step: bounds the memory of activations, and how long Ctrl-C waits
 
@@ -74,6 +75,7 @@ class Scheduler:
         self._engine = engine
         self._keeps_logits = keeps_logits
         self._speculation = speculation
+        self._has_spare_cpu = engine.threads < len(usable_cpus())
         self._budget = RowBudget(options.token_budget, options.stretch)
 
     # -------------------------------------------------------------------------------------------------- join and leave
@@ -166,6 +168,9 @@ class Scheduler:
             self._drop_ended()
             return
         has_drafts = decode_rows > sum(job.slots for job, _ in plan if job.decodes)
+        if self._has_spare_cpu:
+            for job, _ in plan:
+                job.prepare()
         began = time.perf_counter()
         try:
             logits: list[Array | None] = [*self._forward([rows for _, rows in plan])]
