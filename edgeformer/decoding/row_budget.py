@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-SMALLEST = 8  # rows of a prompt in a step: kernels work on tiles of rows
+SMALLEST = 4  # rows of a prompt in a step, and multiples of it: behind 2,000 cached tokens 4 rows double a step
 SMOOTHING = 0.25  # weight of the newest measurement
 LATEST = 3  # steps without prompts that are remembered; the shortest counts, for an interruption makes one long
 REMEASURED = 32  # after so many steps with prompts one runs without: the contexts grow
