@@ -28,6 +28,7 @@ from edgeformer.server import (
     messages,
     models,
     openapi,
+    page,
     rerank,
     responses,
     tokenize,
@@ -66,6 +67,7 @@ def create_app(registry: Registry, options: ServeOptions) -> Starlette:
     server = Server(options, registry, Metrics(registry))
     endpoints = [endpoint for group in GROUPS for endpoint in group.ENDPOINTS]
     endpoints.append(openapi.endpoint(endpoints))
+    pages = page.endpoints() if options.page else []  # files for people: not in the document of the API
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -75,7 +77,8 @@ def create_app(registry: Registry, options: ServeOptions) -> Starlette:
         finally:
             await registry.close()
 
-    middleware = [Middleware(MessagesErrors), Middleware(Guard, options=options, key=read_key(options))]
+    files = frozenset(one.path for one in pages)
+    middleware = [Middleware(MessagesErrors), Middleware(Guard, options=options, key=read_key(options), files=files)]
     if options.cors:
         middleware.insert(
             0,
@@ -88,7 +91,7 @@ def create_app(registry: Registry, options: ServeOptions) -> Starlette:
             ),
         )
     app = Starlette(
-        routes=[Route(one.path, _served(server, one), methods=[one.method]) for one in endpoints],
+        routes=[Route(one.path, _served(server, one), methods=[one.method]) for one in (*endpoints, *pages)],
         middleware=middleware,
         exception_handlers={HTTPException: _http_error},
         lifespan=lifespan,

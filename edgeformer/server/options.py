@@ -35,6 +35,7 @@ class ServeOptions:
     cors: list[str] | None = option(  # noqa: RUF009
         None, "An origin whose web pages may call; may be repeated.", metavar="ORIGIN", panel=SAFETY
     )
+    page: bool = option(True, "The chat page at /.", flags=("--page/--no-page",), panel=NETWORK)
     max_body: int = option(8 << 20, "The most bytes of a request.", min=1, panel=SAFETY)
     max_messages: int = option(1024, "The most messages of a chat.", min=1, panel=SAFETY)
     max_sequences: int = option(8, "How many answers run at once.", min=1, panel=LOAD)
