@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from edgeformer.bundle.bundle import Bundle
 from edgeformer.engines.base import Arrays
 from edgeformer.errors import InputError
 from edgeformer.tasks.seq2seq import EncoderDecoder
@@ -54,6 +55,11 @@ def speech_prompt(
     if type(silent) is int and not times:
         prompt.append(silent)
     return prompt, language
+
+
+def knows_task(bundle: Bundle, task: str) -> bool:
+    """Whether the model has a token for the task; every speech model transcribes."""
+    return task == "transcribe" or task in (bundle.generation_config.get("task_to_id") or {})
 
 
 def earlier_text(pair: EncoderDecoder, text: str | None) -> list[int]:
