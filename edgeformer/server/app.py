@@ -21,6 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from edgeformer.server import (
+    audio,
     chat,
     completions,
     embeddings,
@@ -33,6 +34,7 @@ from edgeformer.server import (
     responses,
     tokenize,
 )
+from edgeformer.server.audio_form import read_form
 from edgeformer.server.endpoint import Call, Endpoint, Server
 from edgeformer.server.errors import ApiError, api_error
 from edgeformer.server.messages_errors import MessagesErrors
@@ -48,6 +50,7 @@ GROUPS = (
     responses,
     embeddings,
     rerank,
+    audio,
     models,
     tokenize,
     health,
@@ -102,7 +105,7 @@ def create_app(registry: Registry, options: ServeOptions) -> Starlette:
 
 def _served(server: Server, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
     """The handler of a route with all that is the same for each."""
-    decoder = None if endpoint.body is None else msgspec.json.Decoder(endpoint.body)
+    decoder = None if endpoint.body is None or endpoint.is_form else msgspec.json.Decoder(endpoint.body)
     fields = frozenset() if endpoint.body is None else frozenset(endpoint.body.__struct_fields__)
 
     async def serve(request: Request) -> Response:
@@ -112,6 +115,8 @@ def _served(server: Server, endpoint: Endpoint) -> Callable[[Request], Awaitable
         try:
             if decoder is not None:
                 call.body = decoder.decode(await read_body(request, server.options.max_body))
+            elif endpoint.body is not None:
+                call.body = await read_form(request, endpoint.body, server.options)
             response = await unless_gone(request, endpoint.handle(call))
         except ClientDisconnect:
             response = Response(status_code=CLIENT_GONE)
