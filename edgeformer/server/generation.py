@@ -129,6 +129,8 @@ def _add(call: Call, lease: Lease, prompts: Sequence[Prompt], arguments: Mapping
         for prompt in prompts:
             answers.append(loaded.scheduler.add(prompt, **arguments))
             call.server.metrics.watch(name, answers[-1], arguments.get("n", 1))
+            if call.trace is not None:
+                call.trace.watch(name, answers[-1])
     except BaseException as error:
         for answer in answers:
             answer.cancel()
