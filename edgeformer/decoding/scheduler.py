@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from edgeformer.bundle.signature import IDS, KEEP, Array
+from edgeformer.decoding.counters import Counters
 from edgeformer.decoding.job import Job, Rows
 from edgeformer.decoding.row_budget import SMALLEST, RowBudget
 from edgeformer.decoding.sequence import Sequence
@@ -72,6 +73,7 @@ class Scheduler:
         self.options = options
         self.waiting: deque[list[Job]] = deque()  # groups that are admitted together: the answers to one prompt
         self.running: list[Job] = []
+        self.counters = Counters()
         self._engine = engine
         self._keeps_logits = keeps_logits
         self._speculation = speculation
@@ -181,13 +183,18 @@ class Scheduler:
             self._budget.observe(decode_rows, prompt_rows, seconds)
         if self._speculation is not None and not prompt_rows:
             self._speculation.observe(decode_rows, seconds)
-        for (job, _), scores in zip(plan, logits, strict=True):
+        ran = prompt_ran = 0
+        for (job, rows), scores in zip(plan, logits, strict=True):
+            if scores is not None:
+                ran += job.slots
+                prompt_ran += 0 if job.decodes else rows.ids.size
             if scores is None or job.reason is not None:
                 continue
             try:
                 job.accept(scores)
             except (EdgeformerError, MemoryError) as error:
                 job.fail(error)
+        self.counters.step(self.running, ran, prompt_ran)
         self._drop_ended()
 
     def _plan(self) -> tuple[list[tuple[Job, Rows]], int, int]:

@@ -18,7 +18,7 @@ import numpy as np
 from edgeformer.bundle.signature import Array
 from edgeformer.decoding.answer_text import AnswerText, text_stream
 from edgeformer.decoding.context import shortened
-from edgeformer.decoding.job import Rows
+from edgeformer.decoding.job import Progress, Rows
 from edgeformer.decoding.logits_processors import next_token
 from edgeformer.decoding.logprobs import TokenLogprob, prompt_logprobs, token_logprobs
 from edgeformer.decoding.request import Request
@@ -61,6 +61,7 @@ class Sequence:
         self._running = 0  # tokens of the step that runs, without drafts
         self.guesses = guesses  # what drafts are made of; None without speculation
         self.proposed = self.accepted = 0  # drafts
+        self.counted = Progress()
         self._text = AnswerText(text_stream(tokenizer, request.shape), request.config.stop_strings)
         self._parser = request.shape.parser()
         self._parts: list[AnswerPiece] = []  # of the whole answer
@@ -92,6 +93,11 @@ class Sequence:
     def count(self) -> int:
         """The number of new tokens."""
         return len(self.ids) - len(self.request.prompt)
+
+    @property
+    def progress(self) -> Progress:
+        """How far it is."""
+        return Progress(self.count, self.proposed, self.accepted, self._last)
 
     @property
     def decodes(self) -> bool:

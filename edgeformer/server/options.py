@@ -9,7 +9,7 @@ from pathlib import Path
 from edgeformer.engines.options import option
 from edgeformer.errors import InputError
 
-NETWORK, SAFETY, LOAD = "Network", "Safety", "Load"
+NETWORK, SAFETY, LOAD, WATCH = "Network", "Safety", "Load", "Observability"
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class ServeOptions:
     """How the server listens, what it allows, and what it may use.
 
     Raises:
-        InputError: only one of the TLS files is given, or the key is empty.
+        InputError: only one of the TLS files is given, the key is empty, or the OTLP endpoint is no HTTP address.
     """
 
     host: str = option("127.0.0.1", "The address to listen on.", panel=NETWORK)
@@ -51,12 +51,17 @@ class ServeOptions:
     grace: float = option(30.0, "Seconds that answers may take to end after SIGTERM.", min=0.0, panel=LOAD)
     ping: float = option(10.0, "Seconds of silence after which a stream gets a comment.", min=0.01, panel=LOAD)
     log_prompts: bool = option(False, "Write prompts and answers to the log.", panel=SAFETY)
+    otlp_endpoint: str | None = option(
+        None, "Send OpenTelemetry traces and metrics there: http://HOST:4318.", metavar="URL", panel=WATCH
+    )
 
     def __post_init__(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise InputError("HTTPS needs both --tls-cert and --tls-key.")
         if self.api_key is not None and (not self.api_key or not self.api_key.isascii()):
             raise InputError("The API key is empty, or holds characters that are not ASCII.")
+        if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise InputError(f"--otlp-endpoint is {self.otlp_endpoint!r}, expected http://HOST:PORT or https://...")
 
     @property
     def is_local(self) -> bool:
