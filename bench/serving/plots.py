@@ -41,3 +41,16 @@ def load(saved: dict[str, Any], path: Path) -> Path:
     panes[0].legend(fontsize=7, frameon=False)
     _title(figure, saved, f"SmolLM2-135M over HTTP, prompts of 32 to 1,024 tokens, answers of {saved['new']}")
     return _save(figure, path)
+
+
+def memory(saved: dict[str, Any], path: Path) -> Path:
+    """Memory of the server's first process against time."""
+    figure, pane = _figure(8, 3.0)
+    if saved["samples"]:
+        pane.plot(*zip(*saved["samples"], strict=True), color=COLORS[OURS])
+    pane.axhline(saved["warm_mib"], color="black", linewidth=1, linestyle=":")
+    pane.set_ylim(bottom=0)
+    pane.set_xlabel("seconds; dotted: after the warm-up")
+    pane.set_ylabel("memory of the process, MiB")
+    _title(figure, saved, f"Mixed load, {saved['minutes']:g} minutes")
+    return _save(figure, path)

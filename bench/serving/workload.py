@@ -70,6 +70,10 @@ class Workload:
             asks.append(Ask([*system, user], own + SHARED * has_system))
         return asks
 
+    def short(self, count: int, length: int) -> list[Ask]:
+        """`count` requests of `length` tokens that share nothing."""
+        return [Ask([{"role": "user", "content": self._piece(length)}], length) for _ in range(count)]
+
     def _lengths(self, count: int) -> list[int]:
         ratio = LONGEST / SHORTEST
         found = [round(SHORTEST * ratio ** ((i + 0.5) / count)) for i in range(count)]
