@@ -22,7 +22,7 @@ from edgeformer.engines.native.program.executable import Executable, load_execut
 from edgeformer.engines.native.program.packing import give_weights
 from edgeformer.engines.native.program.program import KEEP_INPUT
 from edgeformer.engines.native.state import NativeState, saved_parts
-from edgeformer.errors import EngineUnavailable, InputError, StateError
+from edgeformer.errors import EngineUnavailable, InputError, StateError, memory_errors
 from edgeformer.machine import default_threads
 
 if TYPE_CHECKING:
@@ -248,11 +248,12 @@ class NativeEngine:
                 raise StateError(f"a state of {type(state).__name__} was given, expected one made by this engine")
             states.append(state._state)
             inputs.append(self._inputs_of(arrays, state))
-        if len(inputs) == 1 and (slices := self._batch_slices(inputs[0])):
-            parts = [self._native.forward(states, [part])[0] for part in slices]
-            results = [[np.concatenate(arrays) for arrays in zip(*parts, strict=True)]]
-        else:
-            results = self._native.forward(states, inputs)
+        with memory_errors("running the model"):
+            if len(inputs) == 1 and (slices := self._batch_slices(inputs[0])):
+                parts = [self._native.forward(states, [part])[0] for part in slices]
+                results = [[np.concatenate(arrays) for arrays in zip(*parts, strict=True)]]
+            else:
+                results = self._native.forward(states, inputs)
         out = []
         for row in results:
             named = dict(zip(self._outputs, row, strict=True))
