@@ -1,15 +1,11 @@
 // From Python's description of a program to an engine, and from a model file's arrays to packed weights.
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 #include <algorithm>
 #include <numeric>
 #include <stdexcept>
 
 #include "bindings/bindings.h"
 #include "engine/dispatch.h"
+#include "platform/memory.h"
 
 namespace edgeformer {
 namespace {
@@ -124,15 +120,6 @@ std::shared_ptr<PyEngine> make_engine(const py::dict& program, int threads, cons
 }
 
 namespace {
-
-// Returns the whole pages among these bytes of a mapped file to the system; a later reader gets them from the file.
-void release_pages([[maybe_unused]] const void* data, [[maybe_unused]] size_t bytes) {
-#if defined(__linux__)
-  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), start = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t first = (start + page - 1) / page * page, end = (start + bytes) / page * page;
-  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_DONTNEED);
-#endif
-}
 
 // Some rows of one weight, checked: packing.WeightRows of edgeformer/engines/native/program/packing.py.
 struct WeightRows {

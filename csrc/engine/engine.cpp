@@ -1,12 +1,12 @@
 #include "engine/engine.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <new>
 #include <stdexcept>
+
+#include "platform/process.h"
 
 namespace edgeformer {
 
@@ -15,10 +15,10 @@ Engine::Engine(ProgramSpec spec, const Kernels& kernels, int threads, int64_t co
       kernels_(kernels),
       context_(context),
       prefill_rows_(prefill_rows),
-      process_(getpid()),
+      process_(process_id()),
       pool_(threads),
       ranges_(threads),
-      arena_(nullptr, std::free) {
+      arena_(nullptr, aligned_delete) {
   last_use_.assign(spec_.slots.size(), -1);
   for (size_t i = 0; i < spec_.ops.size(); ++i) {
     ops_.push_back(make_op(static_cast<int>(i), spec_.ops[i]));
@@ -166,9 +166,9 @@ Engine::Profile Engine::profile(bool on) {
 
 // In a child of fork() a thread of the parent may have held the mutex, and no longer exists.
 void Engine::after_fork() {
-  if (getpid() == process_) return;
+  if (process_id() == process_) return;
   new (&mutex_) std::mutex;
-  process_ = getpid();
+  process_ = process_id();
 }
 
 // Rows of any states as one sequence: all operations but attention compute a row from that row alone, and attention

@@ -25,6 +25,7 @@
 
 #include "kernels/pack.h"
 #include "ops/ops.h"
+#include "platform/memory.h"
 #include "platform/threads.h"
 #include "platform/work_ranges.h"
 #include "program/kv_cache.h"
