@@ -18,7 +18,7 @@ class RowBudget:
     from it than lose.
     """
 
-    def __init__(self, limit: int, stretch: float | None = 2.0) -> None:
+    def __init__(self, limit: int, stretch: float | None = 2.4) -> None:
         self.limit = limit
         self._stretch = stretch
         self._plain: dict[int, deque[float]] = {}  # rows that decode -> seconds of the latest steps without prompts

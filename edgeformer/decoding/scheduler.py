@@ -42,7 +42,7 @@ class SchedulerOptions:
     max_sequences: int = 8
     token_budget: int = TOKEN_BUDGET
     memory_limit: int | None = None
-    stretch: float | None = 2.0
+    stretch: float | None = 2.4
 
     def __post_init__(self) -> None:
         for name, low, value in (

@@ -140,7 +140,7 @@ class NativeEngine:
         if options.memory_limit is not None:
             engine._check_memory(options.memory_limit)
         extension.trim_memory()  # what reading the graph took
-        engine.rounded = give_weights(native, executable, while_packing)
+        engine.rounded = give_weights(native, executable, while_packing, may_copy=options.memory_limit is None)
         extension.trim_memory()  # what `while_packing` took, before the weights are in use
         return engine
 
