@@ -147,7 +147,7 @@ export class App {
     this.chooseModel();
     this.show();
     this.scroller.toEnd();
-    this.composer.question.focus();
+    this.composer.focus();
   }
 
   /** Writes a chat to the storage. @param {Conversation} conversation */
@@ -259,7 +259,7 @@ export class App {
     this.keep(conversation);
     this.show();
     this.scroller.toEnd();
-    this.composer.question.focus();
+    this.composer.focus();
     announce("The answer is being written.");
     await run.finish();
     this.runs.delete(conversation.id);
@@ -320,6 +320,7 @@ export class App {
     });
     root.hidden = false;
     root.replaceChildren(h("span", {}, text), button);
+    if (act) button.focus(); // what was pressed may be gone
     if (!act) setTimeout(() => root.contains(button) && close(), 6000);
   }
 }

@@ -100,13 +100,20 @@ export class Composer {
       }
     }
     this.show();
-    this.question.focus();
+    this.focus();
   }
 
   /** @param {boolean} isRunning */
   setRunning(isRunning) {
+    const hadFocus = document.activeElement === this.button; // which loses it when it is disabled
     this.isRunning = isRunning;
     this.show();
+    if (hadFocus && this.button.disabled) this.focus();
+  }
+
+  /** Not on a touch screen, where it would open the keyboard over the messages. */
+  focus() {
+    if (!matchMedia("(pointer: coarse)").matches) this.question.focus();
   }
 
   show() {
@@ -133,6 +140,6 @@ export class Composer {
   detach(file) {
     this.files = this.files.filter((one) => one !== file);
     this.show();
-    this.question.focus();
+    this.focus();
   }
 }

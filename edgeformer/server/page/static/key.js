@@ -35,7 +35,9 @@ export function askForKey() {
     };
     use.onclick = attempt;
     input.onkeydown = (event) => {
-      if (event.key === "Enter") attempt();
+      if (event.key !== "Enter") return;
+      event.preventDefault(); // else it also presses what gets the focus back
+      attempt();
     };
     byId("cancel-key", HTMLButtonElement).onclick = () => dialog.close();
     dialog.onclose = () => resolve(isTaken);

@@ -6,5 +6,5 @@ import { startTheme } from "./theme.js";
 
 startTheme();
 const app = new App();
-app.composer.question.focus();
+app.composer.focus();
 await app.loadModels();

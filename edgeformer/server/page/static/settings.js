@@ -96,6 +96,8 @@ export function startSettings(read, write) {
   byId("reset-settings", HTMLButtonElement).addEventListener("click", () => fill({}));
   byId("save-settings", HTMLButtonElement).addEventListener("click", save);
   dialog.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && event.target instanceof HTMLInputElement) save();
+    if (event.key !== "Enter" || !(event.target instanceof HTMLInputElement)) return;
+    event.preventDefault(); // else it also presses the button that gets the focus back
+    save();
   });
 }

@@ -43,7 +43,7 @@ export class Sidebar {
     this.isOpen = isOpen && this.narrow.matches;
     this.root.classList.toggle("open", this.isOpen);
     this.root.inert = this.narrow.matches && !this.isOpen;
-    byId("page", HTMLElement).inert = this.isOpen; // the focus stays in the drawer
+    for (const id of ["page", "skip"]) byId(id, HTMLElement).inert = this.isOpen; // the focus stays in the drawer
     this.veil.hidden = !this.isOpen;
     this.opener.setAttribute("aria-expanded", String(this.isOpen));
     if (this.isOpen) byId("close-sidebar", HTMLButtonElement).focus();
@@ -63,6 +63,7 @@ export class Sidebar {
           {
             type: "button",
             class: "chat-title",
+            "data-id": one.id,
             title: one.title,
             "aria-current": one === current ? "page" : null,
             onclick: () => {
@@ -81,6 +82,11 @@ export class Sidebar {
     );
   }
 
+  /** @param {Conversation} conversation */
+  focus(conversation) {
+    for (const one of this.list.querySelectorAll("button")) if (one.dataset.id === conversation.id) one.focus();
+  }
+
   /** @param {HTMLElement} row @param {Conversation} conversation */
   rename(row, conversation) {
     const input = h("input", { class: "chat-name", "aria-label": "Name of the chat", maxlength: 120 });
@@ -90,12 +96,17 @@ export class Sidebar {
     const end = (title) => {
       if (isDone) return;
       isDone = true;
+      const hadFocus = document.activeElement === input;
       this.actions.rename(conversation, title.trim() || conversation.title);
+      if (hadFocus) this.focus(conversation);
     };
     input.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") event.stopPropagation();
+      if (event.key === "Escape") event.stopPropagation(); // it stops no answer
       if (event.key === "Escape") end(conversation.title);
-      else if (event.key === "Enter" && !event.isComposing) end(input.value);
+      else if (event.key === "Enter" && !event.isComposing) {
+        event.preventDefault(); // else it also opens the chat
+        end(input.value);
+      }
     });
     input.addEventListener("blur", () => end(input.value));
     row.replaceChildren(input);
