@@ -188,6 +188,7 @@ class Model(EncoderMethods, SpeechMethods):
             json_schema, regex, grammar, choices, response_format: what the answer must be; see docs/generation.md.
             tools, tool_choice, parallel_tool_calls: functions that the model may call, as in OpenAI's API; the calls
                 are in `Result.tool_calls`.
+            chat_template_kwargs: variables that the chat template reads (`enable_thinking`, ...); no others are taken.
             context_policy: what a full context does: "stop" ends the answer, "error" raises ContextError, "slide" drops
                 the oldest tokens behind the first `context_protect` and goes on.
             decoder_prompt: of an encoder-decoder, the tokens that its answer begins with. Its `prompt` is the source: a

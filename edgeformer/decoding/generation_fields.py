@@ -66,7 +66,7 @@ SAMPLING = _names("""
 # Arguments of `generate` that are no generation settings: for a hint at a name that is nearly right.
 OTHERS = _names("""
     seed stop ignore_eos session decoder_prompt speculation json_schema response_format regex grammar choices tools
-    tool_choice logprobs n context_policy
+    tool_choice logprobs n context_policy chat_template_kwargs
 """)
 
 
