@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from edgeformer.bundle.context import config_number, context_length
 from edgeformer.bundle.hashes import bundle_error, hash_problems
 from edgeformer.bundle.manifest import MANIFEST, Json, manifest_problems, read_json
-from edgeformer.errors import BundleError
+from edgeformer.errors import BundleError, InputError
 
 if TYPE_CHECKING:
     import onnx
@@ -146,6 +146,8 @@ class Bundle:
 
 
 def _folder(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"The path of a bundle is {path!r}, expected a str or a path.")
     folder = Path(path).expanduser()
     if not folder.exists():
         raise BundleError(f"{folder} does not exist; a bundle is a folder made by `edgeformer export`.")

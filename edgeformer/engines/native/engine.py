@@ -17,6 +17,7 @@ import edgeformer
 from edgeformer.bundle.context import context_length
 from edgeformer.bundle.manifest import MANIFEST
 from edgeformer.bundle.signature import Array
+from edgeformer.engines.native.inputs import fitting, whole
 from edgeformer.engines.native.options import NativeOptions
 from edgeformer.engines.native.program.executable import Executable, load_executable
 from edgeformer.engines.native.program.packing import give_weights
@@ -180,7 +181,7 @@ class NativeEngine:
 
         Other dynamic axes of the inputs (the source of a decoder) count as `context` long.
         """
-        tokens = self.context if context is None else context
+        tokens = whole("context", self.context if context is None else context)
         rows = min(PREFILL_ROWS, tokens)
         batch, sequence = self._rows
         sizes = {batch: 1, sequence: rows, "kept": 1}
@@ -195,9 +196,7 @@ class NativeEngine:
 
     def kv_bytes(self, tokens: int) -> int:
         """See `edgeformer.engines.base.Engine.kv_bytes`. The cache grows in chunks of 128 tokens."""
-        if tokens < 0:
-            raise InputError(f"tokens is {tokens}, expected at least 0")
-        return int(self._native.kv_bytes(tokens))
+        return int(self._native.kv_bytes(whole("tokens", tokens)))
 
     @contextmanager
     def profile(self) -> Iterator[Profile]:
@@ -218,7 +217,7 @@ class NativeEngine:
         """An empty state. Its memory grows in chunks. See `edgeformer.engines.base.Engine.new_state`."""
         given = static_inputs or {}
         self._require_known(given)
-        arrays = {n: _fitting(n, given[n], dtype, shape) for n, dtype, shape in self._inputs if n in given}
+        arrays = {n: fitting(n, given[n], dtype, shape) for n, dtype, shape in self._inputs if n in given}
         return NativeState(self._native.new_state(), self._fingerprint, arrays)
 
     def state_from_bytes(self, data: bytes) -> NativeState:
@@ -276,7 +275,7 @@ class NativeEngine:
                 given = self._default(name, arrays, state)
             elif name == KEEP_INPUT:
                 given = np.asarray(int(np.asarray(given)), np.int64)
-            row.append(_fitting(name, given, dtype, shape))
+            row.append(fitting(name, given, dtype, shape))
         return row
 
     def _batch_slices(self, row: Sequence[Array]) -> list[list[Array]]:
@@ -324,21 +323,6 @@ class NativeEngine:
                 positions = np.arange(state.length, state.length + ids.shape[1], dtype=np.int64)
                 return np.broadcast_to(positions, ids.shape)
         raise InputError(f"input {name!r} is missing; this graph takes {self._names()}")
-
-
-def _fitting(name: str, given: Any, dtype: Any, shape: Sequence[Any]) -> Array:
-    """The array, contiguous and of the program's type.
-
-    Raises:
-        InputError: it is of another kind or rank.
-    """
-    array = np.asarray(given)
-    kinds = "iu" if dtype is np.int64 else "b" if dtype is np.bool_ else "f"
-    if array.dtype.kind not in kinds:
-        raise InputError(f"{name} has dtype {array.dtype}, expected {np.dtype(dtype)}")
-    if array.ndim != len(shape):
-        raise InputError(f"{name} has shape {list(array.shape)}, expected [{', '.join(map(str, shape))}]")
-    return np.ascontiguousarray(array, dtype) if array.ndim else np.asarray(array, dtype)
 
 
 def _cache_type(kv: str, executable: Executable) -> tuple[str, str]:
