@@ -197,7 +197,7 @@ def test_a_damaged_tokenizer_is_reported_while_the_weights_are_packed(q8, tmp_pa
     path.write_bytes(b"x" * path.stat().st_size)
     for engine in ("native", "auto"):
         with pytest.raises(BundleError, match="is not a tokenizer"):
-            edgeformer.load(bundle, engine=engine)
+            edgeformer.load(bundle, engine=engine, check="sizes")
 
 
 # ------------------------------------------------------------------------------------------------------ packed weights
