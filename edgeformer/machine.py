@@ -259,7 +259,7 @@ _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?"
 
 
 def windows_name_problem(name: str) -> str | None:
-    """Why Windows has no file of this name; None if it may have one. (Microsoft: Naming Files, Paths, and Namespaces.)"""
+    """Why Windows has no file of this name, None if it may (Microsoft: Naming Files, Paths, and Namespaces)."""
     if _RESERVED.fullmatch(name):
         return "it is the name of a device on Windows"
     wrong = sorted({character for character in name if character in '<>:"/\\|?*' or ord(character) < 32})

@@ -76,7 +76,7 @@ def seal(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> Json:
             continue
         problem = windows_name_problem(entry.name)
         if problem is not None:
-            problems.append(f"{entry.name!r} is no name for a file of a bundle, which is copied to any system: {problem}")
+            problems.append(f"{entry.name!r} is no name for a file of a bundle: {problem}")
             continue
         files[entry.name] = {"size": entry.stat().st_size, "sha256": sha256(folder / entry.name)}
     sealed: Json = {"format": FORMAT, "format_version": FORMAT_VERSION, **manifest, "files": files}
@@ -188,4 +188,3 @@ def _fsync_tree(folder: Path) -> None:
         if entry.is_file(follow_symlinks=False):
             fsync(Path(entry.path))
     fsync(folder)
-
