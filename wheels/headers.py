@@ -14,6 +14,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from wheels.debian import unpacked
+
 PYCONFIG = """\
 #pragma once
 #define SIZEOF_INT __SIZEOF_INT__
@@ -84,9 +86,9 @@ def _candidates(python: str, folder: Path) -> Iterator[Path]:
         yield from _ask(sys.executable)
     yield from _ask(f"python{python}")
     yield from sorted(Path.home().glob(f".pyenv/versions/{python}.*/include/python{python}"))
-    debian = _from_debian(python, folder / "debian")
+    debian = unpacked(folder / f"debian-{python}", ("stable", "sid"), [f"libpython{python}-dev"])
     if debian is not None:
-        yield debian
+        yield debian / "usr/include" / f"python{python}"
 
 
 def _ask(command: str) -> Iterator[Path]:
@@ -94,29 +96,6 @@ def _ask(command: str) -> Iterator[Path]:
         done = subprocess.run([command, "-c", PYTHON], capture_output=True, text=True)
         if done.returncode == 0:
             yield Path(done.stdout.strip())
-
-
-def _from_debian(python: str, folder: Path) -> Path | None:
-    """The headers in Debian's package, from the machine's own mirror; apt's settings are left alone."""
-    if not shutil.which("apt-get"):
-        return None
-    text = "".join(p.read_text() for p in Path("/etc/apt").rglob("*") if p.suffix in (".list", ".sources"))
-    mirror = re.search(r"https?://\S+/debian\b/?(?=\s)", text)
-    if mirror is None:
-        return None
-    for name in ("lists/partial", "archives/partial", "unpacked"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / "sources.list").write_text("".join(f"deb {mirror[0]} {suite} main\n" for suite in ("stable", "sid")))
-    settings = {"Etc::sourcelist": "sources.list", "Etc::sourceparts": "none", "State::lists": "lists", "Cache": ""}
-    options = [f"-oDir::{key}={(folder / value).absolute()}" for key, value in settings.items()]
-    options += ["-oAPT::Sandbox::User=root", "-qq"]
-    package = f"libpython{python}-dev"
-    for command in (["apt-get", *options, "update"], ["apt-get", *options, "download", package]):
-        if subprocess.run(command, cwd=folder, capture_output=True).returncode:
-            return None
-    archive = max(folder.glob(f"{package}_*.deb"))
-    subprocess.run(["dpkg", "-x", archive.name, "unpacked"], cwd=folder, check=True)
-    return folder / f"unpacked/usr/include/python{python}"
 
 
 def exported_names(include: Path) -> dict[str, bool]:

