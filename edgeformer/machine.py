@@ -15,8 +15,12 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    import numpy as np
+
+MADV_POPULATE_READ = 22  # madvise(2), Linux 5.14
 WINDOWS, MACOS = sys.platform == "win32", sys.platform == "darwin"
 
 # ------------------------------------------------------------------------------------------------------------- cores
@@ -177,6 +181,35 @@ def free_of_vm_stat(text: str) -> int | None:
     return int(page[1]) * sum(int(found[1]) for found in counts if found)
 
 
+def has_huge_pages(root: Path = Path("/sys/kernel/mm/transparent_hugepage")) -> bool:
+    """Whether large allocations get huge pages if they ask for them, as the native engine does (Linux)."""
+    try:
+        return "[never]" not in (root / "enabled").read_text()
+    except OSError:
+        return False
+
+
+def mapped_in_huge_pages(data: np.memmap[Any, Any], maps: Path = Path("/proc/self/smaps")) -> int | None:
+    """How many bytes of a mapped file the system has in huge pages, after reading all of it; None if unknown.
+
+    Linux, `FilePmdMapped` in proc_pid_smaps(5). ext4 keeps files in huge pages since 6.16, as far as its
+    cache finds such pages free when a file is written or read.
+    """
+    address = data.ctypes.data
+    try:
+        data._mmap.madvise(MADV_POPULATE_READ)  # type: ignore[attr-defined]
+        lines = maps.read_text().splitlines()
+    except (AttributeError, OSError, ValueError):
+        return None
+    inside = False
+    for line in lines:
+        if region := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(region[1], 16) <= address < int(region[2], 16)
+        elif inside and line.startswith("FilePmdMapped:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
 def peak_memory() -> int | None:
     """The largest resident size of this process so far, in bytes; None if unknown."""
     if WINDOWS:
@@ -259,7 +292,7 @@ _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?"
 
 
 def windows_name_problem(name: str) -> str | None:
-    """Why Windows has no file of this name, None if it may (Microsoft: Naming Files, Paths, and Namespaces)."""
+    """Why Windows has no file of this name; None if it may have one. Microsoft: Naming Files, Paths, and Namespaces."""
     if _RESERVED.fullmatch(name):
         return "it is the name of a device on Windows"
     wrong = sorted({character for character in name if character in '<>:"/\\|?*' or ord(character) < 32})

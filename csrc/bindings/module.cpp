@@ -89,6 +89,7 @@ PYBIND11_MODULE(_native, m) {
           py::arg("on"))
       .def("pack", &pack, py::arg("parts"))
       .def("use_packed", &use_packed, py::arg("packed"))
+      .def("copy_packed", &copy_packed, py::arg("packed"), py::arg("mapped"))
       .def("packed", &packed)
       .def_property_readonly("packed_size", [](const PyEngine& e) { return e.engine.packed_size(); })
       .def("new_state", &new_state)

@@ -6,6 +6,7 @@
 #include <new>
 #include <stdexcept>
 
+#include "platform/memory.h"
 #include "platform/process.h"
 
 namespace edgeformer {
@@ -97,6 +98,19 @@ void Engine::use_packed(const uint8_t* at) {
     run_.weights[i] = at;
     at += aligned(packed_bytes(w.type, w.n, w.k));
   }
+}
+
+void Engine::copy_packed(const uint8_t* from, bool mapped) {
+  make_weights();
+  constexpr size_t kPiece = size_t(2) << 20;
+  const size_t total = packed_size();
+  auto copy = [&](int64_t i) {
+    const size_t at = static_cast<size_t>(i) * kPiece;
+    const size_t bytes = std::min(kPiece, total - at);
+    std::memcpy(own_.get() + at, from + at, bytes);
+    if (mapped) release_pages(from + at, bytes);
+  };
+  in_parallel(static_cast<int64_t>((total + kPiece - 1) / kPiece), copy);
 }
 
 void Engine::in_parallel(int64_t count, FunctionRef<void(int64_t)> work) {

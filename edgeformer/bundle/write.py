@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgeformer.bundle.bundle import Bundle, bundle_error, sha256
+from edgeformer.bundle.bundle import Bundle
+from edgeformer.bundle.ed25519 import SIGNATURE
+from edgeformer.bundle.hashes import bundle_error, sha256
 from edgeformer.bundle.manifest import FORMAT, FORMAT_VERSION, MANIFEST, Json, manifest_problems, read_json
 from edgeformer.errors import BundleError
 from edgeformer.machine import WINDOWS, fsync, lock_folder, move, windows_name_problem
@@ -69,14 +71,16 @@ def seal(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> Json:
     files: Json = {}
     problems = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name == MANIFEST:
+        if entry.name in (MANIFEST, SIGNATURE):
             continue
         if not entry.is_file(follow_symlinks=False):
             problems.append(f"{entry.name} is not a plain file: a bundle is one flat folder of files")
             continue
         problem = windows_name_problem(entry.name)
         if problem is not None:
-            problems.append(f"{entry.name!r} is no name for a file of a bundle: {problem}")
+            problems.append(
+                f"{entry.name!r} is no name for a file of a bundle, which is copied to any system: {problem}"
+            )
             continue
         files[entry.name] = {"size": entry.stat().st_size, "sha256": sha256(folder / entry.name)}
     sealed: Json = {"format": FORMAT, "format_version": FORMAT_VERSION, **manifest, "files": files}
@@ -87,12 +91,18 @@ def seal(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> Json:
         problems.append(f"{MANIFEST} cannot be written as JSON: {error}")
     if problems:
         raise bundle_error(folder, problems)
-    partial = folder / f".{MANIFEST}.partial"
-    partial.write_text(text + "\n", encoding="utf-8")
-    fsync(partial)
-    os.replace(partial, folder / MANIFEST)
+    replace_file(folder / MANIFEST, (text + "\n").encode())
     sealed_again: Json = json.loads(text)
     return sealed_again
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes `data` to `path`: after a kill or a power failure the file is the old one or the new one, whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(data)
+    fsync(partial)
+    os.replace(partial, path)
+    fsync(path.parent)
 
 
 def check_target(path: str | os.PathLike[str], overwrite: bool) -> None:
@@ -117,7 +127,7 @@ def check_target(path: str | os.PathLike[str], overwrite: bool) -> None:
     if MANIFEST not in found:
         raise BundleError(f"{final} is a folder but not a bundle (no {MANIFEST}), so it is not replaced.")
     try:
-        known = set(read_json(final / MANIFEST)["files"]) | {MANIFEST}
+        known = set(read_json(final / MANIFEST)["files"]) | {MANIFEST, SIGNATURE}
     except (BundleError, KeyError, TypeError) as error:
         raise BundleError(f"{final} has no readable {MANIFEST}, so it is not replaced; remove it yourself.") from error
     others = sorted(found - known)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgeformer import machine
@@ -180,3 +181,27 @@ def test_a_console_without_utf8_ends_no_command() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[1:] == ["0", "?n?code ?"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/smaps is Linux's")
+def test_huge_pages_of_a_mapped_file_are_read_from_its_region(tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(bytes(1 << 16))
+    data = np.memmap(tmp_path / "data", np.uint8, "r")
+    found = machine.mapped_in_huge_pages(data)
+    assert found is not None and 0 <= found <= data.nbytes
+    at = data.ctypes.data
+    maps = tmp_path / "smaps"
+    regions = [(at - 4096, at, 1), (at, at + data.nbytes, 48), (at + data.nbytes, at + 2 * data.nbytes, 2)]
+    lines = [f"{a:x}-{b:x} r--s 0 0 0 file\nRss: 9 kB\nFilePmdMapped:   {kib} kB\n" for a, b, kib in regions]
+    maps.write_text("".join(lines))
+    assert machine.mapped_in_huge_pages(data, maps) == 48 << 10
+    maps.write_text(lines[0] + lines[2])
+    assert machine.mapped_in_huge_pages(data, maps) is None
+    assert machine.mapped_in_huge_pages(data, tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(("text", "expected"), [("always [madvise] never", True), ("always madvise [never]", False)])
+def test_huge_pages_can_be_switched_off(tmp_path: Path, text: str, expected: bool) -> None:
+    (tmp_path / "enabled").write_text(text)
+    assert machine.has_huge_pages(tmp_path) == expected
+    assert not machine.has_huge_pages(tmp_path / "missing")
