@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -184,12 +186,13 @@ def test_memory_returns_after_many_sequences(native):
             answers = [scheduler.add(PROMPT, max_new_tokens=3, ignore_eos=True) for _ in range(count)]
             assert all(len(answer.result().ids) == 3 for answer in answers)
 
-    run(1000)
-    gc.collect()
-    resident = rss()
-    run(1000)
-    gc.collect()
-    assert rss() - resident < 200 * native.engine.kv_bytes(11)  # of 1000 states
+    resident = []
+    for _ in range(4):
+        run(1000)
+        gc.collect()
+        resident.append(rss())
+    grown = [after - before for before, after in pairwise(resident)]
+    assert min(grown) < 200 * native.engine.kv_bytes(11), grown  # of 1000 states; the allocator grows now and then
     tracemalloc.start()
     run(100)
     gc.collect()
@@ -345,23 +348,28 @@ def test_answers_come_in_an_event_loop(native):
     assert (whole.ids, whole.text) == (expected.ids, expected.text)
 
 
-def test_a_cancelled_task_cancels_its_answer(native):
+def test_a_cancelled_task_cancels_its_answer(native, monkeypatch):
+    forward = type(native.engine).forward
+    monkeypatch.setattr(type(native.engine), "forward", lambda *call: time.sleep(0.005) or forward(*call))
+
     async def main():
+        begun = asyncio.Event()
         with native.scheduler(1) as scheduler:
             answer = scheduler.stream(PROMPT, max_new_tokens=240, ignore_eos=True)
 
             async def read():
                 async for _ in answer:
-                    pass
+                    begun.set()
 
             task = asyncio.create_task(read())
-            await asyncio.sleep(0.01)
+            await begun.wait()
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
             return answer.result(timeout=20)
 
-    assert asyncio.run(main()).finish_reason in ("cancel", "length")
+    result = asyncio.run(main())
+    assert result.finish_reason == "cancel" and 0 < len(result.ids) < 240
 
 
 def test_a_result_can_be_waited_for_with_a_limit(native):
