@@ -32,6 +32,7 @@ TOGETHER = {
     "test_other_runtimes.py": "other runtimes",
     "test_page_browser.py": "page",
     "test_page_markdown.py": "page",
+    "test_page_stream.py": "page",
     "test_native_cross.py": "other CPUs",
     "test_engine_cross.py": "other CPUs",
     "test_export.py": "tiny models",

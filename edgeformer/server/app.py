@@ -156,7 +156,7 @@ class _Logged(Response):
             call.server.metrics.request(self._path, status)
             if call.trace is not None:
                 call.trace.end(status, call.body, call.log)
-            if self._path not in QUIET or status >= 400:
+            if not (self._path in QUIET or self._path.startswith("/page/")) or status >= 400:
                 milliseconds = round(1000 * (time.perf_counter() - self._began), 1)
                 line = {"id": call.id, "method": scope["method"], "path": self._path, "status": status}
                 log.info("request", extra=line | {"ms": milliseconds} | call.log)

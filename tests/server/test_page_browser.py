@@ -106,7 +106,8 @@ def test_settings_and_the_model_reach_the_request(driver, server):
         "Seed": 3, "Repeat penalty": 1.1, "Presence penalty": 0.5, "Frequency penalty": -0.5, "Stop at": "END\n###",
     }  # fmt: skip
     found = driver.run("answers.sends", server.url, settings=settings, model="calls")
-    assert found["options"] == ["lm", "calls", "reasons"]  # the encoder does not chat
+    assert {"lm", "calls"} < set(found["options"])
+    assert "encoder" not in found["options"]  # it does not chat
     assert found["numbers"].startswith("calls · ")
     assert found["body"] == {
         "model": "calls", "stream": True, "stream_options": {"include_usage": True},

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import html
-import json
 import random
 import re
-import shutil
-import subprocess
 
 import pytest
-from support.page import SCENARIOS, page_folder
-
-from edgeformer.server import page
+from support.page import run_module
 
 markdown_it = pytest.importorskip("markdown_it")
 
@@ -90,13 +85,7 @@ LONG = [  # each would take minutes, or the whole stack, without a bound
 
 
 def parse(texts):
-    place = page_folder()
-    for name, source in (("static", page.STATIC), ("scenarios", SCENARIOS)):
-        shutil.copytree(source, place / name, dirs_exist_ok=True)
-    command = ["node", "scenarios/parse.mjs"]
-    done = subprocess.run(command, cwd=place, input=json.dumps(texts), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return run_module("parse", texts)
 
 
 @pytest.fixture(scope="module")

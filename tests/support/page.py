@@ -11,6 +11,8 @@ from typing import Any
 from support.browser import chromium
 from support.npm import npm_folder
 
+from edgeformer.server.page import STATIC
+
 PACKAGES = ("playwright-core@1.65.1", "axe-core@4.14.1", "typescript@7.0.2")
 SCENARIOS = Path(__file__).resolve().parents[1] / "server" / "page"
 
@@ -18,6 +20,17 @@ SCENARIOS = Path(__file__).resolve().parents[1] / "server" / "page"
 def page_folder() -> Path:
     """The folder with the npm packages of these tests."""
     return npm_folder("page", PACKAGES)
+
+
+def run_module(name: str, value: Any) -> Any:
+    """What `tests/server/page/NAME.mjs` writes as JSON for this value; it finds the page's modules in `../static`."""
+    place = page_folder()
+    for folder, source in (("static", STATIC), ("scenarios", SCENARIOS)):
+        shutil.copytree(source, place / folder, dirs_exist_ok=True)
+    command = ["node", f"scenarios/{name}.mjs"]
+    done = subprocess.run(command, cwd=place, input=json.dumps(value), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 class ScenarioFailed(AssertionError):
