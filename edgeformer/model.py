@@ -7,11 +7,12 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack, overload
+from typing import TYPE_CHECKING, Any, NoReturn, Unpack, overload
 
 import numpy as np
 
 from edgeformer.bundle.bundle import Bundle
+from edgeformer.bundle.integrity import Check, opened, verified
 from edgeformer.bundle.signature import IDS
 from edgeformer.decoding.generation import MAX_SEQUENCES, Call, Ended
 from edgeformer.decoding.generation_config import GenerationConfig, file_settings
@@ -48,7 +49,7 @@ def load(
     kv: str = "auto",
     context: int | None = None,
     memory_limit: int | None = None,
-    check: Literal["sizes", "hashes"] = "sizes",
+    check: Check = "once",
     prefix_cache: PrefixCacheOption = None,
 ) -> Model:
     """The model in the bundle at `path` (or in one that `Bundle.open` gave), ready to run.
@@ -58,15 +59,15 @@ def load(
     which, and why not the others. An engine that is named runs or raises. `threads` defaults to the physical cores
     that this process may use. `isa` ("avx2", ...), `kv` (the cache: "int8", "float32", or "auto": int8 where weights
     are quantized, else float32), `context` (tokens to plan memory for) and `memory_limit` (bytes) are the native
-    engine's; an `isa` selects that engine. `check="hashes"` also reads and checks every byte of the bundle.
+    engine's; an `isa` selects that engine. `check="once"`: the SHA-256 of all files, at the first load on this machine
+    and after a change; "hashes": now, and values too; "sizes": never. See `edgeformer.bundle.integrity`.
 
     `prefix_cache`: prompts that begin like earlier ones go on from these. By default the native engine keeps beginnings
     of 4096 tokens in all; False keeps none, a number is bytes, "folder" or a path keeps them on disk too, for other
     processes. On ONNX Runtime engines a cached beginning may change the last bits of logits, so it must be asked for.
 
-    The first time that an engine loads a bundle on this machine, it runs the bundle's reference values (tens of
-    milliseconds; the result is remembered in the cache folder). One whose numbers differ by more than the bundle
-    allows is not used: with "auto" the next engine is tried, with a warning.
+    At its first load of a bundle on this machine an engine runs the bundle's reference values (tens of milliseconds).
+    One whose numbers differ by more than the bundle allows is not used: "auto" tries the next engine, with a warning.
 
     Raises:
         BundleError: the bundle is damaged, or none.
@@ -76,14 +77,13 @@ def load(
     """
     check_arguments(engine, threads, isa)
     native = NativeOptions(isa, kv, context, memory_limit)
-    bundle = path if isinstance(path, Bundle) else Bundle.open(path, check=check)
-    if isinstance(path, Bundle) and check == "hashes":
-        bundle = Bundle.open(path.path, check)
+    bundle = opened(path, check)
     tokenizer = cache(lambda: Tokenizer.of(bundle))  # parsed while the weights are packed, which takes about as long
     settings = file_settings(bundle)
     if settings:
         GenerationConfig.of(settings, None, bundle.vocab_size)
-    engines, choice = choose(bundle, engine, threads, native, tokenizer)
+    with verified(bundle, check):
+        engines, choice = choose(bundle, engine, threads, native, tokenizer)
     choice = replace(choice, notes=notes(settings, bundle.vocab_size))
     for note in choice.notes:
         warnings.warn(f"{bundle.path.name}: {note}", EdgeformerWarning, stacklevel=2)

@@ -331,6 +331,11 @@ def _encoded(encode: Callable[[], Any]) -> Any:
         return encode()
     except (UnicodeEncodeError, TypeError) as error:
         raise InputError("The text holds a lone surrogate, which is no character.") from error
+    except BaseException as error:
+        # A panic of the library is no Exception: regular expressions of tokenizer.json that backtrack without end.
+        if type(error).__name__ != "PanicException" and not isinstance(error, Exception):
+            raise
+        raise InputError(f"The tokenizer fails on this text: {error}. Its tokenizer.json may be damaged.") from error
 
 
 def _decoder(backend: Any) -> str:

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from edgeformer.server.metrics import Metrics
 from edgeformer.server.options import ServeOptions
 from edgeformer.server.registry import Registry
+from edgeformer.server.tracing import RequestTrace, Tracing
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Server:
     options: ServeOptions
     registry: Registry
     metrics: Metrics
+    tracing: Tracing | None = None
     is_stopping: bool = False  # no new work: it ends when the running answers have ended
 
 
@@ -38,6 +40,7 @@ class Call:
     body: Any
     id: str
     log: dict[str, Any]  # what the line of the log will say beside path, status and time
+    trace: RequestTrace | None = None
 
 
 Handler = Callable[[Call], Awaitable[Response]]

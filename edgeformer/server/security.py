@@ -24,7 +24,7 @@ from edgeformer.errors import InputError
 from edgeformer.server.errors import ApiError
 from edgeformer.server.options import ServeOptions
 
-OPEN = ("/health",)  # routes that need no key
+OPEN = ("/health",)  # routes that need no key, beside the page's files
 BODY_SECONDS = 60.0  # in which a body must have come
 _HOST = re.compile(r"^(\[[0-9a-fA-F:.]+\]|[^:\[\]]+)(:\d+)?$")
 
@@ -60,10 +60,16 @@ def _given_key(options: ServeOptions) -> str | None:
 
 
 class Guard:
-    """An ASGI middleware that refuses what is not allowed before anything else sees it."""
+    """An ASGI middleware that refuses what is not allowed before anything else sees it.
 
-    def __init__(self, app: ASGIApp, options: ServeOptions, key: str | None) -> None:
+    `files`: paths of the chat page's files, which may be read without the key (`edgeformer.server.page` says why).
+    """
+
+    def __init__(
+        self, app: ASGIApp, options: ServeOptions, key: str | None, files: frozenset[str] = frozenset()
+    ) -> None:
         self._app = app
+        self._files = files
         self._key = None if key is None else _digest(key)
         # With a key, a page behind a foreign name cannot ask; a unix socket has no names.
         self._checks_host = key is None and options.is_local and options.uds is None
@@ -72,13 +78,13 @@ class Guard:
         """Passes the request on, or answers it with an error."""
         if scope["type"] == "http":
             try:
-                self._check(Headers(scope=scope), scope["path"])
+                self._check(Headers(scope=scope), scope["path"], scope["method"])
             except ApiError as error:
                 await error.response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _check(self, headers: Headers, path: str) -> None:
+    def _check(self, headers: Headers, path: str, method: str) -> None:
         if "transfer-encoding" in headers and "content-length" in headers:
             # RFC 9112, 6.1: it may be an attempt to smuggle a request past a proxy.
             raise ApiError(
@@ -96,7 +102,7 @@ class Guard:
                 "machine alone; use localhost, or start it with an API key.",
                 code="wrong_host",
             )
-        if self._key is not None:
+        if self._key is not None and not (path in self._files and method in ("GET", "HEAD")):
             given = headers.get("authorization", "")
             scheme, _, token = given.partition(" ")
             token = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -29,7 +30,9 @@ async def in_turn(
     lease = await call.server.registry.lease(name)
     try:
         call.log["model"] = lease.entry.name
+        came = time.perf_counter()
         async with turn(lease.loaded, call.server.options.queue_timeout):
+            began = time.perf_counter()
             task = asyncio.get_running_loop().run_in_executor(None, work, lease.loaded.model)
             try:
                 found = await asyncio.shield(task)
@@ -39,6 +42,7 @@ async def in_turn(
                 await asyncio.wait([task])  # the engine is busy until then
                 task.exception()  # nobody else looks at it
                 raise
+        call.server.metrics.encoded(lease.entry.name, began - came, time.perf_counter() - began)
         return lease.entry.name, found
     finally:
         lease.release()
