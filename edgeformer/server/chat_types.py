@@ -32,6 +32,7 @@ class FunctionCall(msgspec.Struct, forbid_unknown_fields=True):
 
     name: str
     arguments: str
+    parsed_arguments: Any = UNSET  # what clients read in `arguments`, and send back
 
 
 class ToolCall(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -40,6 +41,11 @@ class ToolCall(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
+
+    def plain(self) -> dict[str, Any]:
+        """The call for a chat template."""
+        function = {"name": self.function.name, "arguments": self.function.arguments}
+        return {"id": self.id, "type": self.type, "function": function}
 
 
 class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -53,6 +59,7 @@ class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     reasoning_content: str | None = None
     refusal: str | None = None
     annotations: list[Any] | None = None  # clients send answers back with all their fields
+    parsed: Any = None  # what clients read in `content`, and send back
     audio: Any = None
     function_call: Any = None
 
@@ -79,7 +86,7 @@ class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             if (value := getattr(self, name)) is not None:
                 found[name] = value
         if self.tool_calls:
-            found["tool_calls"] = [msgspec.to_builtins(call) for call in self.tool_calls]
+            found["tool_calls"] = [call.plain() for call in self.tool_calls]
         return found
 
 

@@ -37,6 +37,7 @@ class TextPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     refusal: str | None = None
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
+    parsed: Any = None  # what clients read in `text`, and send back
 
 
 class MessageItem(_Item, kw_only=True):
@@ -54,6 +55,7 @@ class CallItem(_Item, kw_only=True):
     call_id: str
     name: str
     arguments: str
+    parsed_arguments: Any = None  # what clients read in `arguments`, and send back
 
 
 class OutputItem(_Item, kw_only=True):
@@ -216,6 +218,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
 
     input: str | list[dict[str, Any]]
     model: str | None = None
+    client_metadata: dict[str, Any] | None = None  # of coding agents: says who asks
     include: list[str] | None = None
     instructions: str | None = None
     max_output_tokens: int | None = None
