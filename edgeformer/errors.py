@@ -4,6 +4,9 @@ Each class also inherits from the matching builtin, so ``except ValueError`` wor
 was expected, and the next step.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class EdgeformerError(Exception):
     """The base class of all exceptions that edgeformer raises."""
@@ -33,6 +36,10 @@ class StateError(EdgeformerError, RuntimeError):
     """A state was used by two threads at once, after a failed call, or with another model."""
 
 
+class OutOfMemory(EdgeformerError, MemoryError):
+    """The memory for a load or a step is not there; states are as before."""
+
+
 class TemplateError(EdgeformerError, ValueError):
     """A chat template is missing, rejects the messages, or does not terminate."""
 
@@ -47,6 +54,17 @@ class ParityError(ExportError):
 
 class TrainingError(EdgeformerError, RuntimeError):
     """A training run cannot start, resume or continue."""
+
+
+@contextmanager
+def memory_errors(doing: str) -> Iterator[None]:
+    """Turns a bare MemoryError of the block into OutOfMemory, which says what was being done."""
+    try:
+        yield
+    except MemoryError as error:
+        if isinstance(error, EdgeformerError):
+            raise
+        raise OutOfMemory(f"Out of memory while {doing}; states are as before. {error}".rstrip()) from error
 
 
 def first_line(error: BaseException) -> str:

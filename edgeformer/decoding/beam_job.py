@@ -93,6 +93,9 @@ class BeamSearch:
         self._step = len(ids[0])
         return Rows(np.array(ids, np.int64), self.session.state, 1)
 
+    def prepare(self) -> None:
+        """As `Job.prepare`: there is nothing to do."""
+
     def accept(self, logits: Array) -> None:
         """Takes the logits [rows, 1, vocab] of what ran.
 

@@ -66,6 +66,10 @@ class Job(Protocol):
         """What to run next, at most `room` rows (decode rows may be more); None while it waits for another job."""
         ...
 
+    def prepare(self) -> None:
+        """The engine runs what `pending` gave: another CPU may do meanwhile what `accept` will need."""
+        ...
+
     def accept(self, logits: Array) -> None:
         """Takes the logits [batch, keep, vocab] of what `pending` gave last, which has run.
 

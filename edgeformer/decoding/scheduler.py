@@ -22,6 +22,7 @@ from edgeformer.decoding.sequence import Sequence
 from edgeformer.decoding.speculation.speculation import Speculation
 from edgeformer.engines.base import Engine, State
 from edgeformer.errors import EdgeformerError, InputError
+from edgeformer.machine import usable_cpus
 
 TOKEN_BUDGET = 512  # rows of one step: bounds the memory of activations, and how long Ctrl-C waits
 
@@ -41,7 +42,7 @@ class SchedulerOptions:
     max_sequences: int = 8
     token_budget: int = TOKEN_BUDGET
     memory_limit: int | None = None
-    stretch: float | None = 2.0
+    stretch: float | None = 2.4
 
     def __post_init__(self) -> None:
         for name, low, value in (
@@ -76,6 +77,7 @@ class Scheduler:
         self._engine = engine
         self._keeps_logits = keeps_logits
         self._speculation = speculation
+        self._has_spare_cpu = engine.threads < len(usable_cpus())
         self._budget = RowBudget(options.token_budget, options.stretch)
 
     # -------------------------------------------------------------------------------------------------- join and leave
@@ -168,6 +170,9 @@ class Scheduler:
             self._drop_ended()
             return
         has_drafts = decode_rows > sum(job.slots for job, _ in plan if job.decodes)
+        if self._has_spare_cpu:
+            for job, _ in plan:
+                job.prepare()
         began = time.perf_counter()
         try:
             logits: list[Array | None] = [*self._forward([rows for _, rows in plan])]
@@ -195,12 +200,13 @@ class Scheduler:
     def _plan(self) -> tuple[list[tuple[Job, Rows]], int, int]:
         """(what runs in this step, rows of jobs that decode, rows of prompts)."""
         decoding = [job for job in self.running if job.decodes]
+        prompts = len(self.running) - len(decoding)
         if self._speculation is not None:
             room = self.options.token_budget - sum(job.slots for job in decoding)
-            if self.options.stretch is not None and len(decoding) < len(self.running):
-                room = 0  # a prompt waits for the time that drafts would take, and others for the end of the step
-            if len(decoding) < len(self.running):
+            if prompts:
                 room -= SMALLEST  # for prompts, which would wait as long as drafts fill the steps
+            if prompts and self.options.stretch is not None:
+                room = 0  # a prompt waits for the time that drafts would take, and others for the end of the step
             self._speculation.propose([job for job in decoding if isinstance(job, Sequence)], room)
         plan: list[tuple[Job, Rows]] = []
         decode_rows = prompt_rows = 0
@@ -209,7 +215,7 @@ class Scheduler:
             if rows is not None:
                 plan.append((job, rows))
                 decode_rows += rows.ids.size
-        room = self._budget.prompt_rows(decode_rows)
+        room = self._budget.prompt_rows(decode_rows, prompts)
         for job in self.running:
             if room <= 0:
                 break

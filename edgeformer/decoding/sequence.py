@@ -168,6 +168,12 @@ class Sequence:
             keep = len(ids)
         return Rows(np.array([ids], np.int64), session.state, keep)
 
+    def prepare(self) -> None:
+        """As `Job.prepare`: the mask of the next token; a greedy answer mostly needs none."""
+        is_last = len(self.session.ids) + self._running == len(self._context)
+        if self.constraint is not None and self._rng is not None and (is_last or not self.request.limits.cached):
+            self.constraint.prepare()
+
     def accept(self, logits: Array) -> None:
         """Takes the logits [1, rows, vocab] that `pending` asked for: the tokens that follow, up to a wrong draft.
 
@@ -251,12 +257,7 @@ class Sequence:
             scores = np.asarray(logits, np.float32)
             if not request.config.remove_invalid_values:
                 check(scores)
-            raw, constraint = scores, self.constraint
-            if constraint is not None:
-                scores = constraint.apply(scores)
-            token = next_token(request.processors, self._seen, scores, self._rng)
-            if constraint is not None:
-                constraint.accept(token)
+            raw, token = scores, self._next_token(scores)
         except EdgeformerError as error:
             raise EdgeformerError(
                 f"Step {self.count} of the generation, after {len(self.ids)} tokens: {error}"
@@ -279,6 +280,19 @@ class Sequence:
             if self._text.is_stopped and not is_end:
                 self.reason = "stop"
         self._add(token, piece)
+
+    def _next_token(self, scores: Array) -> int:
+        """The token that follows `scores` [vocab]; the constraint has accepted it."""
+        processors, constraint = self.request.processors, self.constraint
+        if constraint is None:
+            return next_token(processors, self._seen, scores, self._rng)
+        if self._rng is None:  # the likeliest of all is the likeliest of those that may follow, if it may
+            token = next_token(processors, self._seen, scores, None)
+            if constraint.accept_if_allowed(token):
+                return token
+        token = next_token(processors, self._seen, constraint.apply(scores), self._rng)
+        constraint.accept(token)
+        return token
 
     def _add(self, token: int | None, text: str) -> None:
         """A piece for the caller."""

@@ -21,6 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from edgeformer.server import (
+    audio,
     chat,
     completions,
     embeddings,
@@ -28,10 +29,12 @@ from edgeformer.server import (
     messages,
     models,
     openapi,
+    page,
     rerank,
     responses,
     tokenize,
 )
+from edgeformer.server.audio_form import read_form
 from edgeformer.server.endpoint import Call, Endpoint, Server
 from edgeformer.server.errors import ApiError, api_error
 from edgeformer.server.logs import REQUEST
@@ -49,6 +52,7 @@ GROUPS = (
     responses,
     embeddings,
     rerank,
+    audio,
     models,
     tokenize,
     health,
@@ -69,6 +73,7 @@ def create_app(registry: Registry, options: ServeOptions) -> Starlette:
     server = Server(options, registry, Metrics(registry), open_tracing(options))
     endpoints = [endpoint for group in GROUPS for endpoint in group.ENDPOINTS]
     endpoints.append(openapi.endpoint(endpoints))
+    pages = page.endpoints() if options.page else []  # files for people: not in the document of the API
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -80,7 +85,8 @@ def create_app(registry: Registry, options: ServeOptions) -> Starlette:
             if server.tracing is not None:
                 await asyncio.to_thread(server.tracing.close)
 
-    middleware = [Middleware(MessagesErrors), Middleware(Guard, options=options, key=read_key(options))]
+    files = frozenset(one.path for one in pages)
+    middleware = [Middleware(MessagesErrors), Middleware(Guard, options=options, key=read_key(options), files=files)]
     if options.cors:
         middleware.insert(
             0,
@@ -93,7 +99,7 @@ def create_app(registry: Registry, options: ServeOptions) -> Starlette:
             ),
         )
     app = Starlette(
-        routes=[Route(one.path, _served(server, one), methods=[one.method]) for one in endpoints],
+        routes=[Route(one.path, _served(server, one), methods=[one.method]) for one in (*endpoints, *pages)],
         middleware=middleware,
         exception_handlers={HTTPException: _http_error},
         lifespan=lifespan,
@@ -104,7 +110,7 @@ def create_app(registry: Registry, options: ServeOptions) -> Starlette:
 
 def _served(server: Server, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
     """The handler of a route with all that is the same for each."""
-    decoder = None if endpoint.body is None else msgspec.json.Decoder(endpoint.body)
+    decoder = None if endpoint.body is None or endpoint.is_form else msgspec.json.Decoder(endpoint.body)
     fields = frozenset() if endpoint.body is None else frozenset(endpoint.body.__struct_fields__)
 
     async def serve(request: Request) -> Response:
@@ -118,6 +124,8 @@ def _served(server: Server, endpoint: Endpoint) -> Callable[[Request], Awaitable
         try:
             if decoder is not None:
                 call.body = decoder.decode(await read_body(request, server.options.max_body))
+            elif endpoint.body is not None:
+                call.body = await read_form(request, endpoint.body, server.options)
             response = await unless_gone(request, endpoint.handle(call))
         except ClientDisconnect:
             response = Response(status_code=CLIENT_GONE)

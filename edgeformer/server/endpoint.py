@@ -33,7 +33,7 @@ class Server:
 
 @dataclass
 class Call:
-    """One request. `body` is its decoded JSON, an instance of the endpoint's `body` type (None without one)."""
+    """One request. `body` is an instance of the endpoint's `body` type, of JSON or of a form (None without one)."""
 
     server: Server
     request: Request
@@ -51,7 +51,7 @@ class Endpoint:
     """A route: what it takes and gives, for the router and for /openapi.json.
 
     body, result: msgspec structs. streams: with `stream` it answers by server-sent events of `chunk`. error: the JSON
-    schema of its errors, if it is not OpenAI's.
+    schema of its errors, if it is not OpenAI's. is_form: the body is multipart/form-data; `file` is its file.
     """
 
     method: str
@@ -62,6 +62,7 @@ class Endpoint:
     chunk: Any = None
     summary: str = ""
     error: Mapping[str, Any] | None = None
+    is_form: bool = False
 
 
 _encoder = msgspec.json.Encoder()

@@ -314,7 +314,8 @@ async def count_tokens(call: Call) -> Response:
         if lease.loaded.scheduler is None:
             raise ApiError(400, f"{lease.entry.name} does not generate text.", param="model")
         model = lease.loaded.model
-        given = {"tools": tools, "tool_choice": "none"} if tools else {}
+        given: dict[str, Any] = {"tools": tools, "tool_choice": "none"} if tools else {}
+        given["chat_template_kwargs"] = body.variables(lease.loaded)
         loop = asyncio.get_running_loop()
         # The prompt as for an answer: what a template needs changed in messages with calls is changed.
         prompt = await loop.run_in_executor(

@@ -35,7 +35,10 @@ class ServeOptions:
     cors: list[str] | None = option(  # noqa: RUF009
         None, "An origin whose web pages may call; may be repeated.", metavar="ORIGIN", panel=SAFETY
     )
+    page: bool = option(True, "The chat page at /.", flags=("--page/--no-page",), panel=NETWORK)
     max_body: int = option(8 << 20, "The most bytes of a request.", min=1, panel=SAFETY)
+    max_audio: int = option(25 << 20, "The most bytes of a request with a recording.", min=1, panel=SAFETY)
+    max_audio_seconds: float = option(3600.0, "The most seconds of sound of a recording.", min=0.1, panel=SAFETY)
     max_messages: int = option(1024, "The most messages of a chat.", min=1, panel=SAFETY)
     max_sequences: int = option(8, "How many answers run at once.", min=1, panel=LOAD)
     queue: int = option(64, "How many requests may wait; others get 429.", min=0, panel=LOAD)

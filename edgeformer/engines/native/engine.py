@@ -17,12 +17,13 @@ import edgeformer
 from edgeformer.bundle.context import context_length
 from edgeformer.bundle.manifest import MANIFEST
 from edgeformer.bundle.signature import Array
+from edgeformer.engines.native.inputs import fitting, whole
 from edgeformer.engines.native.options import NativeOptions
 from edgeformer.engines.native.program.executable import Executable, load_executable
 from edgeformer.engines.native.program.packing import give_weights
 from edgeformer.engines.native.program.program import KEEP_INPUT
 from edgeformer.engines.native.state import NativeState, saved_parts
-from edgeformer.errors import EngineUnavailable, InputError, StateError
+from edgeformer.errors import EngineUnavailable, InputError, StateError, memory_errors
 from edgeformer.machine import default_threads
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ class NativeEngine:
         if options.memory_limit is not None:
             engine._check_memory(options.memory_limit)
         extension.trim_memory()  # what reading the graph took
-        engine.rounded = give_weights(native, executable, while_packing)
+        engine.rounded = give_weights(native, executable, while_packing, may_copy=options.memory_limit is None)
         extension.trim_memory()  # what `while_packing` took, before the weights are in use
         return engine
 
@@ -180,7 +181,7 @@ class NativeEngine:
 
         Other dynamic axes of the inputs (the source of a decoder) count as `context` long.
         """
-        tokens = self.context if context is None else context
+        tokens = whole("context", self.context if context is None else context)
         rows = min(PREFILL_ROWS, tokens)
         batch, sequence = self._rows
         sizes = {batch: 1, sequence: rows, "kept": 1}
@@ -195,9 +196,7 @@ class NativeEngine:
 
     def kv_bytes(self, tokens: int) -> int:
         """See `edgeformer.engines.base.Engine.kv_bytes`. The cache grows in chunks of 128 tokens."""
-        if tokens < 0:
-            raise InputError(f"tokens is {tokens}, expected at least 0")
-        return int(self._native.kv_bytes(tokens))
+        return int(self._native.kv_bytes(whole("tokens", tokens)))
 
     @contextmanager
     def profile(self) -> Iterator[Profile]:
@@ -218,7 +217,7 @@ class NativeEngine:
         """An empty state. Its memory grows in chunks. See `edgeformer.engines.base.Engine.new_state`."""
         given = static_inputs or {}
         self._require_known(given)
-        arrays = {n: _fitting(n, given[n], dtype, shape) for n, dtype, shape in self._inputs if n in given}
+        arrays = {n: fitting(n, given[n], dtype, shape) for n, dtype, shape in self._inputs if n in given}
         return NativeState(self._native.new_state(), self._fingerprint, arrays)
 
     def state_from_bytes(self, data: bytes) -> NativeState:
@@ -248,11 +247,12 @@ class NativeEngine:
                 raise StateError(f"a state of {type(state).__name__} was given, expected one made by this engine")
             states.append(state._state)
             inputs.append(self._inputs_of(arrays, state))
-        if len(inputs) == 1 and (slices := self._batch_slices(inputs[0])):
-            parts = [self._native.forward(states, [part])[0] for part in slices]
-            results = [[np.concatenate(arrays) for arrays in zip(*parts, strict=True)]]
-        else:
-            results = self._native.forward(states, inputs)
+        with memory_errors("running the model"):
+            if len(inputs) == 1 and (slices := self._batch_slices(inputs[0])):
+                parts = [self._native.forward(states, [part])[0] for part in slices]
+                results = [[np.concatenate(arrays) for arrays in zip(*parts, strict=True)]]
+            else:
+                results = self._native.forward(states, inputs)
         out = []
         for row in results:
             named = dict(zip(self._outputs, row, strict=True))
@@ -275,7 +275,7 @@ class NativeEngine:
                 given = self._default(name, arrays, state)
             elif name == KEEP_INPUT:
                 given = np.asarray(int(np.asarray(given)), np.int64)
-            row.append(_fitting(name, given, dtype, shape))
+            row.append(fitting(name, given, dtype, shape))
         return row
 
     def _batch_slices(self, row: Sequence[Array]) -> list[list[Array]]:
@@ -323,21 +323,6 @@ class NativeEngine:
                 positions = np.arange(state.length, state.length + ids.shape[1], dtype=np.int64)
                 return np.broadcast_to(positions, ids.shape)
         raise InputError(f"input {name!r} is missing; this graph takes {self._names()}")
-
-
-def _fitting(name: str, given: Any, dtype: Any, shape: Sequence[Any]) -> Array:
-    """The array, contiguous and of the program's type.
-
-    Raises:
-        InputError: it is of another kind or rank.
-    """
-    array = np.asarray(given)
-    kinds = "iu" if dtype is np.int64 else "b" if dtype is np.bool_ else "f"
-    if array.dtype.kind not in kinds:
-        raise InputError(f"{name} has dtype {array.dtype}, expected {np.dtype(dtype)}")
-    if array.ndim != len(shape):
-        raise InputError(f"{name} has shape {list(array.shape)}, expected [{', '.join(map(str, shape))}]")
-    return np.ascontiguousarray(array, dtype) if array.ndim else np.asarray(array, dtype)
 
 
 def _cache_type(kv: str, executable: Executable) -> tuple[str, str]:
