@@ -1,4 +1,4 @@
-"""What differs between systems is in csrc/platform and edgeformer/machine.py, and the package imports on all of them."""
+"""What differs between systems is in csrc/platform and edgeformer/machine.py; the package imports on all of them."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_names_that_windows_has_not(name: str, word: str | None) -> None:
 
 def test_a_bundle_has_no_file_that_windows_cannot_have(tmp_path: Path) -> None:
     (tmp_path / "aux.json").write_text("{}")
-    with pytest.raises(BundleError, match="'aux.json' is no name for a file of a bundle"):
+    with pytest.raises(BundleError, match=r"'aux\.json' is no name for a file of a bundle"):
         seal(tmp_path, {})
 
 
