@@ -35,6 +35,7 @@ _STEP = 8 << 20  # bytes per write; a writer checks after each whether the proce
 _SAMPLES, _SAMPLE = 256, 4096  # number of samples, and bytes of each
 
 Bytes = NDArray[np.uint8]
+Mapped = np.memmap[Any, np.dtype[np.uint8]]
 
 
 def folder() -> Path | None:
@@ -86,7 +87,7 @@ def write(name: str, data: bytes) -> None:
 # ------------------------------------------------------------------------------------------- large entries, mapped
 
 
-def read_mapped(name: str) -> tuple[Bytes, bytes] | None:
+def read_mapped(name: str) -> tuple[Mapped, bytes] | None:
     """(data, note) as given to `write_behind`; None if the entry is missing or damaged. The data is mapped, read-only.
 
     Only a sample of the data is checked, because a check of all of it would take as long as computing it again. The
