@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.decoding.setting import LIMIT, verdict
+from bench.peers import models
 from bench.peers.environments import SetupFailed
 from bench.report import footnote, table
 from bench.serving import plots, servers
@@ -51,7 +52,7 @@ def set_up(options: Options) -> tuple[dict[str, tuple[servers.Contestant, Path]]
         if not any(word in one.key.lower() for word in words):
             continue
         try:
-            one.environment.make(servers.models.LOGS / f"pip-{one.environment.name}.log")
+            one.environment.make(models.LOGS / f"pip-{one.environment.name}.log")
             found[one.key] = one, one.file()
         except SetupFailed as error:
             absent[one.key] = str(error)
@@ -73,7 +74,7 @@ def take(
     work = Workload.of(options.bundle, seed)
 
     def body(ask: Any) -> dict[str, Any]:
-        return ask.body(servers.MODEL, options.new, one.extra)  # type: ignore[no-any-return]
+        return ask.body(servers.MODEL, options.new, one.extra)
 
     with servers.running(one, file, slots, options.threads) as server:
         play(server, clients(work.take(3), 1, lambda ask: body(ask) | {"max_tokens": 8}, 0.0))

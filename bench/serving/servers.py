@@ -222,7 +222,7 @@ class Process:
             time.sleep(0.1)
         said = self.log.read_text(errors="replace").strip().splitlines()[-2:]
         self.end()
-        raise SetupFailed(f"{self.process.args[0]} does not answer: {' | '.join(said)[-300:]}")  # type: ignore[index]
+        raise SetupFailed(f"the server does not answer: {' | '.join(said)[-300:]}")
 
     def get(self, path: str, timeout: float = 10.0) -> tuple[int, bytes]:
         return self.ask("GET", path, timeout=timeout)
