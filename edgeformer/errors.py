@@ -4,6 +4,9 @@ Each class also inherits from the matching builtin, so ``except ValueError`` wor
 was expected, and the next step.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class EdgeformerError(Exception):
     """The base class of all exceptions that edgeformer raises."""
@@ -33,6 +36,10 @@ class StateError(EdgeformerError, RuntimeError):
     """A state was used by two threads at once, after a failed call, or with another model."""
 
 
+class OutOfMemory(EdgeformerError, MemoryError):
+    """The memory for a load or a step is not there; states are as before."""
+
+
 class TemplateError(EdgeformerError, ValueError):
     """A chat template is missing, rejects the messages, or does not terminate."""
 
@@ -47,6 +54,22 @@ class ParityError(ExportError):
 
 class TrainingError(EdgeformerError, RuntimeError):
     """A training run cannot start, resume or continue."""
+
+
+@contextmanager
+def typed_errors(doing: str, kind: type[EdgeformerError] = EdgeformerError) -> Iterator[None]:
+    """Turns a bare MemoryError of the block into OutOfMemory, and other bare errors into `kind`; `doing` is in both.
+
+    For calls of the C++ module, whose own checks raise ValueError and the like for what lowering should have refused.
+    """
+    try:
+        yield
+    except EdgeformerError:
+        raise
+    except MemoryError as error:
+        raise OutOfMemory(f"Out of memory while {doing}; states are as before. {error}".rstrip()) from error
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise kind(f"{type(error).__name__} while {doing}: {error}. The bundle may be damaged.") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -107,14 +107,17 @@ def test_wrong_options_are_refused(lm, options, expected):
         load(lm, **options)
 
 
-def test_hashes_are_checked_when_asked_for(lm, copy_of):
+def test_hashes_are_checked_unless_told_not_to(lm, copy_of):
     damaged = copy_of(lm)
     data = bytearray((damaged / "model.onnx.data").read_bytes())
     data[1000] ^= 1
     (damaged / "model.onnx.data").write_bytes(data)
-    load(damaged, "cpu")
-    with pytest.raises(BundleError, match="other content"):
-        load(damaged, "cpu", check="hashes")
+    load(damaged, "cpu", check="sizes")
+    for check in ({}, {"check": "once"}, {"check": "hashes"}):
+        with pytest.raises(BundleError, match="other content"):
+            load(damaged, "cpu", **check)
+    with pytest.raises(InputError, match="check is 'all'"):
+        load(damaged, "cpu", check="all")
 
 
 def test_logits_of_every_position_are_float32(bundles, monkeypatch):

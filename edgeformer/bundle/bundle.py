@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from edgeformer.bundle.context import config_number, context_length
+from edgeformer.bundle.hashes import bundle_error, hash_problems
 from edgeformer.bundle.manifest import MANIFEST, Json, manifest_problems, read_json
-from edgeformer.errors import BundleError
+from edgeformer.errors import BundleError, InputError
 
 if TYPE_CHECKING:
     import onnx
@@ -33,27 +34,43 @@ class Bundle:
     generation_config: Json
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], check: Literal["sizes", "hashes"] = "sizes") -> Bundle:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        check: Literal["sizes", "hashes"] = "sizes",
+        *,
+        public_key: bytes | None = None,
+    ) -> Bundle:
         """The bundle at `path`, checked.
 
         `check="sizes"` checks the manifest, the size of every file, and the offsets of the weights in each graph; the
         first time this takes about 0.1 s. `check="hashes"` also reads every byte: the SHA-256 of each file must match,
         quantization scales must be finite, and 8-bit weights must not be -128.
 
+        `public_key` (32 bytes, Ed25519): the bundle must be signed with its private half, see
+        `edgeformer.bundle.signing`; all hashes are checked too.
+
         Raises:
-            BundleError: the bundle is missing or has problems; the message lists all of them, one per line.
+            BundleError: the bundle is missing or has problems; the message lists all of them, one per line. Or it is
+                not signed with that key.
         """
         folder = _folder(path)
+        if public_key is not None:
+            from edgeformer.bundle.ed25519 import check_signature
+
+            check_signature(folder, public_key)
         manifest = read_json(folder / MANIFEST)
         problems = manifest_problems(manifest)
         if problems:
             raise bundle_error(folder, problems)
-        problems = _file_problems(folder, manifest["files"], check)
+        problems = _file_problems(folder, manifest["files"])
+        if not problems and (check == "hashes" or public_key is not None):
+            problems = hash_problems(folder, manifest["files"])
         if not problems:
             from edgeformer.bundle.check import graph_problems
 
             for graph in manifest["graphs"].values():
-                problems += graph_problems(folder, graph["file"], manifest["files"], values=check == "hashes")
+                problems += graph_problems(folder, graph, manifest["files"], values=check == "hashes")
         if problems:
             raise bundle_error(folder, problems)
         texts = {}
@@ -129,6 +146,8 @@ class Bundle:
 
 
 def _folder(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"The path of a bundle is {path!r}, expected a str or a path.")
     folder = Path(path).expanduser()
     if not folder.exists():
         raise BundleError(f"{folder} does not exist; a bundle is a folder made by `edgeformer export`.")
@@ -147,7 +166,7 @@ def _folder(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def _file_problems(folder: Path, files: Json, check: str) -> list[str]:
+def _file_problems(folder: Path, files: Json) -> list[str]:
     problems = []
     for name, entry in files.items():
         path = folder / name
@@ -160,8 +179,8 @@ def _file_problems(folder: Path, files: Json, check: str) -> list[str]:
                 if _is_lfs_pointer(path, info.st_size):
                     fault = "it is a Git LFS pointer, not the file itself (run `git lfs pull`)"
                 problems.append(f"{name} holds {info.st_size:,} bytes, {MANIFEST} says {entry['size']:,}: {fault}")
-            elif check == "hashes" and sha256(path) != entry["sha256"]:
-                problems.append(f"{name} has the right size but other content than when it was exported (SHA-256)")
+            elif outside := _outside(folder, path):
+                problems.append(f"{name} is a link to {outside}, which is outside of the folder; copy the file itself")
         except FileNotFoundError:
             problems.append(f"{name} is missing")
         except OSError as error:
@@ -169,23 +188,20 @@ def _file_problems(folder: Path, files: Json, check: str) -> list[str]:
     return problems
 
 
+def _outside(folder: Path, path: Path) -> str:
+    """Where a file really lies, if that is outside of the folder; "" inside, and in a Hugging Face cache.
+
+    Such a cache has `snapshots/REVISION/NAME` as a link to `../../blobs/HASH`. Any other link that leaves the folder is
+    refused: a bundle could give out the content of files of this machine.
+    """
+    if not path.is_symlink():
+        return ""
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    caches = [parent.parent / "blobs" for parent in (home, *home.parents) if parent.name == "snapshots"]
+    return "" if real.is_relative_to(home) or any(real.is_relative_to(blobs) for blobs in caches) else str(real)
+
+
 def _is_lfs_pointer(path: Path, size: int) -> bool:
     with suppress(OSError), open(path, "rb") as file:
         return size < 1024 and file.read(40).startswith(b"version https://git-lfs")
     return False
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file as 64 hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def bundle_error(folder: Path, problems: list[str]) -> BundleError:
-    """An error that lists all problems of a bundle, at most 50."""
-    if len(problems) == 1:
-        return BundleError(f"{folder}: {problems[0]}. Export or copy the bundle again.")
-    shown = problems[:50]
-    lines = "".join(f"\n  - {problem}" for problem in shown)
-    more = f"\n  - and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
-    return BundleError(f"{folder} has {len(problems)} problems:{lines}{more}\nExport or copy the bundle again.")

@@ -63,33 +63,34 @@ def _node_tensors(nodes: Any) -> Iterator[onnx.TensorProto]:
                 yield from _graph_tensors(graph)
 
 
-def graph_problems(folder: Path, file: str, files: Mapping[str, Any], *, values: bool) -> list[str]:
-    """The problems of the tensors in `folder/file`, one sentence each; empty if there are none.
+def graph_problems(folder: Path, table: Mapping[str, Any], files: Mapping[str, Any], *, values: bool) -> list[str]:
+    """The problems of a graph and its tensors, one sentence each; empty if there are none.
 
-    `files` is the manifest's table of files. With `values`, values are checked too: scales must be finite, INT8
-    weights must not be -128. Without `values`, the disk cache records that a graph has no problems; the graph is
-    not parsed again until its bytes or a file size change.
+    `table` is the manifest's entry of the graph, `files` its table of files. With `values`, values are checked too:
+    scales must be finite, INT8 weights must not be -128. Without `values`, the disk cache records that a graph has no
+    problems; the graph is not parsed again until its bytes, its entry or a file size change.
     """
-    entry = "" if values else _cache_entry(folder / file, files)
+    entry = "" if values else _cache_entry(folder / table["file"], table, files)
     if entry and disk_cache.read(entry) is not None:
         return []
-    problems = _find_problems(folder, file, files, values=values)
+    problems = _find_problems(folder, table, files, values=values)
     if entry and not problems:
         disk_cache.write(entry, b"")
     return problems
 
 
-def _cache_entry(path: Path, files: Mapping[str, Any]) -> str:
-    sizes = json.dumps({name: entry["size"] for name, entry in sorted(files.items())})
+def _cache_entry(path: Path, table: Mapping[str, Any], files: Mapping[str, Any]) -> str:
+    facts = json.dumps([table, {name: entry["size"] for name, entry in sorted(files.items())}])
     try:
-        return disk_cache.key(b"checked", sizes.encode(), path.read_bytes()) + ".checked"
+        return disk_cache.key(b"checked 2", facts.encode(), path.read_bytes()) + ".checked"
     except OSError:
         return ""
 
 
-def _find_problems(folder: Path, file: str, files: Mapping[str, Any], *, values: bool) -> list[str]:
+def _find_problems(folder: Path, table: Mapping[str, Any], files: Mapping[str, Any], *, values: bool) -> list[str]:
     import onnx
 
+    file = table["file"]
     try:
         model = read_model(folder / file)
     except BundleError as error:
@@ -99,6 +100,10 @@ def _find_problems(folder: Path, file: str, files: Mapping[str, Any], *, values:
         problem = _storage_problem(tensor, files)
         if problem:
             problems.append(f"{file}: {tensor.name or 'a constant'} {problem}")
+    if not problems and (problem := structure_problem(model)):
+        problems.append(f"{file}: {problem}")
+    if not problems:
+        problems += [f"{file}: {problem}" for problem in _port_problems(model.graph, table)]
     if values and not problems:
         initializers = {tensor.name: tensor for tensor in model.graph.initializer}
         weights, scales = _quantized(model.graph, set(initializers))
@@ -110,6 +115,78 @@ def _find_problems(folder: Path, file: str, files: Mapping[str, Any], *, values:
             if tensor.data_type == onnx.TensorProto.INT8 and (load_tensor(folder, tensor) == -128).any():
                 problems.append(f"{file}: the 8-bit weights {name} hold -128, the format allows -127 to 127")
     return problems
+
+
+def _port_problems(graph: onnx.GraphProto, table: Mapping[str, Any]) -> list[str]:
+    """Where the manifest's inputs and outputs are not those of the graph: other names, types, ranks or sizes."""
+    import onnx
+
+    stored = {tensor.name for tensor in graph.initializer}
+    problems = []
+    for side, values in (("inputs", graph.input), ("outputs", graph.output)):
+        found, listed = {value.name: value.type.tensor_type for value in values}, table[side]
+        odd = sorted(map(str, (found.keys() ^ listed.keys()) - (stored - listed.keys())))
+        if odd:
+            problems.append(f"the manifest and the graph disagree about the {side}: {', '.join(odd[:6])}")
+        for name in found.keys() & listed.keys():
+            tensor, port = found[name], listed[name]
+            try:
+                dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+            except (KeyError, TypeError, ValueError):
+                dtype = f"element type {tensor.elem_type}"
+            shape = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in tensor.shape.dim]
+            fits = len(shape) == len(port["shape"]) and all(
+                type(one) is type(other) and (one == other or isinstance(one, str))
+                for one, other in zip(shape, port["shape"], strict=True)
+            )
+            if dtype != port["dtype"] or not fits:
+                problems.append(
+                    f"the graph's {name} is {dtype}{shape}, but the manifest says {port['dtype']}{port['shape']}"
+                )
+    return problems
+
+
+def structure_problem(model: onnx.ModelProto) -> str | None:
+    """What onnx's checker says against the graph: nodes out of order or in a circle, a value made twice or by none,
+    inputs or attributes that the operator does not have, types and shapes that do not fit. None if it says nothing.
+
+    Tensors in the external file count as inputs, because the checker would look for that file and refuses links, which
+    the Hugging Face cache consists of; `graph_problems` checks them itself.
+    """
+    import onnx
+
+    if bad := next((name for name in _names(model.graph) if not isinstance(name, str)), None):
+        return f"it is not a valid ONNX model: the name {bad!r} is not UTF-8"
+    plain = onnx.ModelProto()
+    plain.CopyFrom(model)
+    del plain.graph.initializer[:]
+    inputs = {value.name for value in model.graph.input}
+    for tensor in model.graph.initializer:
+        if external(tensor) is None:
+            plain.graph.initializer.append(tensor)
+        elif tensor.name not in inputs:
+            value = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            plain.graph.input.append(value)
+    try:
+        onnx.checker.check_model(plain, full_check=True)
+    except Exception as error:  # ValidationError, and bare errors of the C++ library
+        return f"it is not a valid ONNX model: {' '.join(str(error).split())[:600]}"
+    return None
+
+
+def _names(graph: onnx.GraphProto) -> Iterator[object]:
+    """All names of a graph. protobuf gives those that are not UTF-8 as bytes."""
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        yield value.name
+        yield from (dim.dim_param for dim in value.type.tensor_type.shape.dim)
+    for node in graph.node:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+        for attribute in node.attribute:
+            yield attribute.name
+            yield from _names(attribute.g) if attribute.HasField("g") else ()
+    for tensor in graph.initializer:
+        yield tensor.name
+        yield from (text for entry in tensor.external_data for text in (entry.key, entry.value))
 
 
 def external(tensor: onnx.TensorProto) -> dict[str, str] | None:
@@ -149,6 +226,8 @@ def _storage_problem(tensor: onnx.TensorProto, files: Mapping[str, Any]) -> str 
         if tensor.HasField("raw_data") and need is not None and len(tensor.raw_data) != need:
             return f"has {len(tensor.raw_data):,} bytes of data, its shape {list(tensor.dims)} needs {need:,}"
         return None
+    if need is None:
+        return "holds texts in an external file, which ONNX does not allow"
     location = stored.get("location", "")
     if not plain_name(location):
         return f"has its data at {location!r}, expected a plain file name inside the folder"
@@ -160,7 +239,7 @@ def _storage_problem(tensor: onnx.TensorProto, files: Mapping[str, Any]) -> str 
         length = int(stored["length"]) if "length" in stored else size - offset
     except ValueError:
         return f"has an offset or length in {location} that is not a number"
-    if offset < 0 or length < 0 or offset + length > size:
+    if offset < 0 or length < 0 or offset > size - length:
         return f"refers to bytes {offset:,} to {offset + length:,} of {location}, which holds {size:,}"
     if length != need:
         return f"has {length:,} bytes in {location}, its shape {list(tensor.dims)} needs {need:,}"

@@ -10,6 +10,7 @@ import numpy as np
 from edgeformer.bundle.bundle import Bundle
 from edgeformer.bundle.signature import ENCODER, IDS, KEEP, MASK, PAST, POSITIONS, PRESENT, SOURCE_MASK, Array
 from edgeformer.engines.base import Arrays, Engine, State
+from edgeformer.errors import EdgeformerError
 
 CHUNK = 512  # tokens of one prefill step: bounds the memory of activations, and how long Ctrl-C waits
 
@@ -44,9 +45,23 @@ def feed(
 
 
 def joined(chunks: Iterable[dict[str, Array]]) -> dict[str, Array]:
-    """The outputs of all chunks, joined along the sequence axis (1)."""
+    """The outputs of all chunks, joined along the sequence axis (1).
+
+    Raises:
+        EdgeformerError: they do not fit together.
+    """
     parts = list(chunks)
-    return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
+    found = {}
+    for name in parts[0]:
+        try:
+            found[name] = np.concatenate([part[name] for part in parts], axis=1)
+        except ValueError as error:
+            shapes = ", ".join(str(list(part[name].shape)) for part in parts)
+            raise EdgeformerError(
+                f"The output {name} of {len(parts)} steps has the shapes {shapes}, which do not fit together along "
+                "axis 1; the graph is damaged or its outputs have no sequence axis."
+            ) from error
+    return found
 
 
 def encode_source(bundle: Bundle, encoder: Engine, inputs: Mapping[str, Any]) -> dict[str, Array]:

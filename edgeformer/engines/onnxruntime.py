@@ -21,7 +21,15 @@ from edgeformer.engines.base import Arrays, State
 from edgeformer.engines.ort_install import both_wheels, check_cuda, check_version, import_onnxruntime
 from edgeformer.engines.ort_padding import CACHE_MASK, cannot_pad, masked_graph
 from edgeformer.engines.ort_state import Call, Joint, OrtState, locked, short
-from edgeformer.errors import BundleError, EdgeformerError, EngineUnavailable, InputError, StateError, pip_install
+from edgeformer.errors import (
+    BundleError,
+    EdgeformerError,
+    EngineUnavailable,
+    InputError,
+    OutOfMemory,
+    StateError,
+    pip_install,
+)
 from edgeformer.machine import default_threads
 
 Provider = Literal["cpu", "cuda"]
@@ -365,9 +373,7 @@ def _brief(error: Exception) -> str:
 def _reraise(error: Exception) -> None:
     text = str(error)
     if "allocate memory" in text or "out of memory" in text.lower() or isinstance(error, MemoryError):
-        raise EdgeformerError(
-            f"Out of memory while running the model; the state is as before. {_brief(error)}"
-        ) from error
+        raise OutOfMemory(f"Out of memory while running the model; the state is as before. {_brief(error)}") from error
     if "INVALID_ARGUMENT" in text:
         raise InputError(f"ONNX Runtime rejects the inputs: {_brief(error)}") from error
     raise EdgeformerError(f"ONNX Runtime failed; the state is as before. {_brief(error)}") from error

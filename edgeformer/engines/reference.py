@@ -9,9 +9,11 @@ shown but has no tolerance: it shows what quantization cost, which the export me
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -22,6 +24,7 @@ from edgeformer.engines.feed import encode_source, feed, joined
 from edgeformer.errors import BundleError
 
 ANSWER = "decoder_input_ids"  # the decoder's input in the reference of an encoder-decoder
+LARGEST = 1 << 28  # bytes of all arrays of a reference: one run of the model on a few tokens
 STEPS = (5, 1, 1, 1, 2)  # tokens a step: a prefill, decoding, a short prefill on a full cache; then what is left
 
 
@@ -111,23 +114,48 @@ def read_reference(bundle: Bundle) -> tuple[dict[str, Array], dict[tuple[str, st
     inputs: dict[str, Array] = {}
     outputs: dict[tuple[str, str], Array] = {}
     try:
-        with np.load(path, allow_pickle=False) as file:
-            for key in file.files:
-                kind, _, name = key.partition(".")
-                if kind == "input":
-                    inputs[name] = file[key]
-                elif kind in ("float", "bundle"):
-                    outputs[kind, name] = file[key]
-                else:
-                    raise BundleError(f"{path} holds {key!r}, expected input.*, float.* or bundle.*")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, BundleError):
-            raise
+        for key, array in _arrays(path):
+            kind, _, name = key.partition(".")
+            if kind == "input":
+                inputs[name] = array
+            elif kind in ("float", "bundle"):
+                outputs[kind, name] = array
+            else:
+                raise BundleError(f"{path} holds {key!r}, expected input.*, float.* or bundle.*")
+    except BundleError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy raise a dozen classes for damaged files
         raise BundleError(f"{path} cannot be read: {error}. Export or copy the bundle again.") from error
     tolerance = {name: float(value) for name, value in entry["tolerance"].items() if value is not None}
     if not inputs or not any(name in tolerance for _, name in outputs):
         raise BundleError(f"{path} holds nothing to compare: it needs inputs, outputs and a tolerance.")
     return inputs, outputs, tolerance
+
+
+def _arrays(path: Path) -> Iterator[tuple[str, Array]]:
+    """The names and arrays of an .npz file. The size of each is known before memory for it is taken.
+
+    Raises:
+        BundleError: the file is larger than any reference, unpacked, or an array has another size than its header says.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        total = sum(member.file_size for member in members)
+        if total > LARGEST:
+            raise BundleError(f"{path} unpacks to {total:,} bytes, expected at most {LARGEST:,}.")
+        for member in members:
+            with archive.open(member) as file:
+                start = np.lib.format.read_magic(file)
+                header = np.lib.format.read_array_header_1_0 if start == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, fortran, dtype = header(file)
+                data = file.read(LARGEST)
+            if dtype.hasobject or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(data):
+                raise BundleError(
+                    f"{path}: {member.filename} has {len(data):,} bytes of data for {dtype}{list(shape)}; "
+                    "export or copy the bundle again."
+                )
+            array: Array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+            yield member.filename.removesuffix(".npy"), array
 
 
 def compare(

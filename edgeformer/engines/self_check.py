@@ -14,6 +14,7 @@ from edgeformer import disk_cache
 from edgeformer.bundle.bundle import Bundle
 from edgeformer.engines.base import Engine
 from edgeformer.engines.reference import Check, checks
+from edgeformer.errors import BundleError, EdgeformerError, OutOfMemory
 from edgeformer.machine import cpu_name
 
 # An int8 KV cache has one scale a token and head, so a value errs by at most 1/254 of the largest value of its head.
@@ -35,8 +36,8 @@ def recorded_problem(bundle: Bundle, name: str) -> str | None:
 
 
 def self_check(bundle: Bundle, name: str, engines: Mapping[str, Engine]) -> str | None:
-    """How the engines' numbers differ from the bundle's reference by more than it allows; None where they do not, and
-    where the bundle holds no reference.
+    """How the engines' numbers differ from the bundle's reference by more than it allows, or why they fail on it; None
+    where they do not, and where the bundle holds no reference.
 
     Raises:
         BundleError: the reference is damaged, or does not fit the graph.
@@ -48,7 +49,12 @@ def self_check(bundle: Bundle, name: str, engines: Mapping[str, Engine]) -> str 
     if known is not None:
         return known.decode() or None
     slack = INT8_CACHE if _rounds_cache(bundle, engines) else 0.0
-    failed = [check for check in checks(bundle, engines) if not _passes(check, slack)]
+    try:
+        failed = [check for check in checks(bundle, engines) if not _passes(check, slack)]
+    except (BundleError, OutOfMemory):
+        raise
+    except EdgeformerError as error:  # sizes that do not fit together show when the graph runs
+        return f"the {name} engine fails on this bundle's reference: {error}"
     problem = "" if not failed else _describe(name, failed)
     disk_cache.write(entry, problem.encode())
     return problem or None

@@ -180,6 +180,15 @@ class Tokenizer:
         """Whether there is a default template, which takes messages only."""
         return DEFAULT in self.chat.names
 
+    @property
+    def chat_variables(self) -> frozenset[str]:
+        """The names that the chat templates read beside messages, tools and special tokens (`enable_thinking`, ...).
+
+        Raises:
+            TemplateError: a template's syntax is wrong.
+        """
+        return self.chat.variables
+
     def render_chat(
         self,
         messages: Sequence[Message],
@@ -322,6 +331,11 @@ def _encoded(encode: Callable[[], Any]) -> Any:
         return encode()
     except (UnicodeEncodeError, TypeError) as error:
         raise InputError("The text holds a lone surrogate, which is no character.") from error
+    except BaseException as error:
+        # A panic of the library is no Exception: regular expressions of tokenizer.json that backtrack without end.
+        if type(error).__name__ != "PanicException" and not isinstance(error, Exception):
+            raise
+        raise InputError(f"The tokenizer fails on this text: {error}. Its tokenizer.json may be damaged.") from error
 
 
 def _decoder(backend: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -129,6 +129,8 @@ class EncoderMethods:
         Raises:
             InputError: the model has several labels, or see `score`.
         """
+        if isinstance(documents, (str, bytes)) or not isinstance(documents, Iterable):
+            raise InputError(f"documents is {type(documents).__name__}, expected a list of texts.")
         scores = self.score(
             [(query, document) for document in documents],
             prompt_name=prompt_name,

@@ -17,12 +17,13 @@ import edgeformer
 from edgeformer.bundle.context import context_length
 from edgeformer.bundle.manifest import MANIFEST
 from edgeformer.bundle.signature import Array
+from edgeformer.engines.native.inputs import fitting, whole
 from edgeformer.engines.native.options import NativeOptions
 from edgeformer.engines.native.program.executable import Executable, load_executable
 from edgeformer.engines.native.program.packing import give_weights
 from edgeformer.engines.native.program.program import KEEP_INPUT
 from edgeformer.engines.native.state import NativeState, saved_parts
-from edgeformer.errors import EngineUnavailable, InputError, StateError
+from edgeformer.errors import EngineUnavailable, InputError, StateError, typed_errors
 from edgeformer.machine import default_threads
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ class NativeEngine:
         self._defaults = executable.defaults
         self._inputs = [(name, NUMPY[dtype], shape) for name, dtype, shape in executable.inputs]
         self._outputs = executable.outputs
+        self._converted = [name for name in self._outputs if self._dtypes.get(name) in ("float16", "float64")]
+        self._known = {name for name, _, _ in self._inputs} | {KEEP_INPUT}
         self._symbols = list(executable.program["symbols"])
         self._rows, self._past, self._batch_local = executable.rows, executable.past, executable.batch_local
         self.kv = "float32"  # the type of keys and values in the cache
@@ -131,7 +134,8 @@ class NativeEngine:
         kind, why = _cache_type(options.kv, executable)
         context = options.context if options.context is not None else _default_context(opened, graph)
         threads = default_threads() if threads is None else threads
-        native = extension.Engine(executable.program, threads, options.isa or "", kind, int(context), PREFILL_ROWS)
+        with typed_errors("the native engine was made", EngineUnavailable):
+            native = extension.Engine(executable.program, threads, options.isa or "", kind, int(context), PREFILL_ROWS)
         engine = cls(native, executable, path, _fingerprint(path, opened))
         engine.kv = kind
         plain = [cache["plain"] for cache in executable.program["caches"]]
@@ -140,7 +144,7 @@ class NativeEngine:
         if options.memory_limit is not None:
             engine._check_memory(options.memory_limit)
         extension.trim_memory()  # what reading the graph took
-        engine.rounded = give_weights(native, executable, while_packing)
+        engine.rounded = give_weights(native, executable, while_packing, may_copy=options.memory_limit is None)
         extension.trim_memory()  # what `while_packing` took, before the weights are in use
         return engine
 
@@ -180,7 +184,7 @@ class NativeEngine:
 
         Other dynamic axes of the inputs (the source of a decoder) count as `context` long.
         """
-        tokens = self.context if context is None else context
+        tokens = whole("context", self.context if context is None else context)
         rows = min(PREFILL_ROWS, tokens)
         batch, sequence = self._rows
         sizes = {batch: 1, sequence: rows, "kept": 1}
@@ -195,9 +199,7 @@ class NativeEngine:
 
     def kv_bytes(self, tokens: int) -> int:
         """See `edgeformer.engines.base.Engine.kv_bytes`. The cache grows in chunks of 128 tokens."""
-        if tokens < 0:
-            raise InputError(f"tokens is {tokens}, expected at least 0")
-        return int(self._native.kv_bytes(tokens))
+        return int(self._native.kv_bytes(whole("tokens", tokens)))
 
     @contextmanager
     def profile(self) -> Iterator[Profile]:
@@ -218,7 +220,7 @@ class NativeEngine:
         """An empty state. Its memory grows in chunks. See `edgeformer.engines.base.Engine.new_state`."""
         given = static_inputs or {}
         self._require_known(given)
-        arrays = {n: _fitting(n, given[n], dtype, shape) for n, dtype, shape in self._inputs if n in given}
+        arrays = {n: fitting(n, given[n], dtype, shape) for n, dtype, shape in self._inputs if n in given}
         return NativeState(self._native.new_state(), self._fingerprint, arrays)
 
     def state_from_bytes(self, data: bytes) -> NativeState:
@@ -248,18 +250,18 @@ class NativeEngine:
                 raise StateError(f"a state of {type(state).__name__} was given, expected one made by this engine")
             states.append(state._state)
             inputs.append(self._inputs_of(arrays, state))
-        if len(inputs) == 1 and (slices := self._batch_slices(inputs[0])):
-            parts = [self._native.forward(states, [part])[0] for part in slices]
-            results = [[np.concatenate(arrays) for arrays in zip(*parts, strict=True)]]
-        else:
-            results = self._native.forward(states, inputs)
+        with typed_errors("the native engine ran"):
+            if len(inputs) == 1 and (slices := self._batch_slices(inputs[0])):
+                parts = [self._native.forward(states, [part])[0] for part in slices]
+                results = [[np.concatenate(arrays) for arrays in zip(*parts, strict=True)]]
+            else:
+                results = self._native.forward(states, inputs)
         out = []
         for row in results:
             named = dict(zip(self._outputs, row, strict=True))
-            for name, array in named.items():
-                wanted = self._dtypes.get(name, "")
-                if wanted in ("float16", "float64") and array.dtype == np.float32:
-                    named[name] = array.astype(wanted)
+            for name in self._converted:
+                if named[name].dtype == np.float32:
+                    named[name] = named[name].astype(self._dtypes[name])
             out.append(named)
         return out
 
@@ -275,7 +277,7 @@ class NativeEngine:
                 given = self._default(name, arrays, state)
             elif name == KEEP_INPUT:
                 given = np.asarray(int(np.asarray(given)), np.int64)
-            row.append(_fitting(name, given, dtype, shape))
+            row.append(fitting(name, given, dtype, shape))
         return row
 
     def _batch_slices(self, row: Sequence[Array]) -> list[list[Array]]:
@@ -303,8 +305,8 @@ class NativeEngine:
         ]
 
     def _require_known(self, arrays: Mapping[str, Array]) -> None:
-        unknown = arrays.keys() - {name for name, _, _ in self._inputs} - {KEEP_INPUT}
-        if unknown:
+        if not arrays.keys() <= self._known:
+            unknown = arrays.keys() - self._known
             raise InputError(
                 f"unknown input(s) {', '.join(map(repr, sorted(unknown)))}; this graph takes {self._names()}"
             )
@@ -321,23 +323,8 @@ class NativeEngine:
             ids = np.asarray(arrays["input_ids"])
             if ids.ndim == 2:
                 positions = np.arange(state.length, state.length + ids.shape[1], dtype=np.int64)
-                return np.broadcast_to(positions, ids.shape)
+                return positions[None] if len(ids) == 1 else np.broadcast_to(positions, ids.shape)
         raise InputError(f"input {name!r} is missing; this graph takes {self._names()}")
-
-
-def _fitting(name: str, given: Any, dtype: Any, shape: Sequence[Any]) -> Array:
-    """The array, contiguous and of the program's type.
-
-    Raises:
-        InputError: it is of another kind or rank.
-    """
-    array = np.asarray(given)
-    kinds = "iu" if dtype is np.int64 else "b" if dtype is np.bool_ else "f"
-    if array.dtype.kind not in kinds:
-        raise InputError(f"{name} has dtype {array.dtype}, expected {np.dtype(dtype)}")
-    if array.ndim != len(shape):
-        raise InputError(f"{name} has shape {list(array.shape)}, expected [{', '.join(map(str, shape))}]")
-    return np.ascontiguousarray(array, dtype) if array.ndim else np.asarray(array, dtype)
 
 
 def _cache_type(kv: str, executable: Executable) -> tuple[str, str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from edgeformer.errors import InputError
+
 
 @dataclass(frozen=True)
 class NativeOptions:
@@ -16,6 +18,9 @@ class NativeOptions:
         context: most tokens of a state; None: the bundle's context length, at most 4096.
         memory_limit: bytes that weights, one state at full context and working memory may take together.
         use_disk_cache: read and write the lowered program and the packed weights in the disk cache.
+
+    Raises:
+        InputError: an option is of another type.
     """
 
     isa: str | None = None
@@ -23,3 +28,11 @@ class NativeOptions:
     context: int | None = None
     memory_limit: int | None = None
     use_disk_cache: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("context", "memory_limit"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise InputError(f"{name} is {value!r}, expected a whole number.")
+        if self.isa is not None and not isinstance(self.isa, str):
+            raise InputError(f"isa is {self.isa!r}, expected the name of a kernel table.")

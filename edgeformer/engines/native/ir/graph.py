@@ -6,6 +6,7 @@ weights file until they are read, so reading a graph takes milliseconds whatever
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import numpy as np
 from edgeformer.bundle.signature import Array
 from edgeformer.engines.native.ir.cache import Cache
 from edgeformer.engines.native.ir.dims import Shape, Size, symbol
-from edgeformer.errors import BundleError, EngineUnavailable
+from edgeformer.errors import BundleError, EngineUnavailable, OutOfMemory
 
 if TYPE_CHECKING:
     import onnx
@@ -264,9 +265,51 @@ def graph_of(model: onnx.ModelProto, folder: Path | None = None) -> Graph:
         inputs[v.name] = Info(COMPUTE_DTYPES.get(dtype, dtype), tuple(dims), (symbol(v.name),) if is_size else None)
     for o in model.graph.output:
         io_dtypes[o.name] = ONNX_DTYPES.get(o.type.tensor_type.elem_type, "unknown")
-    graph = Graph(nodes, constants, inputs, [o.name for o in model.graph.output])
+    outputs = [o.name for o in model.graph.output]
+    _check_arity(nodes, opset)
+    _check_order(nodes, {*constants, *inputs}, outputs)
+    graph = Graph(nodes, constants, inputs, outputs)
     graph.io_dtypes, graph.defaults, graph.files = io_dtypes, defaults, maps.files
     return graph
+
+
+def _check_arity(nodes: list[Node], opset: int) -> None:
+    """
+    Raises:
+        BundleError: a node has fewer inputs than its operator needs.
+    """
+    from onnx import defs
+
+    least: dict[str, int] = {}
+    for node in nodes:
+        if node.op not in least:
+            try:
+                least[node.op] = defs.get_schema(node.op, opset).min_input
+            except defs.SchemaError:  # of another domain, or newer than the graph's opset
+                least[node.op] = 0
+        given = sum(bool(name) for name in node.inputs[: least[node.op]])
+        if given < least[node.op]:
+            raise BundleError(f"{node.op} of {node.outputs[:1]} has {given} inputs, expected at least {least[node.op]}")
+
+
+def _check_order(nodes: list[Node], known: set[str], outputs: list[str]) -> None:
+    """Passes walk from values to their producers: a circle would never end.
+
+    Raises:
+        BundleError: a node reads a value that no node before it makes, or makes one that another node makes too.
+    """
+    known.add("")
+    for node in nodes:
+        missing = [name for name in node.inputs if name not in known]
+        if missing:
+            raise BundleError(f"{node.op} of {node.outputs[:1]} reads {missing[0]!r}, which no node before it makes")
+        twice = [name for name in node.outputs if name and name in known]
+        if twice or not any(node.outputs):
+            raise BundleError(f"{node.op} makes {twice[0]!r} again" if twice else f"{node.op} makes no value")
+        known.update(node.outputs)
+    missing = [name for name in outputs if name not in known]
+    if missing:
+        raise BundleError(f"the graph gives {missing[0]!r}, which no node makes")
 
 
 class _Maps:
@@ -283,7 +326,9 @@ class _Maps:
             try:
                 self.files[location] = np.memmap(self.folder / location, np.uint8, "r")
             except (OSError, ValueError) as e:
-                raise BundleError(f"{name}: its weights file {location} cannot be mapped: {e}") from e
+                full = isinstance(e, OSError) and e.errno == errno.ENOMEM
+                kind = OutOfMemory if full else BundleError
+                raise kind(f"{name}: its weights file {location} cannot be mapped: {e}") from e
         data = self.files[location]
         if offset < 0 or length < 0 or offset > data.size - length:
             raise BundleError(

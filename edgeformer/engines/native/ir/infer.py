@@ -224,6 +224,8 @@ def _attention(g: Graph, node: Node) -> list[Info]:
 @shape_rule("Conv")
 def _conv(g: Graph, node: Node) -> list[Info]:
     x, w = g.shape(node.inputs[0]), g.shape(node.inputs[1])
+    if len(x) < 3 or len(x) != len(w):
+        raise EngineUnavailable(f"Conv of {len(x)} axes with weights of {len(w)}")
     kernel, stride, dilation, pads = conv_geometry(g, node)
     out: list[Size] = [x[0], w[0]]
     for i, k in enumerate(kernel):

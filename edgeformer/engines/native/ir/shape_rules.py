@@ -195,6 +195,8 @@ def _flatten(g: Graph, node: Node) -> list[Info]:
 def _transpose(g: Graph, node: Node) -> list[Info]:
     info = g.info[node.inputs[0]]
     perm = node.attrs.get("perm") or list(range(len(info.shape)))[::-1]
+    if sorted(perm) != list(range(len(info.shape))):
+        raise EngineUnavailable(f"Transpose of {len(info.shape)} axes in the order {perm}")
     return [Info(info.dtype, tuple(info.shape[p] for p in perm), info.value if len(perm) <= 1 else None)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from edgeformer.engines.native.passes import lower, unsupported_nodes
 from edgeformer.engines.native.passes.wide import SPANS, weights_of
 from edgeformer.engines.native.program.emit import ELEMENTWISE, Emitter, round_up
 from edgeformer.engines.native.program.program import LANES, Op, Program, Slot
+from edgeformer.errors import EdgeformerError, EngineUnavailable
 
 PAST = "past_key_values."  # inputs that are the KV cache of a state
 ENCODER = ".encoder."  # in such a name: made by the encoder, a plain input that never grows
@@ -27,8 +29,19 @@ def lower_bundle(path: Path) -> tuple[Program, Graph]:
         BundleError: the file cannot be read.
         EngineUnavailable: some nodes cannot be lowered; the message names all of them.
     """
-    graph = read_graph(path)
-    return build(graph), graph
+    try:
+        graph = read_graph(path)
+        return build(graph), graph
+    except (EdgeformerError, MemoryError):
+        raise
+    except Exception as error:
+        # Passes expect what exporters write; a damaged graph that is still valid ONNX may break any such expectation.
+        frames = traceback.extract_tb(error.__traceback__)
+        place = next((f for f in reversed(frames) if "native" in Path(f.filename).parts), frames[-1])
+        raise EngineUnavailable(
+            f"the native engine cannot lower the graph {path}: {type(error).__name__} in {Path(place.filename).stem}."
+            f"{place.name}: {error}. The graph is damaged or of an unknown form; engine='cpu' may run it"
+        ) from error
 
 
 def build(g: Graph) -> Program:
