@@ -29,7 +29,7 @@ def load(saved: dict[str, Any], path: Path) -> Path:
             points = [
                 (int(case.split()[0]), one[name]["median"] * scale)
                 for case, one in found.items()
-                if "clients" in case and one[name]["median"] > 0
+                if "clients" in case and name in one
             ]
             if points:
                 dash = "--" if "no drafts" in key else "-"

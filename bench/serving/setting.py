@@ -16,10 +16,11 @@ from typing import Any
 
 from bench.decoding.setting import LIMIT, percentile
 from bench.peers.runners.measure import busy_ticks
-from bench.report import ROOT
+from bench.report import ROOT, summary
 from bench.serving.servers import Process
 from bench.serving.workload import NEW
 
+STREAM = 0.1  # reads a token, at least, of what counts as a stream
 ROUTE = "/v1/chat/completions"
 
 
@@ -85,7 +86,8 @@ def gaps(outcome: dict[str, Any]) -> list[float]:
 
 def amounts(played: dict[str, Any], new: int | None) -> dict[str, float]:
     """What a run amounts to: new tokens a second from the first request to the last token, seconds to the first token,
-    seconds between reads with text, errors and cores. `new`: the tokens that each answer must have.
+    seconds between reads with text, errors and cores. `new`: the tokens that each answer must have. Answers that come
+    in a few reads are no streams, and have no gaps.
 
     Raises:
         RuntimeError: no request was answered.
@@ -96,15 +98,17 @@ def amounts(played: dict[str, Any], new: int | None) -> dict[str, float]:
     if not good:
         raise RuntimeError(f"no request was answered: {wrong[0]['error'] or wrong[0]['tokens']}")
     first = [one["arrivals"][0] for one in good]
-    between = [gap for one in good for gap in gaps(one)] or [0.0]
+    between = [gap for one in good for gap in gaps(one)]
+    is_stream = sum(len(one["arrivals"]) for one in good) >= STREAM * sum(one["tokens"] for one in good)
+    waits: dict[str, float] = {}
+    if is_stream and between:
+        waits = {"gap_p50": percentile(between, 0.5), "gap_p99": percentile(between, 0.99), "gap_max": max(between)}
     begin, end = min(one["due"] for one in outcomes), max(one["due"] + one["ended"] for one in outcomes)
     return {
         "rate": sum(one["tokens"] for one in good) / (end - begin),
         "first_p50": percentile(first, 0.5),
         "first_p95": percentile(first, 0.95),
-        "gap_p50": percentile(between, 0.5),
-        "gap_p99": percentile(between, 0.99),
-        "gap_max": max(between),
+        **waits,
         "late": max(one["sent"] for one in outcomes),
         "errors": float(len(wrong)),
         "client_cores": played["client_cores"],
@@ -117,7 +121,6 @@ def is_quiet(others: float) -> bool:
 
 
 def merged(rounds: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """name -> summary over the rounds."""
-    from bench.decoding.setting import summaries
-
-    return summaries(list(rounds))
+    """name -> summary over the rounds, of what all of them have."""
+    shared = [name for name in rounds[0] if all(name in one for one in rounds)]
+    return {name: summary([one[name] for one in rounds]) for name in shared}

@@ -302,6 +302,12 @@ def test_answers_that_are_not_whole_are_errors_and_their_tokens_do_not_count(wro
         amounts(played(outcome([1.0, 2.0]) | wrong), 4)
 
 
+def test_an_answer_in_one_piece_is_no_stream_and_has_no_gaps():
+    found = amounts(played(outcome([1.0], tokens=40), outcome([1.0, 1.001], tokens=40)), 40)
+    assert not any(name.startswith("gap") for name in found)
+    assert "gap_p99" in amounts(played(outcome([1.0, 1.1, 1.2, 1.3], tokens=40)), 40)
+
+
 def test_pairs_of_reads_are_the_gaps():
     arrivals = [0.1, 0.4, 0.45]
     found = amounts(played(outcome(arrivals)), 4)
