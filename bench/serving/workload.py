@@ -40,7 +40,9 @@ class Ask:
 class Workload:
     """Requests in a fixed order for a seed. `encode` and `decode` are those of the model's tokenizer."""
 
-    def __init__(self, encode: Callable[[str], list[int]], decode: Callable[[list[int]], str], seed: int = SEED) -> None:
+    def __init__(
+        self, encode: Callable[[str], list[int]], decode: Callable[[list[int]], str], seed: int = SEED
+    ) -> None:
         from pydoc_data.topics import topics
 
         text = "\n\n".join(topics[name] for name in sorted(topics))
@@ -56,7 +58,9 @@ class Workload:
 
         tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
         return cls(
-            lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids), lambda ids: str(tokenizer.decode(ids)), seed
+            lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids),
+            lambda ids: str(tokenizer.decode(ids)),
+            seed,
         )
 
     def take(self, count: int) -> list[Ask]:
@@ -86,7 +90,9 @@ class Workload:
         return self._decode(self._ids[SHARED + self._place : SHARED + self._place + length])
 
 
-def clients(asks: Sequence[Ask], count: int, make: Callable[[Ask], dict[str, Any]], spread: float) -> list[dict[str, Any]]:
+def clients(
+    asks: Sequence[Ask], count: int, make: Callable[[Ask], dict[str, Any]], spread: float
+) -> list[dict[str, Any]]:
     """`count` clients that share the requests in turn, and begin at random moments of the first `spread` seconds."""
     starts = random.Random(SEED).sample(range(1000), count)
     return [

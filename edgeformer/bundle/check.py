@@ -125,7 +125,7 @@ def _port_problems(graph: onnx.GraphProto, table: Mapping[str, Any]) -> list[str
     problems = []
     for side, values in (("inputs", graph.input), ("outputs", graph.output)):
         found, listed = {value.name: value.type.tensor_type for value in values}, table[side]
-        odd = sorted((found.keys() ^ listed.keys()) - (stored - listed.keys()))
+        odd = sorted(map(str, (found.keys() ^ listed.keys()) - (stored - listed.keys())))
         if odd:
             problems.append(f"the manifest and the graph disagree about the {side}: {', '.join(odd[:6])}")
         for name in found.keys() & listed.keys():

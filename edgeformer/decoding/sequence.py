@@ -23,7 +23,7 @@ from edgeformer.decoding.logits_processors import next_token
 from edgeformer.decoding.logprobs import TokenLogprob, prompt_logprobs, token_logprobs
 from edgeformer.decoding.request import Request
 from edgeformer.decoding.result import Drafts, Piece, Result, Timings
-from edgeformer.decoding.sampling import check
+from edgeformer.decoding.sampling import check, likeliest
 from edgeformer.decoding.session import Session, StateSource
 from edgeformer.decoding.tools.answer import AnswerPiece, gather
 from edgeformer.engines.base import CHUNK_TOKENS
@@ -255,8 +255,6 @@ class Sequence:
         request = self.request
         try:
             scores = np.asarray(logits, np.float32)
-            if not request.config.remove_invalid_values:
-                check(scores)
             raw, token = scores, self._next_token(scores)
         except EdgeformerError as error:
             raise EdgeformerError(
@@ -284,11 +282,13 @@ class Sequence:
     def _next_token(self, scores: Array) -> int:
         """The token that follows `scores` [vocab]; the constraint has accepted it."""
         processors, constraint = self.request.processors, self.constraint
-        if constraint is None:
-            return next_token(processors, self._seen, scores, self._rng)
-        if self._rng is None:  # the likeliest of all is the likeliest of those that may follow, if it may
-            token = next_token(processors, self._seen, scores, None)
-            if constraint.accept_if_allowed(token):
+        if not self.request.config.remove_invalid_values and (processors or self._rng is not None):
+            check(scores)
+        if constraint is None or self._rng is None:
+            # Of a greedy answer, the likeliest of all is the likeliest of those that may follow, if it may.
+            plain = self._rng is None and not processors
+            token = likeliest(scores) if plain else next_token(processors, self._seen, scores, self._rng)
+            if constraint is None or constraint.accept_if_allowed(token):
                 return token
         token = next_token(processors, self._seen, constraint.apply(scores), self._rng)
         constraint.accept(token)

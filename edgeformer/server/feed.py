@@ -17,8 +17,8 @@ Numbered = tuple[int, Piece]  # the index of the choice, and a piece of it
 class Feed:
     """Reads answers of a scheduler; choice `i * n + k` is answer k to prompt i. Close it in `finally`.
 
-    `queue_timeout`: seconds that they may wait for others. `interval`: deliveries after the first come at the multiples of
-    so many seconds, which is asked before each; so those of several feeds come in one turn of the loop.
+    `queue_timeout`: seconds that they may wait for others. `interval`: deliveries after the first come at the multiples
+    of so many seconds, which is asked before each; so those of several feeds come in one turn of the loop.
     """
 
     def __init__(

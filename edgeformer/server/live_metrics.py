@@ -100,7 +100,7 @@ def _gauges(entries: list[Entry], recent: Mapping[str, tuple[Recent, Recent]]) -
     answers = {name: one[1].speed for name, one in recent.items()}
     yield _gauge("llamacpp:predicted_tokens_seconds", f"Tokens per second of answers that ended {minute}.", answers)
     loaded = {entry.name: float(entry.loaded is not None) for entry in entries}
-    yield _gauge("edgeformer:model_loaded", "Whether the model is in memory.", loaded)
+    yield _gauge("edgeformer_model_loaded", "Whether the model is in memory.", loaded)
 
 
 def _load_of(entry: Entry) -> tuple[float, float, float]:

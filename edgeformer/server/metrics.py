@@ -82,7 +82,7 @@ class Metrics:
             "vllm:request_success", "Answers by their end.", (*VLLM, "finished_reason"), registry=self._registry
         )
         self._requests = Counter(
-            "edgeformer:http_requests", "Requests by path and status.", ("path", "status"), registry=self._registry
+            "edgeformer_http_requests", "Requests by path and status.", ("path", "status"), registry=self._registry
         )
         self._recent: dict[str, tuple[Recent, Recent]] = {}
         for name, entry in models.entries.items():

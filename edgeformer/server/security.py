@@ -24,7 +24,7 @@ from edgeformer.errors import InputError
 from edgeformer.server.errors import ApiError
 from edgeformer.server.options import ServeOptions
 
-OPEN = ("/health",)  # routes that need no key
+OPEN = ("/health",)  # routes that need no key, beside the page's files
 BODY_SECONDS = 60.0  # in which a body must have come
 _HOST = re.compile(r"^(\[[0-9a-fA-F:.]+\]|[^:\[\]]+)(:\d+)?$")
 

@@ -125,7 +125,7 @@ TEXTS = (1, 2, 4, 5, 6)  # parts of "steady" that complete a text
 
 
 def check(outcome, due, sent):
-    """A read for each part with text, or for several that came together; none before it was sent, all before the end."""
+    """A read for each part with text, or for several together; none before it was sent, all before the end."""
     assert 1 <= len(outcome.arrivals) <= len(TEXTS)
     for found, part in zip(outcome.arrivals, TEXTS, strict=False):
         assert due + found >= sent[part]
@@ -260,7 +260,12 @@ def test_a_server_that_is_not_there_is_an_error(known):
 
 
 def test_as_a_process_with_its_own_cpu(known, tmp_path):
-    job = {"host": "127.0.0.1", "port": known.port, "path": "/", "clients": [{"at": 0, "bodies": [{"model": "steady"}]}]}
+    job = {
+        "host": "127.0.0.1",
+        "port": known.port,
+        "path": "/",
+        "clients": [{"at": 0, "bodies": [{"model": "steady"}]}],
+    }
     (tmp_path / "job.json").write_text(json.dumps(job))
     command = [sys.executable, "-m", "bench.serving.client", str(tmp_path / "job.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)

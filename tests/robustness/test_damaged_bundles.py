@@ -51,7 +51,7 @@ def test_the_study_sees_planted_faults(tmp_path, lm, monkeypatch, fault, seen):
     monkeypatch.setattr(damage_study, "ROOT", tmp_path)
     (tmp_path / "tests").symlink_to(damage_study.__file__.rpartition("/support")[0])
     (tmp_path / "edgeformer").symlink_to(check.__file__.rpartition("/bundle")[0])
-    monkeypatch.setattr(damage_study, "SECONDS", 8.0)
+    monkeypatch.setattr(damage_study, "SECONDS", 20.0)
     found = damage_study.study(lm, 0, 2, "cpu")
     assert [failure[0] for failure in found.failures] == [0]
     assert seen in found.failures[0][3]

@@ -277,7 +277,7 @@ def test_counts_outlive_the_model(served):
     with running([f"lm={served['lm']}"], {"idle_timeout": 0.2}) as one, one.client() as client:
         client.completions.create(model="lm", prompt="a", max_tokens=3, extra_body=BODY)
         wait_for(lambda: one.loaded("lm") is None)
-        assert total(one, "edgeformer:model_loaded") == 0
+        assert total(one, "edgeformer_model_loaded") == 0
         client.completions.create(model="lm", prompt="a", max_tokens=3, extra_body=BODY)
         assert total(one, "vllm:generation_tokens_total") == 6
 

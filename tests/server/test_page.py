@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
 
 import httpx
 import pytest
-import tomllib
 from support.serving import running
 
 from edgeformer.server import page

@@ -18,7 +18,8 @@ from edgeformer.server import page
 pytestmark = pytest.mark.timeout(180)
 KEY = "s3cret"
 
-SAMPLE = """# Title
+SAMPLE = (
+    """# Title
 
 Some **bold**, *slanted*, ~~old~~ and `code` with a [link](https://example.org/a) and <b>no HTML</b>.
 
@@ -40,7 +41,9 @@ print("a very long line " + "that goes on and on " * 3, "until it is far too wid
 ```
 
 ---
-Done. https://example.org/""" + "x" * 200
+Done. https://example.org/"""
+    + "x" * 200
+)
 
 HOSTILE = [
     "<script>window.stolen = 1</script>",
@@ -50,7 +53,7 @@ HOSTILE = [
     "![x](https://elsewhere.example/x.png) ![y](javascript:window.stolen=1) <https://elsewhere.example>",
     '[q](https://a.example/"onmouseover="window.stolen=1) [r](https://b.example "t\\" onclick=window.stolen=1")',
     "```html\n</code></pre><script>window.stolen = 1</script>\n```\n`<script>window.stolen=1</script>`",
-    "```\" onmouseover=\"window.stolen=1\ntext\n```",
+    '```" onmouseover="window.stolen=1\ntext\n```',
     "| <script>window.stolen=1</script> | b |\n|---|---|\n| <img src=x onerror=window.stolen=1> | `<i>` |",
     "# <style>*{display:none}</style>\n<form action=https://elsewhere.example><input></form>\n<base href=//evil>",
     "[f](file:///etc/passwd) [v](vbscript:x) [r](/v1/models) [p](//elsewhere.example) [m](mailto:a@b.example)",
@@ -143,7 +146,8 @@ def test_markdown_becomes_elements(driver, server):
     found = driver.run("safety.markdown", server.url, text=SAMPLE)
     for part in (
         '- heading "Title" [level=3]', "- strong: bold", "- emphasis: slanted", "- deletion: old", "- code: code",
-        '- link "link":', "- /url: https://example.org/a", "<b>no HTML</b>", '- img "done"', "- blockquote:", "- separator",
+        '- link "link":', "- /url: https://example.org/a", "<b>no HTML</b>", '- img "done"', "- blockquote:",
+        "- separator",
         '- columnheader "size"', '- cell "a | b"', '- region "Code, python":',
     ):  # fmt: skip
         assert part in found["snapshot"], found["snapshot"]

@@ -2,6 +2,8 @@
 
     python -m support.damage_study SOURCE FIRST COUNT [ENGINES [unchecked]]     prints a summary; 1 if a case failed
 
+SOURCE is a bundle, or `tiny:SCHEME` for a tiny one that is made here.
+
 A failure is an exception that is not edgeformer's own, a process that died, or a case that ran for more than `SECONDS`.
 """
 
@@ -54,7 +56,9 @@ def study(source: Path, first: int, count: int, engines: str = "cpu,native,auto"
             reader = threading.Thread(target=_read, args=(process.stdout, lines))
             reader.start()
             try:
-                while (line := lines.get(timeout=SECONDS)) is not None:
+                limit = 4 * SECONDS  # until the imports are done
+                while (line := lines.get(timeout=limit)) is not None:
+                    limit = SECONDS
                     record: dict[str, Any] = json.loads(line)
                     if "start" in record:
                         seed, engine = record["start"], engines.partition(",")[0]
@@ -87,7 +91,13 @@ def main(arguments: list[str]) -> int:
     """The command; see the module."""
     source, first, count, *more = arguments
     engines = more[0] if more else "cpu,native,auto"
-    found = study(Path(source), int(first), int(count), engines, unchecked="unchecked" in more)
+    with tempfile.TemporaryDirectory() as folder:
+        path, scheme = Path(source), source.partition("tiny:")[2]
+        if scheme:
+            from support import tiny
+
+            path = tiny.write_lm(Path(folder) / "b", scheme="none" if scheme == "float" else scheme)
+        found = study(path, int(first), int(count), engines, unchecked="unchecked" in more)
     for failure in found.failures:
         print(*failure, sep="\n  ", flush=True)
     print(f"{sum(found.kinds.values())} loads: {found.kinds}, {len(found.failures)} failures")

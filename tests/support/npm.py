@@ -33,7 +33,7 @@ def npm_folder(name: str, packages: Sequence[str]) -> Path:
     return place
 
 
-def run(*command: object, cwd: Path) -> str:
+def run(*command: object, cwd: Path | None = None) -> str:
     """The program's output.
 
     Raises:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
+import os
 import shutil
 import threading
 import time
 
 import numpy as np
+import pytest
 import uvicorn
 from onnx import TensorProto, helper
 from support import tiny, tool_templates
@@ -27,6 +30,13 @@ SWITCHED = (  # reads how much to reason, and whether to
     + tiny.TEMPLATE
     + "{% if enable_thinking is defined and not enable_thinking %}{{ 'no thoughts\n' }}{% endif %}"
 )
+
+
+def require(module, how):
+    """Skip the test if an optional package is missing; in CI, fail it."""
+    if importlib.util.find_spec(module) is None:
+        message = f"{module} is not installed: {how}"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
 
 
 class Running:

@@ -23,7 +23,7 @@ from edgeformer.engines.native.program.executable import Executable, load_execut
 from edgeformer.engines.native.program.packing import give_weights
 from edgeformer.engines.native.program.program import KEEP_INPUT
 from edgeformer.engines.native.state import NativeState, saved_parts
-from edgeformer.errors import EngineUnavailable, InputError, StateError, memory_errors
+from edgeformer.errors import EngineUnavailable, InputError, StateError, typed_errors
 from edgeformer.machine import default_threads
 
 if TYPE_CHECKING:
@@ -80,6 +80,8 @@ class NativeEngine:
         self._defaults = executable.defaults
         self._inputs = [(name, NUMPY[dtype], shape) for name, dtype, shape in executable.inputs]
         self._outputs = executable.outputs
+        self._converted = [name for name in self._outputs if self._dtypes.get(name) in ("float16", "float64")]
+        self._known = {name for name, _, _ in self._inputs} | {KEEP_INPUT}
         self._symbols = list(executable.program["symbols"])
         self._rows, self._past, self._batch_local = executable.rows, executable.past, executable.batch_local
         self.kv = "float32"  # the type of keys and values in the cache
@@ -132,7 +134,8 @@ class NativeEngine:
         kind, why = _cache_type(options.kv, executable)
         context = options.context if options.context is not None else _default_context(opened, graph)
         threads = default_threads() if threads is None else threads
-        native = extension.Engine(executable.program, threads, options.isa or "", kind, int(context), PREFILL_ROWS)
+        with typed_errors("the native engine was made", EngineUnavailable):
+            native = extension.Engine(executable.program, threads, options.isa or "", kind, int(context), PREFILL_ROWS)
         engine = cls(native, executable, path, _fingerprint(path, opened))
         engine.kv = kind
         plain = [cache["plain"] for cache in executable.program["caches"]]
@@ -247,7 +250,7 @@ class NativeEngine:
                 raise StateError(f"a state of {type(state).__name__} was given, expected one made by this engine")
             states.append(state._state)
             inputs.append(self._inputs_of(arrays, state))
-        with memory_errors("running the model"):
+        with typed_errors("the native engine ran"):
             if len(inputs) == 1 and (slices := self._batch_slices(inputs[0])):
                 parts = [self._native.forward(states, [part])[0] for part in slices]
                 results = [[np.concatenate(arrays) for arrays in zip(*parts, strict=True)]]
@@ -256,10 +259,9 @@ class NativeEngine:
         out = []
         for row in results:
             named = dict(zip(self._outputs, row, strict=True))
-            for name, array in named.items():
-                wanted = self._dtypes.get(name, "")
-                if wanted in ("float16", "float64") and array.dtype == np.float32:
-                    named[name] = array.astype(wanted)
+            for name in self._converted:
+                if named[name].dtype == np.float32:
+                    named[name] = named[name].astype(self._dtypes[name])
             out.append(named)
         return out
 
@@ -303,8 +305,8 @@ class NativeEngine:
         ]
 
     def _require_known(self, arrays: Mapping[str, Array]) -> None:
-        unknown = arrays.keys() - {name for name, _, _ in self._inputs} - {KEEP_INPUT}
-        if unknown:
+        if not arrays.keys() <= self._known:
+            unknown = arrays.keys() - self._known
             raise InputError(
                 f"unknown input(s) {', '.join(map(repr, sorted(unknown)))}; this graph takes {self._names()}"
             )
@@ -321,7 +323,7 @@ class NativeEngine:
             ids = np.asarray(arrays["input_ids"])
             if ids.ndim == 2:
                 positions = np.arange(state.length, state.length + ids.shape[1], dtype=np.int64)
-                return np.broadcast_to(positions, ids.shape)
+                return positions[None] if len(ids) == 1 else np.broadcast_to(positions, ids.shape)
         raise InputError(f"input {name!r} is missing; this graph takes {self._names()}")
 
 

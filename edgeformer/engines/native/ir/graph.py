@@ -6,6 +6,7 @@ weights file until they are read, so reading a graph takes milliseconds whatever
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import numpy as np
 from edgeformer.bundle.signature import Array
 from edgeformer.engines.native.ir.cache import Cache
 from edgeformer.engines.native.ir.dims import Shape, Size, symbol
-from edgeformer.errors import BundleError, EngineUnavailable
+from edgeformer.errors import BundleError, EngineUnavailable, OutOfMemory
 
 if TYPE_CHECKING:
     import onnx
@@ -325,7 +326,9 @@ class _Maps:
             try:
                 self.files[location] = np.memmap(self.folder / location, np.uint8, "r")
             except (OSError, ValueError) as e:
-                raise BundleError(f"{name}: its weights file {location} cannot be mapped: {e}") from e
+                full = isinstance(e, OSError) and e.errno == errno.ENOMEM
+                kind = OutOfMemory if full else BundleError
+                raise kind(f"{name}: its weights file {location} cannot be mapped: {e}") from e
         data = self.files[location]
         if offset < 0 or length < 0 or offset > data.size - length:
             raise BundleError(

@@ -96,6 +96,9 @@ def _dequantized(g: Graph, dq: Node) -> Weight | None:
     if q is None or scale is None or q.ndim != 2:
         return None
     axis, block = dq.attrs.get("axis", 1) % 2, dq.attrs.get("block_size", 0)
+    if block < 0:
+        return None
+    block = min(block, q.shape[axis])
 
     def spread(a: Array) -> Array:
         if block:

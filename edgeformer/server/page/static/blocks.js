@@ -124,7 +124,7 @@ function fenced(lines, at, opening) {
     }
     text.push(lines[end].slice(Math.min(indent, lines[end].search(/[^ ]|$/))));
   }
-  return [{ type: "code", language: info.trim().split(/\s+/)[0], text: text.join("\n") }, end];
+  return [{ type: "code", language: info.trim(), text: text.join("\n") }, end];
 }
 
 /** @param {string[]} lines @param {number} at @returns {[Code, number]} */
@@ -245,9 +245,11 @@ function paragraph(lines, at) {
   let end = at + 1;
   for (; end < lines.length && lines[end].trim(); end++) {
     const line = UNDERLINE.exec(lines[end]);
-    const text = lines.slice(at, end).join("\n");
-    if (line) return [{ type: "heading", level: line[1][0] === "=" ? 1 : 2, text }, end + 1];
-    if (begins(lines[end])) break;
+    if (line) {
+      const text = lines.slice(at, end).join("\n");
+      return [{ type: "heading", level: line[1][0] === "=" ? 1 : 2, text }, end + 1];
+    }
+    if (begins(lines[end]) || table(lines, end)) break;
   }
   return [{ type: "paragraph", text: lines.slice(at, end).map((line) => line.trimStart()).join("\n") }, end];
 }

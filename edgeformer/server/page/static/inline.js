@@ -173,14 +173,15 @@ function destination(text, at) {
   const rest = text.slice(at, at + 4096);
   const pointed = /^\(\s*<([^<>\n]*)>(?:\s+(?:"[^"]*"|'[^']*'))?\s*\)/.exec(rest);
   if (pointed) return { href: pointed[1], length: pointed[0].length };
+  const begin = 1 + rest.slice(1).search(/\S|$/);
   let open = 0;
-  let end = 1;
+  let end = begin;
   for (; end < rest.length && !/\s/.test(rest[end]); end++) {
     if (rest[end] === "(" && ++open > NESTED) return null;
     if (rest[end] === ")" && --open < 0) break;
   }
   const tail = /^(?:\s+(?:"[^"]*"|'[^']*'))?\s*\)/.exec(rest.slice(end));
-  return tail && end > 1 ? { href: rest.slice(1, end), length: end + tail[0].length } : null;
+  return tail && end > begin ? { href: rest.slice(begin, end), length: end + tail[0].length } : null;
 }
 
 /** @param {string} text @param {number} at @returns {Run} */

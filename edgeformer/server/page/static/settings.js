@@ -18,9 +18,9 @@ import { byId, h } from "./dom.js";
 /** @type {Field[]} */
 const FIELDS = [
   { name: "temperature", label: "Temperature", min: 0, max: 10, hint: "0 takes the likeliest token" },
-  { name: "top_p", label: "Top p", min: 0, max: 1, hint: "tokens that make up this share" },
+  { name: "top_p", label: "Top p", min: 0, max: 1, hint: "share of the probability" },
   { name: "top_k", label: "Top k", min: 0, whole: true, hint: "that many tokens; 0 is all" },
-  { name: "min_p", label: "Min p", min: 0, max: 1, hint: "of the likeliest one's probability" },
+  { name: "min_p", label: "Min p", min: 0, max: 1, hint: "share of the likeliest" },
   { name: "max_tokens", label: "Longest answer", min: 1, whole: true, hint: "tokens" },
   { name: "seed", label: "Seed", min: 0, whole: true, hint: "the same draws again" },
   { name: "repeat_penalty", label: "Repeat penalty", min: 0.01, max: 10, hint: "1 is none" },
