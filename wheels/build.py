@@ -76,8 +76,10 @@ def build_extensions(
         made = place / target.extension(python)
         libraries = [str(import_library(python, include, ZIG))] if target.system == "windows" else []
         objects = [*common, str(place / f"bindings-{python}.o"), *libraries]
+        # else macOS's linker writes the path of the file into it
+        name = [f"-Wl,-install_name,{made.name}"] if target.system == "macos" else []
         # -s: no symbols but those that CPython needs
-        zig([*ZIG, "c++", "-target", target.zig, "-shared", "-s", *target.link_flags, *objects, "-o", str(made)])
+        zig([*ZIG, "c++", "-target", target.zig, "-shared", "-s", *target.link_flags, *name, *objects, "-o", str(made)])
         extensions[python] = made
     return extensions
 

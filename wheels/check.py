@@ -69,7 +69,14 @@ def elf_problems(binary: Any, target: Target) -> list[str]:
 
 def macho_problems(binary: Any, target: Target) -> list[str]:
     """Libraries, exports, the processor, and the minimum version of macOS in the load commands."""
-    found = foreign([library.name for library in binary.libraries], "macos")
+    found = []
+    loaded = []
+    for library in binary.libraries:
+        if not str(library.command).endswith("ID_DYLIB"):
+            loaded.append(library.name)
+        elif "/" in library.name:
+            found.append(f"holds the path {library.name} of the machine that built it")
+    found += foreign(loaded, "macos")
     build = binary.build_version
     wanted = version(target.zig.rpartition("-macos.")[2])
     if build is None:
@@ -82,7 +89,10 @@ def macho_problems(binary: Any, target: Target) -> list[str]:
     # Apple's processors run no code without a signature; an ad-hoc one is enough.
     if cpu == "ARM64" and not binary.has_code_signature:
         found.append("has no code signature")
-    return found + export_problems(str(symbol.name).removeprefix("_") for symbol in binary.exported_symbols)
+    # The linker's own symbols, and new and delete of libc++: weak, and malloc and free like all others.
+    linker = r"_{1,2}(dso_handle|mh_dylib_header)|_Zn[aw]m\w*|_Zd[al]Pv\w*"
+    names = [str(symbol.name).removeprefix("_") for symbol in binary.exported_symbols]
+    return found + export_problems(name for name in names if not re.fullmatch(linker, name))
 
 
 def pe_problems(binary: Any, python: str) -> list[str]:

@@ -15,8 +15,9 @@ from edgeformer.bundle.bundle import Bundle
 from edgeformer.bundle.ed25519 import SIGNATURE
 from edgeformer.bundle.hashes import bundle_error, sha256
 from edgeformer.bundle.manifest import FORMAT, FORMAT_VERSION, MANIFEST, Json, manifest_problems, read_json
+from edgeformer.bundle.names import windows_name_problem
 from edgeformer.errors import BundleError
-from edgeformer.machine import WINDOWS, fsync, lock_folder, move, windows_name_problem
+from edgeformer.machine import WINDOWS, fsync, lock_folder, move
 
 OLD = "-old"  # suffix of the temporary name of a replaced folder
 

@@ -23,7 +23,7 @@ from edgeformer.engines.base import Engine, State
 from edgeformer.engines.feed import CHUNK, feed
 from edgeformer.engines.options import EngineOptions
 from edgeformer.errors import EngineUnavailable, InputError
-from edgeformer.machine import cpu_name, peak_memory
+from edgeformer.machine import cpu_name, peak_memory, system_name
 from edgeformer.model import Model, load
 
 Kind = Literal["pp", "tg"]  # prompt processing, token generation
@@ -293,7 +293,7 @@ def _bundle_facts(model: Model) -> dict[str, Any]:
 def _machine_facts(model: Model) -> dict[str, Any]:
     return {
         "cpu": cpu_name(),
-        "system": f"{platform.system()} {platform.machine()}",
+        "system": " ".join(system_name()[::2]),
         "python": platform.python_version(),
         "edgeformer": edgeformer.__version__,
         "onnxruntime": getattr(model.engine, "version", None),

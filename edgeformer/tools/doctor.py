@@ -27,7 +27,15 @@ from edgeformer.engines.ort_install import (
     version_of,
 )
 from edgeformer.errors import EdgeformerError, EngineUnavailable, pip_install
-from edgeformer.machine import available_memory, cpu_name, cpu_quota, default_threads, total_memory, usable_cpus
+from edgeformer.machine import (
+    available_memory,
+    cpu_name,
+    cpu_quota,
+    default_threads,
+    system_name,
+    total_memory,
+    usable_cpus,
+)
 from edgeformer.tools.toolchain import missing_packages
 
 Verdict = Literal["yes", "no", "warning", "fact"]
@@ -46,7 +54,7 @@ def examine() -> Iterator[Finding]:
     """Yields findings about this machine and this installation."""
     yield Finding("edgeformer", "fact", f"{edgeformer.__version__} in {Path(edgeformer.__file__).parent}")
     yield Finding("python", "fact", f"{platform.python_version()} ({sys.executable})")
-    yield Finding("system", "fact", f"{platform.system()} {platform.release()} {platform.machine()}")
+    yield Finding("system", "fact", " ".join(system_name()))
     quota = cpu_quota()
     limit = f", the control group allows {quota:g}" if quota is not None else ""
     cpus = len(usable_cpus())

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from edgeformer import machine
+from edgeformer.bundle.names import windows_name_problem
 from edgeformer.bundle.write import seal
 from edgeformer.errors import BundleError
 
@@ -135,7 +136,7 @@ def test_free_memory_of_macos() -> None:
     ],
 )
 def test_names_that_windows_has_not(name: str, word: str | None) -> None:
-    problem = machine.windows_name_problem(name)
+    problem = windows_name_problem(name)
     assert (problem is None) == (word is None)
     assert word is None or word in str(problem)
 

@@ -122,13 +122,20 @@ def test_what_a_linux_extension_may_need(binary: SimpleNamespace, word: str | No
     assert (word is None) == (not found) and (word is None or word in found[0])
 
 
-def macho(minimum: list[int], cpu: str = "CPU_TYPE.ARM64", signed: bool = True) -> SimpleNamespace:
+def macho(
+    minimum: list[int], cpu: str = "CPU_TYPE.ARM64", signed: bool = True, name: str = "_native.so"
+) -> SimpleNamespace:
     return SimpleNamespace(
-        libraries=[SimpleNamespace(name="/usr/lib/libSystem.B.dylib")],
+        libraries=[
+            SimpleNamespace(name=name, command="TYPE.ID_DYLIB"),
+            SimpleNamespace(name="/usr/lib/libSystem.B.dylib", command="TYPE.LOAD_DYLIB"),
+        ],
         build_version=SimpleNamespace(minos=minimum),
         header=SimpleNamespace(cpu_type=cpu),
         has_code_signature=signed,
-        exported_symbols=[SimpleNamespace(name="_PyInit__native")],
+        exported_symbols=[
+            SimpleNamespace(name=n) for n in ("_PyInit__native", "__Znwm", "___dso_handle", "__mh_dylib_header")
+        ],
     )
 
 
@@ -139,6 +146,7 @@ def macho(minimum: list[int], cpu: str = "CPU_TYPE.ARM64", signed: bool = True) 
         (macho([15, 0, 0]), "needs macOS 15.0.0"),
         (macho([13, 0, 0], cpu="CPU_TYPE.X86_64"), "is for CPU_TYPE.X86_64"),
         (macho([13, 0, 0], signed=False), "no code signature"),
+        (macho([13, 0, 0], name="/home/me/build/_native.so"), "holds the path /home/me/build/_native.so"),
     ],
 )
 def test_what_a_macos_extension_may_need(binary: SimpleNamespace, word: str | None) -> None:
