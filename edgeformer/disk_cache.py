@@ -24,6 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 from platformdirs import user_cache_dir
 
+from edgeformer.machine import move
+
 MAX_ENTRIES = 256  # the least recently used are deleted first
 DISK_DIVISOR = 5  # all entries use at most 1/5 of the space that would be free without them
 SMALL = 1 << 20  # bytes; entries up to this size are not deleted to free space
@@ -194,7 +196,7 @@ def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
                 if _ending.is_set():
                     raise OSError("the process ends")
                 file.write(part)
-        os.replace(partial, path)
+        move(partial, path, replace=True)
     except OSError:
         with suppress(OSError):
             partial.unlink()

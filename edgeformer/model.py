@@ -33,7 +33,7 @@ from edgeformer.tasks.embedding import Encoder
 from edgeformer.tasks.encoder_methods import EncoderMethods
 from edgeformer.tasks.scheduler import GenerationScheduler, half_of_memory
 from edgeformer.tasks.seq2seq import EncoderDecoder
-from edgeformer.tasks.speech import Audio, SpeechArguments, Transcript, transcribe_each
+from edgeformer.tasks.speech_methods import SpeechMethods
 from edgeformer.tasks.text_generation import Prompt, TextGeneration, encode_prompt, is_list_of_prompts
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def load(
     return Model(bundle, engines, choice, tokenizer(), prefix_cache)
 
 
-class Model(EncoderMethods):
+class Model(EncoderMethods, SpeechMethods):
     """A loaded bundle. Threads may share it: each generation has its own state."""
 
     def __init__(
@@ -188,6 +188,7 @@ class Model(EncoderMethods):
             json_schema, regex, grammar, choices, response_format: what the answer must be; see docs/generation.md.
             tools, tool_choice, parallel_tool_calls: functions that the model may call, as in OpenAI's API; the calls
                 are in `Result.tool_calls`.
+            chat_template_kwargs: variables that the chat template reads (`enable_thinking`, ...); no others are taken.
             context_policy: what a full context does: "stop" ends the answer, "error" raises ContextError, "slide" drops
                 the oldest tokens behind the first `context_protect` and goes on.
             decoder_prompt: of an encoder-decoder, the tokens that its answer begins with. Its `prompt` is the source: a
@@ -282,59 +283,6 @@ class Model(EncoderMethods):
         limit = half_of_memory() if memory_limit is None else memory_limit
         options = SchedulerOptions(max_sequences, token_budget, limit)
         return GenerationScheduler(self._generating("scheduler"), options, queue_limit)
-
-    @overload
-    def transcribe(  # type: ignore[overload-overlap]  # a path is a sequence of texts
-        self, audio: Audio, **arguments: Unpack[SpeechArguments]
-    ) -> Transcript: ...
-
-    @overload
-    def transcribe(self, audio: Sequence[Audio], **arguments: Unpack[SpeechArguments]) -> list[Transcript]: ...
-
-    def transcribe(
-        self, audio: Audio | Sequence[Audio], **arguments: Unpack[SpeechArguments]
-    ) -> Transcript | list[Transcript]:
-        """The transcript of a recording: a file, or float samples [count] at the model's rate. A list of recordings
-        gives a list of transcripts.
-
-        Recordings are cut into the windows that the model was made for, and several windows run at once.
-
-        Args:
-            audio: A recording, or a list of them.
-            language: A code. By default the bundle's, if it names one; else the model says which it hears in the first
-                window of each recording, if it knows several.
-            task: "translate" gives English; "transcribe" is what a bundle without a task of its own does.
-            num_beams, max_new_tokens: As in `generate`, for each window.
-            show_progress: A function of (windows done, windows of the recordings read so far), True for a bar on
-                stderr, or None for one if stderr is a terminal.
-
-        Raises:
-            InputError: this is no speech model, an argument is unknown, or a recording cannot be read.
-        """
-        audios = list(audio) if isinstance(audio, (list, tuple)) else None
-        found: list[Transcript] = []
-        for transcript in self.transcribe_each([audio] if audios is None else audios, **arguments):  # type: ignore[list-item]
-            if isinstance(transcript, EdgeformerError):
-                if audios is not None:
-                    transcript.add_note(f"This was recording {len(found)} of {len(audios)}.")
-                raise transcript
-            found.append(transcript)
-        return found[0] if audios is None else found
-
-    def transcribe_each(
-        self, audios: Iterable[Audio], **arguments: Unpack[SpeechArguments]
-    ) -> Iterator[Transcript | EdgeformerError]:
-        """The transcript of each recording, in order and as soon as it is whole; or why it has none, in place of it.
-
-        A recording is taken from `audios` when it can begin soon, so that neither all recordings nor all transcripts
-        are in memory. Arguments are those of `transcribe`.
-
-        Raises:
-            InputError: this is no speech model, or an argument is unknown.
-        """
-        if not isinstance(self._task, EncoderDecoder):
-            raise InputError(f"{self.bundle.path} is a {self.bundle.task} model and has no transcribe().")
-        return transcribe_each(self._task, audios, arguments)
 
     def logits(self, ids: Sequence[int] | np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The logits at every position, float32 [len(ids), vocab]: row i scores what follows ids[:i + 1].

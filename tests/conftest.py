@@ -23,11 +23,15 @@ os.environ["EDGEFORMER_CACHE"] = ""
 # Test files that share slow fixtures: with `pytest -n 2`, a group runs in one process. Groups start first, in this
 # order; small files run last. Names of test files are unique in the tree.
 TOGETHER = {
+    "test_windows.py": "wheels",  # both compile with zig, with a process a core
+    "test_arm64.py": "wheels",
     "test_smollm2.py": "SmolLM2",
     "test_native_smollm2.py": "SmolLM2",
     "test_docs.py": "SmolLM2",
     "test_environments.py": "SmolLM2",
     "test_other_runtimes.py": "other runtimes",
+    "test_page_browser.py": "page",
+    "test_page_markdown.py": "page",
     "test_native_cross.py": "other CPUs",
     "test_engine_cross.py": "other CPUs",
     "test_export.py": "tiny models",

@@ -18,7 +18,7 @@ RUNTIME = f"{BASE} bundle processing engines decoding"
 ALLOWED = {
     "errors": "",
     "machine": "",
-    "disk_cache": "",
+    "disk_cache": "machine",
     "bundle": BASE,
     "processing": f"{BASE} bundle",
     "engines": f"{BASE} bundle",

@@ -8,9 +8,6 @@ into `build/elsewhere`. Both are kept.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
 import sysconfig
 import venv
 from pathlib import Path
@@ -20,6 +17,7 @@ import pytest
 import torch
 import transformers as tf
 from support import browser, tiny
+from support.npm import npm_folder, run
 
 import edgeformer
 from edgeformer.export.options import ExportOptions
@@ -31,12 +29,6 @@ ROOT = Path(__file__).resolve().parent.parent
 OPTIMUM = ("optimum", "optimum-onnx", "transformers==4.57.6", "tokenizers<0.23", "huggingface-hub<1", "onnx")
 JAVASCRIPT = ("@huggingface/transformers@4.3.1", "onnxruntime-web@1.27.0")
 TEXTS = ["hello world, what is the time?", "the time"]
-
-
-def run(*command, **options) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=560, **options)
-    assert done.returncode == 0, f"{' '.join(map(str, command))[:500]}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -267,18 +259,7 @@ export default async function work() {
 @pytest.fixture(scope="module")
 def node_folder():
     """A folder with the JavaScript packages, where modules can be run."""
-    if shutil.which("npm") is None or shutil.which("node") is None:
-        told = "node and npm are not installed: apt-get install nodejs npm"
-        pytest.fail(told) if os.environ.get("CI") else pytest.skip(told)
-    place = ROOT / "build" / "elsewhere"
-    stamp = place / ".packages"
-    if not stamp.exists() or stamp.read_text() != repr(JAVASCRIPT):
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-        (place / "package.json").write_text('{"name": "elsewhere", "private": true, "type": "module"}')
-        # Their install scripts fetch GPU libraries from other hosts; the CPU ones are in the packages.
-        run("npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", *JAVASCRIPT, cwd=place)
-        stamp.write_text(repr(JAVASCRIPT))
+    place = npm_folder("elsewhere", JAVASCRIPT)
     (place / "scripts").mkdir(exist_ok=True)
     scripts = {"three_tasks": THREE_TASKS, "generate": GENERATE, "node_three": NODE_THREE_TASKS, "node": NODE_GENERATE}
     for name, text in scripts.items():

@@ -1,8 +1,7 @@
 """What a constraint costs beside the decode steps of the answer that it shapes, without drafts.
 
-`GrammarConstraint.apply` and `accept` are timed inside the running generation, in CPU seconds of their thread, so that
-a busy neighbour counts less. The step that they are compared with is
-that of a free answer to the same prompt with as many tokens, in the same round.
+What `GrammarConstraint` does between two steps is timed inside the running generation. The step that it is compared
+with is that of a free answer to the same prompt with as many tokens, in the same round.
 """
 
 from __future__ import annotations
@@ -34,28 +33,32 @@ DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sun
 
 @contextmanager
 def timed() -> Iterator[list[float]]:
-    """Seconds of each token's `apply` and `accept` together, of every constraint inside the block."""
-    from edgeformer.decoding.constraints.grammar import GrammarConstraint
+    """Seconds of each token's mask and advance, of every constraint inside the block."""
+    from edgeformer.decoding.constraints.grammar import GrammarConstraint as Constraint
 
-    apply, accept = GrammarConstraint.apply, GrammarConstraint.accept
-    found: list[float] = []
+    apply, check = Constraint.apply, Constraint.accept_if_allowed
+    found: list[float] = [0.0]
 
     def timed_apply(self: Any, scores: Any) -> Any:
-        began = time.thread_time()
+        began = time.perf_counter()
         masked = apply(self, scores)
-        found.append(time.thread_time() - began)
+        found[-1] += time.perf_counter() - began
         return masked
 
-    def timed_accept(self: Any, token: int) -> None:
-        began = time.thread_time()
-        accept(self, token)
-        found[-1] += time.thread_time() - began
+    def timed_check(self: Any, token: int) -> bool:
+        began = time.perf_counter()
+        may_follow = check(self, token)
+        found[-1] += time.perf_counter() - began
+        if may_follow:
+            found.append(0.0)
+        return may_follow
 
-    GrammarConstraint.apply, GrammarConstraint.accept = timed_apply, timed_accept  # type: ignore[method-assign]
+    Constraint.apply, Constraint.accept_if_allowed = timed_apply, timed_check  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        GrammarConstraint.apply, GrammarConstraint.accept = apply, accept  # type: ignore[method-assign]
+        found.pop()
+        Constraint.apply, Constraint.accept_if_allowed = apply, check  # type: ignore[method-assign]
 
 
 def cases(quick: bool) -> dict[str, list[tuple[str, dict[str, Any]]]]:
@@ -70,16 +73,20 @@ def cases(quick: bool) -> dict[str, list[tuple[str, dict[str, Any]]]]:
         "regex, sentences": [(story, {"regex": PROSE})],
         "49 choices": [(several, {"choices": [f"After {a} comes {b}, as we know." for a in DAYS for b in DAYS]})],
     }
+    found |= {
+        f"{kind}, sampled": [(m, {**shape, "temperature": 0.8}) for m, shape in those] for kind, those in found.items()
+    }
     return {kind: those[:1] for kind, those in found.items()} if quick else found
 
 
 def one(model: Any, message: str, arguments: dict[str, Any], new: int) -> dict[str, float]:
     """{mask, mask_p99: seconds a token, step: of a free answer, share: mask / step, times: constrained / free step}."""
     prompt = [{"role": "user", "content": message}]
-    usual = {"max_new_tokens": new, "temperature": 0, "speculation": "off"}
-    model.generate(prompt, **{**usual, "max_new_tokens": 1}, **arguments)  # compiles the grammar
+    shape = {name: value for name, value in arguments.items() if name != "temperature"}
+    usual = {"max_new_tokens": new, "temperature": arguments.get("temperature", 0), "seed": 1, "speculation": "off"}
+    model.generate(prompt, **{**usual, "max_new_tokens": 1}, **shape)  # compiles the grammar
     with timed() as seconds:
-        shaped = model.generate(prompt, **usual, **arguments)
+        shaped = model.generate(prompt, **usual, **shape)
     count = len(shaped.ids)
     if count < 2 or len(seconds) != count:
         raise RuntimeError(f"{count} tokens came, and {len(seconds)} were masked: this case measures nothing")

@@ -65,6 +65,7 @@ std::shared_ptr<PyEngine> make_engine(const py::dict& program, int threads, cons
                                       const std::string& kv, int64_t context, int64_t prefill_rows);
 std::vector<bool> pack(PyEngine& self, const std::vector<py::object>& items);
 void use_packed(PyEngine& self, const py::array& bytes);
+void copy_packed(PyEngine& self, const py::array& bytes, bool mapped);
 
 // forward.cpp
 py::list forward(const std::shared_ptr<PyEngine>& self, const std::vector<PyState*>& states,

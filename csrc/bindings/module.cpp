@@ -2,22 +2,14 @@
 #include <memory>
 #include <string>
 #include <vector>
-#if defined(__GLIBC__)  // which the headers above define
-#include <malloc.h>
-#endif
 
 #include "bindings/bindings.h"
 #include "engine/dispatch.h"
+#include "platform/cpu.h"
+#include "platform/memory.h"
 
 namespace edgeformer {
 namespace {
-
-// Returns freed memory to the system: else what reading a model took would stay beside its packed weights.
-void trim_memory() {
-#if defined(__GLIBC__)
-  malloc_trim(0);
-#endif
-}
 
 // The packed weights as uint8[packed_size], without a copy and read-only; they live as long as the array does.
 py::array packed(const py::object& self) {
@@ -70,7 +62,7 @@ PYBIND11_MODULE(_native, m) {
       },
       "Each CPU feature that a kernel table asks for, and whether this CPU and its OS offer it.");
   m.def("isas", &usable_isas, "Names of the kernel tables that run here, best first.");
-  m.def("trim_memory", &trim_memory, "Return freed memory to the system, if the C library can.");
+  m.def("trim_memory", &trim_heap, "Return freed memory to the system, if the C library can.");
   m.def("built_isas", &built_isas, "Names of the kernel tables in this build, best first.");
 
   bind_state(m);
@@ -97,6 +89,7 @@ PYBIND11_MODULE(_native, m) {
           py::arg("on"))
       .def("pack", &pack, py::arg("parts"))
       .def("use_packed", &use_packed, py::arg("packed"))
+      .def("copy_packed", &copy_packed, py::arg("packed"), py::arg("mapped"))
       .def("packed", &packed)
       .def_property_readonly("packed_size", [](const PyEngine& e) { return e.engine.packed_size(); })
       .def("new_state", &new_state)

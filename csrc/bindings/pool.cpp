@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "bindings/bindings.h"
-#include "kernels/pack.h"
+#include "platform/memory.h"
 #include "platform/threads.h"
 #include "platform/work_ranges.h"
 

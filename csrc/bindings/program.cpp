@@ -1,15 +1,11 @@
 // From Python's description of a program to an engine, and from a model file's arrays to packed weights.
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 #include <algorithm>
 #include <numeric>
 #include <stdexcept>
 
 #include "bindings/bindings.h"
 #include "engine/dispatch.h"
+#include "platform/memory.h"
 
 namespace edgeformer {
 namespace {
@@ -124,15 +120,6 @@ std::shared_ptr<PyEngine> make_engine(const py::dict& program, int threads, cons
 }
 
 namespace {
-
-// Returns the whole pages among these bytes of a mapped file to the system; a later reader gets them from the file.
-void release_pages([[maybe_unused]] const void* data, [[maybe_unused]] size_t bytes) {
-#if defined(__linux__)
-  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), start = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t first = (start + page - 1) / page * page, end = (start + bytes) / page * page;
-  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_DONTNEED);
-#endif
-}
 
 // Some rows of one weight, checked: packing.WeightRows of edgeformer/engines/native/program/packing.py.
 struct WeightRows {
@@ -251,8 +238,10 @@ std::vector<bool> pack(PyEngine& self, const std::vector<py::object>& items) {
   return rounded;
 }
 
-// bytes: what `packed` of another engine of the same program returned, uint8[packed_size]. They are not copied.
-void use_packed(PyEngine& self, const py::array& bytes) {
+namespace {
+
+// The bytes that `packed` of another engine of the same program returned, uint8[packed_size].
+const uint8_t* checked_packed(const PyEngine& self, const py::array& bytes) {
   const auto* at = static_cast<const uint8_t*>(bytes.data());
   const size_t size = self.engine.packed_size();
   if (bytes.itemsize() != 1 || static_cast<size_t>(bytes.nbytes()) != size || !(bytes.flags() & py::array::c_style) ||
@@ -261,8 +250,22 @@ void use_packed(PyEngine& self, const py::array& bytes) {
                              " contiguous ones at a multiple of 64"));
   }
   if (self.engine.packed()) raise("InputError", "this engine has its weights already");
-  self.engine.use_packed(at);
+  return at;
+}
+
+}  // namespace
+
+// The bytes are not copied: the engine reads them as long as it lives.
+void use_packed(PyEngine& self, const py::array& bytes) {
+  self.engine.use_packed(checked_packed(self, bytes));
   self.packed = bytes;
+}
+
+// The bytes are copied, into huge pages where the system has them, by all threads; the GIL is free meanwhile.
+void copy_packed(PyEngine& self, const py::array& bytes, bool mapped) {
+  const uint8_t* from = checked_packed(self, bytes);
+  py::gil_scoped_release release;
+  self.engine.copy_packed(from, mapped);
 }
 
 }  // namespace edgeformer

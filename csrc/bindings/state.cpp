@@ -1,14 +1,13 @@
 // edgeformer._native.State: the KV caches of one sequence, or of one batch of them.
-#include <unistd.h>
-
 #include <stdexcept>
 
 #include "bindings/bindings.h"
+#include "platform/process.h"
 
 namespace edgeformer {
 
 InUse::InUse(const std::vector<State*>& states) {
-  const int64_t me = getpid();
+  const int64_t me = process_id();
   for (State* s : states) {
     int64_t seen = s->user.load();
     // A mark of another process is of a thread that fork() did not copy.

@@ -3,76 +3,20 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#elif defined(__aarch64__) && defined(__linux__)
-#include <sys/auxv.h>
-#endif
+#include "platform/cpu.h"
 
 namespace edgeformer {
 namespace {
 
-using Features = std::vector<std::pair<std::string, bool>>;
-
-#if defined(__x86_64__)
-
-uint64_t enabled_state() {  // XCR0: the registers that the OS saves
-  uint32_t low, high;
-  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  return uint64_t(high) << 32 | low;
-}
-
-Features detect() {
-  uint32_t a = 0, b = 0, c = 0, d = 0;
-  const bool osxsave = __get_cpuid(1, &a, &b, &c, &d) && (c >> 27 & 1);
-  const uint32_t leaf1 = c;
-  uint32_t b7 = 0, c7 = 0, a71 = 0;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
-    b7 = b, c7 = c;
-    if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) a71 = a;  // a: the last subleaf there is
-  }
-  const uint64_t state = osxsave ? enabled_state() : 0;
-  const bool ymm = (state & 0x06) == 0x06, zmm = (state & 0xe6) == 0xe6;
-  return {
-      {"avx2", ymm && (b7 >> 5 & 1)},      {"fma", ymm && (leaf1 >> 12 & 1)},   {"f16c", ymm && (leaf1 >> 29 & 1)},
-      {"avxvnni", ymm && (a71 >> 4 & 1)},  {"avx512f", zmm && (b7 >> 16 & 1)},  {"avx512dq", zmm && (b7 >> 17 & 1)},
-      {"avx512bw", zmm && (b7 >> 30 & 1)}, {"avx512vl", zmm && (b7 >> 31 & 1)}, {"avx512vnni", zmm && (c7 >> 11 & 1)},
-  };
-}
-
 // Kernels::prefetch, as measured (docs/performance.md): 4 KiB on Intel Xeons. On Zen 4: none for one or two rows,
-// 8 KiB for more.
+// 8 KiB for more. The NEON tables have S::kPrefetch.
 std::pair<int64_t, int64_t> prefetch() {
-  uint32_t a = 0, b = 0, c = 0, d = 0;
-  if (__get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx) return {0, 8192};
+#if defined(__x86_64__)
+  if (std::string(cpu_maker()) == "AMD") return {0, 8192};
   return {4096, 4096};
-}
-
-#elif defined(__aarch64__)
-
-std::pair<int64_t, int64_t> prefetch() { return {0, 0}; }  // the NEON tables have S::kPrefetch
-
-Features detect() {
-#if defined(__linux__)
-  // HWCAP_ASIMDDP and HWCAP2_I8MM of the kernel's ABI; older headers lack the second.
-  return {{"dotprod", (getauxval(AT_HWCAP) >> 20 & 1) != 0}, {"i8mm", (getauxval(26 /* AT_HWCAP2 */) >> 13 & 1) != 0}};
-#elif defined(__APPLE__)
-  return {{"dotprod", true}, {"i8mm", false}};  // every Apple arm64 has dotprod
 #else
-  return {{"dotprod", false}, {"i8mm", false}};
+  return {0, 0};
 #endif
-}
-
-#else
-
-std::pair<int64_t, int64_t> prefetch() { return {0, 0}; }
-Features detect() { return {}; }
-
-#endif
-
-const Features& features() {
-  static const Features found = detect();
-  return found;
 }
 
 struct Table {
@@ -114,7 +58,7 @@ Kernels made(const Table& table) {
 }
 
 bool has(const std::string& feature) {
-  for (const auto& [name, present] : features())
+  for (const auto& [name, present] : cpu_features())
     if (name == feature) return present;
   return false;
 }
@@ -143,8 +87,6 @@ const char* null_kernel(const Kernels& kernels) {
     if (!kernels.linear[type]) return kWeightTypeNames[type];
   return nullptr;
 }
-
-std::vector<std::pair<std::string, bool>> cpu_features() { return features(); }
 
 std::vector<std::string> built_isas() {
   std::vector<std::string> names;

@@ -9,8 +9,6 @@
 
 namespace edgeformer {
 
-// Name and presence of each CPU feature that a table needs; present: the OS saves its registers too.
-std::vector<std::pair<std::string, bool>> cpu_features();
 // Names of the tables in this build, best first; the last is "scalar".
 std::vector<std::string> built_isas();
 // Names of the tables that run on this CPU and OS, best first.

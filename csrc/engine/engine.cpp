@@ -1,12 +1,13 @@
 #include "engine/engine.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <new>
 #include <stdexcept>
+
+#include "platform/memory.h"
+#include "platform/process.h"
 
 namespace edgeformer {
 
@@ -15,10 +16,10 @@ Engine::Engine(ProgramSpec spec, const Kernels& kernels, int threads, int64_t co
       kernels_(kernels),
       context_(context),
       prefill_rows_(prefill_rows),
-      process_(getpid()),
+      process_(process_id()),
       pool_(threads),
       ranges_(threads),
-      arena_(nullptr, std::free) {
+      arena_(nullptr, aligned_delete) {
   last_use_.assign(spec_.slots.size(), -1);
   for (size_t i = 0; i < spec_.ops.size(); ++i) {
     ops_.push_back(make_op(static_cast<int>(i), spec_.ops[i]));
@@ -99,6 +100,19 @@ void Engine::use_packed(const uint8_t* at) {
   }
 }
 
+void Engine::copy_packed(const uint8_t* from, bool mapped) {
+  make_weights();
+  constexpr size_t kPiece = size_t(2) << 20;
+  const size_t total = packed_size();
+  auto copy = [&](int64_t i) {
+    const size_t at = static_cast<size_t>(i) * kPiece;
+    const size_t bytes = std::min(kPiece, total - at);
+    std::memcpy(own_.get() + at, from + at, bytes);
+    if (mapped) release_pages(from + at, bytes);
+  };
+  in_parallel(static_cast<int64_t>((total + kPiece - 1) / kPiece), copy);
+}
+
 void Engine::in_parallel(int64_t count, FunctionRef<void(int64_t)> work) {
   auto begin = [count](int) { return count; };
   auto chunk = [&work](int, int64_t i, int) { work(i); };
@@ -166,9 +180,9 @@ Engine::Profile Engine::profile(bool on) {
 
 // In a child of fork() a thread of the parent may have held the mutex, and no longer exists.
 void Engine::after_fork() {
-  if (getpid() == process_) return;
+  if (process_id() == process_) return;
   new (&mutex_) std::mutex;
-  process_ = getpid();
+  process_ = process_id();
 }
 
 // Rows of any states as one sequence: all operations but attention compute a row from that row alone, and attention

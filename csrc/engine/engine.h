@@ -25,6 +25,7 @@
 
 #include "kernels/pack.h"
 #include "ops/ops.h"
+#include "platform/memory.h"
 #include "platform/threads.h"
 #include "platform/work_ranges.h"
 #include "program/kv_cache.h"
@@ -86,6 +87,9 @@ class Engine {
   // Uses packed_size() bytes at a multiple of 64, packed by an engine of the same program. The caller keeps them alive.
   void use_packed(const uint8_t* at);
   // work(0) ... work(count - 1) by all threads, claimed in this order.
+  // Copies the `packed_size` bytes that `packed` of another engine of the same program gave into memory of its own.
+  // `mapped`: they are those of a file, and their pages are released.
+  void copy_packed(const uint8_t* from, bool mapped);
   void in_parallel(int64_t count, FunctionRef<void(int64_t)> work);
 
   struct Profile {

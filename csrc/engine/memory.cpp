@@ -87,7 +87,7 @@ void Engine::prepare(const std::vector<int64_t>& symbols) {
   if (wanted > arena_bytes_ || (arena_bytes_ > kWorthFreeing && wanted < arena_bytes_ / 8)) {
     arena_.reset();
     arena_bytes_ = 0;
-    arena_.reset(static_cast<uint8_t*>(std::aligned_alloc(kAlign, aligned(std::max<size_t>(wanted, kAlign)))));
+    arena_.reset(static_cast<uint8_t*>(aligned_new(kAlign, std::max<size_t>(wanted, kAlign))));
     if (!arena_) throw std::bad_alloc();
     arena_bytes_ = wanted;
   }

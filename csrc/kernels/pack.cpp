@@ -1,10 +1,6 @@
 #include "kernels/pack.h"
 
-#include <stdlib.h>
 #include <string.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace edgeformer {
 namespace {
@@ -234,45 +230,6 @@ void unpack_row(WeightType type, const void* packed, int64_t k, int64_t row, flo
     const int64_t columns = k - g * kBlock < kBlock ? k - g * kBlock : kBlock;
     memcpy(y + g * kBlock, values, size_t(columns) * sizeof(float));
   }
-}
-
-namespace {
-constexpr size_t kHugePage = size_t(2) << 20;
-}
-
-void* pages_alloc(size_t bytes) {
-#if defined(__linux__)
-  // mmap gives zeroed pages that no one has touched. Map more, to start at a huge page, and unmap the rest.
-  const bool huge = bytes >= kHugePage;
-  const size_t page = 4096, size = (bytes + page - 1) / page * page, spare = huge ? kHugePage : 0;
-  if (size == 0) return nullptr;
-  void* mapped = mmap(nullptr, size + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapped == MAP_FAILED) return nullptr;
-  if (!huge) return mapped;
-  uint8_t* start = static_cast<uint8_t*>(mapped);
-  const size_t lead = (kHugePage - reinterpret_cast<uintptr_t>(start) % kHugePage) % kHugePage;
-  if (lead) munmap(start, lead);
-  if (spare - lead) munmap(start + lead + size, spare - lead);
-#if defined(MADV_HUGEPAGE)
-  madvise(start + lead, size, MADV_HUGEPAGE);  // may fail: then the pages are small
-#endif
-  return start + lead;
-#else
-  void* p = nullptr;
-  if (bytes == 0 || posix_memalign(&p, 64, bytes)) return nullptr;
-  memset(p, 0, bytes);
-  return p;
-#endif
-}
-
-void pages_free(void* p, size_t bytes) {
-  if (!p) return;
-#if defined(__linux__)
-  munmap(p, (bytes + 4095) / 4096 * 4096);
-#else
-  (void)bytes;
-  free(p);
-#endif
 }
 
 }  // namespace edgeformer

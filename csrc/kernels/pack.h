@@ -52,10 +52,4 @@ PackResult pack_rows(WeightType type, const PackSource& source, int64_t row_begi
 // y[k] = packed row `row` as floats: float(q) * s, for q4a fma(q, s, m). An embedding row of a tied head.
 void unpack_row(WeightType type, const void* packed, int64_t k, int64_t row, float* y);
 
-// Zeroed memory, 64-byte aligned; null if there is none. Linux: no page is touched before its first use, and 2 MiB or
-// more are aligned to 2 MiB, with a request for huge pages.
-void* pages_alloc(size_t bytes);
-// `bytes` as given to pages_alloc; p may be null.
-void pages_free(void* p, size_t bytes);
-
 }  // namespace edgeformer

@@ -50,28 +50,49 @@ int64_t Attention::begin(Run& run, int phase) const {
 
 int64_t Attention::begin_append(Run& run) const {
   fill_ranges(run);
+  AttentionPlan p = new_plan(run);
+  const int64_t rows = std::max(in(run, kQ).rows(), in(run, kK).rows());
+  p.append_rows = std::clamp<int64_t>(rows / (run.threads * 4), 2, kAppendRows);
+  run.plans[index_] = p;
+  return p.prefill ? (rows + p.append_rows - 1) / p.append_rows : 0;
+}
+
+// Work is counted in query rows times KV chunks, of one KV head.
+AttentionPlan Attention::new_plan(const Run& run) const {
   AttentionPlan p;
   p.prefill = is_prefill(run);
+  int64_t total = 0, most = -1, rows = 1, tiles = 0;
   for (int64_t i = 0; i < sequences(run); ++i) {
-    p.kv_chunks = std::max(p.kv_chunks, (sequence(run, i).keys + kChunkTokens - 1) / kChunkTokens);
+    const Sequence s = sequence(run, i);
+    const int64_t chunks = (s.keys + kChunkTokens - 1) / kChunkTokens, work = s.rows * chunks;
+    p.kv_chunks = std::max(p.kv_chunks, chunks);
+    total += work;
+    tiles += (s.rows + kQueryTile - 1) / kQueryTile;
+    if (work > most) {
+      most = work;
+      rows = s.rows;
+      p.first = i;
+    }
   }
-  run.plans[index_] = p;
-  if (!p.prefill) return 0;
-  const int64_t rows = std::max(in(run, kQ).rows(), in(run, kK).rows());
-  return (rows + kAppendRows - 1) / kAppendRows;
+  const int64_t tasks = sequences(run) * kv_heads_;
+  if (p.prefill) {
+    // Fewer rows of tokens are still a whole pass of the kernel, which takes the heads of a group as rows.
+    p.tile = tiles * kv_heads_ < run.threads * 8 ? std::max<int64_t>(1, kQueryTile / group_) : kQueryTile;
+    p.tiles = (max_rows(run) + p.tile - 1) / p.tile;
+    // Many short sequences: a task is small, so a thread takes several at a time.
+    p.tasks_per_work = p.tiles > 1 ? 1 : std::max<int64_t>(1, tasks / (run.threads * 16));
+  } else if (p.kv_chunks > 1 && run.threads > 1 &&
+             (tasks < run.threads * 4 || most * run.threads * 2 > total * kv_heads_)) {
+    p.split = std::max<int64_t>(1, total * kv_heads_ / (run.threads * 16 * std::max<int64_t>(1, rows)));
+  }
+  return p;
 }
 
 int64_t Attention::begin_attend(Run& run) const {
-  AttentionPlan& p = plan<AttentionPlan>(run);
+  const AttentionPlan& p = plan<AttentionPlan>(run);
   const int64_t tasks = sequences(run) * kv_heads_;
-  if (p.prefill) {
-    const int64_t tiles = query_tiles(run);
-    // Many short sequences: a task is small, so a thread takes several at a time.
-    p.tasks_per_work = tiles > 1 ? 1 : std::max<int64_t>(1, tasks / (run.threads * 16));
-    return (tasks + p.tasks_per_work - 1) / p.tasks_per_work * tiles;
-  }
-  if (p.kv_chunks <= 1 || run.threads == 1 || tasks >= run.threads * 4) return tasks;
-  p.split = std::max<int64_t>(1, p.kv_chunks * tasks / (run.threads * 16));
+  if (p.prefill) return (tasks + p.tasks_per_work - 1) / p.tasks_per_work * p.tiles;
+  if (!p.split) return tasks;
   const size_t floats = static_cast<size_t>(total_rows(run) * heads_ * p.kv_chunks * partial_row(run));
   if (run.partials.size() < floats) run.partials.resize(floats + floats / 2);
   return tasks * ((p.kv_chunks + p.split - 1) / p.split);
@@ -89,12 +110,12 @@ int64_t Attention::begin_merge(Run& run) const {
 void Attention::work(Run& run, int phase, int64_t chunk, int thread) const {
   const AttentionPlan& p = plan<AttentionPlan>(run);
   if (phase == 0) {
-    append_rows(run, chunk * kAppendRows, kAppendRows);
+    append_rows(run, chunk * p.append_rows, p.append_rows);
   } else if (phase == 1 && p.prefill) {
-    const int64_t tiles = query_tiles(run), task = chunk / tiles * p.tasks_per_work;
+    const int64_t task = chunk / p.tiles * p.tasks_per_work;
     const int64_t end = std::min(task + p.tasks_per_work, sequences(run) * kv_heads_);
-    // The last query tiles see the most keys: they go first, so that the threads end together.
-    for (int64_t t = task; t < end; ++t) attend_tile(run, t, (tiles - 1 - chunk % tiles) * kQueryTile);
+    // The last query tiles see the most keys: they go first, too.
+    for (int64_t t = task; t < end; ++t) attend_tile(run, t, p.tiles - 1 - chunk % p.tiles);
   } else if (phase == 1) {
     decode(run, chunk, thread);
   } else {

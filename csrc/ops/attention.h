@@ -17,8 +17,8 @@
 
 namespace edgeformer {
 
-constexpr int64_t kQueryTile = 16;      // query rows of a prefill task
-constexpr int64_t kAppendRows = 16;     // rows of an append task
+constexpr int64_t kQueryTile = 16;      // most query rows of a prefill task
+constexpr int64_t kAppendRows = 16;     // most rows of an append task
 constexpr int64_t kSerialMerge = 4096;  // floats of partials merged without a barrier
 
 class Attention final : public Op {
@@ -78,8 +78,8 @@ class Attention final : public Op {
 
   // -- attention.cpp
   bool is_prefill(const Run& run) const { return max_rows(run) > kSmallRows || layer_ < 0; }
-  int64_t query_tiles(const Run& run) const { return (max_rows(run) + kQueryTile - 1) / kQueryTile; }
   int64_t begin_append(Run& run) const;
+  AttentionPlan new_plan(const Run& run) const;
   int64_t begin_attend(Run& run) const;
   int64_t begin_merge(Run& run) const;
 
@@ -103,7 +103,7 @@ class Attention final : public Op {
 
   // -- attention_attend.cpp
   AttentionArgs attention_args(const Run& run, const Sequence& s, const float* q) const;
-  void attend_tile(const Run& run, int64_t task, int64_t first) const;
+  void attend_tile(Run& run, int64_t task, int64_t tile) const;
   void decode(Run& run, int64_t chunk, int thread) const;
   void merge(Run& run, int64_t task) const;
   float* partial(Run& run, const Sequence& s, int64_t kv_head, int64_t chunk) const;

@@ -38,10 +38,11 @@ void Attention::quantize_head(const Run& run, const Sequence& s, int64_t kv_head
   quantize_rows(run, q, {attended(run) + row * n, n, row, rows, kv_head * blocks, (kv_head + 1) * blocks});
 }
 
-// Prefill: kQueryTile rows from `first` on, of task (sequence, KV head).
-void Attention::attend_tile(const Run& run, int64_t task, int64_t first) const {
-  const Sequence s = sequence(run, task / kv_heads_);
-  const int64_t kv_head = task % kv_heads_, last = std::min(first + kQueryTile, s.rows);
+// Prefill: a tile of rows of task (sequence, KV head).
+void Attention::attend_tile(Run& run, int64_t task, int64_t tile) const {
+  const AttentionPlan& p = plan<AttentionPlan>(run);
+  const Sequence s = sequence(run, (task / kv_heads_ + p.first) % sequences(run));
+  const int64_t kv_head = task % kv_heads_, first = tile * p.tile, last = std::min(first + p.tile, s.rows);
   if (first >= last) return;
   const float* q = q_.changes() ? temp_floats(run, layout(run).q) : in(run, kQ).f32();
   run.k->attention(attention_args(run, s, q + s.row * heads_ * dim_), kv_head, first, last);
@@ -52,10 +53,11 @@ void Attention::decode(Run& run, int64_t chunk, int thread) const {
   const AttentionPlan& p = plan<AttentionPlan>(run);
   const int64_t parts = p.split ? (p.kv_chunks + p.split - 1) / p.split : 1;
   const int64_t task = chunk / parts, kv_head = task % kv_heads_;
-  const Sequence s = sequence(run, task / kv_heads_);
-  if (s.rows == 0) return;
+  const Sequence s = sequence(run, (task / kv_heads_ + p.first) % sequences(run));
+  const int64_t chunks = (s.keys + kChunkTokens - 1) / kChunkTokens;
   const int64_t c_begin = p.split ? chunk % parts * p.split : 0;
-  const int64_t c_end = p.split ? std::min(c_begin + p.split, p.kv_chunks) : p.kv_chunks;
+  const int64_t c_end = p.split ? std::min(c_begin + p.split, chunks) : chunks;
+  if (s.rows == 0 || (c_begin >= c_end && p.split)) return;
 
   float* scratch = reinterpret_cast<float*>(run.scratch[thread]);
   const float* q = in(run, kQ).f32() + s.row * heads_ * dim_;
@@ -81,17 +83,8 @@ void Attention::decode(Run& run, int64_t chunk, int thread) const {
     quantize_head(run, s, kv_head, 0, s.rows);
     return;
   }
-  const int64_t row = partial_row(run);
   for (int64_t c = c_begin; c < c_end; ++c) {
-    float* to = partial(run, s, kv_head, c);
-    if (c * kChunkTokens < s.keys) {
-      run.k->attention_partial(a, kv_head, 0, s.rows, c, to);
-    } else {
-      for (int64_t i = 0; i < s.rows * group_; ++i) {
-        to[i * row] = -__builtin_inff();
-        to[i * row + 1] = 0;
-      }
-    }
+    run.k->attention_partial(a, kv_head, 0, s.rows, c, partial(run, s, kv_head, c));
   }
 }
 

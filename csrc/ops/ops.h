@@ -32,9 +32,12 @@ struct LinearPlan {
 };
 struct AttentionPlan {
   bool prefill = false;
-  int64_t kv_chunks = 0;       // most KV chunks of a sequence
-  int64_t split = 0;           // decode: KV chunks of a task, 0: a task takes its whole sequence
-  int64_t tasks_per_work = 1;  // prefill: (sequence, KV head) pairs of one chunk of work
+  int64_t kv_chunks = 0;        // most KV chunks of a sequence
+  int64_t split = 0;            // decode: KV chunks of a task, 0: a task takes its whole sequence
+  int64_t first = 0;            // the sequence with the most work: its tasks go first, so that the threads end together
+  int64_t tile = 0, tiles = 0;  // prefill: query rows of a task, tasks of a sequence and KV head
+  int64_t append_rows = 0;      // prefill: rows of an append task
+  int64_t tasks_per_work = 1;   // prefill: (sequence, KV head) pairs of one chunk of work
 };
 using Plan = std::variant<ParallelPlan, LinearPlan, AttentionPlan>;
 

@@ -1,8 +1,5 @@
 #include "platform/threads.h"
 
-#include <pthread.h>
-#include <sched.h>
-
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -13,6 +10,8 @@
 #include <thread>
 #include <vector>
 
+#include "platform/process.h"
+
 namespace edgeformer {
 namespace {
 
@@ -21,21 +20,6 @@ constexpr auto kSpin = std::chrono::microseconds(50);  // an idle worker spins s
 constexpr auto kYield = std::chrono::microseconds(5);  // from then on it yields the core between reads of the word
 constexpr int kReads = 32;                             // reads of the claim word between reads of the clock
 
-void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-}
-
-std::atomic<unsigned> forks{0};  // forks between the process of the first pool and this one
-
-void watch_forks() {
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1); });
-  (void)registered;
-}
-
 }  // namespace
 
 // The claim word is phase << 32 | chunks left to claim. Phase numbers go on from run to run, so no word occurs twice
@@ -43,7 +27,7 @@ void watch_forks() {
 // word with chunks left always belongs to an open phase. (32 bits of phases wrap after 4e9: no thread sleeps so long.)
 struct ThreadPool::Impl {
   const int threads;
-  const unsigned forks_seen;
+  const unsigned forks;  // forks_seen() when the workers started
   std::vector<std::thread> workers;
   std::mutex one_run;  // locked during a run
 
@@ -63,7 +47,7 @@ struct ThreadPool::Impl {
   std::mutex sleep_mutex;
   std::condition_variable wake;
 
-  explicit Impl(int n) : threads(n), forks_seen(forks.load()) {
+  explicit Impl(int n) : threads(n), forks(forks_seen()) {
     try {
       for (int t = 1; t < n; t++) workers.emplace_back([this, t] { worker(t); });
     } catch (...) {
@@ -149,7 +133,7 @@ struct ThreadPool::Impl {
         if (changed()) return;
         relax();
       }
-      if (now - start > kYield) sched_yield();
+      if (now - start > kYield) yield_core();
     }
     std::unique_lock<std::mutex> lock(sleep_mutex);
     sleepers.fetch_add(1);  // before the last read: either we see the new word, or its writer sees a sleeper
@@ -182,20 +166,19 @@ struct ThreadPool::Impl {
 
 ThreadPool::ThreadPool(int threads) {
   if (threads < 1) throw std::invalid_argument("threads is " + std::to_string(threads) + ", expected 1 or more");
-  watch_forks();
   impl_ = new Impl(threads);
 }
 
 ThreadPool::~ThreadPool() {
   // In a child of fork() the workers do not exist and their handles cannot be joined: the pool is leaked.
-  if (impl_.load()->forks_seen == forks.load()) delete impl_.load();
+  if (impl_.load()->forks == forks_seen()) delete impl_.load();
 }
 
 int ThreadPool::threads() const { return impl_.load()->threads; }
 
 void ThreadPool::run(int phases, FunctionRef<int64_t(int)> begin, FunctionRef<void(int, int64_t, int)> work) {
   Impl* impl = impl_.load();
-  if (impl->forks_seen != forks.load()) {
+  if (impl->forks != forks_seen()) {
     // The old pool's locks and counters have the parent's state at the fork: never touch them again.
     Impl* fresh = new Impl(impl->threads);
     if (impl_.compare_exchange_strong(impl, fresh))

@@ -1,11 +1,12 @@
 #include "program/kv_cache.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <stdexcept>
 #include <string>
+
+#include "platform/memory.h"
 
 namespace edgeformer {
 namespace {
@@ -22,8 +23,8 @@ int64_t missing(const std::vector<const KvChunk*>& chunks, int64_t count, size_t
 }  // namespace
 
 ChunkMemory ChunkMemory::allocate(size_t bytes) {
-  void* p = nullptr;
-  if (posix_memalign(&p, kHeader, kHeader + bytes)) throw std::bad_alloc();
+  void* p = aligned_new(kHeader, kHeader + bytes);
+  if (!p) throw std::bad_alloc();
   ChunkMemory memory;
   memory.block_ = new (p) Block{{1}, bytes};
   return memory;
@@ -45,7 +46,7 @@ void ChunkMemory::release() {
   // Release: this holder's reads happen before another's write. Acquire: and before the memory is freed.
   if (!block_ || block_->users.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
   block_->~Block();
-  std::free(block_);
+  aligned_delete(block_);
 }
 
 void KvCache::Layer::put(int64_t chunk, ChunkMemory memory) {

@@ -16,6 +16,7 @@ from edgeformer.bundle.ed25519 import SIGNATURE
 from edgeformer.bundle.hashes import bundle_error, sha256
 from edgeformer.bundle.manifest import FORMAT, FORMAT_VERSION, MANIFEST, Json, manifest_problems, read_json
 from edgeformer.errors import BundleError
+from edgeformer.machine import WINDOWS, fsync, lock_folder, move, windows_name_problem
 
 OLD = "-old"  # suffix of the temporary name of a replaced folder
 
@@ -42,19 +43,19 @@ def write_bundle(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
     check_target(final, overwrite)
     temporary = final.parent / f".{final.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
     os.mkdir(temporary)
-    lock = _lock(temporary)
+    lock = lock_folder(temporary)
     try:
         yield temporary
         _fsync_tree(temporary)
         Bundle.open(temporary, check="hashes")
         check_target(final, overwrite)
         _put_in_place(temporary, final)
-        _fsync(final.parent)
+        fsync(final.parent)
     finally:
         # The temporary name is now that of the incomplete bundle or, after an exchange, of the old bundle.
         shutil.rmtree(temporary, ignore_errors=True)
         if lock is not None:
-            os.close(lock)
+            lock.close()
 
 
 def seal(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> Json:
@@ -75,6 +76,12 @@ def seal(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> Json:
         if not entry.is_file(follow_symlinks=False):
             problems.append(f"{entry.name} is not a plain file: a bundle is one flat folder of files")
             continue
+        problem = windows_name_problem(entry.name)
+        if problem is not None:
+            problems.append(
+                f"{entry.name!r} is no name for a file of a bundle, which is copied to any system: {problem}"
+            )
+            continue
         files[entry.name] = {"size": entry.stat().st_size, "sha256": sha256(folder / entry.name)}
     sealed: Json = {"format": FORMAT, "format_version": FORMAT_VERSION, **manifest, "files": files}
     problems += manifest_problems(sealed)
@@ -93,9 +100,9 @@ def replace_file(path: Path, data: bytes) -> None:
     """Writes `data` to `path`: after a kill or a power failure the file is the old one or the new one, whole."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(data)
-    _fsync(partial)
+    fsync(partial)
     os.replace(partial, path)
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 def check_target(path: str | os.PathLike[str], overwrite: bool) -> None:
@@ -105,6 +112,9 @@ def check_target(path: str | os.PathLike[str], overwrite: bool) -> None:
         BundleError: `path` exists and may not be replaced.
     """
     final = Path(os.path.realpath(path))
+    problem = windows_name_problem(final.name) if WINDOWS else None
+    if problem is not None:
+        raise BundleError(f"{final.name!r} cannot be the name of a bundle: {problem}; choose another name.")
     if not os.path.lexists(final):
         return
     if not overwrite:
@@ -130,23 +140,23 @@ def check_target(path: str | os.PathLike[str], overwrite: bool) -> None:
 
 def _put_in_place(temporary: Path, final: Path) -> None:
     if not os.path.lexists(final):
-        os.rename(temporary, final)
+        move(temporary, final)
         return
     if _exchange(temporary, final):
         return
     old = temporary.with_name(temporary.name + OLD)
-    lock = _lock(final)
+    lock = lock_folder(old if WINDOWS else final)  # on Windows it goes by the name, elsewhere with the folder
     try:
-        os.rename(final, old)
+        move(final, old)
         try:
-            os.rename(temporary, final)
+            move(temporary, final)
         except BaseException:
-            os.rename(old, final)
+            move(old, final)
             raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         if lock is not None:
-            os.close(lock)
+            lock.close()
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -168,43 +178,23 @@ def _remove_leftovers(final: Path) -> None:
     for entry in os.scandir(final.parent):
         if not entry.name.startswith(prefix) or not entry.is_dir(follow_symlinks=False):
             continue
-        lock = _lock(Path(entry.path))
+        lock = lock_folder(Path(entry.path))
         if lock is None:
             continue
         if entry.name.endswith(OLD) and not os.path.lexists(final):
-            os.rename(entry.path, final)  # the writer was killed between its two renames: restore the bundle
+            move(Path(entry.path), final)  # the writer was killed between its two renames: restore the bundle
         else:
             shutil.rmtree(entry.path, ignore_errors=True)
-        os.close(lock)
-
-
-def _lock(folder: Path) -> int | None:
-    """A descriptor that locks `folder` until it is closed or the process ends; None if another process has the lock."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: leftovers must be removed by hand
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+        lock.close()
+    for file in final.parent.glob(f"{prefix}*.lock"):  # Windows: of writers killed after they had renamed the folder
+        if not file.with_suffix("").exists():
+            lock = lock_folder(file.with_suffix(""))
+            if lock is not None:
+                lock.close()
 
 
 def _fsync_tree(folder: Path) -> None:
     for entry in os.scandir(folder):
         if entry.is_file(follow_symlinks=False):
-            _fsync(Path(entry.path))
-    _fsync(folder)
-
-
-def _fsync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows has no descriptor for a folder
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            fsync(Path(entry.path))
+    fsync(folder)

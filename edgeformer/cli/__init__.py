@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -32,6 +33,7 @@ __all__ = [
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code. A user's mistake gives one message; a defect gives a traceback."""
+    _show_any_text()
     from edgeformer.cli.app import app
 
     try:
@@ -45,6 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""), REFUSED)
     return DONE
+
+
+def _show_any_text() -> None:
+    """Characters that stdout or stderr cannot encode become `?`: a console without UTF-8 must not end a command.
+
+    Pipes on Windows have the code page of the system; PYTHONUTF8=1 makes them UTF-8.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
 
 
 def _fail(message: str, code: int) -> int:

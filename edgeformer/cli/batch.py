@@ -2,7 +2,8 @@
 
 A line of the input is a text, a list of token ids, a list of messages, or an object with `prompt` or `messages`, an
 optional `id`, and arguments of `Model.generate` for this line. Line i of the output is the answer to line i: answers
-are written in order, so that a run that was interrupted goes on behind the last whole line.
+are written in order, so that a run that was interrupted goes on behind the last whole line. Each names its `input`, a
+digest of the line, the flags and the bundle: answers to other questions never stand in one file.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ Request = tuple[Any, dict[str, Any]]
 BREAKS = {number: f"\\u{number:04x}" for number in (0x85, 0x2028, 0x2029)}
 
 
-def read_requests(path: Path) -> list[tuple[str, Any, Request]]:
-    """(digest of the line, its `id` or None, (prompt, arguments)) for each line that is not blank.
+def read_requests(path: Path, given: str) -> list[tuple[str, Any, Request]]:
+    """(digest, its `id` or None, (prompt, arguments)) for each line that is not blank.
+
+    The digest is that of the line and of `given`: all else that its answer depends on.
 
     Raises:
         InputError: the file cannot be read, or a line is none of the forms above; it names the line.
@@ -43,7 +46,7 @@ def read_requests(path: Path) -> list[tuple[str, Any, Request]]:
     for number, line in enumerate(text.split("\n"), 1):  # splitlines() would also cut at U+2028, which JSON may hold
         if line.strip():
             name, request = _request(f"{path}, line {number}", line)
-            found.append((hashlib.sha256(line.strip().encode()).hexdigest()[:16], name, request))
+            found.append((hashlib.sha256(f"{line.strip()}\n{given}".encode()).hexdigest()[:16], name, request))
     if not found:
         raise InputError(f"{path} has no prompts; write one JSON value on each line.")
     return found
@@ -67,14 +70,15 @@ def run_prompts(runner: Runner, batch: BatchFlags, generation: GenerationFlags) 
     """Answers all prompts; returns the exit code: that of a failed check if a prompt failed.
 
     Raises:
-        InputError: a file is malformed, there is no output, or it belongs to other prompts.
+        InputError: a file is malformed, there is no output, or it belongs to other prompts, options or another bundle.
     """
     prompts, output = batch.prompts, batch.output
     assert prompts is not None
     if output is None:
         raise InputError("--prompts needs --output FILE.jsonl for the answers.")
     arguments = generation.arguments()
-    requests = read_requests(prompts)
+    given = json.dumps(arguments, sort_keys=True, default=str)
+    requests = read_requests(prompts, f"{given} {runner.opened.fingerprint}")
     done, failed = _resume(output, [digest for digest, _, _ in requests])
     if done == len(requests):
         stderr.print(f"{output} has all {done} answers already" + (f"; {failed} of them failed." if failed else "."))
@@ -137,7 +141,7 @@ def _resume(output: Path, digests: list[str]) -> tuple[int, int]:
     """(how many answers `output` has, how many of them are errors); a last line that was cut off is removed.
 
     Raises:
-        InputError: the file holds something else, or answers to other prompts.
+        InputError: the file holds something else, or other answers.
     """
     if not output.exists():
         return 0, 0
@@ -153,7 +157,8 @@ def _resume(output: Path, digests: list[str]) -> tuple[int, int]:
             fits = False
         if not fits:
             raise InputError(
-                f"{output}, line {number + 1} is no answer to line {number + 1} of the prompts; "
+                f"{output}, line {number + 1} is no answer to line {number + 1} of the prompts with these options and "
+                "this bundle; "
                 "move the file away, or give another --output."
             )
     if whole < len(data):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from edgeformer.bundle.bundle import Bundle
 from edgeformer.cli.console import load_model, stderr
 from edgeformer.cli.options import ArrayFlags, GenerationFlags, PromptFlags, SpeedFlags
 from edgeformer.cli.purpose import require
@@ -73,6 +75,11 @@ class Runner:
     engine: EngineOptions
     speed: SpeedFlags
 
+    @cached_property
+    def opened(self) -> Bundle:
+        """The bundle, of a task that generates."""
+        return require(self.bundle, "run")
+
     def load(self) -> tuple[Model, dict[str, Any]]:
         """(the model, arguments of `generate` that make it faster).
 
@@ -83,7 +90,7 @@ class Runner:
         if speed.draft is not None and speed.speculation != "auto":
             raise InputError("--draft names who guesses, --speculation another way; leave out one of them.")
         more = {} if speed.prefix_cache is None else {"prefix_cache": speed.prefix_cache}
-        model = load_model(require(self.bundle, "run"), {**self.engine.arguments(), **more})
+        model = load_model(self.opened, {**self.engine.arguments(), **more})
         how: Any = speed.speculation
         if speed.draft is not None:
             how = load_model(require(speed.draft, "run"), self.engine.arguments())

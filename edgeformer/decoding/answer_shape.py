@@ -62,6 +62,21 @@ class ShapeOptions:
     tools: Sequence[Any] | None = None
     tool_choice: str | Mapping[str, Any] | None = None
     parallel_tool_calls: bool = True
+    chat_template_kwargs: Mapping[str, Any] | None = None
+
+    def variables(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """The variables for the chat template, checked.
+
+        Raises:
+            InputError: the template does not read one of them.
+        """
+        given = self.chat_template_kwargs or {}
+        if not isinstance(given, Mapping):
+            raise InputError(f"chat_template_kwargs is {type(given).__name__}, expected names with values.")
+        if given and (unread := sorted(given.keys() - tokenizer.chat_variables)):
+            known = ", ".join(sorted(tokenizer.chat_variables)) or "none"
+            raise InputError(f"chat_template_kwargs: the chat template reads no {', '.join(unread)}; it reads {known}.")
+        return dict(given)
 
     def spec(self) -> ConstraintSpec | None:
         """The constraint, checked.
@@ -129,6 +144,8 @@ def text_shape(options: ShapeOptions, vocabulary: Vocabulary) -> AnswerShape:
     """
     if options.tools is not None or options.tool_choice is not None:
         raise InputError("Tools are for a chat; give the prompt as a list of messages.")
+    if options.chat_template_kwargs:
+        raise InputError("chat_template_kwargs is for a chat; give the prompt as a list of messages.")
     spec = options.spec()
     return TEXT if spec is None else AnswerShape(vocabulary.compile(spec))
 
@@ -145,12 +162,13 @@ def chat_shape(
     """
     tokenizer, request, spec = vocabulary.tokenizer, options.request(), options.spec()
     assert tokenizer is not None
+    variables = options.variables(tokenizer)
     has_calls = any("tool_calls" in message for message in messages)
     if not request.tools and not has_calls and not _may_reason(tokenizer):
-        return tokenizer.encode_chat(messages), AnswerShape(vocabulary.compile(spec)) if spec else TEXT
+        return tokenizer.encode_chat(messages, **variables), AnswerShape(vocabulary.compile(spec)) if spec else TEXT
     form = answer_format(tokenizer, vocabulary.eos)
     messages = messages_for(messages, form)
-    text = tokenizer.render_chat(messages, tools=request.definitions)
+    text = tokenizer.render_chat(messages, tools=request.definitions, **variables)
     ids = tokenizer.encode(text, add_special_tokens=False)  # as `encode_chat`, which would render again
     in_reasoning = form.reasoning is not None and form.reasoning.is_open(text)
     tokens = GrammarTokens(tokenizer.special_texts, frozenset(vocabulary.eos))

@@ -13,7 +13,7 @@ import numpy as np
 from edgeformer.bundle.signature import Array
 from edgeformer.decoding.answer_text import AnswerText
 from edgeformer.decoding.beam import Finished, beam_search
-from edgeformer.decoding.job import Rows
+from edgeformer.decoding.job import Progress, Rows
 from edgeformer.decoding.request import Request
 from edgeformer.decoding.result import Piece, Result, Timings
 from edgeformer.decoding.session import Session, StateSource
@@ -30,6 +30,7 @@ class BeamSearch:
         self.request = request
         self.reason: str | None = None
         self.error: Exception | None = None
+        self.counted = Progress()
         self.slots = request.config.num_beams
         self._states = states
         self._decode = decode
@@ -48,6 +49,11 @@ class BeamSearch:
     def tokens(self) -> int:
         """The most tokens that each beam will hold."""
         return self.request.tokens
+
+    @property
+    def progress(self) -> Progress:
+        """All its tokens come at its end."""
+        return Progress() if self._result is None else Progress(len(self._result.ids), seconds=time.perf_counter())
 
     @property
     def decodes(self) -> bool:
@@ -86,6 +92,9 @@ class BeamSearch:
             ids = [self.request.prompt[start:end]]
         self._step = len(ids[0])
         return Rows(np.array(ids, np.int64), self.session.state, 1)
+
+    def prepare(self) -> None:
+        """As `Job.prepare`: there is nothing to do."""
 
     def accept(self, logits: Array) -> None:
         """Takes the logits [rows, 1, vocab] of what ran.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from edgeformer.bundle.signature import Array
@@ -13,6 +13,7 @@ from edgeformer.decoding.beam_job import BeamSearch
 from edgeformer.decoding.generation_config import GenerationConfig
 from edgeformer.decoding.job import Job
 from edgeformer.decoding.limits import Limits
+from edgeformer.decoding.logits_processors import Change, with_changes
 from edgeformer.decoding.request import CallOptions, Request
 from edgeformer.decoding.result import Piece, Result, Stream
 from edgeformer.decoding.scheduler import TOKEN_BUDGET, Scheduler, SchedulerOptions
@@ -36,6 +37,7 @@ class Call:
     """One prompt with what its answer depends on.
 
     new_state: makes the state of a number of sequences. source: the token ids that an encoder read, or the prompt.
+    processors: rules of the task beside those of the config.
     """
 
     prompt: Tokens[int]
@@ -45,6 +47,7 @@ class Call:
     source: Tokens[int] | Array | None = None
     shape: AnswerShape = TEXT
     is_cacheable: bool = True  # its state depends on its tokens alone: no encoder's output is in it
+    processors: tuple[Change, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ class TextGenerator:
             raise InputError("Stop strings need a tokenizer, and this bundle has no tokenizer; leave them out.")
         config = with_token_ids(config, self.tokenizer)
         request = Request.of(call.prompt, config, self.limits, options, call.source, call.shape)
+        if call.processors:
+            request = replace(request, processors=with_changes(request.processors, call.processors))
         tokenizer = self.tokenizer
         cache = self.prefix_cache if call.is_cacheable else None
         if config.num_beams > 1:
@@ -140,11 +145,16 @@ class TextGenerator:
         scheduler.add([job])
         return Stream(_pieces(scheduler, job))
 
-    def answers(self, calls: Iterable[Call | EdgeformerError], max_sequences: int = MAX_SEQUENCES) -> Iterator[Ended]:
+    def answers(
+        self,
+        calls: Iterable[Call | EdgeformerError],
+        max_sequences: int = MAX_SEQUENCES,
+        before_step: Callable[[], None] | None = None,
+    ) -> Iterator[Ended]:
         """The answers to many prompts in the order in which they end; `max_sequences` run together.
 
         A call is taken from `calls` when it can begin soon. One that is an error, or fails, ends with its error; the
-        others go on.
+        others go on. What `before_step` raises ends all.
         """
         scheduler = self.scheduler(_unwatched(max_sequences))
         groups: dict[int, list[Job]] = {}
@@ -165,6 +175,8 @@ class TextGenerator:
                         groups[index] = group
                 if scheduler.is_idle:
                     return
+                if before_step is not None:
+                    before_step()
                 scheduler.step()
                 for index in [i for i, group in groups.items() if all(job.reason or job.error for job in group)]:
                     group = groups.pop(index)

@@ -37,7 +37,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
     "num_return_sequences": (_is(1), "one answer is returned"),
     "is_assistant": (_is(False), "an answer does not end where the model is unsure"),
     "assistant_ensemble_weight": (_is(), "no second model's probabilities are mixed in"),
-    "return_timestamps": (_is(False), "a transcript has no times"),
+    "return_timestamps": (_is(False), "a transcript has times where timestamps=True asks for them"),
     "watermarking_config": (lambda value, _: not value, "generate() refuses, since its text would bear no watermark"),
 }
 
@@ -66,7 +66,7 @@ SAMPLING = _names("""
 # Arguments of `generate` that are no generation settings: for a hint at a name that is nearly right.
 OTHERS = _names("""
     seed stop ignore_eos session decoder_prompt speculation json_schema response_format regex grammar choices tools
-    tool_choice logprobs n context_policy
+    tool_choice logprobs n context_policy chat_template_kwargs
 """)
 
 

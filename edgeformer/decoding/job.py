@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from edgeformer.bundle.signature import Array
 from edgeformer.decoding.request import Request
@@ -21,12 +21,22 @@ class Rows:
     keep: int
 
 
+class Progress(NamedTuple):
+    """How far a job is. `seconds`: when its last token came, on `time.perf_counter`'s clock."""
+
+    tokens: int = 0  # new ones
+    proposed: int = 0  # drafts
+    accepted: int = 0
+    seconds: float = 0.0
+
+
 class Job(Protocol):
     """One request in a scheduler: a sequence, or a beam search. The scheduler alone calls it, from one thread."""
 
     request: Request
     reason: str | None  # why it ended; None while it goes on
     error: Exception | None  # why it failed
+    counted: Progress  # what the scheduler's counters know of it
 
     @property
     def slots(self) -> int:
@@ -43,12 +53,21 @@ class Job(Protocol):
         ...
 
     @property
+    def progress(self) -> Progress:
+        """How far it is."""
+        ...
+
+    @property
     def decodes(self) -> bool:
         """Whether its prompt has run, so that each step gives it new tokens."""
         ...
 
     def pending(self, room: int) -> Rows | None:
         """What to run next, at most `room` rows (decode rows may be more); None while it waits for another job."""
+        ...
+
+    def prepare(self) -> None:
+        """The engine runs what `pending` gave: another CPU may do meanwhile what `accept` will need."""
         ...
 
     def accept(self, logits: Array) -> None:

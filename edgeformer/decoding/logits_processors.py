@@ -27,8 +27,8 @@ the one that needs chance (XTC) takes the random generator of the answer, as the
 | 15 | xtc_* | - (text-generation-webui: last) | after min_p, before temperature |
 | 16 | renormalize_logits | last | - |
 
-12 to 15 apply only where an answer is sampled. vLLM has 1 before 3 and 4 as here, then temperature, min_p, and top_k
-with top_p at once.
+The rules of a task (times in a transcript) stand between 11 and 12. 12 to 15 apply only where an answer is sampled.
+vLLM has 1 before 3 and 4 as here, then temperature, min_p, and top_k with top_p at once.
 """
 
 from __future__ import annotations
@@ -79,6 +79,12 @@ def logits_processors(
     if config.renormalize_logits:
         made.append(Step(_renormalized))
     return tuple(made)
+
+
+def with_changes(processors: Sequence[Processor], changes: Sequence[Change]) -> tuple[Processor, ...]:
+    """The processors with more changes, which belong to a task: after all others, and before a token is drawn."""
+    place = next((i for i, each in enumerate(processors) if isinstance(each, Step)), len(processors))
+    return (*processors[:place], *changes, *processors[place:])
 
 
 def _raised_and_lowered(config: GenerationConfig, prompt_length: int, source: Array | None) -> Iterable[Change]:

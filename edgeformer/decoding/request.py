@@ -80,6 +80,7 @@ class CallArguments(Arguments, total=False):
     tools: Sequence[Any] | None
     tool_choice: str | Mapping[str, Any] | None
     parallel_tool_calls: bool
+    chat_template_kwargs: Mapping[str, Any] | None
 
 
 def split_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], CallOptions, Sequence[int] | None]:

@@ -3,40 +3,56 @@
 from __future__ import annotations
 
 from collections import deque
-from statistics import median
 
-SMALLEST = 8  # rows of a prompt in a step: kernels work on tiles of rows
+SMALLEST = 4  # rows of a prompt in a step, and multiples of it: behind 2,000 cached tokens 4 rows double a step
 SMOOTHING = 0.25  # weight of the newest measurement
+LATEST = 3  # steps without prompts that are remembered; the shortest counts, for an interruption makes one long
+REMEASURED = 32  # after so many steps with prompts one runs without: the contexts grow
 
 
 class RowBudget:
     """The rows of one step: at most `limit`, and where sequences decode only so many rows of prompts that the step
     takes about `stretch` times a step without them. `stretch=None`: no such limit, for jobs nobody watches.
+
+    Where more prompts wait than sequences decode, the time for prompts grows with the square of that ratio: more gain
+    from it than lose.
     """
 
-    def __init__(self, limit: int, stretch: float | None = 2.0) -> None:
+    def __init__(self, limit: int, stretch: float | None = 2.4) -> None:
         self.limit = limit
         self._stretch = stretch
-        self._plain: deque[float] = deque(maxlen=15)  # seconds of the latest steps without prompts
-        self._row_seconds: float | None = None  # of one row of a prompt, in a step of both
+        self._plain: dict[int, deque[float]] = {}  # rows that decode -> seconds of the latest steps without prompts
+        self._since: dict[int, int] = {}  # the same -> steps with prompts since then
+        self._row_seconds: float | None = None  # of one row of a prompt
 
-    def prompt_rows(self, decode_rows: int) -> int:
-        """The rows of prompts for a step with `decode_rows` rows of sequences that decode."""
+    def prompt_rows(self, decode_rows: int, prompts: int) -> int:
+        """The rows of prompts for a step with `decode_rows` rows of sequences that decode, where `prompts` wait.
+
+        0 where the time of a step without prompts is unknown: the next one measures it.
+        """
         room = max(0, self.limit - decode_rows)
         if decode_rows == 0 or self._stretch is None:
             return room
-        if not self._plain or self._row_seconds is None:
-            return min(room, SMALLEST)  # behind 1,900 cached tokens, 16 rows beside 7 make a step 3.8 times as long
-        rows = int((self._stretch - 1) * median(self._plain) / self._row_seconds)
+        if self._since.get(decode_rows, REMEASURED) >= REMEASURED:
+            return 0
+        if self._row_seconds is None:
+            return min(room, SMALLEST)
+        share = max(self._stretch - 1, (prompts / decode_rows) ** 2)
+        rows = int(share * min(self._plain[decode_rows]) / self._row_seconds)
         return min(room, max(SMALLEST, rows // SMALLEST * SMALLEST))
 
     def observe(self, decode_rows: int, prompt_rows: int, seconds: float) -> None:
         """A step of these rows, none of them a draft, took so long."""
-        if decode_rows == 0:
-            return
         if prompt_rows == 0:
-            self._plain.append(seconds)
-        elif self._plain:
-            each = max(seconds - median(self._plain), 0.02 * seconds) / prompt_rows
-            old = self._row_seconds
-            self._row_seconds = each if old is None else old + SMOOTHING * (each - old)
+            self._plain.setdefault(decode_rows, deque(maxlen=LATEST)).append(seconds)
+            self._since[decode_rows] = 0
+            return
+        plain = 0.0
+        if decode_rows:
+            if decode_rows not in self._plain:
+                return
+            self._since[decode_rows] += 1
+            plain = min(self._plain[decode_rows])
+        each = max(seconds - plain, 0.02 * seconds) / prompt_rows
+        old = self._row_seconds
+        self._row_seconds = each if old is None else old + SMOOTHING * (each - old)

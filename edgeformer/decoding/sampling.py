@@ -56,12 +56,27 @@ def choose(scores: Scores, rng: Random | None) -> int:
     return best if rng is None else _drawn(weights(scores, scores[best]), rng)
 
 
+def likeliest(logits: Scores) -> int:
+    """The place of the largest of `logits` [n], checked as by `check`, in one pass.
+
+    Raises:
+        EdgeformerError: as `check`.
+    """
+    best = int(logits.argmax())  # the first NaN counts as the largest
+    _check_largest(logits[best])
+    return best
+
+
 def check(logits: Scores) -> None:
     """
     Raises:
         EdgeformerError: they hold NaN or +inf, or nothing but -inf: the model or its weights are damaged.
     """
-    if not math.isfinite(logits.max()):  # a NaN anywhere makes the maximum NaN
+    _check_largest(logits.max())  # a NaN anywhere makes the maximum NaN
+
+
+def _check_largest(largest: float) -> None:
+    if not math.isfinite(largest):
         raise EdgeformerError("The logits hold NaN or infinity; the weights are damaged or the graph overflows.")
 
 

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 
 from edgeformer.bundle.signature import IDS, KEEP, Array
+from edgeformer.decoding.counters import Counters
 from edgeformer.decoding.job import Job, Rows
 from edgeformer.decoding.row_budget import SMALLEST, RowBudget
 from edgeformer.decoding.sequence import Sequence
 from edgeformer.decoding.speculation.speculation import Speculation
 from edgeformer.engines.base import Engine, State
 from edgeformer.errors import EdgeformerError, InputError
+from edgeformer.machine import usable_cpus
 
 TOKEN_BUDGET = 512  # rows of one step: bounds the memory of activations, and how long Ctrl-C waits
 
@@ -40,7 +42,7 @@ class SchedulerOptions:
     max_sequences: int = 8
     token_budget: int = TOKEN_BUDGET
     memory_limit: int | None = None
-    stretch: float | None = 2.0
+    stretch: float | None = 2.4
 
     def __post_init__(self) -> None:
         for name, low, value in (
@@ -71,9 +73,11 @@ class Scheduler:
         self.options = options
         self.waiting: deque[list[Job]] = deque()  # groups that are admitted together: the answers to one prompt
         self.running: list[Job] = []
+        self.counters = Counters()
         self._engine = engine
         self._keeps_logits = keeps_logits
         self._speculation = speculation
+        self._has_spare_cpu = engine.threads < len(usable_cpus())
         self._budget = RowBudget(options.token_budget, options.stretch)
 
     # -------------------------------------------------------------------------------------------------- join and leave
@@ -166,6 +170,9 @@ class Scheduler:
             self._drop_ended()
             return
         has_drafts = decode_rows > sum(job.slots for job, _ in plan if job.decodes)
+        if self._has_spare_cpu:
+            for job, _ in plan:
+                job.prepare()
         began = time.perf_counter()
         try:
             logits: list[Array | None] = [*self._forward([rows for _, rows in plan])]
@@ -176,24 +183,30 @@ class Scheduler:
             self._budget.observe(decode_rows, prompt_rows, seconds)
         if self._speculation is not None and not prompt_rows:
             self._speculation.observe(decode_rows, seconds)
-        for (job, _), scores in zip(plan, logits, strict=True):
+        ran = prompt_ran = 0
+        for (job, rows), scores in zip(plan, logits, strict=True):
+            if scores is not None:
+                ran += job.slots
+                prompt_ran += 0 if job.decodes else rows.ids.size
             if scores is None or job.reason is not None:
                 continue
             try:
                 job.accept(scores)
             except (EdgeformerError, MemoryError) as error:
                 job.fail(error)
+        self.counters.step(self.running, ran, prompt_ran)
         self._drop_ended()
 
     def _plan(self) -> tuple[list[tuple[Job, Rows]], int, int]:
         """(what runs in this step, rows of jobs that decode, rows of prompts)."""
         decoding = [job for job in self.running if job.decodes]
+        prompts = len(self.running) - len(decoding)
         if self._speculation is not None:
             room = self.options.token_budget - sum(job.slots for job in decoding)
-            if self.options.stretch is not None and len(decoding) < len(self.running):
-                room = 0  # a prompt waits for the time that drafts would take, and others for the end of the step
-            if len(decoding) < len(self.running):
+            if prompts:
                 room -= SMALLEST  # for prompts, which would wait as long as drafts fill the steps
+            if prompts and self.options.stretch is not None:
+                room = 0  # a prompt waits for the time that drafts would take, and others for the end of the step
             self._speculation.propose([job for job in decoding if isinstance(job, Sequence)], room)
         plan: list[tuple[Job, Rows]] = []
         decode_rows = prompt_rows = 0
@@ -202,7 +215,7 @@ class Scheduler:
             if rows is not None:
                 plan.append((job, rows))
                 decode_rows += rows.ids.size
-        room = self._budget.prompt_rows(decode_rows)
+        room = self._budget.prompt_rows(decode_rows, prompts)
         for job in self.running:
             if room <= 0:
                 break

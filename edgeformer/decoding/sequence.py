@@ -18,12 +18,12 @@ import numpy as np
 from edgeformer.bundle.signature import Array
 from edgeformer.decoding.answer_text import AnswerText, text_stream
 from edgeformer.decoding.context import shortened
-from edgeformer.decoding.job import Rows
+from edgeformer.decoding.job import Progress, Rows
 from edgeformer.decoding.logits_processors import next_token
 from edgeformer.decoding.logprobs import TokenLogprob, prompt_logprobs, token_logprobs
 from edgeformer.decoding.request import Request
 from edgeformer.decoding.result import Drafts, Piece, Result, Timings
-from edgeformer.decoding.sampling import check
+from edgeformer.decoding.sampling import check, likeliest
 from edgeformer.decoding.session import Session, StateSource
 from edgeformer.decoding.tools.answer import AnswerPiece, gather
 from edgeformer.engines.base import CHUNK_TOKENS
@@ -61,6 +61,7 @@ class Sequence:
         self._running = 0  # tokens of the step that runs, without drafts
         self.guesses = guesses  # what drafts are made of; None without speculation
         self.proposed = self.accepted = 0  # drafts
+        self.counted = Progress()
         self._text = AnswerText(text_stream(tokenizer, request.shape), request.config.stop_strings)
         self._parser = request.shape.parser()
         self._parts: list[AnswerPiece] = []  # of the whole answer
@@ -92,6 +93,11 @@ class Sequence:
     def count(self) -> int:
         """The number of new tokens."""
         return len(self.ids) - len(self.request.prompt)
+
+    @property
+    def progress(self) -> Progress:
+        """How far it is."""
+        return Progress(self.count, self.proposed, self.accepted, self._last)
 
     @property
     def decodes(self) -> bool:
@@ -161,6 +167,12 @@ class Sequence:
         if self._scores_prompt:
             keep = len(ids)
         return Rows(np.array([ids], np.int64), session.state, keep)
+
+    def prepare(self) -> None:
+        """As `Job.prepare`: the mask of the next token; a greedy answer mostly needs none."""
+        is_last = len(self.session.ids) + self._running == len(self._context)
+        if self.constraint is not None and self._rng is not None and (is_last or not self.request.limits.cached):
+            self.constraint.prepare()
 
     def accept(self, logits: Array) -> None:
         """Takes the logits [1, rows, vocab] that `pending` asked for: the tokens that follow, up to a wrong draft.
@@ -243,14 +255,7 @@ class Sequence:
         request = self.request
         try:
             scores = np.asarray(logits, np.float32)
-            if not request.config.remove_invalid_values:
-                check(scores)
-            raw, constraint = scores, self.constraint
-            if constraint is not None:
-                scores = constraint.apply(scores)
-            token = next_token(request.processors, self._seen, scores, self._rng)
-            if constraint is not None:
-                constraint.accept(token)
+            raw, token = scores, self._next_token(scores)
         except EdgeformerError as error:
             raise EdgeformerError(
                 f"Step {self.count} of the generation, after {len(self.ids)} tokens: {error}"
@@ -273,6 +278,21 @@ class Sequence:
             if self._text.is_stopped and not is_end:
                 self.reason = "stop"
         self._add(token, piece)
+
+    def _next_token(self, scores: Array) -> int:
+        """The token that follows `scores` [vocab]; the constraint has accepted it."""
+        processors, constraint = self.request.processors, self.constraint
+        if not self.request.config.remove_invalid_values and (processors or self._rng is not None):
+            check(scores)
+        if constraint is None or self._rng is None:
+            # Of a greedy answer, the likeliest of all is the likeliest of those that may follow, if it may.
+            plain = self._rng is None and not processors
+            token = likeliest(scores) if plain else next_token(processors, self._seen, scores, self._rng)
+            if constraint is None or constraint.accept_if_allowed(token):
+                return token
+        token = next_token(processors, self._seen, constraint.apply(scores), self._rng)
+        constraint.accept(token)
+        return token
 
     def _add(self, token: int | None, text: str) -> None:
         """A piece for the caller."""

@@ -11,10 +11,13 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 
+from edgeformer.decoding.counters import Counters
 from edgeformer.decoding.job import Job
 from edgeformer.decoding.result import Piece, Result
 from edgeformer.decoding.scheduler import Scheduler
 from edgeformer.errors import EdgeformerError, InputError, QueueFull, StateError
+
+AtEnd = Callable[[list[Result] | None, Exception | None], None]  # the results, or why it failed
 
 
 class Answer:
@@ -31,6 +34,8 @@ class Answer:
         self._listeners: list[Callable[[], None]] = []
         self._error: Exception | None = None
         self._results: list[Result] | None = None
+        self._at_end: list[AtEnd] = []
+        self._outcome: tuple[list[Result] | None, Exception | None] | None = None  # known before it is done
 
     @property
     def done(self) -> bool:
@@ -135,6 +140,18 @@ class Answer:
         with self._changed:
             self._listeners.remove(wake)
 
+    def when_done(self, call: AtEnd) -> None:
+        """`call` is called once, from another thread, just before it is done; at once if it has ended.
+
+        It must not raise: nobody could catch that.
+        """
+        with self._changed:
+            outcome = self._outcome
+            if outcome is None:
+                self._at_end.append(call)
+        if outcome is not None:
+            call(*outcome)
+
     def take(self) -> tuple[list[Piece], bool]:
         """(the pieces since the last call, whether no more will come). It does not wait."""
         with self._changed:
@@ -155,6 +172,12 @@ class Answer:
             self._publish(pieces, results, error)
 
     def _publish(self, pieces: list[Piece], results: list[Result] | None, error: Exception | None) -> None:
+        if results is not None or error is not None:
+            with self._changed:
+                self._outcome = (results, error)
+                at_end, self._at_end = self._at_end, []
+            for call in at_end:
+                call(results, error)
         with self._changed:
             self._pieces += pieces
             self._results, self._error = results, error
@@ -230,6 +253,10 @@ class Worker:
         """See `Scheduler.reserved_bytes`."""
         return self._scheduler.reserved_bytes
 
+    def count_in(self, counters: Counters) -> None:
+        """What its scheduler does is added to `counters`; before the first request."""
+        self._scheduler.counters = counters
+
     def close(self, *, finish: bool = False) -> None:
         """Ends the thread: after all answers with `finish`, else they are cancelled before the next step."""
         with self._lock:
@@ -253,6 +280,7 @@ class Worker:
         self._thread = None
         for answer in self._answers:
             answer._changed = threading.Condition()
+            answer._at_end = []
             answer._listeners = []  # they would wake the parent's event loop, whose pipe both share
         self._fail(StateError("the process was forked, and the thread is the parent's; make a scheduler in the child"))
 

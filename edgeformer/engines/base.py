@@ -97,6 +97,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def threads(self) -> int:
+        """CPU threads that compute."""
+        ...
+
+    @property
     def rows_are_exact(self) -> bool:
         """Whether the outputs of a token have the same bits whatever else runs in the call, and in any chunks."""
         ...

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import wave
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -15,62 +16,116 @@ from edgeformer.bundle.signature import F32, Array
 from edgeformer.errors import InputError, pip_install
 
 _PIPED = 0x7FFF_0000  # bytes
+MOST_RATE = 96_000  # samples a second of all channels together, where the length is limited: 48 kHz, stereo
 
 
-def read_wav(path: str | os.PathLike[str], rate: int) -> F32:
+@dataclass(frozen=True)
+class Recording:
+    """A recording that is read: a path, or an open binary file that can seek, with the name for messages."""
+
+    source: str | os.PathLike[str] | BinaryIO
+    name: str
+
+    @contextmanager
+    def opened(self) -> Iterator[BinaryIO]:
+        """The file at its beginning."""
+        if isinstance(self.source, (str, os.PathLike)):
+            with open(self.source, "rb") as file:
+                yield file
+        else:
+            self.source.seek(0)
+            yield self.source
+
+    @property
+    def readable(self) -> Any:
+        """What the readers take: the path, or the file at its beginning."""
+        if isinstance(self.source, (str, os.PathLike)):
+            return os.fspath(self.source)
+        self.source.seek(0)
+        return self.source
+
+
+def read_wav(
+    source: str | os.PathLike[str] | BinaryIO, rate: int, *, name: str | None = None, most_seconds: float | None = None
+) -> F32:
     """The samples of a recording, mixed to one channel, in [-1, 1], at `rate` samples a second.
 
     With soundfile installed it reads the formats of libsndfile: WAV (PCM, float, mu-law, extensible), FLAC, MP3, OGG
-    and more; without it, PCM WAV only.
+    and more; without it, PCM WAV only. `source` is a path, or a binary file that can seek; `name` is what messages
+    call it. Compressed silence is short: with `most_seconds` no more is decoded than so much sound.
 
     Raises:
-        InputError: the file is missing, of an unknown format, truncated, empty, or has NaN or infinite samples.
+        InputError: the file is missing, of an unknown format, truncated, empty, longer than `most_seconds`, or has NaN
+            or infinite samples.
     """
-    _complete(path)
-    samples, found = _by_soundfile(path) or _by_wave(path)
+    file = Recording(source, name or str(source))
+    _complete(file)
+    samples, found = _by_soundfile(file, most_seconds) or _by_wave(file)
     if not len(samples):
-        raise InputError(f"{path} holds no samples.")
+        raise InputError(f"{file.name} holds no samples.")
+    _check_length(file, len(samples), found, most_seconds)
     mono: F32 = samples.mean(1, dtype=np.float32)
     if not np.isfinite(mono).all():
-        raise InputError(f"{path} holds samples that are no numbers (NaN or infinity).")
+        raise InputError(f"{file.name} holds samples that are no numbers (NaN or infinity).")
     try:
         return resample(mono, found, rate)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(f"{file.name}: {error}") from error
 
 
-def _by_soundfile(path: str | os.PathLike[str]) -> tuple[F32, int] | None:
+def _check_length(recording: Recording, count: int, rate: int, most_seconds: float | None) -> None:
+    """
+    Raises:
+        InputError: `count` samples are more than `most_seconds`.
+    """
+    if most_seconds is not None and count > most_seconds * rate:
+        raise InputError(
+            f"{recording.name} has {count / rate:,.0f} s of sound, the limit is {most_seconds:,.0f} s; cut it into "
+            "parts."
+        )
+
+
+def _by_soundfile(recording: Recording, most_seconds: float | None) -> tuple[F32, int] | None:
     """(samples [count, channels], their rate); None where soundfile is not installed."""
     try:
         import soundfile
     except (ImportError, OSError):  # OSError: libsndfile is missing
         return None
     try:
-        with soundfile.SoundFile(os.fspath(path)) as file:
+        with soundfile.SoundFile(recording.readable) as file:
+            rate, expected = file.samplerate, file.frames
+            if most_seconds is not None:
+                _check_length(recording, expected, rate, most_seconds)
+                # Few seconds may still be many numbers: eight channels of 655 kHz.
+                _check_length(recording, expected * file.channels, MOST_RATE, most_seconds)
             samples = file.read(dtype="float32", always_2d=True)
-            expected, rate = file.frames, file.samplerate
             streamed = file.format in ("WAV", "WAVEX", "AU")  # written to a pipe, these have no valid length
     except (OSError, RuntimeError, TypeError, ValueError) as error:  # libsndfile's errors are RuntimeErrors
-        raise InputError(f"{path} cannot be read as a recording: {error}") from error
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{recording.name} cannot be read as a recording: {error}") from error
     if len(samples) < expected and not streamed:
-        raise InputError(f"{path} is cut short: it has {len(samples):,} of {expected:,} samples; copy it again.")
+        raise InputError(
+            f"{recording.name} is cut short: it has {len(samples):,} of {expected:,} samples; copy it again."
+        )
     return samples, rate
 
 
-def _by_wave(path: str | os.PathLike[str]) -> tuple[F32, int]:
+def _by_wave(recording: Recording) -> tuple[F32, int]:
     """(samples [count, channels], their rate) of PCM WAV by Python's own reader."""
+    name = recording.name
     try:
-        with wave.open(os.fspath(path), "rb") as file:
+        with wave.open(recording.readable, "rb") as file:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
             data = file.readframes(file.getnframes())
     except (OSError, EOFError, ValueError, wave.Error) as error:
         raise InputError(
-            f"{path} cannot be read as a PCM WAV file: {error or 'it ends too early'}. FLAC, MP3, OGG and other forms "
+            f"{name} cannot be read as a PCM WAV file: {error or 'it ends too early'}. FLAC, MP3, OGG and other forms "
             f"of WAV (float, extensible, mu-law) need soundfile: {pip_install('soundfile')}"
         ) from error
     if width not in (1, 2, 3, 4):
         raise InputError(
-            f"{path} has samples of {width} bytes, expected 1 to 4; for others: {pip_install('soundfile')}"
+            f"{name} has samples of {width} bytes, expected 1 to 4; for others: {pip_install('soundfile')}"
         )
     data = data[: len(data) // (width * channels) * width * channels]  # the header of piped data may give a larger size
     samples: F32
@@ -85,42 +140,49 @@ def _by_wave(path: str | os.PathLike[str]) -> tuple[F32, int]:
     return samples.reshape(-1, channels), rate
 
 
-def _complete(path: str | os.PathLike[str]) -> None:
+def _complete(recording: Recording) -> None:
     """Checks that a WAV file is not truncated: the readers take a truncated file as a shorter recording.
 
     Raises:
         InputError: the data chunk goes past the end of the file, or there is none.
     """
-    if not os.path.isfile(path):  # a pipe can be read only once; a missing file is the readers' error
+    path = recording.source
+    # A pipe can be read only once; a missing file is the readers' error.
+    if isinstance(path, (str, os.PathLike)) and not os.path.isfile(path):
         return
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            head = file.read(12)
-            if head[:4] not in (b"RIFF", b"RIFX", b"RF64") or head[8:12] != b"WAVE":
-                return
-            order: Literal["little", "big"] = "big" if head[:4] == b"RIFX" else "little"
-            long = 0  # size of the data in an RF64 file
-            while len(chunk := file.read(8)) == 8:
-                length = int.from_bytes(chunk[4:], order)
-                if chunk[:4] == b"ds64":  # https://tech.ebu.ch/docs/tech/tech3306.pdf: bytes of the file, of the data
-                    sizes = file.read(length)
-                    long = int.from_bytes(sizes[8:16], order)
-                    continue
-                if chunk[:4] == b"data":
-                    present = size - file.tell()
-                    length = long or length
-                    # A program that writes to a pipe does not know the length and writes about 2 or 4 GiB.
-                    if length > present and (long or length < _PIPED):
-                        raise InputError(
-                            f"{path} is cut short: it holds {present:,} bytes of samples, its header says {length:,}; "
-                            "copy it again."
-                        )
-                    return
-                file.seek(length + length % 2, os.SEEK_CUR)
+        with recording.opened() as file:
+            _check_chunks(recording.name, file)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error}.") from error
-    raise InputError(f"{path} is cut short: it is a WAV file of {size:,} bytes without samples; copy it again.")
+        raise InputError(f"{recording.name} cannot be read: {error}.") from error
+
+
+def _check_chunks(name: str, file: BinaryIO) -> None:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(12)
+    if head[:4] not in (b"RIFF", b"RIFX", b"RF64") or head[8:12] != b"WAVE":
+        return
+    order: Literal["little", "big"] = "big" if head[:4] == b"RIFX" else "little"
+    long = 0  # size of the data in an RF64 file
+    while len(chunk := file.read(8)) == 8:
+        length = int.from_bytes(chunk[4:], order)
+        if chunk[:4] == b"ds64":  # https://tech.ebu.ch/docs/tech/tech3306.pdf: bytes of the file, of the data
+            sizes = file.read(length)
+            long = int.from_bytes(sizes[8:16], order)
+            continue
+        if chunk[:4] == b"data":
+            present = size - file.tell()
+            length = long or length
+            # A program that writes to a pipe does not know the length and writes about 2 or 4 GiB.
+            if length > present and (long or length < _PIPED):
+                raise InputError(
+                    f"{name} is cut short: it holds {present:,} bytes of samples, its header says {length:,}; "
+                    "copy it again."
+                )
+            return
+        file.seek(length + length % 2, os.SEEK_CUR)
+    raise InputError(f"{name} is cut short: it is a WAV file of {size:,} bytes without samples; copy it again.")
 
 
 def resample(samples: F32, rate: int, wanted: int) -> F32:

@@ -16,6 +16,7 @@ from edgeformer.errors import InputError, TemplateError
 Message = Mapping[str, Any]
 DEFAULT, WITH_TOOLS = "default", "tool_use"
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the names under which templates read it
+SET = ("messages", "tools", "documents", "add_generation_prompt")  # variables that a conversation sets
 _OPEN = "CONTINUE_FINAL_MESSAGE_TAG "
 # Private-use characters that enclose a control token in the text of a user.
 MARKS = ("\U000f0000", "\U000f0001")
@@ -58,6 +59,17 @@ class ChatFormat:
     def texts(self) -> list[str]:
         """The templates themselves."""
         return list(self._templates.values())
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """The names that the templates read and that `render` does not set itself.
+
+        Raises:
+            TemplateError: a template's syntax is wrong.
+        """
+        from edgeformer.processing.chat_template import variables
+
+        return frozenset().union(*map(variables, self.texts)) - {*SET, *self._special_tokens}
 
     def source(self, request: ChatRequest) -> str:
         """The text of the template for `request`.

@@ -24,6 +24,7 @@ from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import make_attrgetter
+from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
@@ -82,6 +83,20 @@ def literals(source: str) -> str:
     texts = [node.data for node in tree.find_all(nodes.TemplateData)]
     texts += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
     return "\0".join(texts)
+
+
+@functools.lru_cache(16)
+def variables(source: str) -> frozenset[str]:
+    """The names that a template takes from its caller.
+
+    Raises:
+        TemplateError: the template's syntax is wrong.
+    """
+    try:
+        tree = _with_deadline(lambda: _environment().parse(source))
+    except (JinjaError, RecursionError) as error:
+        raise TemplateError(f"The chat template is not valid: {error}.") from error
+    return frozenset(find_undeclared_variables(tree) - _environment().globals.keys())
 
 
 def _with_deadline(work: Callable[[], T]) -> T:

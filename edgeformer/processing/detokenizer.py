@@ -121,9 +121,11 @@ class Detokenizer:
         A decoder may strip the space before the first token: the window must contain text before the next token, or
         that token would lose its space.
         """
-        if self._decode(self._pending):
-            self._settled = self._pending
-        elif len(self._settled) + len(self._pending) < self.CONTEXT:
-            self._settled = self._settled + self._pending
+        text = self._decode(self._pending)
+        if text:
+            self._settled, self._sent = self._pending, len(text)
+        else:
+            if len(self._settled) + len(self._pending) < self.CONTEXT:
+                self._settled = self._settled + self._pending
+            self._sent = len(self._decode(self._settled))
         self._pending = []
-        self._sent = len(self._decode(self._settled))

@@ -180,6 +180,15 @@ class Tokenizer:
         """Whether there is a default template, which takes messages only."""
         return DEFAULT in self.chat.names
 
+    @property
+    def chat_variables(self) -> frozenset[str]:
+        """The names that the chat templates read beside messages, tools and special tokens (`enable_thinking`, ...).
+
+        Raises:
+            TemplateError: a template's syntax is wrong.
+        """
+        return self.chat.variables
+
     def render_chat(
         self,
         messages: Sequence[Message],

@@ -21,6 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from edgeformer.server import (
+    audio,
     chat,
     completions,
     embeddings,
@@ -28,17 +29,21 @@ from edgeformer.server import (
     messages,
     models,
     openapi,
+    page,
     rerank,
     responses,
     tokenize,
 )
+from edgeformer.server.audio_form import read_form
 from edgeformer.server.endpoint import Call, Endpoint, Server
 from edgeformer.server.errors import ApiError, api_error
+from edgeformer.server.logs import REQUEST
 from edgeformer.server.messages_errors import MessagesErrors
 from edgeformer.server.metrics import Metrics
 from edgeformer.server.options import ServeOptions
 from edgeformer.server.registry import Registry
 from edgeformer.server.security import Guard, read_body, read_key
+from edgeformer.server.tracing import RequestTrace, open_tracing
 
 GROUPS = (
     chat,
@@ -47,11 +52,13 @@ GROUPS = (
     responses,
     embeddings,
     rerank,
+    audio,
     models,
     tokenize,
     health,
 )  # modules with ENDPOINTS
 CLIENT_GONE = 499  # nginx's number, for the log
+QUIET = ("/health", "/ready", "/metrics")  # asked for by machines, often: not logged while they work
 GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 log = logging.getLogger("edgeformer.server")
@@ -61,11 +68,12 @@ def create_app(registry: Registry, options: ServeOptions) -> Starlette:
     """The app; `app.state.server` is its Server.
 
     Raises:
-        InputError: the options allow other machines in without a key.
+        InputError: the options allow other machines in without a key, or OpenTelemetry is asked for and not installed.
     """
-    server = Server(options, registry, Metrics(registry))
+    server = Server(options, registry, Metrics(registry), open_tracing(options))
     endpoints = [endpoint for group in GROUPS for endpoint in group.ENDPOINTS]
     endpoints.append(openapi.endpoint(endpoints))
+    pages = page.endpoints() if options.page else []  # files for people: not in the document of the API
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -74,8 +82,11 @@ def create_app(registry: Registry, options: ServeOptions) -> Starlette:
             yield
         finally:
             await registry.close()
+            if server.tracing is not None:
+                await asyncio.to_thread(server.tracing.close)
 
-    middleware = [Middleware(MessagesErrors), Middleware(Guard, options=options, key=read_key(options))]
+    files = frozenset(one.path for one in pages)
+    middleware = [Middleware(MessagesErrors), Middleware(Guard, options=options, key=read_key(options), files=files)]
     if options.cors:
         middleware.insert(
             0,
@@ -88,7 +99,7 @@ def create_app(registry: Registry, options: ServeOptions) -> Starlette:
             ),
         )
     app = Starlette(
-        routes=[Route(one.path, _served(server, one), methods=[one.method]) for one in endpoints],
+        routes=[Route(one.path, _served(server, one), methods=[one.method]) for one in (*endpoints, *pages)],
         middleware=middleware,
         exception_handlers={HTTPException: _http_error},
         lifespan=lifespan,
@@ -99,16 +110,22 @@ def create_app(registry: Registry, options: ServeOptions) -> Starlette:
 
 def _served(server: Server, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
     """The handler of a route with all that is the same for each."""
-    decoder = None if endpoint.body is None else msgspec.json.Decoder(endpoint.body)
+    decoder = None if endpoint.body is None or endpoint.is_form else msgspec.json.Decoder(endpoint.body)
     fields = frozenset() if endpoint.body is None else frozenset(endpoint.body.__struct_fields__)
 
     async def serve(request: Request) -> Response:
         given = request.headers.get("x-request-id", "")
         call = Call(server, request, None, given if GIVEN_ID.fullmatch(given) else secrets.token_hex(12), {})
+        REQUEST.set({"id": call.id})
+        if server.tracing is not None and endpoint.path not in QUIET:
+            call.trace = RequestTrace(server.tracing, request, endpoint.path, call.id)
+            REQUEST.set({"id": call.id, "trace_id": call.trace.trace_id})
         began = time.perf_counter()
         try:
             if decoder is not None:
                 call.body = decoder.decode(await read_body(request, server.options.max_body))
+            elif endpoint.body is not None:
+                call.body = await read_form(request, endpoint.body, server.options)
             response = await unless_gone(request, endpoint.handle(call))
         except ClientDisconnect:
             response = Response(status_code=CLIENT_GONE)
@@ -137,7 +154,9 @@ class _Logged(Response):
         finally:
             call, status = self._call, self.status_code
             call.server.metrics.request(self._path, status)
-            if self._path not in ("/health", "/ready", "/metrics") or status >= 400:
+            if call.trace is not None:
+                call.trace.end(status, call.body, call.log)
+            if self._path not in QUIET or status >= 400:
                 milliseconds = round(1000 * (time.perf_counter() - self._began), 1)
                 line = {"id": call.id, "method": scope["method"], "path": self._path, "status": status}
                 log.info("request", extra=line | {"ms": milliseconds} | call.log)

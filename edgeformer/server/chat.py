@@ -81,6 +81,14 @@ class ChatStream(ChoiceStream[ChatChunk]):
         self._begun: set[int] = set()
         self._with_calls: set[int] = set()
 
+    def _plain_text(self, number: int, pieces: Sequence[Piece]) -> str | None:
+        if self._has_logprobs or self._has_parts or number not in self._begun:
+            return None
+        return "".join([piece.text for piece in pieces])
+
+    def _text_choice(self, number: int, text: str) -> ChunkChoice:
+        return ChunkChoice(number, Delta(content=text))
+
     def _choices(self, number: int, pieces: Sequence[Piece]) -> list[ChunkChoice]:
         """The role, before the first, and the new text of the answer."""
         found: list[ChunkChoice] = []

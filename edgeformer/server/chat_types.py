@@ -8,6 +8,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from edgeformer.server.errors import ApiError, unsupported
+from edgeformer.server.reasoning import effort_variables
 from edgeformer.server.registry import Loaded
 from edgeformer.server.sampling import Neutral, SamplingFields
 from edgeformer.server.usage import Logprob, Timings, Usage
@@ -102,6 +103,8 @@ class ChatRequest(SamplingFields, kw_only=True):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # llama-server's and vLLM's: variables of the chat template
     prompt_cache_key: str | None = None  # a hint where cached prompts are: here all are in one place
     safety_identifier: str | None = None  # says who asks: nothing depends on it
 
@@ -114,7 +117,6 @@ class ChatRequest(SamplingFields, kw_only=True):
     prediction: Any = None
     prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
-    reasoning_effort: Any = None
     service_tier: Any = None
     store: Any = None
     verbosity: Any = None
@@ -131,7 +133,6 @@ class ChatRequest(SamplingFields, kw_only=True):
         "prediction": ((None,), "drafts come from the prompt and from recent answers"),
         "prompt_cache_options": ((None,), "the cache of prompts is the server's, for all requests"),
         "prompt_cache_retention": ((None, "in_memory"), "the cache of prompts is in memory"),
-        "reasoning_effort": ((None,), "chat templates have no such switch in common"),
         "service_tier": ((None, "auto", "default"), "there is one tier"),
         "store": ((None, False), "completions are not stored"),
         "verbosity": ((None, "medium"), "models have no such switch"),
@@ -170,6 +171,9 @@ class ChatRequest(SamplingFields, kw_only=True):
             value = getattr(self, name)
             if value is not None and not (name == "tools" and not value):
                 found[name] = value
+        variables = effort_variables(loaded, self.reasoning_effort, "reasoning_effort")
+        if variables := {**variables, **(self.chat_template_kwargs or {})}:
+            found["chat_template_kwargs"] = variables
         if "tools" not in found:
             if self.tool_choice not in (None, "none", "auto"):
                 raise ApiError(400, "tool_choice needs tools.", param="tool_choice")

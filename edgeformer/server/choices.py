@@ -12,10 +12,11 @@ from msgspec import UNSET, UnsetType
 from edgeformer.decoding.result import Piece
 from edgeformer.server.endpoint import Call
 from edgeformer.server.generation import Generation
-from edgeformer.server.sse import DONE, PING, event
+from edgeformer.server.sse import DONE, PING, encoded, event
 from edgeformer.server.usage import Timings, Usage
 
 Chunk = TypeVar("Chunk")  # a struct with `usage` and `timings`
+MARK = "\x1a"  # stands for the text in a chunk that was encoded once; no name or fingerprint has it
 
 
 def head(prefix: str, call: Call, run: Generation) -> dict[str, Any]:
@@ -41,6 +42,7 @@ class ChoiceStream(ABC, Generic[Chunk]):
         self._includes_usage = includes_usage
         self._usage: UnsetType | None = None if includes_usage else UNSET
         self._ended = 0
+        self._frames: dict[int, tuple[bytes, bytes]] = {}  # of an answer's chunks: what stands around the text
         self._last: Chunk | None = None  # the end of the last answer, which also has the timings
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -68,13 +70,33 @@ class ChoiceStream(ABC, Generic[Chunk]):
         found: list[bytes] = []
         for number in sorted({number for number, _ in pieces}):
             own = [piece for index, piece in pieces if index == number]
-            found += (event(self._chunk([choice])) for choice in self._choices(number, own))
+            text = self._plain_text(number, own)
+            if text is None:
+                found += (event(self._chunk([choice])) for choice in self._choices(number, own))
+            elif text:
+                found.append(self._text_event(number, text))
             if (reason := own[-1].finish_reason) is not None:
                 self._ended += 1
                 self._last = self._chunk([self._end(number, reason)])
                 if self._ended < len(self._run.answers) * self._run.n:
                     found.append(event(self._last))
         return found
+
+    def _text_event(self, number: int, text: str) -> bytes:
+        """The event of a chunk with text alone: all but the text is encoded once for each answer."""
+        frame = self._frames.get(number)
+        if frame is None:
+            before, after = event(self._chunk([self._text_choice(number, MARK)])).split(encoded(MARK))
+            frame = self._frames[number] = before, after
+        return frame[0] + encoded(text) + frame[1]
+
+    @abstractmethod
+    def _plain_text(self, number: int, pieces: Sequence[Piece]) -> str | None:
+        """The text of the pieces, if they add nothing else to answer `number`; else None, and `_choices` says what."""
+
+    @abstractmethod
+    def _text_choice(self, number: int, text: str) -> Any:
+        """More text of answer `number`."""
 
     @abstractmethod
     def _choices(self, number: int, pieces: Sequence[Piece]) -> list[Any]:

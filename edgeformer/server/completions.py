@@ -136,6 +136,14 @@ class CompletionStream(ChoiceStream[Completion]):
         self._echoes = {number: echoes[number // run.n] for number in range(len(echoes) * run.n)}  # not sent yet
         self._offsets = {number: len(echo) for number, echo in self._echoes.items()}
 
+    def _plain_text(self, number: int, pieces: Sequence[Piece]) -> str | None:
+        if self._has_logprobs or self._echoes.get(number):
+            return None
+        return "".join([piece.text for piece in pieces])
+
+    def _text_choice(self, number: int, text: str) -> CompletionChoice:
+        return CompletionChoice(text, number)
+
     def _choices(self, number: int, pieces: Sequence[Piece]) -> list[CompletionChoice]:
         text = self._echoes.pop(number, "") + "".join(piece.text for piece in pieces)
         logprobs = None

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from edgeformer.server.metrics import Metrics
 from edgeformer.server.options import ServeOptions
 from edgeformer.server.registry import Registry
+from edgeformer.server.tracing import RequestTrace, Tracing
 
 
 @dataclass
@@ -26,18 +27,20 @@ class Server:
     options: ServeOptions
     registry: Registry
     metrics: Metrics
+    tracing: Tracing | None = None
     is_stopping: bool = False  # no new work: it ends when the running answers have ended
 
 
 @dataclass
 class Call:
-    """One request. `body` is its decoded JSON, an instance of the endpoint's `body` type (None without one)."""
+    """One request. `body` is an instance of the endpoint's `body` type, of JSON or of a form (None without one)."""
 
     server: Server
     request: Request
     body: Any
     id: str
     log: dict[str, Any]  # what the line of the log will say beside path, status and time
+    trace: RequestTrace | None = None
 
 
 Handler = Callable[[Call], Awaitable[Response]]
@@ -48,7 +51,7 @@ class Endpoint:
     """A route: what it takes and gives, for the router and for /openapi.json.
 
     body, result: msgspec structs. streams: with `stream` it answers by server-sent events of `chunk`. error: the JSON
-    schema of its errors, if it is not OpenAI's.
+    schema of its errors, if it is not OpenAI's. is_form: the body is multipart/form-data; `file` is its file.
     """
 
     method: str
@@ -59,6 +62,7 @@ class Endpoint:
     chunk: Any = None
     summary: str = ""
     error: Mapping[str, Any] | None = None
+    is_form: bool = False
 
 
 _encoder = msgspec.json.Encoder()

@@ -17,8 +17,8 @@ Numbered = tuple[int, Piece]  # the index of the choice, and a piece of it
 class Feed:
     """Reads answers of a scheduler; choice `i * n + k` is answer k to prompt i. Close it in `finally`.
 
-    `queue_timeout`: seconds that they may wait for others. `interval`: seconds between two deliveries, at least; asked
-    before each.
+    `queue_timeout`: seconds that they may wait for others. `interval`: deliveries after the first come at the multiples
+    of so many seconds, which is asked before each; so those of several feeds come in one turn of the loop.
     """
 
     def __init__(
@@ -29,7 +29,10 @@ class Feed:
         self._waits_for_ends = False
         self._ended = 0  # answers
         self._n = n
-        self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None  # stays for the next wait: most end long before it
+        self._deadline, self._wakes = 0.0, True
         self._is_signalled = False
         self._queue_timeout, self._began = queue_timeout, time.monotonic()
         self._has_begun = False
@@ -44,26 +47,54 @@ class Feed:
             ApiError: they waited too long (429).
             EdgeformerError: an answer failed.
         """
-        if self._has_begun and (wait := self._delivered + self._interval() - self._loop.time()) > 0:
-            self._is_signalled = True  # new pieces need not wake it
-            await asyncio.sleep(wait)
+        if self._has_begun and (interval := self._interval()) > 0:
+            moment = (self._delivered // interval + 1) * interval
+            if moment > self._loop.time():
+                await self._wait(moment, wakes=False)
         end = self._loop.time() + timeout
         while True:
             self._is_signalled = False
-            self._event.clear()
             pieces, done = self._take()
+            now = self._loop.time()
             if pieces or done:
                 self._has_begun = True
-                self._delivered = self._loop.time()
+                self._delivered = now
+                self._is_signalled = True  # the next call looks first: until then nothing need wake the loop
                 return pieces
-            left = end - self._loop.time()
-            if left <= 0:
+            if end <= now:
                 return None
-            timer = self._loop.call_later(left if self._has_begun else min(left, self._patience()), self._event.set)
-            try:
-                await self._event.wait()
-            finally:
-                timer.cancel()
+            await self._wait(end if self._has_begun else min(end, now + self._patience()))
+
+    async def _wait(self, deadline: float, wakes: bool = True) -> None:
+        """Returns at the deadline; with `wakes`, also when there are new pieces."""
+        self._deadline, self._wakes = deadline, wakes
+        if self._timer is None or self._timer.when() > deadline:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_at(deadline, self._late)
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _late(self) -> None:
+        """The timer rings: it was set for this wait, or for one before it."""
+        self._timer = None
+        if self._waiter is None:
+            return
+        if self._loop.time() < self._deadline:
+            self._timer = self._loop.call_at(self._deadline, self._late)
+        else:
+            self._end_wait()
+
+    def _ring(self) -> None:
+        if self._waiter is not None and self._wakes:
+            self._end_wait()
+
+    def _end_wait(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def results(self) -> list[Result]:
         """Waits for all answers; one result for each choice.
@@ -88,6 +119,8 @@ class Feed:
 
     def close(self) -> None:
         """Cancels what has not ended."""
+        if self._timer is not None:
+            self._timer.cancel()
         for answer in self.answers:
             with contextlib.suppress(ValueError):  # closed before
                 answer.unlisten(self._wake)
@@ -126,4 +159,4 @@ class Feed:
         if not self._is_signalled:  # at most one call waits in the loop
             self._is_signalled = True
             with contextlib.suppress(RuntimeError):  # the loop was closed
-                self._loop.call_soon_threadsafe(self._event.set)
+                self._loop.call_soon_threadsafe(self._ring)

@@ -60,9 +60,7 @@ class Generation:
         call.log["model"] = lease.entry.name
         try:
             given = arguments(lease.loaded)
-            work = asyncio.get_running_loop().run_in_executor(
-                None, _add, lease.loaded, lease.entry.name, prompts, given
-            )
+            work = asyncio.get_running_loop().run_in_executor(None, _add, call, lease, prompts, given)
             try:
                 answers = await asyncio.shield(work)
             except asyncio.CancelledError:
@@ -92,8 +90,6 @@ class Generation:
         results = [result for found in each for result in found]
         if not self._is_counted:
             self._is_counted = True
-            for found in each:
-                self._call.server.metrics.answers(self.entry.name, found)
             timings = [result.timings for result in results]
             seconds = max(one.first_token_seconds + one.decode_seconds for one in timings)
             self.loaded.mean_seconds += (seconds - self.loaded.mean_seconds) / 8
@@ -113,15 +109,15 @@ class Generation:
         if not self._is_counted and any(not answer.done for answer in self.answers):
             self._is_counted = True
             self._call.log["finish"] = "abort"
-            self._call.server.metrics.aborted(self.entry.name, len(self.answers) * self.n)
         self.loaded.streams -= self._is_stream
         self._is_stream = False
         self.feed.close()
         self._lease.release()
 
 
-def _add(loaded: Loaded, name: str, prompts: Sequence[Prompt], arguments: Mapping[str, Any]) -> list[Answer]:
+def _add(call: Call, lease: Lease, prompts: Sequence[Prompt], arguments: Mapping[str, Any]) -> list[Answer]:
     """Runs in a thread: encoding a long prompt and compiling a grammar take milliseconds."""
+    loaded, name = lease.loaded, lease.entry.name
     if loaded.scheduler is None:
         raise ApiError(400, f"{name} is a {loaded.model.bundle.task} model and does not generate text.", param="model")
     options = loaded.scheduler.options
@@ -132,6 +128,9 @@ def _add(loaded: Loaded, name: str, prompts: Sequence[Prompt], arguments: Mappin
     try:
         for prompt in prompts:
             answers.append(loaded.scheduler.add(prompt, **arguments))
+            call.server.metrics.watch(name, answers[-1], arguments.get("n", 1))
+            if call.trace is not None:
+                call.trace.watch(name, answers[-1])
     except BaseException as error:
         for answer in answers:
             answer.cancel()

@@ -50,6 +50,7 @@ class ToolUseBlock(_Typed, tag="tool_use"):
     id: str
     name: str
     input: dict[str, Any]
+    caller: dict[str, str] = msgspec.field(default_factory=lambda: {"type": "direct"})  # the model, not code
 
 
 Content = TextBlock | ThinkingBlock | ToolUseBlock
@@ -62,6 +63,12 @@ class MessagesUsage(msgspec.Struct, kw_only=True):
     cache_creation_input_tokens: int = 0
     cache_read_input_tokens: int = 0
     output_tokens: int
+    # What follows is always there, though this server has nothing to say of it.
+    cache_creation: None = None
+    inference_geo: None = None
+    output_tokens_details: None = None
+    server_tool_use: None = None
+    service_tier: str = "standard"
 
     @classmethod
     def of(cls, result: Result) -> MessagesUsage:
@@ -80,6 +87,8 @@ class MessageAnswer(_Typed, kw_only=True, tag="message"):
     content: list[Content]
     stop_reason: str | None = None
     stop_sequence: str | None = None
+    stop_details: None = None
+    container: None = None
     usage: MessagesUsage
 
 
@@ -314,7 +323,8 @@ async def count_tokens(call: Call) -> Response:
         if lease.loaded.scheduler is None:
             raise ApiError(400, f"{lease.entry.name} does not generate text.", param="model")
         model = lease.loaded.model
-        given = {"tools": tools, "tool_choice": "none"} if tools else {}
+        given: dict[str, Any] = {"tools": tools, "tool_choice": "none"} if tools else {}
+        given["chat_template_kwargs"] = body.variables(lease.loaded)
         loop = asyncio.get_running_loop()
         # The prompt as for an answer: what a template needs changed in messages with calls is changed.
         prompt = await loop.run_in_executor(

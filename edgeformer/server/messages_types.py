@@ -13,8 +13,12 @@ from edgeformer.decoding.answer_shape import answer_format
 from edgeformer.decoding.generation_config import GenerationConfig, file_settings
 from edgeformer.server.chat_types import ChatRequest
 from edgeformer.server.errors import ApiError, unsupported
+from edgeformer.server.reasoning import effort_variables, switch_variables
 from edgeformer.server.registry import Loaded
 from edgeformer.server.sampling import Neutral
+
+# Coding agents ask to keep all earlier thoughts, which is what happens.
+KEEP_ALL = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
 
 
 class CacheControl(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -184,7 +188,7 @@ class ToolChoiceParam(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class ThinkingConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """How a model reasons. Here it does as its chat template says."""
+    """How a model reasons: as its chat template says, which may have a switch."""
 
     type: Literal["adaptive", "enabled", "disabled", "between_tools"]
     budget_tokens: int | None = None
@@ -205,10 +209,10 @@ class JsonFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class OutputConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """The format of the answer."""
+    """The format of the answer, and how much to reason for it."""
 
     format: JsonFormat | None = None
-    effort: Any = None
+    effort: str | None = None
 
 
 class CountRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -272,12 +276,26 @@ class CountRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         """
         return [tool.plain(f"tools[{number}]") for number, tool in enumerate(self.tools or ())] or None
 
+    def variables(self, loaded: Loaded) -> dict[str, Any]:
+        """The variables of the chat template that say how to reason.
+
+        Raises:
+            ApiError: the template has none for what is asked.
+        """
+        config, thinking = self.output_config, self.thinking
+        effort = None if config is None else config.effort
+        found = effort_variables(loaded, effort, "output_config.effort")
+        if thinking is None or thinking.type not in ("enabled", "disabled"):
+            return found
+        switched = switch_variables(loaded, on=thinking.type == "enabled")
+        if thinking.type == "disabled" and not switched and _may_reason(loaded):
+            raise unsupported("thinking.type", "the chat template has no switch for it; 'adaptive' is taken")
+        return found | switched
+
     def _refuse(self) -> None:
         for name, (values, why) in self.NEUTRAL.items():
             if getattr(self, name) not in values:
                 raise unsupported(name, why)
-        if self.output_config is not None and self.output_config.effort is not None:
-            raise unsupported("output_config.effort", "chat templates have no such switch in common")
         thinking = self.thinking
         if thinking is None:
             return
@@ -312,7 +330,7 @@ class MessagesRequest(CountRequest, kw_only=True):
     NEUTRAL: ClassVar[Neutral] = {
         **CountRequest.NEUTRAL,
         "container": ((None,), "the server runs no code"),
-        "context_management": ((None,), "the client keeps the conversation"),
+        "context_management": ((None, {}, {"edits": []}, KEEP_ALL), "the client keeps the conversation"),
         "diagnostics": ((None,), "requests are not stored"),
         "inference_geo": ((None,), "the server is one machine"),
         "mcp_servers": ((None, []), "the server asks nobody else"),
@@ -325,8 +343,6 @@ class MessagesRequest(CountRequest, kw_only=True):
         Raises:
             ApiError: a field is wrong, or asks for what this server does not do.
         """
-        if self.thinking is not None and self.thinking.type == "disabled" and _may_reason(loaded):
-            raise unsupported("thinking.type", "chat templates have no switch for it in common; 'adaptive' is taken")
         if self.max_tokens < 1:
             raise ApiError(400, f"max_tokens is {self.max_tokens}, expected 1 or more.", param="max_tokens")
         if not all(self.stop_sequences or ()):
@@ -345,6 +361,7 @@ class MessagesRequest(CountRequest, kw_only=True):
             tool_choice=None if choice is None else choice.plain(),
             parallel_tool_calls=False if choice is not None and choice.disable_parallel_tool_use else None,
             response_format=None if schema is None else {"type": "json_schema", "json_schema": schema},
+            chat_template_kwargs=self.variables(loaded) or None,
         )
         return same.arguments(loaded)
 

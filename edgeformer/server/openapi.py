@@ -40,6 +40,8 @@ def document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     for one in endpoints:
         body, result, chunk = (next(made) if kind is not None else None for kind in (one.body, one.result, one.chunk))
         content: dict[str, Any] = {"application/json": {"schema": result}} if result else {"text/plain": {}}
+        if one.is_form:
+            content["text/plain"] = {}
         if chunk:
             content["text/event-stream"] = {"itemSchema": chunk}
         operation: dict[str, Any] = {
@@ -54,7 +56,8 @@ def document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
             },
         }
         if body:
-            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
+            kind = "multipart/form-data" if one.is_form else "application/json"
+            operation["requestBody"] = {"required": True, "content": {kind: {"schema": body}}}
         path = re.sub(r"{(\w+):\w+}", r"{\1}", one.path)
         names = re.findall(r"{(\w+)}", path)
         if names:

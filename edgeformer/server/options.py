@@ -9,7 +9,7 @@ from pathlib import Path
 from edgeformer.engines.options import option
 from edgeformer.errors import InputError
 
-NETWORK, SAFETY, LOAD = "Network", "Safety", "Load"
+NETWORK, SAFETY, LOAD, WATCH = "Network", "Safety", "Load", "Observability"
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class ServeOptions:
     """How the server listens, what it allows, and what it may use.
 
     Raises:
-        InputError: only one of the TLS files is given, or the key is empty.
+        InputError: only one of the TLS files is given, the key is empty, or the OTLP endpoint is no HTTP address.
     """
 
     host: str = option("127.0.0.1", "The address to listen on.", panel=NETWORK)
@@ -35,7 +35,10 @@ class ServeOptions:
     cors: list[str] | None = option(  # noqa: RUF009
         None, "An origin whose web pages may call; may be repeated.", metavar="ORIGIN", panel=SAFETY
     )
+    page: bool = option(True, "The chat page at /.", flags=("--page/--no-page",), panel=NETWORK)
     max_body: int = option(8 << 20, "The most bytes of a request.", min=1, panel=SAFETY)
+    max_audio: int = option(25 << 20, "The most bytes of a request with a recording.", min=1, panel=SAFETY)
+    max_audio_seconds: float = option(3600.0, "The most seconds of sound of a recording.", min=0.1, panel=SAFETY)
     max_messages: int = option(1024, "The most messages of a chat.", min=1, panel=SAFETY)
     max_sequences: int = option(8, "How many answers run at once.", min=1, panel=LOAD)
     queue: int = option(64, "How many requests may wait; others get 429.", min=0, panel=LOAD)
@@ -48,12 +51,17 @@ class ServeOptions:
     grace: float = option(30.0, "Seconds that answers may take to end after SIGTERM.", min=0.0, panel=LOAD)
     ping: float = option(10.0, "Seconds of silence after which a stream gets a comment.", min=0.01, panel=LOAD)
     log_prompts: bool = option(False, "Write prompts and answers to the log.", panel=SAFETY)
+    otlp_endpoint: str | None = option(
+        None, "Send OpenTelemetry traces and metrics there: http://HOST:4318.", metavar="URL", panel=WATCH
+    )
 
     def __post_init__(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise InputError("HTTPS needs both --tls-cert and --tls-key.")
         if self.api_key is not None and (not self.api_key or not self.api_key.isascii()):
             raise InputError("The API key is empty, or holds characters that are not ASCII.")
+        if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise InputError(f"--otlp-endpoint is {self.otlp_endpoint!r}, expected http://HOST:PORT or https://...")
 
     @property
     def is_local(self) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeformer.bundle.bundle import Bundle
+from edgeformer.decoding.counters import Counters
 from edgeformer.decoding.scheduler import TOKEN_BUDGET
 from edgeformer.errors import EdgeformerWarning, InputError
 from edgeformer.machine import available_memory
@@ -73,6 +74,7 @@ class Entry:
     loaded: Loaded | None = None
     loading: asyncio.Task[Loaded] | None = None
     users: int = 0
+    counters: Counters = field(default_factory=Counters)  # they outlive its schedulers
     last_used: float = field(default_factory=time.monotonic)
 
     @property
@@ -220,6 +222,7 @@ class Registry:
         scheduler = model.scheduler(
             options.max_sequences, max(TOKEN_BUDGET, options.max_sequences), cache or None, queue_limit=options.queue
         )
+        scheduler.count_in(entry.counters)
         return Loaded(model, scheduler, cache, context, options.queue)
 
     def _room(self) -> int | None:

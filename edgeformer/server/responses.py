@@ -90,7 +90,7 @@ class ResponseObject(msgspec.Struct, kw_only=True):
     presence_penalty: float = 0.0
     previous_response_id: None = None
     prompt_cache_key: str | None
-    reasoning: dict[str, None]
+    reasoning: dict[str, str | None]
     safety_identifier: str | None
     service_tier: str = "default"
     store: bool = False
@@ -217,7 +217,7 @@ class ResponseRun:
             metadata=body.metadata or {},
             parallel_tool_calls=body.parallel_tool_calls is not False,
             prompt_cache_key=body.prompt_cache_key,
-            reasoning={"effort": None, "summary": None},
+            reasoning={"effort": body.effort, "summary": None},
             safety_identifier=body.safety_identifier,
             temperature=config.temperature if config.do_sample else 0.0,
             text={"format": form},

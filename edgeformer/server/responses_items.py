@@ -136,7 +136,6 @@ class ArgumentsDelta(_Within, kw_only=True, tag="response.function_call_argument
 class ArgumentsDone(_Within, kw_only=True, tag="response.function_call_arguments.done"):
     """The whole arguments of a call."""
 
-    name: str
     arguments: str
 
 
@@ -231,7 +230,7 @@ class Output:
         return [
             ItemAdded(output_index=index, item=item("in_progress", "")),
             ArgumentsDelta(**where, delta=call.arguments),
-            ArgumentsDone(**where, name=call.name, arguments=call.arguments),
+            ArgumentsDone(**where, arguments=call.arguments),
             ItemDone(output_index=index, item=whole),
         ]
 

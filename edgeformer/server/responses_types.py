@@ -11,11 +11,14 @@ import msgspec
 
 from edgeformer.server.chat_types import FOLDED, ChatRequest
 from edgeformer.server.errors import ApiError, unsupported, validation_error
+from edgeformer.server.reasoning import effort_variables
 from edgeformer.server.registry import Loaded
 from edgeformer.server.sampling import Neutral, StreamOptions
 
 T = TypeVar("T")
-LOGPROBS = "message.output_text.logprobs"  # the only value of `include` that is followed
+LOGPROBS = "message.output_text.logprobs"
+# Reasoning that comes back must be encrypted where its text is hidden. Here it comes, and goes back, as text.
+INCLUDED = (LOGPROBS, "reasoning.encrypted_content")
 
 
 class _Item(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -195,13 +198,17 @@ class TextConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class ReasoningConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """How a model reasons. Here it does as its chat template says."""
+    """How a model reasons: with an effort where its chat template reads one. Reasoning is shown whole."""
 
-    effort: Any = None
+    effort: str | None = None
     summary: Any = None
     generate_summary: Any = None
     context: Any = None
     mode: Any = None
+
+
+# "auto" asks for the best summary that there is.
+_REASONING = {"summary": (None, "auto"), "generate_summary": (None, "auto"), "context": (None, "auto"), "mode": (None,)}
 
 
 class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -267,6 +274,11 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
         return (self.text and self.text.format) or TextFormat()
 
     @property
+    def effort(self) -> str | None:
+        """How much the model shall reason."""
+        return None if self.reasoning is None else self.reasoning.effort
+
+    @property
     def has_logprobs(self) -> bool:
         """Whether log probabilities are asked for."""
         return LOGPROBS in (self.include or ())
@@ -311,6 +323,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
             response_format=self._response_format(),
             logprobs=self.has_logprobs or None,
             top_logprobs=self.top_logprobs,
+            chat_template_kwargs=effort_variables(loaded, self.effort, "reasoning.effort") or None,
         )
         return same.arguments(loaded)
 
@@ -341,13 +354,13 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
             if getattr(self, name) not in values:
                 raise unsupported(name, why)
         for number, one in enumerate(self.include or ()):
-            if one != LOGPROBS:
-                raise unsupported(f"include[{number}]", f"{one!r} is not {LOGPROBS!r}")
+            if one not in INCLUDED:
+                raise unsupported(f"include[{number}]", f"{one!r} is none of {', '.join(INCLUDED)}")
         if self.text is not None and self.text.verbosity not in (None, "medium"):
             raise unsupported("text.verbosity", "models have no such switch")
-        for name in ReasoningConfig.__struct_fields__ if self.reasoning is not None else ():
-            if getattr(self.reasoning, name) is not None:
-                raise unsupported(f"reasoning.{name}", "chat templates have no such switch in common")
+        for name, values in _REASONING.items():
+            if getattr(self.reasoning, name, None) not in values:
+                raise unsupported(f"reasoning.{name}", "reasoning is shown whole, as the chat template says")
         if self.stream_options is not None:
             if not self.stream:
                 raise ApiError(400, "stream_options is for streams; set stream to true.", param="stream_options")

@@ -1,8 +1,8 @@
 """Who may ask, and how much: the API key, the names of this machine, and the size of a request.
 
 A web page of another origin can make a browser send requests to a server on loopback. It can read no answer (no CORS
-headers unless an origin is named), it can send no JSON (the content type must say JSON, which a browser asks for
-first), and a name of its own that resolves to 127.0.0.1 is refused (DNS rebinding).
+headers unless an origin is named), it can send no JSON (the content type must say JSON, which a browser asks for first)
+and no form (its `Origin` is checked), and a name of its own that resolves to 127.0.0.1 is refused (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import hmac
 import ipaddress
 import os
 import re
+from collections.abc import AsyncGenerator, Collection
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -22,7 +24,7 @@ from edgeformer.errors import InputError
 from edgeformer.server.errors import ApiError
 from edgeformer.server.options import ServeOptions
 
-OPEN = ("/health",)  # routes that need no key
+OPEN = ("/health",)  # routes that need no key, beside the page's files
 BODY_SECONDS = 60.0  # in which a body must have come
 _HOST = re.compile(r"^(\[[0-9a-fA-F:.]+\]|[^:\[\]]+)(:\d+)?$")
 
@@ -58,10 +60,16 @@ def _given_key(options: ServeOptions) -> str | None:
 
 
 class Guard:
-    """An ASGI middleware that refuses what is not allowed before anything else sees it."""
+    """An ASGI middleware that refuses what is not allowed before anything else sees it.
 
-    def __init__(self, app: ASGIApp, options: ServeOptions, key: str | None) -> None:
+    `files`: paths of the chat page's files, which may be read without the key (`edgeformer.server.page` says why).
+    """
+
+    def __init__(
+        self, app: ASGIApp, options: ServeOptions, key: str | None, files: frozenset[str] = frozenset()
+    ) -> None:
         self._app = app
+        self._files = files
         self._key = None if key is None else _digest(key)
         # With a key, a page behind a foreign name cannot ask; a unix socket has no names.
         self._checks_host = key is None and options.is_local and options.uds is None
@@ -70,13 +78,13 @@ class Guard:
         """Passes the request on, or answers it with an error."""
         if scope["type"] == "http":
             try:
-                self._check(Headers(scope=scope), scope["path"])
+                self._check(Headers(scope=scope), scope["path"], scope["method"])
             except ApiError as error:
                 await error.response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _check(self, headers: Headers, path: str) -> None:
+    def _check(self, headers: Headers, path: str, method: str) -> None:
         if "transfer-encoding" in headers and "content-length" in headers:
             # RFC 9112, 6.1: it may be an attempt to smuggle a request past a proxy.
             raise ApiError(
@@ -94,7 +102,7 @@ class Guard:
                 "machine alone; use localhost, or start it with an API key.",
                 code="wrong_host",
             )
-        if self._key is not None:
+        if self._key is not None and not (path in self._files and method in ("GET", "HEAD")):
             given = headers.get("authorization", "")
             scheme, _, token = given.partition(" ")
             token = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
@@ -115,27 +123,55 @@ async def read_body(request: Request, limit: int) -> bytes:
         raise ApiError(
             415, f"The content type is {kind or 'missing'}, expected application/json.", code="unsupported_media_type"
         )
-    parts: list[bytes] = []
-    size = 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return b"".join([part async for part in body_chunks(request, limit)])
+    except TimeoutError:
+        raise too_slow() from None
+
+
+async def body_chunks(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
+    """The body as it comes.
+
+    Raises:
+        ApiError: it is larger than `limit` bytes (413).
+    """
     declared = request.headers.get("content-length")
     if declared is not None and int(declared) > limit:  # the HTTP parser has checked that it is a number
         raise _too_large(limit)
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for part in request.stream():
-                size += len(part)
-                if size > limit:
-                    raise _too_large(limit)
-                parts.append(part)
-    except TimeoutError:
-        raise ApiError(408, f"The body did not come within {BODY_SECONDS:g} s.", code="timeout") from None
-    return b"".join(parts)
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            raise _too_large(limit)
+        yield part
+
+
+def check_origin(headers: Headers, cors: Collection[str]) -> None:
+    """For bodies that a web page may send to another origin without asking first: forms.
+
+    Raises:
+        ApiError: the request is of a page of another origin than this server's and those of `cors` (403).
+    """
+    origin = headers.get("origin")
+    if origin is None or origin in cors or urlsplit(origin).netloc == headers.get("host", ""):
+        return
+    raise ApiError(
+        403,
+        f"Pages of {origin[:80]} may not send forms; start the server with --cors {origin[:80]}.",
+        code="wrong_origin",
+    )
+
+
+def too_slow() -> ApiError:
+    """The error for a body that does not come."""
+    return ApiError(408, f"The body did not come within {BODY_SECONDS:g} s.", code="timeout")
 
 
 def _too_large(limit: int) -> ApiError:
     return ApiError(
         413,
-        f"The body is larger than {limit:,} bytes; the server's --max-body says so.",
+        f"The body is larger than {limit:,} bytes; the server's --max-body (of recordings --max-audio) says so.",
         code="request_too_large",
         headers={"Connection": "close"},
     )

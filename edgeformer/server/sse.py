@@ -21,6 +21,11 @@ log = logging.getLogger("edgeformer.server")
 _encoder = msgspec.json.Encoder()
 
 
+def encoded(value: Any) -> bytes:
+    """`value` as JSON."""
+    return _encoder.encode(value)
+
+
 def event(value: Any, name: str | None = None) -> bytes:
     """One event with `value` as JSON; `name` is its type, which OpenAI's chat streams do not have."""
     data = b"data: " + _encoder.encode(value) + b"\n\n"

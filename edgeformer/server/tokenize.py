@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.responses import Response
 
+from edgeformer.decoding.answer_shape import ShapeOptions
 from edgeformer.processing.tokenizer import Tokenizer
 from edgeformer.server.chat_types import Message
 from edgeformer.server.endpoint import Call, Endpoint, reply
@@ -60,6 +61,7 @@ class TemplateRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     model: str | None = None
     tools: list[dict[str, Any]] | None = None
     add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class RenderedPrompt(msgspec.Struct):
@@ -116,15 +118,14 @@ async def apply_template(call: Call) -> Response:
     if not 1 <= len(body.messages) <= most:
         raise ApiError(400, f"messages holds {len(body.messages)} messages, expected 1 to {most}.", param="messages")
     messages = [message.plain(f"messages[{number}]") for number, message in enumerate(body.messages)]
-    return reply(
-        await _with_tokenizer(
-            call,
-            body.model,
-            lambda tokenizer: RenderedPrompt(
-                tokenizer.render_chat(messages, body.add_generation_prompt, tools=body.tools)
-            ),
+
+    def work(tokenizer: Tokenizer) -> RenderedPrompt:
+        variables = ShapeOptions(chat_template_kwargs=body.chat_template_kwargs).variables(tokenizer)
+        return RenderedPrompt(
+            tokenizer.render_chat(messages, body.add_generation_prompt, tools=body.tools, **variables)
         )
-    )
+
+    return reply(await _with_tokenizer(call, body.model, work))
 
 
 ENDPOINTS = [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -15,8 +17,12 @@ from edgeformer.server.registry import Loaded
 Found = TypeVar("Found")
 
 
-async def in_turn(call: Call, name: str | None, work: Callable[[Model], Found]) -> tuple[str, Found]:
+async def in_turn(
+    call: Call, name: str | None, work: Callable[[Model], Found], stop: threading.Event | None = None
+) -> tuple[str, Found]:
     """(the name of the model, what `work` gives for it), run in a thread when the model is free.
+
+    `stop` is set when the client leaves: work that looks at it ends early.
 
     Raises:
         ApiError: there is no such model, or too many wait for it.
@@ -24,13 +30,19 @@ async def in_turn(call: Call, name: str | None, work: Callable[[Model], Found]) 
     lease = await call.server.registry.lease(name)
     try:
         call.log["model"] = lease.entry.name
+        came = time.perf_counter()
         async with turn(lease.loaded, call.server.options.queue_timeout):
+            began = time.perf_counter()
             task = asyncio.get_running_loop().run_in_executor(None, work, lease.loaded.model)
             try:
                 found = await asyncio.shield(task)
             except asyncio.CancelledError:
+                if stop is not None:
+                    stop.set()
                 await asyncio.wait([task])  # the engine is busy until then
+                task.exception()  # nobody else looks at it
                 raise
+        call.server.metrics.encoded(lease.entry.name, began - came, time.perf_counter() - began)
         return lease.entry.name, found
     finally:
         lease.release()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Unpack
 
+from edgeformer.decoding.counters import Counters
 from edgeformer.decoding.request import CallArguments
 from edgeformer.decoding.scheduler import SchedulerOptions
 from edgeformer.decoding.worker import Answer, Worker
@@ -76,6 +77,10 @@ class GenerationScheduler:
     def reserved_bytes(self) -> int:
         """Bytes of cache that the running requests may need; `options.memory_limit` bounds them."""
         return self._worker.reserved_bytes
+
+    def count_in(self, counters: Counters) -> None:
+        """What it does is added to `counters`; before the first request."""
+        self._worker.count_in(counters)
 
     def close(self, *, finish: bool = False) -> None:
         """Ends it: cancels all answers, or with `finish` waits for them. It takes no more prompts."""

@@ -15,6 +15,7 @@ from edgeformer.decoding.answer_shape import Vocabulary, text_shape
 from edgeformer.decoding.generation import Call, TextGenerator
 from edgeformer.decoding.generation_config import GenerationConfig, file_settings
 from edgeformer.decoding.limits import Limits
+from edgeformer.decoding.logits_processors import log_softmax
 from edgeformer.decoding.request import CallOptions, split_arguments
 from edgeformer.engines.base import Arrays, Engine, State
 from edgeformer.engines.feed import encode_source
@@ -116,6 +117,15 @@ class EncoderDecoder:
 
     def likeliest(self, static: Arrays, prompt: Sequence[int], among: Sequence[int]) -> int:
         """Which of the tokens `among` the model would put after `prompt`."""
-        inputs = {IDS: np.array([list(prompt)], np.int64)}
-        logits = self.decoder.forward([(inputs, self.decoder.new_state(static))])[0]["logits"][0, -1]
+        logits = self._next(static, prompt)
         return max(among, key=lambda token: float(logits[token]))
+
+    def probability(self, static: Arrays, prompt: Sequence[int], token: int) -> float:
+        """How likely the model finds `token` after `prompt`, before all logits processors."""
+        return float(np.exp(log_softmax(self._next(static, prompt).astype(np.float64))[token]))
+
+    def _next(self, static: Arrays, prompt: Sequence[int]) -> Array:
+        """The logits [vocab] of what follows `prompt`."""
+        inputs = {IDS: np.array([list(prompt)], np.int64)}
+        logits: Array = self.decoder.forward([(inputs, self.decoder.new_state(static))])[0]["logits"][0, -1]
+        return logits

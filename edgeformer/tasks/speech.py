@@ -5,77 +5,32 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, count, islice
 from typing import Any, TypedDict
 
 import numpy as np
 
+from edgeformer.bundle.bundle import Bundle
 from edgeformer.bundle.manifest import read_json
 from edgeformer.bundle.signature import IDS, Array
 from edgeformer.decoding.generation import Call
+from edgeformer.decoding.logprobs import TokenLogprob
 from edgeformer.decoding.request import CallOptions
-from edgeformer.engines.base import Arrays
+from edgeformer.decoding.result import Result
 from edgeformer.errors import EdgeformerError, InputError
 from edgeformer.machine import available_memory
 from edgeformer.processing.audio import LogMel, read_wav
 from edgeformer.tasks.encoder_batches import Batching, Progress
 from edgeformer.tasks.seq2seq import EncoderDecoder
+from edgeformer.tasks.speech_prompt import LONGEST, earlier_text, silence_token, speech_prompt
+from edgeformer.tasks.timestamps import TimeTokens, spans
+from edgeformer.tasks.transcript import PieceText, Segment, Transcript, TranscriptPiece
 
 Audio = str | os.PathLike[str] | Array  # a file, or float samples [count] at the model's rate
 MAX_WINDOWS = 8  # that run at once, where their memory is less than a quarter of what is free
-
-
-@dataclass(frozen=True)
-class Transcript:
-    """What was said. `language` is the code that was given or heard, None where the model knows one alone."""
-
-    text: str
-    ids: list[int]
-    language: str | None
-
-    def __str__(self) -> str:
-        return self.text
-
-
-def speech_prompt(
-    pair: EncoderDecoder, static: Arrays, language: str | None, task: str | None
-) -> tuple[list[int], str | None]:
-    """(the tokens an answer begins with, language code): start, language, task, no timestamps; as far as the model
-    has tokens for them. What is None is as generation_config.json says; without a language the likeliest is taken.
-
-    Raises:
-        InputError: the model does not know the language or task.
-    """
-    settings = pair.bundle.generation_config
-    prompt = pair.start()
-    languages: dict[str, int] = {
-        name.strip("<|>"): token for name, token in (settings.get("lang_to_id") or {}).items() if type(token) is int
-    }
-    if languages:
-        tasks: dict[str, int] = settings.get("task_to_id") or {}
-        language, task = language or settings.get("language"), task or settings.get("task")
-        if language is None and task is None:  # an older file says both by their tokens
-            forced = dict(settings.get("forced_decoder_ids") or pair.bundle.config.get("forced_decoder_ids") or ())
-            language = next((name for name, token in languages.items() if token == forced.get(1)), None)
-            task = next((name for name, token in tasks.items() if token in forced.values()), None)
-        language, task = language and language.strip("<|>").lower(), task or "transcribe"
-        if language is None:
-            heard = pair.likeliest(static, prompt, list(languages.values()))
-            language = next(name for name, token in languages.items() if token == heard)
-        elif language not in languages:
-            raise InputError(f"language is {language!r}; the model knows {', '.join(sorted(languages))}.")
-        if task not in tasks:
-            raise InputError(f"task is {task!r}; the model knows {', '.join(sorted(tasks)) or 'none'}.")
-        prompt += [languages[language], tasks[task]]
-    elif language is not None:
-        raise InputError(f"language is {language!r}, but this model has no tokens for languages.")
-    silent = settings.get("no_timestamps_token_id")
-    if type(silent) is int:
-        prompt.append(silent)
-    return prompt, language
 
 
 class SpeechArguments(TypedDict, total=False):
@@ -83,9 +38,15 @@ class SpeechArguments(TypedDict, total=False):
 
     language: str | None
     task: str | None
+    prompt: str | None
+    timestamps: bool
+    logprobs: bool
+    temperature: float | None
+    seed: int | None
     num_beams: int | None
     max_new_tokens: int | None
     show_progress: bool | Progress | None
+    on_step: Callable[[], None] | None
 
 
 def transcribe_each(
@@ -96,12 +57,44 @@ def transcribe_each(
     Raises:
         InputError: the model takes no sound, or an argument is unknown.
     """
+    recordings = _Recordings(pair, audios, _checked(arguments))
+    return recordings.transcripts(Batching(progress=arguments.get("show_progress", False)).progress)
+
+
+def transcript_pieces(
+    pair: EncoderDecoder, audio: Audio, arguments: Mapping[str, Any]
+) -> Generator[TranscriptPiece, None, Transcript]:
+    """The text of one recording token by token, window after window; returns the transcript.
+
+    Raises:
+        InputError: as `transcribe_each`, or times are asked for: their tokens are known once a window has ended.
+    """
+    if arguments.get("timestamps"):
+        raise InputError("timestamps belong to a whole transcript; leave them out of a stream.")
+    return _Recordings(pair, [audio], _checked(arguments)).pieces()
+
+
+def _checked(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
     unknown = sorted(arguments.keys() - SpeechArguments.__annotations__.keys())
     if unknown:
         known = ", ".join(SpeechArguments.__annotations__)
         raise InputError(f"transcribe() has no argument {', '.join(unknown)}; it has {known}.")
-    recordings = _Recordings(pair, audios, arguments)
-    return recordings.transcripts(Batching(progress=arguments.get("show_progress", False)).progress)
+    return arguments
+
+
+def log_mel(bundle: Bundle) -> LogMel:
+    """The front end of a model that takes sound.
+
+    Raises:
+        InputError: it takes none.
+    """
+    settings = bundle.file("preprocessor_config.json")
+    graph = bundle.manifest["graphs"].get("encoder")
+    if settings is None or graph is None or IDS in graph["inputs"]:
+        raise InputError(
+            f"{bundle.path} is a {bundle.task} model that takes no sound, or has no preprocessor_config.json."
+        )
+    return LogMel.of(read_json(settings))
 
 
 class _Recordings:
@@ -111,17 +104,16 @@ class _Recordings:
     """
 
     def __init__(self, pair: EncoderDecoder, audios: Iterable[Audio], arguments: Mapping[str, Any]) -> None:
-        settings = pair.bundle.file("preprocessor_config.json")
-        if settings is None or IDS in pair.bundle.manifest["graphs"]["encoder"]["inputs"]:
-            raise InputError(
-                f"{pair.bundle.path} is a {pair.bundle.task} model that takes no sound, or has no "
-                "preprocessor_config.json."
-            )
         self._pair = pair
         self._audios = audios
-        self._language, self._task = arguments.get("language"), arguments.get("task")
-        self._generation = {name: arguments.get(name) for name in ("num_beams", "max_new_tokens")}
-        self._front = LogMel.of(read_json(settings))
+        self._given = arguments
+        self._front = log_mel(pair.bundle)
+        self._earlier = earlier_text(pair, arguments.get("prompt"))
+        self._times = self._silence = None
+        if arguments.get("timestamps"):
+            settings, positions = pair.bundle.generation_config, pair.bundle.config.get("max_source_positions")
+            self._times = TimeTokens.of(settings, positions, self._front.chunk_length, pair.limits.eos)
+            self._silence = silence_token(pair)
         self._begun: deque[_Recording] = deque()  # those whose transcripts were not given yet
         self._windows: dict[int, tuple[_Recording, int]] = {}  # of calls that have not ended, by their number
         self._window_bytes = self._beams = 1  # of a window: bytes that the decoder reads, beams
@@ -131,18 +123,46 @@ class _Recordings:
         """What is said in each recording, or why it could not be transcribed; in order, each once it is whole."""
         calls = self._calls()
         first = list(islice(calls, 1))  # its size decides how many windows run together
+        answers = self._pair.generator.answers(chain(first, calls), self._together(), self._given.get("on_step"))
         with self._reporting(progress) as report:
-            for ended in self._pair.generator.answers(chain(first, calls), self._together()):
+            for ended in answers:
                 recording, window = self._windows.pop(ended.index)
                 if ended.error is None:
-                    recording.ids[window] = ended.results[0].ids
+                    recording.results[window] = ended.results[0]
                 elif isinstance(ended.error, EdgeformerError):
                     recording.error = recording.error or ended.error
                 else:
                     raise ended.error
                 report()
                 while self._begun and self._begun[0].is_whole:
-                    yield self._begun.popleft().transcript(self._pair)
+                    yield self._transcript(self._begun.popleft())
+
+    def pieces(self) -> Generator[TranscriptPiece, None, Transcript]:
+        """The text of the one recording as it is made, then its transcript."""
+        pair, before_step = self._pair, self._given.get("on_step") or _nothing
+        decoder = pair.tokenizer.detokenizer() if pair.tokenizer else None
+        text = PieceText(decoder.push, decoder.flush) if decoder else PieceText(lambda _: "", lambda: "")
+        held: list[TokenLogprob] = []
+        for window, call in enumerate(self._calls()):
+            if isinstance(call, EdgeformerError):
+                raise call
+            stream = pair.generator.stream(call)
+            before_step()
+            for piece in stream:
+                if piece.id is None or piece.id in pair.limits.eos:
+                    continue
+                if piece.logprob is not None:
+                    held.append(piece.logprob)
+                if new := text.push(piece.id):
+                    yield TranscriptPiece(new, tuple(held))
+                    held = []
+                before_step()
+            self._begun[0].results[window] = stream.result
+        if (new := text.flush()) or held:
+            yield TranscriptPiece(new, tuple(held))
+        found = self._transcript(self._begun[0])
+        assert isinstance(found, Transcript)
+        return found
 
     def _together(self) -> int:
         """How many windows (with beams: beams) run at once."""
@@ -173,11 +193,12 @@ class _Recordings:
         """The windows of all recordings; an error for a recording that cannot be read."""
         numbers = count()
         for audio in self._audios:
-            recording = _Recording(self._language)
+            recording = _Recording(self._given.get("language"))
             self._begun.append(recording)
             try:
                 samples = self._samples(audio)
                 size = self._front.samples
+                recording.samples = len(samples)
                 recording.windows = -(-len(samples) // size)
                 self._read += recording.windows
                 for window in range(recording.windows):
@@ -199,16 +220,77 @@ class _Recordings:
 
     def _call(self, samples: Array, recording: _Recording) -> Call:
         """The answer of one window. The first one of a recording says which language it is in."""
-        pair, arguments = self._pair, self._generation
+        pair, given = self._pair, self._given
         static = pair.encode(pair.source(self._front.features(samples)))
         self._window_bytes = sum(array.nbytes for array in static.values())
-        prompt, recording.language = speech_prompt(pair, static, recording.language, self._task)
-        room = max(1, (pair.limits.context or 448) - len(prompt))
-        asked = arguments.get("max_new_tokens") or pair.bundle.generation_config.get("max_new_tokens") or room
-        arguments = {**arguments, "max_new_tokens": min(asked, room)}
-        call = pair.decoding(static, prompt, None, arguments, CallOptions())
+        begin, recording.language = speech_prompt(
+            pair, static, recording.language, given.get("task"), times=self._times is not None
+        )
+        if self._silence is not None:
+            recording.silences[len(recording.silences)] = pair.probability(static, pair.start(), self._silence)
+        prompt = self._earlier + begin
+        room = max(1, (pair.limits.context or LONGEST) - len(prompt))
+        asked = given.get("max_new_tokens") or pair.bundle.generation_config.get("max_new_tokens") or room
+        arguments = {"num_beams": given.get("num_beams"), "max_new_tokens": min(asked, room)}
+        if given.get("temperature") is not None:
+            arguments |= {"temperature": given["temperature"], "top_k": 0}
+        options = CallOptions(seed=given.get("seed"), logprobs=0 if given.get("logprobs") else None)
+        call = pair.decoding(static, prompt, None, arguments, options)
+        if self._times is not None:
+            call = replace(call, processors=(self._times.rules(len(prompt)),))
         self._beams = call.config.num_beams
         return call
+
+    def _transcript(self, recording: _Recording) -> Transcript | EdgeformerError:
+        """What is said in all windows, or why one failed."""
+        if recording.error is not None:
+            return recording.error
+        pair, rate, size = self._pair, self._front.sampling_rate, self._front.samples
+        decode = pair.tokenizer.decode if pair.tokenizer else lambda _: ""
+        text = _Tokens()
+        segments: list[Segment] = []
+        for window in range(len(recording.results)):
+            tokens = _Tokens.of(recording.results[window], pair.limits.eos)
+            length = min(size, recording.samples - window * size) / rate
+            for span in spans(tokens.ids, self._times, length):
+                part = tokens.at(span.places)
+                text.add(part)
+                begin, said, silence = window * size / rate, decode(part.ids), recording.silences.get(window)
+                segment = Segment(begin + span.start, begin + span.end, said, part.ids, window, part.mean(), silence)
+                segments.append(segment)
+        shown = segments if self._given.get("timestamps") else []
+        logprobs = text.logprobs if self._given.get("logprobs") else None
+        return Transcript(
+            decode(text.ids).strip(), text.ids, recording.language, recording.samples / rate, shown, logprobs
+        )
+
+
+@dataclass
+class _Tokens:
+    """Tokens of text and, where asked for, their log probabilities."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, result: Result, eos: Collection[int]) -> _Tokens:
+        """Those of an answer, without the end."""
+        kept = [place for place, token in enumerate(result.ids) if token not in eos]
+        return cls(result.ids, result.logprobs or []).at(kept)
+
+    def at(self, places: Sequence[int]) -> _Tokens:
+        """Those at these places."""
+        return _Tokens([self.ids[i] for i in places], [self.logprobs[i] for i in places] if self.logprobs else [])
+
+    def add(self, more: _Tokens) -> None:
+        """Appends others."""
+        self.ids += more.ids
+        self.logprobs += more.logprobs
+
+    def mean(self) -> float | None:
+        """The mean log probability; None where they were not asked for."""
+        known = [one.logprob for one in self.logprobs if one.logprob is not None]
+        return sum(known) / len(known) if known else None
 
 
 @dataclass
@@ -216,20 +298,17 @@ class _Recording:
     """One recording: the answers of its windows, as they end."""
 
     language: str | None
+    samples: int = 0
     windows: int | None = None  # known once it was read
-    ids: dict[int, list[int]] = field(default_factory=dict)  # by window
+    results: dict[int, Result] = field(default_factory=dict)  # by window
+    silences: dict[int, float] = field(default_factory=dict)  # by window
     error: EdgeformerError | None = None
 
     @property
     def is_whole(self) -> bool:
         """Whether all windows have ended, or one failed."""
-        return self.error is not None or len(self.ids) == self.windows
+        return self.error is not None or len(self.results) == self.windows
 
-    def transcript(self, pair: EncoderDecoder) -> Transcript | EdgeformerError:
-        """What is said in all windows, or why one failed."""
-        if self.error is not None:
-            return self.error
-        answers = (self.ids[window] for window in range(len(self.ids)))
-        ids = [token for answer in answers for token in answer if token not in pair.limits.eos]
-        text = pair.tokenizer.decode(ids).strip() if pair.tokenizer else ""
-        return Transcript(text, ids, self.language)
+
+def _nothing() -> None:
+    """What happens between two steps, if nobody asks for more."""

@@ -142,23 +142,28 @@ def test_a_wave_counts_all_new_tokens_and_waits_from_the_first_call() -> None:
 def test_masks_are_timed_only_inside_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     from edgeformer.decoding.constraints.grammar import GrammarConstraint
 
-    clock = iter([0.0, 2.0, 10.0, 11.0, 20.0, 25.0])
-    monkeypatch.setattr(constraints.time, "thread_time", lambda: next(clock))
+    clock = iter([0.0, 1.0, 10.0, 12.0, 20.0, 21.0, 30.0, 35.0])
+    monkeypatch.setattr(constraints.time, "perf_counter", lambda: next(clock))
     calls: list[object] = []
 
     def apply(self: object, scores: object) -> object:
         calls.append(scores)
         return "masked"
 
+    def check(self: object, token: int) -> bool:
+        calls.append(token)
+        return token != 3
+
     monkeypatch.setattr(GrammarConstraint, "apply", apply)
-    monkeypatch.setattr(GrammarConstraint, "accept", lambda self, token: calls.append(token))
+    monkeypatch.setattr(GrammarConstraint, "accept_if_allowed", check)
     constraint = object.__new__(GrammarConstraint)
     with constraints.timed() as seconds:
+        assert not constraint.accept_if_allowed(3)  # the likeliest may not follow, so its mask counts too
         assert constraint.apply("scores") == "masked"  # type: ignore[arg-type,comparison-overlap]
         constraint.accept(7)
-        constraint.apply("again")  # type: ignore[arg-type]
-    assert seconds == [3.0, 5.0] and calls == ["scores", 7, "again"]
-    assert GrammarConstraint.apply is apply
+        constraint.accept(8)
+    assert seconds == [4.0, 5.0] and calls == [3, "scores", 7, 8]
+    assert GrammarConstraint.apply is apply and GrammarConstraint.accept_if_allowed is check
 
 
 def test_a_beginning_that_was_not_cached_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

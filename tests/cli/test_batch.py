@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from support import tiny
 from typer.testing import CliRunner
 
 from edgeformer.cli.app import app
@@ -78,6 +79,27 @@ def test_the_answers_to_other_prompts_are_not_continued(run):
     result, _ = run(_quoted(["another text", LINES[1]]))
     assert isinstance(result.exception, InputError)
     assert "line 1 is no answer to line 1 of the prompts" in str(result.exception)
+
+
+def test_answers_of_other_options_or_another_bundle_are_not_continued(run, lm, tmp_path):
+    run(_quoted(LINES[:1]))
+    assert run(_quoted(LINES[:2]))[0].exit_code == 0
+    result, answers = run(_quoted([*LINES[:2], "a"]), "--temperature", "0.5", "--seed", "1")
+    assert isinstance(result.exception, InputError) and len(answers) == 2
+    assert "with these options and this bundle" in str(result.exception)
+    tiny.write_lm(tmp_path / "other", seed=5)
+    flags = [
+        "--prompts",
+        str(tmp_path / "prompts.jsonl"),
+        "-e",
+        "cpu",
+        "-n",
+        "8",
+        "-o",
+        str(tmp_path / "answers.jsonl"),
+    ]
+    result = CliRunner().invoke(app, ["run", str(tmp_path / "other"), *flags])
+    assert isinstance(result.exception, InputError)
 
 
 @pytest.mark.parametrize(

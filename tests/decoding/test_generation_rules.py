@@ -319,7 +319,7 @@ def test_every_field_of_transformers_is_supported_named_or_irrelevant():
     ids=str,
 )
 def test_the_file_sets_the_language_and_the_task(generators, settings, expected):
-    from edgeformer.tasks.speech import speech_prompt
+    from edgeformer.tasks.speech_prompt import speech_prompt
 
     tokens = {"lang_to_id": {"<|en|>": 20, "<|de|>": 21}, "task_to_id": {"transcribe": 31, "translate": 32}}
     pair = generators("whisper").with_settings(tokens | settings).pair

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -196,7 +197,7 @@ def test_a_damaged_tokenizer_is_reported_while_the_weights_are_packed(q8, tmp_pa
     path.write_bytes(b"x" * path.stat().st_size)
     for engine in ("native", "auto"):
         with pytest.raises(BundleError, match="is not a tokenizer"):
-            edgeformer.load(bundle, engine=engine)
+            edgeformer.load(bundle, engine=engine, check="sizes")
 
 
 # ------------------------------------------------------------------------------------------------------ packed weights
@@ -232,6 +233,33 @@ def test_packed_weights_serve_the_next_engine(bundles, name, isa, cache_folder, 
     (entry,) = cache_folder.glob("*.packed")
     entry.unlink()
     np.testing.assert_array_equal(answer(again)[0], answer(once)[0])  # mapped, it needs no name
+
+
+@pytest.mark.parametrize(
+    ("huge", "free", "limit", "copied"),
+    [
+        (0.1, 100, None, True),
+        (0.9, 100, None, False),  # the map is fast as it is
+        (0.1, 2, None, False),  # too little memory for a copy
+        (0.1, 100, 10**9, False),  # a limit asks for little
+        (None, 100, None, False),  # a system that does not tell
+    ],
+)
+def test_packed_weights_in_small_pages_are_copied_where_memory_is_free(
+    q8, cache_folder, packed, monkeypatch, huge, free, limit, copied
+):
+    before = answer(engine_of(q8))
+    (entry,) = cache_folder.glob("*.packed")
+    monkeypatch.setattr(packing, "has_huge_pages", lambda: True)
+    monkeypatch.setattr(packing, "mapped_in_huge_pages", lambda data: None if huge is None else int(huge * data.nbytes))
+    monkeypatch.setattr(packing, "available_memory", lambda: free * entry.stat().st_size)
+    engine = engine_of(q8, memory_limit=limit)
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert (entry.name in maps.read_text()) != copied
+    assert len(packed) == 1
+    np.testing.assert_array_equal(answer(engine)[0], before[0])
+    np.testing.assert_array_equal(engine._native.packed(), disk_cache.read_mapped(entry.name)[0])
 
 
 @pytest.mark.parametrize("place", [0, -60, -1], ids=["weights", "note", "digest"])
@@ -287,8 +315,12 @@ def test_packed_weights_of_the_wrong_size_or_alignment_are_refused(q8):
     for wrong in (given[:-64], room[start + 1 :][: len(given)], np.zeros(2 * len(given), np.uint8)[::2]):
         with pytest.raises(edgeformer.InputError, match=f"expected {len(given)} contiguous ones at a multiple of 64"):
             fresh.use_packed(wrong)
+        with pytest.raises(edgeformer.InputError, match=f"expected {len(given)} contiguous ones at a multiple of 64"):
+            fresh.copy_packed(wrong, mapped=False)
     fresh.use_packed(given)
     with pytest.raises(edgeformer.InputError, match="has its weights already"):
         fresh.use_packed(given)
+    with pytest.raises(edgeformer.InputError, match="has its weights already"):
+        fresh.copy_packed(given, mapped=False)
     with pytest.raises(edgeformer.InputError, match="belong to another one"):
         fresh.pack([])

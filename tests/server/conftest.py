@@ -16,13 +16,14 @@ from edgeformer.decoding.scheduler import Scheduler
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory):
-    """Folders by name: `lm`, `calls` and `reasons` (the same with other chat templates), `encoder`."""
+    """Folders by name: `lm`; `calls`, `reasons`, `effort` (the same with other chat templates); `encoder`."""
     folder = tmp_path_factory.mktemp("served")
     lm = serving.write_long_lm(folder / "lm")
     return {
         "lm": lm,
         "calls": serving.with_template(lm, folder / "calls", serving.CALLS),
         "reasons": serving.with_template(lm, folder / "reasons", serving.REASONS),
+        "effort": serving.with_template(lm, folder / "effort", serving.EFFORT),
         "encoder": serving.write_text_encoder(folder / "encoder"),
     }
 

@@ -251,7 +251,7 @@ def test_a_repeated_beginning_is_read_from_the_cache(claude):
         ({"service_tier": "fast"}, "service_tier"),
         ({"container": "x"}, "container"),
         ({"mcp_servers": [{"type": "url", "url": "http://h/"}]}, "mcp_servers"),
-        ({"context_management": {}}, "context_management"),
+        ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "context_management"),
         ({"speed": "fast"}, "speed"),
         ({"metadata": {"user": "x"}}, "metadata.user"),
     ],

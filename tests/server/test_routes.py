@@ -64,11 +64,9 @@ def test_the_server_describes_itself(server, client):
 
 
 def sample(server, name, **labels):
-    for family in text_string_to_metric_families(get(server, "/metrics").text):
-        for one in family.samples:
-            if one.name == name and labels.items() <= one.labels.items():
-                return one.value
-    return 0
+    families = text_string_to_metric_families(get(server, "/metrics").text)
+    samples = [one for family in families for one in family.samples if one.name == name]
+    return sum(one.value for one in samples if labels.items() <= one.labels.items())
 
 
 @pytest.mark.parametrize(

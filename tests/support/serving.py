@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
+import os
 import shutil
 import threading
 import time
 
 import numpy as np
+import pytest
 import uvicorn
 from onnx import TensorProto, helper
 from support import tiny, tool_templates
@@ -21,6 +24,19 @@ from edgeformer.server.run import uvicorn_config
 
 CALLS = "tags around each JSON call"
 REASONS = "invoke tags, the prompt opens reasoning"
+EFFORT = "variables that say how to reason"
+SWITCHED = (  # reads how much to reason, and whether to
+    "{% if reasoning_effort is defined %}{{ 'effort ' + reasoning_effort + '\n' }}{% endif %}"
+    + tiny.TEMPLATE
+    + "{% if enable_thinking is defined and not enable_thinking %}{{ 'no thoughts\n' }}{% endif %}"
+)
+
+
+def require(module, how):
+    """Skip the test if an optional package is missing; in CI, fail it."""
+    if importlib.util.find_spec(module) is None:
+        message = f"{module} is not installed: {how}"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
 
 
 class Running:
@@ -89,9 +105,14 @@ def write_long_lm(path):
 
 def with_template(source, path, template):
     """A copy of a tiny bundle with another chat template."""
+    return with_text(source, path, SWITCHED if template == EFFORT else tool_templates.TEMPLATES[template])
+
+
+def with_text(source, path, text):
+    """A copy of a tiny bundle with this chat template."""
     shutil.copytree(source, path)
     settings = json.loads((path / "tokenizer_config.json").read_text())
-    settings["chat_template"] = tool_templates.TEMPLATES[template]
+    settings["chat_template"] = text
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     manifest = json.loads((path / "edgeformer.json").read_text())
     del manifest["files"]

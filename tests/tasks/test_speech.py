@@ -150,8 +150,8 @@ def test_a_recording_that_fails_does_not_stop_the_others(model, tmp_path):
     assert model.transcribe([]) == []
     with pytest.raises(InputError, match="language is 'xx'; the model knows de, en, fr, it"):
         model.transcribe(RECORDINGS[0], language="xx")
-    with pytest.raises(InputError, match=r"has no argument temperature; it has language, task"):
-        model.transcribe(RECORDINGS[0], temperature=1)
+    with pytest.raises(InputError, match=r"has no argument top_p; it has language, task"):
+        model.transcribe(RECORDINGS[0], top_p=1)
     with pytest.raises(InputError, match="show_progress is 3"):
         model.transcribe(RECORDINGS[0], show_progress=3)
 

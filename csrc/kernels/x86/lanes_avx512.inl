@@ -8,7 +8,7 @@ struct S {
   using NibbleSum = __m512i;
   using ByteSum = __m512i;
   static constexpr bool kBytesAsTheyAre = true, kLongNibbleSums = true;
-  static constexpr int kGemvRows = 8, kFewRows = 24, kTileRows = 8, kTilePanels = 2, kF32Rows = 8;
+  static constexpr int kGemvRows = 8, kFewRows = 64, kTileRows = 8, kTilePanels = 2, kF32Rows = 8;
   static constexpr int kKeyTiles = 2, kValueRows = 8, kValueColumns = 4, kValueSums = 24;
 
   static F load(const float* p) { return _mm512_loadu_ps(p); }

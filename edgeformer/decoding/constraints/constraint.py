@@ -22,12 +22,20 @@ class Constraint(Protocol):
         """
         ...
 
+    def prepare(self) -> None:
+        """Another thread may do now what the next `apply` needs: while an engine makes the scores."""
+        ...
+
     def accept(self, token: int) -> None:
         """Advances by the chosen token.
 
         Raises:
             InputError: the token may not follow; nothing has changed.
         """
+        ...
+
+    def accept_if_allowed(self, token: int) -> bool:
+        """Advances by the token if it may follow; whether it may. Costs a fraction of `apply`."""
         ...
 
     def forced(self, limit: int) -> list[int]:
@@ -63,5 +71,5 @@ class Constraint(Protocol):
         ...
 
     def fork(self) -> Constraint:
-        """An independent copy at the same position."""
+        """An independent copy at the same position, to look ahead: nothing is learned from it."""
         ...

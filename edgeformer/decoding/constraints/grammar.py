@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Collection, Sequence
-from functools import lru_cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,8 +15,10 @@ from edgeformer.decoding.constraints.habits import Habits
 from edgeformer.decoding.constraints.token_trie import TokenTrie
 from edgeformer.errors import InputError, StateError, first_line
 
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
 _FEW = 64  # words of 32 tokens: up to here, writing the allowed scores is faster than choosing among all
-_NARROW = 8  # few tokens may follow where they are in fewer than 1 of 8 words: not in the text of a string
 
 
 class Grammar:
@@ -40,11 +43,13 @@ class GrammarConstraint:
     """The position of one answer in a grammar; see `Constraint`."""
 
     def __init__(self, grammar: Grammar, matcher: Any, length: int) -> None:
-        self._grammar, self._matcher = grammar, matcher
+        self._grammar, self._idle_matcher = grammar, matcher
+        self._computing: Future[object] | None = None  # a mask that another thread computes now
+        self._is_computed = False  # whether the buffer holds the mask of this position
         self._length = length  # tokens accepted; -1 after an end token
         self._last = -1  # the last of them
-        self._choices = 0  # words of the mask of `apply`: 1 where one token may follow; 0 before `apply`
         self._framed = 0
+        self._learns = True
         self._buffer = np.zeros(grammar.trie.words, np.int32)
 
     # ------------------------------------------------------------------------------------------------------- Constraint
@@ -55,7 +60,6 @@ class GrammarConstraint:
             raise InputError(f"The scores have shape {scores.shape}, expected ({self._grammar.vocab_size},).")
         mask = self._mask()
         filled = np.flatnonzero(mask)
-        self._choices = len(filled)
         if len(filled) > _FEW:
             found: Array = np.minimum(scores, _limits(mask, scores.dtype)[: len(scores)])
             return found
@@ -67,16 +71,32 @@ class GrammarConstraint:
 
     def accept(self, token: int) -> None:
         """As `Constraint.accept`."""
-        self._check_open()
-        inside = self._inside(token)
-        if inside == self._grammar.trie.end and self._matcher.is_accepting():
-            self._length = -1
-        elif inside is not None and self._matcher.try_consume_tokens([inside]) == 1:
-            self._length += 1
-            self._learn(token)
-        else:
-            self._check_matcher()
+        if not self.accept_if_allowed(token):
             raise InputError(f"The token {token} may not follow in the constraint; choose one that `apply` leaves.")
+
+    def accept_if_allowed(self, token: int) -> bool:
+        """As `Constraint.accept_if_allowed`."""
+        self._check_open()
+        inside, matcher = self._inside(token), self._matcher
+        if inside is None:
+            return False
+        if inside == self._grammar.trie.end:
+            if matcher.is_accepting():
+                self._length = -1
+            return self._length < 0
+        is_framed = self._learns and not any(
+            matcher.validate_tokens([word]) for word in self._grammar.trie.words_of_text
+        )
+        if matcher.try_consume_tokens([inside]) != 1:
+            self._check_matcher()
+            return False
+        self._length += 1
+        self._is_computed = False
+        if self._learns:
+            self._grammar.followers.learn(self._last, token if is_framed else None)
+            self._framed = self._framed + 1 if is_framed else 0
+        self._last = token
+        return True
 
     def forced(self, limit: int) -> list[int]:
         """As `Constraint.forced`: the text that must follow, in the tokenizer's own tokens."""
@@ -135,8 +155,13 @@ class GrammarConstraint:
     def fork(self) -> GrammarConstraint:
         """As `Constraint.fork`; costs 5 to 80 microseconds."""
         copy = GrammarConstraint(self._grammar, self._matcher.deep_copy(), self._length)
-        copy._last, copy._framed = self._last, self._framed
+        copy._last, copy._framed, copy._learns = self._last, self._framed, False
         return copy
+
+    def prepare(self) -> None:
+        """As `Constraint.prepare`."""
+        if self._computing is None and not self._is_computed and not self.ended:
+            self._computing = _beside().submit(self._compute, self._idle_matcher)
 
     # ------------------------------------------------------------------------------------------------------------- more
 
@@ -154,6 +179,18 @@ class GrammarConstraint:
         bits = _bits(self._mask())[: self._grammar.vocab_size]
         missing = self._grammar.vocab_size - len(bits)
         return np.concatenate([bits, np.zeros(missing, np.bool_)]) if missing else bits
+
+    @property
+    def _matcher(self) -> Any:
+        """llguidance's, which no other thread uses then."""
+        computing, self._computing = self._computing, None
+        if computing is not None:
+            computing.result()
+        return self._idle_matcher
+
+    def _compute(self, matcher: Any) -> None:
+        matcher.unsafe_compute_mask_ptr(self._buffer.ctypes.data, self._buffer.nbytes)
+        self._is_computed = True
 
     @property
     def _aliased(self) -> bool:
@@ -174,8 +211,9 @@ class GrammarConstraint:
         """A bit for each token of the logits that may follow, int32 [ceil(vocab / 32)]; good until the next call."""
         self._check_open()
         grammar, trie = self._grammar, self._grammar.trie
-        buffer = self._buffer
-        self._matcher.unsafe_compute_mask_ptr(buffer.ctypes.data, buffer.nbytes)
+        matcher, buffer = self._matcher, self._buffer
+        if not self._is_computed:
+            self._compute(matcher)
         self._check_matcher()
         may_end = bool(buffer[trie.end >> 5] >> (trie.end & 31) & 1)
         if self._aliased:
@@ -205,16 +243,6 @@ class GrammarConstraint:
         text = self._matcher.compute_ff_bytes()
         return self._grammar.trie.spell_beginning(text) if text else []
 
-    def _learn(self, token: int) -> None:
-        """The habits of an answer, from a token that was chosen among those of `apply`; not from a guess."""
-        choices, self._choices = self._choices, 0
-        if choices:
-            is_narrow = choices * _NARROW < self._buffer.size
-            if choices > 1:  # else the token is forced, or nearly so
-                self._grammar.followers.learn(self._last, token if is_narrow else None)
-            self._framed = self._framed + 1 if is_narrow else 0
-        self._last = token
-
     def _check_open(self) -> None:
         if self._length < 0:
             raise StateError("The answer has ended: no token may follow its end token. Start a new constraint.")
@@ -235,6 +263,18 @@ class GrammarConstraint:
             "No token of the vocabulary can continue the answer as the grammar demands. The grammar needs a text that "
             "this tokenizer cannot write, or that no text can fulfil; change the grammar."
         )
+
+
+@cache
+def _beside() -> ThreadPoolExecutor:
+    """The thread that computes masks while an engine runs; llguidance leaves Python free meanwhile."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(1, "edgeformer-masks")
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_beside.cache_clear)  # the thread is the parent's
 
 
 def _limits(words: Array, dtype: Any) -> Array:

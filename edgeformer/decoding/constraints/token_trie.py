@@ -10,6 +10,7 @@ Ids in the trie, `size` being that of the tokenizer:
 
 from __future__ import annotations
 
+import re
 import threading
 import weakref
 from collections.abc import Sequence
@@ -79,6 +80,15 @@ class TokenTrie:
             if data and len(data) <= _LONGEST:
                 found[data] = number
         return found
+
+    @cached_property
+    def words_of_text(self) -> list[int]:
+        """Some tokens of letters. Where none of them may follow an answer is no running text, but keys, punctuation,
+        numbers or one of few words.
+        """
+        plain = [number for number, data in enumerate(self._later) if re.fullmatch(rb"[a-z]{3,5}", data)]
+        every = plain or [number for number, data in enumerate(self._later) if data.decode(errors="replace").isalpha()]
+        return [every[len(every) * place // 3] for place in range(3)] if every else []
 
     def spell(self, data: bytes) -> list[int]:
         """Tokens whose bytes are exactly `data`: the tokenizer's own, or the fewest that there are."""

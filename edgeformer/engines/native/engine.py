@@ -81,6 +81,8 @@ class NativeEngine:
         self._defaults = executable.defaults
         self._inputs = [(name, NUMPY[dtype], shape) for name, dtype, shape in executable.inputs]
         self._outputs = executable.outputs
+        self._converted = [name for name in self._outputs if self._dtypes.get(name) in ("float16", "float64")]
+        self._known = {name for name, _, _ in self._inputs} | {KEEP_INPUT}
         self._symbols = list(executable.program["symbols"])
         self._rows, self._past, self._batch_local = executable.rows, executable.past, executable.batch_local
         self.kv = "float32"  # the type of keys and values in the cache
@@ -144,7 +146,7 @@ class NativeEngine:
             engine._check_memory(options.memory_limit)
         extension.trim_memory()  # what reading the graph took
         with in_flight:
-            engine.rounded = give_weights(native, executable, while_packing)
+            engine.rounded = give_weights(native, executable, while_packing, may_copy=options.memory_limit is None)
         extension.trim_memory()  # what `while_packing` took, before the weights are in use
         return engine
 
@@ -259,10 +261,9 @@ class NativeEngine:
         out = []
         for row in results:
             named = dict(zip(self._outputs, row, strict=True))
-            for name, array in named.items():
-                wanted = self._dtypes.get(name, "")
-                if wanted in ("float16", "float64") and array.dtype == np.float32:
-                    named[name] = array.astype(wanted)
+            for name in self._converted:
+                if named[name].dtype == np.float32:
+                    named[name] = named[name].astype(self._dtypes[name])
             out.append(named)
         return out
 
@@ -306,8 +307,8 @@ class NativeEngine:
         ]
 
     def _require_known(self, arrays: Mapping[str, Array]) -> None:
-        unknown = arrays.keys() - {name for name, _, _ in self._inputs} - {KEEP_INPUT}
-        if unknown:
+        if not arrays.keys() <= self._known:
+            unknown = arrays.keys() - self._known
             raise InputError(
                 f"unknown input(s) {', '.join(map(repr, sorted(unknown)))}; this graph takes {self._names()}"
             )
@@ -324,7 +325,7 @@ class NativeEngine:
             ids = np.asarray(arrays["input_ids"])
             if ids.ndim == 2:
                 positions = np.arange(state.length, state.length + ids.shape[1], dtype=np.int64)
-                return np.broadcast_to(positions, ids.shape)
+                return positions[None] if len(ids) == 1 else np.broadcast_to(positions, ids.shape)
         raise InputError(f"input {name!r} is missing; this graph takes {self._names()}")
 
 

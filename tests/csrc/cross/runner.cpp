@@ -13,6 +13,7 @@
 
 #include "engine/dispatch.h"
 #include "kernels/pack.h"
+#include "platform/memory.h"
 #include "platform/threads.h"
 #include "program/kv_cache.h"
 

@@ -139,6 +139,47 @@ def test_a_refused_token_changes_nothing(tokenizer):
         constraint.apply(np.zeros(3))
 
 
+@pytest.mark.parametrize("arguments", [{"regex": "[a-z é]{2,12}"}, {"json_schema": OBJECT}, {"choices": ["ab", "abc"]}])
+def test_a_prepared_mask_is_that_of_the_position(tokenizer, arguments):
+    """Two walks side by side, one with its masks made by another thread; every call may come while that runs."""
+    draw, grammar = random.Random(4), made(tokenizer, **arguments)
+    for _ in range(12):
+        plain, prepared = grammar.start(), grammar.start()
+        for _ in range(30):
+            prepared.prepare()
+            prepared.prepare()
+            for look in draw.sample(("ended", "may_end", "fork", "forced", "apply"), 2):
+                if look == "apply":
+                    prepared.apply(np.zeros(tokenizer.size, np.float32))
+                elif look == "forced":
+                    assert prepared.forced(4) == plain.forced(4)
+                elif look == "fork":
+                    assert (prepared.fork().allowed_mask() == plain.allowed_mask()).all()
+                else:
+                    assert getattr(prepared, look) == getattr(plain, look)
+            prepared.prepare()
+            allowed = prepared.allowed_mask()
+            assert (allowed == plain.allowed_mask()).all()
+            token = int(draw.choice(np.flatnonzero(allowed)))
+            plain.accept(token)
+            prepared.accept(token)
+            if plain.ended:
+                prepared.prepare()
+                assert prepared.ended
+                break
+
+
+def test_a_token_is_accepted_where_the_mask_allows_it_and_refused_without_a_trace(tokenizer):
+    constraint = fed(made(tokenizer, regex="[a-c]{3}x").start(), tokenizer, "ab")
+    allowed = constraint.allowed_mask()
+    for token in range(tokenizer.size):
+        assert constraint.fork().accept_if_allowed(token) == allowed[token]
+        if not allowed[token]:
+            assert not constraint.accept_if_allowed(token)
+    assert (constraint.allowed_mask() == allowed).all()
+    assert not constraint.accept_if_allowed(-1) and not constraint.accept_if_allowed(tokenizer.size)
+
+
 def test_forced_tokens_are_allowed_and_write_what_must_follow(tokenizer):
     constraint = fed(made(tokenizer, json_schema=OBJECT, whitespace=0).start(), tokenizer, '{"name":"x",')
     drafts = constraint.forced(100)

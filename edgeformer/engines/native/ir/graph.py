@@ -283,8 +283,10 @@ def _check_arity(nodes: list[Node], opset: int) -> None:
     least: dict[str, int] = {}
     for node in nodes:
         if node.op not in least:
-            known = defs.has(node.op)
-            least[node.op] = defs.get_schema(node.op, opset).min_input if known else 0
+            try:
+                least[node.op] = defs.get_schema(node.op, opset).min_input
+            except defs.SchemaError:  # of another domain, or newer than the graph's opset
+                least[node.op] = 0
         given = sum(bool(name) for name in node.inputs[: least[node.op]])
         if given < least[node.op]:
             raise BundleError(f"{node.op} of {node.outputs[:1]} has {given} inputs, expected at least {least[node.op]}")

@@ -1,0 +1,122 @@
+"""Checks of a wheel that need no machine of its kind: what the extension asks of the system, and what it offers."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from wheels.targets import Target
+
+# What an extension may load. zig links libc++ into it, so that no wheel depends on a C++ library of the system.
+LIBRARIES = {
+    "linux": r"lib(c|m|pthread|dl|rt)\.so\.\d+|ld-linux-(x86-64|aarch64)\.so\.\d+",
+    "macos": r"/usr/lib/libSystem\.B\.dylib",
+    "windows": r"python3\d+\.dll|KERNEL32\.dll|api-ms-win-crt-[a-z0-9-]+\.dll|ADVAPI32\.dll",
+}
+EXPORT = "PyInit__native"
+
+
+def problems(wheel: Path, target: Target, python: str) -> list[str]:
+    """What is wrong with a wheel; empty if nothing is."""
+    found = []
+    if not wheel.name.endswith(f"-{target.tag(python)}.whl"):
+        found.append(f"{wheel.name} has another tag than {target.tag(python)}")
+    with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
+        extensions = [name for name in archive.namelist() if name.endswith((".so", ".pyd"))]
+        if extensions != [f"edgeformer/{target.extension(python)}"]:
+            return [*found, f"{wheel.name} has the extensions {extensions}, expected {target.extension(python)}"]
+        path = Path(archive.extract(extensions[0], folder))
+        found += extension_problems(path, target, python)
+    if target.system == "linux":
+        found += manylinux_problems(wheel, target)
+    return found
+
+
+def extension_problems(path: Path, target: Target, python: str) -> list[str]:
+    """What is wrong with an extension: libraries, exported names, minimum version of the system."""
+    import lief
+
+    binary: Any = lief.parse(str(path))
+    if binary is None:
+        return [f"{path.name} is no ELF, Mach-O or PE file"]
+    if target.system == "linux":
+        return elf_problems(binary, target)
+    if target.system == "macos":
+        return macho_problems(binary, target)
+    return pe_problems(binary, python)
+
+
+def foreign(libraries: Iterable[str], system: str) -> list[str]:
+    """A problem for each library that a plain system may lack."""
+    return [f"needs {name}" for name in libraries if not re.fullmatch(LIBRARIES[system], name)]
+
+
+def elf_problems(binary: Any, target: Target) -> list[str]:
+    """Libraries, exports, and versions of glibc's symbols above the one of the tag."""
+    found = foreign(binary.libraries, "linux")
+    limit = version(target.zig.partition("-gnu.")[2])
+    names = {str(need.name) for part in binary.symbols_version_requirement for need in part.get_auxiliary_symbols()}
+    for name in sorted(names):
+        kind, _, number = name.partition("_")
+        if kind != "GLIBC" or version(number) > limit:
+            found.append(f"needs {name}, the tag {target.platform} promises GLIBC_{target.zig.partition('-gnu.')[2]}")
+    return found + export_problems(symbol.name for symbol in binary.exported_symbols)
+
+
+def macho_problems(binary: Any, target: Target) -> list[str]:
+    """Libraries, exports, the processor, and the minimum version of macOS in the load commands."""
+    found = foreign([library.name for library in binary.libraries], "macos")
+    build = binary.build_version
+    wanted = version(target.zig.rpartition("-macos.")[2])
+    if build is None:
+        found.append("has no LC_BUILD_VERSION")
+    elif tuple(build.minos)[: len(wanted)] != wanted:
+        found.append(f"needs macOS {'.'.join(map(str, build.minos))}, the tag says {target.platform}")
+    cpu = "ARM64" if "arm64" in target.platform else "X86_64"
+    if not str(binary.header.cpu_type).endswith(cpu):
+        found.append(f"is for {binary.header.cpu_type}, expected {cpu}")
+    # Apple's processors run no code without a signature; an ad-hoc one is enough.
+    if cpu == "ARM64" and not binary.has_code_signature:
+        found.append("has no code signature")
+    return found + export_problems(str(symbol.name).removeprefix("_") for symbol in binary.exported_symbols)
+
+
+def pe_problems(binary: Any, python: str) -> list[str]:
+    """Libraries (of Python only the one of this version) and exports."""
+    names = [str(part.name) for part in binary.imports]
+    found = foreign(names, "windows")
+    wanted = f"python{python.replace('.', '')}.dll"
+    if wanted not in names:
+        found.append(f"does not load {wanted}")
+    found += [f"needs {name}" for name in names if name.startswith("python") and name != wanted]
+    return found + export_problems(entry.name for entry in binary.get_export().entries)
+
+
+def export_problems(names: Iterable[str]) -> list[str]:
+    """An extension offers its start, and pybind11's exception classes, which it marks as shared; nothing else.
+
+    Names of C++'s library in two extensions would be mixed up.
+    """
+    found = sorted({name for name in names if not re.match(r"_ZN?K?[TVISN]*8pybind11", name)})
+    return [] if found == [EXPORT] else [f"exports {', '.join(found[:5]) or 'nothing'}, expected {EXPORT}"]
+
+
+def manylinux_problems(wheel: Path, target: Target) -> list[str]:
+    """What auditwheel says against the tag."""
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-m", "auditwheel", "show", str(wheel)], capture_output=True, text=True)
+    text = " ".join(done.stdout.split())
+    if f'"{target.platform}"' in text or f"'{target.platform}'" in text:
+        return []
+    return [f"auditwheel does not find it consistent with {target.platform}: {text or done.stderr}"]
+
+
+def version(text: str) -> tuple[int, ...]:
+    """(2, 28) of "2.28"."""
+    return tuple(int(part) for part in text.split(".") if part.isdigit())
