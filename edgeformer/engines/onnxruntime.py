@@ -18,6 +18,7 @@ import numpy as np
 from edgeformer.bundle.bundle import Bundle
 from edgeformer.bundle.signature import IDS, KEEP, PAST, Array, Signature
 from edgeformer.engines.base import Arrays, State
+from edgeformer.engines.in_flight import in_flight
 from edgeformer.engines.ort_install import both_wheels, check_cuda, check_version, import_onnxruntime
 from edgeformer.engines.ort_padding import CACHE_MASK, cannot_pad, masked_graph
 from edgeformer.engines.ort_state import Call, Joint, OrtState, locked, short
@@ -141,7 +142,7 @@ class OrtEngine:
             if not isinstance(state, OrtState) or state.owner is not self:
                 raise StateError("The state belongs to another engine; create one with this engine's new_state().")
             states.append(state)
-        with locked(states):
+        with in_flight, locked(states):
             calls = [
                 (self.signature.check(inputs, state.length, state.batch, state.static_inputs), state)
                 for (inputs, _), state in zip(batch, states, strict=True)
@@ -293,7 +294,8 @@ class OrtEngine:
             cuda = {"device_id": 0, "arena_extend_strategy": "kSameAsRequested"}
             providers = [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
         try:
-            session = self._ort.InferenceSession(graph, options, providers=providers)
+            with in_flight:
+                session = self._ort.InferenceSession(graph, options, providers=providers)
         except Exception as error:
             raise EngineUnavailable(f"ONNX Runtime {self.version} cannot load {self._path}: {_brief(error)}") from error
         session.disable_fallback()

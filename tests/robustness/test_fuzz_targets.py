@@ -47,7 +47,7 @@ def test_changed_seeds_give_typed_errors(name):
     outcomes = set()
     for _ in range(6 if name == "gguf" else 25):
         outcomes.add(fuzz_targets.run(target, changed(rng, rng.choice(fuzz_targets.seeds(name)))))
-    if name not in ("cache_entry", "request"):  # these count what is damaged as missing, or give msgspec's own error
+    if name not in ("cache_entry", "request", "generation"):  # these take what is no JSON, or no entry, as none
         assert outcomes != {"ok"}
 
 

@@ -17,6 +17,7 @@ import edgeformer
 from edgeformer.bundle.context import context_length
 from edgeformer.bundle.manifest import MANIFEST
 from edgeformer.bundle.signature import Array
+from edgeformer.engines.in_flight import in_flight
 from edgeformer.engines.native.inputs import fitting, whole
 from edgeformer.engines.native.options import NativeOptions
 from edgeformer.engines.native.program.executable import Executable, load_executable
@@ -144,7 +145,8 @@ class NativeEngine:
         if options.memory_limit is not None:
             engine._check_memory(options.memory_limit)
         extension.trim_memory()  # what reading the graph took
-        engine.rounded = give_weights(native, executable, while_packing, may_copy=options.memory_limit is None)
+        with in_flight:
+            engine.rounded = give_weights(native, executable, while_packing, may_copy=options.memory_limit is None)
         extension.trim_memory()  # what `while_packing` took, before the weights are in use
         return engine
 
@@ -250,7 +252,7 @@ class NativeEngine:
                 raise StateError(f"a state of {type(state).__name__} was given, expected one made by this engine")
             states.append(state._state)
             inputs.append(self._inputs_of(arrays, state))
-        with typed_errors("the native engine ran"):
+        with in_flight, typed_errors("the native engine ran"):
             if len(inputs) == 1 and (slices := self._batch_slices(inputs[0])):
                 parts = [self._native.forward(states, [part])[0] for part in slices]
                 results = [[np.concatenate(arrays) for arrays in zip(*parts, strict=True)]]
