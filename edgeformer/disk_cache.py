@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
 from time import monotonic
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +36,8 @@ _STEP = 8 << 20  # bytes per write; a writer checks after each whether the proce
 _SAMPLES, _SAMPLE = 256, 4096  # number of samples, and bytes of each
 
 Bytes = NDArray[np.uint8]
-Mapped = np.memmap[Any, np.dtype[np.uint8]]
+if TYPE_CHECKING:
+    Mapped = np.memmap[Any, np.dtype[np.uint8]]
 
 
 def folder() -> Path | None:
