@@ -1,8 +1,9 @@
 """Checks at a load that the files of a bundle are those that were exported, by the SHA-256 of each.
 
 A hash of all files takes about a second a gigabyte, on a CPU without SHA instructions four. So `load` computes it once,
-in a thread while the engine packs weights, and the disk cache remembers the files by size, time and inode. What changes
-a file without changing these (a failing disk, somebody who sets the clock back) is found by `check="hashes"` alone.
+of a large bundle in a thread while the engine packs weights, and the disk cache remembers the files by size, time and
+inode. What changes a file without changing these (a failing disk, somebody who sets the clock back) is found by
+`check="hashes"` alone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from edgeformer.bundle.hashes import bundle_error, hash_problems
 from edgeformer.errors import InputError
 
 Check = Literal["once", "sizes", "hashes"]
+
+SMALL = 16 << 20  # bytes of a bundle that is hashed before the load: a thread would save at most 16 ms
 
 
 def opened(bundle: str | os.PathLike[str] | Bundle, check: Check) -> Bundle:
@@ -56,7 +59,28 @@ def verified(bundle: Bundle, check: Check) -> Iterator[None]:
     if disk_cache.read(entry) is not None:
         yield
         return
-    stop, problems = Event(), list[str]()
+    problems: list[str] = []
+    # Thread.start() of CPython never returns where the new thread finds no memory, which small devices may run out of.
+    with _hashed_before(bundle, problems) if _size(bundle) <= SMALL else _hashed_beside(bundle, problems):
+        yield
+    if not problems and _states(bundle) != states:
+        problems.append("its files changed while they were read")
+    if problems:
+        raise bundle_error(bundle.path, problems)
+    disk_cache.write(entry, b"")
+
+
+@contextmanager
+def _hashed_before(bundle: Bundle, problems: list[str]) -> Iterator[None]:
+    problems += hash_problems(bundle.path, bundle.manifest["files"], Event())
+    if problems:
+        raise bundle_error(bundle.path, problems)
+    yield
+
+
+@contextmanager
+def _hashed_beside(bundle: Bundle, problems: list[str]) -> Iterator[None]:
+    stop = Event()
     worker = Thread(
         target=lambda: problems.extend(hash_problems(bundle.path, bundle.manifest["files"], stop)),
         name="edgeformer hashes",
@@ -76,11 +100,10 @@ def verified(bundle: Bundle, check: Check) -> Iterator[None]:
         raise
     while worker.is_alive():
         worker.join(0.1)  # a join without a limit would hold Ctrl-C back
-    if not problems and _states(bundle) != states:
-        problems.append("its files changed while they were read")
-    if problems:
-        raise bundle_error(bundle.path, problems)
-    disk_cache.write(entry, b"")
+
+
+def _size(bundle: Bundle) -> int:
+    return sum(size for _, size, *_ in _states(bundle))
 
 
 def _states(bundle: Bundle) -> list[tuple[str, int, int, int, int]]:

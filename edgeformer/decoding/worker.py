@@ -266,7 +266,8 @@ class Worker:
             self._lock.notify_all()
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
-            thread.join()
+            with contextlib.suppress(RuntimeError):  # Ctrl-C inside its start(): it begins later, and ends at once
+                thread.join()
 
     def retire(self) -> None:
         """Nobody can add to it any more: the thread ends after all answers. Does not wait."""

@@ -24,6 +24,7 @@ import numpy as np
 from edgeformer import load
 from edgeformer.errors import EdgeformerError, OutOfMemory, StateError
 PATH, ENGINE = sys.argv[1:3]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores the signal
 IDS = [5, 40, 17, 88]
 def tokens(model, n=8):
     return model.generate(IDS, max_new_tokens=n, ignore_eos=True).ids

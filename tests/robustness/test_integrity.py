@@ -36,7 +36,13 @@ def hashed(monkeypatch):
     return seen
 
 
-def test_a_bundle_is_hashed_at_its_first_load_and_after_a_change(lm, copy_of, cache_folder, hashed):
+@pytest.fixture(params=["before the load", "beside it"])
+def small(request, monkeypatch):
+    """The bundles of the tests count as small ones, or as large ones."""
+    monkeypatch.setattr(integrity, "SMALL", 1 << 30 if request.param == "before the load" else 0)
+
+
+def test_a_bundle_is_hashed_at_its_first_load_and_after_a_change(lm, copy_of, cache_folder, hashed, small):
     copy = copy_of(lm)
     load(copy, "cpu")
     assert "model.onnx.data" in hashed
@@ -58,7 +64,7 @@ def test_another_copy_is_hashed_for_itself(lm, tmp_path, cache_folder, hashed):
         hashed.clear()
 
 
-def test_a_wrong_hash_is_named_where_the_engine_fails_too(lm, copy_of):
+def test_a_wrong_hash_is_named_where_the_engine_fails_too(lm, copy_of, small):
     damaged = copy_of(lm)
     data = (damaged / "model.onnx").read_bytes().replace(b"RMSNormalization", b"RMSNormalizatiox")
     (damaged / "model.onnx").write_bytes(data)
@@ -66,7 +72,7 @@ def test_a_wrong_hash_is_named_where_the_engine_fails_too(lm, copy_of):
         load(damaged, "native")
 
 
-def test_files_that_change_during_a_load_are_refused(lm, copy_of, monkeypatch):
+def test_files_that_change_during_a_load_are_refused(lm, copy_of, monkeypatch, small):
     copy, whole = copy_of(lm), integrity.hash_problems
 
     def slow(folder, files, stop):
@@ -87,6 +93,7 @@ def test_ctrl_c_does_not_wait_for_the_hashes(lm, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(integrity, "SMALL", 0)
     monkeypatch.setattr(integrity, "hash_problems", endless)
     monkeypatch.setattr("edgeformer.model.choose", interrupted)
     began = time.monotonic()
