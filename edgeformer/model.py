@@ -21,6 +21,7 @@ from edgeformer.decoding.limits import Limits
 from edgeformer.decoding.prefixes import PrefixCacheOption
 from edgeformer.decoding.request import CallArguments
 from edgeformer.decoding.result import Result, Stream
+from edgeformer.decoding.row_budget import STRETCH
 from edgeformer.decoding.scheduler import TOKEN_BUDGET, SchedulerOptions
 from edgeformer.decoding.session import Session
 from edgeformer.engines.base import Engine
@@ -267,6 +268,7 @@ class Model(EncoderMethods, SpeechMethods):
         memory_limit: int | None = None,
         *,
         queue_limit: int | None = None,
+        stretch: float | None = STRETCH,
     ) -> GenerationScheduler:
         """A scheduler: prompts that threads or an event loop add are answered together, as they come.
 
@@ -276,12 +278,14 @@ class Model(EncoderMethods, SpeechMethods):
             memory_limit: Bytes that all states may take; default: half of the memory that is free now. A prompt that
                 does not fit yet waits, one that never can is refused.
             queue_limit: How many may wait; default: any number.
+            stretch: How many times as long as usual a step may take that also runs prompts. More of it begins answers
+                sooner and makes those that run less even; None: only `token_budget` bounds a step.
 
         Raises:
             InputError: an argument is out of its range, or the model does not generate.
         """
         limit = half_of_memory() if memory_limit is None else memory_limit
-        options = SchedulerOptions(max_sequences, token_budget, limit)
+        options = SchedulerOptions(max_sequences, token_budget, limit, stretch)
         return GenerationScheduler(self._generating("scheduler"), options, queue_limit)
 
     def logits(self, ids: Sequence[int] | np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:

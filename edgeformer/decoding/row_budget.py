@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 
+# A single step may take longer than planned; with 1.8 the longest of a few hundred stays below 3 times the plain one.
+STRETCH = 1.8
 SMALLEST = 4  # rows of a prompt in a step, and multiples of it: behind 2,000 cached tokens 4 rows double a step
 SMOOTHING = 0.25  # weight of the newest measurement
 LATEST = 3  # steps without prompts that are remembered; the shortest counts, for an interruption makes one long
@@ -14,11 +16,11 @@ class RowBudget:
     """The rows of one step: at most `limit`, and where sequences decode only so many rows of prompts that the step
     takes about `stretch` times a step without them. `stretch=None`: no such limit, for jobs nobody watches.
 
-    Where more prompts wait than sequences decode, the time for prompts grows with the square of that ratio: more gain
-    from it than lose.
+    Where prompts are more than half as many as sequences that decode, the time for prompts grows with the square of
+    that ratio: more gain from it than lose.
     """
 
-    def __init__(self, limit: int, stretch: float | None = 2.4) -> None:
+    def __init__(self, limit: int, stretch: float | None = STRETCH) -> None:
         self.limit = limit
         self._stretch = stretch
         self._plain: dict[int, deque[float]] = {}  # rows that decode -> seconds of the latest steps without prompts
@@ -37,7 +39,7 @@ class RowBudget:
             return 0
         if self._row_seconds is None:
             return min(room, SMALLEST)
-        share = max(self._stretch - 1, (prompts / decode_rows) ** 2)
+        share = max(self._stretch - 1, (2 * prompts / decode_rows) ** 2)
         rows = int(share * min(self._plain[decode_rows]) / self._row_seconds)
         return min(room, max(SMALLEST, rows // SMALLEST * SMALLEST))
 

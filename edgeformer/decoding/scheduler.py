@@ -7,6 +7,7 @@ job gets does not depend on the others: on the native engine each row has the sa
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 from edgeformer.bundle.signature import IDS, KEEP, Array
 from edgeformer.decoding.counters import Counters
 from edgeformer.decoding.job import Job, Rows
-from edgeformer.decoding.row_budget import SMALLEST, RowBudget
+from edgeformer.decoding.row_budget import SMALLEST, STRETCH, RowBudget
 from edgeformer.decoding.sequence import Sequence
 from edgeformer.decoding.speculation.speculation import Speculation
 from edgeformer.engines.base import Engine, State
@@ -33,7 +34,7 @@ class SchedulerOptions:
     max_sequences: how many run at once; beams count each.
     token_budget: most rows of a step.
     memory_limit: bytes of all states; None: as much as `max_sequences` take.
-    stretch: how many times as long as a step without prompts one with prompts may take; None: any.
+    stretch: how many times as long as a step without prompts one with prompts may take, above 1; None: any.
 
     Raises:
         InputError: a value is out of its range.
@@ -42,7 +43,7 @@ class SchedulerOptions:
     max_sequences: int = 8
     token_budget: int = TOKEN_BUDGET
     memory_limit: int | None = None
-    stretch: float | None = 2.4
+    stretch: float | None = STRETCH
 
     def __post_init__(self) -> None:
         for name, low, value in (
@@ -52,6 +53,9 @@ class SchedulerOptions:
         ):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
                 raise InputError(f"{name} is {value!r}, expected a whole number of at least {low}.")
+        stretch = self.stretch
+        if stretch is not None and not (type(stretch) in (int, float) and 1 < stretch < math.inf):
+            raise InputError(f"stretch is {stretch!r}, expected a finite number above 1, or None.")
         if self.token_budget < self.max_sequences:
             raise InputError(
                 f"token_budget is {self.token_budget} rows a step, and max_sequences is {self.max_sequences}: each "

@@ -298,6 +298,7 @@ SCHEDULERS = {
     "token_budget": (0, -1, 1.5),
     "memory_limit": (0, -1, 1.5),
     "queue_limit": (-1, 1.5, "x"),
+    "stretch": (0, 1, -2.5, float("nan"), float("inf"), "x", True),
 }
 
 
@@ -322,6 +323,7 @@ OTHERS = {
     "similarity": [("x", "y"), (None, None)],
     "transcribe": [(None,), ("nowhere.wav",), (5,)],
     "transcribe_each": [([None],)],
+    "transcribe_stream": [(None,), (5,)],
     "__call__": [()],
     "memory": [(-1,), ("x",), (2**70,), (1.5,)],
 }
@@ -331,14 +333,14 @@ OTHERS = {
 def test_other_methods_refuse_what_they_cannot_take(model, method, arguments):
     call = getattr(model, method)
     with pytest.raises(EdgeformerError):
-        list(call(*arguments)) if method.endswith("each") else call(*arguments)
+        list(call(*arguments)) if method.endswith(("each", "stream")) else call(*arguments)
 
 
 TRIED = {
     Model: {*OTHERS, "generate", "stream", "generate_each", "scheduler"},
     GenerationScheduler: {"add"},
 }
-NO_ARGUMENTS = {Model: {"explain", "session", "pair"}, GenerationScheduler: {"stream", "cancel", "close"}}
+NO_ARGUMENTS = {Model: {"explain", "session", "pair"}, GenerationScheduler: {"stream", "cancel", "close", "count_in"}}
 
 
 @pytest.mark.parametrize("owner", TRIED)
