@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +13,9 @@ import pytest
 from support.peer_results import LOSSY, OURS, PEER
 from support.peer_results import saved as peer_results
 
-from bench.decoding import __main__ as decoding
 from bench.decoding import constraints, gap, peers, prefix, setting, tasks, throughput
+from bench.decoding.__main__ import STUDIES
 from bench.decoding.setting import LIMIT, Prompts, mixed_lengths, percentile, undisturbed
-from bench.peers import pages
 from bench.peers.contestants import ALL
 from bench.peers.runners import measure, with_llama
 
@@ -366,11 +366,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", decoding.STUDIES)
+@pytest.mark.parametrize("name", STUDIES.studies)
 def test_a_study_is_a_table_and_a_plot(name: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     made, lines = CASES[name]
-    text = decoding.STUDIES[name].text(made(), tmp_path)
+    text = STUDIES.studies[name].text(made(), tmp_path)
     for line in lines:
         assert line in text, text
     assert "2026-01-01" in text and "isturbed: " not in text
@@ -379,21 +379,19 @@ def test_a_study_is_a_table_and_a_plot(name: str, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {*shown}
 
 
-@pytest.mark.parametrize("name", [name for name in decoding.STUDIES if name != "peers"])
+@pytest.mark.parametrize("name", [name for name in STUDIES.studies if name != "peers"])
 def test_a_disturbed_study_says_so(name: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    text = decoding.STUDIES[name].text(CASES[name][0]() | {"others": LIMIT + 0.7}, tmp_path)
+    text = STUDIES.studies[name].text(CASES[name][0]() | {"others": LIMIT + 0.7}, tmp_path)
     assert "**Disturbed: other processes used up to 0.75 cores.**" in text
 
 
 def test_a_study_is_written_between_its_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "performance.md"
     page.write_text("above\n<!-- decoding-prefix:begin -->\nstale\n<!-- decoding-prefix:end -->\nbelow\n")
-    monkeypatch.setattr(pages, "PAGE", page)
-    monkeypatch.setattr(pages, "IMAGES", tmp_path)
-    monkeypatch.setattr(decoding, "runs", lambda name: [beginnings()] if name == "decoding-prefix" else [])
-    for name in decoding.STUDIES:
-        decoding.write(name)
+    monkeypatch.setattr("bench.studies.runs", lambda name: [beginnings()] if name == "decoding-prefix" else [])
+    for name in STUDIES.studies:
+        dataclasses.replace(STUDIES, page=page, images=tmp_path).write(name)
     text = page.read_text()
     assert text.startswith("above\n") and text.endswith("below\n") and "stale" not in text and "25.0%, missed" in text
 

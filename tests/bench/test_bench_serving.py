@@ -10,7 +10,7 @@ for package in ("h11", "httpx", "starlette", "uvicorn", "msgspec", "prometheus_c
     pytest.importorskip(package)
 
 from bench.serving import load, servers, share, soak
-from bench.serving.__main__ import PAGE, STUDIES
+from bench.serving.__main__ import STUDIES
 from bench.serving.setting import Options
 from bench.serving.workload import LONGEST, SHARED, SHORTEST, Workload, arrivals, clients
 
@@ -132,9 +132,9 @@ def test_the_share_is_judged_by_streams(tmp_path):
     assert "9.0%, reached (at most 10%)" in page and "6.0%, missed (at most 5%)" in page
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", STUDIES.studies)
 def test_the_page_has_the_block_of_each_study(name):
-    content = PAGE.read_text(encoding="utf-8")
+    content = STUDIES.page.read_text(encoding="utf-8")
     assert content.index(f"<!-- serving-{name}:begin -->") < content.index(f"<!-- serving-{name}:end -->")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,10 @@ from bench.decoding import plots as decoding_plots
 from bench.peers import __main__ as peers
 from bench.peers import pages, plots, studies
 from bench.report import RESULTS, ROOT, runs
+from bench.serving import __main__ as serving
+from bench.serving import plots as serving_plots
 
-PAGES = ("README.md", "docs/performance.md", "docs/smollm2.md")
+PAGES = ("README.md", "docs/performance.md", "docs/serving.md", "docs/smollm2.md")
 
 
 def test_every_page_is_what_its_generators_print(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,15 +35,17 @@ def test_every_page_is_what_its_generators_print(tmp_path: Path, monkeypatch: py
     for module in (pages, arm):
         monkeypatch.setattr(module, "PAGE", tmp_path / "docs" / "performance.md")
     monkeypatch.setattr(pages, "IMAGES", tmp_path)
-    for module in (plots, decoding_plots):
+    for module in (plots, decoding_plots, serving_plots):
         monkeypatch.setattr(module, "_save", lambda _, path: path)
     for study in studies.ALL.values():
         peers.write_study(study)
     encoders.write()
     sampling.write()
     draft_bundle.write()
-    for study in decoding.STUDIES:
-        decoding.write(study)
+    for command in (decoding, serving):
+        written = replace(command.STUDIES, page=tmp_path / "docs" / command.STUDIES.page.name, images=tmp_path)
+        for study in written.studies:
+            written.write(study)
     smollm2.write_pages(runs("smollm2")[0])
     arm.write()
     for page in PAGES:
