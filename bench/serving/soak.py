@@ -30,6 +30,7 @@ CLIENTS, SLOTS = 12, 8  # more clients than slots: some wait
 WARM = 0.3  # of the first part, after which memory is compared
 RESTARTS = 0.25  # of the time goes to restarts
 EACH = 20.0  # seconds between two
+PATIENCE = 600.0  # seconds for one answer, and a fifth of it for an end: the machine may be busy
 GROWTH = 0.02  # the most that memory may grow
 POOL = min(32, (os.cpu_count() or 1) + 4)  # threads that an event loop makes as it needs them, and keeps
 
@@ -71,7 +72,7 @@ class Soak:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=CLIENTS)
         try:
             async with httpx.AsyncClient(
-                base_url=f"http://127.0.0.1:{self._port}", timeout=120, limits=limits
+                base_url=f"http://127.0.0.1:{self._port}", timeout=PATIENCE, limits=limits
             ) as client:
                 requests = Requests(client, self._work, lambda: self._is_restarting, seed=1)
                 for messages in self._work.pool:  # alone: what all later answers are compared with
@@ -121,7 +122,7 @@ class Soak:
         end = time.monotonic() + seconds
         while True:
             self._is_restarting = True
-            self.report.exit_codes.append(await asyncio.to_thread(server.end, 60.0))
+            self.report.exit_codes.append(await asyncio.to_thread(server.end, PATIENCE / 5))
             server = await self._start()
             await asyncio.sleep(0.5)  # clients that were refused come back
             self._is_restarting = False

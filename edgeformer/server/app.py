@@ -37,7 +37,7 @@ from edgeformer.server import (
 from edgeformer.server.audio_form import read_form
 from edgeformer.server.endpoint import Call, Endpoint, Server
 from edgeformer.server.errors import ApiError, api_error
-from edgeformer.server.logs import REQUEST
+from edgeformer.server.logs import REQUEST, log_refused
 from edgeformer.server.messages_errors import MessagesErrors
 from edgeformer.server.metrics import Metrics
 from edgeformer.server.options import ServeOptions
@@ -189,8 +189,10 @@ async def _until_gone(request: Request) -> None:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Unknown paths and wrong methods, as the API's errors."""
-    found = api_error(error)
+    """Unknown paths and wrong methods, as the API's errors. A client's base URL often lacks the /v1."""
+    found, path = api_error(error), request.url.path
     if found.status == 404:
-        found = ApiError(404, f"There is no {request.method} {request.url.path} here.", code="not_found")
+        meant = f"; there is /v1{path}" if f"/v1{path}" in {route.path for route in request.app.routes} else ""
+        found = ApiError(404, f"There is no {request.method} {path} here{meant}.", code="not_found")
+    log_refused(request.scope, found)
     return found.response()

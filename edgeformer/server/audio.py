@@ -83,9 +83,9 @@ class Job:
         """float32 [count] at the model's rate."""
         bundle = model.bundle
         if bundle.task != SPEECH or "encoder" not in bundle.manifest["graphs"]:
-            raise ApiError(400, f"{bundle.path.name} is a {bundle.task} model and takes no sound.", param="model")
+            raise ApiError(400, f"This is a {bundle.task} model and takes no sound.", param="model")
         if not knows_task(bundle, self.body.TASK):
-            raise ApiError(400, f"{bundle.path.name} has no token for translation: it transcribes.", param="model")
+            raise ApiError(400, "This model has no token for translation: it transcribes.", param="model")
         self.front = log_mel(bundle)
         limit = self._call.server.options.max_audio_seconds
         samples = read_wav(self.body.file.file, self.front.sampling_rate, name=self._name, most_seconds=limit)

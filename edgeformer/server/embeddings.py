@@ -77,9 +77,9 @@ def _vectors(
 ) -> tuple[np.ndarray[Any, np.dtype[np.float32]], int]:
     """(float32 [items, size], tokens). Runs in a thread."""
     if model.tokenizer is None:
-        raise ApiError(400, f"{model.bundle.path.name} has no tokenizer.", param="model")
+        raise ApiError(400, "This model has no tokenizer.", param="model")
     if model.bundle.task == "text-generation":
-        raise ApiError(400, f"{model.bundle.path.name} generates text and gives no vectors.", param="model")
+        raise ApiError(400, "This model generates text and gives no vectors.", param="model")
     texts = [one if isinstance(one, str) else _text_of(model.tokenizer, one) for one in items]
     lengths = [len(model.tokenizer.encode_for_encoder(text).ids) for text in texts]
     settings = model.bundle.manifest.get("processing") or {}

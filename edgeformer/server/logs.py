@@ -1,17 +1,25 @@
-"""The log: one JSON object a line on stderr. It holds no prompts and no answers unless `--log-prompts` is given."""
+"""The log: one JSON object a line on stderr, and on a terminal one line of text for a person.
+
+It holds no prompts and no answers unless `--log-prompts` is given.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
+
+from edgeformer.server.errors import ApiError
 
 # Of the request at hand: each line that is written for it has them.
 REQUEST: ContextVar[dict[str, str]] = ContextVar("request", default={})  # noqa: B039 (never changed)
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
+_PLAIN = re.compile(r"[\w.,:/+-]+", re.ASCII)
 
 
 class JsonFormatter(logging.Formatter):
@@ -25,20 +33,53 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "message": record.getMessage(),
         }
-        line |= REQUEST.get()
-        line |= {name: value for name, value in vars(record).items() if name not in _OWN}
+        line |= _fields(record)
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str, ensure_ascii=False)
 
 
+class TextFormatter(logging.Formatter):
+    """A record for a person: local time, what happened, and the same fields as name=value."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        fields, said = _fields(record), record.getMessage()
+        if said == "request":
+            took = f" in {fields.pop('ms'):,.0f} ms" if "ms" in fields else ""
+            said = f"{fields.pop('method')} {_written(fields.pop('path'))} {fields.pop('status')}{took}"
+        level = "" if record.levelno == logging.INFO else record.levelname.lower() + ": "
+        values = [f"{name}={_written(value)}" for name, value in fields.items() if name != "id"]
+        line = "  ".join([time.strftime("%H:%M:%S", time.localtime(record.created)), level + said, " ".join(values)])
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        return line.rstrip()
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    """The request's id, and what `extra` gave."""
+    return REQUEST.get() | {name: value for name, value in vars(record).items() if name not in _OWN}
+
+
+def _written(value: Any) -> str:
+    """Plain words as they are; anything else as ASCII JSON, so that no text of a prompt steers the terminal."""
+    text = str(value)
+    return text if _PLAIN.fullmatch(text) else json.dumps(value, default=str)
+
+
+def log_refused(scope: Mapping[str, Any], error: ApiError) -> None:
+    """The line of a request that no route has seen: its path is what the client said."""
+    line = {"method": scope["method"], "path": scope["path"][:100], "status": error.status}
+    logging.getLogger("edgeformer.server").info("request", extra=line | {"error": error.code or error.kind})
+
+
 def set_up() -> None:
-    """Sends the log of this package, of uvicorn and of OpenTelemetry to stderr as JSON."""
+    """Sends the log of this package, and warnings of uvicorn and of OpenTelemetry, to stderr."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
+    handler.setFormatter(TextFormatter() if sys.stderr.isatty() else JsonFormatter())
     for name, level in (
         ("edgeformer.server", logging.INFO),
-        ("uvicorn", logging.INFO),
+        ("uvicorn", logging.WARNING),
         ("opentelemetry", logging.WARNING),
     ):
         logger = logging.getLogger(name)

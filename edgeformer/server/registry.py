@@ -27,6 +27,7 @@ from edgeformer.tasks.scheduler import GenerationScheduler
 
 log = logging.getLogger("edgeformer.server")
 EACH_STREAM, LONGEST_INTERVAL = 0.003, 0.03  # seconds; see `Loaded.interval`
+STRETCH = 3.0  # of `Model.scheduler`, above its default: here tokens a second and the first token count more than gaps
 
 
 @dataclass
@@ -219,8 +220,9 @@ class Registry:
                 "memory for less than one answer that fills the context; requests need max_tokens",
                 extra={"model": entry.name, "cache_bytes": cache, "context_bytes": model.engine.kv_bytes(context)},
             )
+        budget = max(TOKEN_BUDGET, options.max_sequences)
         scheduler = model.scheduler(
-            options.max_sequences, max(TOKEN_BUDGET, options.max_sequences), cache or None, queue_limit=options.queue
+            options.max_sequences, budget, cache or None, queue_limit=options.queue, stretch=STRETCH
         )
         scheduler.count_in(entry.counters)
         return Loaded(model, scheduler, cache, context, options.queue)

@@ -116,18 +116,17 @@ def _scores(model: Model, query: str, texts: list[str]) -> tuple[np.ndarray[Any,
     Raises:
         ApiError: the model gives neither, or a text is too long for it.
     """
-    name = model.bundle.path.name
     if model.bundle.task == "text-classification":
         prompt = model._encoding.prompt(None, None)
         tokens = _count(model, [(prompt + query, text) for text in texts])
         scores = model.score([(query, text) for text in texts])
         if scores.ndim != 1:
             raise ApiError(
-                400, f"{name} gives {scores.shape[1]} labels a pair, so there is no one order.", param="model"
+                400, f"This model gives {scores.shape[1]} labels a pair, so there is no one order.", param="model"
             )
         return scores, tokens
     if model.bundle.task != "feature-extraction":
-        raise ApiError(400, f"{name} is a {model.bundle.task} model and ranks no texts.", param="model")
+        raise ApiError(400, f"This is a {model.bundle.task} model and ranks no texts.", param="model")
     own = model._encoding.processing.get("prompts") or {}
     as_query, as_document = (name if name in own else None for name in ("query", "document"))
     prompts = [model._encoding.prompt(None, name) for name in (as_query, as_document)]
@@ -144,7 +143,7 @@ def _count(model: Model, items: list[Any]) -> int:
         ApiError: the model has no tokenizer, or one of the items is too long.
     """
     if model.tokenizer is None:
-        raise ApiError(400, f"{model.bundle.path.name} has no tokenizer.", param="model")
+        raise ApiError(400, "This model has no tokenizer.", param="model")
     lengths = [len(model.tokenizer.encode_for_encoder(item).ids) for item in items]
     limit = model._encoding.processing.get("max_length") or model.bundle.positions() or model.bundle.context
     if limit is not None and max(lengths) > limit:

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from types import FrameType
@@ -16,6 +17,7 @@ from starlette.applications import Starlette
 
 from edgeformer.server import logs
 from edgeformer.server.app import create_app
+from edgeformer.server.connection import TimedProtocol
 from edgeformer.server.options import ServeOptions
 from edgeformer.server.registry import Registry
 
@@ -24,6 +26,13 @@ log = logging.getLogger("edgeformer.server")
 
 class SignalledServer(uvicorn.Server):
     """The first SIGTERM or SIGINT takes no more requests and lets answers end; the second ends the process at once."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Says where it listens, once it does."""
+        await super().startup(sockets)
+        if self.started:
+            options: ServeOptions = self.config.app.state.server.options  # type: ignore[union-attr]
+            log.info("running on %s", address(options, self.servers[0].sockets[0].getsockname()))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 (uvicorn's name)
         """The handler of both signals."""
@@ -46,7 +55,7 @@ def uvicorn_config(app: Starlette, options: ServeOptions) -> uvicorn.Config:
         uds=None if options.uds is None else str(options.uds),
         ssl_certfile=options.tls_cert,
         ssl_keyfile=options.tls_key,
-        http="h11",
+        http=TimedProtocol,
         ws="none",
         loop="asyncio",
         log_config=None,
@@ -56,6 +65,14 @@ def uvicorn_config(app: Starlette, options: ServeOptions) -> uvicorn.Config:
         timeout_graceful_shutdown=math.ceil(options.grace),
         timeout_keep_alive=75,
     )
+
+
+def address(options: ServeOptions, bound: Any) -> str:
+    """What a person types to reach it; `bound`: the socket's own name, which has the port that was free."""
+    if options.uds is not None:
+        return f"unix:{options.uds}"
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    return f"{'https' if options.tls_cert else 'http'}://{host}:{bound[1]}"
 
 
 def serve(bundles: Sequence[str], options: ServeOptions, where: Mapping[str, Any] | None = None) -> None:
@@ -69,8 +86,7 @@ def serve(bundles: Sequence[str], options: ServeOptions, where: Mapping[str, Any
     app = create_app(registry, options)
     logs.set_up()
     server = SignalledServer(uvicorn_config(app, options))
-    address = f"unix:{options.uds}" if options.uds else f"{options.host}:{options.port}"
-    log.info("starting", extra={"address": address, "models": list(registry.entries), "pid": os.getpid()})
+    log.info("starting", extra={"models": list(registry.entries), "pid": os.getpid()})
     server.run()
     if not server.started:
         sys.exit(1)  # uvicorn has said why
