@@ -80,14 +80,16 @@ def measured(code: str) -> list[int]:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere the peak counts the parent of a fork")
 def test_peak_memory_is_the_weights_the_cache_and_little_more(bundle):
     """From a fresh process through `edgeformer.load` to an answer, beyond what Python and the libraries take that read
-    the graph and the tokenizer. These are measured beside it: one machine saw a peak 12 MB above the others', and
-    why is not known. A fifth: what is read of the file while it is packed, and working memory; 22 MB: our own modules,
-    jinja2, the graph while it is lowered, and twice the logits of a token and its drafts (16 rows of 49,152 floats,
-    3 MB). A second copy of the embedding alone, 28 MB, would be too much."""
+    and check the graph, and read the tokenizer. These are measured beside it: one machine saw a peak 12 MB above the
+    others', and why is not known. A fifth: what is read of the file while it is packed, and working memory; 22 MB: our
+    own modules, jinja2, the graph while it is lowered, and twice the logits of a token and its drafts (16 rows of
+    49,152 floats, 3 MB). A second copy of the embedding alone, 28 MB, would be too much."""
     (libraries,) = measured(f"""
         import json, numpy, onnx, tokenizers
+        from edgeformer.bundle.check import structure_problem
         from edgeformer.machine import peak_memory
         graph = onnx.load({str(bundle / "model.onnx")!r}, load_external_data=False)
+        assert structure_problem(graph) is None  # onnx's checker
         tokenizer = tokenizers.Tokenizer.from_file({str(bundle / "tokenizer.json")!r})
         print(json.dumps([peak_memory()]))
     """)
