@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -153,3 +154,33 @@ def test_perplexity_is_that_of_onnxruntime(bundle):
     assert abs(found["native"] / found["cpu"] - 1) < 0.005
     # a measure that tells texts apart: the same tokens backwards are no language
     assert perplexity(models["native"], ids[512::-1]) > 3 * found["native"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts what a process maps for itself on Linux only")
+def test_it_generates_in_256_mib(bundle, tmp_path):
+    """RLIMIT_DATA refuses private memory above the limit (getrlimit(2)). The weights are mapped from the disk cache."""
+    code = """
+        import resource, sys
+        import edgeformer
+        from edgeformer import disk_cache
+        from edgeformer.machine import peak_memory
+        if sys.argv[2] == "limited":
+            resource.setrlimit(resource.RLIMIT_DATA, (256 << 20, 256 << 20))
+        model = edgeformer.load(sys.argv[1], "native", 2, context=1024, memory_limit=160 << 20)
+        print(model.generate("The capital of France is", max_new_tokens=16, temperature=0, ignore_eos=True).ids)
+        assert peak_memory() < 256 << 20, peak_memory()
+        disk_cache.finish()
+        try:
+            bytearray(256 << 20)
+        except MemoryError:
+            print("limited")
+    """
+    env = {**os.environ, "EDGEFORMER_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    told = []
+    for mode in ("free", "limited"):
+        command = [sys.executable, "-c", textwrap.dedent(code), bundle, mode]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        told.append(done.stdout.splitlines())
+    assert len(json.loads(told[0][0])) == 16
+    assert told[1] == [told[0][0], "limited"]
