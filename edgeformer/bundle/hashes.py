@@ -11,7 +11,7 @@ from typing import Any
 from edgeformer.bundle.manifest import MANIFEST
 from edgeformer.errors import BundleError
 
-_PIECE = 8 << 20  # bytes hashed between two looks at whether the result is still wanted
+_PIECE = 1 << 20  # bytes hashed between two looks at whether the result is still wanted; two are in memory
 
 
 def hash_problems(folder: Path, files: Mapping[str, Any], stop: Event | None = None) -> list[str]:

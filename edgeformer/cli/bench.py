@@ -14,6 +14,7 @@ from edgeformer.cli.options import BenchFlags
 from edgeformer.engines.options import EngineOptions
 from edgeformer.errors import InputError
 from edgeformer.tools.bench import Workload, bench, profile
+from edgeformer.tools.energy import open_meter
 
 
 def _numbers(text: str | None, flag: str, *, zero: bool = False) -> list[int]:
@@ -52,7 +53,12 @@ def print_rates(path: Path, engine: EngineOptions, flags: BenchFlags, *, as_json
         def progress(test: str, done: int, total: int) -> None:
             bar.update(task, description=test, completed=done, total=total)
 
-        result = bench(path, workload, engine, threads=threads, progress=progress)
+        meter = open_meter() if flags.energy else None
+        try:
+            result = bench(path, workload, engine, threads=threads, progress=progress, meter=meter)
+        finally:
+            if meter is not None:
+                meter.close()
     print(json.dumps(result.as_dict(), indent=2) if as_json else result.markdown())
 
 

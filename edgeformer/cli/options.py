@@ -160,6 +160,7 @@ class BenchFlags:
     depths: str = option("0", "Tokens in the cache before.", flags=("-d", "--depth"))
     repetitions: int = option(5, "Measured runs of each.", flags=("-r", "--repetitions"), min=1)
     threads: str | None = option(None, "Threads, with commas.", flags=("-t", "--threads"), panel=PANEL)
+    energy: bool = option(False, "Also joules a token, from RAPL (Linux, root) or a Jetson's power monitor.")
 
 
 class Only:

@@ -374,7 +374,8 @@ def _brief(error: Exception) -> str:
 
 def _reraise(error: Exception) -> None:
     text = str(error)
-    if "allocate memory" in text or "out of memory" in text.lower() or isinstance(error, MemoryError):
+    signs = ("allocate memory", "bad_alloc", "out of memory")
+    if isinstance(error, MemoryError) or any(sign in text.lower() for sign in signs):
         raise OutOfMemory(f"Out of memory while running the model; the state is as before. {_brief(error)}") from error
     if "INVALID_ARGUMENT" in text:
         raise InputError(f"ONNX Runtime rejects the inputs: {_brief(error)}") from error

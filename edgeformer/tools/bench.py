@@ -25,18 +25,20 @@ from edgeformer.engines.options import EngineOptions
 from edgeformer.errors import EngineUnavailable, InputError
 from edgeformer.machine import cpu_name, peak_memory, system_name
 from edgeformer.model import Model, load
+from edgeformer.tools.energy import Meter
 
 Kind = Literal["pp", "tg"]  # prompt processing, token generation
 
 
 @dataclass(frozen=True)
 class Row:
-    """The rates of one test in tokens/s, one for each repetition."""
+    """The rates of one test in tokens/s, one for each repetition, and the joules a token of all of them."""
 
     test: str
     engine: str
     threads: int | None
     rates: tuple[float, ...]
+    joules: float | None = None
 
     @property
     def median(self) -> float:
@@ -58,6 +60,7 @@ class Row:
             "low": min(self.rates),
             "high": max(self.rates),
             "rates": list(self.rates),
+            **({} if self.joules is None else {"joules_per_token": self.joules}),
         }
 
 
@@ -70,6 +73,7 @@ class Benchmark:
     load_seconds: float
     peak_bytes: int | None
     rows: tuple[Row, ...]
+    meter: str | None = None  # what told the energy
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -79,18 +83,20 @@ class Benchmark:
             "load_seconds": self.load_seconds,
             "peak_bytes": self.peak_bytes,
             "rows": [row.as_dict() for row in self.rows],
+            **({} if self.meter is None else {"meter": self.meter}),
         }
 
     def markdown(self) -> str:
         """The table, as llama-bench prints it, and a line about the machine."""
-        head = ("model", "size MiB", "weights", "engine", "threads", "test", "tokens/s", "spread")
+        head = ["model", "size MiB", "weights", "engine", "threads", "test", "tokens/s", "spread"]
+        head += ["J/token"] if self.meter else []
         name, size = self.bundle["name"], f"{self.bundle['bytes'] / 2**20:.1f}"
         body = [
             (name, size, self.bundle["scheme"], row.engine, str(row.threads or ""), row.test, *_cells(row))
             for row in self.rows
         ]
         widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
-        right = (1, 4, 6, 7)
+        right = (1, 4, 6, 7, 8)
 
         def line(cells: Sequence[str]) -> str:
             padded = [
@@ -104,6 +110,7 @@ class Benchmark:
         if self.machine.get("onnxruntime"):
             versions += f", onnxruntime {self.machine['onnxruntime']}"
         note = f"{self.machine['cpu']}; {versions}; loaded in {self.load_seconds:.2f} s{peak}"
+        note += f"; energy of {self.meter}, all that ran meanwhile" if self.meter else ""
         return "\n".join([line(head), rule, *map(line, body), "", note])
 
 
@@ -160,10 +167,11 @@ def bench(
     *,
     threads: Sequence[int | None] = (None,),
     progress: Callable[[str, int, int], None] | None = None,
+    meter: Meter | None = None,
 ) -> Benchmark:
     """Rates of every test of `workload`, for every number of threads (None: the physical cores).
 
-    `progress` is called with (test, runs done, runs in all).
+    `progress` is called with (test, runs done, runs in all). `meter` tells the energy of each test (`open_meter`).
 
     Raises:
         InputError: the model is no language model, or a test does not fit its context.
@@ -184,18 +192,23 @@ def bench(
         _check_fit(model, tests)
         for test in tests:
             base = _filled(model, test.depth)
-            rates = []
+            rates, joules = [], 0.0
             for repetition in range(workload.repetitions + 1):  # the first is a warm-up
                 if progress is not None:
                     progress(test.name, done, total)
-                rate = _measure(model, base.fork(), test)
+                state, before = base.fork(), meter.joules() if meter else 0.0
+                rate = _measure(model, state, test)
                 done += 1
                 if repetition:
                     rates.append(rate)
-            rows.append(Row(test.name, model.engine.name, getattr(model.engine, "threads", count), tuple(rates)))
+                    joules += meter.joules() - before if meter else 0.0
+            energy = joules / (test.tokens * workload.repetitions) if meter else None
+            used = getattr(model.engine, "threads", count)
+            rows.append(Row(test.name, model.engine.name, used, tuple(rates), energy))
     if progress is not None:
         progress("", done, total)
-    return Benchmark(_bundle_facts(model), _machine_facts(model), seconds, peak_memory(), tuple(rows))
+    facts = _bundle_facts(model), _machine_facts(model)
+    return Benchmark(*facts, seconds, peak_memory(), tuple(rows), meter.name if meter else None)
 
 
 def profile(model: Model, workload: Workload | None = None) -> str:
@@ -233,8 +246,9 @@ def profile(model: Model, workload: Workload | None = None) -> str:
     return "\n".join(parts)
 
 
-def _cells(row: Row) -> tuple[str, str]:
-    return f"{row.median:.1f}", f"± {100 * row.spread:.1f} %"
+def _cells(row: Row) -> list[str]:
+    energy = [] if row.joules is None else [f"{row.joules:.3g}"]
+    return [f"{row.median:.1f}", f"± {100 * row.spread:.1f} %", *energy]
 
 
 def _check_fit(model: Model, tests: Sequence[Test]) -> None:

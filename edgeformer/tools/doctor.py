@@ -36,6 +36,7 @@ from edgeformer.machine import (
     total_memory,
     usable_cpus,
 )
+from edgeformer.tools import board as boards
 from edgeformer.tools.toolchain import missing_packages
 
 Verdict = Literal["yes", "no", "warning", "fact"]
@@ -60,6 +61,8 @@ def examine() -> Iterator[Finding]:
     cpus = len(usable_cpus())
     yield Finding("cpu", "fact", f"{cpu_name()}, {cpus} logical CPUs{limit}; {default_threads()} threads by default")
     yield Finding("memory", "fact", f"{_gib(available_memory())} available of {_gib(total_memory())}")
+    yield from _board()
+    yield from _power()
     yield _cache()
     yield from _onnxruntime()
     yield from _cuda()
@@ -125,6 +128,45 @@ def _cache() -> Finding:
     if place is None:
         return Finding("cache", "fact", "none: EDGEFORMER_CACHE is empty")
     return Finding("cache", "fact", f"{place}: {entries} entries, {_mib(size)}; it may be deleted at any time")
+
+
+def _board(root: Path = boards.ROOT) -> Iterator[Finding]:
+    """The board, and on a Jetson its software, power mode and the way to the engine `cuda`."""
+    found = boards.board(root)
+    if found is None:
+        return
+    yield Finding("board", "fact", found.name)
+    if found.kind == "raspberrypi":
+        told = boards.raspberry_throttling()
+        if told is None:
+            yield Finding("power", "fact", "vcgencmd is not there, so under-voltage and throttling are unknown")
+        elif told:
+            yield Finding("power", "warning", f"{', '.join(told)}: see to the power supply and the cooling")
+    if found.kind != "jetson":
+        return
+    yield Finding("jetson", "fact", boards.jetson_system(root))
+    mode = boards.power_mode(root)
+    told_mode = f"power mode {mode}" if mode else "power mode unknown (sudo nvpmodel -q)"
+    yield Finding("power", "fact", f"{told_mode}; sudo nvpmodel -m NUMBER changes it, /etc/nvpmodel.conf lists them")
+    if "onnxruntime-gpu" not in installed_wheels():
+        yield Finding("install", "fact", f"for the engine cuda: {boards.jetson_install(root)}")
+    elif missing := boards.missing_cuda_libraries():
+        text = f"{', '.join(missing)} not found by the system's linker (wheels of nvidia-* may hold them)"
+        yield Finding("cuda libraries", "warning", text)
+
+
+def _power(root: Path = boards.ROOT) -> Iterator[Finding]:
+    """Battery, temperature, and why the processor is slower than it could be."""
+    battery = boards.battery(root)
+    if battery is not None and battery.discharging:
+        left = "" if battery.percent is None else f", {battery.percent} % left"
+        yield Finding("power", "warning", f"on battery{left}: many laptops run slower then; measure on mains")
+    heat = boards.temperature(root)
+    slow = boards.slowed_down(root)
+    if slow:
+        yield Finding("heat", "warning", "; ".join(slow) + ("" if heat is None else f"; {heat:.0f} degrees Celsius"))
+    elif heat is not None:
+        yield Finding("heat", "fact", f"{heat:.0f} degrees Celsius, not slowed down")
 
 
 def _onnxruntime() -> Iterator[Finding]:

@@ -23,7 +23,8 @@ def stress_under_thread_sanitizer(
     assert change[0] in text
     header.write_text(text.replace(*change) if change[0] else text)
     flags = ["-std=c++17", "-O1", "-g", "-pthread", "-fsanitize=thread", f"-I{source}"]
-    files = [ROOT / "tests" / "csrc" / "cross" / "chunks_stress.cpp", source / "program" / "kv_cache.cpp"]
+    files = [source / "program" / "kv_cache.cpp", source / "platform" / "posix.cpp"]
+    files.append(ROOT / "tests" / "csrc" / "cross" / "chunks_stress.cpp")
     # the suite itself may run under a preloaded AddressSanitizer, which does not go with the other one
     clean = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     built = subprocess.run([compiler, *flags, *files, "-o", out], capture_output=True, text=True, env=clean)

@@ -114,7 +114,8 @@ def stress_under_thread_sanitizer(tmp_path: Path, source: str) -> subprocess.Com
     pool = tmp_path / "threads.cpp"
     pool.write_text(source)
     flags = ["-std=c++17", "-O1", "-g", "-pthread", "-fsanitize=thread", f"-I{root / 'csrc'}"]
-    command = [compiler, *flags, root / "tests" / "csrc" / "cross" / "threads_stress.cpp", pool, "-o", out]
+    files = [root / "tests" / "csrc" / "cross" / "threads_stress.cpp", root / "csrc" / "platform" / "posix.cpp", pool]
+    command = [compiler, *flags, *files, "-o", out]
     # the suite itself may run under a preloaded AddressSanitizer, which does not go with the other one
     clean = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     built = subprocess.run(command, capture_output=True, text=True, env=clean)

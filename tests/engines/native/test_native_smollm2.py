@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -80,14 +81,16 @@ def measured(code: str) -> list[int]:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere the peak counts the parent of a fork")
 def test_peak_memory_is_the_weights_the_cache_and_little_more(bundle):
     """From a fresh process through `edgeformer.load` to an answer, beyond what Python and the libraries take that read
-    the graph and the tokenizer. These are measured beside it: one machine saw a peak 12 MB above the others', and
-    why is not known. A fifth: what is read of the file while it is packed, and working memory; 22 MB: our own modules,
-    jinja2, the graph while it is lowered, and twice the logits of a token and its drafts (16 rows of 49,152 floats,
-    3 MB). A second copy of the embedding alone, 28 MB, would be too much."""
+    and check the graph, and read the tokenizer. These are measured beside it: one machine saw a peak 12 MB above the
+    others', and why is not known. A fifth: what is read of the file while it is packed, and working memory; 22 MB: our
+    own modules, jinja2, the graph while it is lowered, and twice the logits of a token and its drafts (16 rows of
+    49,152 floats, 3 MB). A second copy of the embedding alone, 28 MB, would be too much."""
     (libraries,) = measured(f"""
         import json, numpy, onnx, tokenizers
+        from edgeformer.bundle.check import structure_problem
         from edgeformer.machine import peak_memory
         graph = onnx.load({str(bundle / "model.onnx")!r}, load_external_data=False)
+        assert structure_problem(graph) is None  # onnx's checker
         tokenizer = tokenizers.Tokenizer.from_file({str(bundle / "tokenizer.json")!r})
         print(json.dumps([peak_memory()]))
     """)
@@ -151,3 +154,33 @@ def test_perplexity_is_that_of_onnxruntime(bundle):
     assert abs(found["native"] / found["cpu"] - 1) < 0.005
     # a measure that tells texts apart: the same tokens backwards are no language
     assert perplexity(models["native"], ids[512::-1]) > 3 * found["native"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts what a process maps for itself on Linux only")
+def test_it_generates_in_256_mib(bundle, tmp_path):
+    """RLIMIT_DATA refuses private memory above the limit (getrlimit(2)). The weights are mapped from the disk cache."""
+    code = """
+        import resource, sys
+        import edgeformer
+        from edgeformer import disk_cache
+        from edgeformer.machine import peak_memory
+        if sys.argv[2] == "limited":
+            resource.setrlimit(resource.RLIMIT_DATA, (256 << 20, 256 << 20))
+        model = edgeformer.load(sys.argv[1], "native", 2, context=1024, memory_limit=160 << 20)
+        print(model.generate("The capital of France is", max_new_tokens=16, temperature=0, ignore_eos=True).ids)
+        assert peak_memory() < 256 << 20, peak_memory()
+        disk_cache.finish()
+        try:
+            bytearray(256 << 20)
+        except MemoryError:
+            print("limited")
+    """
+    env = {**os.environ, "EDGEFORMER_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    told = []
+    for mode in ("free", "limited"):
+        command = [sys.executable, "-c", textwrap.dedent(code), bundle, mode]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        told.append(done.stdout.splitlines())
+    assert len(json.loads(told[0][0])) == 16
+    assert told[1] == [told[0][0], "limited"]
