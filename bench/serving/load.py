@@ -24,7 +24,9 @@ RATES = (0.5, 1.0, 2.0, 4.0)  # requests a second
 RATE_SLOTS = 16
 SPREAD = 0.2  # seconds in which the clients begin
 COMPARED = (8, 16)  # clients at which the targets are checked
+SLOWEST = tuple((count, 0.0) for count in (1, *COMPARED))  # the cases that the slowest server has with --quick
 TARGETS = {"rate": 3.0, "first_p95": 0.5, "gap_p99": 0.5}  # times the best peer's
+BUFFERED = 0.5  # the share of an answer's time before its first token, with one client, from which it is no stream
 NAMES = {"rate": "tokens/s", "first_p95": "first token p95", "gap_p99": "gap p99"}
 
 
@@ -99,7 +101,7 @@ def measure(options: Options) -> dict[str, Any]:
         for case in cases:
             for key in random.Random(number).sample(list(chosen), len(chosen)):
                 one, file = chosen[key]
-                if key in absent or (options.quick and one.ends_early and case[1] not in (1, *COMPARED)):
+                if key in absent or (options.quick and one.ends_early and case[1:] not in SLOWEST):
                     continue  # the slowest: it would take most of the ten minutes
                 try:
                     taken = [take(one, file, case, number, options)]
@@ -135,12 +137,20 @@ def value(saved: dict[str, Any], key: str, case: str, name: str) -> float | None
     return found
 
 
+def is_buffered(saved: dict[str, Any], key: str) -> bool:
+    """Whether a server sends an answer when it has ended, if piece by piece: its gaps are those of a buffer."""
+    rate, first = value(saved, key, "1 clients", "rate"), value(saved, key, "1 clients", "first_p50")
+    return rate is not None and first is not None and first * rate / saved["new"] > BUFFERED
+
+
 def best(saved: dict[str, Any], case: str, name: str) -> tuple[str, float] | None:
-    """(the peer with the best median, it); None where no peer was measured."""
+    """(the peer with the best median, it); None where no peer was measured. Gaps: of peers that stream."""
     found = [
         (key, number)
         for key in saved["measured"]
-        if saved["projects"][key] != servers.OURS and (number := value(saved, key, case, name)) is not None
+        if saved["projects"][key] != servers.OURS
+        and not (name.startswith("gap") and is_buffered(saved, key))
+        and (number := value(saved, key, case, name)) is not None
     ]
     if not found:
         return None
@@ -196,6 +206,11 @@ def text(saved: dict[str, Any], images: Path) -> str:
         f"![Load](images/{path.name})",
         table(heads, rows),
         "\n".join(f"- {key}: {settings}." for key, settings in saved["settings"].items()),
+        "\n".join(
+            f"- {key} sends an answer after it has ended: its gaps are not compared."
+            for key in saved["measured"]
+            if is_buffered(saved, key)
+        ),
         "\n".join(f"- {key} is absent: {reason}" for key, reason in saved["absent"].items()),
     ]
     return "\n\n".join(part for part in parts if part)

@@ -82,7 +82,7 @@ def saved(ours=(1500.0, 0.5, 0.03)):
     cases = [f"{count} clients" for count in (1, 8, 16)]
     rows = {
         servers.DRAFTS: {case: numbers(*ours) for case in cases},
-        "fast peer": {case: numbers(500.0, 2.0, 0.2) for case in cases},
+        "fast peer": {"1 clients": numbers(100.0, 0.2, 0.02)} | {case: numbers(500.0, 2.0, 0.2) for case in cases[1:]},
         "prompt peer": {case: numbers(100.0, 1.0, 0.05) for case in cases[1:]},
     }
     projects = {servers.DRAFTS: servers.OURS, "fast peer": "llama-server", "prompt peer": "OpenVINO GenAI"}
@@ -112,6 +112,16 @@ def test_what_misses_a_target_is_said(ours, missed):
     assert {name for name, (_, said) in found.items() if said == "missed"} == {
         f"{n} clients, {missed}" for n in (8, 16)
     }
+
+
+def test_gaps_of_answers_that_come_when_they_have_ended_are_not_compared(tmp_path):
+    found = saved()
+    found["measured"]["buffer"] = {"1 clients": numbers(64.0, 3.8, 0.001), "8 clients": numbers(64.0, 9.0, 0.001)}
+    found["projects"]["buffer"] = found["settings"]["buffer"] = "a server"
+    assert verdicts(found) == verdicts(saved())  # half of 3.8 s before the first of 128 tokens, at 64 a second
+    assert "buffer sends an answer after it has ended" in load.text(found, tmp_path)
+    found["measured"]["buffer"]["1 clients"] = numbers(64.0, 1.8, 0.001)
+    assert verdicts(found)["8 clients, gap p99"] == ("x 30.00", "missed")
 
 
 def test_the_page_has_a_table_a_plot_and_who_is_absent(tmp_path):
