@@ -115,12 +115,29 @@ def elf(versions: list[str], libraries: list[str], exports: list[str]) -> Simple
         (elf([], ["libstdc++.so.6"], ["PyInit__native"]), "needs libstdc++.so.6"),
         (elf([], [], ["PyInit__native", "_ZNSt3__112basic_string"]), "exports"),
         (elf([], [], ["PyInit__native", "_ZN8pybind1110cast_errorE", "_ZTIN8pybind1110cast_errorE"]), None),
+        (elf([], [], ["PyInit__native", "_ZTIFdimE", "_ZTIPFvvE"]), None),
+        (elf([], [], ["PyInit__native", "_ZTIFvN4edge5StateEE"]), "exports"),
         (elf([], [], []), "exports nothing"),
     ],
 )
 def test_what_a_linux_extension_may_need(binary: SimpleNamespace, word: str | None) -> None:
     found = check.elf_problems(binary, TARGETS["linux_x86_64"])
     assert (word is None) == (not found) and (word is None or word in found[0])
+
+
+@pytest.mark.parametrize(
+    ("tag", "expected"),
+    [
+        ("manylinux_2_28_x86_64", True),
+        ("manylinux_2_17_x86_64", True),
+        ("manylinux_2_34_x86_64", False),
+        ("manylinux_2_17_aarch64", False),
+        ("linux_x86_64", False),
+    ],
+)
+def test_auditwheel_may_find_an_older_glibc(tag: str, expected: bool) -> None:
+    text = f'a.whl is consistent with the following platform tag: "{tag}". This constrains the platform tag to "{tag}".'
+    assert check.is_consistent(text, "manylinux_2_28_x86_64") == expected
 
 
 def macho(
