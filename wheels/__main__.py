@@ -21,9 +21,7 @@ def main() -> int:
     parser.add_argument("--python", action="append", choices=PYTHONS, help="all, if none is given")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "dist", help="default: dist")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
-    parser.add_argument(
-        "--optimize", type=int, default=3, help="1 for a quick trial: the bits are the same (default: 3)"
-    )
+    parser.add_argument("--optimize", type=int, default=2, choices=(0, 2), help="0 for a quick trial (default: 2)")
     options = parser.parse_args()
     pythons = options.python or list(PYTHONS)
     check_tag()

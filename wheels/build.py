@@ -21,9 +21,11 @@ FLAGS += ["-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
 
 
 def build_extensions(
-    target: Target, pythons: Iterable[str], folder: Path, jobs: int = 2, optimize: int = 3
+    target: Target, pythons: Iterable[str], folder: Path, jobs: int = 2, optimize: int = 2
 ) -> dict[str, Path]:
     """Python version -> the extension built for it, in `folder`. What has not changed comes from zig's cache.
+
+    optimize: 0 or 2. zig knows no other level of clang: it takes 1 and 3 as 2. The bits are the same.
 
     The kernels and the engine know no Python and are compiled once; the bindings once a Python, as one file, because
     reading pybind11's headers takes most of their time.

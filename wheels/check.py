@@ -18,6 +18,8 @@ LIBRARIES = {
     "windows": r"python3\d+\.dll|KERNEL32\.dll|api-ms-win-crt-[a-z0-9-]+\.dll|ADVAPI32\.dll",
 }
 EXPORT = "PyInit__native"
+# new and delete of libc++: weak, and malloc and free like all others. Python loads extensions with RTLD_LOCAL.
+ALLOCATION = r"_Zn[aw]m\w*|_Zd[al]Pv\w*"
 
 
 def problems(wheel: Path, target: Target, python: str) -> list[str]:
@@ -64,7 +66,8 @@ def elf_problems(binary: Any, target: Target) -> list[str]:
         kind, _, number = name.partition("_")
         if kind != "GLIBC" or version(number) > limit:
             found.append(f"needs {name}, the tag {target.platform} promises GLIBC_{target.zig.partition('-gnu.')[2]}")
-    return found + export_problems(symbol.name for symbol in binary.exported_symbols)
+    names_out = (str(symbol.name) for symbol in binary.exported_symbols)
+    return found + export_problems(name for name in names_out if not re.fullmatch(ALLOCATION, name))
 
 
 def macho_problems(binary: Any, target: Target) -> list[str]:
@@ -89,8 +92,7 @@ def macho_problems(binary: Any, target: Target) -> list[str]:
     # Apple's processors run no code without a signature; an ad-hoc one is enough.
     if cpu == "ARM64" and not binary.has_code_signature:
         found.append("has no code signature")
-    # The linker's own symbols, and new and delete of libc++: weak, and malloc and free like all others.
-    linker = r"_{1,2}(dso_handle|mh_dylib_header)|_Zn[aw]m\w*|_Zd[al]Pv\w*"
+    linker = rf"_{{1,2}}(dso_handle|mh_dylib_header)|{ALLOCATION}"  # the linker's own symbols
     names = [str(symbol.name).removeprefix("_") for symbol in binary.exported_symbols]
     return found + export_problems(name for name in names if not re.fullmatch(linker, name))
 
@@ -109,9 +111,11 @@ def pe_problems(binary: Any, python: str) -> list[str]:
 def export_problems(names: Iterable[str]) -> list[str]:
     """An extension offers its start, and pybind11's exception classes, which it marks as shared; nothing else.
 
-    Names of C++'s library in two extensions would be mixed up.
+    Names of C++'s library in two extensions would be mixed up. The type information of a plain function type, such as
+    _ZTIFdimE of `double(int, unsigned long)`, is the same wherever it comes from.
     """
-    found = sorted({name for name in names if not re.match(r"_ZN?K?[TVISN]*8pybind11", name)})
+    shared = r"_ZN?K?[TVISN]*8pybind11|_ZT[IS]P?F[a-z]+E$"
+    found = sorted({name for name in names if not re.match(shared, name)})
     return [] if found == [EXPORT] else [f"exports {', '.join(found[:5]) or 'nothing'}, expected {EXPORT}"]
 
 
@@ -122,9 +126,20 @@ def manylinux_problems(wheel: Path, target: Target) -> list[str]:
 
     done = subprocess.run([sys.executable, "-m", "auditwheel", "show", str(wheel)], capture_output=True, text=True)
     text = " ".join(done.stdout.split())
-    if f'"{target.platform}"' in text or f"'{target.platform}'" in text:
-        return []
-    return [f"auditwheel does not find it consistent with {target.platform}: {text or done.stderr}"]
+    return (
+        []
+        if is_consistent(text, target.platform)
+        else [f"auditwheel does not find it consistent with {target.platform}: {text or done.stderr}"]
+    )
+
+
+def is_consistent(text: str, platform: str) -> bool:
+    """Whether auditwheel's text names the tag, or one of an older glibc, which promises more."""
+    found = re.search(r'platform tag: "manylinux_(\d+)_(\d+)_(\w+)"', text)
+    wanted = re.fullmatch(r"manylinux_(\d+)_(\d+)_(\w+)", platform)
+    if found is None or wanted is None:
+        return False
+    return found[3] == wanted[3] and (int(found[1]), int(found[2])) <= (int(wanted[1]), int(wanted[2]))
 
 
 def version(text: str) -> tuple[int, ...]:

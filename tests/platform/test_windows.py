@@ -15,11 +15,15 @@ import pytest
 pytest.importorskip("ziglang", reason="needs the extra `wheels`")
 pytest.importorskip("edgeformer._native", reason="the native extension is not built")
 
+from support.wheel_builds import TIMEOUT
 from support.wine import Windows
 
 from wheels.build import ROOT
 
-pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="Wine runs programs of this processor only")
+pytestmark = [
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="Wine runs programs of this processor only"),
+    pytest.mark.timeout(TIMEOUT),
+]
 TOKENS = "6"
 
 
@@ -52,7 +56,7 @@ def test_the_commands_run_on_windows(windows: Windows, q8: Path, tmp_path: Path)
     assert windows.run("-m", "edgeformer", "chat", odd, "-n", "3", "--engine", "native", given="abc\r\n")
     missing = windows.run("-m", "edgeformer", "inspect", tmp_path / "missing", code=3)
     assert not missing
-    told = windows.run("-m", "edgeformer", "doctor", code=1)  # onnxruntime does not start under this Wine
+    told = windows.run("-m", "edgeformer", "doctor")
     assert "Windows" in told and "AppData" in told  # the folder of the cache
     facts = (
         "from edgeformer.machine import *; print(default_threads(), total_memory(), available_memory(), peak_memory())"

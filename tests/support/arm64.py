@@ -9,11 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from support.wheel_builds import built_wheel, missing, wanted
 
-from wheels.build import ROOT, build_extensions
+from wheels.build import ROOT
 from wheels.debian import unpacked
-from wheels.pack import platform_wheel, pure_wheel
 from wheels.targets import TARGETS
 
 SUITE, PYTHON = "trixie", "3.13"
@@ -27,31 +26,28 @@ PACKAGES = (  # noqa: SIM905
     "annotated-doc pydantic pydantic_core annotated-types typing-inspection rich markdown-it-py mdurl pygments tqdm "
     "llguidance onnxruntime flatbuffers packaging"
 ).split()
-TARGET = TARGETS["linux_aarch64"]
 
 
 class Arm64:
     """CPython with edgeformer in a folder of arm64 files; made once and kept in build/."""
 
     def __init__(self) -> None:
-        if os.environ.get("EDGEFORMER_TEST_WHEELS", "0") in ("", "0"):
-            pytest.skip("builds a wheel with zig, minutes; say make check-wheels")
+        wanted()
         if shutil.which("qemu-aarch64") is None:
-            told = "needs qemu-aarch64: apt-get install qemu-user"
-            pytest.fail(told) if os.environ.get("CI") else pytest.skip(told)
+            missing("needs qemu-aarch64: apt-get install qemu-user")
         self.place = ROOT / "build" / "arm64"
         self.root = self.place / "root"
-        wanted = hashlib.sha256(repr((SUITE, DEBIAN, PACKAGES)).encode()).hexdigest()
+        recipe = hashlib.sha256(repr((SUITE, DEBIAN, PACKAGES)).encode()).hexdigest()
         stamp = self.place / ".ready"
-        if not stamp.exists() or stamp.read_text() != wanted:
+        if not stamp.exists() or stamp.read_text() != recipe:
             shutil.rmtree(self.place, ignore_errors=True)
             if unpacked(self.root, [SUITE], DEBIAN, "arm64") is None:
-                told = f"Debian's arm64 packages of {SUITE} are not to be had here"
-                pytest.fail(told) if os.environ.get("CI") else pytest.skip(told)
+                missing(f"Debian's arm64 packages of {SUITE} are not to be had here")
             (self.root / "lib").symlink_to("usr/lib")  # of the package base-files
             self._install(*PACKAGES)
-            stamp.write_text(wanted)
-        self._install(str(arm64_wheel(self.place / "wheel")), "--force-reinstall", "--upgrade")
+            stamp.write_text(recipe)
+        wheel = built_wheel(TARGETS["linux_aarch64"], PYTHON, self.place / "wheel")
+        self._install(str(wheel), "--force-reinstall", "--upgrade")
 
     def _install(self, *packages: str) -> None:
         where = ["--target", str(self.place / "site"), "--python-version", PYTHON, "--only-binary=:all:"]
@@ -65,6 +61,7 @@ class Arm64:
         command = ["qemu-aarch64", "-cpu", cpu, "-L", self.root, self.root / f"usr/bin/python{PYTHON}", *arguments]
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
         kept |= {"PYTHONHOME": str(self.root / "usr"), "PYTHONPATH": str(self.place / "site"), "EDGEFORMER_CACHE": ""}
+        kept["PYTHONSAFEPATH"] = "1"  # else `-m edgeformer` runs the sources in the current folder, not the wheel
         done = subprocess.run(
             [str(part) for part in command],
             input=given,
@@ -75,11 +72,3 @@ class Arm64:
         )
         assert done.returncode == 0, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout
-
-
-def arm64_wheel(folder: Path) -> Path:
-    """edgeformer's wheel for aarch64, built by zig, or around the extension that EDGEFORMER_ARM64_EXTENSION names."""
-    place, built = ROOT / "build" / "wheels", os.environ.get("EDGEFORMER_ARM64_EXTENSION")
-    extension = Path(built) if built else build_extensions(TARGET, [PYTHON], place, os.cpu_count() or 1)[PYTHON]
-    folder.mkdir(exist_ok=True, parents=True)
-    return platform_wheel(pure_wheel(place / "pure"), extension, TARGET, PYTHON, folder)

@@ -16,10 +16,9 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import pytest
+from support.wheel_builds import built_wheel, missing, wanted
 
-from wheels.build import ROOT, ZIG, build_extensions, zig
-from wheels.pack import platform_wheel, pure_wheel
+from wheels.build import ROOT, ZIG, zig
 from wheels.targets import TARGETS
 
 PYTHON = "3.12"
@@ -43,23 +42,22 @@ class Windows:
     """CPython 3.12 with edgeformer in a Wine prefix; made once and kept in build/."""
 
     def __init__(self) -> None:
-        if os.environ.get("EDGEFORMER_TEST_WHEELS", "0") in ("", "0"):
-            pytest.skip("builds a wheel with zig, minutes; say make check-wheels")
+        wanted()
         self.wine = next(filter(None, map(shutil.which, PLACES)), None)
         if self.wine is None:
-            told = "needs Wine: apt-get install wine64"
-            pytest.fail(told) if os.environ.get("CI") else pytest.skip(told)
+            missing("needs Wine: apt-get install wine64")
         self.place = ROOT / "build" / "windows"
         self.prefix = self.place / "prefix"
-        wanted = hashlib.sha256(repr((EMBEDDED, PACKAGES, STUB)).encode()).hexdigest()
+        recipe = hashlib.sha256(repr((EMBEDDED, PACKAGES, STUB)).encode()).hexdigest()
         stamp = self.place / ".ready"
-        if not stamp.exists() or stamp.read_text() != wanted:
+        if not stamp.exists() or stamp.read_text() != recipe:
             shutil.rmtree(self.place, ignore_errors=True)
             self.place.mkdir(parents=True)
             self._install_python()
             self._install(*PACKAGES)
-            stamp.write_text(wanted)
-        self._install(str(windows_wheel(self.place / "wheel")), "--force-reinstall", "--upgrade")
+            stamp.write_text(recipe)
+        wheel = built_wheel(TARGETS["windows_x86_64"], PYTHON, self.place / "wheel")
+        self._install(str(wheel), "--force-reinstall", "--upgrade")
         shutil.copy2(ROOT / "tests/support/portable.py", self.place)
 
     def _install_python(self) -> None:
@@ -74,7 +72,7 @@ class Windows:
         (self.place / "stub.c").write_text(STUB)
         made, source = self.python / "bcryptprimitives.dll", self.place / "stub.c"
         windows = TARGETS["windows_x86_64"].zig
-        zig([*ZIG, "cc", "-target", windows, "-shared", "-s", "-O1", str(source), "-ladvapi32", "-o", str(made)])
+        zig([*ZIG, "cc", "-target", windows, "-shared", "-s", "-O2", str(source), "-ladvapi32", "-o", str(made)])
 
     def _install(self, *packages: str) -> None:
         where = ["--target", str(self.place / "site"), "--platform", "win_amd64", "--python-version", PYTHON]
@@ -102,12 +100,3 @@ class Windows:
 def windows_path(path: Path) -> str:
     """Wine shows the root folder as drive Z:."""
     return "Z:" + str(path.absolute()).replace("/", "\\")
-
-
-def windows_wheel(folder: Path) -> Path:
-    """edgeformer's wheel for Windows, built by zig, or around the extension that EDGEFORMER_WINDOWS_EXTENSION names."""
-    target, built = TARGETS["windows_x86_64"], os.environ.get("EDGEFORMER_WINDOWS_EXTENSION")
-    place = ROOT / "build" / "wheels"
-    extension = Path(built) if built else build_extensions(target, [PYTHON], place, os.cpu_count() or 1)[PYTHON]
-    folder.mkdir(exist_ok=True)
-    return platform_wheel(pure_wheel(place / "pure"), extension, target, PYTHON, folder)
