@@ -59,9 +59,10 @@ def load(
     else ONNX Runtime on the CPU (float models without a cache try these two the other way round); `Model.explain` says
     which, and why not the others. An engine that is named runs or raises. `threads` defaults to the physical cores
     that this process may use. `isa` ("avx2", ...), `kv` (the cache: "int8", "float32", or "auto": int8 where weights
-    are quantized, else float32), `context` (tokens to plan memory for) and `memory_limit` (bytes) are the native
-    engine's; an `isa` selects that engine. `check="once"`: the SHA-256 of all files, at the first load on this machine
-    and after a change; "hashes": now, and values too; "sizes": never. See `edgeformer.bundle.integrity`.
+    are quantized, but float32 in layers where the export found int8 too costly; else float32), `context` (tokens to
+    plan memory for) and `memory_limit` (bytes) are the native engine's; an `isa` selects that engine. `check="once"`:
+    the SHA-256 of all files, at the first load on this machine and after a change; "hashes": now, and values too;
+    "sizes": never. See `edgeformer.bundle.integrity`.
 
     `prefix_cache`: prompts that begin like earlier ones go on from these. By default the native engine keeps beginnings
     of 4096 tokens in all; False keeps none, a number is bytes, "folder" or a path keeps them on disk too, for other

@@ -50,7 +50,7 @@ EXPORT_FLOORS = (
     "quantize",
     "graphs",
     "sources",
-    "write engine_gate pipeline",
+    "write engine_gate cache_choice pipeline",
     "__main__ __init__",
 )
 

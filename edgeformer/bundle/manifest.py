@@ -133,6 +133,25 @@ def manifest_problems(manifest: object) -> list[str]:
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if value is not None and (not number or value <= 0):
                 problems.append(f"{MANIFEST}: reference.tolerance.{name} is {_short(value)}, expected a number above 0")
+    if (cost := field({"kv_cache": None, **manifest}, "", "kv_cache", dict, type(None))) is not None:
+        problems += _cache_cost_problems(cost)
+    return problems
+
+
+def _cache_cost_problems(cost: Json) -> list[str]:
+    """Of the entry that `edgeformer.bundle.cache_cost` reads: `unmeasured`, or numbers and layers."""
+    if "unmeasured" in cost:
+        why = cost["unmeasured"]
+        return [] if isinstance(why, str) else [f"{MANIFEST}: kv_cache.unmeasured is {_type_name(why)}, expected text"]
+    problems = []
+    for kind in ("float32", "int8", "auto"):
+        numbers = cost.get(kind)
+        kl = numbers.get("mean_kl") if isinstance(numbers, dict) else None
+        if isinstance(kl, bool) or not isinstance(kl, (int, float)) or not math.isfinite(kl):
+            problems.append(f"{MANIFEST}: kv_cache.{kind}.mean_kl is {_short(kl)}, expected a number")
+    layers = cost.get("float32_layers")
+    if not isinstance(layers, list) or not all(type(layer) is int and layer >= 0 for layer in layers):
+        problems.append(f"{MANIFEST}: kv_cache.float32_layers is {_short(layers)}, expected a list of layers from 0 on")
     return problems
 
 

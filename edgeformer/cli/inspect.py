@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from edgeformer.bundle.bundle import Bundle
+from edgeformer.bundle.cache_cost import CacheCost
 from edgeformer.bundle.manifest import MANIFEST
 from edgeformer.cli.console import size, stdout, waiting
 from edgeformer.errors import EngineUnavailable
@@ -33,6 +34,7 @@ def print_bundle(path: Path, *, hashes: bool, as_json: bool) -> None:
         ("model", _model_facts(bundle)),
         *([("processing", manifest["processing"])] if manifest.get("processing") else []),
         ("accuracy", manifest["accuracy"] or {"": "not measured"}),
+        *([("KV cache", _cache(manifest))] if "kv_cache" in manifest else []),
     ):
         _facts(title, facts)
     _facts("parity", _parity(manifest["parity"]))
@@ -98,6 +100,14 @@ def _model_facts(bundle: Bundle) -> dict[str, Any]:
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     facts: dict[str, Any] = {name: config.get(name) for name in names}
     return {"vocabulary": bundle.vocab_size, "context": bundle.context} | facts
+
+
+def _cache(manifest: Mapping[str, Any]) -> dict[str, str]:
+    cost = CacheCost.of(manifest)
+    facts = {"int8": cost.described("int8")}
+    if cost.float32_layers:
+        facts["float32 layers"] = f"{', '.join(map(str, cost.float32_layers))}; {cost.described('auto')}"
+    return facts
 
 
 def _parity(parity: Mapping[str, Any] | None) -> dict[str, str]:

@@ -55,7 +55,9 @@ def _show(report: Report) -> None:
             if one.passed
             else f"[red]at {list(one.where)}[/red]"
         )
-        reference = "at export" if one.reference == "bundle" else "float model"
+        reference = {"bundle": "at export", "float": "float model"}.get(one.reference, one.reference)
         table.add_row(one.output, one.run, reference, f"{100 * one.worst:.3g}", allowed, mark)
     stdout.print(table)
     stdout.print("[dim]% of the range of the reference output[/dim]")
+    if report.cache:
+        stdout.print(f"loaded without --kv: {report.cache}", markup=False, highlight=False)

@@ -28,7 +28,7 @@ class EngineOptions:
         panel=PANEL,
     )
     isa: str | None = option(None, "Native kernels to use: avx2, ...", panel=PANEL)
-    kv: str = option("auto", "Native cache: auto (as the weights), int8 or float32.", panel=PANEL)
+    kv: str = option("auto", "Native cache: auto (as weights and export say), int8 or float32.", panel=PANEL)
     context: int | None = option(None, "Native: tokens that the cache may hold.", min=1, panel=PANEL)
 
     def arguments(self) -> dict[str, Any]:

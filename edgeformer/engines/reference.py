@@ -77,6 +77,16 @@ def checks(
             yield compare(name, kind, run, outputs[name], expected, allowed, last=last)
 
 
+def outputs(bundle: Bundle, engines: Mapping[str, Engine]) -> dict[str, dict[str, Array]]:
+    """The outputs by name of each run that `checks` makes.
+
+    Raises:
+        BundleError: there is no reference, it is damaged, or it does not fit the graph.
+    """
+    inputs, _, _ = read_reference(bundle)
+    return {run: work() for run, work in _runs(bundle, engines, inputs).items()}
+
+
 def _runs(
     bundle: Bundle, engines: Mapping[str, Engine], inputs: dict[str, Array]
 ) -> dict[str, Callable[[], dict[str, Array]]]:

@@ -55,7 +55,7 @@ def self_check(bundle: Bundle, name: str, engines: Mapping[str, Engine]) -> str 
         raise
     except EdgeformerError as error:  # sizes that do not fit together show when the graph runs
         return f"the {name} engine fails on this bundle's reference: {error}"
-    problem = "" if not failed else _describe(name, failed)
+    problem = "" if not failed else _describe(name, failed, engines)
     disk_cache.write(entry, problem.encode())
     return problem or None
 
@@ -71,18 +71,20 @@ def _rounds_cache(bundle: Bundle, engines: Mapping[str, Engine]) -> bool:
     )
 
 
-def _describe(name: str, failed: list[Check]) -> str:
+def _describe(name: str, failed: list[Check], engines: Mapping[str, Engine]) -> str:
     worst = max(failed, key=lambda check: check.worst)
+    caches = [str(getattr(engine, "cache", "")) for engine in engines.values() if getattr(engine, "int8_layers", ())]
     return (
         f"the {name} engine differs from this bundle's reference: {worst}. The engine or this machine is at fault; "
         "`edgeformer verify` shows the details. Another engine may be right."
+        + "".join(f" It ran with this cache: {cache}." for cache in caches)
     )
 
 
 def _entry(bundle: Bundle, name: str, engines: Mapping[str, Engine]) -> str:
     """The cache key: it changes with the bundle, the engine, its options, its code and the CPU."""
     options = [
-        (graph, *(str(getattr(engine, option, "")) for option in ("isa", "kv")))
+        (graph, *(str(getattr(engine, option, "")) for option in ("isa", "kv", "int8_layers")))
         for graph, engine in sorted(engines.items())
     ]
     facts = (bundle.fingerprint, name, repr(options), edgeformer.__version__, repr(_code(name)), cpu_name())

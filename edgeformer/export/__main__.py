@@ -116,7 +116,9 @@ def _run(options: ExportOptions) -> None:
 
 def _summary(path: Path, manifest: dict[str, Any]) -> None:
     from edgeformer.bundle.bundle import Bundle
+    from edgeformer.bundle.cache_cost import CacheCost
     from edgeformer.cli.purpose import command_for
+    from edgeformer.export.cache_choice import warning
 
     parity, accuracy = manifest["parity"], manifest["accuracy"]
     quantization, files = manifest["quantization"], manifest["files"]
@@ -146,7 +148,13 @@ def _summary(path: Path, manifest: dict[str, Any]) -> None:
             f"KL {accuracy['mean_kl']:.4f}, "
             f"same next token {accuracy['top1_agreement']:.1%} ({accuracy['tokens']} tokens of {accuracy['text']})",
         )
+    cost = CacheCost.of(manifest)
+    if "kv_cache" in manifest:
+        table.add_row("int8 KV cache", cost.described("int8"))
     console.print(table)
+    if told := warning(manifest):
+        console.print("[bold yellow]warning:[/] ", end="")
+        console.print(told, markup=False, highlight=False)
     for name, found in parity["engines"].items():
         if found["passed"] is False:
             console.print("[bold red]failed:[/] ", end="")

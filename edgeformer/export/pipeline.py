@@ -12,8 +12,9 @@ import onnx_ir as ir
 
 from edgeformer.bundle.write import check_target, seal, write_bundle
 from edgeformer.errors import ExportError, ParityError
+from edgeformer.export.cache_choice import CacheChoice
 from edgeformer.export.check import parity
-from edgeformer.export.check.accuracy import measure_accuracy
+from edgeformer.export.check.accuracy import Text, accuracy_report
 from edgeformer.export.check.checks import ModelChecks, checks_of
 from edgeformer.export.check.graph_run import FILES, OrtGraph, open_graphs
 from edgeformer.export.engine_gate import engine_gate, engine_tolerance
@@ -135,13 +136,13 @@ def _export(job: _Job, traced: TracedModel) -> dict[str, Any]:
         tolerance += parity.FLOAT16_TOLERANCE
         report["float16"] = _convert_to_float16(job, models, expected, tolerance)
 
-    measured = _accuracy(job, source, float_folder)
+    measured = _accuracy(job, source, float_folder, models, traced.layers)
     stage("write")
     tolerances = write_reference(checks, job.folder, quantization, exact=job.exact)
     write_texts(source.first, job.folder)
     reports = {
         "parity": report,
-        "accuracy": measured,
+        **measured,
         "reference": {"file": "reference.npz", "tolerance": tolerances},
         **_notes(job, traced),
     }
@@ -207,14 +208,40 @@ def _convert_to_float16(
     return parity.gate(expected.one_sample().against(open_graphs(job.folder, models)), tolerance)
 
 
-def _accuracy(job: _Job, source: AnySource, float_folder: Path) -> dict[str, Any] | None:
-    """The accuracy report of a language model; None for other models, a float32 bundle, or `--tokens 0`."""
+def _accuracy(
+    job: _Job, source: AnySource, float_folder: Path, models: Mapping[str, ir.Model], layers: int
+) -> dict[str, Any]:
+    """{"accuracy": the report of a language model; None for other models, a float32 bundle, or `--tokens 0`,
+    "kv_cache": what an int8 cache costs, for a model with one}.
+    """
     options = job.options
     if job.exact or not options.tokens or not (isinstance(source, Source) and source.is_language_model):
-        return None
+        return {"accuracy": None, **({"kv_cache": {"unmeasured": _unmeasured(job, source)}} if layers else {})}
     job.progress.stage("measure accuracy")
-    before, after = float_folder / FILES["model"], job.folder / FILES["model"]
-    return measure_accuracy(source, before, after, options.text, options.tokens, job.progress)
+    reference = OrtGraph(float_folder / FILES["model"], mapped=True)
+    path, text = job.folder / FILES["model"], Text.of(source, options.text, options.tokens)
+    caches = None
+    graphs: dict[str, parity.Runs] = {"bundle": OrtGraph(path)}
+    if job.quantized and layers:
+        inputs = [value.name or "" for value in models["model"].graph.inputs]
+        caches = CacheChoice(path, inputs, text)
+        graphs |= caches.graphs
+    scores = text.score(reference, graphs, job.progress)
+    graphs.clear()
+    found: dict[str, Any] = {"accuracy": accuracy_report(scores["bundle"], text)}
+    if layers:
+        cost = {"unmeasured": _unmeasured(job, source)}
+        found["kv_cache"] = caches.report(scores, text, reference, job.progress) if caches else cost
+    return found
+
+
+def _unmeasured(job: _Job, source: AnySource) -> str:
+    """Why the cost of an int8 cache is not measured."""
+    if not job.quantized:
+        return "weights are float, so the export expected a float32 cache"
+    if not (isinstance(source, Source) and source.is_language_model):
+        return "the export measures it for language models of one graph"
+    return "the export measured no accuracy (--tokens 0)"
 
 
 def _notes(job: _Job, traced: TracedModel) -> dict[str, Any]:

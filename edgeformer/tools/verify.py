@@ -9,8 +9,9 @@ from typing import Any
 
 from edgeformer.bundle.bundle import Bundle
 from edgeformer.engines.choose import EngineName, check_arguments, choose
+from edgeformer.engines.native.engine import NativeEngine
 from edgeformer.engines.native.options import NativeOptions
-from edgeformer.engines.reference import Check, checks
+from edgeformer.engines.reference import Check, checks, compare, outputs
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Report:
     path: str
     engine: str
     checks: tuple[Check, ...]
+    cache: str = ""  # the engine's KV cache when it is loaded, why, and what the export found that it costs
 
     @property
     def passed(self) -> bool:
@@ -29,7 +31,7 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
         checks = [asdict(check) | {"passed": check.passed} for check in self.checks]
-        return {"path": self.path, "engine": self.engine, "passed": self.passed, "checks": checks}
+        return {"path": self.path, "engine": self.engine, "passed": self.passed, "checks": checks, "cache": self.cache}
 
 
 def verify(
@@ -44,8 +46,9 @@ def verify(
     """The parity report of an engine on this machine: the reference in one run, and step by step with the KV cache.
 
     All hashes are checked first. The native engine's cache is float32 unless `kv` says "int8": the reference knows no
-    quantized cache, and its tolerance has no room for one where the weights are float. `progress` is called with
-    each step's name. An engine that `load` refuses for its outputs runs here all the same, so that they can be seen.
+    quantized cache, and its tolerance has no room for one where the weights are float. What the cache of `kv="auto"`
+    changes against float32 is shown too, without a tolerance. `progress` is called with each step's name. An engine
+    that `load` refuses for its outputs runs here all the same, so that they can be seen.
 
     Raises:
         BundleError: the bundle is damaged, or holds no reference that can be judged.
@@ -56,4 +59,19 @@ def verify(
     bundle = Bundle.open(path, check="hashes")
     progress("loading")
     engines, choice = choose(bundle, engine, threads, NativeOptions(isa, kv), judged=False)
-    return Report(str(bundle.path), choice.engine, tuple(checks(bundle, engines, progress)))
+    found = tuple(checks(bundle, engines, progress))
+    native = [engine for engine in engines.values() if isinstance(engine, NativeEngine) and engine.cache]
+    if not native or kv != "float32":
+        return Report(str(bundle.path), choice.engine, found)
+    exact = outputs(bundle, engines)
+    del engines, native  # memory: the weights are loaded again
+    progress("loading with the default KV cache")
+    usual, _ = choose(bundle, "native", threads, NativeOptions(isa), judged=False)
+    caches = [engine for engine in usual.values() if isinstance(engine, NativeEngine) and engine.cache]
+    if any(engine.int8_layers for engine in caches):
+        for run, arrays in outputs(bundle, usual).items():
+            found += tuple(
+                compare(name, "float32 cache", f"{run}, int8 cache", array, exact[run][name], None)
+                for name, array in arrays.items()
+            )
+    return Report(str(bundle.path), choice.engine, found, caches[0].cache)

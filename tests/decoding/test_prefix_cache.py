@@ -151,10 +151,11 @@ def bundle(tmp_path_factory):
 def native_engines(bundle):
     native = pytest.importorskip("edgeformer._native", reason="the native extension is not built")
     from edgeformer.engines.native.engine import NativeEngine
+    from edgeformer.engines.native.options import NativeOptions
 
     for isa in native.isas():
-        for kv in ("int8", "float32"):
-            yield NativeEngine.from_bundle(bundle, threads=2, isa=isa, kv=kv)
+        for kv, layers in (("int8", ()), ("int8", (1,)), ("float32", ())):
+            yield NativeEngine.create(bundle, "model", 2, NativeOptions(isa, kv, float32_layers=layers))
 
 
 def prompts(count):

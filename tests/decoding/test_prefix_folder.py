@@ -19,6 +19,7 @@ from edgeformer.bundle.bundle import Bundle
 from edgeformer.decoding.prefix_cache import PrefixCache
 from edgeformer.decoding.prefix_folder import PrefixFolder
 from edgeformer.engines.native.engine import NativeEngine
+from edgeformer.engines.native.options import NativeOptions
 from edgeformer.errors import InputError
 
 IDS = np.random.default_rng(11).integers(0, 90, 255).tolist()  # a full chunk and a part of one
@@ -84,7 +85,8 @@ def test_a_longer_prompt_of_another_beginning_finds_nothing(q8, folder):
 
 def test_files_of_other_models_and_types_are_not_taken(q8, lm, folder):
     fill(engine_of(q8, kv="int8"), folder)
-    for other in (engine_of(q8, kv="float32"), engine_of(lm, kv="int8")):
+    mixed = NativeEngine.create(q8, "model", 1, NativeOptions(kv="int8", float32_layers=(1,)))
+    for other in (engine_of(q8, kv="float32"), engine_of(lm, kv="int8"), mixed):
         assert found(other, folder)[1] == 0
     assert found(engine_of(q8, kv="int8"), folder)[1] == 128
 

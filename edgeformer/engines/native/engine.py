@@ -18,6 +18,7 @@ from edgeformer.bundle.context import context_length
 from edgeformer.bundle.manifest import MANIFEST
 from edgeformer.bundle.signature import Array
 from edgeformer.engines.in_flight import in_flight
+from edgeformer.engines.native.cache_type import cache_type
 from edgeformer.engines.native.inputs import fitting, whole
 from edgeformer.engines.native.options import NativeOptions
 from edgeformer.engines.native.program.executable import Executable, load_executable
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 NUMPY = {"f32": np.float32, "i64": np.int64, "bool": np.bool_}
 PREFILL_ROWS = 512  # rows of one pass: bounds the working memory of long prompts and of large batches
 DEFAULT_CONTEXT = 4096
-KV = ("auto", "int8", "float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,8 @@ class NativeEngine:
         self._symbols = list(executable.program["symbols"])
         self._rows, self._past, self._batch_local = executable.rows, executable.past, executable.batch_local
         self.kv = "float32"  # the type of keys and values in the cache
-        self.cache = ""  # the type of the cache and why, for people; "" without one
+        self.int8_layers: tuple[int, ...] = ()  # the layers whose cache is int8; the others' is float32
+        self.cache = ""  # the type of the cache, why, and what it costs, for people; "" without one
         self.rounded = 0  # weights with scales that are not exact in float16: rounded to nearest
 
     @classmethod
@@ -132,16 +133,15 @@ class NativeEngine:
             ) from e
         path, opened = graph_file(bundle, graph)
         executable = load_executable(path, use_disk_cache=options.use_disk_cache)
-        kind, why = _cache_type(options.kv, executable)
+        cache = cache_type(options, executable, path, opened)
         context = options.context if options.context is not None else _default_context(opened, graph)
         threads = default_threads() if threads is None else threads
         with typed_errors("the native engine was made", EngineUnavailable):
-            native = extension.Engine(executable.program, threads, options.isa or "", kind, int(context), PREFILL_ROWS)
+            native = extension.Engine(
+                cache.of(executable.program), threads, options.isa or "", cache.kind, int(context), PREFILL_ROWS
+            )
         engine = cls(native, executable, path, _fingerprint(path, opened))
-        engine.kv = kind
-        plain = [cache["plain"] for cache in executable.program["caches"]]
-        if plain:
-            engine.cache = "float32 cache: the graph reads it itself" if all(plain) else f"{kind} cache: {why}"
+        engine.kv, engine.int8_layers, engine.cache = cache.kind, cache.int8_layers, cache.text
         if options.memory_limit is not None:
             engine._check_memory(options.memory_limit)
         extension.trim_memory()  # what reading the graph took
@@ -238,7 +238,8 @@ class NativeEngine:
     @property
     def fingerprint(self) -> str:
         """64 hex digits of all that keys and values depend on: model, type of the cache, version; the ISA is not."""
-        return hashlib.sha256(f"{self._fingerprint} {self.kv} {edgeformer.__version__}".encode()).hexdigest()
+        cache = f"{self.kv} {self.int8_layers}"
+        return hashlib.sha256(f"{self._fingerprint} {cache} {edgeformer.__version__}".encode()).hexdigest()
 
     def chunk_from_bytes(self, data: bytes | memoryview) -> KvChunk:
         """The chunk that `_native.KvChunk.save` wrote, on any ISA; StateError if it does not fit this engine."""
@@ -327,20 +328,6 @@ class NativeEngine:
                 positions = np.arange(state.length, state.length + ids.shape[1], dtype=np.int64)
                 return positions[None] if len(ids) == 1 else np.broadcast_to(positions, ids.shape)
         raise InputError(f"input {name!r} is missing; this graph takes {self._names()}")
-
-
-def _cache_type(kv: str, executable: Executable) -> tuple[str, str]:
-    """("int8" or "float32", why)
-
-    Raises:
-        InputError: `kv` is not one of KV.
-    """
-    if kv not in KV:
-        raise InputError(f"kv is {kv!r}, expected {', '.join(KV)}.")
-    if kv != "auto":
-        return kv, f"kv={kv!r}"
-    quantized = any(weight.type != "f32" for weight in executable.weights)
-    return ("int8", "its weights are quantized") if quantized else ("float32", "its weights are float")
 
 
 def graph_file(bundle: Bundle | str | os.PathLike[str], graph: str) -> tuple[Path, Bundle | None]:

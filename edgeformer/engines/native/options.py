@@ -14,10 +14,13 @@ class NativeOptions:
     Attributes:
         isa: a kernel table by name; None: EDGEFORMER_ISA, else the best that this CPU runs.
         kv: the type of the KV cache: "int8" (one scale for each token and head), "float32", or "auto": int8 if weights
-            are quantized, else float32, since int8 changes logits by about 0.5 % of their range.
+            are quantized, but float32 in the layers that the bundle names because int8 costs too much there; float32
+            if weights are float, since int8 changes logits by about 0.5 % of their range.
         context: most tokens of a state; None: the bundle's context length, at most 4096.
         memory_limit: bytes that weights, one state at full context and working memory may take together.
         use_disk_cache: read and write the lowered program and the packed weights in the disk cache.
+        float32_layers: caches that stay float32 if the others are int8, counted from 0; None: with kv="auto" those that
+            the bundle names, else none. The export tries some.
 
     Raises:
         InputError: an option is of another type.
@@ -28,6 +31,7 @@ class NativeOptions:
     context: int | None = None
     memory_limit: int | None = None
     use_disk_cache: bool = True
+    float32_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("context", "memory_limit"):

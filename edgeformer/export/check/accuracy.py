@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,61 +11,96 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeformer.errors import ExportError
-from edgeformer.export.check.graph_run import OrtGraph
+from edgeformer.export.check.parity import Runs
 from edgeformer.export.progress import Progress
 from edgeformer.export.source import Source
 
+F64 = NDArray[np.float64]
 _WINDOW = 512  # tokens of context, the default of llama.cpp's perplexity tool
 
 
 @dataclass
-class _Sums:
+class Score:
+    """How the next-token distributions of a graph differ from the float graph's, over all scored tokens."""
+
     tokens: int = 0
     float_loss: float = 0.0
     loss: float = 0.0
     kl: float = 0.0
     agree: int = 0
 
+    def as_dict(self) -> dict[str, float]:
+        """`mean_kl` is KL(float || graph) in nats a token."""
+        return {
+            "perplexity": float(np.exp(self.loss / self.tokens)),
+            "mean_kl": self.kl / self.tokens,
+            "top1_agreement": self.agree / self.tokens,
+        }
 
-def measure_accuracy(
-    source: Source, float_graph: Path, graph: Path, text: Path | None, tokens: int, progress: Progress
-) -> dict[str, Any]:
-    """Both graphs on the same tokens: {tokens, perplexity_float, perplexity, mean_kl, top1_agreement, text}.
-
-    Each window of 512 tokens starts with an empty cache; its first half is context only and is not scored. `mean_kl`
-    is KL(float || bundle) of the next-token distributions in nats, averaged over the scored tokens.
-    """
-    ids, name = _tokens(source, text, tokens)
-    window = min(_WINDOW, len(ids), source.context or _WINDOW)
-    starts = range(0, len(ids) - window + 1, window)
-    reference, quantized = OrtGraph(float_graph, mapped=True), OrtGraph(graph)
-    sums = _Sums()
-    for start in progress.track(starts, "accuracy"):
-        piece = ids[start : start + window][None]
-        feeds = {"input_ids": piece, "position_ids": np.arange(window)[None]}
-        skip = window // 2
-        expected = _log_softmax(reference(feeds)[0]["logits"][0, skip - 1 : -1])
-        found = _log_softmax(quantized(feeds)[0]["logits"][0, skip - 1 : -1])
-        # An embedding may have more rows than the head (padding): such a token has no logit.
-        scored = piece[0, skip:] < expected.shape[-1]
-        expected, found, targets = expected[scored], found[scored], piece[0, skip:][scored]
+    def add(self, expected: F64, found: F64, targets: NDArray[np.int64]) -> None:
+        """Counts log probabilities [tokens, vocab] of the float graph and of this one, and the tokens that follow."""
         rows = np.arange(len(targets))
-        sums.tokens += len(targets)
-        sums.float_loss -= float(expected[rows, targets].sum())
-        sums.loss -= float(found[rows, targets].sum())
-        sums.kl += float((np.exp(expected) * (expected - found)).sum())
-        sums.agree += int((expected.argmax(-1) == found.argmax(-1)).sum())
+        self.tokens += len(targets)
+        self.float_loss -= float(expected[rows, targets].sum())
+        self.loss -= float(found[rows, targets].sum())
+        self.kl += float((np.exp(expected) * (expected - found)).sum())
+        self.agree += int((expected.argmax(-1) == found.argmax(-1)).sum())
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids to measure on, and their source for the manifest. Each window starts with an empty cache."""
+
+    ids: NDArray[np.int64]
+    name: str
+    window: int
+
+    @classmethod
+    def of(cls, source: Source, text: Path | None, tokens: int) -> Text:
+        """The first `tokens` of a text file, or of one that every Python has; random ids without a tokenizer."""
+        ids, name = _tokens(source, text, tokens)
+        return cls(ids, name, min(_WINDOW, len(ids), source.context or _WINDOW))
+
+    def first(self) -> Text:
+        """The first window alone."""
+        return replace(self, ids=self.ids[: self.window])
+
+    @property
+    def starts(self) -> range:
+        """Where windows begin."""
+        return range(0, len(self.ids) - self.window + 1, self.window)
+
+    def score(self, reference: Runs, graphs: Mapping[str, Runs], progress: Progress) -> dict[str, Score]:
+        """Each graph against the float graph. The first half of a window is context only and is not scored."""
+        scores = {name: Score() for name in graphs}
+        skip = self.window // 2
+        for start in progress.track(self.starts, "accuracy"):
+            piece = self.ids[start : start + self.window][None]
+            feeds = {"input_ids": piece, "position_ids": np.arange(self.window)[None]}
+
+            def scored(graph: Runs, feeds: dict[str, Any] = feeds) -> F64:
+                return _log_softmax(graph(feeds)[0]["logits"][0, skip - 1 : -1])
+
+            expected = scored(reference)
+            # An embedding may have more rows than the head (padding): such a token has no logit.
+            known = piece[0, skip:] < expected.shape[-1]
+            targets = piece[0, skip:][known]
+            for name, graph in graphs.items():
+                scores[name].add(expected[known], scored(graph)[known], targets)
+        return scores
+
+
+def accuracy_report(score: Score, text: Text) -> dict[str, Any]:
+    """{tokens, perplexity_float, perplexity, mean_kl, top1_agreement, text}."""
     return {
-        "tokens": sums.tokens,
-        "perplexity_float": float(np.exp(sums.float_loss / sums.tokens)),
-        "perplexity": float(np.exp(sums.loss / sums.tokens)),
-        "mean_kl": sums.kl / sums.tokens,
-        "top1_agreement": sums.agree / sums.tokens,
-        "text": name,
+        "tokens": score.tokens,
+        "perplexity_float": float(np.exp(score.float_loss / score.tokens)),
+        **score.as_dict(),
+        "text": text.name,
     }
 
 
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+def _log_softmax(logits: NDArray[np.float32]) -> F64:
     wide = logits.astype(np.float64)
     wide -= wide.max(-1, keepdims=True)
     wide -= np.log(np.exp(wide).sum(-1, keepdims=True))

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,12 +17,20 @@ from support.tiny import IDS, logits
 native = pytest.importorskip("edgeformer._native", reason="the native extension is not built")
 
 from edgeformer.engines.native.engine import NativeEngine
+from edgeformer.engines.native.options import NativeOptions
 from edgeformer.errors import InputError, StateError
 
+KINDS = {
+    "int8": NativeOptions(kv="int8"),
+    "float32": NativeOptions(kv="float32"),
+    "mixed": NativeOptions(kv="int8", float32_layers=(1,)),
+}
 
-@pytest.fixture(scope="module")
-def engine(q8):
-    return NativeEngine.from_bundle(q8, threads=2)
+
+@pytest.fixture(scope="module", params=["int8", "mixed"])
+def engine(request, q8):
+    """Layers with an int8 cache; `mixed`: the second one's is float32."""
+    return NativeEngine.create(q8, "model", 2, KINDS[request.param])
 
 
 def test_a_fork_and_its_source_are_independent(engine):
@@ -50,13 +59,16 @@ def test_a_state_is_restored_from_bytes(engine, q8, lm):
     state = engine.new_state()
     logits(engine, IDS[:, :6], state)
     data = state.to_bytes()
-    other_process = NativeEngine.from_bundle(q8, threads=1)
+    mixed = len(engine.int8_layers) == 1
+    kind, other = ("mixed", "int8") if mixed else ("int8", "mixed")
+    other_process = NativeEngine.create(q8, "model", 1, KINDS[kind])
     back = other_process.state_from_bytes(data)
     np.testing.assert_array_equal(logits(other_process, IDS[:, 6:], back), logits(engine, IDS[:, 6:], state))
     with pytest.raises(StateError, match="belongs to model"):
         NativeEngine.from_bundle(lm, threads=1).state_from_bytes(data)
-    with pytest.raises(StateError):
-        NativeEngine.from_bundle(q8, threads=1, kv="float32").state_from_bytes(data)
+    for wrong in ("float32", other):
+        with pytest.raises(StateError):
+            NativeEngine.create(q8, "model", 1, KINDS[wrong]).state_from_bytes(data)
     for damaged in (data[:-1], data + b"x", data[5:], b"", data[:40]):
         with pytest.raises(StateError):
             engine.state_from_bytes(damaged)
@@ -243,9 +255,9 @@ def _batch(engine, ids):
 
 
 @pytest.mark.parametrize("isa", native.isas())
-@pytest.mark.parametrize("kv", ["int8", "float32"])
+@pytest.mark.parametrize("kv", KINDS)
 def test_a_state_restored_from_chunks_goes_on_with_the_same_bits(q8, isa, kv):
-    engine = NativeEngine.from_bundle(q8, threads=2, isa=isa, kv=kv)
+    engine = NativeEngine.create(q8, "model", 2, replace(KINDS[kv], isa=isa))
     whole, state = logits(engine, PROMPT), run(engine, 250)
     chunks = state.chunks()
     assert [c.nbytes for c in chunks] == [engine.kv_bytes(128)]
@@ -259,10 +271,10 @@ def test_a_state_restored_from_chunks_goes_on_with_the_same_bits(q8, isa, kv):
 
 
 def test_every_isa_saves_a_chunk_as_the_same_bytes(q8):
-    for kv in ("int8", "float32"):
+    for options in KINDS.values():
         saved = set()
         for isa in native.isas():
-            engine = NativeEngine.from_bundle(q8, threads=1, isa=isa, kv=kv)
+            engine = NativeEngine.create(q8, "model", 1, replace(options, isa=isa))
             [chunk] = run(engine, 130).chunks()
             saved.add(chunk.save())
             assert engine.chunk_from_bytes(memoryview(chunk.save())).save() == chunk.save()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -11,6 +13,7 @@ pytest.importorskip("edgeformer._native", reason="the native extension is not bu
 
 from edgeformer.decoding.session import Session
 from edgeformer.engines.native.engine import NativeEngine
+from edgeformer.engines.native.options import NativeOptions
 from edgeformer.errors import StateError
 
 WINDOW, LENGTH = 150, 1000
@@ -46,9 +49,19 @@ def path(request, tmp_path_factory):
     return file
 
 
+@pytest.fixture(
+    scope="module",
+    params=[NativeOptions(context=4096), NativeOptions(kv="int8", context=4096, float32_layers=(1,))],
+    ids=["float32", "mixed"],
+)
+def options(request):
+    """`mixed`: the second layer's cache is float32, the first one's int8."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def engine(path):
-    return NativeEngine.from_bundle(path, threads=2, context=4096)
+def engine(path, options):
+    return NativeEngine.create(path, "model", 2, options)
 
 
 def forward(engine, state, first, last):
@@ -78,9 +91,13 @@ def test_a_window_forgets_and_nobody_notices(engine, whole, step):
     state = engine.new_state()
     parts = [forward(engine, state, at, min(at + step, LENGTH)) for at in range(0, LENGTH, step)]
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
-    chunk = engine.kv_bytes(1) // 2  # of one layer: both have the same heads
+    # Both layers have the same heads.
+    chunks = {
+        kv: NativeEngine.from_bundle(engine._path, threads=1, kv=kv).kv_bytes(1) // 2 for kv in ("int8", "float32")
+    }
+    layers = [chunks["int8" if layer in engine.int8_layers else "float32"] for layer in (0, 1)]
     # The next token, after a truncation by 128, is at 872 and sees keys from 723 on: chunks 0 to 4 are gone.
-    assert state.nbytes == chunk * (8 * 2 - 5 * windowed(engine))
+    assert state.nbytes == 8 * sum(layers) - 5 * sum(layers[: windowed(engine)])
 
 
 def test_the_prediction_bounds_what_a_state_holds(engine):
@@ -116,9 +133,9 @@ def test_a_conversation_that_a_window_cannot_continue_starts_again(engine):
     assert session.reuse([*range(near - 1), -1]) == state.length == 0
 
 
-def test_a_failed_call_leaves_the_window_as_it_was(engine, whole):
+def test_a_failed_call_leaves_the_window_as_it_was(engine, whole, options):
     state = grown(engine, 500)
-    small = NativeEngine.from_bundle(engine._path, threads=1, context=700)
+    small = NativeEngine.create(engine._path, "model", 1, replace(options, context=700))
     full = grown(small, 500)
     with pytest.raises(Exception, match="700"):
         forward(small, full, 500, LENGTH)
