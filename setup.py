@@ -4,7 +4,8 @@ The extension is optional: without a C++17 compiler the package installs without
 
 Environment:
     EDGEFORMER_DEBUG=1             -O1 with asserts
-    EDGEFORMER_SANITIZE=address    AddressSanitizer and UndefinedBehaviorSanitizer, -O1;  `thread`: ThreadSanitizer
+    EDGEFORMER_SANITIZE=address    AddressSanitizer and UndefinedBehaviorSanitizer, -O1;  `thread`: ThreadSanitizer;
+                                   `fuzz`: as `address`, with libFuzzer's coverage (needs CC=clang CXX=clang++)
     EDGEFORMER_NATIVE=0            do not build it;  1: a failed build is an error
 """
 
@@ -24,8 +25,9 @@ debug = os.environ.get("EDGEFORMER_DEBUG", "0") not in ("", "0")
 sanitize = os.environ.get("EDGEFORMER_SANITIZE", "")
 native = os.environ.get("EDGEFORMER_NATIVE", "")
 sanitizers = {"": [], "address": ["-fsanitize=address,undefined"], "thread": ["-fsanitize=thread"]}
+sanitizers["fuzz"] = ["-fsanitize=fuzzer-no-link,address,undefined", "-fno-sanitize-recover=undefined"]
 if sanitize not in sanitizers:
-    raise SystemExit(f"EDGEFORMER_SANITIZE is {sanitize!r}, expected 'address' or 'thread'")
+    raise SystemExit(f"EDGEFORMER_SANITIZE is {sanitize!r}, expected 'address', 'thread' or 'fuzz'")
 
 # -ffp-contract=off is load-bearing: a compiler that may fuse a*b+c by itself breaks the law of the same bits.
 # No -march here: a kernel file opens its own target region, so nothing else in the binary is compiled for a newer CPU.
@@ -35,6 +37,8 @@ if sanitize:
     # -O3 of the instrumented SIMD files takes minutes, and finds nothing that -O1 does not; so do checks that are
     # written out at each of their thousands of accesses, and UndefinedBehaviorSanitizer's of what the other one sees.
     compile_args += ["-fno-omit-frame-pointer", *sanitizers[sanitize]]
+    if sanitize == "fuzz":
+        compile_args += ["-fno-sanitize=null,object-size,vptr,function"]
     if sanitize == "address":
         compile_args += ["-fno-sanitize=null,object-size,vptr", "--param", "asan-instrumentation-with-call-threshold=0"]
 

@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "bindings/bindings.h"
+#include "platform/process.h"
 
 namespace edgeformer {
 namespace {
@@ -123,6 +124,17 @@ Call read_call(const Engine& engine, PyState& state, const py::list& arrays) {
   return c;
 }
 
+// Whether this is the thread in which Python runs signal handlers.
+bool is_main_thread() {
+  static int64_t process = -1;  // both under the GIL
+  static unsigned long main = 0;
+  if (process != process_id()) {
+    main = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
+    process = process_id();
+  }
+  return PyThread_get_thread_ident() == main;
+}
+
 }  // namespace
 
 py::list forward(const std::shared_ptr<PyEngine>& self, const std::vector<PyState*>& states,
@@ -166,9 +178,22 @@ py::list forward(const std::shared_ptr<PyEngine>& self, const std::vector<PyStat
       at += view.nbytes();
     }
   }
+  // Python's handlers of signals, Ctrl-C's among them, run between operations; what one raises stays set in this thread.
+  auto signals = [] {
+    const py::gil_scoped_acquire held;
+    return PyErr_CheckSignals() != 0;
+  };
+  FunctionRef<bool()> ask(signals);
+  const bool polls = is_main_thread();
   try {
     py::gil_scoped_release release;
-    engine.forward(calls, memory);
+    engine.forward(calls, memory, polls ? &ask : nullptr);
+  } catch (const Interrupted&) {
+    throw py::error_already_set();
+  } catch (const Reentered&) {
+    raise("StateError",
+          "a signal handler called the model while the interrupted call runs; set a flag there, and call "
+          "the model after that call");
   } catch (const InputProblem& e) {
     raise("InputError", e.what());
   } catch (const std::length_error& e) {

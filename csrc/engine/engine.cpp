@@ -70,7 +70,7 @@ size_t Engine::weight_bytes() const {
 PackResult Engine::pack(int weight, const PackSource& source, const int64_t* dest) {
   const WeightSpec& w = spec_.weights[weight];
   {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<std::timed_mutex> lock(mutex_);
     if (!packed_) make_weights();
   }
   return pack_rows(w.type, source, 0, source.n, dest, const_cast<void*>(run_.weights[weight]));
@@ -144,13 +144,13 @@ void Engine::run_phases() {
   auto start = [this](int p) { return ranges_.divide(ops_[phases_[p].first]->begin(run_, phases_[p].second)); };
   auto work = [this](int p, int64_t, int thread) {
     for (int64_t chunk; (chunk = ranges_.take(thread)) >= 0;) {
+      if (thread == 0 && poll_) (*poll_)();
       ops_[phases_[p].first]->work(run_, phases_[p].second, chunk, thread);
     }
   };
   const int phases = static_cast<int>(phases_.size());
   if (!profiling_) return pool_.run(phases, start, work);
   // begin(p) runs between two phases: the time since the last one belongs to phase p - 1.
-  using Clock = std::chrono::steady_clock;
   Clock::time_point last = Clock::now();
   const auto lap = [&](int phase) {
     const Clock::time_point now = Clock::now();
@@ -171,7 +171,7 @@ void Engine::run_phases() {
 
 Engine::Profile Engine::profile(bool on) {
   after_fork();
-  std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::timed_mutex> lock(mutex_);
   Profile seen = std::move(profile_);
   profile_ = {std::vector<int64_t>(spec_.ops.size(), 0), 0};
   profiling_ = on;
@@ -181,7 +181,8 @@ Engine::Profile Engine::profile(bool on) {
 // In a child of fork() a thread of the parent may have held the mutex, and no longer exists.
 void Engine::after_fork() {
   if (process_id() == process_) return;
-  new (&mutex_) std::mutex;
+  new (&mutex_) std::timed_mutex;
+  runner_ = std::thread::id();
   process_ = process_id();
 }
 
@@ -278,9 +279,31 @@ std::vector<int64_t> Engine::output_shape(const Call& call, size_t output) const
   return shape;
 }
 
-void Engine::forward(std::vector<Call>& calls, const std::vector<void*>& memory) {
+// Whether a run is at most about a decoding step of a few sequences: reading the clock would cost something there, and
+// the caller looks for signals after it anyhow.
+bool Engine::is_short(const std::vector<Call>& calls) const {
+  constexpr int64_t kShortRows = 16;
+  if (spec_.batch_symbol < 0) return false;
+  int64_t rows = 0;
+  for (const Call& c : calls) rows += c.batch * c.rows;
+  return rows <= kShortRows;
+}
+
+std::unique_lock<std::timed_mutex> Engine::lock(FunctionRef<bool()>* ask) {
+  if (runner_.load() == std::this_thread::get_id()) throw Reentered();
+  if (!ask) return std::unique_lock<std::timed_mutex>(mutex_);
+  std::unique_lock<std::timed_mutex> held(mutex_, std::try_to_lock);
+  while (!held.owns_lock()) {
+    if (!held.try_lock_for(Poll::kEvery) && (*ask)()) throw Interrupted();
+  }
+  return held;
+}
+
+void Engine::forward(std::vector<Call>& calls, const std::vector<void*>& memory, FunctionRef<bool()>* ask) {
   after_fork();
-  std::lock_guard<std::mutex> lock(mutex_);
+  const std::unique_lock<std::timed_mutex> held = lock(ask);
+  Poll poll(ask);
+  const RunBy run_by(this, ask && !is_short(calls) ? &poll : nullptr);
   std::vector<Output> outputs;
   for (void* p : memory) outputs.push_back({static_cast<uint8_t*>(p), 0});
   std::vector<int64_t> lengths;

@@ -10,17 +10,20 @@
 //   inputs, output memory    caller    outputs: forward() writes them          not read by others during forward()
 //
 //   method          needs                     throws, and leaves behind
-//   forward         checked calls, weights    InputProblem, std::length_error, std::bad_alloc: no state has changed
+//   forward         checked calls, weights    InputProblem, std::length_error, std::bad_alloc, Interrupted, Reentered:
+//                                             no state has changed
 //   pack            rows of `weight`          std::bad_alloc; PackResult::error for values that the type cannot hold
 //   scratch_bytes   symbols of a call         InputProblem for sizes that cannot be
 #pragma once
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "kernels/pack.h"
@@ -51,6 +54,32 @@ struct Call {
 
   // Rows of each sequence that Keep keeps.
   int64_t kept() const { return logits_to_keep == 0 ? rows : std::min(logits_to_keep, rows); }
+};
+
+// forward() ended early, because its poll said so.
+struct Interrupted {};
+// forward() was called by the thread that runs one already: by a poll.
+struct Reentered {};
+
+using Clock = std::chrono::steady_clock;
+
+// Asks from time to time whether a run shall end early. Used by one thread.
+class Poll {
+ public:
+  // A poll costs little, but it may take Python's lock, for which it waits up to 5 ms where other threads want it.
+  static constexpr std::chrono::milliseconds kEvery{50};
+
+  explicit Poll(FunctionRef<bool()>* ask) : ask_(ask), next_(Clock::now() + kEvery) {}
+  // Throws Interrupted.
+  void operator()() {
+    if (!ask_ || Clock::now() < next_) return;
+    if ((*ask_)()) throw Interrupted();
+    next_ = Clock::now() + kEvery;
+  }
+
+ private:
+  FunctionRef<bool()>* ask_;
+  Clock::time_point next_;
 };
 
 struct FreePages {
@@ -106,8 +135,9 @@ class Engine {
   // The shape of output `output` of a call.
   std::vector<int64_t> output_shape(const Call& call, size_t output) const;
   // Runs the calls in order; each state grows by its rows. outputs[o]: room for output o of all calls, one after
-  // another.
-  void forward(std::vector<Call>& calls, const std::vector<void*>& outputs);
+  // another. `ask`, if there is one, is called by this thread every 50 ms of a long run, and while it waits for another
+  // thread's run; where it returns true, Interrupted is thrown.
+  void forward(std::vector<Call>& calls, const std::vector<void*>& outputs, FunctionRef<bool()>* ask = nullptr);
 
  private:
   struct Output {
@@ -126,6 +156,20 @@ class Engine {
   void run_together(const std::vector<Call>& calls, const std::vector<CallRows>& parts, std::vector<Output>& outputs);
   void execute(std::vector<Output>& outputs);
   void run_phases();
+  // For the time of a forward: who runs it, and its poll.
+  struct RunBy {
+    Engine* engine;
+    RunBy(Engine* e, Poll* poll) : engine(e) {
+      engine->poll_ = poll;
+      engine->runner_ = std::this_thread::get_id();
+    }
+    ~RunBy() {
+      engine->runner_ = std::thread::id();
+      engine->poll_ = nullptr;
+    }
+  };
+  bool is_short(const std::vector<Call>& calls) const;
+  std::unique_lock<std::timed_mutex> lock(FunctionRef<bool()>* ask);
   void make_weights();
   int root(int slot) const;
   void after_fork();
@@ -146,7 +190,9 @@ class Engine {
   std::vector<int> last_use_;                // by root slot: the last operation that touches it
   std::vector<int> direct_output_;           // by slot: the output whose memory the operation writes directly, -1
 
-  std::mutex mutex_;  // guards everything below
+  std::atomic<std::thread::id> runner_{};  // the thread in forward()
+  std::timed_mutex mutex_;                 // guards everything below
+  Poll* poll_ = nullptr;                   // of the run, if it is long
   int64_t process_;
   ThreadPool pool_;
   WorkRanges ranges_;  // of the phase that runs

@@ -258,15 +258,18 @@ class Worker:
         """What its scheduler does is added to `counters`; before the first request."""
         self._scheduler.counters = counters
 
-    def close(self, *, finish: bool = False) -> None:
-        """Ends the thread: after all answers with `finish`, else they are cancelled before the next step."""
+    def close(self, *, finish: bool = False, wait: bool = True) -> None:
+        """Ends the thread: after all answers with `finish`, else they are cancelled before the next step.
+
+        Without `wait` it returns while the step that runs goes on.
+        """
         with self._lock:
             self._closing = True
             if not finish:
                 self._inbox += [("cancel", answer) for answer in self._answers]
             self._lock.notify_all()
             thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
+        if wait and thread is not None and thread is not threading.current_thread():
             with contextlib.suppress(RuntimeError):  # Ctrl-C inside its start(): it begins later, and ends at once
                 thread.join()
 

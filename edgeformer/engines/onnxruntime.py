@@ -19,6 +19,7 @@ from edgeformer.bundle.bundle import Bundle
 from edgeformer.bundle.signature import IDS, KEEP, PAST, Array, Signature
 from edgeformer.engines.base import Arrays, State
 from edgeformer.engines.in_flight import in_flight
+from edgeformer.engines.interruptible import interruptible
 from edgeformer.engines.ort_install import both_wheels, check_cuda, check_version, import_onnxruntime
 from edgeformer.engines.ort_padding import CACHE_MASK, cannot_pad, masked_graph
 from edgeformer.engines.ort_state import Call, Joint, OrtState, locked, short
@@ -39,6 +40,7 @@ Run = tuple[dict[str, Array], Commit]
 
 TOLERANCE = 1e-3  # of the range of logits, where the bundle names none
 
+SHORT = 64  # most elements of the inputs of a call that is not worth a thread, which takes 0.1 ms
 HEAVY = {"MatMul", "MatMulNBits", "Gemm", "Attention", "Conv"}  # all of these must run on CUDA with provider="cuda"
 
 
@@ -243,8 +245,17 @@ class OrtEngine:
             binding.bind_output(name, "cpu")
         for name in self._caches.values():
             binding.bind_output(name, self._device, 0)
+        options = self._ort.RunOptions()
+
+        def call() -> None:
+            loaded.session.run_with_iobinding(binding, options)
+
         try:
-            loaded.session.run_with_iobinding(binding)
+            # On CUDA each thread has handles of its own, which take longer to make than a step.
+            if self.provider == "cpu" and max((array.size for array in arrays.values()), default=0) > SHORT:
+                interruptible(call, lambda: setattr(options, "terminate", True))
+            else:
+                call()
         except Exception as error:
             _reraise(error)
         values = binding.get_outputs()
@@ -293,9 +304,13 @@ class OrtEngine:
             # The cache is a new, slightly larger tensor at each step; doubling the arena would waste memory.
             cuda = {"device_id": 0, "arena_extend_strategy": "kSameAsRequested"}
             providers = [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
-        try:
+
+        def create() -> Any:
             with in_flight:
-                session = self._ort.InferenceSession(graph, options, providers=providers)
+                return self._ort.InferenceSession(graph, options, providers=providers)
+
+        try:
+            session = interruptible(create)
         except Exception as error:
             raise EngineUnavailable(f"ONNX Runtime {self.version} cannot load {self._path}: {_brief(error)}") from error
         session.disable_fallback()

@@ -92,7 +92,8 @@ class GenerationScheduler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(finish=error is None)
+        # Ctrl-C does not wait for the end of the step, which may be a long prompt's.
+        self._worker.close(finish=error is None, wait=error is None or isinstance(error, Exception))
 
 
 def half_of_memory() -> int | None:

@@ -4,7 +4,8 @@
     training.safetensors                                 for resuming: weights, moments, step, loss history
 
 Each file is replaced atomically, and none depends on the step of another one: resuming reads training.safetensors
-only, exporting never reads it. So a run may be killed at any moment, and both still work.
+only, and writes the others again from it; exporting never reads it. So a run may be killed at any moment, and both
+still work.
 """
 
 from __future__ import annotations
@@ -66,8 +67,7 @@ class SavedRun:
 
 def save_checkpoint(folder: Path, module: nn.Module, optimizer: Optimizer, saved: SavedRun) -> None:
     """Write both safetensors files and loss.csv. Moments are stored under the names of their parameters."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in stored_tensors(module).items()}
-    state = {f"model.{name}": tensor for name, tensor in weights.items()}
+    state = {f"model.{name}": tensor.detach().cpu().contiguous() for name, tensor in stored_tensors(module).items()}
     for name, parameter in module.named_parameters():
         for key, value in optimizer.state[parameter].items():
             state[f"optimizer.{name}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
@@ -80,6 +80,12 @@ def save_checkpoint(folder: Path, module: nn.Module, optimizer: Optimizer, saved
         "torch": torch.__version__,
     }
     write_atomically(folder / STATE_FILE, save(state, metadata))
+    save_model(folder, module, saved)
+
+
+def save_model(folder: Path, module: nn.Module, saved: SavedRun) -> None:
+    """Write model.safetensors and loss.csv. A run killed before that has a newer training.safetensors beside them."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in stored_tensors(module).items()}
     write_atomically(folder / "model.safetensors", save(weights, {"format": "pt", "step": str(saved.step)}))
     rows = ["step,training_loss,validation_loss,learning_rate"]
     rows += [

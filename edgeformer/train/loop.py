@@ -17,7 +17,15 @@ from torch import nn
 from tqdm import tqdm
 
 from edgeformer.errors import TrainingError
-from edgeformer.train.checkpoint import STATE_FILE, SavedRun, load_run, restore, save_checkpoint, write_atomically
+from edgeformer.train.checkpoint import (
+    STATE_FILE,
+    SavedRun,
+    load_run,
+    restore,
+    save_checkpoint,
+    save_model,
+    write_atomically,
+)
 from edgeformer.train.forecast import ForecastTask
 from edgeformer.train.options import RunOptions
 from edgeformer.train.picture import loss_picture
@@ -98,6 +106,8 @@ def train(
         step, history = saved.step, saved.history
     if is_main:
         prepare_folder(folder, task, fresh=saved is None)
+        if saved:
+            save_model(folder, module, saved)
 
     # The loop.
     started, last = time.perf_counter(), min(options.steps, run.stop_at or options.steps)
@@ -239,9 +249,15 @@ def validate(task: TrainingTask, module: nn.Module, accelerator: Accelerator, op
 
 
 def prepare_folder(folder: Path, task: TrainingTask, *, fresh: bool) -> None:
-    """Write the files that stay the same during a run; a fresh run first removes the files of an earlier one."""
+    """Write the files that stay the same during a run; a fresh run first removes the files of an earlier one.
+
+    What a run that was killed left half written is removed: one run at a time owns the folder.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for name in CHECKPOINT_FILES:
+            for partial in folder.glob(f".{name}.partial-*"):
+                partial.unlink(missing_ok=True)
         for name in CHECKPOINT_FILES if fresh else ():
             (folder / name).unlink(missing_ok=True)
     except OSError as error:

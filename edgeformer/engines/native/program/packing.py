@@ -132,8 +132,10 @@ def _beside(work: Callable[[], None], other: Callable[[], object]) -> None:
     worker.start()
     try:
         other()
-    finally:
+    except Exception:
         worker.join()
+        raise
+    worker.join()  # Ctrl-C waits for nothing: the worker ends on its own
     if failure:
         raise failure[0]
 

@@ -1,0 +1,134 @@
+"""Training that is killed at each write, fsync and rename of its checkpoints goes on with the bits of a whole run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("accelerate")
+from safetensors import safe_open
+from support import damage_study
+from support.training import FORECAST, recipe_table
+
+# One process imports torch; each run is a child of fork(), so that it can be killed. The parent itself never trains:
+# torch's threads would not be in the children.
+SCRIPT = """
+import builtins, json, os, sys, warnings
+from pathlib import Path
+root, out, table = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+sys.path[:0] = [root, root + "/tests"]
+from safetensors import safe_open
+import matplotlib.pyplot, torch, torch._dynamo
+torch.set_num_threads(1)
+import edgeformer.train.checkpoint as module
+from edgeformer.errors import TrainingError
+import edgeformer.train.forecast as forecast
+import edgeformer.train.loop as loop
+from edgeformer.train.loop import train
+from edgeformer.train.options import RunOptions
+from edgeformer.train.recipe import make_recipe
+
+loop.loss_picture = forecast.forecast_picture = lambda *args: None  # they take longer than the rest
+
+class Deadly:
+    # A file of which half of what is written arrives before the kill.
+    def __init__(self, file, die):
+        self.file, self.die = file, die
+    def write(self, content):
+        self.file.write(content[: len(content) // 2])
+        self.file.flush()
+        self.die()
+        return self.file.write(content[len(content) // 2 :])
+    def __enter__(self):
+        return self
+    def __exit__(self, *error):
+        self.file.close()
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+def child(folder, kill=0, **options):
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    count = 0
+    def die():
+        nonlocal count
+        count += 1
+        if count == kill:
+            os._exit(9)
+    def deadly(function):
+        def call(*args, **kwargs):
+            die()
+            return function(*args, **kwargs)
+        return call
+    if kill:
+        for name in ("fsync", "replace"):
+            setattr(os, name, deadly(getattr(os, name)))
+        module.open = lambda *args: Deadly(builtins.open(*args), die)
+    code = 1
+    try:
+        train(make_recipe(table), folder, RunOptions(cpu=True, **options))
+        code = 0
+    except TrainingError as error:
+        print(error, file=sys.stderr)
+        code = 3
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+def bits(folder):
+    # Not the file: the order of its header's texts is any.
+    found = [(folder / "loss.csv").read_bytes()]
+    for name in ("training.safetensors", "model.safetensors"):
+        with safe_open(folder / name, framework="np") as file:
+            found.append(sorted(file.metadata().items()))
+            found += [(key, file.get_tensor(key).tobytes()) for key in sorted(file.keys())]
+    return found
+
+assert child(out / "whole") == 0
+whole, report = bits(out / "whole"), []
+for step in range(1, 200):
+    folder = out / str(step)
+    code = child(folder, kill=step)
+    assert code in (0, 9), code
+    if code == 0:
+        break
+    left = sorted(path.name for path in folder.iterdir())
+    began = "training.safetensors" in left
+    resumed = child(folder, resume=True) if began else child(folder, overwrite=True)
+    assert resumed == 0, (step, left)
+    assert bits(folder) == whole, (step, left)
+    after = sorted(path.name for path in folder.iterdir())
+    report.append([began, [name for name in left if "partial" in name], [name for name in after if "partial" in name]])
+(out / "report.json").write_text(json.dumps(report))
+"""
+
+
+@pytest.fixture(scope="module")
+def table() -> dict[str, Any]:
+    changes = {"train__steps": 2, "train__save_every": 1, "train__eval_every": 2, "train__eval_batches": 1}
+    table = recipe_table(FORECAST, data__hours=600, **changes)
+    table["model"]["dropout"] = 0.1  # so that steps draw random numbers
+    return table
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_run_killed_at_any_write_goes_on_with_the_same_bits(table: dict[str, Any], tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SCRIPT, str(damage_study.ROOT), str(tmp_path), json.dumps(table)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report) > 20, len(report)
+    assert {began for began, _, _ in report} == {False, True}  # kills before and after the first checkpoint
+    assert any(left for _, left, _ in report)  # some kills leave half a file,
+    assert not any(after for _, _, after in report)  # which the next run removes
+    with safe_open(tmp_path / "1" / "training.safetensors", framework="pt") as file:
+        assert file.metadata()["step"] == "2"
