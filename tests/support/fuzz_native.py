@@ -1,7 +1,6 @@
 """Fuzz targets of the C++ module: bytes choose shapes, types, layouts and values of what its entry points get.
 
-`make fuzz-native` runs them under atheris with the module built by clang with AddressSanitizer, UBSan and libFuzzer's
-coverage counters; the tests replay seeds and small changes of them.
+The tests replay their seeds. `EDGEFORMER_SANITIZE=fuzz` builds the module for a run under atheris.
 """
 
 from __future__ import annotations
@@ -111,12 +110,15 @@ def packing(data: bytes) -> None:
         numbers = [c.array(max(0, c.odd(scales) % (1 << 20)), c.pick("fffd")) for _ in range(2)]
         part = SimpleNamespace(
             weight=c.odd(0), name="w", q=q, scale=numbers[0], min=numbers[1], rows=rows, block=block,
-            first_row=c.odd(0), role=c.pick([*_native.NAMES["role"], "?"]), mapped=[],
+            first_row=c.odd(0), role=c.pick(_native.NAMES["role"]), mapped=[],
         )  # fmt: skip
         try:
             made.pack([part])
         except (InputError, EngineUnavailable, TypeError, OverflowError):
             continue
+        except RuntimeError as error:  # a number beyond the C++ type
+            if "Unable to cast" not in str(error):
+                raise
     assert made.packed().size in (0, made.packed_size)
 
 

@@ -279,7 +279,9 @@ class NativeEngine:
             if given is None:
                 given = self._default(name, arrays, state)
             elif name == KEEP_INPUT:
-                given = np.asarray(int(np.asarray(given)), np.int64)
+                if np.size(given) != 1:
+                    raise InputError(f"{name} has {np.size(given)} values, expected one whole number")
+                given = np.asarray(int(np.asarray(given).reshape(())), np.int64)
             row.append(fitting(name, given, dtype, shape))
         return row
 
