@@ -61,8 +61,14 @@ def verified(bundle: Bundle, check: Check) -> Iterator[None]:
         return
     problems: list[str] = []
     # Thread.start() of CPython never returns where the new thread finds no memory, which small devices may run out of.
-    with _hashed_before(bundle, problems) if _size(bundle) <= SMALL else _hashed_beside(bundle, problems):
+    if sum(size for _, size, *_ in states) <= SMALL:
+        problems += hash_problems(bundle.path, bundle.manifest["files"])
+        if problems:
+            raise bundle_error(bundle.path, problems)
         yield
+    else:
+        with _hashed_beside(bundle, problems):
+            yield
     if not problems and _states(bundle) != states:
         problems.append("its files changed while they were read")
     if problems:
@@ -71,15 +77,8 @@ def verified(bundle: Bundle, check: Check) -> Iterator[None]:
 
 
 @contextmanager
-def _hashed_before(bundle: Bundle, problems: list[str]) -> Iterator[None]:
-    problems += hash_problems(bundle.path, bundle.manifest["files"], Event())
-    if problems:
-        raise bundle_error(bundle.path, problems)
-    yield
-
-
-@contextmanager
 def _hashed_beside(bundle: Bundle, problems: list[str]) -> Iterator[None]:
+    """Adds the problems while the block runs."""
     stop = Event()
     worker = Thread(
         target=lambda: problems.extend(hash_problems(bundle.path, bundle.manifest["files"], stop)),
@@ -100,10 +99,6 @@ def _hashed_beside(bundle: Bundle, problems: list[str]) -> Iterator[None]:
         raise
     while worker.is_alive():
         worker.join(0.1)  # a join without a limit would hold Ctrl-C back
-
-
-def _size(bundle: Bundle) -> int:
-    return sum(size for _, size, *_ in _states(bundle))
 
 
 def _states(bundle: Bundle) -> list[tuple[str, int, int, int, int]]:

@@ -95,7 +95,7 @@ class Answer:
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         """The pieces as they come; if the task is cancelled or the loop is left early, so is the answer."""
-        import asyncio  # here, for it takes 8 MB and 30 ms
+        import asyncio  # here, for it takes 3 MB and 15 ms or more
 
         loop, event = asyncio.get_running_loop(), asyncio.Event()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,10 @@ from edgeformer.errors import BundleError
 ANSWER = "decoder_input_ids"  # the decoder's input in the reference of an encoder-decoder
 LARGEST = 1 << 28  # bytes of all arrays of a reference: one run of the model on a few tokens
 STEPS = (5, 1, 1, 1, 2)  # tokens a step: a prefill, decoding, a short prefill on a full cache; then what is left
+
+
+# (inputs by name, expected outputs by (kind, name), tolerances by output)
+Reference = tuple[dict[str, Array], dict[tuple[str, str], Array], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -64,27 +68,34 @@ def checks(
     Raises:
         BundleError: there is no reference, it is damaged, or it does not fit the graph.
     """
-    inputs, references, tolerance = read_reference(bundle)
-    last = bundle.task == "text-generation"
+    reference = read_reference(bundle)
+    yield from compared(bundle, reference, outputs(bundle, engines, reference[0], progress))
+
+
+def outputs(
+    bundle: Bundle, engines: Mapping[str, Engine], inputs: dict[str, Array], progress: Callable[[str], None]
+) -> Iterator[tuple[str, dict[str, Array]]]:
+    """(run, outputs by name): the reference's inputs in one run, and step by step with a KV cache."""
     for run, work in _runs(bundle, engines, inputs).items():
         progress(f"running {run}")
-        outputs = work()
+        yield run, work()
+
+
+def compared(bundle: Bundle, reference: Reference, found: Iterable[tuple[str, dict[str, Array]]]) -> Iterator[Check]:
+    """The comparisons of what `outputs` gives.
+
+    Raises:
+        BundleError: the reference does not fit the graph.
+    """
+    _, references, tolerance = reference
+    last = bundle.task == "text-generation"
+    for run, arrays in found:
         for (kind, name), expected in references.items():
-            if name not in outputs:
+            if name not in arrays:
                 raise BundleError(f"{bundle.path}: the reference has an output {name!r} that the graph does not have.")
             judged = kind == "bundle" or ("bundle", name) not in references
             allowed = tolerance.get(name) if judged else None
-            yield compare(name, kind, run, outputs[name], expected, allowed, last=last)
-
-
-def outputs(bundle: Bundle, engines: Mapping[str, Engine]) -> dict[str, dict[str, Array]]:
-    """The outputs by name of each run that `checks` makes.
-
-    Raises:
-        BundleError: there is no reference, it is damaged, or it does not fit the graph.
-    """
-    inputs, _, _ = read_reference(bundle)
-    return {run: work() for run, work in _runs(bundle, engines, inputs).items()}
+            yield compare(name, kind, run, arrays[name], expected, allowed, last=last)
 
 
 def _runs(
@@ -111,7 +122,7 @@ def _runs(
     return runs
 
 
-def read_reference(bundle: Bundle) -> tuple[dict[str, Array], dict[tuple[str, str], Array], dict[str, float]]:
+def read_reference(bundle: Bundle) -> Reference:
     """(inputs by name, expected outputs by (kind, name), tolerances by output) of the bundle's reference file.
 
     Raises:

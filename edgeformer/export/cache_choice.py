@@ -69,7 +69,7 @@ class CacheChoice:
             return {"unmeasured": "the native engine's logits are not finite"}
         layers: tuple[int, ...] = ()
         auto = whole
-        if _cost(float32, whole, whole).too_much:
+        if CacheCost(float32.mean_kl, whole.mean_kl).too_much:
             progress.stage("find the layers where an int8 cache costs too much")
             layers, auto = self._chosen(float32, text, reference, progress)
         found = {"float32": float32, "int8": whole, "auto": auto}
@@ -81,7 +81,7 @@ class CacheChoice:
         }
 
     def _chosen(self, float32: Score, text: Text, reference: Runs, progress: Progress) -> tuple[tuple[int, ...], Score]:
-        """The fewest layers in float32, the most expensive first, with which the others cost no more than allowed.
+        """Few layers in float32, the most expensive first, with which the others cost no more than allowed.
 
         Errors of different layers are independent, and KL grows with their squares: so costs add up, nearly. What that
         predicts is measured, and where it is too much, twice as many layers are tried, up to all.
@@ -92,27 +92,22 @@ class CacheChoice:
 
         costs = self._costs_alone(measured, text.first())
         order = sorted(costs, key=lambda layer: (-costs[layer], layer))
-        count, limit = 1, _cost(float32, float32, float32).limit
+        count, limit = 1, CacheCost(float32.mean_kl).limit
         while count < len(order) and sum(costs[layer] for layer in order[count:]) > limit:
             count += 1
         while count < len(order):
             layers = tuple(sorted(order[:count]))
             score = measured(int8(layers), text)
-            if not _cost(float32, score, score).too_much:
+            if not CacheCost(float32.mean_kl, score.mean_kl).too_much:
                 return layers, score
             count *= 2
         return self._layers, float32
 
     def _costs_alone(self, measured: Callable[[NativeOptions, Text], Score], text: Text) -> dict[int, float]:
         """Layer -> the KL divergence that int8 adds in that layer alone."""
-        own = measured(FLOAT32, text).as_dict()["mean_kl"]
+        own = measured(FLOAT32, text).mean_kl
         others = {layer: tuple(other for other in self._layers if other != layer) for layer in self._layers}
-        return {layer: measured(int8(rest), text).as_dict()["mean_kl"] - own for layer, rest in others.items()}
-
-
-def _cost(float32: Score, whole: Score, auto: Score) -> CacheCost:
-    kls = [score.as_dict()["mean_kl"] for score in (float32, whole, auto)]
-    return CacheCost(kls[0], kls[1], kls[2])
+        return {layer: measured(int8(rest), text).mean_kl - own for layer, rest in others.items()}
 
 
 def warning(manifest: dict[str, Any]) -> str:

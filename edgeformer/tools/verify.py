@@ -11,7 +11,7 @@ from edgeformer.bundle.bundle import Bundle
 from edgeformer.engines.choose import EngineName, check_arguments, choose
 from edgeformer.engines.native.engine import NativeEngine
 from edgeformer.engines.native.options import NativeOptions
-from edgeformer.engines.reference import Check, checks, compare, outputs
+from edgeformer.engines.reference import Check, compare, compared, outputs, read_reference
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,18 @@ def verify(
     bundle = Bundle.open(path, check="hashes")
     progress("loading")
     engines, choice = choose(bundle, engine, threads, NativeOptions(isa, kv), judged=False)
-    found = tuple(checks(bundle, engines, progress))
+    reference = read_reference(bundle)
+    exact = dict(outputs(bundle, engines, reference[0], progress))
+    found = tuple(compared(bundle, reference, exact.items()))
     native = [engine for engine in engines.values() if isinstance(engine, NativeEngine) and engine.cache]
     if not native or kv != "float32":
         return Report(str(bundle.path), choice.engine, found)
-    exact = outputs(bundle, engines)
     del engines, native  # memory: the weights are loaded again
     progress("loading with the default KV cache")
     usual, _ = choose(bundle, "native", threads, NativeOptions(isa), judged=False)
     caches = [engine for engine in usual.values() if isinstance(engine, NativeEngine) and engine.cache]
     if any(engine.int8_layers for engine in caches):
-        for run, arrays in outputs(bundle, usual).items():
+        for run, arrays in outputs(bundle, usual, reference[0], progress):
             found += tuple(
                 compare(name, "float32 cache", f"{run}, int8 cache", array, exact[run][name], None)
                 for name, array in arrays.items()

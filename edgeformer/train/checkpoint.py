@@ -67,7 +67,7 @@ class SavedRun:
 
 def save_checkpoint(folder: Path, module: nn.Module, optimizer: Optimizer, saved: SavedRun) -> None:
     """Write both safetensors files and loss.csv. Moments are stored under the names of their parameters."""
-    state = {f"model.{name}": tensor.detach().cpu().contiguous() for name, tensor in stored_tensors(module).items()}
+    state = {f"model.{name}": tensor for name, tensor in _weights(module).items()}
     for name, parameter in module.named_parameters():
         for key, value in optimizer.state[parameter].items():
             state[f"optimizer.{name}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
@@ -83,10 +83,13 @@ def save_checkpoint(folder: Path, module: nn.Module, optimizer: Optimizer, saved
     save_model(folder, module, saved)
 
 
+def _weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in stored_tensors(module).items()}
+
+
 def save_model(folder: Path, module: nn.Module, saved: SavedRun) -> None:
     """Write model.safetensors and loss.csv. A run killed before that has a newer training.safetensors beside them."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in stored_tensors(module).items()}
-    write_atomically(folder / "model.safetensors", save(weights, {"format": "pt", "step": str(saved.step)}))
+    write_atomically(folder / "model.safetensors", save(_weights(module), {"format": "pt", "step": str(saved.step)}))
     rows = ["step,training_loss,validation_loss,learning_rate"]
     rows += [
         f"{int(step)}," + ",".join("" if np.isnan(value) else f"{value:.6g}" for value in values)

@@ -32,7 +32,9 @@ def flip(path, at=1000):
 def hashed(monkeypatch):
     """The names of the files that were hashed."""
     seen, whole = [], integrity.hash_problems
-    monkeypatch.setattr(integrity, "hash_problems", lambda f, files, stop: seen.extend(files) or whole(f, files, stop))
+    monkeypatch.setattr(
+        integrity, "hash_problems", lambda f, files, stop=None: seen.extend(files) or whole(f, files, stop)
+    )
     return seen
 
 
@@ -75,7 +77,7 @@ def test_a_wrong_hash_is_named_where_the_engine_fails_too(lm, copy_of, small):
 def test_files_that_change_during_a_load_are_refused(lm, copy_of, monkeypatch, small):
     copy, whole = copy_of(lm), integrity.hash_problems
 
-    def slow(folder, files, stop):
+    def slow(folder, files, stop=None):
         found = whole(folder, files, stop)
         (folder / "model.onnx.data").touch()
         return found

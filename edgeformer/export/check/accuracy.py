@@ -29,11 +29,16 @@ class Score:
     kl: float = 0.0
     agree: int = 0
 
+    @property
+    def mean_kl(self) -> float:
+        """KL(float || graph) in nats a token."""
+        return self.kl / self.tokens
+
     def as_dict(self) -> dict[str, float]:
-        """`mean_kl` is KL(float || graph) in nats a token."""
+        """For the manifest."""
         return {
             "perplexity": float(np.exp(self.loss / self.tokens)),
-            "mean_kl": self.kl / self.tokens,
+            "mean_kl": self.mean_kl,
             "top1_agreement": self.agree / self.tokens,
         }
 
