@@ -4,6 +4,8 @@ Each class also inherits from the matching builtin, so ``except ValueError`` wor
 was expected, and the next step.
 """
 
+import errno
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -70,6 +72,25 @@ def typed_errors(doing: str, kind: type[EdgeformerError] = EdgeformerError) -> I
         raise OutOfMemory(f"Out of memory while {doing}; states are as before. {error}".rstrip()) from error
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise kind(f"{type(error).__name__} while {doing}: {error}. The bundle may be damaged.") from error
+
+
+@contextmanager
+def typed_out_of_memory(doing: str) -> Iterator[None]:
+    """Turns a MemoryError of the block, and an OSError for want of memory, into OutOfMemory."""
+    try:
+        yield
+    except OutOfMemory:
+        raise
+    except (MemoryError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+            raise
+        raise OutOfMemory(f"Out of memory while {doing}. {error}".rstrip()) from error
+
+
+def check_memory(size: int, doing: str) -> None:
+    """Raises OutOfMemory if `size` bytes cannot be allocated: before calls of libraries that end the process then."""
+    with typed_out_of_memory(f"{doing}: it takes about {size / 1e6:,.1f} MB"):
+        mmap.mmap(-1, size).close()
 
 
 def first_line(error: BaseException) -> str:

@@ -27,7 +27,14 @@ from edgeformer.decoding.session import Session
 from edgeformer.engines.base import Engine
 from edgeformer.engines.choose import Choice, EngineName, check_arguments, choose
 from edgeformer.engines.native.options import NativeOptions
-from edgeformer.errors import BundleError, EdgeformerError, EdgeformerWarning, EngineUnavailable, InputError
+from edgeformer.errors import (
+    BundleError,
+    EdgeformerError,
+    EdgeformerWarning,
+    EngineUnavailable,
+    InputError,
+    typed_out_of_memory,
+)
 from edgeformer.processing.tokenizer import Tokenizer
 from edgeformer.tasks.choose import choose_task
 from edgeformer.tasks.embedding import Encoder
@@ -76,16 +83,20 @@ def load(
         EngineUnavailable: the requested engine, or with "auto" every engine, cannot run here or gives other numbers
             than the bundle's reference.
         InputError: an argument is out of its range.
+        OutOfMemory: there is not enough memory.
     """
     check_arguments(engine, threads, isa)
     native = NativeOptions(isa, kv, context, memory_limit)
-    bundle = opened(path, check)
-    tokenizer = cache(lambda: Tokenizer.of(bundle))  # parsed while the weights are packed, which takes about as long
-    settings = file_settings(bundle)
-    if settings:
-        GenerationConfig.of(settings, None, bundle.vocab_size)
-    with verified(bundle, check):
-        engines, choice = choose(bundle, engine, threads, native, tokenizer)
+    with typed_out_of_memory(f"loading {path}"):
+        bundle = opened(path, check)
+        tokenizer = cache(
+            lambda: Tokenizer.of(bundle)
+        )  # parsed while the weights are packed, which takes about as long
+        settings = file_settings(bundle)
+        if settings:
+            GenerationConfig.of(settings, None, bundle.vocab_size)
+        with verified(bundle, check):
+            engines, choice = choose(bundle, engine, threads, native, tokenizer)
     choice = replace(choice, notes=notes(settings, bundle.vocab_size))
     for note in choice.notes:
         warnings.warn(f"{bundle.path.name}: {note}", EdgeformerWarning, stacklevel=2)

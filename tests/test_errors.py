@@ -1,13 +1,14 @@
-"""The command that error messages give to install missing packages."""
+"""The command that error messages give to install missing packages, and want of memory."""
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import shlex
 
 import pytest
 
-from edgeformer.errors import pip_install
+from edgeformer.errors import BundleError, OutOfMemory, pip_install, typed_out_of_memory
 
 REQUIRED = [
     "numpy>=1.26",
@@ -41,3 +42,20 @@ def test_without_metadata_the_command_names_the_packages(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "requires", missing)
     assert pip_install("soundfile", "soxr") == "pip install soundfile soxr"
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), OSError(errno.ENOMEM, "Cannot allocate memory", "file")])
+def test_want_of_memory_has_its_type(error):
+    match = r"while loading it.*(no room|Cannot allocate)"
+    with pytest.raises(OutOfMemory, match=match) as caught, typed_out_of_memory("loading it"):
+        raise error
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EACCES, "Permission denied"), BundleError("damaged"), OutOfMemory("said")]
+)
+def test_other_errors_and_typed_ones_stay(error):
+    with pytest.raises(type(error)) as caught, typed_out_of_memory("loading it"):
+        raise error
+    assert caught.value is error

@@ -365,6 +365,7 @@ void bind_testing(py::module_& parent) {
       .def_property_readonly("length", &KvCache::length)
       .def_property_readonly("bytes_alone", &KvCache::bytes_alone)
       .def_property_readonly("bytes_shared", &KvCache::bytes_shared)
+      .def_property_readonly("bytes_of_slabs", &KvCache::bytes_of_slabs)
       .def_property_readonly("shortest", &KvCache::shortest)
       .def("reserve", &KvCache::reserve)
       .def("advance", &KvCache::advance)

@@ -43,6 +43,7 @@ Engine::Engine(ProgramSpec spec, const Kernels& kernels, int threads, int64_t co
     last_use_[r] = end;
     if (written[r] && direct_output_[r] < 0) direct_output_[r] = static_cast<int>(o);
   }
+  for (const KvLayout& l : spec_.caches) ++chunk_sizes_[size_t(l.chunk_bytes())];
   run_.k = &kernels_;
   run_.spec = &spec_;
   run_.threads = pool_.threads();
@@ -183,7 +184,19 @@ void Engine::after_fork() {
   if (process_id() == process_) return;
   new (&mutex_) std::timed_mutex;
   runner_ = std::thread::id();
+  slabs_->after_fork();
   process_ = process_id();
+}
+
+// Memory for the next chunk of the sequences that come to the end of one: the last kAhead steps before share the work.
+void Engine::prepare_chunks(const std::vector<Call>& calls) {
+  constexpr int64_t kAhead = 64;
+  size_t soon = 0;
+  for (const Call& c : calls)
+    for (const auto& cache : c.state->caches) soon += cache->length() % kChunkTokens >= kChunkTokens - kAhead;
+  if (soon == 0) return;
+  for (const auto& [bytes, layers] : chunk_sizes_)
+    ChunkMemory::prepare(*slabs_, bytes, soon * layers, (soon * layers + kAhead / 2 - 1) / (kAhead / 2));
 }
 
 // Rows of any states as one sequence: all operations but attention compute a row from that row alone, and attention
@@ -332,6 +345,7 @@ void Engine::forward(std::vector<Call>& calls, const std::vector<void*>& memory,
   for (const Call& c : calls) {
     for (auto& cache : c.state->caches) cache->release_unseen();
   }
+  prepare_chunks(calls);
 }
 
 }  // namespace edgeformer

@@ -20,6 +20,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -129,7 +130,7 @@ class Engine {
   Profile profile(bool on);
 
   std::unique_ptr<KvCache> new_cache() const {
-    return std::make_unique<KvCache>(spec_.caches, context_, spec_.windows);
+    return std::make_unique<KvCache>(spec_.caches, context_, spec_.windows, slabs_);
   }
 
   // The shape of output `output` of a call.
@@ -173,6 +174,7 @@ class Engine {
   void make_weights();
   int root(int slot) const;
   void after_fork();
+  void prepare_chunks(const std::vector<Call>& calls);
 
   // memory.cpp
   void prepare(const std::vector<int64_t>& symbols);
@@ -185,6 +187,8 @@ class Engine {
   int64_t context_, prefill_rows_;
   const uint8_t* packed_ = nullptr;
   std::unique_ptr<uint8_t, FreePages> own_;  // where packed_ lies, if this engine packed
+  const std::shared_ptr<KvSlabs> slabs_ = KvSlabs::make();
+  std::map<size_t, size_t> chunk_sizes_;  // bytes of a chunk in a layer -> layers
   std::vector<std::unique_ptr<Op>> ops_;
   std::vector<std::pair<int, int>> phases_;  // (operation, its phase)
   std::vector<int> last_use_;                // by root slot: the last operation that touches it

@@ -6,8 +6,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "platform/memory.h"
-
 namespace edgeformer {
 namespace {
 
@@ -22,31 +20,34 @@ int64_t missing(const std::vector<const KvChunk*>& chunks, int64_t count, size_t
 
 }  // namespace
 
-ChunkMemory ChunkMemory::allocate(size_t bytes) {
-  void* p = aligned_new(kHeader, kHeader + bytes);
-  if (!p) throw std::bad_alloc();
+ChunkMemory ChunkMemory::of(const KvSlabs::Taken& taken, size_t bytes) {
   ChunkMemory memory;
-  memory.block_ = new (p) Block{{1}, bytes};
+  memory.block_ = new (taken.memory) Block{{1}, bytes, taken.slab};
   return memory;
 }
 
-ChunkMemory ChunkMemory::zeroed(size_t bytes) {
-  ChunkMemory memory = allocate(bytes);
-  std::memset(memory.data(), 0, bytes);  // kernels read whole tiles, including tokens that were never written
+ChunkMemory ChunkMemory::allocate(KvSlabs& slabs, size_t bytes) { return of(slabs.take(kHeader + bytes), bytes); }
+
+ChunkMemory ChunkMemory::zeroed(KvSlabs& slabs, size_t bytes) {
+  const KvSlabs::Taken taken = slabs.take(kHeader + bytes);
+  ChunkMemory memory = of(taken, bytes);
+  // kernels read whole tiles, including tokens that were never written
+  if (!taken.zero) std::memset(memory.data(), 0, bytes);
   return memory;
 }
 
-ChunkMemory ChunkMemory::copy() const {
-  ChunkMemory memory = allocate(bytes());
+ChunkMemory ChunkMemory::copy(KvSlabs& slabs) const {
+  ChunkMemory memory = allocate(slabs, bytes());
   std::memcpy(memory.data(), data(), bytes());
   return memory;
 }
 
 void ChunkMemory::release() {
-  // Release: this holder's reads happen before another's write. Acquire: and before the memory is freed.
+  // Release: this holder's reads happen before another's write. Acquire: and before the memory is given back.
   if (!block_ || block_->users.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+  KvSlab* slab = block_->slab;
   block_->~Block();
-  aligned_delete(block_);
+  KvSlabs::give(block_, slab);
 }
 
 void KvCache::Layer::put(int64_t chunk, ChunkMemory memory) {
@@ -61,17 +62,18 @@ void KvCache::Layer::shrink(int64_t n) {
   released = std::min(released, n);
 }
 
-void KvCache::Layer::grow(int64_t n) {
+void KvCache::Layer::grow(KvSlabs& slabs, int64_t n) {
   owned.reserve(size_t(n));
   pointers.reserve(size_t(n));
   while (count() < n) {
-    owned.push_back(ChunkMemory::zeroed(size_t(layout.chunk_bytes())));
+    owned.push_back(ChunkMemory::zeroed(slabs, size_t(layout.chunk_bytes())));
     pointers.push_back(owned.back().data());
   }
 }
 
-KvCache::KvCache(const std::vector<KvLayout>& layouts, int64_t limit, const std::vector<int64_t>& windows)
-    : limit_(limit) {
+KvCache::KvCache(const std::vector<KvLayout>& layouts, int64_t limit, const std::vector<int64_t>& windows,
+                 std::shared_ptr<KvSlabs> slabs)
+    : slabs_(std::move(slabs)), limit_(limit) {
   for (size_t i = 0; i < layouts.size(); ++i) {
     const KvLayout& l = layouts[i];
     if (l.head_dim < 1 || l.head_dim > kMaxHeadDim || l.value_dim < 1 || l.value_dim > kMaxHeadDim || l.kv_heads < 1)
@@ -90,8 +92,8 @@ void KvCache::reserve(int64_t tokens) {
   const int64_t first = length_ / kChunkTokens, count = chunks_for(length_ + tokens);
   for (Layer& l : layers_) {
     // No other chunk that is written to is shared: forks and `chunk` take only chunks with tokens.
-    if (first < l.count() && l.owned[size_t(first)].shared()) l.put(first, l.owned[size_t(first)].copy());
-    l.grow(count);
+    if (first < l.count() && l.owned[size_t(first)].shared()) l.put(first, l.owned[size_t(first)].copy(*slabs_));
+    l.grow(*slabs_, count);
   }
 }
 

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "kernels/kernels.h"
@@ -19,7 +20,9 @@ constexpr int64_t kRewindTokens = 128;
 class KvCache {
  public:
   // limit: most tokens. windows: of each layer, most keys that a query sees, 0 for all; {}: all 0. Allocates nothing.
-  KvCache(const std::vector<KvLayout>& layouts, int64_t limit, const std::vector<int64_t>& windows = {});
+  // slabs: where its memory comes from, for caches of one model the same.
+  KvCache(const std::vector<KvLayout>& layouts, int64_t limit, const std::vector<int64_t>& windows = {},
+          std::shared_ptr<KvSlabs> slabs = KvSlabs::make());
   KvCache(KvCache&&) = default;
   KvCache& operator=(KvCache&&) = default;
   KvCache& operator=(const KvCache&) = delete;
@@ -54,8 +57,9 @@ class KvCache {
   // go on. Returns their number. Throws std::invalid_argument for chunks of other layers, or more tokens than there are.
   int64_t restore(const std::vector<const KvChunk*>& chunks, int64_t length);
 
-  size_t bytes_alone() const;   // in memory of this cache alone
-  size_t bytes_shared() const;  // in chunks that others hold too
+  size_t bytes_alone() const;                                // in memory of this cache alone
+  size_t bytes_shared() const;                               // in chunks that others hold too
+  size_t bytes_of_slabs() const { return slabs_->bytes(); }  // from which they come, of all caches of the model
   // The most that a cache of `tokens` holds, appended at most `step` tokens before each release_unseen().
   static size_t bytes_for(const std::vector<KvLayout>& layouts, const std::vector<int64_t>& windows, int64_t tokens,
                           int64_t step);
@@ -78,13 +82,14 @@ class KvCache {
     int64_t count() const { return static_cast<int64_t>(owned.size()); }
     void put(int64_t chunk, ChunkMemory memory);
     void shrink(int64_t count);
-    void grow(int64_t count);
+    void grow(KvSlabs& slabs, int64_t count);
   };
 
   KvCache(const KvCache&) = default;
   void check_layers(const KvChunk& chunk) const;
   bool can_go_on(const std::vector<const KvChunk*>& chunks, int64_t length) const;
 
+  std::shared_ptr<KvSlabs> slabs_;
   std::vector<Layer> layers_;
   int64_t length_ = 0;
   int64_t limit_;

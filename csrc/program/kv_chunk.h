@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include "program/kv_slabs.h"
+
 namespace edgeformer {
 
 // A counted reference to one layer's part of a chunk, or to nothing. Threads may hold references to the same memory.
@@ -14,8 +16,12 @@ namespace edgeformer {
 class ChunkMemory {
  public:
   ChunkMemory() = default;
-  static ChunkMemory allocate(size_t bytes);  // throws std::bad_alloc
-  static ChunkMemory zeroed(size_t bytes);    // the same
+  static ChunkMemory allocate(KvSlabs& slabs, size_t bytes);  // throws std::bad_alloc
+  static ChunkMemory zeroed(KvSlabs& slabs, size_t bytes);    // the same
+  // As KvSlabs::prepare, for `zeroed(slabs, bytes)`.
+  static void prepare(KvSlabs& slabs, size_t bytes, size_t wanted, size_t most) {
+    slabs.prepare(kHeader + bytes, wanted, most);
+  }
   ChunkMemory(const ChunkMemory& other) : block_(other.block_) {
     if (block_) block_->users.fetch_add(1, std::memory_order_relaxed);
   }
@@ -31,15 +37,17 @@ class ChunkMemory {
   size_t bytes() const { return block_ ? block_->bytes : 0; }
   // Acquire: when the answer is no, all reads by former holders have happened, and the memory may be written.
   bool shared() const { return block_ && block_->users.load(std::memory_order_acquire) != 1; }
-  ChunkMemory copy() const;  // throws std::bad_alloc
+  ChunkMemory copy(KvSlabs& slabs) const;  // throws std::bad_alloc
 
  private:
   struct Block {
     std::atomic<int64_t> users;
     size_t bytes;
+    KvSlab* slab;
   };
   static constexpr size_t kHeader = 64;  // bytes from the block to its data, which the kernels want aligned
 
+  static ChunkMemory of(const KvSlabs::Taken& taken, size_t bytes);
   void release();
 
   Block* block_ = nullptr;

@@ -108,7 +108,7 @@ void KvCache::load(const uint8_t* data, size_t size) {
   for (Layer& l : fresh.layers_) {
     l.owned.resize(size_t(l.released));
     l.pointers.resize(size_t(l.released));
-    l.grow(count);
+    l.grow(*slabs_, count);
     for (int64_t c = l.released; c < count; ++c) in.copy(l.pointers[size_t(c)], size_t(l.layout.chunk_bytes()));
   }
   fresh.length_ = length;
@@ -141,7 +141,7 @@ KvChunk KvCache::load_chunk(const uint8_t* data, size_t size) const {
   in.end_after(total);
   KvChunk chunk;
   for (const size_t n : bytes) {
-    chunk.layers.push_back(n ? ChunkMemory::allocate(n) : ChunkMemory());
+    chunk.layers.push_back(n ? ChunkMemory::allocate(*slabs_, n) : ChunkMemory());
     if (n) in.copy(chunk.layers.back().data(), n);
   }
   check_layers(chunk);

@@ -11,7 +11,7 @@ from typing import Any
 
 from edgeformer.bundle.bundle import Bundle
 from edgeformer.bundle.manifest import read_json
-from edgeformer.errors import BundleError, InputError
+from edgeformer.errors import BundleError, InputError, OutOfMemory, check_memory
 from edgeformer.processing.chat import DEFAULT, MARKS, ChatFormat, ChatRequest, Message, any_of, short
 from edgeformer.processing.detokenizer import Detokenizer, clean_up
 from edgeformer.processing.token_texts import TokenTexts
@@ -79,11 +79,16 @@ class Tokenizer:
 
         Raises:
             BundleError: a file is damaged.
+            OutOfMemory: it cannot be parsed in the memory that is left.
         """
         from tokenizers import Tokenizer as Backend
 
         try:
+            # a parsed tokenizer takes 15 to 18 bytes for each of the file (9 kB to 1.4 MB, tokenizers 0.23)
+            check_memory(20 * path.stat().st_size + (256 << 10), f"reading {path}")
             backend = Backend.from_file(str(path))
+        except OutOfMemory:
+            raise
         except Exception as error:  # the library raises bare Exception
             raise BundleError(f"{path} is not a tokenizer: {error}. Export or copy the bundle again.") from error
         return cls(backend, read_json(settings) if settings else {}, _text(template) if template else None)

@@ -275,6 +275,27 @@ def test_a_load_without_memory_says_so_and_the_next_one_works(lm, engine):
     )
 
 
+def test_a_tokenizer_that_cannot_be_parsed_is_out_of_memory_and_the_process_lives(lm):
+    run(
+        """
+        from pathlib import Path
+        from edgeformer.processing.tokenizer import Tokenizer
+        path = Path(PATH) / "tokenizer.json"
+        expected = Tokenizer.read(path, None, None).encode("some text")
+        limit(10 * path.stat().st_size)  # the parsed one takes 15 to 18 times the file
+        try:
+            Tokenizer.read(path, None, None)
+            assert False, "no error"
+        except OutOfMemory as error:
+            assert "tokenizer.json" in str(error), error
+        limit(None)
+        assert Tokenizer.read(path, None, None).encode("some text") == expected
+        """,
+        lm,
+        "native",
+    )
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_step_without_memory_raises_and_the_states_are_as_before(bundles, engine):
     run(

@@ -1,7 +1,10 @@
-// Stress of shared KV chunks for ThreadSanitizer: caches of several threads fork, append and end. Usage: chunks_stress
+// Stress of shared KV chunks for ThreadSanitizer: caches of several threads fork, append and end, while another thread
+// prepares memory for their next chunks. Usage: chunks_stress
 #include <atomic>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -15,9 +18,13 @@ const KvLayout kLayout = {KvType::float32, 1, 4, 4};
 
 uint8_t byte_of(int64_t token, int writer) { return static_cast<uint8_t>(token * 7 + writer + 1); }
 
-// Writes tokens [length, length + count): one byte each, in place of a kernel.
+// Writes tokens [length, length + count): one byte each, in place of a kernel. A new chunk has to be zero.
 void append(KvCache& cache, int64_t count, int writer) {
+  const int64_t had = chunks_for(cache.length());
   cache.reserve(count);
+  for (int64_t c = had; c < chunks_for(cache.length() + count); ++c)
+    for (int64_t i = 0; i < kLayout.chunk_bytes(); ++i)
+      if (cache.chunks(0)[c][i] != 0) std::puts("a new chunk is not zero"), std::exit(1);
   for (int64_t t = cache.length(); t < cache.length() + count; ++t)
     cache.chunks(0)[t / kChunkTokens][t % kChunkTokens] = byte_of(t, writer);
   cache.advance(count);
@@ -33,8 +40,9 @@ bool holds(const KvCache& cache, int64_t from, int writer) {
 // Forks a cache of `length` tokens to threads; each appends to its own, forks again and truncates.
 bool round_of(int64_t length) {
   std::vector<KvCache> forks;
+  const std::shared_ptr<KvSlabs> slabs = KvSlabs::make();
   {
-    KvCache cache({kLayout}, 1000);
+    KvCache cache({kLayout}, 1000, {}, slabs);
     append(cache, length, 0);
     for (int i = 0; i < 4; ++i) forks.push_back(cache.fork());
   }
@@ -52,6 +60,9 @@ bool round_of(int64_t length) {
       if (!holds(mine, length, 0)) good = false;
     });
   }
+  threads.emplace_back([&slabs] {
+    for (int i = 0; i < 20; ++i) ChunkMemory::prepare(*slabs, size_t(kLayout.chunk_bytes()), 8, 2);
+  });
   for (std::thread& t : threads) t.join();
   return good;
 }
