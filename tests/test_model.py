@@ -83,7 +83,7 @@ def test_an_isa_asks_for_the_native_engine(lm, monkeypatch):
         load(lm, "cpu", isa="avx2")
     seen = []
 
-    def create(name, bundle, threads, native, meanwhile):
+    def create(name, bundle, threads, native, *rest):
         seen.append((name, native.isa))
         raise EngineUnavailable("no")
 
