@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, NoReturn, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack, overload
 
 import numpy as np
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 def load(
     path: str | os.PathLike[str] | Bundle,
     engine: EngineName = "auto",
-    threads: int | None = None,
+    threads: int | Literal["auto"] | None = None,
     *,
     isa: str | None = None,
     kv: str = "auto",
@@ -59,13 +59,14 @@ def load(
 
     `engine="auto"` takes CUDA where a session really runs on it, else the native engine where it can run this graph,
     else ONNX Runtime on the CPU (float models without a cache try these two the other way round); `Model.explain` says
-    which, and why not the others. An engine that is named runs or raises. `threads` defaults to the physical cores
-    that this process may use. `isa` ("avx2", ...), `kv` (the cache: "int8", "float32", or "auto": int8 where weights
-    are quantized, but float32 in layers where the export found int8 too costly; else float32), `context` (tokens to
-    plan memory for) and `memory_limit` (bytes) are the native engine's; an `isa` selects that engine. `tensorrt`
-    ("float32" or "float16") is an option of `engine="cuda"`, for graphs without a cache: ONNX Runtime's TensorRT
-    provider, whose engines are kept in the disk cache. `check="once"`: the SHA-256 of all files, at the first load on
-    this machine and after a change; "hashes": now, and values too; "sizes": never. See `edgeformer.bundle.integrity`.
+    which, and why not the others. An engine that is named runs or raises. `threads`: None or "auto" takes the physical
+    performance cores that this process may use. `isa` ("avx2", ...), `kv` (the cache: "int8", "float32", or "auto":
+    int8 where weights are quantized, but float32 in layers where the export found int8 too costly; else float32),
+    `context` (tokens to plan memory for) and `memory_limit` (bytes) are the native engine's; an `isa` selects that
+    engine. `tensorrt` ("float32" or "float16") is an option of `engine="cuda"`, for graphs without a cache: ONNX
+    Runtime's TensorRT provider, whose engines are kept in the disk cache. `check="once"`: the SHA-256 of all files, at
+    the first load on this machine and after a change; "hashes": now, and values too; "sizes": never. See
+    `edgeformer.bundle.integrity`.
 
     `prefix_cache`: prompts that begin like earlier ones go on from these. By default the native engine keeps beginnings
     of 4096 tokens in all; False keeps none, a number is bytes, "folder" or a path keeps them on disk too, for other
@@ -80,6 +81,7 @@ def load(
             than the bundle's reference.
         InputError: an argument is out of its range.
     """
+    threads = None if threads == "auto" else threads
     check_arguments(engine, threads, isa)
     check_tensorrt(tensorrt, engine)
     native = NativeOptions(isa, kv, context, memory_limit)

@@ -107,6 +107,13 @@ def test_wrong_options_are_refused(lm, options, expected):
         load(lm, **options)
 
 
+def test_auto_threads_are_the_cores_that_may_be_used(lm, monkeypatch):
+    monkeypatch.setattr(choose, "default_threads", lambda: 3)
+    assert load(lm, "native", "auto").engine.threads == load(lm, "native").engine.threads == 3
+    with pytest.raises(InputError, match="threads is 'all'"):
+        load(lm, threads="all")
+
+
 def test_hashes_are_checked_unless_told_not_to(lm, copy_of):
     damaged = copy_of(lm)
     data = bytearray((damaged / "model.onnx.data").read_bytes())
