@@ -33,10 +33,6 @@ if sanitize not in sanitizers:
 # No -march here: a kernel file opens its own target region, so nothing else in the binary is compiled for a newer CPU.
 compile_args = ["-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-pthread"]
 compile_args += ["-O1", "-g", "-UNDEBUG"] if debug else ["-O1", "-g1"] if sanitize else ["-O3", "-g0"]
-if platform.libc_ver()[0] == "glibc":
-    # glibc makes other thread-local variables (pybind11 has one) when a thread first uses them, and ends the process if
-    # there is no memory for them. musl knows no others in a library that is loaded later.
-    compile_args += ["-ftls-model=initial-exec"]
 if sanitize:
     # -O3 of the instrumented SIMD files takes minutes, and finds nothing that -O1 does not; so do checks that are
     # written out at each of their thousands of accesses, and UndefinedBehaviorSanitizer's of what the other one sees.

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, NoReturn, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Unpack, overload
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from edgeformer.decoding.session import Session
 from edgeformer.engines.base import Engine
 from edgeformer.engines.choose import Choice, EngineName, check_arguments, choose
 from edgeformer.engines.native.options import NativeOptions
+from edgeformer.engines.ort_providers import check_tensorrt
 from edgeformer.errors import (
     BundleError,
     EdgeformerError,
@@ -51,12 +52,13 @@ if TYPE_CHECKING:
 def load(
     path: str | os.PathLike[str] | Bundle,
     engine: EngineName = "auto",
-    threads: int | None = None,
+    threads: int | Literal["auto"] | None = None,
     *,
     isa: str | None = None,
     kv: str = "auto",
     context: int | None = None,
     memory_limit: int | None = None,
+    tensorrt: str | None = None,
     check: Check = "once",
     prefix_cache: PrefixCacheOption = None,
 ) -> Model:
@@ -64,12 +66,14 @@ def load(
 
     `engine="auto"` takes CUDA where a session really runs on it, else the native engine where it can run this graph,
     else ONNX Runtime on the CPU (float models without a cache try these two the other way round); `Model.explain` says
-    which, and why not the others. An engine that is named runs or raises. `threads` defaults to the physical cores
-    that this process may use. `isa` ("avx2", ...), `kv` (the cache: "int8", "float32", or "auto": int8 where weights
-    are quantized, but float32 in layers where the export found int8 too costly; else float32), `context` (tokens to
-    plan memory for) and `memory_limit` (bytes) are the native engine's; an `isa` selects that engine. `check="once"`:
-    the SHA-256 of all files, at the first load on this machine and after a change; "hashes": now, and values too;
-    "sizes": never. See `edgeformer.bundle.integrity`.
+    which, and why not the others. An engine that is named runs or raises. `threads`: None or "auto" takes the physical
+    performance cores that this process may use. `isa` ("avx2", ...), `kv` (the cache: "int8", "float32", or "auto":
+    int8 where weights are quantized, but float32 in layers where the export found int8 too costly; else float32),
+    `context` (tokens to plan memory for) and `memory_limit` (bytes) are the native engine's; an `isa` selects that
+    engine. `tensorrt` ("float32" or "float16") is an option of `engine="cuda"`, for graphs without a cache: ONNX
+    Runtime's TensorRT provider, whose engines are kept in the disk cache. `check="once"`: the SHA-256 of all files, at
+    the first load on this machine and after a change; "hashes": now, and values too; "sizes": never. See
+    `edgeformer.bundle.integrity`.
 
     `prefix_cache`: prompts that begin like earlier ones go on from these. By default the native engine keeps beginnings
     of 4096 tokens in all; False keeps none, a number is bytes, "folder" or a path keeps them on disk too, for other
@@ -85,18 +89,19 @@ def load(
         InputError: an argument is out of its range.
         OutOfMemory: there is not enough memory.
     """
+    threads = None if threads == "auto" else threads
     check_arguments(engine, threads, isa)
+    check_tensorrt(tensorrt, engine)
     native = NativeOptions(isa, kv, context, memory_limit)
     with typed_out_of_memory(f"loading {path}"):
         bundle = opened(path, check)
-        tokenizer = cache(
-            lambda: Tokenizer.of(bundle)
-        )  # parsed while the weights are packed, which takes about as long
+        # parsed while the weights are packed, which takes about as long
+        tokenizer = cache(lambda: Tokenizer.of(bundle))
         settings = file_settings(bundle)
         if settings:
             GenerationConfig.of(settings, None, bundle.vocab_size)
         with verified(bundle, check):
-            engines, choice = choose(bundle, engine, threads, native, tokenizer)
+            engines, choice = choose(bundle, engine, threads, native, tokenizer, tensorrt=tensorrt)
     choice = replace(choice, notes=notes(settings, bundle.vocab_size))
     for note in choice.notes:
         warnings.warn(f"{bundle.path.name}: {note}", EdgeformerWarning, stacklevel=2)

@@ -83,7 +83,7 @@ def test_an_isa_asks_for_the_native_engine(lm, monkeypatch):
         load(lm, "cpu", isa="avx2")
     seen = []
 
-    def create(name, bundle, threads, native, meanwhile):
+    def create(name, bundle, threads, native, *rest):
         seen.append((name, native.isa))
         raise EngineUnavailable("no")
 
@@ -105,6 +105,13 @@ def test_an_isa_asks_for_the_native_engine(lm, monkeypatch):
 def test_wrong_options_are_refused(lm, options, expected):
     with pytest.raises(InputError, match=expected):
         load(lm, **options)
+
+
+def test_auto_threads_are_the_cores_that_may_be_used(lm, monkeypatch):
+    monkeypatch.setattr(choose, "default_threads", lambda: 3)
+    assert load(lm, "native", "auto").engine.threads == load(lm, "native").engine.threads == 3
+    with pytest.raises(InputError, match="threads is 'all'"):
+        load(lm, threads="all")
 
 
 def test_hashes_are_checked_unless_told_not_to(lm, copy_of):

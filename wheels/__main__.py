@@ -11,6 +11,7 @@ from pathlib import Path
 from wheels.build import ROOT, build_extensions
 from wheels.check import problems
 from wheels.pack import platform_wheel, pure_wheel, source_archive
+from wheels.record import facts, timed, write
 from wheels.targets import PYTHONS, TARGETS
 
 
@@ -22,6 +23,7 @@ def main() -> int:
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "dist", help="default: dist")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
     parser.add_argument("--optimize", type=int, default=2, choices=(0, 2), help="0 for a quick trial (default: 2)")
+    parser.add_argument("--record", action="store_true", help="write the results and the table of docs/platforms.md")
     options = parser.parse_args()
     pythons = options.python or list(PYTHONS)
     check_tag()
@@ -33,12 +35,18 @@ def main() -> int:
     wrong = 0
     for name in options.target or TARGETS:
         target = TARGETS[name]
-        built = build_extensions(target, pythons, build, options.jobs, options.optimize)
-        for python, extension in built.items():
-            wheel = platform_wheel(pure, extension, target, python, options.output)
-            found = problems(wheel, target, python)
-            wrong += bool(found)
-            print(f"{wheel.name}: {'; '.join(found) or 'checked'}", flush=True)
+        made = {}
+        with timed(target, pythons) as seconds:
+            built = build_extensions(target, pythons, build, options.jobs, options.optimize)
+            for python, extension in built.items():
+                wheel = platform_wheel(pure, extension, target, python, options.output)
+                found = problems(wheel, target, python)
+                wrong += bool(found)
+                print(f"{wheel.name}: {'; '.join(found) or 'checked'}", flush=True)
+                made[target.tag(python)] = facts(wheel, extension, found)
+        print(f"{name}: " + "".join(f"{spent} s of CPU time, {kind}" for kind, spent in seconds.items()), flush=True)
+        if options.record:
+            write(made, {name: seconds})
     return 1 if wrong else 0
 
 

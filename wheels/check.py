@@ -71,7 +71,7 @@ def elf_problems(binary: Any, target: Target) -> list[str]:
 
 
 def macho_problems(binary: Any, target: Target) -> list[str]:
-    """Libraries, exports, the processor, and the minimum version of macOS in the load commands."""
+    """Libraries, imports, exports, the processor, and the minimum version of macOS in the load commands."""
     found = []
     loaded = []
     for library in binary.libraries:
@@ -92,6 +92,9 @@ def macho_problems(binary: Any, target: Target) -> list[str]:
     # Apple's processors run no code without a signature; an ad-hoc one is enough.
     if cpu == "ARM64" and not binary.has_code_signature:
         found.append("has no code signature")
+    # The linker leaves what it does not find to the process that loads the extension: only CPython is there.
+    own = {symbol.name for symbol in binary.imported_symbols if symbol.library_ordinal != 1}  # 1: the first, libSystem
+    found += [f"needs {name}, which libSystem has not" for name in sorted(own) if not re.match("_+Py", name)]
     linker = rf"_{{1,2}}(dso_handle|mh_dylib_header)|{ALLOCATION}"  # the linker's own symbols
     names = [str(symbol.name).removeprefix("_") for symbol in binary.exported_symbols]
     return found + export_problems(name for name in names if not re.fullmatch(linker, name))

@@ -66,7 +66,7 @@ JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No timings on stderr.")]
 
 # Engine flags of the commands for models without a KV cache.
-CachelessEngine = Annotated[EngineOptions, Only("engine", "threads", "isa")]
+CachelessEngine = Annotated[EngineOptions, Only("engine", "threads", "isa", "tensorrt")]
 
 FORWARD = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 

@@ -66,12 +66,13 @@ def choose(
     while_packing: WhilePacking = lambda: None,
     *,
     judged: bool = True,
+    tensorrt: str | None = None,
 ) -> tuple[dict[str, Engine], Choice]:
     """(one engine for each graph of the bundle, all of one kind; the reasons for that kind).
 
     `threads` defaults to `default_threads()`. `while_packing` runs once, while the native engine packs weights with the
-    GIL released. With `judged` an engine that fails the parity check, here or at export, counts as unavailable; see
-    `self_check`.
+    GIL released. `tensorrt` is `OrtEngine`'s. With `judged` an engine that fails the parity check, here or at export,
+    counts as unavailable; see `self_check`.
 
     Raises:
         EngineUnavailable: the requested engine, or with "auto" every engine, cannot run here.
@@ -79,7 +80,7 @@ def choose(
     threads = threads or default_threads()
     requested = "native" if engine == "auto" and native.isa is not None else engine
     if requested != "auto":
-        made = _usable(requested, bundle, threads, native, while_packing, judged)
+        made = _usable(requested, bundle, threads, native, while_packing, judged, tensorrt)
         why = f"by isa={native.isa!r}" if engine == "auto" else f"by engine={engine!r}"
         return made, Choice(requested, {requested: _chosen(made, threads, why)})
     reasons: dict[str, str] = {}
@@ -108,11 +109,17 @@ class WrongNumbers(EngineUnavailable):
 
 
 def _usable(
-    name: str, bundle: Bundle, threads: int, native: NativeOptions, while_packing: WhilePacking, judged: bool
+    name: str,
+    bundle: Bundle,
+    threads: int,
+    native: NativeOptions,
+    while_packing: WhilePacking,
+    judged: bool,
+    tensorrt: str | None = None,
 ) -> dict[str, Engine]:
     if judged and (recorded := recorded_problem(bundle, name)):
         raise EngineUnavailable(recorded)
-    made = create(name, bundle, threads, native, while_packing)
+    made = create(name, bundle, threads, native, while_packing, tensorrt)
     if judged and (problem := self_check(bundle, name, made)):
         raise WrongNumbers(problem)
     return made
@@ -126,9 +133,14 @@ def _order(bundle: Bundle) -> tuple[str, ...]:
 
 
 def create(
-    name: str, bundle: Bundle, threads: int | None, native: NativeOptions, while_packing: WhilePacking = lambda: None
+    name: str,
+    bundle: Bundle,
+    threads: int | None,
+    native: NativeOptions,
+    while_packing: WhilePacking = lambda: None,
+    tensorrt: str | None = None,
 ) -> dict[str, Engine]:
-    """An engine called `name` for each graph of the bundle. See `choose` for `threads` and `while_packing`.
+    """An engine called `name` for each graph of the bundle. See `choose` for the other arguments.
 
     Raises:
         EngineUnavailable: it cannot run one of them here; with several graphs the message names which.
@@ -136,14 +148,15 @@ def create(
     graphs = list(bundle.manifest["graphs"])
     if name == "native":
         return {**_native(bundle, graphs, threads, native, while_packing)}
-    from edgeformer.engines.onnxruntime import OrtEngine
+    from edgeformer.engines.onnxruntime import OrtEngine, Provider
     from edgeformer.engines.ort_install import cuda_driver_problem
 
     if name == "cuda":
         problem = cuda_driver_problem()  # cheap, and most machines end here without importing onnxruntime
         if problem:
             raise EngineUnavailable(f"CUDA is not available: {problem}.")
-    return {graph: OrtEngine(bundle, "cuda" if name == "cuda" else "cpu", threads, graph=graph) for graph in graphs}
+    provider: Provider = "cuda" if name == "cuda" else "cpu"
+    return {graph: OrtEngine(bundle, provider, threads, graph, tensorrt=tensorrt) for graph in graphs}
 
 
 def _native(
@@ -168,7 +181,9 @@ def _native(
 def _chosen(engines: Mapping[str, Engine], threads: int, why: str) -> str:
     isa = getattr(next(iter(engines.values())), "isa", None)
     caches = {cache for engine in engines.values() if (cache := getattr(engine, "cache", ""))}
+    tensorrt = getattr(next(iter(engines.values())), "tensorrt", None)
     parts = [f"{threads} thread{'s' if threads > 1 else ''}", *([f"{isa} kernels"] if isa else []), *sorted(caches)]
+    parts += [f"TensorRT in {tensorrt}"] if tensorrt else []
     what = ", ".join(parts)
     rounded = sum(getattr(engine, "rounded", 0) for engine in engines.values())
     note = f"; {rounded} weights have scales of more bits than float16, rounded by at most 0.025 %" if rounded else ""

@@ -22,6 +22,7 @@ from edgeformer.engines.in_flight import in_flight
 from edgeformer.engines.interruptible import interruptible
 from edgeformer.engines.ort_install import both_wheels, check_cuda, check_version, import_onnxruntime
 from edgeformer.engines.ort_padding import CACHE_MASK, cannot_pad, masked_graph
+from edgeformer.engines.ort_providers import CPU, gpu_providers, require_gpu
 from edgeformer.engines.ort_state import Call, Joint, OrtState, locked, short
 from edgeformer.errors import (
     BundleError,
@@ -30,7 +31,6 @@ from edgeformer.errors import (
     InputError,
     OutOfMemory,
     StateError,
-    pip_install,
 )
 from edgeformer.machine import default_threads
 
@@ -41,7 +41,6 @@ Run = tuple[dict[str, Array], Commit]
 TOLERANCE = 1e-3  # of the range of logits, where the bundle names none
 
 SHORT = 64  # most elements of the inputs of a call that is not worth a thread, which takes 0.1 ms
-HEAVY = {"MatMul", "MatMulNBits", "Gemm", "Attention", "Conv"}  # all of these must run on CUDA with provider="cuda"
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,12 @@ class OrtEngine:
 
     `threads` defaults to `default_threads()`, because ONNX Runtime's own default uses all cores and pins its threads.
     `spin=False` lets idle threads sleep at once: slower, but idle cores save power. `profile` is a folder for
-    profiler output; `end_profile` then returns the times.
+    profiler output; `end_profile` then returns the times. `tensorrt` ("float32" or "float16") puts TensorRT before
+    CUDA; see `ort_providers`.
 
     Raises:
         EngineUnavailable: ONNX Runtime is missing, incomplete or too old for this bundle, or the graph would not run on
-            `provider`. The engine never falls back to another provider.
+            `provider` or TensorRT. The engine never falls back to another provider.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class OrtEngine:
         graph: str = "model",
         spin: bool = True,
         profile: Path | None = None,
+        tensorrt: str | None = None,
     ) -> None:
         if provider not in ("cpu", "cuda"):
             raise InputError(f"provider is {provider!r}, expected 'cpu' or 'cuda'.")
@@ -100,7 +101,7 @@ class OrtEngine:
             check_cuda(self._ort)
             self._device = "cuda"
         self._pid = os.getpid()
-        self._path, self._spin = bundle.graph_path(graph), spin
+        self._path, self._spin, self.tensorrt = bundle.graph_path(graph), spin, tensorrt
         self.loaded = Loaded(self._create(str(self._path), profile))
         self._check_signature(bundle, graph)
         self._caches = self.signature.caches
@@ -298,12 +299,10 @@ class OrtEngine:
         if isinstance(graph, bytes):
             folder = str(self._path.resolve().parent)
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-        providers: list[Any] = ["CPUExecutionProvider"]
+        providers: list[Any] = [CPU]
         if self.provider == "cuda":
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-            # The cache is a new, slightly larger tensor at each step; doubling the arena would waste memory.
-            cuda = {"device_id": 0, "arena_extend_strategy": "kSameAsRequested"}
-            providers = [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
+            providers = gpu_providers(self._ort, self.tensorrt, bool(self.signature.caches))
 
         def create() -> Any:
             with in_flight:
@@ -315,28 +314,8 @@ class OrtEngine:
             raise EngineUnavailable(f"ONNX Runtime {self.version} cannot load {self._path}: {_brief(error)}") from error
         session.disable_fallback()
         if self.provider == "cuda":
-            self._require_cuda(session)
+            require_gpu(session, self.tensorrt)
         return session
-
-    def _require_cuda(self, session: Any) -> None:
-        first = session.get_providers()[0]
-        if first != "CUDAExecutionProvider":
-            raise EngineUnavailable(
-                f"CUDA was requested, but the session runs on {first}: the CUDA or cuDNN libraries that this "
-                f"onnxruntime needs are missing or have another version: {pip_install('onnxruntime-gpu')}, "
-                "or use engine='cpu'."
-            )
-        elsewhere: dict[str, str] = {}
-        for part in getattr(session, "get_provider_graph_assignment_info", list)():
-            for node in part.get_nodes():
-                if part.ep_name != "CUDAExecutionProvider" and node.op_type in HEAVY:
-                    elsewhere[node.name] = node.op_type
-        if elsewhere:
-            some = ", ".join(f"{name} ({op})" for name, op in list(elsewhere.items())[:4])
-            raise EngineUnavailable(
-                f"CUDA was requested, but {len(elsewhere)} of the graph's heavy nodes would run on the CPU: {some}. "
-                f"Export with --dtype float16, or use engine='cpu'."
-            )
 
     def _check_signature(self, bundle: Bundle, graph: str) -> None:
         session, table = self._session, bundle.manifest["graphs"][graph]

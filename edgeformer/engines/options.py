@@ -30,6 +30,7 @@ class EngineOptions:
     isa: str | None = option(None, "Native kernels to use: avx2, ...", panel=PANEL)
     kv: str = option("auto", "Native cache: auto (as weights and export say), int8 or float32.", panel=PANEL)
     context: int | None = option(None, "Native: tokens that the cache may hold.", min=1, panel=PANEL)
+    tensorrt: str | None = option(None, "CUDA: TensorRT in float32 or float16.", metavar="TYPE", panel=PANEL)
 
     def arguments(self) -> dict[str, Any]:
         """The fields as keyword arguments of `load`."""

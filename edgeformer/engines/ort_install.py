@@ -92,7 +92,7 @@ def check_cuda(ort: ModuleType) -> None:
     if problem:
         raise EngineUnavailable(f"CUDA is not available: {problem}.")
     if hasattr(ort, "preload_dlls"):
-        with contextlib.redirect_stdout(io.StringIO()):  # prints missing libraries; `_require_cuda` reports them
+        with contextlib.redirect_stdout(io.StringIO()):  # prints missing libraries; `require_gpu` reports them
             ort.preload_dlls()
 
 

@@ -26,6 +26,7 @@ from edgeformer.engines.ort_install import (
     installed_wheels,
     version_of,
 )
+from edgeformer.engines.ort_providers import TENSORRT
 from edgeformer.errors import EdgeformerError, EngineUnavailable, pip_install
 from edgeformer.machine import (
     available_memory,
@@ -207,6 +208,11 @@ def _cuda() -> Iterator[Finding]:
         except EngineUnavailable as error:
             problem = str(error)
     yield Finding("engine cuda", "no" if problem else "yes", problem or "a small graph runs on the device")
+    if problem is None:
+        missing = "this onnxruntime was built without it"
+        if TENSORRT in module.get_available_providers():
+            missing = _try_provider(module, TENSORRT) or ""
+        yield Finding("tensorrt", "no" if missing else "yes", missing or "a small graph runs on the device")
 
 
 def _native() -> Iterator[Finding]:

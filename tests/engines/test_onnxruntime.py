@@ -342,31 +342,6 @@ def test_cuda_on_a_machine_without_it_raises_and_says_why(lm):
         OrtEngine(Bundle.open(lm), "cuda")
 
 
-def test_a_session_that_fell_back_to_the_cpu_is_refused(float_engine):
-    """What a GPU wheel without CUDA libraries gives: a session, on the CPU."""
-    with pytest.raises(EngineUnavailable, match="the session runs on CPUExecutionProvider"):
-        float_engine._require_cuda(float_engine._session)
-
-
-def test_a_cuda_session_with_heavy_nodes_on_the_cpu_is_refused(lm, float_engine):
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    session = onnxruntime.InferenceSession(str(lm / "model.onnx"), options, providers=["CPUExecutionProvider"])
-
-    class FirstIsCuda:
-        """A session whose nodes really are on the CPU, as the real assignment says."""
-
-        get_provider_graph_assignment_info = session.get_provider_graph_assignment_info
-
-        def get_providers(self):
-            return ["CUDAExecutionProvider", "CPUExecutionProvider"]
-
-    with pytest.raises(EngineUnavailable, match="heavy nodes would run on the CPU"):
-        float_engine._require_cuda(FirstIsCuda())
-
-
 def test_an_unknown_provider_is_refused(lm):
     with pytest.raises(InputError, match="provider is 'tpu'"):
         OrtEngine(Bundle.open(lm), "tpu")

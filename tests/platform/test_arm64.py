@@ -53,3 +53,9 @@ def test_aarch64_gives_the_same_bits(arm64: Arm64, bundles: Path, cpu: str, isas
 def test_the_commands_run_on_aarch64(arm64: Arm64, q8: Path) -> None:
     assert arm64.run("cortex-a76", "-m", "edgeformer", "run", q8, "abc", "-n", "4", "-q", "--engine", "native")
     assert "native" in arm64.run("cortex-a76", "-m", "edgeformer", "verify", q8, "--engine", "native")
+
+
+@pytest.mark.parametrize("name", ["float", "q8"])
+def test_onnxruntime_gives_the_models_numbers_on_aarch64(arm64: Arm64, bundles: Path, name: str) -> None:
+    told = arm64.run("cortex-a76", "-m", "edgeformer", "verify", bundles / name, "--engine", "cpu")
+    assert f"{name} on cpu: the numbers are the model's" in told

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from wheels import check
+from wheels import check, record
 from wheels.build import FLAGS, ROOT
 from wheels.headers import DECLARATION, exported_names, headers
 from wheels.pack import platform_wheel, pure_wheel, source_archive
@@ -141,9 +141,17 @@ def test_auditwheel_may_find_an_older_glibc(tag: str, expected: bool) -> None:
 
 
 def macho(
-    minimum: list[int], cpu: str = "CPU_TYPE.ARM64", signed: bool = True, name: str = "_native.so"
+    minimum: list[int],
+    cpu: str = "CPU_TYPE.ARM64",
+    signed: bool = True,
+    name: str = "_native.so",
+    own: str = "_PyLong_FromLong",
 ) -> SimpleNamespace:
     return SimpleNamespace(
+        imported_symbols=[
+            SimpleNamespace(name="_malloc", library_ordinal=1),
+            SimpleNamespace(name=own, library_ordinal=0),
+        ],
         libraries=[
             SimpleNamespace(name=name, command="TYPE.ID_DYLIB"),
             SimpleNamespace(name="/usr/lib/libSystem.B.dylib", command="TYPE.LOAD_DYLIB"),
@@ -164,6 +172,8 @@ def macho(
         (macho([15, 0, 0]), "needs macOS 15.0.0"),
         (macho([13, 0, 0], cpu="CPU_TYPE.X86_64"), "is for CPU_TYPE.X86_64"),
         (macho([13, 0, 0], signed=False), "no code signature"),
+        (macho([13, 0, 0], own="__Py_Dealloc"), None),
+        (macho([13, 0, 0], own="_memfd_create"), "needs _memfd_create, which libSystem has not"),
         (macho([13, 0, 0], name="/home/me/build/_native.so"), "holds the path /home/me/build/_native.so"),
     ],
 )
@@ -188,6 +198,60 @@ def pe(libraries: list[str]) -> SimpleNamespace:
 def test_what_a_windows_extension_may_need(libraries: list[str], word: str | None) -> None:
     found = check.pe_problems(pe(libraries), "3.12")
     assert (word is None) == (not found) and (word is None or word in found[0])
+
+
+# -------------------------------------------------------------------------------------------------------------- record
+
+
+def test_the_page_shows_what_was_recorded() -> None:
+    text = record.PAGE.read_text(encoding="utf-8")
+    saved = record.read()
+    assert record.page(saved) in text
+    assert set(saved["wheels"]) <= {target.tag(python) for target in TARGETS.values() for python in PYTHONS}
+
+
+def test_the_readme_claims_no_wheel_that_was_not_recorded() -> None:
+    saved = record.read()["wheels"]
+    rows = re.findall(r"^\| [^|]+ \| (`[^|]+`) \| ([^|]*) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    claims = [(platform, built) for platforms, built in rows for platform in re.findall(r"`(\w+)`", platforms)]
+    assert {platform for platform, _ in claims} == {target.platform for target in TARGETS.values()}
+    for platform, built in claims:
+        if built == "not all yet":
+            continue
+        first, _, last = built.removeprefix("CPython ").partition(" to ")
+        names = PYTHONS[PYTHONS.index(first) : PYTHONS.index(last or first) + 1]
+        (target,) = (target for target in TARGETS.values() if target.platform == platform)
+        for python in names:
+            assert saved[target.tag(python)]["problems"] == [], f"README.md claims {target.tag(python)}"
+
+
+def test_a_build_for_some_pythons_says_nothing_of_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "MARKS", tmp_path)
+    target = TARGETS["macos_arm64"]
+    found = []
+    for pythons in (PYTHONS, PYTHONS[:1], PYTHONS):
+        with record.timed(target, pythons) as seconds:
+            pass
+        found.append(list(seconds))
+    assert found == [["from nothing"], [], ["from the cache"]]
+
+
+def test_a_record_keeps_what_was_built_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- wheels:begin -->\n<!-- wheels:end -->\nb\n")
+    monkeypatch.setattr(record, "PAGE", page)
+    monkeypatch.setattr(record, "RECORD", tmp_path / "wheels.json")
+    (tmp_path / "wheel").write_bytes(b"1" * 1_500_000)
+    first, second = (TARGETS[name].tag("3.12") for name in ("macos_arm64", "windows_x86_64"))
+    record.write(
+        {first: record.facts(tmp_path / "wheel", tmp_path / "wheel", [])}, {"macos_arm64": {"from nothing": 9}}
+    )
+    wrong = record.facts(tmp_path / "wheel", tmp_path / "wheel", ["needs x.dll"])
+    record.write({second: wrong}, {"macos_arm64": {"from the cache": 2}})
+    text = page.read_text()
+    assert "| `macosx_13_0_arm64` | 3.12 | 1.5 | 1.5 | passed | 9 s | 2 s |" in text
+    assert "| `win_amd64` | 3.12 | 1.5 | 1.5 | 3.12: needs x.dll | not measured | not measured |" in text
+    assert list(record.read()["wheels"]) == [first, second]
 
 
 # ------------------------------------------------------------------------------------------------------ source archive

@@ -28,6 +28,21 @@ PACKAGES = (  # noqa: SIM905
 ).split()
 
 
+# One processor as Linux describes a Cortex-A76. qemu-user passes on the host's /proc/cpuinfo; onnxruntime finds no ARM
+# processor in it, and crashes at import. A file of this path under `-L` comes before the host's.
+CPUINFO = """\
+processor\t: {number}
+BogoMIPS\t: 48.00
+Features\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp
+CPU implementer\t: 0x41
+CPU architecture: 8
+CPU variant\t: 0x4
+CPU part\t: 0xd0b
+CPU revision\t: 1
+
+"""
+
+
 class Arm64:
     """CPython with edgeformer in a folder of arm64 files; made once and kept in build/."""
 
@@ -46,6 +61,9 @@ class Arm64:
             (self.root / "lib").symlink_to("usr/lib")  # of the package base-files
             self._install(*PACKAGES)
             stamp.write_text(recipe)
+        (self.root / "proc").mkdir(exist_ok=True)
+        processors = (CPUINFO.format(number=number) for number in range(os.cpu_count() or 1))
+        (self.root / "proc/cpuinfo").write_text("".join(processors))
         wheel = built_wheel(TARGETS["linux_aarch64"], PYTHON, self.place / "wheel")
         self._install(str(wheel), "--force-reinstall", "--upgrade")
 
