@@ -118,7 +118,10 @@ fuzz: setup ## every fuzz target for FUZZ_SECONDS under atheris, and 20,000 load
 	PYTHONPATH=.:tests $(BIN)/python -m support.damage_study tiny:float 100000 2000
 	PYTHONPATH=.:tests $(BIN)/python -m support.damage_study tiny:q8 200000 2000 native unchecked
 
-soak: setup ## the run-time contract with 1,000 loads
+SOAK_SECONDS ?= 3600
+
+soak: setup ## an hour of mixed use of a tiny model, half of it on each engine; then 1,000 loads
+	EDGEFORMER_CACHE= PYTHONPATH=.:tests $(BIN)/python -m support.soak $$(($(SOAK_SECONDS) / 2)) --save
 	EDGEFORMER_LOADS=1000 $(BIN)/python -m pytest -q tests/robustness/test_contract.py
 
 clean: ## remove what was built
