@@ -107,13 +107,13 @@ check-wheels: setup ## the wheels of Windows (Wine) and aarch64 (QEMU): built, i
 	EDGEFORMER_TEST_WHEELS=1 $(BIN)/python -m pytest -q tests/platform $(PYTEST)
 
 FUZZ_SECONDS ?= 60
-FUZZED ?= manifest graph reference tokenizer tokenizer_config generation_config gguf safetensors adapter template \
-	cache_entry request generation
+FUZZED ?=
 
-fuzz: setup ## every fuzz target for FUZZ_SECONDS under atheris, and 20,000 loads of damaged bundles (an hour)
+fuzz: setup ## every fuzz target for FUZZ_SECONDS, also of the C++ module by clang, and 20,000 loads of damaged bundles
 	$(BIN)/python -m pip install --quiet atheris
-	set -e; for target in $(FUZZED); do echo "== $$target"; \
-		PYTHONPATH=.:tests $(BIN)/python -m support.fuzz $$target $(FUZZ_SECONDS); done
+	CC=clang CXX=clang++ EDGEFORMER_SANITIZE=fuzz EDGEFORMER_NATIVE=1 $(BIN)/python setup.py --quiet build \
+		--build-lib build/sanitize/fuzz --build-temp build/sanitize/fuzz/objects
+	PYTHONPATH=.:tests $(BIN)/python -m support.fuzz_all $(FUZZ_SECONDS) $(FUZZED)
 	PYTHONPATH=.:tests $(BIN)/python -m support.damage_study tiny:q8 0 4000
 	PYTHONPATH=.:tests $(BIN)/python -m support.damage_study tiny:float 100000 2000
 	PYTHONPATH=.:tests $(BIN)/python -m support.damage_study tiny:q8 200000 2000 native unchecked
