@@ -25,7 +25,7 @@ def interruptible(work: Callable[[], T], stop: Callable[[], object] | None = Non
     if threading.get_ident() != threading.main_thread().ident:
         return work()  # signal handlers run in the main thread alone
     # Not a threading.Thread: its start() never returns where the new thread finds no memory for its first steps.
-    # Like a daemon it does not hold the interpreter; `edgeformer.engines.in_flight` waits for calls that run at its end.
+    # Like a daemon it does not hold the interpreter; `engines.in_flight` waits at its end for calls that run.
     # Locks and a list of known length, because what the thread does around `work` must need no memory.
     claimed, begun, done = threading.Lock(), _taken(), _taken()
     outcome: list[Any] = [None, None]  # result, error
