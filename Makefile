@@ -107,18 +107,21 @@ check-wheels: setup ## the wheels of Windows (Wine) and aarch64 (QEMU): built, i
 	EDGEFORMER_TEST_WHEELS=1 $(BIN)/python -m pytest -q tests/platform $(PYTEST)
 
 FUZZ_SECONDS ?= 60
-FUZZED ?= manifest graph reference tokenizer tokenizer_config generation_config gguf safetensors adapter template \
-	cache_entry request generation
+FUZZED ?=
 
-fuzz: setup ## every fuzz target for FUZZ_SECONDS under atheris, and 20,000 loads of damaged bundles (an hour)
+fuzz: setup ## every fuzz target for FUZZ_SECONDS, also of the C++ module by clang, and 20,000 loads of damaged bundles
 	$(BIN)/python -m pip install --quiet atheris
-	set -e; for target in $(FUZZED); do echo "== $$target"; \
-		PYTHONPATH=.:tests $(BIN)/python -m support.fuzz $$target $(FUZZ_SECONDS); done
+	CC=clang CXX=clang++ EDGEFORMER_SANITIZE=fuzz EDGEFORMER_NATIVE=1 $(BIN)/python setup.py --quiet build \
+		--build-lib build/sanitize/fuzz --build-temp build/sanitize/fuzz/objects
+	PYTHONPATH=.:tests $(BIN)/python -m support.fuzz_all $(FUZZ_SECONDS) $(FUZZED)
 	PYTHONPATH=.:tests $(BIN)/python -m support.damage_study tiny:q8 0 4000
 	PYTHONPATH=.:tests $(BIN)/python -m support.damage_study tiny:float 100000 2000
 	PYTHONPATH=.:tests $(BIN)/python -m support.damage_study tiny:q8 200000 2000 native unchecked
 
-soak: setup ## the run-time contract with 1,000 loads
+SOAK_SECONDS ?= 3600
+
+soak: setup ## an hour of mixed use of a tiny model, half of it on each engine; then 1,000 loads
+	EDGEFORMER_CACHE= PYTHONPATH=.:tests $(BIN)/python -m support.soak $$(($(SOAK_SECONDS) / 2)) --save
 	EDGEFORMER_LOADS=1000 $(BIN)/python -m pytest -q tests/robustness/test_contract.py
 
 clean: ## remove what was built

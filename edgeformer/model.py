@@ -173,9 +173,16 @@ class Model(EncoderMethods, SpeechMethods):
         need: Memory = predict(context)
         return need if self._encoder is None else need + self._encoder.memory(context)  # type: ignore[attr-defined]
 
-    def session(self) -> Session:
-        """The state of a conversation: pass it to `generate` or `stream`, and only the new tokens of a prompt run."""
-        return Session(self.engine.new_state())
+    def session(self, path: str | os.PathLike[str] | None = None) -> Session:
+        """The state of a conversation: pass it to `generate` or `stream`, and only the new tokens of a prompt run.
+
+        `path`: a file that `Session.save` wrote; the answers are those of the saved session, bit for bit.
+
+        Raises:
+            EngineUnavailable: a path is given and the engine is not the native one.
+            StateError: the file cannot be read, is damaged, or belongs to another model or cache type.
+        """
+        return Session(self.engine.new_state()) if path is None else Session.read(self.engine, path)
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts

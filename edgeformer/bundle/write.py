@@ -17,7 +17,7 @@ from edgeformer.bundle.hashes import bundle_error, sha256
 from edgeformer.bundle.manifest import FORMAT, FORMAT_VERSION, MANIFEST, Json, manifest_problems, read_json
 from edgeformer.bundle.names import windows_name_problem
 from edgeformer.errors import BundleError
-from edgeformer.machine import WINDOWS, fsync, lock_folder, move
+from edgeformer.machine import WINDOWS, fsync, lock_folder, move, replace_file
 
 OLD = "-old"  # suffix of the temporary name of a replaced folder
 
@@ -95,15 +95,6 @@ def seal(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> Json:
     replace_file(folder / MANIFEST, (text + "\n").encode())
     sealed_again: Json = json.loads(text)
     return sealed_again
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Writes `data` to `path`: after a kill or a power failure the file is the old one or the new one, whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    fsync(partial)
-    os.replace(partial, path)
-    fsync(path.parent)
 
 
 def check_target(path: str | os.PathLike[str], overwrite: bool) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from edgeformer.engines.base import State
+from edgeformer.decoding.session_file import read_session, write_session
+from edgeformer.engines.base import Engine, State
+from edgeformer.errors import EngineUnavailable
 
 if TYPE_CHECKING:
     from edgeformer.decoding.prefix_cache import PrefixCache
@@ -42,6 +45,34 @@ class Session:
         """Empties the state."""
         self.state.truncate(0)
         self.ids = []
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the conversation to a file, from which `Model.session(path)` goes on, also in another process.
+
+        Raises:
+            EngineUnavailable: the engine is not the native one.
+            StateError: the session is in use, or the file cannot be written; one that was there is unchanged.
+        """
+        state: Any = self.state
+        if not hasattr(state, "to_bytes"):
+            raise EngineUnavailable("Sessions are saved by engine='native' alone; load the model with it.")
+        write_session(path, self.ids, state.to_bytes())
+
+    @classmethod
+    def read(cls, engine: Engine, path: str | os.PathLike[str]) -> Session:
+        """The session that `save` wrote, for an engine of the same bundle and cache type.
+
+        Raises:
+            EngineUnavailable: the engine is not the native one.
+            StateError: the file cannot be read, is damaged, or belongs to another model or cache type.
+        """
+        native: Any = engine
+        if not hasattr(native, "state_from_bytes"):
+            raise EngineUnavailable(
+                f"Sessions are restored by engine='native' alone, this is {engine.name!r}; load the model with it."
+            )
+        ids, state = read_session(path)
+        return cls(native.state_from_bytes(state), ids)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class _InFlight:
 
     def __enter__(self) -> None:
         with self._changed:
-            while self._ending and threading.current_thread() is not threading.main_thread():
+            while self._ending and threading.get_ident() != threading.main_thread().ident:
                 self._changed.wait()
             self._count += 1
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 # A lock that the main thread waits for can be interrupted, but not on Windows.
-_WAIT = 0.1 if os.name == "nt" else None
-_START = 1.0  # seconds in which a thread begins, where Ctrl-C came inside its start()
+_WAIT = 0.1 if os.name == "nt" else -1
+_START = 1.0  # seconds in which a thread begins; after that the caller does the work, and the thread does nothing
 
 
 def interruptible(work: Callable[[], T], stop: Callable[[], object] | None = None) -> T:
@@ -21,36 +22,46 @@ def interruptible(work: Callable[[], T], stop: Callable[[], object] | None = Non
     A signal handler's exception, Ctrl-C's among them, calls `stop`, waits for the end of `work`, and is raised. Without
     `stop` it is raised at once, and `work` ends on its own; its result is dropped.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if threading.get_ident() != threading.main_thread().ident:
         return work()  # signal handlers run in the main thread alone
-    done = threading.Event()
-    results: list[T] = []
-    errors: list[BaseException] = []
+    # Not a threading.Thread: its start() never returns where the new thread finds no memory for its first steps.
+    # Like a daemon it does not hold the interpreter; `engines.in_flight` waits at its end for calls that run.
+    # Locks and a list of known length, because what the thread does around `work` must need no memory.
+    claimed, begun, done = threading.Lock(), _taken(), _taken()
+    outcome: list[Any] = [None, None]  # result, error
 
     def run() -> None:
+        if not claimed.acquire(blocking=False):
+            return
+        begun.release()
         try:
-            results.append(work())
+            outcome[0] = work()
         except BaseException as error:
-            errors.append(error)
+            outcome[1] = error
         finally:
-            done.set()
+            done.release()
 
-    # A daemon: `edgeformer.engines.in_flight` waits for calls that run when the interpreter ends.
-    thread, started = threading.Thread(target=run, name="edgeformer call", daemon=True), False
     try:
         with suppress(RuntimeError):  # no memory for a thread
-            thread.start()
-            started = True
-        while started and not done.wait(_WAIT):
+            _thread.start_new_thread(run, ())
+            begun.acquire(timeout=_START)
+        ours = claimed.acquire(blocking=False)
+        while not ours and not done.acquire(timeout=_WAIT):
             pass
     except BaseException:
-        if stop is not None:
+        if not claimed.acquire(blocking=False) and stop is not None:
             stop()
-            done.wait(None if started else _START)
+            done.acquire()
         raise
-    if not started:
+    if ours:
         return work()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: T = outcome[0]
+    return result
+
+
+def _taken() -> threading.Lock:
+    lock = threading.Lock()
+    lock.acquire()
+    return lock

@@ -162,3 +162,52 @@ assert np.array_equal(step(state, IDS), expected)
         wide,
         "1",
     )
+
+
+def test_an_interrupted_call_of_onnx_runtime_leaves_all_its_states_as_they_were(wide):
+    """Of two sequences in one call the first had run when Ctrl-C came: its tokens are not appended either."""
+    run(
+        """
+        import statistics
+        engine = load(PATH, "cpu", threads=1).engine
+        def ids(n, first):
+            return np.array([[3 + (first + i) % 300 for i in range(n)]])
+        def step(states, n):
+            calls = [({"input_ids": ids(n, k), "logits_to_keep": 1}, state) for k, state in enumerate(states)]
+            return [row["logits"] for row in engine.forward(calls)]
+        def held(n):
+            states = [engine.new_state(), engine.new_state()]
+            step(states, n)
+            return states
+        began = time.perf_counter()
+        step(held(3), 2000)
+        whole = time.perf_counter() - began
+        expected = step(held(3), 7)
+        left, latencies = 0, []
+        for part in (0.2, 0.4, 0.6, 0.75, 0.85):
+            states, sent = held(3), []
+            def send():
+                time.sleep(whole * part)
+                sent.append(time.perf_counter())
+                os.kill(os.getpid(), signal.SIGINT)
+            other = threading.Thread(target=send)
+            try:
+                other.start()
+                step(states, 2000)
+                other.join()
+                time.sleep(1)
+            except KeyboardInterrupt:
+                latencies.append(time.perf_counter() - sent[0])
+            other.join()
+            if states[0].length == 2003:
+                continue  # the call had ended
+            left += 1
+            assert [state.length for state in states] == [3, 3], [state.length for state in states]
+            assert all(map(np.array_equal, step(states, 7), expected))
+        assert left >= 2, (left, whole)
+        # It comes between two nodes of the graph, of which a pass has dozens.
+        assert statistics.median(latencies) < whole / 3, (latencies, whole)
+        """,
+        wide,
+        "cpu",
+    )

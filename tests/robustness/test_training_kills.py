@@ -1,7 +1,9 @@
-"""Training that is killed at each write, fsync and rename of its checkpoints goes on with the bits of a whole run."""
+"""Training that is killed, or refused by its disk, at each write, fsync and rename of its checkpoints goes on with the
+bits of a whole run."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -20,14 +22,15 @@ from support.training import FORECAST, recipe_table
 # One process imports torch; each run is a child of fork(), so that it can be killed. The parent itself never trains:
 # torch's threads would not be in the children.
 SCRIPT = """
-import builtins, json, os, sys, warnings
+import json, os, sys, traceback
 from pathlib import Path
 root, out, table = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+numbers = json.loads(sys.argv[4])  # of the errors, step by step; 0 is a kill
 sys.path[:0] = [root, root + "/tests"]
 from safetensors import safe_open
 import matplotlib.pyplot, torch, torch._dynamo
 torch.set_num_threads(1)
-import edgeformer.train.checkpoint as module
+from support import faults
 from edgeformer.errors import TrainingError
 import edgeformer.train.forecast as forecast
 import edgeformer.train.loop as loop
@@ -37,48 +40,23 @@ from edgeformer.train.recipe import make_recipe
 
 loop.loss_picture = forecast.forecast_picture = lambda *args: None  # they take longer than the rest
 
-class Deadly:
-    # A file of which half of what is written arrives before the kill.
-    def __init__(self, file, die):
-        self.file, self.die = file, die
-    def write(self, content):
-        self.file.write(content[: len(content) // 2])
-        self.file.flush()
-        self.die()
-        return self.file.write(content[len(content) // 2 :])
-    def __enter__(self):
-        return self
-    def __exit__(self, *error):
-        self.file.close()
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-def child(folder, kill=0, **options):
+def child(folder, at=0, number=0, **options):
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    count = 0
-    def die():
-        nonlocal count
-        count += 1
-        if count == kill:
-            os._exit(9)
-    def deadly(function):
-        def call(*args, **kwargs):
-            die()
-            return function(*args, **kwargs)
-        return call
-    if kill:
-        for name in ("fsync", "replace"):
-            setattr(os, name, deadly(getattr(os, name)))
-        module.open = lambda *args: Deadly(builtins.open(*args), die)
+    fault = (lambda: os._exit(9)) if number == 0 else faults.refusing(number)
     code = 1
     try:
-        train(make_recipe(table), folder, RunOptions(cpu=True, **options))
+        with faults.Steps(at, fault, ("fsync", "replace", "mkdir")):
+            train(make_recipe(table), folder, RunOptions(cpu=True, **options))
         code = 0
     except TrainingError as error:
-        print(error, file=sys.stderr)
         code = 3
+        if os.strerror(number) not in str(error) or str(folder) not in str(error):
+            code = 4
+        print(error, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(code)
@@ -95,12 +73,12 @@ def bits(folder):
 assert child(out / "whole") == 0
 whole, report = bits(out / "whole"), []
 for step in range(1, 200):
-    folder = out / str(step)
-    code = child(folder, kill=step)
-    assert code in (0, 9), code
+    folder, number = out / str(step), numbers[step % len(numbers)]
+    code = child(folder, step, number)
+    assert code in (0, 9 if number == 0 else 3), (code, step)
     if code == 0:
         break
-    left = sorted(path.name for path in folder.iterdir())
+    left = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     began = "training.safetensors" in left
     resumed = child(folder, resume=True) if began else child(folder, overwrite=True)
     assert resumed == 0, (step, left)
@@ -119,16 +97,30 @@ def table() -> dict[str, Any]:
     return table
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_a_run_killed_at_any_write_goes_on_with_the_same_bits(table: dict[str, Any], tmp_path: Path) -> None:
-    command = [sys.executable, "-c", SCRIPT, str(damage_study.ROOT), str(tmp_path), json.dumps(table)]
+def run(table: dict[str, Any], out: Path, numbers: list[int]) -> list[Any]:
+    """For each step: whether there was a checkpoint, and the partial files after the fault and after the next run."""
+    command = [sys.executable, "-c", SCRIPT, str(damage_study.ROOT), str(out), json.dumps(table), json.dumps(numbers)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = json.loads((out / "report.json").read_text())
     assert len(report) > 20, len(report)
-    assert {began for began, _, _ in report} == {False, True}  # kills before and after the first checkpoint
-    assert any(left for _, left, _ in report)  # some kills leave half a file,
-    assert not any(after for _, _, after in report)  # which the next run removes
-    with safe_open(tmp_path / "1" / "training.safetensors", framework="pt") as file:
+    assert {began for began, _, _ in report} == {False, True}  # faults before and after the first checkpoint
+    assert not any(after for _, _, after in report)
+    with safe_open(out / "1" / "training.safetensors", framework="pt") as file:
         assert file.metadata()["step"] == "2"
+    return report
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_run_killed_at_any_write_goes_on_with_the_same_bits(table: dict[str, Any], tmp_path: Path) -> None:
+    report = run(table, tmp_path, [0])
+    assert any(left for _, left, _ in report)  # some kills leave half a file, which the next run removes
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_run_refused_by_its_disk_ends_with_a_typed_error_and_goes_on_with_the_same_bits(
+    table: dict[str, Any], tmp_path: Path
+) -> None:
+    report = run(table, tmp_path, [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT])
+    assert not any(left for _, left, _ in report)  # an error leaves no half file

@@ -18,13 +18,14 @@ def main(name: str, seconds: int, found: Path) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["edgeformer", "json", "gguf", "jinja2"]):
-        from support import fuzz_targets
-    target = fuzz_targets.TARGETS[name]
+        from support import fuzz_native, fuzz_targets
+    module = fuzz_native if name in fuzz_native.TARGETS else fuzz_targets
+    target = module.TARGETS[name]
     corpus = Path(tempfile.mkdtemp(prefix="corpus-"))
-    for number, seed in enumerate(fuzz_targets.seeds(name)):
+    for number, seed in enumerate(module.seeds(name)):
         (corpus / f"seed-{number}").write_bytes(seed)
     with atheris.instrument_imports(include=["edgeformer", "json", "gguf", "jinja2"]):
-        for seed in fuzz_targets.seeds(name):  # imports what the target needs, with coverage
+        for seed in module.seeds(name):  # imports what the target needs, with coverage
             fuzz_targets.run(target, seed)
     found.mkdir(parents=True, exist_ok=True)
     options = [f"-max_total_time={seconds}", "-timeout=30", "-rss_limit_mb=4096", f"-artifact_prefix={found}/"]

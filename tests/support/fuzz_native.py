@@ -145,6 +145,22 @@ def states(data: bytes) -> None:
         made.forward([({"input_ids": np.full((batch, 2), 5)}, state)])
 
 
+def session(data: bytes) -> None:
+    """A file of a saved session, with the hash of what it holds."""
+    from hashlib import sha256
+
+    from support.fuzz_targets import folder
+
+    from edgeformer.decoding.session import Session
+    from edgeformer.decoding.session_file import MAGIC
+
+    path = folder() / "session"
+    path.write_bytes(MAGIC + sha256(data).digest() + data)
+    found = Session.read(engine("q8"), path)
+    if found.state.length < engine("q8").context:
+        engine("q8").forward([({"input_ids": np.full((max(1, found.state._state.batch), 1), 5)}, found.state)])
+
+
 def change(c: Choices, own, made) -> None:
     """One call of a state's methods, with numbers that may be odd."""
     try:
@@ -319,6 +335,7 @@ def lowered_graph(data: bytes) -> None:
 TARGETS = {
     "packing": packing,
     "states": states,
+    "session": session,
     "forward": forward,
     "kernels": kernels,
     "lowered": lowered_graph,
@@ -329,6 +346,10 @@ def seeds(name: str) -> list[bytes]:
     """Inputs that reach the inside of a target."""
     if name == "states":
         return [b"\0\0" + saved("q8")[0], b"\1\0" + saved("lm")[0], b"\0\1" + saved("q8")[1], bytes(range(2, 90))]
+    if name == "session":
+        made = engine("q8")
+        state = made.new_state()
+        return [(3).to_bytes(8, "little") + np.arange(3, dtype="<i8").tobytes() + state.to_bytes()]
     if name == "lowered":
         from support.fuzz_targets import folder
 

@@ -1,0 +1,101 @@
+"""Runs fuzz targets one after another, each in a process of its own, and keeps what they did.
+
+    python -m support.fuzz_all SECONDS [TARGET ...]    writes bench/results/fuzz.json and docs/security.md
+
+Needs atheris, and for the targets of the C++ module its build of `EDGEFORMER_SANITIZE=fuzz` in build/sanitize/fuzz
+(`make fuzz` makes both). Ends with 1 where an input ended with an exception or a sanitizer's report; the input is then
+in out/fuzz/TARGET. The numbers are libFuzzer's: inputs run, and the edges of the code that it counts, reached of all.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from support import fuzz_native, fuzz_targets
+
+from bench.report import ROOT, footnote, put, runs, save, table
+
+SANITIZED = ROOT / "build" / "sanitize" / "fuzz"
+START = 600  # seconds that a target may take to begin, under the sanitizers on a busy machine
+
+
+def environment(name: str) -> dict[str, str]:
+    """The variables of a target's process; the C++ module's targets find the sanitized one first."""
+    import atheris
+
+    found = {**os.environ, "EDGEFORMER_CACHE": "", "OMP_NUM_THREADS": "1"}
+    paths = [str(ROOT), str(ROOT / "tests"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    if name in fuzz_native.TARGETS:
+        if not list((SANITIZED / "edgeformer").glob("_native*")):
+            raise SystemExit(f"{SANITIZED} has no C++ module; `make fuzz` builds it")
+        paths.insert(0, str(SANITIZED))
+        # The sanitizers' code comes from atheris' library. Python does not free all memory.
+        found["LD_PRELOAD"] = str(Path(atheris.path()) / "asan_with_fuzzer.so")
+        found["ASAN_OPTIONS"] = "detect_leaks=0"
+        found["UBSAN_OPTIONS"] = "halt_on_error=1:print_stacktrace=1"
+    return {**found, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
+
+
+def numbers(output: str) -> dict[str, int]:
+    """What libFuzzer prints at the end of a run.
+
+    Raises:
+        ValueError: the run never began.
+    """
+    done = re.findall(r"^#(\d+)\s+\S+\s+cov: (\d+)", output, re.MULTILINE)
+    runs_at_end = re.search(r"number_of_executed_units: (\d+)", output)
+    if not done:
+        raise ValueError(f"no run of libFuzzer: {output[-2000:]}")
+    edges = sum(int(count) for count in re.findall(r"\((\d+) inline 8-bit counters\)", output))
+    return {"runs": int(runs_at_end[1] if runs_at_end else done[-1][0]), "reached": int(done[-1][1]), "edges": edges}
+
+
+def fuzz(name: str, seconds: int) -> dict[str, Any]:
+    """One target's result: {target, seconds, runs, reached, edges, findings, date}."""
+    place = ROOT / "out" / "fuzz" / name
+    before = set(place.glob("*"))
+    command = [sys.executable, "-m", "support.fuzz", name, str(seconds), str(place)]
+    done = subprocess.run(
+        command, env=environment(name), capture_output=True, text=True, errors="replace", timeout=seconds + START
+    )
+    found = sorted(set(place.glob("*")) - before)
+    if done.returncode or found:
+        print(done.stderr[-6000:], file=sys.stderr)
+    today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    facts = {"target": name, "seconds": seconds, **numbers(done.stderr)}
+    return {**facts, "findings": max(len(found), int(done.returncode != 0)), "date": today}
+
+
+def page(run: dict[str, Any]) -> str:
+    """The block of docs/security.md."""
+    rows = [
+        [f"`{one['target']}`", str(one["seconds"]), f"{one['runs']:,}", f"{one['reached']:,} of {one['edges']:,}",
+         str(one["findings"]), one["date"]]
+        for one in run["targets"]
+    ]  # fmt: skip
+    header = ["target", "seconds", "inputs", "edges reached", "findings", "date"]
+    return table(header, rows) + "\n\n" + footnote(run["machine"])
+
+
+def main(arguments: list[str]) -> int:
+    order = [*fuzz_targets.TARGETS, *fuzz_native.TARGETS]
+    names = arguments[1:] or order
+    kept = {one["target"]: one for run in runs("fuzz")[:1] for one in run["targets"]}
+    findings = 0
+    for name in names:
+        kept[name] = fuzz(name, int(arguments[0]))
+        findings += kept[name]["findings"]
+        print(kept[name], flush=True)
+        save("fuzz", {"targets": [kept[known] for known in order if known in kept]})
+    put(ROOT / "docs" / "security.md", "fuzz", page(runs("fuzz")[0]))
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
