@@ -38,6 +38,10 @@ class StateError(EdgeformerError, RuntimeError):
     """A state was used by two threads at once, after a failed call, or with another model."""
 
 
+class GrammarError(StateError, InputError):
+    """The grammar of an answer shows only while it is written that it is too large, or that no text can fulfil it."""
+
+
 class OutOfMemory(EdgeformerError, MemoryError):
     """The memory for a load or a step is not there; states are as before."""
 

@@ -53,10 +53,12 @@ def memory(saved: dict[str, Any], path: Path) -> Path:
     """Memory of the server's first process against time."""
     figure, pane = _figure(8, 3.0)
     if saved["samples"]:
-        pane.plot(*zip(*saved["samples"], strict=True), color=COLORS[OURS])
+        seconds, mib, _ = zip(*saved["samples"], strict=True)
+        pane.plot(seconds, mib, color=COLORS[OURS])
+        pane.axvline(saved["warm_seconds"], color="black", linewidth=1, linestyle=":")
     pane.axhline(saved["warm_mib"], color="black", linewidth=1, linestyle=":")
     pane.set_ylim(bottom=0)
-    pane.set_xlabel("seconds; dotted: after the warm-up")
+    pane.set_xlabel("seconds; dotted: the end of the warm-up, and the memory then")
     pane.set_ylabel("memory of the process, MiB")
     _title(figure, saved, f"Mixed load, {saved['minutes']:g} minutes")
     return _save(figure, path)

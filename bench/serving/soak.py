@@ -1,7 +1,9 @@
 """An hour of mixed load: clients that vanish, bad requests, restarts. Nothing may be lost, leak or change.
 
-Most of the time is one server process, whose memory is compared after a warm-up and at the end. Then servers follow one
-another on the same port: SIGTERM comes while answers run. Answers of the first minute must come again at the end.
+Most of the time is one server process, whose memory is compared after a warm-up and at the end. The warm-up ends after
+so many requests, however long these take: what fills (the prefix cache, recent answers, pools of threads) fills by
+requests and not by time. Then servers follow one another on the same port: SIGTERM comes while answers run. Answers of
+the first minute must come again at the end.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from bench.serving.soak_requests import Requests, Work
 from bench.serving.workload import Workload
 
 CLIENTS, SLOTS = 12, 8  # more clients than slots: some wait
-WARM = 0.3  # of the first part, after which memory is compared
+WARM = 1000  # requests after which memory is compared: about 100 of each kind
+QUICK_WARM = 100  # of a short soak, whose memory says little
+SEEN = 3  # requests of each kind that the warm-up has at least
 RESTARTS = 0.25  # of the time goes to restarts
 EACH = 20.0  # seconds between two
 PATIENCE = 600.0  # seconds for one answer, and a fifth of it for an end: the machine may be busy
@@ -37,10 +41,13 @@ POOL = min(32, (os.cpu_count() or 1) + 4)  # threads that an event loop makes as
 
 @dataclass
 class Report:
-    """What was found. `samples`: (seconds, MiB) of the first server process."""
+    """What was found. `samples`: (seconds, MiB, requests) of the first server process."""
 
-    samples: list[tuple[float, float]] = field(default_factory=list)
+    samples: list[tuple[float, float, int]] = field(default_factory=list)
     warm_mib: float = 0.0
+    warm_seconds: float = 0.0
+    warm_requests: int = 0  # that had ended when the warm-up did
+    end_requests: int = 0  # that had ended when the first process did
     end_mib: float = 0.0
     warm_threads: int = 0
     end_threads: int = 0
@@ -51,10 +58,12 @@ class Report:
 
 
 class Soak:
-    """`command(port)` starts a server; `work` is what is asked for `seconds`."""
+    """`command(port)` starts a server; `work` is what is asked for `seconds` after a warm-up of `warm` requests."""
 
-    def __init__(self, command: Callable[[int], list[str]], work: Work, seconds: float, log: Path) -> None:
-        self._command, self._work, self._seconds, self._log = command, work, seconds, log
+    def __init__(
+        self, command: Callable[[int], list[str]], work: Work, seconds: float, log: Path, warm: int = WARM
+    ) -> None:
+        self._command, self._work, self._seconds, self._log, self._warm = command, work, seconds, log, warm
         self._port = servers.free_port()
         self._is_restarting = False
         self.report = Report()
@@ -80,7 +89,7 @@ class Soak:
                 stop = asyncio.Event()
                 loads = [asyncio.create_task(self._load(requests, stop)) for _ in range(CLIENTS)]
                 try:
-                    await self._watch(server, self._seconds * (1 - RESTARTS))
+                    await self._watch(server, requests, self._seconds * (1 - RESTARTS))
                     server = await self._restart_often(server, self._seconds * RESTARTS)
                 finally:
                     stop.set()
@@ -106,16 +115,18 @@ class Soak:
         while not stop.is_set():
             await requests.one()
 
-    async def _watch(self, server: Process, seconds: float) -> None:
-        """Samples the memory of a server under load."""
+    async def _watch(self, server: Process, requests: Requests, seconds: float) -> None:
+        """Samples the memory of a server under load, until `seconds` after the warm-up."""
         report, began = self.report, time.monotonic()
-        while (passed := time.monotonic() - began) < seconds:
+        while not report.warm_mib or time.monotonic() - began < report.warm_seconds + seconds:
             await asyncio.sleep(min(5.0, seconds / 40))
-            mib = server.rss() / 2**20
-            report.samples.append((round(passed, 1), round(mib, 1)))
-            if not report.warm_mib and passed >= WARM * seconds:
+            passed, mib, ended = time.monotonic() - began, server.rss() / 2**20, requests.tally.ended
+            report.samples.append((round(passed, 1), round(mib, 1), ended))
+            if not report.warm_mib and ended >= self._warm and requests.least >= SEEN:
                 report.warm_mib, report.warm_threads = mib, server.threads()
+                report.warm_seconds, report.warm_requests = round(passed, 1), ended
         report.end_mib, report.end_threads = server.rss() / 2**20, server.threads()
+        report.end_requests = requests.tally.ended
 
     async def _restart_often(self, server: Process, seconds: float) -> Process:
         """SIGTERM while answers run, and another server on the same port, until the time is over; at least once."""
@@ -155,7 +166,8 @@ def measure(options: Options) -> dict[str, Any]:
         return servers.edgeformer(Setting(options.bundle, port, SLOTS, options.threads))
 
     asked = Work([ask.messages for ask in work.take(12)], lambda: work.take(1)[0].messages, new)
-    result = Soak(command, asked, options.minutes * 60, models.LOGS / "serving-soak.log").run()
+    warm = QUICK_WARM if options.tiny or options.quick else WARM
+    result = Soak(command, asked, options.minutes * 60, models.LOGS / "serving-soak.log", warm).run()
     print(f"soak: {problems(result) or 'no problem'}", file=sys.stderr, flush=True)
     return {"minutes": options.minutes, **result}
 
@@ -186,6 +198,7 @@ def text(saved: dict[str, Any], images: Path) -> str:
 
     grown, ways, lost = growth(saved), saved["ways"], saved["lost_count"]
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in sorted(saved["kinds"].items()))
+    between = f"after {saved['warm_requests']:,} requests and at the end, after {saved['end_requests']:,}"
     memory = f"{saved['warm_mib']:,.0f} MiB, {saved['end_mib']:,.0f} MiB: {grown:+.1%}, "
     rows = [
         ["requests: complete", f"{ways.get('complete', 0):,}"],
@@ -195,7 +208,7 @@ def text(saved: dict[str, Any], images: Path) -> str:
         ["**lost or changed answers**", f"{lost}, {verdict(lost, 0, least=False)} (none)"],
         ["restarts by SIGTERM under load", f"{saved['restarts']}, exit codes {sorted(set(saved['exit_codes']))}"],
         [
-            "memory of one process, after the warm-up and at the end",
+            f"memory of one process, {between}",
             memory + f"{verdict(grown, GROWTH, least=False)} (at most {GROWTH:.0%})",
         ],
         ["its threads", f"{saved['warm_threads']}, {saved['end_threads']}"],
@@ -204,7 +217,8 @@ def text(saved: dict[str, Any], images: Path) -> str:
     ]
     path = plots.memory(saved, images / "serving-soak.png")
     parts = [
-        f"{saved['minutes']:g} minutes, {CLIENTS} clients on {SLOTS} slots; kinds of requests: {kinds}.",
+        f"{saved['minutes']:g} minutes after the warm-up, {CLIENTS} clients on {SLOTS} slots.",
+        f"Kinds of requests: {kinds}.",
         table(["", ""], rows),
         f"![Memory](images/{path.name})",
         f"{saved['threads']} threads. {footnote(saved['machine'])}",

@@ -43,6 +43,11 @@ class Tally:
     kinds: Counter[str] = field(default_factory=Counter)
     lost: list[str] = field(default_factory=list)
 
+    @property
+    def ended(self) -> int:
+        """How many requests have ended."""
+        return sum(self.ways.values())
+
 
 class Lost(Exception):
     """An answer that is neither complete nor a typed error."""
@@ -77,6 +82,11 @@ class Requests:
             "bad": self._bad,
             "looks": self._looks,
         }
+
+    @property
+    def least(self) -> int:
+        """How many requests there were of the rarest kind."""
+        return min(self.tally.kinds[kind] for kind in self._kinds)
 
     async def one(self) -> None:
         """A request of a random kind."""

@@ -27,7 +27,7 @@ from edgeformer.decoding.sampling import check, likeliest
 from edgeformer.decoding.session import Session, StateSource
 from edgeformer.decoding.tools.answer import AnswerPiece, gather
 from edgeformer.engines.base import CHUNK_TOKENS
-from edgeformer.errors import EdgeformerError, StateError
+from edgeformer.errors import EdgeformerError, GrammarError, StateError
 from edgeformer.processing.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -257,9 +257,8 @@ class Sequence:
             scores = np.asarray(logits, np.float32)
             raw, token = scores, self._next_token(scores)
         except EdgeformerError as error:
-            raise EdgeformerError(
-                f"Step {self.count} of the generation, after {len(self.ids)} tokens: {error}"
-            ) from error
+            kind = GrammarError if isinstance(error, GrammarError) else EdgeformerError
+            raise kind(f"Step {self.count} of the generation, after {len(self.ids)} tokens: {error}") from error
         self._last = time.perf_counter()
         if self.count == 0:
             self._first = self._last

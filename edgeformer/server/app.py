@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
-import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -37,7 +35,7 @@ from edgeformer.server import (
 from edgeformer.server.audio_form import read_form
 from edgeformer.server.endpoint import Call, Endpoint, Server
 from edgeformer.server.errors import ApiError, api_error
-from edgeformer.server.logs import REQUEST, log_refused
+from edgeformer.server.logs import REQUEST, refused, request_id
 from edgeformer.server.messages_errors import MessagesErrors
 from edgeformer.server.metrics import Metrics
 from edgeformer.server.options import ServeOptions
@@ -59,7 +57,6 @@ GROUPS = (
 )  # modules with ENDPOINTS
 CLIENT_GONE = 499  # nginx's number, for the log
 QUIET = ("/health", "/ready", "/metrics")  # asked for by machines, often: not logged while they work
-GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 log = logging.getLogger("edgeformer.server")
 
@@ -114,8 +111,7 @@ def _served(server: Server, endpoint: Endpoint) -> Callable[[Request], Awaitable
     fields = frozenset() if endpoint.body is None else frozenset(endpoint.body.__struct_fields__)
 
     async def serve(request: Request) -> Response:
-        given = request.headers.get("x-request-id", "")
-        call = Call(server, request, None, given if GIVEN_ID.fullmatch(given) else secrets.token_hex(12), {})
+        call = Call(server, request, None, request_id(request.headers), {})
         REQUEST.set({"id": call.id})
         if server.tracing is not None and endpoint.path not in QUIET:
             call.trace = RequestTrace(server.tracing, request, endpoint.path, call.id)
@@ -194,5 +190,4 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if found.status == 404:
         meant = f"; there is /v1{path}" if f"/v1{path}" in {route.path for route in request.app.routes} else ""
         found = ApiError(404, f"There is no {request.method} {path} here{meant}.", code="not_found")
-    log_refused(request.scope, found)
-    return found.response()
+    return refused(request.scope, found)

@@ -18,7 +18,8 @@ class Feed:
     """Reads answers of a scheduler; choice `i * n + k` is answer k to prompt i. Close it in `finally`.
 
     `queue_timeout`: seconds that they may wait for others. `interval`: deliveries after the first come at the multiples
-    of so many seconds, which is asked before each; so those of several feeds come in one turn of the loop.
+    of so many seconds, which is asked before each; so those of several feeds come in one turn of the loop. The end of
+    an answer comes at once.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Feed:
             ApiError: they waited too long (429).
             EdgeformerError: an answer failed.
         """
-        if self._has_begun and (interval := self._interval()) > 0:
+        if self._has_begun and not self._has_news_of_end() and (interval := self._interval()) > 0:
             moment = (self._delivered // interval + 1) * interval
             if moment > self._loop.time():
                 await self._wait(moment, wakes=False)
@@ -66,7 +67,7 @@ class Feed:
             await self._wait(end if self._has_begun else min(end, now + self._patience()))
 
     async def _wait(self, deadline: float, wakes: bool = True) -> None:
-        """Returns at the deadline; with `wakes`, also when there are new pieces."""
+        """Returns at the deadline, or when an answer ends; with `wakes`, also when there are new pieces."""
         self._deadline, self._wakes = deadline, wakes
         if self._timer is None or self._timer.when() > deadline:
             if self._timer is not None:
@@ -89,8 +90,13 @@ class Feed:
             self._end_wait()
 
     def _ring(self) -> None:
-        if self._waiter is not None and self._wakes:
+        if self._wakes or self._has_news_of_end():
             self._end_wait()
+
+    def _has_news_of_end(self) -> bool:
+        """Whether more answers have ended than `next` has seen, or all: nothing else is worth waiting for."""
+        ended = sum(answer.done for answer in self.answers)
+        return ended > self._ended or ended == len(self.answers)
 
     def _end_wait(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -154,9 +160,10 @@ class Feed:
         raise too_busy(f"The request waited {self._queue_timeout:g} s for its turn. Try again later.")
 
     def _wake(self) -> None:
-        if self._waits_for_ends and sum(answer.done for answer in self.answers) == self._ended:
+        has_end = self._has_news_of_end()
+        if self._waits_for_ends and not has_end:
             return
-        if not self._is_signalled:  # at most one call waits in the loop
+        if has_end or not self._is_signalled:  # of pieces, at most one call waits in the loop
             self._is_signalled = True
             with contextlib.suppress(RuntimeError):  # the loop was closed
                 self._loop.call_soon_threadsafe(self._ring)

@@ -8,17 +8,23 @@ from __future__ import annotations
 import json
 import logging
 import re
+import secrets
 import sys
 import time
 from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import Scope
+
 from edgeformer.server.errors import ApiError
 
 # Of the request at hand: each line that is written for it has them.
 REQUEST: ContextVar[dict[str, str]] = ContextVar("request", default={})  # noqa: B039 (never changed)
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
+_GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PLAIN = re.compile(r"[\w.,:/+-]+", re.ASCII)
 
 
@@ -67,10 +73,20 @@ def _written(value: Any) -> str:
     return text if _PLAIN.fullmatch(text) else json.dumps(value, default=str)
 
 
-def log_refused(scope: Mapping[str, Any], error: ApiError) -> None:
-    """The line of a request that no route has seen: its path is what the client said."""
-    line = {"method": scope["method"], "path": scope["path"][:100], "status": error.status}
+def request_id(headers: Mapping[str, str]) -> str:
+    """The id of a request: that of its X-Request-Id, if it is a plain word, else a new one."""
+    given = headers.get("x-request-id", "")
+    return given if _GIVEN_ID.fullmatch(given) else secrets.token_hex(12)
+
+
+def refused(scope: Scope, error: ApiError) -> Response:
+    """The answer to a request that no route has seen, with its line in the log: the path is what the client said."""
+    name = request_id(Headers(scope=scope))
+    line = {"id": name, "method": scope["method"], "path": scope["path"][:100], "status": error.status}
     logging.getLogger("edgeformer.server").info("request", extra=line | {"error": error.code or error.kind})
+    response = error.response()
+    response.headers["X-Request-Id"] = name
+    return response
 
 
 def set_up() -> None:

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edgeformer.errors import InputError
 from edgeformer.server.errors import ApiError
-from edgeformer.server.logs import log_refused
+from edgeformer.server.logs import refused
 from edgeformer.server.options import ServeOptions
 
 OPEN = ("/health",)  # routes that need no key, beside the page's files
@@ -81,8 +81,7 @@ class Guard:
             try:
                 self._check(Headers(scope=scope), scope["path"], scope["method"])
             except ApiError as error:
-                log_refused(scope, error)
-                await error.response()(scope, receive, send)
+                await refused(scope, error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

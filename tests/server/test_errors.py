@@ -155,6 +155,13 @@ def test_a_deep_schema_is_refused_or_obeyed_and_never_crashes(server):
     assert found.status_code in (200, 400), found.text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_grammar_that_is_found_too_large_while_it_is_followed_is_the_clients_error(server, stream):
+    schema = {"type": "string", "pattern": "^(a?){500}a{500}$"}  # the states of its automaton are too many
+    error = refused(server, "/v1/chat/completions", json=CHAT | {"json_schema": schema, "stream": stream})
+    assert "too large" in error["message"] and error["type"] == "invalid_request_error"
+
+
 def test_unknown_paths_and_methods(server):
     assert refused(server, "/v2/chat", 404, json={})["code"] == "not_found"
     assert refused(server, "/v1/models", 405, json={})["code"] == "method_not_allowed"

@@ -54,6 +54,27 @@ def test_a_request_id_is_kept_or_made(server):
         assert made != bad and len(made) == 24
 
 
+@pytest.mark.parametrize(
+    ("path", "more", "status"),
+    [
+        ("/nothing", {}, 404),
+        ("/v1/chat/completions", {}, 405),
+        ("/v1/models", {"Host": "evil.example"}, 403),
+        ("/v1/models/nobody", {}, 404),
+        ("/v1/messages", {}, 405),
+    ],
+)
+def test_a_refused_request_has_an_id_too(server, path, more, status):
+    import httpx
+
+    made = httpx.get(server.url + path, headers=more)
+    assert (made.status_code, len(made.headers["x-request-id"])) == (status, 24)
+    found = httpx.get(server.url + path, headers=more | {"X-Request-Id": "mine"})
+    assert found.headers["x-request-id"] == "mine"
+    if path == "/v1/messages":
+        assert found.headers["request-id"] == found.json()["request_id"] == "mine"
+
+
 def test_a_connection_is_used_again(server):
     data = request(b"", path="/health", method="GET")
     assert exchange(server, data + data).count(b"HTTP/1.1 200") == 2

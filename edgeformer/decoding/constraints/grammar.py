@@ -13,7 +13,7 @@ import numpy as np
 from edgeformer.bundle.signature import Array
 from edgeformer.decoding.constraints.habits import Habits
 from edgeformer.decoding.constraints.token_trie import TokenTrie
-from edgeformer.errors import InputError, StateError, first_line
+from edgeformer.errors import GrammarError, InputError, StateError, first_line
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -225,7 +225,7 @@ class GrammarConstraint:
             bit = np.uint32(1 << (number & 31))
             bits[number >> 5] = bits[number >> 5] | bit if may_end else bits[number >> 5] & ~bit
         if not mask.any():
-            raise StateError(self._dead_end(may_end))
+            raise GrammarError(self._dead_end(may_end))
         return mask
 
     def _allowed_at_beginning(self) -> Array:
@@ -251,8 +251,8 @@ class GrammarConstraint:
         if self._matcher.is_error():
             problem = first_line(Exception(self._matcher.get_error()))
             if problem.startswith("NoExtension"):
-                raise StateError(self._dead_end(may_end=False))
-            raise StateError(
+                raise GrammarError(self._dead_end(may_end=False))
+            raise GrammarError(
                 f"The grammar engine gave up: {problem}. The grammar is too ambiguous or too large; simplify it."
             )
 
