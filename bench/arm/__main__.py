@@ -162,7 +162,8 @@ def one_row_floor(isa: str, scheme: str) -> float:
     start from, four conversions of the sums, four products of the scales and four multiply-adds, and four conversions
     of the weights' scales from float16; for q4a four conversions and four multiply-adds more, for the minima. Loads
     take 64 bytes each at most: of the weights, the scales (32 bytes), the minima, the row, and one of its scale.
-    Nibbles take one instruction for each SDOT; so do the bytes of q8, whose sign bit is flipped, but for USDOT of neon_i8mm.
+    Nibbles take one instruction for each SDOT. So do the bytes of q8, whose sign bit is flipped; USDOT of neon_i8mm
+    takes them as they are.
     """
     columns = BLOCKS[scheme]
     minima = scheme == "q4a"
@@ -184,7 +185,7 @@ def comparisons(kernels: list[dict[str, Any]]) -> list[str]:
     pairs = {key: total / totals["neon_dotprod", *key[1:]] for key, total in totals.items() if key[0] == "neon_i8mm"}
     no_more = sum(ratio <= 1.005 for ratio in pairs.values())
     return [
-        "One row (decoding), beside the least that its weights as packed need, with their loads and the scales' widening "
+        "One row (decoding), beside the least that its weights as packed need, with loads and the widening of scales "
         "(`one_row_floor` derives it). Signed bytes would spare neon_dotprod the flip of q8, one instruction of these; "
         "AVX-512 would then need one more.",
         table(["table", "weights", "instructions", "floor", ""], rows),
