@@ -24,18 +24,20 @@ NOTHING, CACHE = "from nothing", "from the cache"
 def timed(target: Target, pythons: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Fills in the seconds of CPU time that the child processes of the body take, and from what they started.
 
-    Only a build for all Pythons says how long a target takes: else nothing is filled in.
+    Nothing is filled in unless it is a build for all Pythons, and the cache has nothing for this target or has what the
+    last build for all of them left.
     """
     mark = MARKS / f"built-{target.name}"
+    known = set(mark.read_text().split()) if mark.exists() else None
     found: dict[str, Any] = {}
     before = os.times()
     yield found
     after = os.times()
-    if set(pythons) == set(PYTHONS):
+    if set(pythons) == set(PYTHONS) and (known is None or known == set(PYTHONS)):
         seconds = sum(getattr(after, name) - getattr(before, name) for name in ("children_user", "children_system"))
-        found[CACHE if mark.exists() else NOTHING] = round(seconds)
+        found[NOTHING if known is None else CACHE] = round(seconds)
     mark.parent.mkdir(parents=True, exist_ok=True)
-    mark.touch()
+    mark.write_text(" ".join(sorted((known or set()) | set(pythons))))
 
 
 def facts(wheel: Path, extension: Path, problems: list[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pytest
 from support.peer_results import saved
 
 from bench.arm import __main__ as arm
+from bench.report import runs
 
 # -- instructions on ARM
 
@@ -48,6 +49,25 @@ def test_the_floor_is_the_number_of_dot_products() -> None:
     assert arm.floor("neon_i8mm", 16, 32, 3) == 32 + 32  # two rows by SMMLA, the third by SDOT
 
 
+def test_the_floor_of_one_row_counts_what_its_weights_need() -> None:
+    # 32 SDOT, 32 flips, 16 for the sums, 4 scales widened; 8 loads of weights, 3 of scales and the row
+    assert arm.one_row_floor("neon_dotprod", "q8") == (32 + 32 + 20 + 8 + 3) / 32
+    assert arm.one_row_floor("neon_i8mm", "q8") == (32 + 20 + 8 + 3) / 32  # USDOT needs no flip
+    assert arm.one_row_floor("neon_dotprod", "q4a") == (32 + 32 + 28 + 4 + 4) / 32
+
+
+def test_the_counts_are_near_their_floors() -> None:
+    kernels = runs("arm")[0]["kernels"]
+    totals = {(row["isa"], row["scheme"], row["rows"]): sum(row["kinds"].values()) for row in kernels}
+    ones = [row for row in kernels if row["rows"] == 1]
+    assert len(ones) == 2 * len(arm.BLOCKS)
+    for row in ones:
+        counted = totals[row["isa"], row["scheme"], 1] / row["floor"]
+        assert counted < 1.3 * arm.one_row_floor(row["isa"], row["scheme"])
+    for (isa, scheme, count), total in totals.items():
+        assert isa != "neon_i8mm" or total <= 1.005 * totals["neon_dotprod", scheme, count]
+
+
 def test_the_plugin_counts_every_instruction(tmp_path: Path) -> None:
     missing = [tool for tool in arm.TOOLS if shutil.which(tool) is None]
     if missing:
@@ -70,13 +90,21 @@ def test_the_plugin_counts_every_instruction(tmp_path: Path) -> None:
 
 def test_the_instructions_are_shown_for_each_of_the_floor() -> None:
     kernel = {"isa": "neon_dotprod", "scheme": "q4", "rows": 64, "floor": 100}
+    one = {"isa": "neon_dotprod", "scheme": "q8", "rows": 1, "floor": 100}
     numbers = saved() | {
         "compiler": "g++ 1",
-        "kernels": [kernel | {"kinds": {"dots": 100, "spills": 45}}, kernel | {"kinds": {"dots": 100, "moves": 60}}],
+        "kernels": [
+            kernel | {"kinds": {"dots": 100, "spills": 45}},
+            kernel | {"kinds": {"dots": 100, "moves": 60}},
+            kernel | {"isa": "neon_i8mm", "floor": 50, "kinds": {"dots": 50, "moves": 79}},
+            one | {"kinds": {"dots": 100, "unpacking": 250}},
+        ],
         "tokens": [{"model": "m", "isa": "neon_dotprod", "rows": 1, "floor": 8e6, "instructions": 10e6}],
     }
     numbers["machine"]["versions"] = {}
     text = arm.text(numbers)
     assert "| neon_dotprod | q4 | 64 | **1.45** | 1.00 | 0.00 | 0.00 | 0.00 | 0.45 |" in text
-    assert "1 of 2 cases are within 1.5" in text
+    assert "1 of 4 cases are within 1.5" in text
+    assert "| neon_dotprod | q8 | 3.50 | 2.97 | x 1.18 |" in text
+    assert "(within 0.5 %) in 1 of 1 cases, x 0.81 to x 0.81" in text
     assert "| m | decoding | neon_dotprod | 10.0 M | 8.0 M | x 1.25 |" in text

@@ -229,11 +229,15 @@ def test_a_build_for_some_pythons_says_nothing_of_its_time(tmp_path: Path, monke
     monkeypatch.setattr(record, "MARKS", tmp_path)
     target = TARGETS["macos_arm64"]
     found = []
-    for pythons in (PYTHONS, PYTHONS[:1], PYTHONS):
+    for pythons in (PYTHONS, PYTHONS[:1], PYTHONS):  # all from nothing; one; all again
         with record.timed(target, pythons) as seconds:
             pass
         found.append(list(seconds))
     assert found == [["from nothing"], [], ["from the cache"]]
+    (tmp_path / f"built-{target.name}").write_text("3.12")
+    with record.timed(target, PYTHONS) as seconds:  # compiles what the cache has not: neither of the two
+        pass
+    assert seconds == {}
 
 
 def test_a_record_keeps_what_was_built_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
