@@ -18,6 +18,7 @@ from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from time import time
 from typing import TYPE_CHECKING, cast
 
@@ -63,6 +64,8 @@ class PrefixFolder:
         self.limit_bytes = limit_bytes
         self.root = hashlib.sha256(MAGIC + engine.fingerprint.encode()).hexdigest()
         self._engine = engine
+        self._trimming = Lock()
+        self._spare = 0  # bytes that may be written before the next look at the whole folder
 
     def key(self, parent: str, ids: Sequence[int]) -> str:
         """The name of a chunk: 64 hex digits. `parent` is the name of the chunk before, or `root`."""
@@ -99,31 +102,53 @@ class PrefixFolder:
                     if not self._file(key).exists():
                         body = bytes.fromhex(key) + cast("_native.KvChunk", chunk).save()
                         disk_cache.write_atomically(self._file(key), [_head(body), body])
-                self._trim()
+                        self._spare -= len(body)
+                if self._spare <= 0 and self._trimming.acquire(blocking=False):
+                    try:
+                        self._spare = self._trim() // 8
+                    finally:
+                        self._trimming.release()
 
         disk_cache.in_background(work)
 
     def _file(self, key: str) -> Path:
         return self.path / (key + SUFFIX)
 
-    def _trim(self) -> None:
-        """Delete the least recently used files above the limits, and what interrupted writers left."""
-        files = []
+    def _trim(self) -> int:
+        """Delete the least recently used files above the limits, and what interrupted writers left; the bytes left.
+
+        Looking at all files takes time and memory for each of them, so it is not done at every write, and they are
+        listed only where some must go.
+        """
+        used = 0
         for entry in os.scandir(self.path):
             with suppress(OSError):
-                stat = entry.stat()
                 if entry.name.endswith(SUFFIX):
-                    files.append((stat.st_mtime, stat.st_size, entry.path))
-                elif SUFFIX in entry.name and entry.name.endswith(".partial") and stat.st_mtime < time() - _STALE:
+                    used += entry.stat().st_size
+                elif _is_partial(entry.name) and entry.stat().st_mtime < time() - _STALE:
                     os.unlink(entry.path)
-        used = sum(size for _, size, _ in files)
         room = min(self.limit_bytes, (shutil.disk_usage(self.path).free + used) // disk_cache.DISK_DIVISOR)
-        for _, size, path in sorted(files):
+        for size, path in self._oldest() if used > room else ():
             if used <= room:
                 break
             with suppress(OSError):
                 os.unlink(path)
                 used -= size
+        return max(0, room - used)
+
+    def _oldest(self) -> list[tuple[int, str]]:
+        """(bytes, path) of each file, the least recently used first."""
+        files = []
+        for entry in os.scandir(self.path):
+            with suppress(OSError):
+                if entry.name.endswith(SUFFIX):
+                    stat = entry.stat()
+                    files.append((stat.st_mtime, stat.st_size, entry.path))
+        return [(size, path) for _, size, path in sorted(files)]
+
+
+def _is_partial(name: str) -> bool:
+    return SUFFIX in name and name.endswith(".partial")
 
 
 def _head(body: bytes | memoryview) -> bytes:

@@ -306,7 +306,8 @@ class OrtEngine:
 
         def create() -> Any:
             with in_flight:
-                return self._ort.InferenceSession(graph, options, providers=providers)
+                # Its fallback prints, and tries the same provider again.
+                return self._ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
 
         try:
             session = interruptible(create)

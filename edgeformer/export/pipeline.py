@@ -239,8 +239,10 @@ def _unmeasured(job: _Job, source: AnySource) -> str:
     """Why the cost of an int8 cache is not measured."""
     if not job.quantized:
         return "weights are float, so the export expected a float32 cache"
-    if not (isinstance(source, Source) and source.is_language_model):
-        return "the export measures it for language models of one graph"
+    if not isinstance(source, Source):
+        return "the export does not measure it for encoder-decoders"
+    if not source.is_language_model:
+        return "the export measures it for language models only"
     return "the export measured no accuracy (--tokens 0)"
 
 

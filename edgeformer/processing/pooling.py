@@ -31,7 +31,7 @@ def modes_of(pooling: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         InputError: one is unknown, or there is none.
     """
-    modes = (pooling,) if isinstance(pooling, str) else tuple(pooling)
+    modes = tuple(pooling) if isinstance(pooling, Sequence) and not isinstance(pooling, str) else (pooling,)
     if not modes or any(mode not in get_args(Pooling) for mode in modes):
         raise InputError(f"pooling is {pooling!r}, expected one or several of {', '.join(get_args(Pooling))}.")
     return modes
@@ -83,7 +83,7 @@ def similarity(a: Any, b: Any, function: str) -> np.ndarray[Any, np.dtype[np.flo
     """
     if function not in SIMILARITIES:
         raise InputError(f"similarity is {function!r}, expected one of {', '.join(SIMILARITIES)}.")
-    left, right = (np.atleast_2d(np.asarray(side, np.float32)) for side in (a, b))
+    left, right = _vectors(a), _vectors(b)
     if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[1]:
         raise InputError(
             f"The vectors have the shapes {list(left.shape)} and {list(right.shape)}, expected [count, size] twice, "
@@ -95,6 +95,16 @@ def similarity(a: Any, b: Any, function: str) -> np.ndarray[Any, np.dtype[np.flo
         order = 2 if function == "euclidean" else 1
         scores = -np.stack([np.linalg.norm(row - right, ord=order, axis=-1) for row in left])
     return scores.astype(np.float32, copy=False)
+
+
+def _vectors(side: Any) -> Array:
+    try:
+        found = np.asarray(side)
+    except ValueError as error:  # lists of several lengths
+        raise InputError(f"The vectors are no array: {error}.") from error
+    if found.dtype.kind not in "fiub":
+        raise InputError(f"The vectors are of the type {found.dtype}, expected numbers [count, size].")
+    return np.atleast_2d(found.astype(np.float32, copy=False))
 
 
 def activate(logits: Array, name: str) -> Array:

@@ -65,6 +65,8 @@ class EmbedOptions:
     def __post_init__(self) -> None:
         if self.pooling is not None:
             modes_of(self.pooling)
+        if self.normalize is not None and not isinstance(self.normalize, (bool, np.bool_)):
+            raise InputError(f"normalize is {self.normalize!r}, expected True, False or None.")
         size = self.dimensions
         if size is not None and (isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1):
             raise InputError(f"dimensions is {size!r}, expected a whole number of at least 1.")
@@ -100,6 +102,7 @@ class Encoder:
         self, items: Sequence[Any], options: EmbedOptions, batching: Batching
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
         """float32 [len(items), size]; see `Model.embed`."""
+        _require_items(items)
         name = next((name for name in (*VECTORS, HIDDEN_STATES) if name in self.outputs), None)
         if name is None:
             raise InputError(
@@ -153,6 +156,7 @@ class Encoder:
 
     def classify(self, items: Sequence[Any], batching: Batching) -> list[list[Label]]:
         """For each item all labels, the likeliest first."""
+        _require_items(items)
         several = self.bundle.config.get("problem_type") == "multi_label_classification"
         activation = self.processing.get("activation")
         found: list[list[Label]] = [[] for _ in items]
@@ -170,6 +174,7 @@ class Encoder:
         self, pairs: Sequence[Any], activation: str | None, prompt: str, batching: Batching
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
         """float32 [len(pairs)], or [len(pairs), labels] of a model with several labels; see `Model.score`."""
+        _require_items(pairs)
         texts = [tuple(pair) if isinstance(pair, list) else pair for pair in pairs]
         rows: list[Array] = [np.empty(0, np.float32)] * len(texts)
         for places, feeds, _ in self._batches(texts, batching, prompt):
@@ -183,6 +188,7 @@ class Encoder:
 
     def classify_tokens(self, texts: Sequence[str], batching: Batching) -> list[list[Entity]]:
         """For each text its words that have a label other than O; a word takes the label of its first token."""
+        _require_items(texts)
         found: list[list[Entity]] = [[] for _ in texts]
         for places, feeds, encoded in self._batches(texts, batching, ""):
             scores = softmax(self._logits(feeds, 3))
@@ -221,8 +227,6 @@ class Encoder:
         self, items: Sequence[Any], batching: Batching, prompt: str
     ) -> Iterator[tuple[list[int], dict[str, Array], list[Encoded]]]:
         """(places in `items`, the graph's inputs, the texts' tokens) of each batch; texts of like length together."""
-        if isinstance(items, (str, bytes)) or not isinstance(items, Sequence) or not items:
-            raise InputError("Expected a list of at least one text or picture: embed(['a text']).")
         batches = self._text_batches if IDS in self.inputs else self._picture_batches
         with batching.reporting(len(items)) as report:
             for places, feeds, encoded in batches(items, batching, prompt):
@@ -298,6 +302,12 @@ class Encoder:
                 "it with its own arrays: model(pixel_values=...)."
             )
         return read_json(path)
+
+
+def _require_items(items: object) -> None:
+    if isinstance(items, (str, bytes)) or not isinstance(items, Sequence) or not items:
+        found = "an empty list" if isinstance(items, Sequence) and not items else type(items).__name__
+        raise InputError(f"Expected a list of at least one text or picture: embed(['a text']); this is {found}.")
 
 
 def _with_prompt(prompt: str, item: Any) -> Any:

@@ -131,6 +131,8 @@ class EncoderMethods:
         """
         if isinstance(documents, (str, bytes)) or not isinstance(documents, Iterable):
             raise InputError(f"documents is {type(documents).__name__}, expected a list of texts.")
+        if top_k is not None and (type(top_k) is not int or top_k < 1):
+            raise InputError(f"top_k is {top_k!r}, expected a whole number of at least 1.")
         scores = self.score(
             [(query, document) for document in documents],
             prompt_name=prompt_name,

@@ -79,7 +79,24 @@ def _checked(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
     if unknown:
         known = ", ".join(SpeechArguments.__annotations__)
         raise InputError(f"transcribe() has no argument {', '.join(unknown)}; it has {known}.")
+    for name, kind, expected in _KINDS:
+        value = arguments.get(name)
+        if value is not None and not isinstance(value, kind):
+            raise InputError(f"{name} is {value!r:.200}, expected {expected}.")
+    if not (arguments.get("on_step") is None or callable(arguments["on_step"])):
+        raise InputError(f"on_step is {arguments['on_step']!r:.200}, expected a function without arguments.")
     return arguments
+
+
+# Of the arguments that `generate` does not check.
+_KINDS: tuple[tuple[str, type, str], ...] = (
+    ("language", str, "a code such as 'en'"),
+    ("task", str, "'transcribe' or 'translate'"),
+    ("prompt", str, "a text"),
+    ("timestamps", bool, "True or False"),
+    ("logprobs", bool, "True or False"),
+    ("max_new_tokens", int, "a whole number"),
+)
 
 
 def log_mel(bundle: Bundle) -> LogMel:

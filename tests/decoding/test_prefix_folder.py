@@ -155,6 +155,28 @@ def test_the_least_recently_used_files_go_first(q8, folder):
     assert not stale.exists()
 
 
+def test_the_limit_holds_and_the_folder_is_not_read_at_every_write(q8, folder, monkeypatch):
+    """The soak found it: each write listed all files, so a folder with thousands of them took time and memory."""
+    engine, looks, scandir = engine_of(q8), [], os.scandir
+    state = engine.new_state()
+    logits(engine, np.array([IDS]), state)
+    [chunk] = state.chunks()
+    monkeypatch.setattr(os, "scandir", lambda path: looks.append(path) or scandir(path))
+
+    def write(place, count):
+        for number in range(count):
+            place.write([(place.key(place.root, [number]), chunk)])
+            disk_cache.finish()
+            yield sum((folder / name).stat().st_size for name in os.listdir(folder))
+
+    roomy = PrefixFolder(engine, folder, LIMIT)
+    [*_, size] = write(roomy, 40)
+    assert looks.count(folder) == 1
+    tight = PrefixFolder(engine, folder, size // 8)  # five files
+    assert max(write(tight, 60)) <= size // 8
+    assert 3 <= len(list(folder.glob("*.kv"))) <= 5
+
+
 def test_a_folder_that_cannot_be_written_stores_nothing(q8, tmp_path):
     file = tmp_path / "file"
     file.write_text("")

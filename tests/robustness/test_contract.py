@@ -257,22 +257,25 @@ def test_many_loads_take_no_more_memory(q8, engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_load_without_memory_says_so_and_the_next_one_works(lm, engine):
-    run(
+    """Also where no thread can be started, and where a started one finds no memory. Nothing is printed."""
+    out = run(
         """
-        before = tokens(load(PATH, ENGINE, threads=1))
+        before = tokens(load(PATH, ENGINE, threads=2))
         failed = 0
-        for extra in [k << 14 for k in (0, 9, 18, 27, 64)]:
+        for extra in [k << 14 for k in (0, 1, 9, 18, 27, 64, 150, 400, 700, 1000)]:
             limit(extra)
             try:
-                load(PATH, ENGINE, threads=1)
+                load(PATH, ENGINE, threads=2)
             except (EdgeformerError, MemoryError):
                 failed += 1
             limit(None)
-            assert tokens(load(PATH, ENGINE, threads=1)) == before
+            assert tokens(load(PATH, ENGINE, threads=2)) == before
+        assert failed, "no load failed"
         """,
         lm,
         engine,
     )
+    assert out == ""
 
 
 def test_a_tokenizer_that_cannot_be_parsed_is_out_of_memory_and_the_process_lives(lm):

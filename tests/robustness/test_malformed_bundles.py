@@ -14,6 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from support import tiny
+from support.damage import VALUES
 
 from edgeformer import load
 from edgeformer.bundle.bundle import Bundle
@@ -46,6 +47,48 @@ def change_graph(reseal):
         reseal(bundle)
 
     return edit
+
+
+# ----------------------------------------------------------------------------------------- layers with a float32 cache
+
+KV_COST = {kind: {"mean_kl": 0.01} for kind in ("float32", "int8", "auto")}
+# Of two layers. True where the bundle runs.
+FLOAT32_LAYERS = [([], True), ([0], True), ([1, 0], True), ([1, 1], True), ([2], False), ([0, 2**31], False),
+                  ([2**63], False), ([10**30], False), (list(range(100_000)), False)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layers", "runs"), FLOAT32_LAYERS, ids=lambda value: repr(value)[:20])
+def test_layers_of_a_float32_cache_are_those_of_the_graph(q8, copy_of, edit_manifest, layers, runs):
+    copy = copy_of(q8)
+    edit_manifest(copy, lambda manifest: manifest.update(kv_cache={**KV_COST, "float32_layers": layers}))
+    if runs:
+        assert answer(copy, "native")
+        return
+    for engine in ("native", "auto"):
+        with pytest.raises(BundleError, match=rf"kv_cache\.float32_layers has {layers[-1] if len(layers) < 9 else 2},"):
+            load(copy, engine, threads=1)
+    with pytest.raises(BundleError, match="float32_layers"):
+        load(copy, "native", threads=1)
+    load(copy, "cpu", threads=1)  # has no such cache
+
+
+@pytest.mark.parametrize("key", ["kv_cache", "float32_layers", "layer", "int8", "mean_kl"])
+def test_any_value_in_the_cost_of_the_cache_gives_a_typed_error_or_a_bundle_that_runs(q8, copy_of, edit_manifest, key):
+    copy, outcomes = copy_of(q8), set()
+    for value in VALUES:
+        entry: object = {**KV_COST, "float32_layers": [1]}
+        entry = {
+            "kv_cache": value,
+            "float32_layers": {**KV_COST, "float32_layers": value},
+            "layer": {**KV_COST, "float32_layers": [0, value]},
+            "int8": {**KV_COST, "int8": value, "float32_layers": []},
+            "mean_kl": {**KV_COST, "auto": {"mean_kl": value}, "float32_layers": [0]},
+        }[key]
+        edit_manifest(copy, lambda manifest, entry=entry: manifest.update(kv_cache=entry))
+        found = typed(lambda: answer(copy, "native"))
+        assert not isinstance(found, str) or "kv_cache" in found, (value, found)
+        outcomes.add(type(found))
+    assert str in outcomes
 
 
 # -------------------------------------------------------------------------------------------------- files that are none

@@ -247,7 +247,8 @@ def main(arguments: list[str]) -> int:
     if "--save" in arguments:
         from bench.report import ROOT, put, runs, save
 
-        save("soak", {"engines": reports})
+        others = [one for run in runs("soak")[:1] for one in run["engines"] if one["engine"] not in names]
+        save("soak", {"engines": [*reports, *(others if names else ())]})
         put(ROOT / "docs" / "contract.md", "soak", page(runs("soak")[0]))
     return 1 if any(map(problems, reports)) else 0
 

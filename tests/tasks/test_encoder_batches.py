@@ -160,3 +160,68 @@ def test_texts_of_a_graph_without_an_attention_mask_are_not_padded(tmp_path):
     texts = ["hello", "hello world, and more of it", "world", "a b c d", "hello world"]
     together = model.embed(texts)
     np.testing.assert_array_equal(together, np.concatenate([model.embed([text]) for text in texts]))
+
+
+# ---------------------------------------------------------------------------------------------------- wrong arguments
+
+NAN = float("nan")
+NO_TEXTS = {
+    "one text": "x", "bytes": b"x", "None": None, "a number": 5, "no texts": [], "a list with a number": ["x", 5],
+    "a list with None": [None], "a list with bytes": [b"x"], "a lone surrogate": ["\ud800"], "a set": {"x"},
+    "numbers": np.zeros((2, 3)), "a dict": {"x": 1}, "a pair of numbers": [(1, 2)],
+}  # fmt: skip
+OPTIONS = {
+    "batch_size": (0, -1, 1.5, "8", True),
+    "show_progress": ("yes", 5),
+    "prompt_name": ("no such", 5),
+    "prompt": (5, b"x"),
+    "pooling": ("median", 5, [], ["mean", 5]),
+    "normalize": ("yes", 2),
+    "dimensions": (0, -1, 10**9, 1.5, "3", True),
+    "top_k": (0, -1, 1.5, "x", True),
+    "activation": ("no such", 5),
+}
+TAKES = {
+    "embed": ("prompt_name", "prompt", "pooling", "normalize", "dimensions", "batch_size", "show_progress"),
+    "classify": ("batch_size", "show_progress"),
+    "score": ("prompt_name", "prompt", "activation", "batch_size", "show_progress"),
+    "rank": ("top_k", "prompt_name", "prompt", "batch_size", "show_progress"),
+}
+WRONG = [(method, name, value) for method, names in TAKES.items() for name in names for value in OPTIONS[name]]
+
+
+@pytest.fixture(scope="module")
+def loaded(bundles):
+    """{method: a model that has it}"""
+    vectors, labels = (edgeformer.load(path, "cpu", threads=1) for path in bundles)
+    return {"embed": vectors, "classify": labels, "score": labels, "rank": labels}
+
+
+def called(loaded, method, items, **options):
+    model = loaded[method]
+    return model.rank("x", items, **options) if method == "rank" else getattr(model, method)(items, **options)
+
+
+@pytest.mark.parametrize("method", TAKES)
+@pytest.mark.parametrize("case", NO_TEXTS)
+def test_what_are_no_texts_is_refused(loaded, method, case):
+    with pytest.raises(InputError, match=r".{20}"):
+        called(loaded, method, NO_TEXTS[case])
+
+
+@pytest.mark.parametrize(("method", "name", "value"), WRONG, ids=lambda value: repr(value)[:20])
+def test_an_option_out_of_its_range_is_refused_by_name(loaded, method, name, value):
+    with pytest.raises(InputError, match=name.partition("_name")[0]):
+        called(loaded, method, ["a text", "another"], **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "function"),
+    [
+        ([[1.0, 2]], [[1.0]], None), ([1.0], [[[1.0]]], None), ("x", "y", None), (None, [[1.0]], None),
+        ([[1.0]], [[1.0]], "nearest"), ([[1.0]], [[1.0]], 5), ([[1j]], [[1.0]], None), ([["x"]], [["y"]], None),
+    ],
+)  # fmt: skip
+def test_what_are_no_vectors_is_refused(loaded, a, b, function):
+    with pytest.raises(InputError):
+        loaded["embed"].similarity(a, b, function)

@@ -170,3 +170,33 @@ def test_the_command_goes_on_behind_a_file_that_fails(edgeformer, bundle, tmp_pa
     ]
     assert code == 2
     assert err.startswith("error: ") and "none.wav" in err and err.count("\n") == 1
+
+
+NAN = float("nan")
+NO_SOUND = {
+    "None": None, "a number": 5, "bytes": b"RIFF", "a dict": {}, "rank 0": np.float32(1), "rank 2": np.zeros((2, 9)),
+    "no samples": np.zeros(0, np.float32), "NaN": np.full(99, np.nan, np.float32), "texts": np.array(["x"]),
+    "complex": np.zeros(99, np.complex64), "objects": np.array([None]), "infinite": np.full(99, np.inf, np.float32),
+    "a missing file": "none.wav", "a folder": "/", "an empty name": "", "a NUL in the name": "a\0b",
+}  # fmt: skip
+WRONG = {
+    "language": ("xx", 5), "task": ("sing", 5), "prompt": (5, b"x"), "timestamps": ("yes", 5),
+    "logprobs": ("x", 5), "temperature": (-1, NAN, "x"), "seed": (-1, 1.5, "x"), "num_beams": (0, -1, 1.5),
+    "max_new_tokens": (-1, 1.5, "x"), "show_progress": (3, "yes"), "on_step": (5, "x"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NO_SOUND)
+def test_what_is_no_recording_is_refused(model, case):
+    with pytest.raises(InputError, match=r".{20}"):
+        model.transcribe(NO_SOUND[case], max_new_tokens=1)
+    with pytest.raises(InputError, match=r".{20}"):
+        list(model.transcribe_stream(NO_SOUND[case], max_new_tokens=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG.items() for value in values], ids=lambda v: repr(v)[:20]
+)
+def test_an_option_out_of_its_range_is_refused_by_name(model, name, value):
+    with pytest.raises(InputError, match=name):
+        model.transcribe(RECORDINGS[1], **{"max_new_tokens": 1, name: value})

@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime as ort
 
 from edgeformer.bundle.signature import Array
+from edgeformer.engines.interruptible import interruptible
 from edgeformer.errors import ExportError
 from edgeformer.machine import default_threads
 
@@ -35,11 +36,13 @@ class OrtGraph:
         if mapped:
             options.add_session_config_entry("session.disable_prepacking", "1")
         try:
-            self.session = ort.InferenceSession(
-                str(path),
-                options,
-                providers=["CPUExecutionProvider"],
-                disabled_optimizers=["ConstantFolding"] if mapped else None,
+            self.session = interruptible(
+                lambda: ort.InferenceSession(
+                    str(path),
+                    options,
+                    providers=["CPUExecutionProvider"],
+                    disabled_optimizers=["ConstantFolding"] if mapped else None,
+                )
             )
         except Exception as error:  # onnxruntime's own classes share no base but this one
             raise ExportError(
@@ -63,7 +66,7 @@ class OrtGraph:
             kind = _NUMPY.get(self.inputs[name].type) if name in self.inputs else None
             if kind is not None and value.dtype != kind:
                 wanted[name] = value.astype(kind)
-        values = self.session.run(None, {**wanted, **cache})
+        values = self._run({**wanted, **cache})
         results = dict(zip(self.outputs, values, strict=True))
         present = {name: results.pop(name.replace("past_key_values", "present")) for name in self.past}
         outputs = {name: _wide(value) for name, value in results.items()}
@@ -73,8 +76,16 @@ class OrtGraph:
         """Every output under its own name, those of the cache too, for `feeds` after an empty past."""
         batch = next(iter(feeds.values())).shape[0]
         given = {name: value for name, value in feeds.items() if name in self.inputs}
-        values = self.session.run(None, {**given, **self.empty_past(batch)})
+        values = self._run({**given, **self.empty_past(batch)})
         return dict(zip(self.outputs, values, strict=True))
+
+    def _run(self, feeds: Mapping[str, Array]) -> list[Array]:
+        """All outputs; Ctrl-C comes between two nodes of the graph."""
+        options = ort.RunOptions()
+        values: list[Array] = interruptible(
+            lambda: self.session.run(None, feeds, options), lambda: setattr(options, "terminate", True)
+        )
+        return values
 
     def empty_past(self, batch: int) -> dict[str, Array]:
         """Empty arrays for all inputs that are a cache, also of a graph that was cut before its presents."""
