@@ -101,6 +101,7 @@ def create_app(registry: Registry, options: ServeOptions) -> Starlette:
         exception_handlers={HTTPException: _http_error},
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False  # its redirects lead to what the Host header says, without a line in the log
     app.state.server = server
     return app
 
@@ -185,9 +186,13 @@ async def _until_gone(request: Request) -> None:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Unknown paths and wrong methods, as the API's errors. A client's base URL often lacks the /v1."""
+    """Unknown paths and wrong methods, as the API's errors.
+
+    A client's base URL often lacks the /v1, and some paths end with a slash: the message names the right one.
+    """
     found, path = api_error(error), request.url.path
     if found.status == 404:
-        meant = f"; there is /v1{path}" if f"/v1{path}" in {route.path for route in request.app.routes} else ""
+        known, own = {route.path for route in request.app.routes}, path.rstrip("/")
+        meant = next((f"; there is {one}" for one in (own, f"/v1{own}") if own and one in known), "")
         found = ApiError(404, f"There is no {request.method} {path} here{meant}.", code="not_found")
     return refused(request.scope, found)

@@ -116,14 +116,17 @@ async def read_body(request: Request, limit: int) -> bytes:
     """The whole body of a request whose content type is JSON.
 
     Raises:
-        ApiError: it is of another type (415), larger than `limit` bytes (413), comes too slowly (408), or the client
-            went away.
+        ApiError: it is of another type or compressed (415), larger than `limit` bytes (413), comes too slowly (408), or
+            the client went away.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(
             415, f"The content type is {kind or 'missing'}, expected application/json.", code="unsupported_media_type"
         )
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":
+        raise ApiError(415, f"The body is compressed ({coding[:20]}); send it as it is.", code="unsupported_media_type")
     try:
         async with asyncio.timeout(BODY_SECONDS):
             return b"".join([part async for part in body_chunks(request, limit)])

@@ -55,7 +55,21 @@ CHATS = {
         {"messages": [USER], "stream": True, "stream_options": USAGE, "max_tokens": 30},
         {"messages": [USER], "stream": False, "max_completion_tokens": 30},  # titles and tags
     ],
-    "aider": [{"messages": [SYSTEM, USER], "temperature": 0, "stream": True, "max_tokens": 30}],
+    "aider": [  # as 0.86.2 sends it, but for max_tokens: examples of edits as turns, all contents texts
+        {
+            "messages": [
+                SYSTEM,
+                {"role": "user", "content": "Change the greeting."},
+                {"role": "assistant", "content": "show_greeting.py\n```\nprint(1)\n```"},
+                {"role": "user", "content": "I switched to a new code base."},
+                {"role": "assistant", "content": "Ok."},
+                {"role": "user", "content": "Change a.py."},
+            ],
+            "temperature": 0,
+            "stream": True,
+            "max_tokens": 30,
+        }
+    ],
     "Zed": [
         {
             "messages": TURNS,

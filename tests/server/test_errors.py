@@ -162,6 +162,20 @@ def test_a_grammar_that_is_found_too_large_while_it_is_followed_is_the_clients_e
     assert "too large" in error["message"] and error["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("/tokenize/", "/tokenize"),
+        ("/chat/completions/", "/v1/chat/completions"),
+    ],
+)
+def test_a_path_that_is_nearly_right_is_told_the_right_one(server, path, meant):
+    """Not by a redirect: that would lead to whatever the Host header says."""
+    assert f"there is {meant}." in refused(server, path, 404, json={})["message"]
+
+
 def test_unknown_paths_and_methods(server):
     assert refused(server, "/v2/chat", 404, json={})["code"] == "not_found"
     assert refused(server, "/v1/models", 405, json={})["code"] == "method_not_allowed"

@@ -82,6 +82,14 @@ def test_a_body_that_a_page_may_send_unasked_is_refused(server, kind):
     assert found.status_code == 415
 
 
+def test_a_compressed_body_is_refused_by_name(server):
+    import gzip
+
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    found = httpx.post(server.url + "/tokenize", content=gzip.compress(b'{"content": "a"}'), headers=headers)
+    assert found.status_code == 415 and "gzip" in found.json()["error"]["message"]
+
+
 def test_a_large_body_is_refused_whether_its_length_is_said_or_not(locked):
     def parts():
         for _ in range(50):
