@@ -2,8 +2,9 @@
 
 Most of the time is one server process, whose memory is compared after a warm-up and at the end. The warm-up ends after
 so many requests, however long these take: what fills (the prefix cache, recent answers, pools of threads) fills by
-requests and not by time. Then servers follow one another on the same port: SIGTERM comes while answers run. Answers of
-the first minute must come again at the end.
+requests and not by time. At its end more of the longest requests come at once than there are slots, which chance alone
+would bring about much later: memory that they need stays with the process. Then servers follow one another on the same
+port: SIGTERM comes while answers run. Answers of the first minute must come again at the end.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import httpx
 from bench.decoding.setting import verdict
 from bench.peers import models
 from bench.report import footnote, table
-from bench.serving import servers
+from bench.serving import servers, workload
 from bench.serving.servers import Process, Setting
 from bench.serving.setting import Options
 from bench.serving.soak_requests import Requests, Work
@@ -123,6 +124,9 @@ class Soak:
             passed, mib, ended = time.monotonic() - began, server.rss() / 2**20, requests.tally.ended
             report.samples.append((round(passed, 1), round(mib, 1), ended))
             if not report.warm_mib and ended >= self._warm and requests.least >= SEEN:
+                await requests.at_most(CLIENTS)
+                mib, ended, passed = server.rss() / 2**20, requests.tally.ended, time.monotonic() - began
+                report.samples.append((round(passed, 1), round(mib, 1), ended))
                 report.warm_mib, report.warm_threads = mib, server.threads()
                 report.warm_seconds, report.warm_requests = round(passed, 1), ended
         report.end_mib, report.end_threads = server.rss() / 2**20, server.threads()
@@ -165,7 +169,13 @@ def measure(options: Options) -> dict[str, Any]:
     def command(port: int) -> list[str]:
         return servers.edgeformer(Setting(options.bundle, port, SLOTS, options.threads))
 
-    asked = Work([ask.messages for ask in work.take(12)], lambda: work.take(1)[0].messages, new)
+    longest = workload.LONGEST
+    asked = Work(
+        [ask.messages for ask in work.take(12)],
+        lambda: work.take(1)[0].messages,
+        lambda: work.short(1, longest)[0].messages,
+        new,
+    )
     warm = QUICK_WARM if options.tiny or options.quick else WARM
     result = Soak(command, asked, options.minutes * 60, models.LOGS / "serving-soak.log", warm).run()
     print(f"soak: {problems(result) or 'no problem'}", file=sys.stderr, flush=True)

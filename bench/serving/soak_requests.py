@@ -55,10 +55,12 @@ class Lost(Exception):
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked: `pool`, again and again, whose answers must not change, and `fresh()`, never asked before."""
+    """What is asked: `pool`, again and again, whose answers must not change, `fresh()`, never asked before, and
+    `longest()`, the same at its longest."""
 
     pool: list[Messages]
     fresh: Callable[[], Messages]
+    longest: Callable[[], Messages]
     new: int  # tokens of an answer
 
 
@@ -105,6 +107,15 @@ class Requests:
             else:
                 await asyncio.sleep(0.2)
         self.tally.ways[way] += 1
+
+    async def at_most(self, count: int) -> None:
+        """`count` of the longest at once: what is running takes the most memory that it can.
+
+        Raises:
+            Lost: an answer is not as it must be.
+        """
+        bodies = [self._body(self._work.longest()) for _ in range(count)]
+        await asyncio.gather(*(self.streamed(body, is_kept=False) for body in bodies))
 
     def _body(self, messages: Messages, **more: Any) -> dict[str, Any]:
         return {"messages": messages, "max_tokens": self._work.new, "temperature": 0, "ignore_eos": True} | more

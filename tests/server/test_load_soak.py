@@ -27,6 +27,10 @@ def fresh():
     return [{"role": "user", "content": f"number {next(NUMBERS)}"}]
 
 
+def longest():
+    return [{"role": "user", "content": f"number {next(NUMBERS)} " + "abc " * 60}]
+
+
 POOL = [[{"role": "user", "content": words}] for words in WORDS]
 
 
@@ -34,7 +38,7 @@ def test_nothing_is_lost_leaks_or_changes(served, tmp_path):
     def command(port):
         return edgeformer(Setting(served["lm"], port, 4, 1))
 
-    found = soak.Soak(command, Work(POOL, fresh, NEW), 5.0, tmp_path / "server.log", warm=60).run()
+    found = soak.Soak(command, Work(POOL, fresh, longest, NEW), 5.0, tmp_path / "server.log", warm=60).run()
     assert soak.problems(found) == []
     assert found["restarts"] >= 1 and set(found["exit_codes"]) == {0}
     assert found["ways"]["complete"] > 20 and found["ways"]["refused"] > 0
@@ -124,7 +128,7 @@ def test_a_faulty_stream_is_a_lost_answer(lines, said):
 
         async def ask():
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.server_port}") as client:
-                requests = Requests(client, Work(POOL, fresh, NEW), lambda: False, 0)
+                requests = Requests(client, Work(POOL, fresh, longest, NEW), lambda: False, 0)
                 requests._kinds = {"stream": requests._stream}
                 requests._random.choice = lambda values: values[0]
                 for _ in range(2):
@@ -139,7 +143,7 @@ def test_a_faulty_stream_is_a_lost_answer(lines, said):
 def test_a_refusal_is_lost_unless_the_server_restarts():
     async def ask(is_restarting):
         async with httpx.AsyncClient(base_url="http://127.0.0.1:1") as client:
-            requests = Requests(client, Work(POOL, fresh, NEW), lambda: is_restarting, 0)
+            requests = Requests(client, Work(POOL, fresh, longest, NEW), lambda: is_restarting, 0)
             requests._kinds = {"whole": requests._whole}
             await requests.one()
             return dict(requests.tally.ways)
