@@ -121,7 +121,7 @@ fuzz: setup ## every fuzz target for FUZZ_SECONDS, also of the C++ module by cla
 SOAK_SECONDS ?= 3600
 
 soak: setup ## an hour of mixed use of a tiny model, half of it on each engine; then 1,000 loads
-	EDGEFORMER_CACHE= PYTHONPATH=.:tests $(BIN)/python -m support.soak $$(($(SOAK_SECONDS) / 2)) --save
+	EDGEFORMER_CACHE= MALLOC_ARENA_MAX=1 PYTHONPATH=.:tests $(BIN)/python -m support.soak $$(($(SOAK_SECONDS) / 2)) --save
 	EDGEFORMER_LOADS=1000 $(BIN)/python -m pytest -q tests/robustness/test_contract.py
 
 clean: ## remove what was built

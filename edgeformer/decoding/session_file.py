@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgeformer.errors import StateError
+from edgeformer.errors import InputError, StateError
 from edgeformer.machine import replace_file
 
 MAGIC = b"edgeformer-session 1\n"
@@ -24,29 +24,31 @@ def write_session(path: str | os.PathLike[str], ids: Sequence[int], state: bytes
     """Write the file whole or not at all: also after a kill or a power failure an old file stays.
 
     Raises:
+        InputError: `path` is no path.
         StateError: it cannot be written.
     """
     body = len(ids).to_bytes(8, "little") + np.asarray(ids, "<i8").tobytes() + state
+    file = _path(path)
     try:
-        replace_file(Path(path), MAGIC + hashlib.sha256(body).digest() + body)
-    except OSError as error:
-        raise StateError(
-            f"{path} cannot be written: {error.strerror or error}; a file that was there is unchanged."
-        ) from error
+        replace_file(file, MAGIC + hashlib.sha256(body).digest() + body)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise StateError(f"{file} cannot be written: {_why(error)}; a file that was there is unchanged.") from error
 
 
 def read_session(path: str | os.PathLike[str]) -> tuple[list[int], bytes]:
     """(ids, state) as given to `write_session`.
 
     Raises:
+        InputError: `path` is no path.
         StateError: the file cannot be read, or is damaged.
     """
+    file = _path(path)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
-            raise StateError(f"{path} is no file; give the path that was given to session.save().")
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise StateError(f"{path} cannot be read: {error.strerror or error}.") from error
+        if not stat.S_ISREG(os.stat(file).st_mode):  # opening a pipe would wait for its writer
+            raise StateError(f"{file} is no file; give the path that was given to session.save().")
+        data = file.read_bytes()
+    except (OSError, ValueError) as error:
+        raise StateError(f"{file} cannot be read: {_why(error)}.") from error
     if not data.startswith(MAGIC):
         raise StateError(f"{path} is not a saved session of edgeformer, format 1.")
     body = memoryview(data)[len(MAGIC) + _DIGEST :]
@@ -56,3 +58,14 @@ def read_session(path: str | os.PathLike[str]) -> tuple[list[int], bytes]:
     if count > (len(body) - 8) // 8:
         raise StateError(f"{path} is damaged: it says {count:,} token ids and has {len(body):,} bytes.")
     return np.frombuffer(body[8 : 8 + 8 * count], "<i8").tolist(), bytes(body[8 + 8 * count :])
+
+
+def _path(path: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(path)
+    except TypeError as error:
+        raise InputError(f"The path is {path!r:.200}, expected the path of a file.") from error
+
+
+def _why(error: OSError | ValueError) -> str:
+    return getattr(error, "strerror", None) or str(error)

@@ -340,6 +340,7 @@ TRIED = {
     Model: {*OTHERS, "generate", "stream", "generate_each", "scheduler"},
     GenerationScheduler: {"add"},
 }
+# What `session` refuses is in test_session_files.py.
 NO_ARGUMENTS = {Model: {"explain", "session", "pair"}, GenerationScheduler: {"stream", "cancel", "close", "count_in"}}
 
 

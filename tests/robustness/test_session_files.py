@@ -18,7 +18,7 @@ from edgeformer import disk_cache, load
 from edgeformer.decoding.prefix_cache import PrefixCache
 from edgeformer.decoding.prefix_folder import PrefixFolder
 from edgeformer.decoding.session_file import MAGIC
-from edgeformer.errors import EngineUnavailable, StateError
+from edgeformer.errors import EngineUnavailable, InputError, StateError
 
 IDS = [5, 40, 17, 88]
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
@@ -89,8 +89,16 @@ def test_what_is_no_file_is_refused_without_waiting(model, tmp_path):
     for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
         with pytest.raises(StateError, match="is no file"):
             model.session(path)
-    with pytest.raises(StateError, match="cannot be read: No such file"):
-        model.session(tmp_path / "none")
+    for path in (tmp_path / "none", "", "a\0b"):
+        with pytest.raises(StateError, match=r"cannot be read: (No such file|embedded null)|is no file"):
+            model.session(path)
+
+
+@pytest.mark.parametrize("path", [5, b"x", True, ["x"]], ids=repr)
+def test_what_is_no_path_is_refused(model, path):
+    for call in (model.session, model.session().save):
+        with pytest.raises(InputError, match="expected the path"):
+            call(path)
 
 
 def test_another_model_cache_type_or_engine_refuses_it(q8, lm, saved):
@@ -157,8 +165,20 @@ def test_a_disk_that_refuses_leaves_the_old_session_and_nothing_else(model, tmp_
     assert len(model.session(path).ids) == len(new.ids)
 
 
+@FORKS
+def test_the_faults_find_a_writer_that_writes_in_place(tmp_path):
+    path, found = tmp_path / "s", set()
+    for step in range(1, 9):
+        path.write_bytes(b"old" * 100)
+        code = faults.killed_at(step, lambda: path.write_bytes(b"newer" * 100))
+        found.add(path.read_bytes())
+        if code == 0:
+            break
+    assert code == 0 and found > {b"old" * 100, b"newer" * 100}  # and something that is neither
+
+
 def test_a_target_that_is_no_folder_or_takes_nothing_is_a_state_error(model, tmp_path):
-    for path in (tmp_path / "none" / "s", "/proc/edgeformer", tmp_path):
+    for path in (tmp_path / "none" / "s", "/proc/edgeformer", tmp_path, tmp_path / "a\0b"):
         with pytest.raises(StateError, match="cannot be written"):
             model.session().save(path)
     assert os.listdir(tmp_path) == []

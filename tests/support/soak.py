@@ -6,7 +6,8 @@ Three threads generate from random prompts, leave streams, cancel answers of a s
 select states, save and restore sessions, and load the bundle again. Memory is measured between rounds of ROUND
 operations, when no call runs. The warm-up is counted in operations and not in seconds: an allocator takes the most that
 three threads ever need at once, and what they need at once is chance. `--save` writes bench/results/soak.json and
-docs/contract.md.
+docs/contract.md. Run it with MALLOC_ARENA_MAX=1: glibc makes up to eight heaps a core for threads, each of which grows
+to its own peak, and that takes longer than a leak takes to be seen.
 """
 
 from __future__ import annotations
