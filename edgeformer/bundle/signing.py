@@ -19,7 +19,7 @@ from edgeformer.bundle.bundle import Bundle
 from edgeformer.bundle.ed25519 import PREFIX, SIGNATURE, cryptography
 from edgeformer.bundle.manifest import MANIFEST
 from edgeformer.errors import EdgeformerError, InputError
-from edgeformer.machine import replace_file
+from edgeformer.files import replace_file
 
 
 def make_key(path: str | os.PathLike[str]) -> bytes:

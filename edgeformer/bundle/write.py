@@ -17,7 +17,8 @@ from edgeformer.bundle.hashes import bundle_error, sha256
 from edgeformer.bundle.manifest import FORMAT, FORMAT_VERSION, MANIFEST, Json, manifest_problems, read_json
 from edgeformer.bundle.names import windows_name_problem
 from edgeformer.errors import BundleError
-from edgeformer.machine import WINDOWS, fsync, lock_folder, move, replace_file
+from edgeformer.files import replace_file
+from edgeformer.machine import WINDOWS, fsync, lock_folder, move
 
 OLD = "-old"  # suffix of the temporary name of a replaced folder
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from edgeformer.errors import InputError, StateError
-from edgeformer.machine import replace_file
+from edgeformer.files import replace_file
 
 MAGIC = b"edgeformer-session 1\n"
 _DIGEST = 32
