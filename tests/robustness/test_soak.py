@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 
 import pytest
-from support import soak
+from support import fuzz_all, soak
 from support.own_process import run
+
+from bench.report import ROOT, runs
 
 pytest.importorskip("edgeformer._native", reason="the native extension is not built")
 
@@ -20,7 +22,7 @@ def test_mixed_use_leaves_the_bits_the_memory_and_the_threads_as_they_were(lm, e
     run(
         f"""
         sys.path.insert(0, os.path.join(os.environ["PYTHONPATH"], "tests"))
-        from support import soak
+        from support import fuzz_all, soak
         report = soak.soak(ENGINE, 0, **{SHORT})
         assert soak.problems(report) == [], report
         assert min(report["kinds"].values()) > 20, report
@@ -73,3 +75,9 @@ def test_the_soak_sees_a_job_that_fails(q8, tmp_path):
     made = soak.Soak(q8, "native", tmp_path)
     made.jobs = {lambda rng: made.model.generate([-1]): 1}
     assert "InputError" in soak.problems(made.run(0, warm=30, operations=30))[0]
+
+
+@pytest.mark.parametrize(("study", "page", "name"), [(soak, "contract.md", "soak"), (fuzz_all, "security.md", "fuzz")])
+def test_the_pages_are_what_their_commands_print(study, page, name):
+    text = (ROOT / "docs" / page).read_text().partition(f"<!-- {name}:begin -->")[2]
+    assert text.partition(f"<!-- {name}:end -->")[0].strip() == study.page(runs(name)[0]).strip()

@@ -48,12 +48,16 @@ def numbers(output: str) -> dict[str, int]:
     Raises:
         ValueError: the run never began.
     """
-    done = re.findall(r"^#(\d+)\s+\S+\s+cov: (\d+)", output, re.MULTILINE)
+    done = re.findall(r"^#(\d+)\s+[A-Z]+\s+(?:cov: (\d+))?", output, re.MULTILINE)
     runs_at_end = re.search(r"number_of_executed_units: (\d+)", output)
     if not done:
         raise ValueError(f"no run of libFuzzer: {output[-2000:]}")
     edges = sum(int(count) for count in re.findall(r"\((\d+) inline 8-bit counters\)", output))
-    return {"runs": int(runs_at_end[1] if runs_at_end else done[-1][0]), "reached": int(done[-1][1]), "edges": edges}
+    return {
+        "runs": int(runs_at_end[1] if runs_at_end else done[-1][0]),
+        "reached": int(done[-1][1] or 0),
+        "edges": edges,
+    }
 
 
 def fuzz(name: str, seconds: int) -> dict[str, Any]:
@@ -73,7 +77,9 @@ def fuzz(name: str, seconds: int) -> dict[str, Any]:
 
 
 def _edges(one: dict[str, Any]) -> str:
-    """How many edges of Python code there are is not known before they run."""
+    """How many edges of Python code there are is not known before they run; no line where libFuzzer counted none."""
+    if not one["reached"]:
+        return "not counted"
     return f"{one['reached']:,}" + (f" of {one['edges']:,}" if one["edges"] else "")
 
 
