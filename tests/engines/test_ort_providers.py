@@ -83,6 +83,7 @@ class Pretending:
     def __init__(self) -> None:
         self.available, self.runs, self.heavy_on = [TENSORRT, CUDA, CPU], [CUDA], CUDA
         self.providers: list[list[Any]] = []  # of each session
+        self.fallbacks: list[int] = []  # of each session: whether others may run in their place in silence
         self.bindings: list[Binding] = []  # of each run
         self.devices: dict[int, str] = {}  # of the values, by identity
         self.kept: list[Any] = []
@@ -97,7 +98,10 @@ class Pretending:
     def preload_dlls(self) -> None:
         pass
 
-    def InferenceSession(self, graph: Any, options: Any, providers: Sequence[Any]) -> Session:  # noqa: N802
+    def InferenceSession(  # noqa: N802
+        self, graph: Any, options: Any, providers: Sequence[Any], enable_fallback: int = 1
+    ) -> Session:
+        self.fallbacks.append(enable_fallback)
         return Session(graph, options, providers, self)
 
     def place(self, value: Any, device: str) -> Any:
@@ -135,6 +139,7 @@ def test_the_cache_stays_on_the_device_and_logits_come_to_the_host(gpu: Pretendi
     state = cuda.new_state()
     got = [logits(cuda, state, part) for part in parts]
 
+    assert set(gpu.fallbacks) == {0}
     caches = cuda.signature.caches  # past -> present
     assert caches and len(gpu.bindings) == len(parts)
     for binding in gpu.bindings:
