@@ -31,6 +31,7 @@ from edgeformer.errors import (
     InputError,
     OutOfMemory,
     StateError,
+    check_memory,
 )
 from edgeformer.machine import default_threads
 
@@ -41,6 +42,8 @@ Run = tuple[dict[str, Array], Commit]
 TOLERANCE = 1e-3  # of the range of logits, where the bundle names none
 
 SHORT = 64  # most elements of the inputs of a call that is not worth a thread, which takes 0.1 ms
+# Bytes that must be free before a run: where none are left for its own small objects, ONNX Runtime ends the process.
+ROOM = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -235,6 +238,7 @@ class OrtEngine:
         self, loaded: Loaded, arrays: Arrays, static: dict[str, Any], past: list[Any]
     ) -> tuple[dict[str, Array], list[Any]]:
         """(the outputs, the OrtValues of the new cache)."""
+        check_memory(ROOM, "running the model; the state is as before")
         binding = loaded.session.io_binding()
         value = self._ort.OrtValue.ortvalue_from_numpy
         for name, array in arrays.items():
