@@ -6,7 +6,6 @@ weights file until they are read, so reading a graph takes milliseconds whatever
 
 from __future__ import annotations
 
-import errno
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import numpy as np
 from edgeformer.bundle.signature import Array
 from edgeformer.engines.native.ir.cache import Cache
 from edgeformer.engines.native.ir.dims import Shape, Size, symbol
-from edgeformer.errors import BundleError, EngineUnavailable, OutOfMemory
+from edgeformer.errors import BundleError, EngineUnavailable, typed_out_of_memory
 
 if TYPE_CHECKING:
     import onnx
@@ -324,11 +323,10 @@ class _Maps:
             raise BundleError(f"{name}: external data in {location!r}; expected a plain file name beside the graph")
         if location not in self.files:
             try:
-                self.files[location] = np.memmap(self.folder / location, np.uint8, "r")
+                with typed_out_of_memory(f"mapping the weights file {location} for {name}"):
+                    self.files[location] = np.memmap(self.folder / location, np.uint8, "r")
             except (OSError, ValueError) as e:
-                full = isinstance(e, OSError) and e.errno == errno.ENOMEM
-                kind = OutOfMemory if full else BundleError
-                raise kind(f"{name}: its weights file {location} cannot be mapped: {e}") from e
+                raise BundleError(f"{name}: its weights file {location} cannot be mapped: {e}") from e
         data = self.files[location]
         if offset < 0 or length < 0 or offset > data.size - length:
             raise BundleError(
