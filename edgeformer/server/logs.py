@@ -23,7 +23,7 @@ from edgeformer.server.errors import ApiError
 
 # Of the request at hand: each line that is written for it has them.
 REQUEST: ContextVar[dict[str, str]] = ContextVar("request", default={})  # noqa: B039 (never changed)
-_OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
+_OF_FORMATTERS = frozenset({"message", "asctime", "color_message"})
 _GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PLAIN = re.compile(r"[\w.,:/+-]+", re.ASCII)
 
@@ -64,7 +64,9 @@ class TextFormatter(logging.Formatter):
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
     """The request's id, and what `extra` gave."""
-    return REQUEST.get() | {name: value for name, value in vars(record).items() if name not in _OWN}
+    # Asked each time: a library of the process may have set a record factory that gives every record fields of its own.
+    own = vars(logging.makeLogRecord({})).keys() | _OF_FORMATTERS
+    return REQUEST.get() | {name: value for name, value in vars(record).items() if name not in own}
 
 
 def _written(value: Any) -> str:

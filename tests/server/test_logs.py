@@ -91,3 +91,22 @@ def test_a_file_gets_json(loaded, log_to):
     httpx.post(loaded.url + "/v1/chat/completions", json=CHAT, headers={"X-Request-Id": "mine"})
     (line,) = lines_of(stream, 1)
     assert line.startswith('{"time": ') and '"id": "mine"' in line
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_fields_that_a_library_gives_every_record_are_left_out(log_to, is_terminal):
+    kept = logging.getLogRecordFactory()
+
+    def stamped(*args, **kwargs):
+        record = kept(*args, **kwargs)
+        record.stamp_of_a_library = 1
+        return record
+
+    stream = log_to(is_terminal)
+    logging.setLogRecordFactory(stamped)
+    try:
+        logging.getLogger("edgeformer.server").info("said", extra={"model": "lm"})
+    finally:
+        logging.setLogRecordFactory(kept)
+    (line,) = lines_of(stream, 1)
+    assert "lm" in line and "stamp" not in line
