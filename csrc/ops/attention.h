@@ -99,6 +99,7 @@ class Attention final : public Op {
   // -- attention_append.cpp
   void rotate(const Run& run, const Side& side, const HeadRows& part, float* y) const;
   void append(const Run& run, const Sequence& s, const NewTokens& tokens) const;
+  void prefetch_place(const Run& run, const Sequence& s, int64_t token, int64_t kv_head) const;
   void append_rows(const Run& run, int64_t row, int64_t rows) const;
 
   // -- attention_attend.cpp

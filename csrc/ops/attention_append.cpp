@@ -48,6 +48,21 @@ void Attention::rotate(const Run& run, const Side& side, const HeadRows& part, f
   }
 }
 
+// Prefetches the lines that a token's key and value are written to: those of a key are one for every 4 columns.
+void Attention::prefetch_place(const Run& run, const Sequence& s, int64_t token, int64_t kv_head) const {
+  const KvLayout l = kv_layout(run);
+  if (l.type != KvType::int8) return;
+  const int64_t at = token % kChunkTokens, tile = round_up(l.head_dim, 4) * kLanes, pair = 2 * l.value_stride();
+  const uint8_t* head = s.chunks[token / kChunkTokens] + kv_head * l.head_bytes();
+  const auto fetch = [](const uint8_t* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 1);
+  };
+  fetch(head + at / kLanes * tile, tile);
+  fetch(head + l.values() + at / 2 * pair, pair);
+  fetch(head + l.key_scales() + at * 4, 4);
+  fetch(head + l.value_scales() + at * 4, 4);
+}
+
 void Attention::append(const Run& run, const Sequence& s, const NewTokens& t) const {
   KvAppendArgs a{};
   a.layout = kv_layout(run);

@@ -59,15 +59,17 @@ void Attention::decode(Run& run, int64_t chunk, int thread) const {
   const int64_t c_end = p.split ? std::min(c_begin + p.split, chunks) : chunks;
   if (s.rows == 0 || (c_begin >= c_end && p.split)) return;
 
+  // The new tokens of this part: only this task reads them.
+  const int64_t first = std::max<int64_t>(0, c_begin * kChunkTokens - s.past);
+  const int64_t last = std::min(s.rows, c_end * kChunkTokens - s.past);
+  if (first < last) prefetch_place(run, s, s.past + first, kv_head);
+
   float* scratch = reinterpret_cast<float*>(run.scratch[thread]);
   const float* q = in(run, kQ).f32() + s.row * heads_ * dim_;
   if (q_.changes()) {
     rotate(run, q_, {s.row, s.rows, kv_head * group_, group_}, scratch);
     q = scratch;
   }
-  // The new tokens of this part: only this task reads them.
-  const int64_t first = std::max<int64_t>(0, c_begin * kChunkTokens - s.past);
-  const int64_t last = std::min(s.rows, c_end * kChunkTokens - s.past);
   if (first < last) {
     const float* k = in(run, kK).f32() + (s.row + first) * kv_heads_ * dim_;
     if (k_.changes()) {

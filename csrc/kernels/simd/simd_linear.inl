@@ -45,6 +45,41 @@ struct TileBlock {
   TileBlock part(int64_t i) const { return {p + 512 * i}; }
 };
 
+// Quantized activations of up to 8 rows, from one block on. A row's blocks and its integers are at base + (1, 3, 5 or 7
+// steps) * (1, 2, 4 or 8), which is one address of an instruction: an own pointer for each row and array would be more
+// than there are registers.
+template <int R>
+struct XRows {
+  const int8_t* xq;
+  const XBlock* xb;
+  int64_t step, step3, step5, step7;  // bytes from a row's blocks to the next row's, and multiples
+
+  static_assert(2 * sizeof(XBlock) == kBlock, "a row's integers take twice the bytes of its blocks");
+  XRows(const int8_t* q, const XBlock* b, int64_t blocks)
+      : xq(q), xb(b), step(blocks * int64_t(sizeof(XBlock))), step3(3 * step), step5(5 * step), step7(7 * step) {
+    asm("" : "+r"(step), "+r"(step3), "+r"(step5), "+r"(step7));  // else the compiler derives its own pointers
+  }
+  // The same rows, `blocks` further on.
+  void advance(int64_t blocks) {
+    xq += blocks * kBlock;
+    xb += blocks;
+    if constexpr (R > 2) asm("" : "+r"(xq), "+r"(xb));  // as above
+  }
+  template <int r>
+  int64_t offset() const {
+    static_assert(r < 8, "more rows than steps");
+    return r == 7 ? step7 : r == 5 ? step5 : r == 3 ? step3 : r == 6 ? 2 * step3 : r * step;
+  }
+  template <int r>
+  const int8_t* integers() const {
+    return xq + 2 * offset<r>();
+  }
+  template <int r>
+  const XBlock& block() const {
+    return *reinterpret_cast<const XBlock*>(reinterpret_cast<const uint8_t*>(xb) + offset<r>());
+  }
+};
+
 // sum[r][p] += 4 columns (slice `s` of 8) of panel p's block * row r, for R rows and P panels.
 template <class Q, int s, int R, int P, class Block, class Sum>
 inline __attribute__((always_inline)) void dot_slice(const Block (&block)[P], const S::X (&x)[R], Sum (&sum)[R][P]) {
@@ -68,13 +103,12 @@ inline int32_t centre(const XBlock& xb) {
 
 // acc[r][p] += one wide block of panel p * row r: all kParts of it under one scale.
 template <class Q, int R, int P, class Block>
-inline __attribute__((always_inline)) void add_wide(const Block (&block)[P], const int8_t* xq, const XBlock* xb,
-                                                    int64_t ldq, int64_t ldb, F (&acc)[R][P]) {
+inline __attribute__((always_inline)) void add_wide(const Block (&block)[P], const XRows<R>& rows, F (&acc)[R][P]) {
   constexpr bool widens = Q::kNibbles && !S::kLongNibbleSums;  // after each part
   I sum[R][P], whole[R][P];                                    // every table's NibbleSum and ByteSum are I
   const auto start = [&](bool offset) __attribute__((always_inline)) {
     each<R>([&](auto r) __attribute__((always_inline)) {
-      const int32_t c = offset ? xb[r * ldb].offset_part : 0;
+      const int32_t c = offset ? rows.template block<r.value>().offset_part : 0;
       each<P>([&](auto p) __attribute__((always_inline)) {
         if constexpr (Q::kNibbles)
           sum[r][p] = S::nzero(c >> 4);
@@ -89,13 +123,15 @@ inline __attribute__((always_inline)) void add_wide(const Block (&block)[P], con
     each<P>([&](auto p) __attribute__((always_inline)) { part[p] = block[p].part(i); });
     each<2>([&](auto half) __attribute__((always_inline)) {
       typename S::X x[R];
-      each<R>([&](auto r) __attribute__((always_inline)) { x[r] = S::load_x(xq + r * ldq + i * kBlock + 16 * half); });
+      each<R>([&](auto r) __attribute__((always_inline)) {
+        x[r] = S::load_x(rows.template integers<r.value>() + i * kBlock + 16 * half);
+      });
       each<4>([&](auto s)
                   __attribute__((always_inline)) { dot_slice<Q, 4 * half.value + s.value, R, P>(part, x, sum); });
     });
     if constexpr (widens) {
       each<R>([&](auto r) __attribute__((always_inline)) {
-        const int32_t c = xb[r * ldb].offset_part >> 4;
+        const int32_t c = rows.template block<r.value>().offset_part >> 4;
         each<P>([&](auto p) __attribute__((always_inline)) {
           whole[r][p] = i ? S::iadd(whole[r][p], S::nsum(sum[r][p], 0)) : S::nsum(sum[r][p], c);
         });
@@ -110,28 +146,30 @@ inline __attribute__((always_inline)) void add_wide(const Block (&block)[P], con
         whole[r][p] = S::bsum(sum[r][p]);
       else if constexpr (!widens)
         whole[r][p] = S::nsum(sum[r][p], 0);
-      acc[r][p] = S::fma(S::to_float(whole[r][p]), S::mul(f16(xb[r * ldb].scale), ws), acc[r][p]);
+      const F scale = S::mul(f16(rows.template block<r.value>().scale), ws);
+      acc[r][p] = S::fma(S::to_float(whole[r][p]), scale, acc[r][p]);
     });
   });
 }
 
 // acc[r][p] += one block of panel p * row r, in the order of LinearFn's formula (kernels.h).
 template <class Q, int R, int P, class Block>
-inline __attribute__((always_inline)) void add_block(const Block (&block)[P], const int8_t* xq, const XBlock* xb,
-                                                     int64_t ldq, int64_t ldb, F (&acc)[R][P]) {
-  if constexpr (Q::kParts > 1) return add_wide<Q, R, P>(block, xq, xb, ldq, ldb, acc);
+inline __attribute__((always_inline)) void add_block(const Block (&block)[P], const XRows<R>& rows, F (&acc)[R][P]) {
+  if constexpr (Q::kParts > 1) return add_wide<Q, R, P>(block, rows, acc);
   typename S::X x[R];
   const auto load = [&](int64_t column) __attribute__((always_inline)) {
-    each<R>([&](auto r) __attribute__((always_inline)) { x[r] = S::load_x(xq + r * ldq + column); });
+    each<R>([&](auto r)
+                __attribute__((always_inline)) { x[r] = S::load_x(rows.template integers<r.value>() + column); });
   };
   // acc += dot * (scale of the row * scale of the panel)
-  const auto add = [&](int r, int p, I dot, F ws) __attribute__((always_inline)) {
-    acc[r][p] = S::fma(S::to_float(dot), S::mul(f16(xb[r * ldb].scale), ws), acc[r][p]);
+  const auto add = [&](auto r, int p, I dot, F ws) __attribute__((always_inline)) {
+    acc[r][p] = S::fma(S::to_float(dot), S::mul(f16(rows.template block<r.value>().scale), ws), acc[r][p]);
   };
   if constexpr (Q::kNibbles) {
     typename S::NibbleSum sum[R][P];
     each<R>([&](auto r) __attribute__((always_inline)) {
-      each<P>([&](auto p) __attribute__((always_inline)) { sum[r][p] = S::nzero(centre<Q>(xb[r * ldb])); });
+      each<P>([&](auto p)
+                  __attribute__((always_inline)) { sum[r][p] = S::nzero(centre<Q>(rows.template block<r.value>())); });
     });
     load(0);
     dot_slice<Q, 0, R, P>(block, x, sum);
@@ -145,18 +183,21 @@ inline __attribute__((always_inline)) void add_block(const Block (&block)[P], co
     dot_slice<Q, 7, R, P>(block, x, sum);
     each<P>([&](auto p) __attribute__((always_inline)) {
       const F ws = block[p].scale();
-      each<R>([&](auto r)
-                  __attribute__((always_inline)) { add(r, p, S::nsum(sum[r][p], centre<Q>(xb[r * ldb])), ws); });
+      each<R>([&](auto r) __attribute__((always_inline)) {
+        add(r, p, S::nsum(sum[r][p], centre<Q>(rows.template block<r.value>())), ws);
+      });
       if constexpr (Q::kMinimum) {
         const F wm = block[p].second();
-        each<R>([&](auto r)
-                    __attribute__((always_inline)) { acc[r][p] = S::fma(f16(xb[r * ldb].scaled_sum), wm, acc[r][p]); });
+        each<R>([&](auto r) __attribute__((always_inline)) {
+          acc[r][p] = S::fma(f16(rows.template block<r.value>().scaled_sum), wm, acc[r][p]);
+        });
       }
     });
   } else {
     typename S::ByteSum sum[R][P];
     each<R>([&](auto r) __attribute__((always_inline)) {
-      const int32_t offset = Q::kHalves ? xb[r * ldb].offset_part : xb[r * ldb].offset;
+      const int32_t offset =
+          Q::kHalves ? rows.template block<r.value>().offset_part : rows.template block<r.value>().offset;
       each<P>([&](auto p) __attribute__((always_inline)) { sum[r][p] = S::bzero(offset); });
     });
     load(0);
@@ -169,7 +210,7 @@ inline __attribute__((always_inline)) void add_block(const Block (&block)[P], co
         const F ws = block[p].scale();
         each<R>([&](auto r) __attribute__((always_inline)) {
           add(r, p, S::bsum(sum[r][p]), ws);
-          sum[r][p] = S::bzero(xb[r * ldb].offset - xb[r * ldb].offset_part);
+          sum[r][p] = S::bzero(rows.template block<r.value>().offset - rows.template block<r.value>().offset_part);
         });
       });
     }
@@ -185,19 +226,24 @@ inline __attribute__((always_inline)) void add_block(const Block (&block)[P], co
   }
 }
 
+// What a pass over a panel prefetches at each block: the lines [begin, end) of the one `distance` bytes further on.
+struct Fetch {
+  int64_t distance, begin, end;
+};
+
 // y[row .. row + R) of one panel, straight from the packed bytes: for decoding, which the memory bounds.
 template <class Q, int R>
-inline void panel_rows(const LinearArgs& a, const uint8_t* panel, int64_t row, float* y, int64_t lanes) {
+inline void panel_rows(const LinearArgs& a, const uint8_t* panel, const Fetch& fetch, int64_t row, float* y,
+                       int64_t lanes) {
   const int64_t blocks = blocks_of(a.k);
   F acc[R][1];
   each<R>([&](auto r) __attribute__((always_inline)) { acc[r][0] = f16(0.0f); });
-  for (int64_t g = 0; g < blocks; g += Q::kParts) {
-    const uint8_t* p = panel + g / Q::kParts * Q::kBytes;
-    if (a.prefetch)
-      for (int64_t line = 0; line < Q::kBytes; line += 64) __builtin_prefetch(p + line + a.prefetch, 0, 2);
+  XRows<R> rows(a.xq + row * blocks * kBlock, a.xb + row * blocks, blocks);
+  const uint8_t* const end = panel + blocks / Q::kParts * Q::kBytes;
+  for (const uint8_t* p = panel; p < end; p += Q::kBytes, rows.advance(Q::kParts)) {
+    for (int64_t line = fetch.begin; line < fetch.end; line++) __builtin_prefetch(p + 64 * line + fetch.distance, 0, 2);
     const PackedBlock<Q> block[1] = {{p}};
-    add_block<Q, R, 1>(block, a.xq + (row * blocks + g) * kBlock, a.xb + row * blocks + g, blocks * kBlock, blocks,
-                       acc);
+    add_block<Q, R, 1>(block, rows, acc);
   }
   each<R>([&](auto r) __attribute__((always_inline)) { store_tail(y + (row + r) * a.ldy, acc[r][0], lanes); });
 }
@@ -205,13 +251,15 @@ inline void panel_rows(const LinearArgs& a, const uint8_t* panel, int64_t row, f
 template <class Q>
 inline void small_linear(const LinearArgs& a, int64_t panel_begin, int64_t panel_end) {
   const int64_t bytes = blocks_of(a.k) / Q::kParts * Q::kBytes;
-  const int64_t passes = (a.m + S::kGemvRows - 1) / S::kGemvRows;
+  const int64_t passes = (a.m + S::kGemvRows - 1) / S::kGemvRows, lines = a.prefetch ? (Q::kBytes + 63) / 64 : 0;
   for (int64_t panel = panel_begin; panel < panel_end; panel++) {
     const uint8_t* w = static_cast<const uint8_t*>(a.w) + panel * bytes;
     for (int64_t pass = 0; pass < passes; pass++) {
       const int64_t row = a.m * pass / passes, rows = a.m * (pass + 1) / passes - row;
+      // Several passes share the lines of the next panel, so that memory is read all the time.
+      const Fetch fetch = {passes > 1 ? bytes : a.prefetch, lines * pass / passes, lines * (pass + 1) / passes};
       with_count<S::kGemvRows>(rows, [&](auto R) __attribute__((always_inline)) {
-        panel_rows<Q, decltype(R)::value>(a, w, row, a.y + (panel - panel_begin) * kLanes, a.n - panel * kLanes);
+        panel_rows<Q, decltype(R)::value>(a, w, fetch, row, a.y + (panel - panel_begin) * kLanes, a.n - panel * kLanes);
       });
     }
   }
@@ -237,14 +285,13 @@ inline void tile_rows(const LinearArgs& a, const Tile& tile, int64_t row, float*
       acc[r][p] = tile.first ? load_tail(y + (row + r) * a.ldy + 16 * p, lanes - 16 * p) : f16(0.0f);
     });
   });
-  const int8_t* xq = a.xq + (row * blocks + tile.first) * kBlock;
-  const XBlock* xb = a.xb + row * blocks + tile.first;
-  for (int64_t g = 0; g < tile.count; g += Q::kParts) {
+  XRows<R> rows(a.xq + (row * blocks + tile.first) * kBlock, a.xb + row * blocks + tile.first, blocks);
+  for (int64_t g = 0; g < tile.count; g += Q::kParts, rows.advance(Q::kParts)) {
     Block block[P];
     each<P>([&](auto p) __attribute__((always_inline)) {
       block[p].p = tile.data + p * tile.panel_bytes + g / Q::kParts * Block::kBytes;
     });
-    add_block<Q, R, P>(block, xq + g * kBlock, xb + g, blocks * kBlock, blocks, acc);
+    add_block<Q, R, P>(block, rows, acc);
   }
   each<R>([&](auto r) __attribute__((always_inline)) {
     each<P>([&](auto p) __attribute__((always_inline)) {
