@@ -32,9 +32,9 @@ def contestants(quick: bool) -> list[Contestant]:
     for one in ALL:
         if one.options.get("loop") == "stream":
             drafts = {"loop": "scheduler", "speculation": "auto"}
-            found.append(replace(one, name=DRAFTS, options=drafts, settings="the default: prompt lookup"))
+            found.append(replace(one, name=DRAFTS, options=drafts, settings="the same with the default: prompt lookup"))
         elif one.project == results.OURS:
-            settings = f"{one.settings}; model.scheduler, no drafts"
+            settings = f"{one.settings}; model.scheduler(stretch=None), as generate() runs a list; no drafts"
             found.append(replace(one, options={"loop": "scheduler", "speculation": "off"}, settings=settings))
         elif one.quality_file is not None:  # onnxruntime-genai: its Engine needs all logits
             settings = f"{one.settings.replace(', last-token head', '')}; its Engine, static batching, all logits"
