@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from platformdirs import user_cache_dir
 
 from edgeformer.machine import move
+from edgeformer.threads import Beside
 
 MAX_ENTRIES = 256  # the least recently used are deleted first
 DISK_DIVISOR = 5  # all entries use at most 1/5 of the space that would be free without them
@@ -138,28 +139,30 @@ def write_behind(name: str, data: Bytes, note: bytes) -> None:
 def in_background(work: Callable[[], None]) -> None:
     """Call `work`, which writes by `write_atomically`, in a thread that ends at most EXIT_TIMEOUT s after the main one.
 
-    `work` must expect an OSError of `write_atomically` then.
+    `work` must expect an OSError of `write_atomically` then. Where no thread begins, `finish` calls it.
     """
-    writer = Thread(target=work, name="edgeformer cache", daemon=True)
-    _writers[:] = [*(other for other in _writers if other.is_alive()), writer]
+    writer = Beside(work)
+    _writers[:] = [*(other for other in _writers if not other.wait(0)), writer]
     writer.start()
 
 
 def finish() -> None:
     """Wait until all background writes have ended."""
     while _writers:
-        _writers.pop().join()
+        _writers.pop().result()
 
 
-_writers: list[Thread] = []
+_writers: list[Beside[None]] = []
 _ending = Event()
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_writers.clear)  # the threads are the parent's
 
 
 @atexit.register
 def _stop_writers() -> None:
     until = monotonic() + EXIT_TIMEOUT
     for writer in _writers:
-        writer.join(max(0.0, until - monotonic()))
+        writer.wait(max(0.0, until - monotonic()))
     _ending.set()
     finish()
 

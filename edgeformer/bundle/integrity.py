@@ -12,13 +12,14 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Event, Thread
+from threading import Event
 from typing import Literal
 
 from edgeformer import disk_cache
 from edgeformer.bundle.bundle import Bundle
 from edgeformer.bundle.hashes import bundle_error, hash_problems
 from edgeformer.errors import InputError
+from edgeformer.threads import Beside
 
 Check = Literal["once", "sizes", "hashes"]
 
@@ -60,7 +61,6 @@ def verified(bundle: Bundle, check: Check) -> Iterator[None]:
         yield
         return
     problems: list[str] = []
-    # Thread.start() of CPython never returns where the new thread finds no memory, which small devices may run out of.
     if sum(size for _, size, *_ in states) <= SMALL:
         problems += hash_problems(bundle.path, bundle.manifest["files"])
         if problems:
@@ -78,27 +78,22 @@ def verified(bundle: Bundle, check: Check) -> Iterator[None]:
 
 @contextmanager
 def _hashed_beside(bundle: Bundle, problems: list[str]) -> Iterator[None]:
-    """Adds the problems while the block runs."""
+    """Adds the problems while the block runs; after it, where no thread could be started."""
     stop = Event()
-    worker = Thread(
-        target=lambda: problems.extend(hash_problems(bundle.path, bundle.manifest["files"], stop)),
-        name="edgeformer hashes",
-        daemon=True,
-    )
+    worker = Beside(lambda: hash_problems(bundle.path, bundle.manifest["files"], stop))
     worker.start()
     try:
         yield
     except Exception as error:
-        worker.join()
+        problems += worker.result()
         if problems:
             raise bundle_error(bundle.path, problems) from error
         raise
     except BaseException:  # Ctrl-C
         stop.set()
-        worker.join()
+        worker.settle()
         raise
-    while worker.is_alive():
-        worker.join(0.1)  # a join without a limit would hold Ctrl-C back
+    problems += worker.result()
 
 
 def _states(bundle: Bundle) -> list[tuple[str, int, int, int, int]]:

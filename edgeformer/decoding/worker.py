@@ -15,6 +15,7 @@ from edgeformer.decoding.job import Job
 from edgeformer.decoding.result import Piece, Result
 from edgeformer.decoding.scheduler import Scheduler
 from edgeformer.errors import EdgeformerError, InputError, QueueFull, StateError
+from edgeformer.threads import start
 
 AtEnd = Callable[[list[Result] | None, Exception | None], None]  # the results, or why it failed
 
@@ -209,6 +210,7 @@ class Worker:
         Raises:
             InputError: they can never fit.
             QueueFull: `queue_limit` requests beyond those that can run have not ended.
+            OutOfMemory: no thread can be started; the next call tries again.
             EdgeformerError: the scheduler is closed.
         """
         answer = Answer(self, jobs)
@@ -222,10 +224,10 @@ class Worker:
                     f"{len(self._answers)} requests have not ended; {most} run at once and {limit} may wait. "
                     "Try again later."
                 )
-            self._inbox.append(("add", answer))
-            self._answers.append(answer)
             if self._thread is None:
                 self._start()
+            self._inbox.append(("add", answer))
+            self._answers.append(answer)
             self._lock.notify_all()
         return answer
 
@@ -270,8 +272,7 @@ class Worker:
             self._lock.notify_all()
             thread = self._thread
         if wait and thread is not None and thread is not threading.current_thread():
-            with contextlib.suppress(RuntimeError):  # Ctrl-C inside its start(): it begins later, and ends at once
-                thread.join()
+            thread.join()
 
     def retire(self) -> None:
         """Nobody can add to it any more: the thread ends after all answers. Does not wait."""
@@ -296,10 +297,18 @@ class Worker:
 
     def _start(self) -> None:
         # A daemon thread, which _close_all ends at exit: the interpreter must not end while it holds an engine.
-        self._thread = threading.Thread(target=self._run, name="edgeformer-scheduler", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name="edgeformer-scheduler", daemon=True)
+        self._thread = thread
+        try:
+            start(thread, "the scheduler")
+        except BaseException:  # also Ctrl-C
+            self._thread = None
+            raise
 
     def _run(self) -> None:
+        with self._lock:
+            if self._thread is not threading.current_thread():
+                return  # it began too late: its start was given up
         try:
             while True:
                 with self._lock:

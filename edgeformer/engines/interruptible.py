@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import _thread
-import os
 import threading
 from collections.abc import Callable
-from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from edgeformer.threads import Beside
 
 T = TypeVar("T")
 
-# A lock that the main thread waits for can be interrupted, but not on Windows.
-_WAIT = 0.1 if os.name == "nt" else -1
 _START = 1.0  # seconds in which a thread begins; after that the caller does the work, and the thread does nothing
 
 
@@ -24,44 +21,14 @@ def interruptible(work: Callable[[], T], stop: Callable[[], object] | None = Non
     """
     if threading.get_ident() != threading.main_thread().ident:
         return work()  # signal handlers run in the main thread alone
-    # Not a threading.Thread: its start() never returns where the new thread finds no memory for its first steps.
-    # Like a daemon it does not hold the interpreter; `engines.in_flight` waits at its end for calls that run.
-    # Locks and a list of known length, because what the thread does around `work` must need no memory.
-    claimed, begun, done = threading.Lock(), _taken(), _taken()
-    outcome: list[Any] = [None, None]  # result, error
-
-    def run() -> None:
-        if not claimed.acquire(blocking=False):
-            return
-        begun.release()
-        try:
-            outcome[0] = work()
-        except BaseException as error:
-            outcome[1] = error
-        finally:
-            done.release()
-
+    thread = Beside(work)  # at the interpreter's end `engines.in_flight` waits for calls that run
     try:
-        with suppress(RuntimeError):  # no memory for a thread
-            _thread.start_new_thread(run, ())
-            begun.acquire(timeout=_START)
-        ours = claimed.acquire(blocking=False)
-        while not ours and not done.acquire(timeout=_WAIT):
-            pass
+        thread.start()
+        thread.begins(_START)
+        thread.settle()
     except BaseException:
-        if not claimed.acquire(blocking=False) and stop is not None:
+        if stop is not None and not thread.claim() and thread.begins(_START):
             stop()
-            done.acquire()
+            thread.wait()
         raise
-    if ours:
-        return work()
-    if outcome[1] is not None:
-        raise outcome[1]
-    result: T = outcome[0]
-    return result
-
-
-def _taken() -> threading.Lock:
-    lock = threading.Lock()
-    lock.acquire()
-    return lock
+    return thread.result()

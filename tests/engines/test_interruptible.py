@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import threading
@@ -47,7 +48,7 @@ def test_without_a_thread_it_is_a_plain_call(monkeypatch):
     def refuse(*_):
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(module._thread, "start_new_thread", refuse)
+    monkeypatch.setattr(_thread, "start_new_thread", refuse)
     assert interruptible(threading.get_ident) == threading.get_ident()
     with pytest.raises(ZeroDivisionError):
         interruptible(lambda: 1 // 0)
@@ -57,7 +58,7 @@ def test_a_thread_that_begins_too_late_or_never_does_nothing(monkeypatch):
     """A thread that finds no memory for its first steps ends without a word."""
     late, calls = [], []
     monkeypatch.setattr(module, "_START", 0.02)
-    monkeypatch.setattr(module._thread, "start_new_thread", lambda run, _: late.append(run))
+    monkeypatch.setattr(_thread, "start_new_thread", lambda run, _: late.append(run))
     assert interruptible(lambda: calls.append(1) or threading.get_ident()) == threading.get_ident()
     late[0]()
     assert calls == [1]
@@ -65,7 +66,7 @@ def test_a_thread_that_begins_too_late_or_never_does_nothing(monkeypatch):
 
 def test_an_interrupt_of_a_call_that_the_caller_does_itself_waits_for_nothing(monkeypatch, interrupt):
     monkeypatch.setattr(module, "_START", 0.01)
-    monkeypatch.setattr(module._thread, "start_new_thread", lambda *_: None)
+    monkeypatch.setattr(_thread, "start_new_thread", lambda *_: None)
     interrupt()
     with pytest.raises(KeyboardInterrupt):
         interruptible(lambda: time.sleep(60), lambda: None)
@@ -97,7 +98,7 @@ def test_ctrl_c_leaves_a_call_that_cannot_be_stopped(interrupt):
 
 @pytest.mark.parametrize("begins", [True, False])
 def test_ctrl_c_inside_the_start_of_the_thread_stops_the_call(monkeypatch, begins):
-    start, stop, ended = module._thread.start_new_thread, threading.Event(), []
+    start, stop, ended = _thread.start_new_thread, threading.Event(), []
 
     def interrupted(run, arguments):
         if begins:
@@ -105,7 +106,7 @@ def test_ctrl_c_inside_the_start_of_the_thread_stops_the_call(monkeypatch, begin
             time.sleep(0.2)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module._thread, "start_new_thread", interrupted)
+    monkeypatch.setattr(_thread, "start_new_thread", interrupted)
     with pytest.raises(KeyboardInterrupt):
         interruptible(lambda: ended.append(stop.wait(60)), stop.set)
     assert ended == [True] * begins

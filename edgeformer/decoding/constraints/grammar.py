@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from edgeformer.bundle.signature import Array
 from edgeformer.decoding.constraints.habits import Habits
 from edgeformer.decoding.constraints.token_trie import TokenTrie
 from edgeformer.errors import GrammarError, InputError, StateError, first_line
+from edgeformer.threads import BEGIN, Beside
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -160,8 +162,8 @@ class GrammarConstraint:
 
     def prepare(self) -> None:
         """As `Constraint.prepare`."""
-        if self._computing is None and not self._is_computed and not self.ended:
-            self._computing = _beside().submit(self._compute, self._idle_matcher)
+        if self._computing is None and not self._is_computed and not self.ended and (executor := _beside()) is not None:
+            self._computing = executor.submit(self._compute, self._idle_matcher)
 
     # ------------------------------------------------------------------------------------------------------------- more
 
@@ -266,11 +268,22 @@ class GrammarConstraint:
 
 
 @cache
-def _beside() -> ThreadPoolExecutor:
-    """The thread that computes masks while an engine runs; llguidance leaves Python free meanwhile."""
+def _beside() -> ThreadPoolExecutor | None:
+    """The thread that computes masks while an engine runs; llguidance leaves Python free meanwhile.
+
+    None where it cannot be started: a mask is then computed where it is needed.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
-    return ThreadPoolExecutor(1, "edgeformer-masks")
+    executor = ThreadPoolExecutor(1, "edgeformer-masks")
+    first = Beside(lambda: executor.submit(int))  # starts the thread
+    first.start()
+    with suppress(RuntimeError, MemoryError, TimeoutError):
+        if first.wait(BEGIN):
+            first.result().result(BEGIN)
+            return executor
+    first.claim()
+    return None
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

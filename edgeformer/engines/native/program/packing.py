@@ -15,17 +15,18 @@ import json
 import mmap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgeformer import disk_cache
 from edgeformer.bundle.signature import Array
+from edgeformer.engines.in_flight import in_flight
 from edgeformer.engines.native.ir.graph import Constant
 from edgeformer.engines.native.ir.weight import Weight
 from edgeformer.engines.native.program.executable import Executable
 from edgeformer.machine import available_memory, has_huge_pages, mapped_in_huge_pages
+from edgeformer.threads import Beside
 
 if TYPE_CHECKING:
     from edgeformer import _native
@@ -119,25 +120,23 @@ def pack(native: _native.Engine, e: Executable, while_packing: Callable[[], obje
 
 
 def _beside(work: Callable[[], None], other: Callable[[], object]) -> None:
-    """Calls `work` in a thread of its own, and `other` here meanwhile."""
-    failure: list[BaseException] = []
+    """Calls `work` in a thread of its own, and `other` here meanwhile; one after the other where no thread begins."""
 
     def run() -> None:
-        try:
+        with in_flight:
             work()
-        except BaseException as error:
-            failure.append(error)
 
-    worker = Thread(target=run, name="edgeformer pack")
+    worker = Beside(run)
     worker.start()
     try:
         other()
     except Exception:
-        worker.join()
+        worker.settle()
         raise
-    worker.join()  # Ctrl-C waits for nothing: the worker ends on its own
-    if failure:
-        raise failure[0]
+    except BaseException:  # Ctrl-C waits for nothing: the thread ends on its own, and does not begin now
+        worker.claim()
+        raise
+    worker.result()
 
 
 def _is_better_copied(data: np.memmap[Any, Any]) -> bool:
