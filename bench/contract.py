@@ -1,12 +1,16 @@
 """How soon Ctrl-C comes, and how fast another Python thread runs beside the model.
 
-    python -m bench.contract BUNDLE        writes bench/results/contract.json and docs/contract.md; five minutes
-    python -m bench.contract --write-only  the page again, from the saved numbers
+    python -m bench.contract BUNDLE             writes bench/results/contract.json and docs/contract.md
+    python -m bench.contract BUNDLE --only gil  the pace of other threads alone, in under a minute; or `interrupts`
+    python -m bench.contract --only export      Ctrl-C in an export of SmolLM2's GGUF file; some minutes
+    python -m bench.contract --write-only       the page again, from the saved numbers
 
 Ctrl-C: a timer sends SIGINT to this process at a random moment of the work; the latency ends where KeyboardInterrupt
-is caught. Pace: turns of a loop of plain Python in another thread, beside the model in this process, and beside the
-same work in another process, which shares the caches and the cores but not the GIL. Run it with a high priority
-(`nice -n -10`): on a busy machine both numbers measure the neighbours.
+is caught. In the export the moments are in the middle of each stage, see bench.export_interrupts. Pace: turns of a loop
+of plain Python in another thread, beside the model in this process, and beside the same work in another process, which
+shares the caches and the cores but not the GIL. Run it with a high priority (`nice -n -10`): on a busy machine both
+numbers measure the neighbours. GIL held: the CPU time of the calling thread outside of the C++ module's `forward`,
+which frees the GIL, as a part of all its CPU time; neighbours change it little.
 """
 
 from __future__ import annotations
@@ -25,14 +29,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import edgeformer
-from bench.report import ROOT, footnote, put, runs, save, summary, table
+from bench import export_interrupts
+from bench.report import ROOT, footnote, machine, put, runs, save, summary, table
 from edgeformer.model import Model
 
 PAGE = ROOT / "docs" / "contract.md"
 EngineName = Literal["native", "cpu"]
 ENGINES: tuple[EngineName, ...] = ("native", "cpu")
 PROMPT = 1500  # tokens: three passes of 512 rows on the native engine
-WINDOW = 2.0  # seconds of a measurement of pace
+WINDOW = 1.0  # seconds of a measurement of pace
+PARTS = ("interrupts", "gil", "export")
 Work = Callable[[], object]
 
 
@@ -132,18 +138,20 @@ def pace(work: Work | None) -> float:
     return found[0]
 
 
-def elsewhere(path: str, engine: EngineName, name: str, ready: Any) -> None:
-    """Does one of `pace_works` for ever, in a process of its own."""
-    work = pace_works(Path(path), engine)[name]
+def elsewhere(path: str, engine: EngineName, name: str, go: Any, idle: Any) -> None:
+    """Does one of `pace_works` again and again while `go` is set, in a process of its own."""
+    work = pace_works(edgeformer.load(path, engine=engine, threads=1))[name]
     work()
-    ready.set()
     while True:
-        work()
+        idle.set()
+        go.wait()
+        idle.clear()
+        while go.is_set():
+            work()
 
 
-def pace_works(path: Path, engine: EngineName) -> dict[str, Work]:
-    """Work of much less than WINDOW seconds."""
-    model = edgeformer.load(path, engine=engine, threads=1)
+def pace_works(model: Model) -> dict[str, Work]:
+    """Work of less than WINDOW seconds."""
     new = prompts(256)
     return {
         "prompt": lambda: prefill(model, next(new)),
@@ -151,42 +159,87 @@ def pace_works(path: Path, engine: EngineName) -> dict[str, Work]:
     }
 
 
+def held(model: Model, work: Work) -> float | None:
+    """The part of this thread's CPU time in `work` that is outside of the native engine's `forward`."""
+    native: Any = getattr(model.engine, "_native", None)
+    if native is None:
+        return None
+    inside = [0.0]
+
+    class Timed:
+        def forward(self, *args: Any) -> Any:
+            began = time.thread_time()
+            try:
+                return native.forward(*args)
+            finally:
+                inside[0] += time.thread_time() - began
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(native, name)
+
+    engine: Any = model.engine
+    engine._native = Timed()
+    try:
+        began = time.thread_time()
+        work()
+        whole = time.thread_time() - began
+    finally:
+        engine._native = native
+    return 1 - inside[0] / whole
+
+
 def paces(path: Path, engine: EngineName, rounds: int) -> list[dict[str, Any]]:
     """For each work the pace of a Python thread beside it, as a part of its pace alone."""
     found = []
-    for name, work in pace_works(path, engine).items():
+    model = edgeformer.load(path, engine=engine, threads=1)
+    for name, work in pace_works(model).items():
         here: list[float] = []
         there: list[float] = []
-        for _ in range(rounds):
-            here.append(pace(work) / pace(None))
-            context = multiprocessing.get_context("spawn")
-            ready = context.Event()
-            process = context.Process(target=elsewhere, args=(str(path), engine, name, ready), daemon=True)
-            process.start()
-            try:
-                ready.wait(120)
+        context = multiprocessing.get_context("spawn")
+        go, idle = context.Event(), context.Event()
+        process = context.Process(target=elsewhere, args=(str(path), engine, name, go, idle), daemon=True)
+        process.start()
+        try:
+            work()
+            idle.wait(120)
+            for _ in range(rounds):
+                here.append(pace(work) / pace(None))
+                go.set()
+                while idle.is_set():
+                    time.sleep(0.01)
                 beside = pace(None)
-            finally:
-                process.terminate()
-                process.join()
-            there.append(beside / pace(None))
-        found.append({"engine": engine, "work": name, "same_process": summary(here), "other_process": summary(there)})
+                go.clear()
+                idle.wait(120)
+                there.append(beside / pace(None))
+        finally:
+            process.terminate()
+            process.join()
+        row = {"engine": engine, "work": name, "same_process": summary(here), "other_process": summary(there)}
+        share = held(model, work)
+        found.append(row | ({} if share is None else {"held": float(f"{share:.3g}")}))
     return found
 
 
-def measure(path: Path, rounds: int) -> dict[str, Any]:
+def measure(path: Path | None, parts: tuple[str, ...], rounds: int) -> dict[str, Any]:
+    """The parts that were measured now; `path` is needed for all but the export."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    measured: dict[str, Any] = {"bundle": path.parent.name, "prompt": PROMPT} if path is not None else {}
     interrupts: list[dict[str, Any]] = []
     pace_rows: list[dict[str, Any]] = []
-    for engine in ENGINES:
-        for name, work in works(path, engine).items():
+    for engine in ENGINES if path is not None else ():
+        assert path is not None
+        for name, work in works(path, engine).items() if "interrupts" in parts else ():
             found = latencies(work, rounds)
             interrupts.append({"engine": engine, "work": name, "seconds": summary(found)})
             print(engine, name, f"{statistics.median(found) * 1e3:.0f} ms, longest {max(found) * 1e3:.0f}", flush=True)
-        pace_rows += paces(path, engine, 3)
-        for row in pace_rows[-2:]:
-            print(engine, row, flush=True)
-    return {"bundle": path.parent.name, "prompt": PROMPT, "interrupts": interrupts, "paces": pace_rows}
+        if "gil" in parts:
+            pace_rows += paces(path, engine, 3)
+            for row in pace_rows[-2:]:
+                print(engine, row, flush=True)
+    rows = {"interrupts": interrupts, "paces": pace_rows}
+    if "export" in parts:
+        rows["export"] = export_interrupts.measure()
+    return measured | {name: row for name, row in rows.items() if row}
 
 
 def page(run: dict[str, Any]) -> str:
@@ -203,18 +256,32 @@ def page(run: dict[str, Any]) -> str:
         ]
         for row in run["paces"]
     ]
+    if any("held" in row for row in run["paces"]):
+        for line, row in zip(percent, run["paces"], strict=True):
+            line.append(f"{row['held']:.1%}" if "held" in row else "not measured")
+    header = ["engine", "beside", "same process", "another process"]
+    header += ["GIL held"] * any("held" in row for row in run["paces"])
     rounds = run["interrupts"][0]["seconds"]["n"]
+    exported = [export_interrupts.page(run["export"])] if "export" in run else []
     return "\n\n".join(
         [
             f"Seconds from SIGINT to `KeyboardInterrupt`, {rounds} at random moments, {run['bundle']}, one thread, a "
             f"prompt of {run['prompt']:,} tokens:",
             table(["engine", "interrupted", "median", "longest"], rows),
+            *exported,
             "Pace of another Python thread, as a part of its pace alone: beside the model, and beside the same work in "
             "another process (what sharing the hardware costs, without the GIL):",
-            table(["engine", "beside", "same process", "another process"], percent),
+            table(header, percent),
+            *([measured(run)] if "dates" in run else []),
             footnote(run["machine"]),
         ]
     )
+
+
+def measured(run: dict[str, Any]) -> str:
+    """When each part was, and whether other work ran then."""
+    beside = dict.fromkeys(run["disturbed"], " (beside other work)")
+    return "Measured: " + ", ".join(f"{part} {date}{beside.get(part, '')}" for part, date in run["dates"].items()) + "."
 
 
 def main() -> None:
@@ -222,11 +289,20 @@ def main() -> None:
     parser.add_argument("bundle", type=Path, nargs="?")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--write-only", action="store_true")
+    parser.add_argument("--only", choices=PARTS, help="measure this part; the others stay as they were saved")
+    parser.add_argument("--disturbed", action="store_true", help="note that other work ran on the machine")
     options = parser.parse_args()
+    parts = (options.only,) if options.only else PARTS
     if not options.write_only:
-        if options.bundle is None:
+        if options.bundle is None and parts != ("export",):
             parser.error("a bundle is needed")
-        save("contract", measure(options.bundle, options.rounds))
+        before = (runs("contract") or [{}])[0]
+        dates = before.get("dates") or {part: before["machine"]["date"] for part in PARTS[:2] if before}
+        disturbed = set(before.get("disturbed", ())) - {*parts} | {part for part in parts if options.disturbed}
+        kept = {name: value for name, value in before.items() if name != "machine"}
+        kept |= measure(options.bundle, parts, options.rounds)
+        dates |= dict.fromkeys(parts, machine()["date"])
+        save("contract", kept | {"dates": dates, "disturbed": sorted(disturbed)})
     put(PAGE, "contract", page(runs("contract")[0]))
 
 

@@ -172,7 +172,7 @@ def test_threads_under_a_limit_of_memory_never_wait_for_ever(q8):
         LOADS
         + """
 failed = 0
-for extra in range(0, 1 << 20, 1 << 13):
+for extra in range(0, 1 << 20, 1 << 15):
     limit(extra + (8 << 20))  # a thread's stack is 8 MB of address space
     try:
         loads()

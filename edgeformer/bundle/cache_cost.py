@@ -61,7 +61,7 @@ class CacheCost:
     def described(self, kind: str) -> str:
         """The cost of a cache that is "int8" in all layers, or as "auto" chooses, in one phrase for people."""
         if self.unmeasured:
-            return f"its cost is unknown: {self.unmeasured}"
+            return f"its cost was not measured: {self.unmeasured}"
         added = max(0.0, self.of_int8 if kind == "int8" else self.of_auto)  # below 0 by chance
         return f"it adds {added:.2g} nats of KL divergence to {self.float32:.2g} of the quantized weights"
 

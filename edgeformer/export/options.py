@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tomllib
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -16,6 +17,14 @@ from edgeformer.export.sizes import parse_size
 HEADS = ("tied", "q4a", "q4", "q8", "none")
 CALIBRATED = ("q4a", "q4")  # schemes that calibration helps; eight bits lose too little
 SAMPLES = "samples"
+MOST_TOKENS = 2**31 - 1  # of a text; more than any text here has
+_KINDS = {
+    "str": "a text",
+    "Path": "a path",
+    "int": "a whole number",
+    "bool": "true or false",
+    "tuple": "a list of texts",
+}
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,8 @@ class ExportOptions:
     )
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _typed(field.name, str(field.type), getattr(self, field.name)))
         for name, value, allowed in (
             ("quantize", self.quantize, (None, *SCHEMES)),
             ("block", self.block, (16, 32, 64, 128)),
@@ -90,12 +101,15 @@ class ExportOptions:
             if value not in allowed:
                 raise ExportError(f"{name} is {value!r}; choose one of {', '.join(str(a) for a in allowed if a)}.")
         parse_size(self.memory_limit)
-        if self.tokens < 0:
-            raise ExportError(f"tokens is {self.tokens}; expected 0 or more.")
-        if self.calibration_tokens is not None and (self.calibration_tokens < 1 or self.calibration == "none"):
+        if not self.source:
+            raise ExportError("source is empty; give a file, a folder, a hub name or module:factory.")
+        if not 0 <= self.tokens <= MOST_TOKENS:
+            raise ExportError(f"tokens is {self.tokens}; expected 0 to {MOST_TOKENS:,}.")
+        fitted_to = self.calibration_tokens
+        if fitted_to is not None and (not 1 <= fitted_to <= MOST_TOKENS or self.calibration == "none"):
             raise ExportError(
-                f"calibration_tokens is {self.calibration_tokens} and calibration is {self.calibration or SAMPLES}; "
-                "expected 1 or more tokens, and a calibration that uses them."
+                f"calibration_tokens is {fitted_to} and calibration is {self.calibration or SAMPLES}; "
+                f"expected 1 to {MOST_TOKENS:,} tokens, and a calibration that uses them."
             )
         fitted = self.calibration_text
         if fitted is not None and self.text is not None and fitted.resolve() == self.text.resolve():
@@ -139,6 +153,9 @@ def read_recipe(path: Path, **flags: Any) -> ExportOptions:
         raise ExportError(f"{path}: unknown {', '.join(unknown)}; a recipe may have {', '.join(sorted(known))}.")
     if "source" not in recipe:
         raise ExportError(f'{path} names no source; add source = "...".')
+    for field in dataclasses.fields(ExportOptions):
+        if field.name in recipe:  # before its paths are joined
+            _typed(field.name, str(field.type), recipe[field.name])
     relative = path.parent / str(recipe["source"])
     if relative.exists():
         recipe["source"] = str(relative)
@@ -153,11 +170,39 @@ def read_recipe(path: Path, **flags: Any) -> ExportOptions:
 
 
 def make_options(**values: Any) -> ExportOptions:
-    """ExportOptions from plain values (strings for paths, lists for tuples)."""
-    for name in ("output", "weights", "tokenizer", "text", "adapter"):
-        if values.get(name) is not None:
-            values[name] = Path(values[name])
-    for name in ("input", "output_names", "allow_missing"):
-        if name in values:
-            values[name] = tuple(values[name] or ())
-    return ExportOptions(**values)
+    """ExportOptions from plain values: strings for paths, lists for tuples, None for an empty one."""
+    lists = ("input", "output_names", "allow_missing")
+    made: dict[str, Any] = {name: () if name in lists and value is None else value for name, value in values.items()}
+    return ExportOptions(**made)
+
+
+def _typed(name: str, annotation: str, value: object) -> object:
+    """`value` of a field, as a Path where that is a text, and as a tuple where that is a list.
+
+    Raises:
+        ExportError: it has another type, or is no path.
+    """
+    kinds = [kind.partition("[")[0] for kind in annotation.split(" | ")]
+    found: object = None
+    if "tuple" in kinds and isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
+        found = tuple(value)
+    elif "Path" in kinds and isinstance(value, str | Path) and _is_name(str(value)):
+        found = Path(value)
+    elif (
+        ("str" in kinds and isinstance(value, str) and (_is_name(value) or not value))
+        or ("int" in kinds and type(value) is int)  # a bool is an int too
+        or ("bool" in kinds and isinstance(value, bool))
+    ):
+        found = value
+    if found is None and not (value is None and "None" in kinds):
+        wanted = " or ".join(_KINDS[kind] for kind in kinds if kind != "None")
+        raise ExportError(f"{name} is {value!r:.200}, expected {wanted}; see `python -m edgeformer.export --help`.")
+    return found
+
+
+def _is_name(text: str) -> bool:
+    """Whether the system can have a file of that name."""
+    try:
+        return bool(text) and b"\0" not in os.fsencode(text)
+    except ValueError:  # half of a surrogate pair
+        return False

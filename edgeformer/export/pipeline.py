@@ -54,6 +54,10 @@ def export(
         ParityError: the numbers of a graph, or of all engines, are not PyTorch's. Nothing is written.
         BundleError: `options.output` exists and `options.overwrite` is false.
     """
+    if not isinstance(options, ExportOptions):
+        raise ExportError(f"options is {options!r:.200}, expected ExportOptions(source, output).")
+    if traced is not None and not isinstance(traced, AnySource | TracedModel):
+        raise ExportError(f"traced is {traced!r:.200}, expected what module_source or language_model return.")
     progress = progress or Silent()
     check_target(options.output, options.overwrite)
     if traced is None:

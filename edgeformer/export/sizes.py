@@ -18,10 +18,10 @@ def parse_size(text: str | int | None) -> int | None:
     if text is None:
         return None
     match = re.fullmatch(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[KMGT]?)(i?B)?", str(text).strip(), re.IGNORECASE)
-    size = int(float(match["number"]) * UNITS[match["unit"].upper()]) if match else 0
-    if size < 1:
-        raise ExportError(f"the memory limit is {text!r}; write 6G, 500M, or a number of bytes.")
-    return size
+    size = float(match["number"]) * UNITS[match["unit"].upper()] if match else 0.0
+    if not 1 <= size < 2**63:
+        raise ExportError(f"the memory_limit is {text!r:.200}; write 6G, 500M, or a number of bytes.")
+    return int(size)
 
 
 def shown(size: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +15,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
+from edgeformer.train.checkpoint import write_atomically
+
 INK, GREY, BLUE, ORANGE = "#22272e", "#8a929c", "#2f6fb5", "#e07a1f"
 
 
 @contextmanager
 def styled(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
-    """A figure that is written to `path` when the block ends. Without pyplot, so without global state or a display."""
+    """A figure that is written to `path` as PNG when the block ends. Without pyplot: no global state, no display.
+
+    Raises:
+        TrainingError: as `write_atomically`.
+    """
     style: Any = {
         "font.size": 10.5,
         "axes.edgecolor": GREY,
@@ -43,7 +50,9 @@ def styled(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
         figure = Figure(figsize=size, dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
-        figure.savefig(path, facecolor="white")
+        content = io.BytesIO()
+        figure.savefig(content, format="png", facecolor="white")
+    write_atomically(path, content.getvalue())
 
 
 def loss_picture(path: Path, history: np.ndarray, loss_name: str, baseline: tuple[str, float]) -> None:

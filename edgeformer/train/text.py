@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from edgeformer.errors import TrainingError
 from edgeformer.models.decoder import CausalLM, DecoderConfig
+from edgeformer.train.checkpoint import write_atomically
 from edgeformer.train.recipe import TextData, check_keys
 from edgeformer.train.task import Batch, Pick, spread
 
@@ -201,9 +202,13 @@ class TextTask:
         return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
 
     def finish(self, model: nn.Module, folder: Path) -> dict[str, Any]:
-        """Write sample.txt."""
+        """Write sample.txt.
+
+        Raises:
+            TrainingError: as `write_atomically`.
+        """
         text = self.sample(model)
-        (folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
+        write_atomically(folder / "sample.txt", (text + "\n").encode())
         return {"sample": text}
 
     @torch.inference_mode()

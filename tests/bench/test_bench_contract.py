@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from bench import contract
+from bench import contract, export_interrupts
+from edgeformer import load
 
 
 @pytest.fixture
@@ -63,3 +64,76 @@ def test_the_page_has_a_row_a_measurement():
     text = contract.page(run)
     assert "| native | prompt | 24 ms | 48 ms |" in text
     assert "| native | decode | 85%, least 80% | 85%, least 80% |" in text
+    assert "export" not in text
+    run["paces"].append(run["paces"][0] | {"work": "prompt", "held": 0.012})
+    run["export"] = [{"stage": "trace", "seconds": 12.34, "latencies": [0.021, 0.19]}]
+    text = contract.page(run | {"disturbed": ["gil"], "dates": {"interrupts": "2026-11-29", "gil": "2026-11-30"}})
+    assert "| native | decode | 85%, least 80% | 85%, least 80% | not measured |" in text
+    assert "| native | prompt | 85%, least 80% | 85%, least 80% | 1.2% |" in text
+    assert "| trace | 12.3 s | 21 ms, 190 ms |" in text
+    assert "Measured: interrupts 2026-11-29, gil 2026-11-30 (beside other work)." in text
+
+
+def test_what_python_does_beside_the_engine_is_held(lm):
+    """A planted second of Python: nearly all of the CPU time. The engine alone: less than all of it."""
+    model = load(lm, "native", threads=1)
+
+    def work():
+        model.generate([5, 40, 17], max_new_tokens=4, ignore_eos=True)
+
+    def slow():
+        work()
+        until = time.thread_time() + 1
+        while time.thread_time() < until:
+            pass
+
+    work()
+    share = contract.held(model, slow)
+    assert share is not None and share > 0.9
+    assert 0 < contract.held(model, lambda: model.logits([3 + i % 300 for i in range(250)])) < 0.9
+    assert contract.held(load(lm, "cpu", threads=1), work) is None
+
+
+# ------------------------------------------------------------------------------------------------------- in an export
+
+
+@pytest.fixture
+def exporting(monkeypatch, handler, tmp_path):
+    """The study with a stand-in for the export: three stages of 0.6 s, the second of which blocks signals."""
+    pytest.importorskip("torch", reason="the toolchain needs torch")
+    from edgeformer.export import pipeline
+
+    monkeypatch.setattr(export_interrupts, "gguf_path", lambda: tmp_path / "m.gguf")
+    main = threading.main_thread().ident
+    monkeypatch.setattr(export_interrupts.os, "kill", lambda pid, number: signal.pthread_kill(main, number))
+
+    def use(leaves):
+        def export(options, progress):
+            for number in range(3):
+                progress.stage(f"stage {number}")
+                try:
+                    if number == 1:
+                        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                    time.sleep(0.6)
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+                except KeyboardInterrupt:
+                    if leaves:
+                        (options.output.parent / "half").mkdir()
+                    raise
+
+        monkeypatch.setattr(pipeline, "export", export)
+
+    return use
+
+
+def test_a_stage_that_lets_no_interrupt_through_is_seen(exporting, monkeypatch):
+    exporting(leaves=False)
+    found = {row["stage"]: row["latencies"] for row in export_interrupts.measure()}
+    assert found.keys() == {"stage 0", "stage 1", "stage 2"}
+    assert min(found["stage 1"]) > 0.1  # it would be 0.3 s, and 0 without the block
+
+
+def test_an_export_that_leaves_something_is_seen(exporting):
+    exporting(leaves=True)
+    with pytest.raises(RuntimeError, match=r"left \['half'\]"):
+        export_interrupts.measure()

@@ -157,8 +157,8 @@ def test_what_was_not_measured_is_said(made, tmp_path, monkeypatch, capsys):
     manifest = exported(tmp_path / "b", (), tokens=0)
     assert manifest["kv_cache"] == {"unmeasured": "the export measured no accuracy (--tokens 0)"}
     _summary(tmp_path / "b", manifest)
-    assert "its cost is unknown: the export measured no accuracy" in " ".join(capsys.readouterr().err.split())
-    assert "its cost is unknown" in str(edgeformer.load(tmp_path / "b", "native", 1).explain())
+    assert "its cost was not measured: the export measured no accuracy" in " ".join(capsys.readouterr().err.split())
+    assert "its cost was not measured" in str(edgeformer.load(tmp_path / "b", "native", 1).explain())
 
 
 class Planned(CacheChoice):

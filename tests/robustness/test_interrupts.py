@@ -211,3 +211,22 @@ def test_an_interrupted_call_of_onnx_runtime_leaves_all_its_states_as_they_were(
         wide,
         "cpu",
     )
+
+
+def test_work_that_looks_for_no_signals_fails_the_checks_of_this_file(wide):
+    """A planted defect: one long call in C that frees the GIL, as a pass without polls would."""
+    run(
+        START
+        + """
+import hashlib
+def deaf(n):
+    hashlib.pbkdf2_hmac("sha256", b"x", b"y", n)
+began = time.perf_counter()
+deaf(100_000)
+n = int(100_000 * whole / (time.perf_counter() - began))
+latencies = [interrupted(lambda: deaf(n)) for _ in range(3)]
+assert statistics.median(latencies) >= whole / 3, (latencies, whole)
+""",
+        wide,
+        "1",
+    )

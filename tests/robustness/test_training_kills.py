@@ -8,16 +8,21 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("accelerate")
 from safetensors import safe_open
-from support import damage_study
+from support import damage_study, faults
 from support.training import FORECAST, recipe_table
+
+from edgeformer.errors import TrainingError
 
 # One process imports torch; each run is a child of fork(), so that it can be killed. The parent itself never trains:
 # torch's threads would not be in the children.
@@ -87,6 +92,56 @@ for step in range(1, 200):
     report.append([began, [name for name in left if "partial" in name], [name for name in after if "partial" in name]])
 (out / "report.json").write_text(json.dumps(report))
 """
+
+
+def draw_loss(folder: Path) -> None:
+    from edgeformer.train.picture import loss_picture
+
+    loss_picture(folder / "loss.png", np.array([[1, 3.0, 3.0, 0.1], [2, 2.0, 2.5, 0.1]]), "nats", ("unigrams", 4.0))
+
+
+def draw_forecast(folder: Path) -> None:
+    from edgeformer.train.picture import Forecast, forecast_picture
+
+    forecast_picture(folder / "forecast.png", Forecast(np.zeros(24), np.zeros(24), np.ones(24), 12, "kW", 0.5))
+
+
+def write_sample(folder: Path) -> None:
+    from edgeformer.train.text import TextTask
+
+    TextTask.finish(cast("Any", SimpleNamespace(sample=lambda _: "a text \u20ac")), cast("Any", None), folder)
+
+
+def refused(write: Callable[[Path], None], folder: Path) -> str | None:
+    """The message of a TrainingError; None where everything was written."""
+    try:
+        write(folder)
+    except TrainingError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT], ids=os.strerror)
+@pytest.mark.parametrize(
+    ("write", "name"), [(draw_loss, "loss.png"), (draw_forecast, "forecast.png"), (write_sample, "sample.txt")]
+)
+def test_pictures_and_samples_that_the_disk_refuses_are_typed_errors_and_leave_the_old_ones(
+    write: Callable[[Path], None], name: str, number: int, tmp_path: Path
+) -> None:
+    write(tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    for step in range(1, 20):
+        (tmp_path / name).write_bytes(b"old")
+        with faults.Steps(step, faults.refusing(number), ("fsync", "replace")) as steps:
+            message = refused(write, tmp_path)
+        assert steps.count < step if message is None else name in message and os.strerror(number) in message
+        found = (tmp_path / name).read_bytes()
+        assert os.listdir(tmp_path) == [name]
+        if steps.count < step:
+            break
+        assert found in (b"old", whole)
+    assert step > 4, "the writer's steps were not seen"
+    assert found == whole
 
 
 @pytest.fixture(scope="module")

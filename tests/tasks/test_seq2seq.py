@@ -12,7 +12,11 @@ import torch
 import transformers as tf
 
 import edgeformer
+from edgeformer.bundle.bundle import Bundle
+from edgeformer.cli.inspect import print_bundle
+from edgeformer.cli.verify import _show
 from edgeformer.errors import EngineUnavailable, ExportError, InputError, ParityError
+from edgeformer.export.__main__ import _summary
 from edgeformer.export.graphs import encoder_decoder
 from edgeformer.export.options import ExportOptions
 from edgeformer.export.pipeline import export
@@ -97,7 +101,7 @@ def test_a_bundle_generates_what_transformers_does(name, tmp_path):
     assert len(answers) > 4, "these weights always give the same answers"
 
 
-def test_a_folder_becomes_two_graphs_and_the_encoder_computes_the_cross_attention_keys(tmp_path):
+def test_a_folder_becomes_two_graphs_and_the_encoder_computes_the_cross_attention_keys(tmp_path, capsys):
     torch.manual_seed(0)
     MODELS["BART"]().save_pretrained(tmp_path / "folder")
     export(ExportOptions(source=str(tmp_path / "folder"), output=tmp_path / "bundle", quantize="q8"))
@@ -114,6 +118,27 @@ def test_a_folder_becomes_two_graphs_and_the_encoder_computes_the_cross_attentio
     assert any("encoder_attn.k_proj" in name for name in moved)
     assert not any("encoder_attn.k_proj" in name or "encoder_attn.v_proj" in name for name in weights)
     assert len(loaded.generate([5, 6, 7], max_new_tokens=4).ids) <= 4
+    says_that_the_cost_of_an_int8_cache_was_not_measured(tmp_path / "bundle", capsys)
+
+
+def says_that_the_cost_of_an_int8_cache_was_not_measured(path, capsys):
+    """The report of the export, `inspect`, `verify` and `explain()`; none of them has a number."""
+    words = "its cost was not measured: the export does not measure it for encoder-decoders"
+    manifest = Bundle.open(path).manifest
+    assert manifest["kv_cache"] == {"unmeasured": words.partition(": ")[2]}
+    report = verify(path, "native", 1)
+    assert report.passed
+    capsys.readouterr()
+    for show in (
+        lambda: _summary(path, manifest),
+        lambda: print_bundle(path, hashes=False, as_json=False),
+        lambda: _show(report),
+        lambda: print(edgeformer.load(path, "native", 1).explain()),
+    ):
+        show()
+        said = "".join("".join(capsys.readouterr()).split())  # without the breaks of lines
+        assert words.replace(" ", "") in said
+        assert "natsofKL" not in said
 
 
 def test_odd_sources_and_arguments_are_refused_or_understood(tmp_path):

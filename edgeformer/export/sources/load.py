@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgeformer.errors import ExportError
+from edgeformer.errors import ExportError, first_line
 from edgeformer.export.options import ExportOptions
 from edgeformer.export.progress import Progress, Silent
 from edgeformer.export.scratch import to_disk
@@ -35,7 +35,11 @@ def load_source(options: ExportOptions, progress: Progress | None = None) -> Sou
 
     adapter = None if options.adapter is None else read_adapter(options.adapter)
     supplied = frozenset() if adapter is None else supplied_names(adapter)
-    source = _base_source(options, LoadRules(options.allow_missing, room, supplied=supplied))
+    try:
+        source = _base_source(options, LoadRules(options.allow_missing, room, supplied=supplied))
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise ExportError(f"source is {options.source!r:.200} and cannot be read: {reason}") from error
     if getattr(
         source.encoder.module if isinstance(source, EncoderDecoderSource) else source.module,
         "_hf_peft_config_loaded",

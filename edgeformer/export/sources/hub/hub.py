@@ -128,7 +128,15 @@ def _loading(name: str) -> Iterator[None]:
 
 
 def language_model(model: Any, origin: str, files: Mapping[str, bytes] | None = None, kept: Any = None) -> Source:
-    """The source of any transformers causal language model object; `kept` is `Source.kept`."""
+    """The source of any transformers causal language model object; `kept` is `Source.kept`.
+
+    Raises:
+        ExportError: it is no model of transformers.
+    """
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+        raise ExportError(
+            f"model is {model!r:.200}, expected a model of transformers; for a module of your own use module_source."
+        )
     attention_interface.register()
     expert_interface.register()
     model = model.eval()

@@ -121,6 +121,8 @@ def module_source(
     Raises:
         ExportError: an argument of forward has no declared shape, or `encode` and `decode` have other arguments.
     """
+    if not isinstance(module, torch.nn.Module):
+        raise ExportError(f"module is {module!r:.200}, expected a torch.nn.Module.")
     module, _ = unwrap_module(module)
     paired = has_encode_and_decode(module)
     config = dict(config or {})
