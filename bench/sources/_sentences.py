@@ -95,6 +95,11 @@ def change(folder: Path, file: str, **values: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
+def transformer(**values: Any) -> Callable[[Path], None]:
+    """An edit of a folder: keys of the transformer module's settings."""
+    return lambda folder: change(folder, "sentence_bert_config.json", **values)
+
+
 class Traceless:
     """An engine that runs a Source in PyTorch without an export; other tests check the graph."""
 

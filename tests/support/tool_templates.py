@@ -224,3 +224,30 @@ def matcher_tokenizer():
             return backend.encode(text, add_special_tokens=False).ids
 
     return LLTokenizer(TokenizerWrapper(Wrapped()))
+
+
+# Three tools: of many types, without arguments, and of a schema that refers to another.
+WEATHER = {
+    "name": "get_weather",
+    "description": "The weather.",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string", "maxLength": 6},
+            "days": {"type": "integer", "minimum": 1, "maximum": 500},
+            "unit": {"enum": ["C", "F"]},
+            "exact": {"type": "boolean"},
+            "more": {
+                "type": "object",
+                "properties": {"tags": {"type": "array", "items": {"type": "string", "maxLength": 4}, "maxItems": 2}},
+                "additionalProperties": False,
+            },
+            "note": {"type": "string", "maxLength": 6, "nullable": True},
+        },
+        "required": ["city", "days"],
+    },
+}
+STOP = {"name": "stop", "parameters": {"type": "object", "properties": {}}}
+GET = {"name": "get", "parameters": {"type": "object", "properties": {"key": {"$ref": "#/$defs/key"}},
+       "required": ["key"], "$defs": {"key": {"type": "integer", "minimum": 0, "maximum": 99}}}}  # fmt: skip
+TOOLS = [WEATHER, STOP, GET]
