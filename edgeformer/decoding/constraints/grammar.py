@@ -13,12 +13,13 @@ import numpy as np
 from edgeformer.bundle.signature import Array
 from edgeformer.decoding.constraints.habits import Habits
 from edgeformer.decoding.constraints.token_trie import TokenTrie
+from edgeformer.decoding.sampling import Candidates
 from edgeformer.errors import GrammarError, InputError, StateError, first_line
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-_FEW = 64  # words of 32 tokens: up to here, writing the allowed scores is faster than choosing among all
+_FEW = 64  # words of 32 tokens: up to here, gathering the allowed scores is faster than choosing among all
 
 
 class Grammar:
@@ -27,7 +28,7 @@ class Grammar:
     def __init__(self, trie: TokenTrie, matcher: Any, eos: Collection[int], vocab_size: int) -> None:
         """`matcher` stands at the beginning; `vocab_size` is the length of the logits, `eos` the ids of end tokens."""
         self.trie, self.vocab_size = trie, vocab_size
-        self.eos = tuple(sorted({int(number) for number in eos if 0 <= number < vocab_size}))
+        self.eos = frozenset(int(number) for number in eos if 0 <= number < vocab_size)
         self.followers = Habits()  # token -> the next one, where few may follow
         self.replacements = Habits()  # token -> what answers have in its place; see `Constraint.replacements`
         self._matcher = matcher
@@ -49,34 +50,50 @@ class GrammarConstraint:
         self._length = length  # tokens accepted; -1 after an end token
         self._last = -1  # the last of them
         self._framed = 0
+        self._is_framed: bool | None = None  # at this position; None: not known
         self._learns = True
+        self._limit = min(grammar.trie.size, grammar.vocab_size)  # of the ids that are tokens of both
         self._buffer = np.zeros(grammar.trie.words, np.int32)
 
     # ------------------------------------------------------------------------------------------------------- Constraint
 
-    def apply(self, scores: Array) -> Array:
+    def apply(self, scores: Array) -> Candidates:
         """As `Constraint.apply`."""
         if scores.shape != (self._grammar.vocab_size,):
             raise InputError(f"The scores have shape {scores.shape}, expected ({self._grammar.vocab_size},).")
         mask = self._mask()
         filled = np.flatnonzero(mask)
         if len(filled) > _FEW:
-            found: Array = np.minimum(scores, _limits(mask, scores.dtype)[: len(scores)])
-            return found
-        found = np.full(scores.shape, -np.inf, scores.dtype)
+            return Candidates(np.minimum(scores, _limits(mask, scores.dtype)[: len(scores)]))
         ids = np.flatnonzero(_bits(mask[filled]))
         ids = filled[ids >> 5] * 32 + (ids & 31)
-        found[ids] = scores[ids]
-        return found
+        return Candidates(scores[ids], ids)
 
     def accept(self, token: int) -> None:
         """As `Constraint.accept`."""
-        if not self.accept_if_allowed(token):
+        self._check_open()
+        if not self._advance(token):
             raise InputError(f"The token {token} may not follow in the constraint; choose one that `apply` leaves.")
 
-    def accept_if_allowed(self, token: int) -> bool:
-        """As `Constraint.accept_if_allowed`."""
+    def allows(self, tokens: Sequence[int]) -> list[bool]:
+        """As `Constraint.allows`."""
         self._check_open()
+        ask, end, limit = self._matcher.validate_tokens, self._grammar.trie.end, self._limit
+        if not self._aliased and limit > max(tokens) and min(tokens) >= 0 and self._grammar.eos.isdisjoint(tokens):
+            return [ask([token]) == 1 for token in tokens]
+        asked = (self._inside(token) for token in tokens)
+        return [False if inside is None else self.may_end if inside == end else ask([inside]) == 1 for inside in asked]
+
+    def only(self) -> int | None:
+        """As `Constraint.only`."""
+        if self._aliased or self.ended:
+            return None
+        forced = self._matcher.compute_ff_tokens()
+        # A single byte that is no token, or an end token, is no choice: the mask says what that means.
+        return forced[0] if forced and self._inside(forced[0]) == forced[0] else None
+
+    def _advance(self, token: int) -> bool:
+        """By the token if it may follow; whether it may."""
         inside, matcher = self._inside(token), self._matcher
         if inside is None:
             return False
@@ -84,14 +101,12 @@ class GrammarConstraint:
             if matcher.is_accepting():
                 self._length = -1
             return self._length < 0
-        is_framed = self._learns and not any(
-            matcher.validate_tokens([word]) for word in self._grammar.trie.words_of_text
-        )
+        is_framed = self._learns and self.is_framed
         if matcher.try_consume_tokens([inside]) != 1:
             self._check_matcher()
             return False
         self._length += 1
-        self._is_computed = False
+        self._is_computed, self._is_framed = False, None
         if self._learns:
             self._grammar.followers.learn(self._last, token if is_framed else None)
             self._framed = self._framed + 1 if is_framed else 0
@@ -130,6 +145,14 @@ class GrammarConstraint:
     def framed(self) -> int:
         """As `Constraint.framed`."""
         return self._framed
+
+    @property
+    def is_framed(self) -> bool:
+        """As `Constraint.is_framed`."""
+        if self._is_framed is None:
+            ask = self._matcher.validate_tokens
+            self._is_framed = not any(ask([word]) for word in self._grammar.trie.words_of_text)
+        return self._is_framed
 
     def valid(self, tokens: Sequence[int]) -> int:
         """As `Constraint.valid`."""
@@ -202,7 +225,7 @@ class GrammarConstraint:
         grammar = self._grammar
         if token in grammar.eos:
             return grammar.trie.end
-        if not 0 <= token < min(grammar.trie.size, grammar.vocab_size):
+        if not 0 <= token < self._limit:
             return None
         begins = self._length == 0 if at_beginning is None else at_beginning
         return grammar.trie.at_beginning(token) if begins else token
