@@ -30,7 +30,6 @@ from edgeformer.decoding.selection import at_least_kth
 
 _MOST = 192  # tokens that are asked: 0.1 ms
 _REFUSALS = 48  # refused tokens, beyond one for each that may follow, after which the mask is made
-_SCARCE = 8  # keys and punctuation that may follow are seldom more
 _TRIES = 8  # draws that may be refused before the mask is made
 _ROUNDING = 1e-6  # of a score that a temperature divides, in float32: 2 ** -23 with every other error
 
@@ -98,8 +97,6 @@ def _one(scores: Array, token: int) -> Candidates:
 
 def _likeliest(constraint: Constraint, scores: Array, wanted: Reach) -> Candidates | None:
     """The tokens that may follow, from the likeliest on, at least those in `wanted`; None where it takes a mask."""
-    if (wanted.best or 0) > _SCARCE and constraint.is_framed:
-        return None
     most = min(_MOST, len(scores))
     places = at_least_kth(scores, most)
     order = np.argsort(-scores[places], kind="stable")

@@ -69,11 +69,6 @@ class Constraint(Protocol):
         """How many of the last tokens, up to the last one, were chosen where few may follow: keys and punctuation."""
         ...
 
-    @property
-    def is_framed(self) -> bool:
-        """Whether few tokens may follow: no word of a text."""
-        ...
-
     def valid(self, tokens: Sequence[int]) -> int:
         """How many of `tokens`, from the first, may follow in turn. Does not advance."""
         ...

@@ -50,7 +50,6 @@ class GrammarConstraint:
         self._length = length  # tokens accepted; -1 after an end token
         self._last = -1  # the last of them
         self._framed = 0
-        self._is_framed: bool | None = None  # at this position; None: not known
         self._learns = True
         self._limit = min(grammar.trie.size, grammar.vocab_size)  # of the ids that are tokens of both
         self._buffer = np.zeros(grammar.trie.words, np.int32)
@@ -101,12 +100,14 @@ class GrammarConstraint:
             if matcher.is_accepting():
                 self._length = -1
             return self._length < 0
-        is_framed = self._learns and self.is_framed
+        is_framed = self._learns and not any(
+            matcher.validate_tokens([word]) for word in self._grammar.trie.words_of_text
+        )
         if matcher.try_consume_tokens([inside]) != 1:
             self._check_matcher()
             return False
         self._length += 1
-        self._is_computed, self._is_framed = False, None
+        self._is_computed = False
         if self._learns:
             self._grammar.followers.learn(self._last, token if is_framed else None)
             self._framed = self._framed + 1 if is_framed else 0
@@ -145,14 +146,6 @@ class GrammarConstraint:
     def framed(self) -> int:
         """As `Constraint.framed`."""
         return self._framed
-
-    @property
-    def is_framed(self) -> bool:
-        """As `Constraint.is_framed`."""
-        if self._is_framed is None:
-            ask = self._matcher.validate_tokens
-            self._is_framed = not any(ask([word]) for word in self._grammar.trie.words_of_text)
-        return self._is_framed
 
     def valid(self, tokens: Sequence[int]) -> int:
         """As `Constraint.valid`."""
