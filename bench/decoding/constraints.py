@@ -36,29 +36,25 @@ def timed() -> Iterator[list[float]]:
     """Seconds of each token's mask and advance, of every constraint inside the block."""
     from edgeformer.decoding.constraints.grammar import GrammarConstraint as Constraint
 
-    apply, check = Constraint.apply, Constraint.accept_if_allowed
     found: list[float] = [0.0]
 
-    def timed_apply(self: Any, scores: Any) -> Any:
+    def timed_call(name: str, call: Any, *arguments: Any) -> Any:
         began = time.perf_counter()
-        masked = apply(self, scores)
+        value = call(*arguments)
         found[-1] += time.perf_counter() - began
-        return masked
-
-    def timed_check(self: Any, token: int) -> bool:
-        began = time.perf_counter()
-        may_follow = check(self, token)
-        found[-1] += time.perf_counter() - began
-        if may_follow:
+        if name == "accept":
             found.append(0.0)
-        return may_follow
+        return value
 
-    Constraint.apply, Constraint.accept_if_allowed = timed_apply, timed_check  # type: ignore[method-assign]
+    usual = {name: getattr(Constraint, name) for name in ("allows", "only", "apply", "accept")}
+    for name, call in usual.items():
+        setattr(Constraint, name, lambda *arguments, name=name, call=call: timed_call(name, call, *arguments))
     try:
         yield found
     finally:
         found.pop()
-        Constraint.apply, Constraint.accept_if_allowed = apply, check  # type: ignore[method-assign]
+        for name, call in usual.items():
+            setattr(Constraint, name, call)
 
 
 def cases(quick: bool) -> dict[str, list[tuple[str, dict[str, Any]]]]:

@@ -114,8 +114,7 @@ def choices(logits: Array, rounds: int) -> dict[str, dict[str, float]]:
         rng = None if settings is None else np.random.default_rng(2)
 
         def run(row: Array, processors: Any = processors, rng: Any = rng) -> None:
-            check(row)
-            next_token(processors, ids, row, rng)
+            next_token(processors, ids, row, rng, check(row))
 
         found[name] = microseconds(run, logits, rounds)
     found[LOGPROBS] = microseconds(lambda row: row_logprobs(row[None], [3], 5), logits, rounds)

@@ -95,5 +95,6 @@ PYBIND11_MODULE(_native, m) {
       .def("new_state", &new_state)
       .def("load_chunk", &load_chunk, py::arg("data"))
       .def("forward", &forward, py::arg("states"), py::arg("inputs"));
+  bind_sampling(m);
   bind_testing(m);
 }

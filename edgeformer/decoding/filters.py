@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from edgeformer.decoding.generation_config import GenerationConfig
 from edgeformer.decoding.sampling import Candidates, Places, Random, Scores, weights
 from edgeformer.decoding.selection import at_least_kth, covering, kth_largest, largest
+from edgeformer.decoding.vocabulary import places_reaching
 
 Filter = Callable[[Candidates, Random | None], Candidates]
 _TINY = 1e-37  # a weight above 0
@@ -29,44 +31,76 @@ _TOP_H = 100  # top-h looks at no more tokens than these
 def filters(config: GenerationConfig, least: int = 1) -> list[Filter]:
     """The filters of a generation config, in the order in which they apply."""
     made: list[Filter] = []
-    if config.temperature != 1:
-        made.append(partial(_heated, config.temperature))
     if config.top_h is not None:
         made.append(_selecting(top_h, config.top_h))
     if config.top_k:
         made.append(_selecting(top_k, max(config.top_k, least)))
+    if config.temperature != 1:  # a temperature keeps the order, so after top-k it has few scores to divide
+        made.insert(0 if config.top_h is not None else len(made), partial(_heated, config.temperature))
     if config.top_p < 1:
-        made.append(_selecting(top_p, config.top_p, least))
+        made.append(_weighing(top_p, config.top_p, least))
     if config.min_p:
-        made.append(_selecting(min_p, config.min_p, least))
+        made.append(_weighing(min_p, config.min_p, least))
     if config.typical_p < 1:
-        made.append(_selecting(typical_p, config.typical_p, least))
+        made.append(_weighing(typical_p, config.typical_p, least))
     if 0 < config.epsilon_cutoff < 1:
-        made.append(_selecting(epsilon_cutoff, config.epsilon_cutoff, least))
+        made.append(_weighing(epsilon_cutoff, config.epsilon_cutoff, least))
     if 0 < config.eta_cutoff < 1:
-        made.append(_selecting(eta_cutoff, config.eta_cutoff, least))
+        made.append(_weighing(eta_cutoff, config.eta_cutoff, least))
     if config.xtc_probability:
         kept = frozenset(config.eos_token_id) | frozenset(config.xtc_kept_ids)
         made.append(partial(_excluding, config.xtc_probability, config.xtc_threshold, kept))
     return made
 
 
+@dataclass(frozen=True)
+class Reach:
+    """Which tokens, of those in the order of their scores, decide what the filters of a config leave.
+
+    Neither `best` nor `distance`: all of them, for a filter looks at their total.
+    """
+
+    best: int | None = None  # so many, and those equal to the last
+    distance: float | None = None  # those whose score lies at most so far below the largest
+    is_unfiltered: bool = False  # there is no filter
+
+
+def reach(config: GenerationConfig) -> Reach:
+    """What the first filter of `filters(config)` can leave, in scores before the temperature; others see no more."""
+    if config.top_h is not None:
+        return Reach()
+    if config.top_k:
+        return Reach(best=config.top_k)
+    if config.top_p < 1:
+        return Reach()
+    if config.min_p:
+        return Reach(distance=-math.log(config.min_p) * config.temperature)
+    others = config.typical_p < 1, config.epsilon_cutoff, config.eta_cutoff, config.xtc_probability
+    return Reach(is_unfiltered=not any(others))
+
+
 def _selecting(select: Callable[..., Places | None], *arguments: float) -> Filter:
     return lambda candidates, _: candidates.at(select(candidates.scores, *arguments))
 
 
+def _weighing(select: Callable[..., Places | None], *arguments: float) -> Filter:
+    """As `_selecting`, for a selection that is told the largest score where it is known."""
+    return lambda candidates, _: candidates.at(select(candidates.scores, *arguments, largest=candidates.largest))
+
+
 def _heated(temperature: float, candidates: Candidates, _: Random | None) -> Candidates:
-    scores = candidates.scores
+    scores, largest = candidates.scores, candidates.largest
     if temperature < 1e-30:  # the largest score may become infinite: draws depend on differences only
         scores = scores - scores.max()
+        largest = None
     with np.errstate(over="ignore"):  # the smallest float32 becomes -inf
-        return Candidates(scores / temperature, candidates.tokens)
+        return Candidates(scores / temperature, candidates.tokens, None if largest is None else largest / temperature)
 
 
 def top_h(scores: Scores, p: float) -> Places:
     """The most likely tokens whose summed entropy is within `p` times that of the 100 most likely ones."""
     order = largest(scores, _TOP_H)
-    probabilities = weights(scores[order]).astype(np.float64)
+    probabilities = weights(scores[order]).at(None).astype(np.float64)
     probabilities /= probabilities.sum()
     with np.errstate(divide="ignore", invalid="ignore"):
         terms = np.where(probabilities > 0, -probabilities * np.log(probabilities), 0.0)
@@ -80,22 +114,24 @@ def top_k(scores: Scores, k: int) -> Places | None:
     return None if k == 0 or k >= len(scores) else at_least_kth(scores, k)
 
 
-def top_p(scores: Scores, p: float, least: int = 1) -> Places | None:
+def top_p(scores: Scores, p: float, least: int = 1, *, largest: Any = None) -> Places | None:
     """The fewest most likely tokens whose probabilities reach `p`.
 
     Of equally likely tokens at the end those with the lower places stay.
     """
     if p >= 1:
         return None
-    likely = weights(scores)
-    total = float(likely.sum())
+    likely = weights(scores, largest)
+    total = likely.total
     goal = p * total
-    places, few = None, likely
-    for floor in _floors(p, total, len(likely)):
-        places = np.flatnonzero(likely >= floor)
-        few = likely[places]
+    places = few = None
+    for floor in _floors(p, total, len(scores)):
+        places = places_reaching(scores, likely.score(floor))
+        few = likely.at(places)
         if few.sum(dtype=np.float64) >= goal:
             break
+    if few is None:
+        few = likely.at(None)
     if len(few) <= _SORTED:
         values, ordered = few, np.sort(few)[::-1]
         reached = np.cumsum(ordered, dtype=np.float64)
@@ -112,29 +148,31 @@ def top_p(scores: Scores, p: float, least: int = 1) -> Places | None:
     return places if len(places) >= least else largest_places(scores, least)
 
 
-def min_p(scores: Scores, p: float, least: int = 1) -> Places | None:
+def min_p(scores: Scores, p: float, least: int = 1, *, largest: Any = None) -> Places | None:
     """The tokens at least `p` times as likely as the likeliest."""
     if p <= 0:
         return None
     # exp(score - max) >= p, without the exp
-    return _reaching(scores, scores, scores.max() + math.log(p), least)
+    return _reaching(scores, (scores.max() if largest is None else largest) + math.log(p), least)
 
 
-def typical_p(scores: Scores, p: float, least: int = 1) -> Places:
+def typical_p(scores: Scores, p: float, least: int = 1, *, largest: Any = None) -> Places:
     """The tokens whose surprise is nearest to the entropy, as many as their probabilities reach `p`."""
-    likely, logs, total, entropy = _distribution(scores)
-    distance = np.abs(np.add(logs, entropy, out=logs), out=logs)  # |surprise - entropy|
+    likely = weights(scores, largest)
+    total, entropy = likely.total, likely.entropy
+    middle = likely.score(total) - entropy  # the score whose surprise is the entropy
     goal = p * total
-    places, near, few = None, distance, likely
-    for floor in _floors(p, total, len(likely)):
+    places = few = None
+    for floor in _floors(p, total, len(scores)) if least == 1 else ():
         # of the tokens as likely as `floor`: the likeliest or the least likely is the farthest
         farthest = max(abs(entropy - math.log(total)), abs(entropy + math.log(floor / total)))
-        if least > 1:
-            farthest = max(farthest, -kth_largest(-distance, min(least, len(distance))))
-        places = np.flatnonzero(distance <= farthest)
-        near, few = distance[places], likely[places]
+        places = places_reaching(scores, middle - farthest)
+        few = likely.at(places)
         if few.sum(dtype=np.float64) >= goal:
             break
+    if few is None:
+        few = likely.at(None)
+    near = np.minimum(np.abs((scores if places is None else scores[places]) - middle), 1e4)  # 1e4 for a score of -inf
     end = covering(near, few, goal)
     if least > 1:
         end = max(end, -kth_largest(-near, min(least, len(near))))
@@ -142,27 +180,28 @@ def typical_p(scores: Scores, p: float, least: int = 1) -> Places:
     return stays if places is None else places[stays]
 
 
-def epsilon_cutoff(scores: Scores, epsilon: float, least: int = 1) -> Places:
+def epsilon_cutoff(scores: Scores, epsilon: float, least: int = 1, *, largest: Any = None) -> Places:
     """The tokens of a probability of at least `epsilon`."""
-    likely = weights(scores)
-    return _reaching(scores, likely, epsilon * float(likely.sum()), least)
+    likely = weights(scores, largest)
+    return _reaching(scores, likely.score(epsilon * likely.total), least)
 
 
-def eta_cutoff(scores: Scores, epsilon: float, least: int = 1) -> Places:
+def eta_cutoff(scores: Scores, epsilon: float, least: int = 1, *, largest: Any = None) -> Places:
     """The tokens of a probability of at least min(epsilon, sqrt(epsilon) exp(-entropy))."""
-    likely, _, total, entropy = _distribution(scores)
-    return _reaching(scores, likely, min(epsilon, math.sqrt(epsilon) * math.exp(-entropy)) * total, least)
+    likely = weights(scores, largest)
+    least_likely = min(epsilon, math.sqrt(epsilon) * math.exp(-likely.entropy))
+    return _reaching(scores, likely.score(least_likely * likely.total), least)
 
 
-def xtc(scores: Scores, threshold: float) -> Places | None:
+def xtc(scores: Scores, threshold: float, *, largest: Any = None) -> Places | None:
     """The places of the top choices that XTC excludes: all tokens of a probability of at least `threshold` but the
     least likely of them. None where fewer than two are so likely.
     """
-    likely = weights(scores)
-    top = np.flatnonzero(likely >= threshold * float(likely.sum()))
+    likely = weights(scores, largest)
+    top = places_reaching(scores, likely.score(max(threshold * likely.total, _TINY)))
     if len(top) < 2:
         return None
-    least = len(top) - 1 - int(np.argmin(likely[top][::-1]))  # of equal ones the last
+    least = len(top) - 1 - int(np.argmin(scores[top][::-1]))  # of equal ones the last
     return np.delete(top, least)
 
 
@@ -177,7 +216,7 @@ def _excluding(
     """
     if rng is None or rng.random() >= probability:
         return candidates
-    excluded = xtc(candidates.scores, threshold)
+    excluded = xtc(candidates.scores, threshold, largest=candidates.largest)
     if excluded is None or not kept.isdisjoint(candidates.token(place) for place in excluded.tolist()):
         return candidates
     scores = candidates.scores.copy()  # few are excluded, so the others are not gathered
@@ -193,33 +232,21 @@ def largest_places(scores: Scores, count: int) -> Places | None:
 def _floors(p: float, total: float, count: int) -> Iterator[float]:
     """Weights above which the tokens may reach `p`, and surely do: those below (1 - p) / n sum to less than 1 - p.
 
-    In texts sixteen times as much nearly always does too, and leaves a quarter of the tokens. None for a few tokens.
+    In texts 64 or 16 times as much nearly always does too, and leaves few tokens. None for a few tokens.
     """
     if count <= _FEW:
         return
     floor = max((1 - p) * total / count, _TINY)
-    yield min(16 * floor, 1.0)
-    yield floor
+    for times in (64, 16, 1):
+        yield min(times * floor, 1.0)
 
 
-def _distribution(scores: Scores) -> tuple[Scores, Scores, float, float]:
-    """exp(score - max) [n], log probabilities [n] (finite where the probability is 0), the sum of the first, the
-    entropy in nats.
-    """
-    shifted = np.maximum(scores - scores.max(), -1e4)  # exp gives 0 there, and 0 * -1e4 is no NaN
-    likely = np.exp(shifted)
-    total = float(likely.sum())
-    logs = shifted
-    logs -= math.log(total)
-    return likely, logs, total, -float((likely * logs).sum()) / total
-
-
-def _reaching(scores: Scores, values: Scores, bound: Any, least: int) -> Places:
-    """The places whose value reaches `bound`, and of the `least` largest scores and those equal to them."""
+def _reaching(scores: Scores, bound: Any, least: int) -> Places:
+    """The places of the scores that reach `bound`, of the `least` largest, and of those equal to them."""
     if least >= len(scores):
         return np.arange(len(scores))
     if least > 1:
         low = kth_largest(scores, least)
-        return np.flatnonzero((values >= bound) | (scores >= low))
-    places = np.flatnonzero(values >= bound)
+        return places_reaching(scores, min(bound, low))
+    places = places_reaching(scores, bound)
     return places if len(places) else np.flatnonzero(scores == scores.max())

@@ -36,6 +36,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -142,27 +143,39 @@ def _forbidden_and_forced(
 
 def process(processors: Sequence[Processor], ids: Array, scores: Array, rng: Random | None = None) -> Array:
     """`scores` [vocab] after all processors, in their order. `rng` is that of a sampled answer; XTC takes a number."""
-    return _candidates(processors, ids, scores, rng).spread(len(scores))
+    return filtered(processors, Candidates(changed(processors, ids, scores)), rng).spread(len(scores))
 
 
-def next_token(processors: Sequence[Processor], ids: Array, scores: Array, rng: Random | None) -> int:
-    """The token that follows `ids`: a draw of what `process` leaves with `rng`, the most likely without.
+def next_token(
+    processors: Sequence[Processor], ids: Array, scores: Array, rng: Random | None, largest: Any = None
+) -> int:
+    """The token that follows `ids`: a draw of what `process` leaves with `rng`, the most likely without. `largest` is
+    that of the scores, where it is known.
 
     Raises:
         EdgeformerError: no token is left.
     """
-    left = _candidates(processors, ids, scores, rng)
-    return left.token(sampling.choose(left.scores, rng))
+    after = changed(processors, ids, scores)
+    return sampling.choose(
+        filtered(processors, Candidates(after, None, largest if after is scores else None), rng), rng
+    )
 
 
-def _candidates(processors: Sequence[Processor], ids: Array, scores: Array, rng: Random | None) -> Candidates:
-    left = Candidates(scores.copy() if processors and not isinstance(processors[0], Step) else scores)
+def changed(processors: Sequence[Processor], ids: Array, scores: Array) -> Array:
+    """`scores` [vocab] after all processors that are no steps; a new array where there is one."""
+    changes = [processor for processor in processors if not isinstance(processor, Step)]
+    scores = scores.copy() if changes else scores
+    for change in changes:
+        scores = change(ids, scores)
+    return scores
+
+
+def filtered(processors: Sequence[Processor], candidates: Candidates, rng: Random | None) -> Candidates:
+    """What the steps among the processors leave of the candidates."""
     for processor in processors:
         if isinstance(processor, Step):
-            left = processor.apply(left, rng)
-            continue
-        left = Candidates(processor(ids, left.scores))
-    return left
+            candidates = processor.apply(candidates, rng)
+    return candidates
 
 
 def _some_left(candidates: Candidates, _: Random | None) -> Candidates:
@@ -170,8 +183,9 @@ def _some_left(candidates: Candidates, _: Random | None) -> Candidates:
     Raises:
         EdgeformerError: there is nothing to draw from.
     """
-    sampling.choose(candidates.scores, None)
-    return candidates
+    largest = candidates.scores.max() if candidates.largest is None else candidates.largest
+    sampling.check_some_left(largest)
+    return Candidates(candidates.scores, candidates.tokens, largest)
 
 
 def _renormalized(candidates: Candidates, _: Random | None) -> Candidates:

@@ -7,6 +7,7 @@ one that a constraint forced may have a very low one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from edgeformer.bundle.signature import Array
+from edgeformer.decoding.sampling import weights
 from edgeformer.decoding.selection import largest
 from edgeformer.errors import InputError
 from edgeformer.processing.token_texts import TokenTexts
@@ -69,14 +71,13 @@ def row_logprobs(logits: Array, chosen: Sequence[int] | Array, count: int) -> Ro
     """Log probabilities of the token `chosen` [rows] after each row of raw `logits` [rows, vocab], and of the `count`
     likeliest.
 
-    The exponentials are float32, as the logits are; sums and differences are float64. One row at a time, so that the
-    memory needed is that of one row.
+    The exponentials and the sums of each 256 are float32, as the logits are; other sums and differences are float64.
+    One row at a time, so that the memory needed is that of one row.
     """
     own, top = np.empty(len(logits)), []
     for row, (scores, token) in enumerate(zip(logits, chosen, strict=True)):
         best = scores.max()
-        shifted = np.subtract(scores, best, dtype=np.float32)
-        shift = float(best) + float(np.log(np.exp(shifted, out=shifted).sum(dtype=np.float64)))
+        shift = float(best) + math.log(weights(scores.astype(np.float32, copy=False), best).total)
         own[row] = float(scores[token]) - shift
         ids = largest(scores, count)
         top.append((ids, scores[ids].astype(np.float64) - shift))

@@ -73,7 +73,8 @@ def frequency_and_presence_penalty(
     """
     answer = ids[prompt_length:]
     if len(answer):
-        counts = np.zeros(len(scores), scores.dtype)
+        counts = np.empty(len(scores), scores.dtype)  # zeros of a large vocabulary would take as long as the rest
+        counts[answer] = 0
         np.add.at(counts, answer, counts.dtype.type(1))  # several times as fast as numpy.unique for 4,000 tokens
         scores[answer] = scores[answer] - (counts[answer] * frequency + presence)
     return scores

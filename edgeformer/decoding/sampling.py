@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from edgeformer.decoding.vocabulary import BLOCK, exponential_sums
 from edgeformer.errors import EdgeformerError
 
 Scores = np.ndarray[Any, Any]
 Places = np.ndarray[Any, np.dtype[np.intp]]
 Random = np.random.Generator
-_BLOCK = 256  # tokens: `draw` sums blocks and walks through one of them
+_LONG = 2048  # tokens of which blocks are made
 
 
 class Candidates(NamedTuple):
@@ -24,6 +25,7 @@ class Candidates(NamedTuple):
 
     scores: Scores  # [n]; -inf for a token that may not follow
     tokens: Places | None = None  # [n], ascending; None: all of them, token i has the score i
+    largest: Any = None  # of the scores, where it is known
 
     def at(self, places: Places | None) -> Candidates:
         """Those at `places` (ascending); None: all."""
@@ -44,16 +46,27 @@ class Candidates(NamedTuple):
         return scores
 
 
-def choose(scores: Scores, rng: Random | None) -> int:
-    """The chosen place of `scores` [n], a token id where all tokens are there: a draw with `rng`, the largest without.
+def choose(candidates: Candidates, rng: Random | None) -> int:
+    """The chosen token: a draw with `rng`, the one with the largest score without.
 
     Raises:
         EdgeformerError: no token is left.
     """
-    best = int(scores.argmax())
-    if scores[best] == -np.inf:
+    scores, largest = candidates.scores, candidates.largest
+    if rng is None or largest is None:
+        best = int(scores.argmax())
+        largest = scores[best]
+        check_some_left(largest)
+    return candidates.token(best if rng is None else Draws(weights(scores, largest)).next(rng))
+
+
+def check_some_left(largest: Any) -> None:
+    """
+    Raises:
+        EdgeformerError: the largest score is that of a token that may not follow.
+    """
+    if largest == -np.inf:
         raise EdgeformerError("The generation settings forbid every token; relax them.")
-    return best if rng is None else _drawn(weights(scores, scores[best]), rng)
 
 
 def likeliest(logits: Scores) -> int:
@@ -67,12 +80,15 @@ def likeliest(logits: Scores) -> int:
     return best
 
 
-def check(logits: Scores) -> None:
-    """
+def check(logits: Scores) -> Any:
+    """The largest of `logits` [n].
+
     Raises:
         EdgeformerError: they hold NaN or +inf, or nothing but -inf: the model or its weights are damaged.
     """
-    _check_largest(logits.max())  # a NaN anywhere makes the maximum NaN
+    largest = logits.max()  # a NaN anywhere makes it NaN
+    _check_largest(largest)
+    return largest
 
 
 def _check_largest(largest: float) -> None:
@@ -82,34 +98,77 @@ def _check_largest(largest: float) -> None:
 
 def draw(scores: Scores, rng: Random) -> int:
     """One place of `scores` [n], drawn with the probabilities softmax(scores)."""
-    return _drawn(weights(scores), rng)
+    return Draws(weights(scores)).next(rng)
 
 
-def weights(scores: Scores, largest: Any = None) -> Scores:
-    """exp(scores - max) [n], in the type of `scores`: 1 for the likeliest, 0 for a token that may not follow."""
-    shifted: Scores = scores - (scores.max() if largest is None else largest)
-    return np.exp(shifted, out=shifted)
+class Weights:
+    """exp(score - max) of tokens: 1 for the likeliest, 0 for one that may not follow. Those of a large vocabulary are
+    not kept, only their sums: a filter and a draw look at few of them.
+    """
+
+    def __init__(self, scores: Scores, largest: float) -> None:
+        self.scores = scores  # [n]
+        self.largest = largest
+        self._each: Scores | None = None  # [n], of few tokens
+        self._slope: float | None = None  # sum(exp(score - max) * (score - max)), where it is known
+        if len(scores) >= _LONG:
+            self.sums, self._slope = exponential_sums(scores, largest)  # float64 [blocks]
+        else:
+            self._each = self.at(None)
+            self.sums = self._each.sum(dtype=np.float64, keepdims=True)  # of few tokens, one sum
+
+    @property
+    def total(self) -> float:
+        """The sum of all."""
+        return float(self.sums.sum())
+
+    @property
+    def entropy(self) -> float:
+        """Of the distribution, in nats."""
+        if self._slope is None:
+            shifted = np.maximum(self.scores - self.largest, -1e4)  # exp gives 0 there, and 0 * -1e4 is no NaN
+            self._slope = float(np.dot(self.at(None), shifted))
+        return math.log(self.total) - self._slope / self.total
+
+    def at(self, places: Places | slice | None) -> Scores:
+        """Those at `places`, in the type of the scores; None: all."""
+        if self._each is not None:
+            return self._each if places is None else self._each[places]
+        shifted: Scores = (self.scores if places is None else self.scores[places]) - self.largest
+        return np.exp(shifted, out=shifted)
+
+    def score(self, weight: float) -> float:
+        """The score of a weight above 0: others are compared with it without their exponentials."""
+        return self.largest + math.log(weight)
 
 
-def _drawn(weights: Scores, rng: Random) -> int:
-    """The place at which the running sum of `weights` passes a random share of their total.
+def weights(scores: Scores, largest: Any = None) -> Weights:
+    """Those of `scores` [n], whose largest one may be given."""
+    return Weights(scores, float(scores.max() if largest is None else largest))
+
+
+class Draws:
+    """Draws from the same weights: each is the place at which their running sum passes a random share of their total.
 
     A sequential sum of the whole vocabulary takes longer than all other steps together, so the sums of blocks come
     first, and then the running sum in one block, in float64.
     """
-    blocks = -(-len(weights) // _BLOCK)
-    if blocks < 8:
-        return _passed(np.cumsum(weights, dtype=np.float64), rng.random())
-    whole = len(weights) // _BLOCK
-    sums = np.empty(blocks)
-    sums[:whole] = weights[: whole * _BLOCK].reshape(whole, _BLOCK).sum(1)  # each in the type of the weights
-    if blocks > whole:
-        sums[whole] = weights[whole * _BLOCK :].sum()
-    ends, share = np.cumsum(sums), rng.random()
-    block = _passed(ends, share)
-    left = share * ends[-1] - (ends[block - 1] if block else 0.0)  # never below 0
-    inside = np.cumsum(weights[block * _BLOCK : (block + 1) * _BLOCK], dtype=np.float64)
-    return block * _BLOCK + _passed(inside, left / inside[-1])
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._is_short = len(weights.scores) < _LONG
+        self._ends = np.cumsum(weights.at(None) if self._is_short else weights.sums, dtype=np.float64)
+
+    def next(self, rng: Random) -> int:
+        """The place of one more draw."""
+        ends, share = self._ends, rng.random()
+        if self._is_short:
+            return _passed(ends, share)
+        block = _passed(ends, share)
+        left = share * ends[-1] - (ends[block - 1] if block else 0.0)  # never below 0
+        likely = self._weights.at(slice(block * BLOCK, (block + 1) * BLOCK))
+        inside = np.cumsum(likely, dtype=np.float64)
+        return block * BLOCK + _passed(inside, left / float(self._weights.sums[block]))
 
 
 def _passed(ends: Scores, share: float) -> int:

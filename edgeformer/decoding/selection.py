@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from edgeformer.decoding.vocabulary import places_reaching
+
 Array = np.ndarray[Any, Any]
 Places = np.ndarray[Any, np.dtype[np.intp]]
 _COLUMNS = 1024  # enough numbers in a row for one SIMD loop
@@ -33,7 +35,7 @@ def at_least_kth(values: Array, count: int) -> Places:
     if count == 1:
         return np.flatnonzero(values == values.max())
     bound = _bound(values, count)
-    places: Places = np.flatnonzero(values > bound if bound == -np.inf else values >= bound)
+    places: Places = np.flatnonzero(values > bound) if bound == -np.inf else places_reaching(values, bound)
     if len(places) <= count:
         return places
     few = values[places]

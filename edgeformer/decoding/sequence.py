@@ -17,6 +17,8 @@ import numpy as np
 
 from edgeformer.bundle.signature import Array
 from edgeformer.decoding.answer_text import AnswerText, text_stream
+from edgeformer.decoding.constrained_choice import ConstrainedChoice
+from edgeformer.decoding.constraints.constraint import Constraint
 from edgeformer.decoding.context import shortened
 from edgeformer.decoding.job import Progress, Rows
 from edgeformer.decoding.logits_processors import next_token
@@ -65,7 +67,9 @@ class Sequence:
         self._text = AnswerText(text_stream(tokenizer, request.shape), request.config.stop_strings)
         self._parser = request.shape.parser()
         self._parts: list[AnswerPiece] = []  # of the whole answer
-        self.constraint = None if request.shape.grammar is None else request.shape.grammar.start()
+        self._choice = None
+        if request.shape.grammar is not None:
+            self._choice = ConstrainedChoice(request.processors, request.config, request.shape.grammar.start())
         self._token_texts = None if tokenizer is None or not self._wants_logprobs else tokenizer.token_texts
         self._logprobs: list[TokenLogprob] = []
         self._prompt_logprobs: list[TokenLogprob] = []
@@ -93,6 +97,11 @@ class Sequence:
     def count(self) -> int:
         """The number of new tokens."""
         return len(self.ids) - len(self.request.prompt)
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """Its place in the grammar that it follows."""
+        return None if self._choice is None else self._choice.constraint
 
     @property
     def progress(self) -> Progress:
@@ -169,10 +178,10 @@ class Sequence:
         return Rows(np.array([ids], np.int64), session.state, keep)
 
     def prepare(self) -> None:
-        """As `Job.prepare`: the mask of the next token; a greedy answer mostly needs none."""
+        """As `Job.prepare`: the mask of the next token, where it will be needed."""
         is_last = len(self.session.ids) + self._running == len(self._context)
-        if self.constraint is not None and self._rng is not None and (is_last or not self.request.limits.cached):
-            self.constraint.prepare()
+        if self._choice is not None and self._choice.needs_mask and (is_last or not self.request.limits.cached):
+            self._choice.constraint.prepare()
 
     def accept(self, logits: Array) -> None:
         """Takes the logits [1, rows, vocab] that `pending` asked for: the tokens that follow, up to a wrong draft.
@@ -281,15 +290,12 @@ class Sequence:
     def _next_token(self, scores: Array) -> int:
         """The token that follows `scores` [vocab]; the constraint has accepted it."""
         processors, constraint = self.request.processors, self.constraint
-        if not self.request.config.remove_invalid_values and (processors or self._rng is not None):
-            check(scores)
-        if constraint is None or self._rng is None:
-            # Of a greedy answer, the likeliest of all is the likeliest of those that may follow, if it may.
-            plain = self._rng is None and not processors
-            token = likeliest(scores) if plain else next_token(processors, self._seen, scores, self._rng)
-            if constraint is None or constraint.accept_if_allowed(token):
-                return token
-        token = next_token(processors, self._seen, constraint.apply(scores), self._rng)
+        if constraint is None and self._rng is None and not processors:
+            return likeliest(scores)
+        largest = None if self.request.config.remove_invalid_values else check(scores)
+        if constraint is None or self._choice is None:
+            return next_token(processors, self._seen, scores, self._rng, largest)
+        token = self._choice.token(self._seen, scores, self._rng)
         constraint.accept(token)
         return token
 

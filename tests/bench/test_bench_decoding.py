@@ -150,20 +150,21 @@ def test_masks_are_timed_only_inside_the_block(monkeypatch: pytest.MonkeyPatch) 
         calls.append(scores)
         return "masked"
 
-    def check(self: object, token: int) -> bool:
-        calls.append(token)
-        return token != 3
+    def allows(self: object, tokens: list[int]) -> list[bool]:
+        calls.append(tokens)
+        return [token != 3 for token in tokens]
 
     monkeypatch.setattr(GrammarConstraint, "apply", apply)
-    monkeypatch.setattr(GrammarConstraint, "accept_if_allowed", check)
+    monkeypatch.setattr(GrammarConstraint, "allows", allows)
+    monkeypatch.setattr(GrammarConstraint, "accept", lambda self, token: calls.append(token))
     constraint = object.__new__(GrammarConstraint)
     with constraints.timed() as seconds:
-        assert not constraint.accept_if_allowed(3)  # the likeliest may not follow, so its mask counts too
+        assert constraint.allows([3]) == [False]  # the likeliest may not follow, so its mask counts too
         assert constraint.apply("scores") == "masked"  # type: ignore[arg-type,comparison-overlap]
         constraint.accept(7)
         constraint.accept(8)
-    assert seconds == [4.0, 5.0] and calls == [3, "scores", 7, 8]
-    assert GrammarConstraint.apply is apply and GrammarConstraint.accept_if_allowed is check
+    assert seconds == [4.0, 5.0] and calls == [[3], "scores", 7, 8]
+    assert GrammarConstraint.apply is apply and GrammarConstraint.allows is allows
 
 
 def test_a_beginning_that_was_not_cached_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgeformer.decoding import sampling
+from edgeformer.decoding import sampling, vocabulary
 from edgeformer.decoding.generation_config import GenerationConfig
 from edgeformer.decoding.limits import Limits
 from edgeformer.decoding.logits_processors import logits_processors, next_token, process
 from edgeformer.decoding.request import CallOptions, Request
-from edgeformer.decoding.sampling import choose
+from edgeformer.decoding.sampling import Candidates, choose
 from edgeformer.errors import EdgeformerError, InputError
 
 ANY_LENGTH = Limits(True, True, None, "", None, frozenset(), None)
@@ -45,7 +45,7 @@ def test_draws_are_those_of_a_running_sum_over_the_vocabulary(size):
 def test_tokens_are_drawn_with_their_probabilities():
     scores = np.log(np.array([0.5, 0.25, 0.125, 0.125], np.float32))
     rng, draws = RNG(0), 20_000
-    counts = np.bincount([choose(scores, rng) for _ in range(draws)], minlength=4)
+    counts = np.bincount([choose(Candidates(scores), rng) for _ in range(draws)], minlength=4)
     expected = np.array([0.5, 0.25, 0.125, 0.125]) * draws
     chi_square = float(((counts - expected) ** 2 / expected).sum())
     assert chi_square < 16.3  # 3 degrees of freedom: a correct sampler exceeds this for one seed in a thousand
@@ -80,7 +80,7 @@ def test_the_seed_determines_the_draws():
 
     def draws(seed):
         rng = Request([1], GenerationConfig(do_sample=True), ANY_LENGTH, 1, seed=seed).rng()
-        return [choose(scores, rng) for _ in range(20)]
+        return [choose(Candidates(scores), rng) for _ in range(20)]
 
     assert draws(1) == draws(1)
     assert draws(1) != draws(2)
@@ -102,7 +102,7 @@ def test_logits_without_any_token_raise_and_a_single_token_is_chosen():
     scores[7] = -3.0
     config = GenerationConfig(do_sample=True, top_p=0.5, top_k=3, min_p=0.5, typical_p=0.5, top_h=0.5, eta_cutoff=0.5)
     processors = logits_processors(config, 1, 9, None)
-    assert next_token(processors, np.array([1]), scores, RNG(0)) == choose(scores, None) == 7
+    assert next_token(processors, np.array([1]), scores, RNG(0)) == choose(Candidates(scores), None) == 7
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_next_token_is_a_draw_of_what_process_leaves(settings):
         token = next_token(processors, np.array(ids), scores, found)
         assert np.array_equal(scores, before)
         left = process(processors, np.array(ids), scores, expected)
-        assert token == choose(left, expected) and left[token] > -np.inf
+        assert token == choose(Candidates(left), expected) and left[token] > -np.inf
         ids.append(token)
         seen.add(token)
     assert found.random() == expected.random() and len(seen) > 10
@@ -176,3 +176,66 @@ def test_no_processors_leave_the_scores_as_they_are():
     assert next_token((), np.array([1]), scores, None) == scores.argmax()
     config = GenerationConfig(do_sample=True, top_k=1000)
     assert np.array_equal(process(logits_processors(config, 1, 9, None), np.array([1]), scores), scores)
+
+
+def reference_weights(scores):
+    """exp(score - max), their sum and slope, in float64."""
+    shifted = scores.astype(np.float64) - scores.max()
+    likely = np.exp(shifted)
+    return likely, likely.sum(), (likely * np.where(np.isfinite(shifted), shifted, 0)).sum()
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("size", [1, 17, 255, 256, 2047, 2048, 2049, 2300, 5000, 49_152])
+def test_weights_are_exponentials_with_the_sums_of_blocks(size, native, monkeypatch):
+    if native:
+        pytest.importorskip("edgeformer._native")
+    else:
+        monkeypatch.setattr(vocabulary, "_loaded", lambda: None)
+    for spread in (0.01, 1.0, 9.0):
+        scores = (_logits(size, size) * spread).astype(np.float32)
+        scores[1::7] = -np.inf
+        found = sampling.weights(scores)
+        likely, total, slope = reference_weights(scores)
+        # exp: 2 ulp, and the rounding of its argument; a sum of 256: numpy adds pairs of 8 lanes of 16
+        relative = 4 * 2**-24 + float(np.abs(scores - scores.max())[likely > 0].max()) * 2**-24
+        each = found.at(None)
+        assert np.allclose(each, likely, rtol=relative, atol=1.7e-38)  # 0 below exp(-87)
+        assert (each[1::7] == 0).all() and each[scores.argmax()] == 1
+        assert np.array_equal(found.at(np.array([0, size - 1])), each[[0, size - 1]])
+        assert found.entropy == pytest.approx(np.log(total) - slope / total, rel=1e-5, abs=1e-5)
+        assert found.total == pytest.approx(total, rel=relative + 24 * 2**-24)
+        blocks = -(-size // vocabulary.BLOCK) if size >= sampling._LONG else 1
+        assert len(found.sums) == blocks and found.sums.dtype == np.float64
+        if blocks > 1:
+            edges = range(0, size, vocabulary.BLOCK)
+            parts = [likely[at : at + vocabulary.BLOCK].sum() for at in edges]
+            assert np.allclose(found.sums, parts, rtol=relative + 24 * 2**-24)
+
+
+def test_the_extension_makes_the_weights_of_large_vocabularies():
+    native = pytest.importorskip("edgeformer._native")
+    assert vocabulary._loaded() is native and native.SUM_BLOCK == vocabulary.BLOCK
+    for call in (native.exponential_sums, native.places_reaching):
+        with pytest.raises(InputError, match="2 dimensions"):
+            call(np.zeros((2, 3), np.float32), 0.0)
+        with pytest.raises(TypeError):
+            call(np.zeros(3, np.float64), 0.0)
+    sums, slope = native.exponential_sums(np.zeros(0, np.float32), 0.0)
+    assert len(sums) == slope == 0
+    assert np.isnan(native.exponential_sums(np.array([0, np.nan], np.float32), 0.0)[0][0])
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 2047, 2048, 2063, 30_001])
+def test_places_reaching_a_bound_are_those_of_a_comparison(size, native, monkeypatch):
+    if native:
+        pytest.importorskip("edgeformer._native")
+    monkeypatch.setattr(vocabulary, "_LONG", 0 if native else 10**9)
+    scores = np.round(_logits(size, size))  # many are equal to a bound
+    scores[::5], scores[1::7] = -np.inf, np.nan
+    for bound in (-np.inf, -3.0, 0.0, np.float32(4.0), 1e9, np.inf, np.nan):
+        found = vocabulary.places_reaching(scores, bound)
+        assert found.dtype == np.intp and np.array_equal(found, np.flatnonzero(scores >= bound))
+    backwards = scores[::-1]  # no view that the extension takes
+    assert np.array_equal(vocabulary.places_reaching(backwards, 0.0), np.flatnonzero(backwards >= 0))

@@ -7,13 +7,14 @@ from typing import Protocol
 
 from edgeformer.bundle.signature import Array
 from edgeformer.decoding.constraints.habits import Habits
+from edgeformer.decoding.sampling import Candidates
 
 
 class Constraint(Protocol):
     """Which tokens may follow in one answer. Belongs to one sequence; not thread-safe."""
 
-    def apply(self, scores: Array) -> Array:
-        """`scores` [vocab] with -inf where a token may not follow; a new array.
+    def apply(self, scores: Array) -> Candidates:
+        """The tokens that may follow with their `scores` [vocab]; or all tokens, with -inf where one may not.
 
         An end token keeps its score only where the answer may end.
 
@@ -34,8 +35,15 @@ class Constraint(Protocol):
         """
         ...
 
-    def accept_if_allowed(self, token: int) -> bool:
-        """Advances by the token if it may follow; whether it may. Costs a fraction of `apply`."""
+    def allows(self, tokens: Sequence[int]) -> list[bool]:
+        """Whether each of `tokens` may follow: what `apply` says, at a fraction of its cost.
+
+        Where the grammar forces a text, any token may follow that this text begins with; `apply` leaves only `only`.
+        """
+        ...
+
+    def only(self) -> int | None:
+        """The one token that `apply` leaves where the grammar forces a text; None where it does not, or may not."""
         ...
 
     def forced(self, limit: int) -> list[int]:

@@ -14,13 +14,14 @@ import numpy as np
 from edgeformer.bundle.signature import Array
 from edgeformer.decoding.constraints.habits import Habits
 from edgeformer.decoding.constraints.token_trie import TokenTrie
+from edgeformer.decoding.sampling import Candidates
 from edgeformer.errors import GrammarError, InputError, StateError, first_line
 from edgeformer.threads import BEGIN, Beside
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-_FEW = 64  # words of 32 tokens: up to here, writing the allowed scores is faster than choosing among all
+_FEW = 64  # words of 32 tokens: up to here, gathering the allowed scores is faster than choosing among all
 
 
 class Grammar:
@@ -29,7 +30,7 @@ class Grammar:
     def __init__(self, trie: TokenTrie, matcher: Any, eos: Collection[int], vocab_size: int) -> None:
         """`matcher` stands at the beginning; `vocab_size` is the length of the logits, `eos` the ids of end tokens."""
         self.trie, self.vocab_size = trie, vocab_size
-        self.eos = tuple(sorted({int(number) for number in eos if 0 <= number < vocab_size}))
+        self.eos = frozenset(int(number) for number in eos if 0 <= number < vocab_size)
         self.followers = Habits()  # token -> the next one, where few may follow
         self.replacements = Habits()  # token -> what answers have in its place; see `Constraint.replacements`
         self._matcher = matcher
@@ -52,33 +53,48 @@ class GrammarConstraint:
         self._last = -1  # the last of them
         self._framed = 0
         self._learns = True
+        self._limit = min(grammar.trie.size, grammar.vocab_size)  # of the ids that are tokens of both
         self._buffer = np.zeros(grammar.trie.words, np.int32)
 
     # ------------------------------------------------------------------------------------------------------- Constraint
 
-    def apply(self, scores: Array) -> Array:
+    def apply(self, scores: Array) -> Candidates:
         """As `Constraint.apply`."""
         if scores.shape != (self._grammar.vocab_size,):
             raise InputError(f"The scores have shape {scores.shape}, expected ({self._grammar.vocab_size},).")
         mask = self._mask()
         filled = np.flatnonzero(mask)
         if len(filled) > _FEW:
-            found: Array = np.minimum(scores, _limits(mask, scores.dtype)[: len(scores)])
-            return found
-        found = np.full(scores.shape, -np.inf, scores.dtype)
+            return Candidates(np.minimum(scores, _limits(mask, scores.dtype)[: len(scores)]))
         ids = np.flatnonzero(_bits(mask[filled]))
         ids = filled[ids >> 5] * 32 + (ids & 31)
-        found[ids] = scores[ids]
-        return found
+        return Candidates(scores[ids], ids)
 
     def accept(self, token: int) -> None:
         """As `Constraint.accept`."""
-        if not self.accept_if_allowed(token):
+        self._check_open()
+        if not self._advance(token):
             raise InputError(f"The token {token} may not follow in the constraint; choose one that `apply` leaves.")
 
-    def accept_if_allowed(self, token: int) -> bool:
-        """As `Constraint.accept_if_allowed`."""
+    def allows(self, tokens: Sequence[int]) -> list[bool]:
+        """As `Constraint.allows`."""
         self._check_open()
+        ask, end, limit = self._matcher.validate_tokens, self._grammar.trie.end, self._limit
+        if not self._aliased and limit > max(tokens) and min(tokens) >= 0 and self._grammar.eos.isdisjoint(tokens):
+            return [ask([token]) == 1 for token in tokens]
+        asked = (self._inside(token) for token in tokens)
+        return [False if inside is None else self.may_end if inside == end else ask([inside]) == 1 for inside in asked]
+
+    def only(self) -> int | None:
+        """As `Constraint.only`."""
+        if self._aliased or self.ended:
+            return None
+        forced = self._matcher.compute_ff_tokens()
+        # A single byte that is no token, or an end token, is no choice: the mask says what that means.
+        return forced[0] if forced and self._inside(forced[0]) == forced[0] else None
+
+    def _advance(self, token: int) -> bool:
+        """By the token if it may follow; whether it may."""
         inside, matcher = self._inside(token), self._matcher
         if inside is None:
             return False
@@ -204,7 +220,7 @@ class GrammarConstraint:
         grammar = self._grammar
         if token in grammar.eos:
             return grammar.trie.end
-        if not 0 <= token < min(grammar.trie.size, grammar.vocab_size):
+        if not 0 <= token < self._limit:
             return None
         begins = self._length == 0 if at_beginning is None else at_beginning
         return grammar.trie.at_beginning(token) if begins else token

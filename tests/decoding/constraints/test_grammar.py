@@ -57,7 +57,7 @@ def test_apply_keeps_the_scores_of_allowed_tokens_alone(tokenizer, size):
     for dtype in (np.float32, np.float64):
         scores = np.random.default_rng(0).normal(size=size or tokenizer.size).astype(dtype)
         before, allowed = scores.copy(), constraint.allowed_mask()
-        found = constraint.apply(scores)
+        found = constraint.apply(scores).spread(len(scores))
         assert found.dtype == dtype and found is not scores and (scores == before).all()
         assert (found == np.where(allowed, scores, -np.inf)).all()
         assert 0 < allowed.sum() < tokenizer.size
@@ -71,7 +71,9 @@ def test_few_and_many_allowed_tokens_give_the_same_scores(tokenizer, monkeypatch
     constraints = [made(tokenizer, regex="[a-z]{2,40}").start(), made(tokenizer, choices=["yes", "no"]).start()]
     few = [constraint.apply(scores) for constraint in constraints]
     monkeypatch.setattr(module, "_FEW", -1)
-    assert all((constraint.apply(scores) == one).all() for constraint, one in zip(constraints, few, strict=True))
+    many = [constraint.apply(scores) for constraint in constraints]
+    assert [one.tokens is None for one in few + many] == [False, False, True, True]
+    assert all((a.spread(len(scores)) == b.scores).all() for a, b in zip(few, many, strict=True))
 
 
 def test_masks_are_those_of_brute_force(tokenizer):
@@ -173,11 +175,14 @@ def test_a_token_is_accepted_where_the_mask_allows_it_and_refused_without_a_trac
     constraint = fed(made(tokenizer, regex="[a-c]{3}x").start(), tokenizer, "ab")
     allowed = constraint.allowed_mask()
     for token in range(tokenizer.size):
-        assert constraint.fork().accept_if_allowed(token) == allowed[token]
-        if not allowed[token]:
-            assert not constraint.accept_if_allowed(token)
+        assert constraint.allows([token]) == [allowed[token]]
+        if allowed[token]:
+            constraint.fork().accept(token)
+            continue
+        with pytest.raises(InputError, match="may not follow"):
+            constraint.accept(token)
     assert (constraint.allowed_mask() == allowed).all()
-    assert not constraint.accept_if_allowed(-1) and not constraint.accept_if_allowed(tokenizer.size)
+    assert constraint.allows([-1, tokenizer.size]) == [False, False]
 
 
 def test_forced_tokens_are_allowed_and_write_what_must_follow(tokenizer):
