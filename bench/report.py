@@ -48,11 +48,14 @@ def summary(numbers: list[float]) -> dict[str, float]:
     return {name: float(f"{value:.7g}") for name, value in found.items()} | {"n": len(numbers)}
 
 
-def save(study: str, results: dict[str, Any]) -> Path:
-    """Writes results/STUDY.json: this machine's results first, then those of other machines, one entry a machine."""
+def save(study: str, results: dict[str, Any], *, counts: bool = False) -> Path:
+    """Writes results/STUDY.json: this machine's results first, then those of other machines, one entry a machine.
+
+    counts: the results are the same on every machine, so those of others are dropped.
+    """
     RESULTS.mkdir(exist_ok=True)
     facts = machine()
-    others = [run for run in runs(study) if run["machine"]["cpu"] != facts["cpu"]]
+    others = [run for run in runs(study) if run["machine"]["cpu"] != facts["cpu"] and not counts]
     path = RESULTS / f"{study}.json"
     path.write_text(compact([{"machine": facts, **results}, *others]) + "\n", encoding="utf-8")
     return path

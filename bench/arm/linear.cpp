@@ -9,6 +9,7 @@
 
 #include "engine/dispatch.h"
 #include "kernels/pack.h"
+#include "platform/memory.h"
 
 using namespace edgeformer;
 
@@ -29,7 +30,15 @@ int main(int argc, char** argv) {
     if (pack_rows(type, source, 0, n, nullptr, packed).error != PackError::none) throw std::runtime_error("pack_rows");
     std::vector<int8_t> xq(static_cast<size_t>(m * blocks_of(k) * kBlock));
     std::vector<XBlock> xb(static_cast<size_t>(m * blocks_of(k)));
-    kernels.quantize(x.data(), k, m, k, span_of(type), 0, blocks_of(k), xq.data(), xb.data());
+    kernels.quantize({.x = x.data(),
+                      .ldx = k,
+                      .m = m,
+                      .k = k,
+                      .span = span_of(type),
+                      .block_begin = 0,
+                      .block_end = blocks_of(k),
+                      .xq = xq.data(),
+                      .xb = xb.data()});
     const LinearArgs a = {packed, n, k, xq.data(), xb.data(), x.data(), k, m, y.data(), n};
     for (int i = std::atoi(argv[6]); i > 0; i--) kernels.linear[int(type)](a, 0, panels_of(n));
     std::printf("%g\n", double(y.back()));

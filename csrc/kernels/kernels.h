@@ -39,16 +39,23 @@ static constexpr int64_t blocks_of(int64_t k) { return (k + kBlock - 1) / kBlock
 //   q4a          32  16 scales, 16 minima                    256 of nibbles            s * q + m,  0 .. 15      320
 //   q4           32  16 scales                               256 of nibbles (q + 8)    s * q,     -8 .. 7       288
 //   q4x64        64  16 scales                               2 x 256 (q + 8)           s * q,     -8 .. 7       544
-//   q8           32  16 scales                               512 (q + 128)             s * q,   -127 .. 127     544
-//   q8x16        32  16 scales of columns 0 .. 15, 16 of     512 (q + 128)             s * q,   -127 .. 127     576
+//   q8           32  16 scales                               512                       s * q,   -127 .. 127     544
+//   q8x16        32  16 scales of columns 0 .. 15, 16 of     512                       s * q,   -127 .. 127     576
 //                    columns 16 .. 31
-//   q8x128      128  16 scales, 16 unused                    4 x 512 (q + 128)         s * q,   -127 .. 127    2112
+//   q8x128      128  16 scales, 16 unused                    4 x 512                   s * q,   -127 .. 127    2112
 //   f32           1  none                                    16 floats                                           64
 //
 // 64 bytes of weights are 4 consecutive columns of 16 rows, 4 bytes a row. A byte of nibbles has column c (0 .. 15) of
 // its 32 in the low half and column c + 16 in the high half. N is padded to 16 rows with zeros, K to 32 columns. q4x64
-// and q8x128 have wide blocks: K is a multiple of 64, of 128. f32: K is not padded.
+// and q8x128 have wide blocks: K is a multiple of 64, of 128. f32: K is not padded. A byte of q8, q8x16 and q8x128 is
+// q ^ kByteFlip: what the dot products of this architecture take.
 enum class WeightType : int32_t { q4a, q4, q4x64, q8, q8x16, q8x128, f32 };
+#if defined(__aarch64__)
+static constexpr uint8_t kByteFlip = 0;  // q: SDOT and SMMLA multiply signed bytes
+#else
+static constexpr uint8_t kByteFlip = 0x80;  // q + 128: VPDPBUSD multiplies unsigned bytes with signed ones
+#endif
+static constexpr int32_t byte_weight(uint8_t packed) { return int8_t(packed ^ kByteFlip); }
 static constexpr int kWeightTypes = 7;
 static constexpr const char* kWeightTypeNames[kWeightTypes] = {"q4a", "q4", "q4x64", "q8", "q8x16", "q8x128", "f32"};
 static constexpr bool has_nibbles(WeightType type) { return type <= WeightType::q4x64; }
@@ -62,7 +69,7 @@ static constexpr int64_t span_of(WeightType type) {
 struct XBlock {
   float scale;          // absmax / 127
   float scaled_sum;     // scale * float(sum of q)
-  int32_t offset;       // -128 * sum of q: undoes the + 128 of q8; / 16 it undoes the + 8 of q4
+  int32_t offset;       // -128 * sum of q: undoes + 128 of q8's bytes; / 16 it undoes + 8 of q4
   int32_t offset_part;  // -128 * sum of q over columns 0 .. 15 (for q8x16); span > 32: over all columns of the span
 };
 

@@ -67,14 +67,14 @@ inline void pack_nibbles(const uint8_t* q, int64_t index, int64_t columns, uint8
   }
 }
 
-// 32 columns of one row of int8: 8 dwords of q + 128 at `to`, 64 bytes apart; false if a value is -128.
+// 32 columns of one row of int8: 8 dwords of bytes at `to`, 64 bytes apart; false if a value is -128.
 bool pack_bytes(const int8_t* q, int64_t columns, uint8_t* to) {
   int8_t padded[kBlock] = {};
   if (columns < kBlock) q = static_cast<const int8_t*>(memcpy(padded, q, size_t(columns)));
   uint8_t bytes[kBlock];
   int least = 0;
   for (int c = 0; c < kBlock; c++) {
-    bytes[c] = uint8_t(q[c]) ^ 0x80;
+    bytes[c] = uint8_t(q[c]) ^ kByteFlip;
     least |= q[c] == -128;
   }
   for (int step = 0; step < 8; step++) memcpy(to + 64 * step, bytes + 4 * step, 4);
@@ -217,8 +217,8 @@ void unpack_row(WeightType type, const void* packed, int64_t k, int64_t row, flo
     float values[kBlock];
     for (int c = 0; c < 16; c++) {
       if (shape.weights == 512) {
-        values[c] = float(bytes[c] - 128) * scale;
-        values[c + 16] = float(bytes[c + 16] - 128) * (type == WeightType::q8x16 ? second : scale);
+        values[c] = float(byte_weight(bytes[c])) * scale;
+        values[c + 16] = float(byte_weight(bytes[c + 16])) * (type == WeightType::q8x16 ? second : scale);
       } else if (type == WeightType::q4a) {
         values[c] = float(bytes[c] & 15) * scale + second;  // = fma: the product is exact
         values[c + 16] = float(bytes[c] >> 4) * scale + second;

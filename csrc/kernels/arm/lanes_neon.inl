@@ -136,8 +136,10 @@ struct Lanes {
   static int8x16_t flip(int8x16_t w) { return veorq_s8(w, vdupq_n_s8(-128)); }  // q + 128 -> q
   static int8x16_t low_nibbles(int8x16_t w) { return vandq_s8(w, vdupq_n_s8(15)); }
   static int8x16_t high_nibbles(int8x16_t w) { return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(w), 4)); }
-  static W flip(W w) { EDGEFORMER_EACH(W, flip(w.v[j])) }
-  static W byte_weight(const uint8_t* p) { return flip(load_w(p)); }
+  static W byte_weight(const uint8_t* p) {
+    const W w = load_w(p);
+    EDGEFORMER_EACH(W, flip(w.v[j]))
+  }
   // Nibbles as signed factors; centred (q4): they are q + 8.
   template <bool centred>
   static W low_nibbles(W w) {

@@ -23,13 +23,6 @@ struct S : Lanes {
   static constexpr int kGemvRows = 4, kF32Rows = 4, kDirectRows = 4, kTileRows = 3;
   static constexpr int kKeyTiles = 1, kValueRows = 4, kValueColumns = 1, kValueSums = 4;
   static constexpr int64_t kPrefetch = 1024;
-
-  static int8x16_t byte_operand(int8x16_t w) { return flip(w); }
-  static I byte_start(int32_t) { return iset1(0); }
-  template <int index>
-  static int32x4_t byte_dot(int32x4_t sum, int8x16_t w, X x) {
-    return vdotq_laneq_s32(sum, w, x, index);
-  }
 };
 
 #include "kernels/simd/simd.inl"
@@ -60,7 +53,7 @@ inline __attribute__((always_inline)) void unpack_block(const uint8_t* packed, u
     for (int part = 0; part < Q::kParts; part++) {
       each<8>([&](auto s) __attribute__((always_inline)) {
         if constexpr (Q::kHalves && s.value == 4) put_floats(tile, S::half(packed));
-        put(tile, S::flip(take(w)));
+        put(tile, take(w));
       });
     }
   }

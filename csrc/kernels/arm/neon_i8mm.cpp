@@ -1,10 +1,9 @@
-// The NEON table for CPUs with SMMLA and USDOT (Armv8.6 i8mm): Neoverse V1, Cortex-X2 and later. Only its linears of
+// The NEON table for CPUs with SMMLA (Armv8.6 i8mm): Neoverse V1, Cortex-X2 and later. Only its linears of
 // quantized weights differ from the SDOT table.
 //
 // SMMLA multiplies 2 x 8 bytes by 8 x 2 and adds to a 2 x 2 int32: twice SDOT's work. A tile is unpacked once into
 // SMMLA's operand order (two weight rows x 8 columns in 16 bytes); the other operand is two rows of activations. Sums,
 // scales and accumulators keep SMMLA's order, [row a . x0, a . x1, b . x0, b . x1], until y is written.
-// USDOT takes the packed bytes of q8 unchanged: -128 * sum of x undoes the + 128.
 #if defined(__aarch64__)
 #include <arm_neon.h>
 
@@ -29,13 +28,6 @@ struct S : Lanes {
   static constexpr int kGemvRows = 4, kF32Rows = 4, kDirectRows = 4, kTileRows = 2;
   static constexpr int kKeyTiles = 1, kValueRows = 4, kValueColumns = 1, kValueSums = 4;
   static constexpr int64_t kPrefetch = 1024;
-
-  static int8x16_t byte_operand(int8x16_t w) { return w; }  // unsigned
-  static I byte_start(int32_t offset) { return iset1(offset); }
-  template <int index>
-  static int32x4_t byte_dot(int32x4_t sum, int8x16_t w, X x) {
-    return vusdotq_laneq_s32(sum, vreinterpretq_u8_s8(w), x, index);
-  }
 };
 
 #include "kernels/simd/simd.inl"
@@ -87,7 +79,7 @@ inline __attribute__((always_inline)) void unpack_block(const uint8_t* packed, u
       each<4>([&](auto octet) __attribute__((always_inline)) {
         if constexpr (Q::kHalves && octet.value == 2) put_twice(tile, S::half(packed));
         const S::W a = take(w), b = take(w);
-        put_octet(tile, S::flip(a), S::flip(b));
+        put_octet(tile, a, b);
       });
     }
   }

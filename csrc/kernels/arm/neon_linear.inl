@@ -1,14 +1,12 @@
 // The linears of the NEON tables, SDOT and SMMLA. (x86: simd_linear.inl.)
 //
 // Their cost is the number of instructions (docs/performance.md, "Instructions on ARM"): so a load takes 64 bytes and
-// advances its pointer, few rows read the packed bytes and more rows an unpacked tile. S has, beside Lanes:
+// advances its pointer, few rows read the packed bytes and more rows an unpacked tile. Bytes are packed signed, as SDOT
+// takes them. S has, beside Lanes:
 //
 //   kDirectRows                 up to so many rows (at most 4) read the packed bytes
 //   kTileRows                   rows of activations in one pass over a tile
 //   kPrefetch                   prefetch distance in bytes
-//   byte_operand(w)             16 packed bytes q + 128 as byte_dot takes them
-//   byte_start(offset) -> I     the start of byte_dot's sums; offset = -128 * sum of x
-//   byte_dot<step>(sum, w, X)   sum[l] += sum over c in 0 .. 3 of w[l][c] * x[4 * step + c], 4 rows l
 
 // Defined by the including file.
 template <class Q>
@@ -76,13 +74,18 @@ inline __attribute__((always_inline)) void put_floats(uint8_t*& p, F v) {
 // ---- few rows -----------------------------------------------------------------------------------------------------
 
 // sum[r].v[j] += rows 4 j .. 4 j + 3 of a panel * columns 4 step .. 4 step + 3 of row r's 16 activations.
-template <bool nibbles, int step, int j, int R>
+template <int step, int j, int R>
 inline __attribute__((always_inline)) void dots(int8x16_t w, const S::X (&x)[R], I (&sum)[R]) {
-  each<R>([&](auto r) __attribute__((always_inline)) {
-    if constexpr (nibbles)
-      sum[r].v[j] = vdotq_laneq_s32(sum[r].v[j], w, x[r], step);
-    else
-      sum[r].v[j] = S::template byte_dot<step>(sum[r].v[j], w, x[r]);
+  each<R>([&](auto r) __attribute__((always_inline)) { sum[r].v[j] = vdotq_laneq_s32(sum[r].v[j], w, x[r], step); });
+}
+
+// sum[r] += 16 columns of bytes. (Not `take`: with its copies GCC 12 leaves all sums of q8x128 in memory.)
+template <int R>
+inline __attribute__((always_inline)) void byte_dots(const uint8_t*& w, const S::X (&x)[R], I (&sum)[R]) {
+  each<4>([&](auto step) __attribute__((always_inline)) {
+    const int8x16x4_t four = vld1q_s8_x4(reinterpret_cast<const int8_t*>(w));
+    advance<64>(w);
+    each<4>([&](auto j) __attribute__((always_inline)) { dots<step.value, j.value>(four.val[j], x, sum); });
   });
 }
 
@@ -107,10 +110,7 @@ inline void direct_rows(const LinearArgs& a, const uint8_t* w, int64_t row, floa
     const auto head = take_head<Q::kHead>(w);
     I sum[R];
     each<R>([&](auto r) __attribute__((always_inline)) {
-      if constexpr (Q::kNibbles)
-        sum[r] = S::iset1(Q::kCentred ? (Q::kParts > 1 ? xb[r]->offset_part : xb[r]->offset) >> 4 : 0);  // undoes + 8
-      else
-        sum[r] = S::byte_start(Q::kHalves || Q::kParts > 1 ? xb[r]->offset_part : xb[r]->offset);
+      sum[r] = S::iset1(Q::kCentred ? (Q::kParts > 1 ? xb[r]->offset_part : xb[r]->offset) >> 4 : 0);  // undoes + 8
     });
     const auto load = [&](S::X(&x)[R], int column) __attribute__((always_inline)) {
       each<R>([&](auto r) __attribute__((always_inline)) { x[r] = S::load_x(xq[r] + column); });
@@ -134,36 +134,34 @@ inline void direct_rows(const LinearArgs& a, const uint8_t* w, int64_t row, floa
         each<4>([&](auto step) __attribute__((always_inline)) {
           const S::W both = take(w);
           each<4>([&](auto j) __attribute__((always_inline)) {
-            dots<true, step.value, j.value>(S::low_nibbles(both.v[j]), low, sum);
-            dots<true, step.value, j.value>(S::high_nibbles(both.v[j]), high, sum);
+            dots<step.value, j.value>(S::low_nibbles(both.v[j]), low, sum);
+            dots<step.value, j.value>(S::high_nibbles(both.v[j]), high, sum);
+          });
+        });
+      });
+    } else if constexpr (Q::kNibbles) {
+      each<2 * Q::kParts>([&](auto i) __attribute__((always_inline)) {  // 16 columns
+        if (i && i % 2 == 0) prefetch(kPart);
+        if (i % 2) w -= 256;
+        S::X x[R];
+        load(x, 16 * i);
+        each<4>([&](auto step) __attribute__((always_inline)) {
+          const S::W four = take(w);
+          each<4>([&](auto j) __attribute__((always_inline)) {
+            dots<step.value, j.value>(i % 2 ? S::high_nibbles(four.v[j]) : S::low_nibbles(four.v[j]), x, sum);
           });
         });
       });
     } else {
-      S::X x[R];
-      const auto columns16 = [&](auto half, int part) __attribute__((always_inline)) {
-        load(x, 32 * part + 16 * half);
-        if constexpr (Q::kNibbles && half.value == 1) w -= 256;
-        each<4>([&](auto step) __attribute__((always_inline)) {
-          const S::W four = take(w);
-          each<4>([&](auto j) __attribute__((always_inline)) {
-            if constexpr (!Q::kNibbles)
-              dots<false, step.value, j.value>(S::byte_operand(four.v[j]), x, sum);
-            else if constexpr (half.value == 0)
-              dots<true, step.value, j.value>(S::low_nibbles(four.v[j]), x, sum);
-            else
-              dots<true, step.value, j.value>(S::high_nibbles(four.v[j]), x, sum);
-          });
-        });
-        if constexpr (Q::kHalves && half.value == 0) {
+      each<2 * Q::kParts>([&](auto i) __attribute__((always_inline)) {
+        if (i && i % 2 == 0) prefetch(kPart);
+        S::X x[R];
+        load(x, 16 * i);
+        byte_dots(w, x, sum);
+        if constexpr (Q::kHalves && i.value == 0) {
           add(0, false);
-          each<R>([&](auto r)
-                      __attribute__((always_inline)) { sum[r] = S::byte_start(xb[r]->offset - xb[r]->offset_part); });
+          each<R>([&](auto r) __attribute__((always_inline)) { sum[r] = S::iset1(0); });
         }
-      };
-      each<Q::kParts>([&](auto part) __attribute__((always_inline)) {
-        if (part) prefetch(kPart);
-        each<2>([&](auto half) __attribute__((always_inline)) { columns16(half, part); });
       });
     }
     add(Q::kHalves ? 2 : 0, Q::kMinimum);

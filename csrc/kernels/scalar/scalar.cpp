@@ -95,8 +95,8 @@ int32_t nibble(const uint8_t* block, int64_t row, int64_t c) {
   return c < 16 ? byte & 15 : byte >> 4;
 }
 
-int32_t byte_weight(const uint8_t* block, int64_t row, int64_t c) {
-  return int32_t(block[c / 4 * 64 + row * 4 + c % 4]) - 128;
+int32_t byte_at(const uint8_t* block, int64_t row, int64_t c) {
+  return byte_weight(block[c / 4 * 64 + row * 4 + c % 4]);
 }
 
 template <class Element>
@@ -119,8 +119,8 @@ void linear_blocks(const LinearArgs& a, int64_t panel_begin, int64_t panel_end) 
       const int8_t* q = a.xq + (i * blocks + g) * kBlock;
       int32_t dot[2] = {0, 0};  // columns 0..15 and 16..31
       for (int c = 0; c < kBlock; c++) {
-        const int32_t w = nibbles ? nibble(block + head, row, c) - (type == WeightType::q4 ? 8 : 0)
-                                  : byte_weight(block + head, row, c);
+        const int32_t w =
+            nibbles ? nibble(block + head, row, c) - (type == WeightType::q4 ? 8 : 0) : byte_at(block + head, row, c);
         dot[c / 16] += int32_t(q[c]) * w;
       }
       const float scale = half_to_float(block + 2 * row);
@@ -151,7 +151,7 @@ void linear_wide(const LinearArgs& a, int64_t panel_begin, int64_t panel_end) {
       for (int64_t c = 0; c < span; c++) {
         const uint8_t* w = block + head + c / kBlock * part;
         dot += int32_t(a.xq[i * a.k + g * span + c]) *
-               (nibbles ? nibble(w, row, c % kBlock) - 8 : byte_weight(w, row, c % kBlock));
+               (nibbles ? nibble(w, row, c % kBlock) - 8 : byte_at(w, row, c % kBlock));
       }
       acc = fma1(float(dot), a.xb[(i * a.k + g * span) / kBlock].scale * half_to_float(block + 2 * row), acc);
     }
