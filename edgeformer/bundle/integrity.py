@@ -93,7 +93,10 @@ def _hashed_beside(bundle: Bundle, problems: list[str]) -> Iterator[None]:
         stop.set()
         worker.settle()
         raise
-    problems += worker.result()
+    try:
+        problems += worker.result()
+    finally:
+        stop.set()  # after Ctrl-C nobody wants the rest
 
 
 def _states(bundle: Bundle) -> list[tuple[str, int, int, int, int]]:
