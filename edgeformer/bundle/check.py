@@ -98,6 +98,8 @@ def _find_problems(folder: Path, table: Mapping[str, Any], files: Mapping[str, A
         model = read_model(folder / file)
     except BundleError as error:
         return [str(error).rstrip(".")]
+    if problem := _name_problem(model):
+        return [f"{file}: {problem}"]
     problems = []
     for tensor in tensors(model):
         problem = _storage_problem(tensor, files)
@@ -158,8 +160,8 @@ def structure_problem(model: onnx.ModelProto) -> str | None:
     """
     import onnx
 
-    if bad := next((name for name in _names(model.graph) if not isinstance(name, str)), None):
-        return f"it is not a valid ONNX model: the name {bad!r} is not UTF-8"
+    if problem := _name_problem(model):
+        return problem
     plain = onnx.ModelProto()
     plain.CopyFrom(model)
     del plain.graph.initializer[:]
@@ -177,6 +179,11 @@ def structure_problem(model: onnx.ModelProto) -> str | None:
     return None
 
 
+def _name_problem(model: onnx.ModelProto) -> str | None:
+    bad = next((name for name in _names(model.graph) if not isinstance(name, str)), None)
+    return None if bad is None else f"it is not a valid ONNX model: the name {bad!r} is not UTF-8"
+
+
 def _names(graph: onnx.GraphProto) -> Iterator[object]:
     """All names of a graph. protobuf gives those that are not UTF-8 as bytes."""
     for value in (*graph.input, *graph.output, *graph.value_info):
@@ -187,9 +194,14 @@ def _names(graph: onnx.GraphProto) -> Iterator[object]:
         for attribute in node.attribute:
             yield attribute.name
             yield from _names(attribute.g) if attribute.HasField("g") else ()
+            yield from _tensor_names(attribute.t) if attribute.HasField("t") else ()
     for tensor in graph.initializer:
-        yield tensor.name
-        yield from (text for entry in tensor.external_data for text in (entry.key, entry.value))
+        yield from _tensor_names(tensor)
+
+
+def _tensor_names(tensor: onnx.TensorProto) -> Iterator[object]:
+    yield tensor.name
+    yield from (text for entry in tensor.external_data for text in (entry.key, entry.value))
 
 
 def external(tensor: onnx.TensorProto) -> dict[str, str] | None:
