@@ -80,6 +80,7 @@ class Beside(Generic[T]):
         except BaseException as error:
             self._outcome[1] = error
         finally:
+            del self._work  # what it holds (a mapped file) is free when the caller goes on, not when this thread ends
             self._done.release()
 
 
