@@ -28,6 +28,11 @@ static constexpr int64_t kMaxHeadDim = 512;   // the largest head_dim and value_
 static constexpr int64_t kPartialHead = 16;   // floats before the output in a row of attention partials
 static constexpr float kLog2E = 1.44269504f;
 
+// Asks for the cache lines of a range; for_write: 1 where they will be written.
+template <int for_write>
+static inline void prefetch_bytes(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const uint8_t*>(from) + i, for_write);
+}
 static constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 static constexpr int64_t panels_of(int64_t n) { return (n + kLanes - 1) / kLanes; }
 static constexpr int64_t blocks_of(int64_t k) { return (k + kBlock - 1) / kBlock; }

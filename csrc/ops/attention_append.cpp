@@ -54,13 +54,10 @@ void Attention::prefetch_place(const Run& run, const Sequence& s, int64_t token,
   if (l.type != KvType::int8) return;
   const int64_t at = token % kChunkTokens, tile = round_up(l.head_dim, 4) * kLanes, pair = 2 * l.value_stride();
   const uint8_t* head = s.chunks[token / kChunkTokens] + kv_head * l.head_bytes();
-  const auto fetch = [](const uint8_t* from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 1);
-  };
-  fetch(head + at / kLanes * tile, tile);
-  fetch(head + l.values() + at / 2 * pair, pair);
-  fetch(head + l.key_scales() + at * 4, 4);
-  fetch(head + l.value_scales() + at * 4, 4);
+  prefetch_bytes<1>(head + at / kLanes * tile, tile);
+  prefetch_bytes<1>(head + l.values() + at / 2 * pair, pair);
+  prefetch_bytes<1>(head + l.key_scales() + at * 4, 4);
+  prefetch_bytes<1>(head + l.value_scales() + at * 4, 4);
 }
 
 void Attention::append(const Run& run, const Sequence& s, const NewTokens& t) const {

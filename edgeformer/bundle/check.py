@@ -152,16 +152,15 @@ def _port_problems(graph: onnx.GraphProto, table: Mapping[str, Any]) -> list[str
 
 
 def structure_problem(model: onnx.ModelProto) -> str | None:
-    """What onnx's checker says against the graph: nodes out of order or in a circle, a value made twice or by none,
-    inputs or attributes that the operator does not have, types and shapes that do not fit. None if it says nothing.
+    """What onnx's checker says against a graph whose names are texts: nodes out of order or in a circle, a value made
+    twice or by none, inputs or attributes that the operator does not have, types and shapes that do not fit. None if it
+    says nothing.
 
     Tensors in the external file count as inputs, because the checker would look for that file and refuses links, which
     the Hugging Face cache consists of; `graph_problems` checks them itself.
     """
     import onnx
 
-    if problem := _name_problem(model):
-        return problem
     plain = onnx.ModelProto()
     plain.CopyFrom(model)
     del plain.graph.initializer[:]

@@ -164,6 +164,11 @@ class Request:
         most = len(self.prompt) + self.max_new_tokens
         return most if self.limits.context is None else min(most, self.limits.context)
 
+    @property
+    def wants_logprobs(self) -> bool:
+        """Of generated tokens or of the prompt's."""
+        return self.logprobs is not None or self.prompt_logprobs is not None
+
     def rng(self, index: int = 0) -> np.random.Generator | None:
         """The random generator of sampled answer `index`, whose seed is `seed + index`; None for greedy ones."""
         if not self.config.do_sample:

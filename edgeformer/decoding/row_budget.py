@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-# In the mean: the longest of a few hundred steps took 3.0 to 3.6 times as long as one without (docs/performance.md).
+# In the mean: the longest of a few hundred steps took 2.4 to 2.9 times as long as one without (docs/performance.md).
 STRETCH = 1.8
 SMALLEST = 4  # rows of a prompt in a step, and multiples of it: behind 2,000 cached tokens 4 rows double a step
 SMOOTHING = 0.25  # weight of the newest measurement

@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from edgeformer.decoding.vocabulary import BLOCK, exponential_sums
+from edgeformer.decoding.vocabulary import BLOCK, LONG, exponential_sums
 from edgeformer.errors import EdgeformerError
 
 Scores = np.ndarray[Any, Any]
 Places = np.ndarray[Any, np.dtype[np.intp]]
 Random = np.random.Generator
-_LONG = 2048  # tokens of which blocks are made
 
 
 class Candidates(NamedTuple):
@@ -57,7 +56,7 @@ def choose(candidates: Candidates, rng: Random | None) -> int:
         best = int(scores.argmax())
         largest = scores[best]
         check_some_left(largest)
-    return candidates.token(best if rng is None else Draws(weights(scores, largest)).next(rng))
+    return candidates.token(best if rng is None else draw(scores, rng, largest))
 
 
 def check_some_left(largest: Any) -> None:
@@ -96,9 +95,9 @@ def _check_largest(largest: float) -> None:
         raise EdgeformerError("The logits hold NaN or infinity; the weights are damaged or the graph overflows.")
 
 
-def draw(scores: Scores, rng: Random) -> int:
-    """One place of `scores` [n], drawn with the probabilities softmax(scores)."""
-    return Draws(weights(scores)).next(rng)
+def draw(scores: Scores, rng: Random, largest: Any = None) -> int:
+    """One place of `scores` [n], drawn with the probabilities softmax(scores); `largest` as for `weights`."""
+    return Draws(weights(scores, largest)).next(rng)
 
 
 class Weights:
@@ -111,7 +110,7 @@ class Weights:
         self.largest = largest
         self._each: Scores | None = None  # [n], of few tokens
         self._slope: float | None = None  # sum(exp(score - max) * (score - max)), where it is known
-        if len(scores) >= _LONG:
+        if len(scores) >= LONG:
             self.sums, self._slope = exponential_sums(scores, largest)  # float64 [blocks]
         else:
             self._each = self.at(None)
@@ -126,8 +125,7 @@ class Weights:
     def entropy(self) -> float:
         """Of the distribution, in nats."""
         if self._slope is None:
-            shifted = np.maximum(self.scores - self.largest, -1e4)  # exp gives 0 there, and 0 * -1e4 is no NaN
-            self._slope = float(np.dot(self.at(None), shifted))
+            _, self._slope = exponential_sums(self.scores, self.largest)
         return math.log(self.total) - self._slope / self.total
 
     def at(self, places: Places | slice | None) -> Scores:
@@ -156,7 +154,7 @@ class Draws:
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
-        self._is_short = len(weights.scores) < _LONG
+        self._is_short = len(weights.scores) < LONG
         self._ends = np.cumsum(weights.at(None) if self._is_short else weights.sums, dtype=np.float64)
 
     def next(self, rng: Random) -> int:

@@ -70,7 +70,7 @@ class Sequence:
         self._choice = None
         if request.shape.grammar is not None:
             self._choice = ConstrainedChoice(request.processors, request.config, request.shape.grammar.start())
-        self._token_texts = None if tokenizer is None or not self._wants_logprobs else tokenizer.token_texts
+        self._token_texts = None if tokenizer is None or not request.wants_logprobs else tokenizer.token_texts
         self._logprobs: list[TokenLogprob] = []
         self._prompt_logprobs: list[TokenLogprob] = []
         self._rng = request.rng(index)
@@ -264,7 +264,7 @@ class Sequence:
         request = self.request
         try:
             scores = np.asarray(logits, np.float32)
-            raw, token = scores, self._next_token(scores)
+            token = self._next_token(scores)
         except EdgeformerError as error:
             kind = GrammarError if isinstance(error, GrammarError) else EdgeformerError
             raise kind(f"Step {self.count} of the generation, after {len(self.ids)} tokens: {error}") from error
@@ -277,7 +277,7 @@ class Sequence:
         if request.processors:
             self._seen = np.append(self._seen, token)
         if request.logprobs is not None:
-            self._logprobs += token_logprobs(raw[None], [token], request.logprobs, self._token_texts)
+            self._logprobs += token_logprobs(scores[None], [token], request.logprobs, self._token_texts)
         is_end = token in request.limits.eos
         piece = "" if is_end else self._text.push(token)
         self.reason = "eos" if is_end else self._end()
@@ -289,14 +289,14 @@ class Sequence:
 
     def _next_token(self, scores: Array) -> int:
         """The token that follows `scores` [vocab]; the constraint has accepted it."""
-        processors, constraint = self.request.processors, self.constraint
-        if constraint is None and self._rng is None and not processors:
+        processors, choice = self.request.processors, self._choice
+        if choice is None and self._rng is None and not processors:
             return likeliest(scores)
         largest = None if self.request.config.remove_invalid_values else check(scores)
-        if constraint is None or self._choice is None:
+        if choice is None:
             return next_token(processors, self._seen, scores, self._rng, largest)
-        token = self._choice.token(self._seen, scores, self._rng)
-        constraint.accept(token)
+        token = choice.token(self._seen, scores, self._rng)
+        choice.constraint.accept(token)
         return token
 
     def _add(self, token: int | None, text: str) -> None:
@@ -345,10 +345,6 @@ class Sequence:
         self._context = shortened(self._context, context, self.request.context_protect)
         if self._session is not None:
             self._session.reuse(self._context)
-
-    @property
-    def _wants_logprobs(self) -> bool:
-        return self.request.logprobs is not None or self.request.prompt_logprobs is not None
 
     @property
     def _scores_prompt(self) -> bool:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 BLOCK = 256  # scores of one sum
-_LONG = 2048  # numbers for which the extension is faster
+LONG = 2048  # numbers for which sums by blocks, and the extension, are faster
 
 
 def exponential_sums(scores: Array, largest: float) -> tuple[Array, float]:
@@ -46,7 +46,7 @@ def places_reaching(scores: Array, bound: Any) -> np.ndarray[Any, np.dtype[np.in
 
 
 def _extension(scores: Array) -> ModuleType | None:
-    is_fit = len(scores) >= _LONG and scores.dtype == np.float32 and scores.flags.c_contiguous
+    is_fit = len(scores) >= LONG and scores.dtype == np.float32 and scores.flags.c_contiguous
     return _loaded() if is_fit else None
 
 

@@ -205,7 +205,7 @@ def test_weights_are_exponentials_with_the_sums_of_blocks(size, native, monkeypa
         assert np.array_equal(found.at(np.array([0, size - 1])), each[[0, size - 1]])
         assert found.entropy == pytest.approx(np.log(total) - slope / total, rel=1e-5, abs=1e-5)
         assert found.total == pytest.approx(total, rel=relative + 24 * 2**-24)
-        blocks = -(-size // vocabulary.BLOCK) if size >= sampling._LONG else 1
+        blocks = -(-size // vocabulary.BLOCK) if size >= sampling.LONG else 1
         assert len(found.sums) == blocks and found.sums.dtype == np.float64
         if blocks > 1:
             edges = range(0, size, vocabulary.BLOCK)
@@ -231,7 +231,7 @@ def test_the_extension_makes_the_weights_of_large_vocabularies():
 def test_places_reaching_a_bound_are_those_of_a_comparison(size, native, monkeypatch):
     if native:
         pytest.importorskip("edgeformer._native")
-    monkeypatch.setattr(vocabulary, "_LONG", 0 if native else 10**9)
+    monkeypatch.setattr(vocabulary, "LONG", 0 if native else 10**9)
     scores = np.round(_logits(size, size))  # many are equal to a bound
     scores[::5], scores[1::7] = -np.inf, np.nan
     for bound in (-np.inf, -3.0, 0.0, np.float32(4.0), 1e9, np.inf, np.nan):

@@ -14,25 +14,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from support import tiny
 from support.damage import VALUES
+from support.malformed import ENGINES, answer, typed
 
 from edgeformer import load
 from edgeformer.bundle.bundle import Bundle
 from edgeformer.errors import BundleError, EdgeformerError, EngineUnavailable
-
-ENGINES = ("cpu", "native")
-IDS = [5, 40, 17, 88]
-
-
-def answer(path, engine="cpu"):
-    return load(path, engine=engine, threads=1).generate(IDS, max_new_tokens=6).ids
-
-
-def typed(work):
-    """What `work` gives, or the text of its error."""
-    try:
-        return work()
-    except EdgeformerError as error:
-        return str(error)
 
 
 @pytest.fixture

@@ -5,25 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from support.malformed import ENGINES, answer, typed
 
 from edgeformer import load
-from edgeformer.errors import EdgeformerError, TemplateError
-
-ENGINES = ("cpu", "native")
-IDS = [5, 40, 17, 88]
-
-
-def answer(path, engine="cpu"):
-    return load(path, engine=engine, threads=1).generate(IDS, max_new_tokens=6).ids
-
-
-def typed(work):
-    """What `work` gives, or the text of its error."""
-    try:
-        return work()
-    except EdgeformerError as error:
-        return str(error)
-
+from edgeformer.errors import TemplateError
 
 # -------------------------------------------------------------------------------------------- numbers in the text files
 

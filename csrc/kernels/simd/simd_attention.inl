@@ -209,10 +209,6 @@ struct Partials {
 
 inline bool is_empty(float top, float sum) { return top == -__builtin_inff() && sum == 0.0f; }
 
-inline void prefetch_bytes(const void* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const uint8_t*>(from) + i);
-}
-
 // Partials of all rows for one chunk.
 inline void attend_chunk(const AttentionArgs& a, int64_t kv_head, int64_t index, const Rows& rows, Partials& part) {
   const KvLayout& l = a.layout;
@@ -239,12 +235,11 @@ inline void attend_chunk(const AttentionArgs& a, int64_t kv_head, int64_t index,
   const Chunk chunk = {index,      head,           head + l.values(), scales(l.key_scales()), scales(l.value_scales()),
                        begin / 16, (end + 15) / 16};
 
-  // With few rows memory is the limit, and no stage may wait for lines that could have been on their way: the scales
-  // are asked for before the keys are read, and values beside the keys of the same tokens.
+  // With few rows memory is the limit: scales are asked for before the keys, values beside the same tokens' keys.
   const bool few = is_int8 && rows.count <= S::kGemvRows;
   if (few) {
-    prefetch_bytes(chunk.key_scales + chunk.tile_begin * 16, (chunk.tile_end - chunk.tile_begin) * 64);
-    prefetch_bytes(chunk.value_scales + chunk.tile_begin * 16, (chunk.tile_end - chunk.tile_begin) * 64);
+    prefetch_bytes<0>(chunk.key_scales + chunk.tile_begin * 16, (chunk.tile_end - chunk.tile_begin) * 64);
+    prefetch_bytes<0>(chunk.value_scales + chunk.tile_begin * 16, (chunk.tile_end - chunk.tile_begin) * 64);
   }
   alignas(64) float s[kAttentionRows][kChunkTokens];
   for (int r = 0; r < rows.count; r += S::kGemvRows) {
@@ -255,7 +250,7 @@ inline void attend_chunk(const AttentionArgs& a, int64_t kv_head, int64_t index,
       if (is_int8) {
         const auto at = [&](int64_t t) { return reinterpret_cast<float (*)[kChunkTokens]>(&s[r][t * 16]); };
         for (; t + tiles <= chunk.tile_end; t += tiles) {
-          if (few) prefetch_bytes(chunk.values + t * 16 * stride, tiles * 16 * stride);
+          if (few) prefetch_bytes<0>(chunk.values + t * 16 * stride, tiles * 16 * stride);
           key_dots<n, tiles>(rows, r, d4, chunk.keys + t * 16 * d4, chunk.key_scales + t * 16, at(t));
         }
         for (; t < chunk.tile_end; t++)
