@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -18,7 +19,6 @@ for package in ("ray", "pyarrow", "starlette", "uvicorn", "openai"):
     if os.environ.get("CI") != "true":
         pytest.importorskip(package)
 
-from prometheus_client.parser import text_string_to_metric_families
 from support import serving
 from support.serving import wait_for
 
@@ -163,7 +163,7 @@ def test_replicas_serve_and_a_killed_one_is_replaced(cluster, bundle):
     script = Script("ray_serve.py", cluster, f"lm={bundle}", "--threads", 1, "--port", port, "--head-only")
     url = f"http://127.0.0.1:{port}"
     try:
-        wait_for(lambda: script.process.poll() is not None or len(replicas(url)) == 2, 180)
+        wait_for(lambda: script.process.poll() is not None or len(replicas(cluster, url)) == 2, 180)
         assert script.process.poll() is None, "".join(script.lines)
         model = edgeformer.load(bundle, threads=1)
         expected = model.generate("The quick brown", max_new_tokens=12).text
@@ -172,11 +172,11 @@ def test_replicas_serve_and_a_killed_one_is_replaced(cluster, bundle):
             assert client.completions.create(**ask).choices[0].text == expected
             stream = client.completions.create(**ask, stream=True)
             assert "".join(one.choices[0].text for one in stream) == expected
-            before = replicas(url)
+            before = replicas(cluster, url)
             replace_a_worker(cluster)
             for _ in range(10):  # meanwhile the other one answers
                 assert client.completions.create(**ask).choices[0].text == expected
-            wait_for(lambda: len(replicas(url) - before) == 1, 120)
+            wait_for(lambda: len(replicas(cluster, url) - before) == 1, 120)
             assert client.completions.create(**ask).choices[0].text == expected
             with pytest.raises(openai.NotFoundError, match="There is no model"):
                 client.completions.create(model="no", prompt="a")
@@ -184,16 +184,12 @@ def test_replicas_serve_and_a_killed_one_is_replaced(cluster, bundle):
         script.kill()
 
 
-def replicas(url):
-    """The start times of the replicas that some requests reached: each has its own."""
-    found = set()
+def replicas(cluster, url):
+    """The logs of the replicas that answered some of these requests: each replica has its own."""
+    logs = Path(cluster.head_node.get_session_dir_path(), "logs", "serve")
+    before = {path: path.stat().st_size for path in logs.glob("replica_*.log")}
     for _ in range(12):
-        try:
-            answer = httpx.get(f"{url}/metrics", timeout=10)
-        except httpx.HTTPError:
-            continue
-        if answer.status_code != 200:  # no replica is ready
-            continue
-        for family in text_string_to_metric_families(answer.text):
-            found |= {one.value for one in family.samples if one.name == "process_start_time_seconds"}
-    return found
+        with contextlib.suppress(httpx.HTTPError):
+            httpx.get(f"{url}/metrics", timeout=10)
+    grown = (path for path in logs.glob("replica_*.log") if path.stat().st_size > before.get(path, 0))
+    return {path for path in grown if "GET /metrics 200" in path.read_text()[before.get(path, 0) :]}
