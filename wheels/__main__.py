@@ -6,12 +6,13 @@ import argparse
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from wheels.build import ROOT, build_extensions
 from wheels.check import problems
 from wheels.pack import platform_wheel, pure_wheel, source_archive
-from wheels.record import facts, timed, write
+from wheels.record import NOTHING, facts, timed, today, write
 from wheels.targets import PYTHONS, TARGETS
 
 
@@ -29,6 +30,8 @@ def main() -> int:
     check_tag()
 
     build = ROOT / "build" / "wheels"
+    begin = time.monotonic()
+    from_nothing = set()
     archive = source_archive(options.output)
     print(f"{archive.name}: sdist")
     pure = pure_wheel(build / "pure")
@@ -44,9 +47,12 @@ def main() -> int:
                 wrong += bool(found)
                 print(f"{wheel.name}: {'; '.join(found) or 'checked'}", flush=True)
                 made[target.tag(python)] = facts(wheel, extension, found)
+        from_nothing |= {name} if NOTHING in seconds else set()
         print(f"{name}: " + "".join(f"{spent} s of CPU time, {kind}" for kind, spent in seconds.items()), flush=True)
         if options.record:
             write(made, {name: seconds})
+    if options.record and from_nothing == set(TARGETS):
+        write({}, {}, {"seconds": round(time.monotonic() - begin), "jobs": options.jobs, "date": today()})
     return 1 if wrong else 0
 
 

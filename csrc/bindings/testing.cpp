@@ -219,6 +219,15 @@ class Table {
   void softmax(const Floats& x, int64_t n, Floats& y) {
     k_.softmax(x.data(), x.shape(1), x.shape(0), n, y.mutable_data(), y.shape(1));
   }
+  py::tuple exponential_sums(const Floats& x, float top) {
+    py::array_t<double> sums((x.size() + kSumBlock - 1) / kSumBlock);
+    const double products = k_.exponential_sums(x.data(), x.size(), top, sums.mutable_data());
+    return py::make_tuple(sums, products);
+  }
+  py::array_t<int64_t> places_reaching(const Floats& x, float bound) {
+    std::vector<int64_t> places(size_t(x.size()));
+    return py::array_t<int64_t>(k_.places_reaching(x.data(), x.size(), bound, places.data()), places.data());
+  }
   void rope(const Floats& x, const Rope& rope, const Floats& cos, const Floats& sin, Floats& y) {
     const int64_t m = x.shape(0), columns = rope.heads * rope.head_dim;
     if (x.shape(1) < columns || y.shape(0) < m || y.shape(1) < columns || rope.rotary > rope.head_dim)
@@ -350,6 +359,8 @@ void bind_testing(py::module_& parent) {
       .def("rms_norm", &Table::rms_norm)
       .def("layer_norm", &Table::layer_norm)
       .def("softmax", &Table::softmax)
+      .def("exponential_sums", &Table::exponential_sums)
+      .def("places_reaching", &Table::places_reaching)
       .def("rope", &Table::rope)
       .def("kv_append", &Table::kv_append)
       .def("attention", &Table::attention, py::arg("cache"), py::arg("layer"), py::arg("queries"),

@@ -27,6 +27,8 @@ static constexpr int64_t kChunkTokens = 128;  // tokens of a KV chunk: the unit 
 static constexpr int64_t kMaxHeadDim = 512;   // the largest head_dim and value_dim of attention
 static constexpr int64_t kPartialHead = 16;   // floats before the output in a row of attention partials
 static constexpr float kLog2E = 1.44269504f;
+static constexpr int64_t kSumBlock = 256;  // scores of a vocabulary whose exponentials make one sum
+static constexpr float kLowest = -1e4f;    // a score so far below the largest counts as so far: exp gives 0
 
 // Asks for the cache lines of a range; for_write: 1 where they will be written.
 template <int for_write>
@@ -304,6 +306,14 @@ struct Kernels {
   void (*softmax)(const float* x, int64_t ldx, int64_t m, int64_t n, float* y, int64_t ldy);
   void (*rope)(const RopeArgs&);
 
+  // Of scores x[n] of which none is above `top`; -inf is allowed, NaN makes its sums NaN:
+  //   d[i] = max(x[i] - top, kLowest);  sums[b] = sum of exp(d) over block b;  returns the sum of exp(d) * d over all
+  // The sums of a block run over 16 lanes in float32: a sum of exponentials is off by at most 19 * 2^-24 of itself (15
+  // additions in a lane, 4 of lanes). Those of products are added in float64.
+  double (*exponential_sums)(const float* x, int64_t n, float top, double* sums);
+  // The i with x[i] >= bound, ascending, into places[n]; returns how many.
+  int64_t (*places_reaching)(const float* x, int64_t n, float bound, int64_t* places);
+
   void (*kv_append)(const KvAppendArgs&);
   // Attention of the query tokens [token_begin, token_end) and the query heads of one KV head.
   //   attention           over all chunks, into `out`: prefill, and decoding with a short cache
@@ -329,6 +339,8 @@ struct Kernels {
   X(layer_norm)        \
   X(softmax)           \
   X(rope)              \
+  X(exponential_sums)  \
+  X(places_reaching)   \
   X(kv_append)         \
   X(attention)         \
   X(attention_partial) \

@@ -4,10 +4,12 @@ A mask of a grammar with free text takes up to half a millisecond for 50,000 tok
 half a microsecond. So the grammar is asked about tokens one by one where few of them decide:
 
 - A greedy answer takes the likeliest token that may follow. They are asked in the order of their scores.
-- Where the first filter is top-k or min-p, only the likeliest of the tokens that may follow reach the others. These
-  are asked too. The candidates are those that the mask would leave, so a seed gives the same tokens.
-- Without filters: rejection sampling, draws from all tokens until one may follow. Its distribution is exactly that of a
-  draw from those that may follow.
+- Without filters, or with top-k alone: rejection sampling, draws from all tokens until one may follow and is among the
+  k likeliest that may. A drawn token that fewer than k are likelier than is among them, whatever may follow; one behind
+  these is looked up among the candidates of the next line. The distribution is exactly that of a draw from the tokens
+  that the mask and the filter leave.
+- Where top-k or min-p is the first of several filters, only the likeliest of the tokens that may follow reach the
+  others. These are asked too. The candidates are those that the mask would leave, so a seed gives the same tokens.
 
 Other filters (such as top-p without top-k) need the total of all tokens that may follow, and so the mask. The mask is
 also made where the grammar refuses most of the tokens that are asked: few may follow then, and a mask of few is cheap.
@@ -16,15 +18,16 @@ also made where the grammar refuses most of the tokens that are asked: few may f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from edgeformer.bundle.signature import Array
 from edgeformer.decoding import sampling
 from edgeformer.decoding.constraints.constraint import Constraint
-from edgeformer.decoding.filters import Reach, reach
+from edgeformer.decoding.filters import Reach, filters, reach
 from edgeformer.decoding.generation_config import GenerationConfig
-from edgeformer.decoding.logits_processors import Processor, changed, filtered
+from edgeformer.decoding.logits_processors import Processor, Step, changed, filtered
 from edgeformer.decoding.sampling import Candidates, Random
 from edgeformer.decoding.selection import at_least_kth
 
@@ -41,13 +44,14 @@ class ConstrainedChoice:
         self.constraint = constraint
         self._processors = processors
         self._reach = reach(config) if config.do_sample else Reach(best=1)
-        if (self._reach.best or 0) > _MOST // 2:
-            self._reach = Reach()
+        best = self._reach.best
+        self._asks = best <= _MOST // 2 if best is not None else self._reach.distance is not None
+        self._heat = [Step(each) for each in filters(replace(config, top_k=0))] if self._reach.is_alone else []
 
     @property
     def needs_mask(self) -> bool:
         """Whether each token needs a whole mask."""
-        return self._reach == Reach()
+        return not (self._asks or self._reach.is_alone)
 
     def token(self, ids: Array, scores: Array, rng: Random | None) -> int:
         """The token that follows `ids` and may do so: a draw with `rng`, the likeliest without. The constraint does
@@ -63,31 +67,35 @@ class ConstrainedChoice:
             # Before `only`: a forced text may be written in other tokens than the tokenizer's own.
             if scores[best] > -np.inf and self.constraint.allows([best])[0]:
                 return best
-        if self._reach.is_unfiltered:
+        only = None if self.needs_mask else self.constraint.only()
+        if only is not None:
+            return self._chosen(_one(scores, only), rng)
+        if rng is not None and self._reach.is_alone:
             return self._token_by_rejection(scores, rng)
-        left = None if self.needs_mask else self._few(scores)
-        return self._drawn(self.constraint.apply(scores) if left is None else left, rng)
+        return self._chosen(self._allowed(scores), rng)
 
-    def _drawn(self, allowed: Candidates, rng: Random | None) -> int:
+    def _chosen(self, allowed: Candidates, rng: Random | None) -> int:
         return sampling.choose(filtered(self._processors, allowed, rng), rng)
 
-    def _few(self, scores: Array) -> Candidates | None:
-        """Of the tokens that may follow, those that decide, and perhaps more; None where asking does not find them."""
-        only = self.constraint.only()
-        return _likeliest(self.constraint, scores, self._reach) if only is None else _one(scores, only)
+    def _allowed(self, scores: Array) -> Candidates:
+        """Of the tokens that may follow, those that decide, and perhaps more; no text is forced."""
+        few = _likeliest(self.constraint, scores, self._reach) if self._asks else None
+        return self.constraint.apply(scores) if few is None else few
 
-    def _token_by_rejection(self, scores: Array, rng: Random | None) -> int:
-        only = self.constraint.only()
-        if only is not None:
-            return self._drawn(_one(scores, only), rng)
-        assert rng is not None
-        left = filtered(self._processors, Candidates(scores), rng)
-        draws = sampling.Draws(sampling.weights(left.scores, left.largest))
+    def _token_by_rejection(self, scores: Array, rng: Random) -> int:
+        best, largest = self._reach.best, scores.max()
+        sampling.check_some_left(largest)
+        heated = filtered(self._heat, Candidates(scores, None, largest), rng)
+        draws = sampling.Draws(sampling.weights(heated.scores, heated.largest))
         for _ in range(_TRIES):
-            token = left.token(draws.next(rng))
-            if self.constraint.allows([token])[0]:
+            token = draws.next(rng)
+            if not self.constraint.allows([token])[0]:
+                continue
+            if best is None or np.count_nonzero(scores > scores[token]) < best:
                 return token
-        return self._drawn(self.constraint.apply(scores), rng)
+            left = filtered(self._processors, self._allowed(scores), rng)
+            return token if left.holds(token) else sampling.choose(left, rng)
+        return self._chosen(self._allowed(scores), rng)
 
 
 def _one(scores: Array, token: int) -> Candidates:

@@ -57,26 +57,25 @@ def filters(config: GenerationConfig, least: int = 1) -> list[Filter]:
 class Reach:
     """Which tokens, of those in the order of their scores, decide what the filters of a config leave.
 
-    Neither `best` nor `distance`: all of them, for a filter looks at their total.
+    Neither `best` nor `distance`: all of them, for a filter looks at their total, or there is none.
     """
 
     best: int | None = None  # so many, and those equal to the last
     distance: float | None = None  # those whose score lies at most so far below the largest
-    is_unfiltered: bool = False  # there is no filter
+    is_alone: bool = False  # no other filter follows; with neither `best` nor `distance` there is none at all
 
 
 def reach(config: GenerationConfig) -> Reach:
     """What the first filter of `filters(config)` can leave, in scores before the temperature; others see no more."""
+    others = config.typical_p < 1, config.epsilon_cutoff, config.eta_cutoff, config.xtc_probability
+    is_alone = config.top_p >= 1 and not config.min_p and not any(others)
     if config.top_h is not None:
         return Reach()
     if config.top_k:
-        return Reach(best=config.top_k)
-    if config.top_p < 1:
-        return Reach()
-    if config.min_p:
+        return Reach(best=config.top_k, is_alone=is_alone)
+    if config.min_p and config.top_p >= 1:
         return Reach(distance=-math.log(config.min_p) * config.temperature)
-    others = config.typical_p < 1, config.epsilon_cutoff, config.eta_cutoff, config.xtc_probability
-    return Reach(is_unfiltered=not any(others))
+    return Reach(is_alone=is_alone)
 
 
 def _selecting(select: Callable[..., Places | None], *arguments: float) -> Filter:
@@ -134,13 +133,13 @@ def top_p(scores: Scores, p: float, least: int = 1, *, largest: Any = None) -> P
         few = likely.at(None)
     if len(few) <= _SORTED:
         values, ordered = few, np.sort(few)[::-1]
-        reached = np.cumsum(ordered, dtype=np.float64)
+        reached = ordered.cumsum(dtype=np.float64)
         end = ordered[min(int(np.count_nonzero(reached < goal)), len(ordered) - 1)]
     else:  # a nearly even distribution
         values = scores if places is None else scores[places]
         end = -covering(-values, few, goal)
-    stays = np.flatnonzero(values >= end)
-    ends = np.flatnonzero(values == end)
+    stays = (values >= end).nonzero()[0]
+    ends = (values == end).nonzero()[0]
     if len(ends) > 1 and few[ends[0]] > 0:
         missing = goal - float(few.compress(values > end).sum(dtype=np.float64))
         stays = np.setdiff1d(stays, ends[max(1, math.ceil(missing / float(few[ends[0]]))) :])
@@ -176,7 +175,7 @@ def typical_p(scores: Scores, p: float, least: int = 1, *, largest: Any = None) 
     end = covering(near, few, goal)
     if least > 1:
         end = max(end, -kth_largest(-near, min(least, len(near))))
-    stays = np.flatnonzero(near <= end)
+    stays: Places = (near <= end).nonzero()[0]
     return stays if places is None else places[stays]
 
 

@@ -36,6 +36,13 @@ class Candidates(NamedTuple):
         """The token id of the candidate at a place."""
         return place if self.tokens is None else int(self.tokens[place])
 
+    def holds(self, token: int) -> bool:
+        """Whether the token is a candidate that may follow."""
+        if self.tokens is None:
+            return bool(self.scores[token] > -np.inf)
+        place = int(self.tokens.searchsorted(token))
+        return place < len(self.tokens) and self.token(place) == token and bool(self.scores[place] > -np.inf)
+
     def spread(self, vocab: int) -> Scores:
         """The scores of all tokens [vocab]: -inf for those that are no candidates."""
         if self.tokens is None:
@@ -115,11 +122,7 @@ class Weights:
         else:
             self._each = self.at(None)
             self.sums = self._each.sum(dtype=np.float64, keepdims=True)  # of few tokens, one sum
-
-    @property
-    def total(self) -> float:
-        """The sum of all."""
-        return float(self.sums.sum())
+        self.total = float(self.sums.sum())
 
     @property
     def entropy(self) -> float:
@@ -155,7 +158,7 @@ class Draws:
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
         self._is_short = len(weights.scores) < LONG
-        self._ends = np.cumsum(weights.at(None) if self._is_short else weights.sums, dtype=np.float64)
+        self._ends = (weights.at(None) if self._is_short else weights.sums).cumsum(dtype=np.float64)
 
     def next(self, rng: Random) -> int:
         """The place of one more draw."""
@@ -165,13 +168,13 @@ class Draws:
         block = _passed(ends, share)
         left = share * ends[-1] - (ends[block - 1] if block else 0.0)  # never below 0
         likely = self._weights.at(slice(block * BLOCK, (block + 1) * BLOCK))
-        inside = np.cumsum(likely, dtype=np.float64)
+        inside = likely.cumsum(dtype=np.float64)
         return block * BLOCK + _passed(inside, left / float(self._weights.sums[block]))
 
 
 def _passed(ends: Scores, share: float) -> int:
     """The first place whose end lies above `share` of the last end; a place that adds nothing is never taken."""
-    index = int(np.searchsorted(ends, share * ends[-1], side="right"))
+    index = int(ends.searchsorted(share * ends[-1], side="right"))
     if index == len(ends):  # rounding may point one past the end
-        index = int(np.searchsorted(ends, ends[-1], side="left"))
+        index = int(ends.searchsorted(ends[-1], side="left"))
     return index

@@ -63,7 +63,7 @@ def covering(keys: Array, weights: Array, goal: float) -> Any:
     """
     done = 0.0
     while len(keys) > _FEW:
-        low = keys <= keys.mean()
+        low = keys <= np.add.reduce(keys) / len(keys)
         if low.all() or not low.any():  # all are equal, or nearly
             break
         lower = weights.compress(low)
@@ -74,8 +74,8 @@ def covering(keys: Array, weights: Array, goal: float) -> Any:
             done += mass
             np.logical_not(low, out=low)
             keys, weights = keys.compress(low), weights.compress(low)
-    order = np.argsort(keys)
-    ends = done + np.cumsum(weights[order], dtype=np.float64)
+    order = keys.argsort()
+    ends = done + weights[order].cumsum(dtype=np.float64)
     return keys[order[min(int(np.count_nonzero(ends < goal)), len(order) - 1)]]
 
 

@@ -251,6 +251,40 @@ def test_softmax(n: int) -> None:
     assert (y[1] == 0).all()
 
 
+@pytest.mark.parametrize("n", [0, *SIZES, 255, 256, 257, 5000])
+def test_exponential_sums(n: int) -> None:
+    x = rows(1, n, 3)[0, :n].copy()
+    x[n // 3 : n // 2] = -np.inf
+    top = np.float32(x.max(initial=1.0))
+    sums = on_all(lambda table: table.exponential_sums(x, top)[0])
+    products = on_all(lambda table: np.array([table.exponential_sums(x, top)[1]]))
+    d = np.maximum(x.astype(np.float64) - float(top), -1e4)
+    e = np.exp(d)
+    starts = np.arange(0, n, 256)
+    assert sums.dtype == np.float64 and len(sums) == len(starts)
+    # the difference is rounded at its own size, exp adds 4, the sum 15 additions in a lane and 4 of lanes
+    size = e * (np.abs(d) + 4 + 19) * U
+    assert_within(sums, np.add.reduceat(e, starts) if n else e, np.add.reduceat(size, starts) if n else e)
+    # a product has its own rounding, and d's once more
+    assert abs(products[0] - (e * d).sum()) <= (np.abs(d) * (size + 2 * U * e)).sum()
+
+
+def test_a_nan_makes_the_exponential_sums_of_its_block_nan() -> None:
+    x = np.zeros(600, np.float32)
+    x[300] = np.nan
+    for isa in ISAS:
+        sums, products = testing.Table(isa).exponential_sums(x, 0.0)
+        assert np.isnan(sums).tolist() == [False, True, False] and math.isnan(products), isa
+
+
+@pytest.mark.parametrize("n", [0, *SIZES, 63, 65, 5000])
+@pytest.mark.parametrize("bound", [-np.inf, 0.0, 2.0, 100.0, np.inf, np.nan])
+def test_places_reaching(n: int, bound: float) -> None:
+    x = np.round(rows(1, n, 3)[0, :n])  # many are equal to a bound
+    x[::5], x[1::7] = -np.inf, np.nan
+    assert np.array_equal(on_all(lambda table: table.places_reaching(x, bound)), np.flatnonzero(x >= bound))
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("head_dim", "rotary"), [(2, 2), (8, 4), (32, 32), (64, 64), (80, 32), (96, 38), (5, 4)])
 def test_rope(interleaved: bool, head_dim: int, rotary: int) -> None:

@@ -17,7 +17,7 @@ from edgeformer.decoding.constrained_choice import ConstrainedChoice
 from edgeformer.decoding.constraints import ConstraintSpec, GrammarConstraint, compile_constraint
 from edgeformer.decoding.filters import Reach, reach
 from edgeformer.decoding.generation_config import GenerationConfig
-from edgeformer.decoding.logits_processors import logits_processors, next_token
+from edgeformer.decoding.logits_processors import logits_processors, next_token, process
 from edgeformer.errors import EdgeformerError, GrammarError
 
 EOS = 0
@@ -34,10 +34,20 @@ GRAMMARS = {
     "choices": {"choices": ["the time", "the tall", "there", "what"]},
     "end": {"regex": "(a|b|[^a]{3})?"},
 }
-# The first filter is top-k or min-p: the tokens are those of the whole mask.
-ASKED = [
+# Top-k alone, or no filter: draws are repeated.
+DRAWN = [
+    {"top_k": 0},
+    {"top_k": 0, "temperature": 2.0},
+    {"top_k": 0, "repetition_penalty": 1.4, "renormalize_logits": True},
     {"top_k": 1},
     {"top_k": 3, "temperature": 0.7},
+    {"top_k": 40, "temperature": 2.0},
+    {"top_k": 200},
+    {"top_k": 9, "repetition_penalty": 1.4, "logit_bias": {70: 4.0}, "suppress_tokens": [71, 75]},
+    {"top_k": 5, "remove_invalid_values": True, "renormalize_logits": True},
+]
+# The first of several filters is top-k or min-p: the tokens are those of the whole mask.
+ASKED = [
     {"top_k": 20, "temperature": 1.7, "top_p": 0.8, "min_p": 0.01},
     {"top_k": 60, "typical_p": 0.8, "xtc_probability": 0.5, "xtc_threshold": 0.05},
     {"top_k": 0, "min_p": 0.2},
@@ -46,11 +56,17 @@ ASKED = [
         "top_k": 9,
         "repetition_penalty": 1.4,
         "logit_bias": {70: 4.0},
-        "suppress_tokens": [71, 72],
+        "suppress_tokens": [71, 75],
+        "top_p": 0.9,
     },
-    {"top_k": 5, "remove_invalid_values": True, "renormalize_logits": True},
+    {"top_k": 5, "remove_invalid_values": True, "renormalize_logits": True, "min_p": 0.1},
 ]
-WHOLE = [{"top_k": 0, "top_p": 0.9}, {"top_k": 0, "typical_p": 0.9}, {"top_k": 200}, {"top_k": 0, "top_h": 0.9}]
+WHOLE = [
+    {"top_k": 0, "top_p": 0.9},
+    {"top_k": 0, "typical_p": 0.9},
+    {"top_k": 200, "min_p": 0.01},
+    {"top_k": 0, "top_h": 0.9},
+]
 
 
 @pytest.fixture(scope="module")
@@ -115,22 +131,28 @@ def test_the_tokens_are_those_of_a_choice_with_the_mask(grammars, name, given_, 
 
 @given(
     name=st.sampled_from(sorted(GRAMMARS)),
-    given_=st.sampled_from([{}, {"temperature": 2.0}, {"repetition_penalty": 1.4, "renormalize_logits": True}]),
+    given_=st.sampled_from(DRAWN),
     seed=st.integers(0, 10**6),
     spread=st.sampled_from([0.3, 2.0, 6.0]),
+    ties=st.booleans(),
 )
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-def test_without_filters_draws_are_repeated_until_one_may_follow(grammars, name, given_, seed, spread):
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+def test_without_other_filters_draws_are_repeated_until_one_may_follow(grammars, name, given_, seed, spread, ties):
+    size = grammars[name].vocab_size
+    every = logits_processors(config_of(given_ | {"top_k": 0}, size), 1, 99, None)
+
     def expected(constraint, processors, ids, scores, rng):
         allowed = constraint.allowed_mask()
         if allowed.sum() > 1 or not constraint._matcher.compute_ff_tokens():
             for _ in range(module._TRIES):
-                token = next_token(processors, ids, scores, rng)
-                if allowed[token]:
+                token = next_token(every, ids, scores, rng)
+                if allowed[token] and process(processors, ids, masked(constraint, scores))[token] > -np.inf:
                     return token
+                if allowed[token]:
+                    break
         return next_token(processors, ids, masked(constraint, scores), rng)
 
-    walk(grammars[name], {"top_k": 0} | given_, seed, spread, False, expected)
+    walk(grammars[name], given_, seed, spread, ties, expected)
 
 
 def test_the_mask_is_not_made_where_asking_suffices(grammars, monkeypatch):
@@ -148,15 +170,17 @@ def test_the_mask_is_not_made_where_asking_suffices(grammars, monkeypatch):
         assert len(made) == masks, given_
 
 
-def test_rejection_draws_tokens_with_the_probabilities_of_those_that_may_follow(grammars):
-    """Chi-square against softmax over the mask; the unmasked softmax fails the same test by far."""
+@pytest.mark.parametrize("best", [0, 8, 25])
+def test_rejection_draws_tokens_with_the_probabilities_of_those_that_may_follow(grammars, best):
+    """Chi-square against softmax over what mask and top-k leave; a flat distribution fails the same test by far."""
     constraint, size = grammars["words"].start(), grammars["words"].vocab_size
     scores = next(rows(1, size, 1.0, False))
-    config = config_of({"top_k": 0}, size)
-    choice = ConstrainedChoice(logits_processors(config, 1, 9, None), config, constraint)
+    config = config_of({"top_k": best}, size)
+    processors = logits_processors(config, 1, 9, None)
+    choice = ConstrainedChoice(processors, config, constraint)
     rng, draws = np.random.default_rng(0), 20_000
     counts = np.bincount([choice.token(np.array([5]), scores, rng) for _ in range(draws)], minlength=size)
-    likely = np.exp(masked(constraint, scores).astype(np.float64))
+    likely = np.exp(process(processors, np.array([5]), masked(constraint, scores)).astype(np.float64))
     expected = likely / likely.sum() * draws
     assert counts[expected == 0].sum() == 0
     kept = expected > 5
@@ -233,8 +257,9 @@ def test_the_reach_of_the_first_filter():
     def of(**given):
         return reach(GenerationConfig(do_sample=True, **given))
 
-    assert of() == of(top_p=0.5, min_p=0.1) == of(temperature=0.2) == Reach(best=50)
-    assert of(top_k=0) == of(top_k=0, temperature=0.2) == Reach(is_unfiltered=True)
+    assert of(typical_p=0.5) == of(top_p=0.5, min_p=0.1) == Reach(best=50)
+    assert of(temperature=0.2) == Reach(best=50, is_alone=True)
+    assert of(top_k=0) == of(top_k=0, temperature=0.2) == Reach(is_alone=True)
     assert of(top_k=0, min_p=0.5, temperature=2.0, typical_p=0.5) == Reach(distance=-2 * np.log(0.5))
     whole = [{"top_p": 0.5, "min_p": 0.1}, {"typical_p": 0.5}, {"epsilon_cutoff": 0.1}, {"eta_cutoff": 0.1}]
     whole += [{"xtc_probability": 0.1}, {"top_h": 0.5}]

@@ -41,6 +41,12 @@ struct Lanes {
   static F max(F x, F y) { EDGEFORMER_EACH(F, vbslq_f32(vcgtq_f32(x.v[j], y.v[j]), x.v[j], y.v[j])) }
   static F min(F x, F y) { EDGEFORMER_EACH(F, vbslq_f32(vcltq_f32(x.v[j], y.v[j]), x.v[j], y.v[j])) }
   static F select_lt(F p, F q, F x, F y) { EDGEFORMER_EACH(F, vbslq_f32(vcltq_f32(p.v[j], q.v[j]), x.v[j], y.v[j])) }
+  static uint32_t at_least(F x, F y) {
+    const uint32_t powers[4] = {1, 2, 4, 8};
+    uint32_t lanes = 0;
+    for (int j = 0; j < 4; j++) lanes |= vaddvq_u32(vandq_u32(vcgeq_f32(x.v[j], y.v[j]), vld1q_u32(powers))) << 4 * j;
+    return lanes;
+  }
   static I bits(F x) { EDGEFORMER_EACH(I, vreinterpretq_s32_f32(x.v[j])) }
   static F from_bits(I x) { EDGEFORMER_EACH(F, vreinterpretq_f32_s32(x.v[j])) }
   static F abs(F x) { EDGEFORMER_EACH(F, vabsq_f32(x.v[j])) }

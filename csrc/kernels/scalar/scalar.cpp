@@ -240,6 +240,28 @@ void softmax(const float* x, int64_t ldx, int64_t m, int64_t n, float* y, int64_
   }
 }
 
+double exponential_sums(const float* x, int64_t n, float top, double* sums) {
+  double all = 0;
+  for (int64_t begin = 0; begin < n; begin += kSumBlock) {
+    float s[16] = {}, products[16] = {};
+    for (int64_t c = 0; begin + c < n && c < kSumBlock; c++) {
+      const float d = max1(kLowest, x[begin + c] - top), e = exp1(d);
+      s[c % 16] = s[c % 16] + e;
+      products[c % 16] = fma1(e, d, products[c % 16]);
+    }
+    *sums++ = double(sum16(s));
+    all = all + double(sum16(products));
+  }
+  return all;
+}
+
+int64_t places_reaching(const float* x, int64_t n, float bound, int64_t* places) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i++)
+    if (x[i] >= bound) places[count++] = i;
+  return count;
+}
+
 void rope(const RopeArgs& args) {
   const int64_t half = args.rotary / 2;
   for (int64_t i = 0; i < args.m; i++) {

@@ -24,6 +24,7 @@
 //           max(a, b)               a > b ? a : b    b if either is NaN
 //           min(a, b)               a < b ? a : b    b if either is NaN
 //           select_lt(a, b, x, y)   a < b ? x : y
+//           at_least(a, b) -> uint32  bit l: a[l] >= b[l]    0 if either is NaN
 //           abs(a), neg(a)          sign bit cleared, flipped
 //           with_sign(a, s)         |a| with the sign of s
 //           sum(F) -> float         s[l] += s[l + 8], then + 4, + 2, + 1: s[0]

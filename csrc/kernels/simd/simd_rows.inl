@@ -1,4 +1,4 @@
-// Row kernels over S (see simd.inl): epilogues, norms, softmax, rope. Their formulas: Kernels in kernels.h.
+// Row kernels over S (see simd.inl): epilogues, norms, softmax, passes over a vocabulary, rope. Their formulas: Kernels in kernels.h.
 
 inline void epilogue(const EpilogueArgs& a) {
   with_unary(a.activation, [&](auto f) __attribute__((always_inline)) {
@@ -118,6 +118,43 @@ inline void softmax(const float* x, int64_t ldx, int64_t m, int64_t n, float* y,
       store_tail(out + c, p, n - c);
     }
   }
+}
+
+inline double exponential_sums(const float* x, int64_t n, float top, double* sums) {
+  const F tops = f16(top), lowest = f16(kLowest);
+  double all = 0;
+  for (int64_t begin = 0; begin < n; begin += kSumBlock) {
+    const float* block = x + begin;
+    float last[kSumBlock];
+    if (n - begin < kSumBlock) {  // -inf adds a zero to both sums
+      for (int64_t c = 0; c < kSumBlock; c++) last[c] = begin + c < n ? block[c] : -__builtin_inff();
+      block = last;
+    }
+    F s = f16(0.0f), products = f16(0.0f);
+    for (int64_t c = 0; c < kSumBlock; c += 16) {
+      const F d = S::max(lowest, S::sub(S::load(block + c), tops)), e = exp16(d);
+      s = S::add(s, e);
+      products = S::fma(e, d, products);
+    }
+    *sums++ = double(S::sum(s));
+    all = all + double(S::sum(products));
+  }
+  return all;
+}
+
+inline int64_t places_reaching(const float* x, int64_t n, float bound, int64_t* places) {
+  const F bounds = f16(bound);
+  int64_t count = 0;
+  for (int64_t begin = 0; begin < n; begin += 64) {
+    uint64_t reached = 0;  // a bit for each of 64 numbers: few are expected, and one test skips them
+    for (int64_t c = 0; c < 64 && begin + c < n; c += 16) {
+      const int64_t left = n - begin - c;
+      const uint64_t lanes = S::at_least(load_tail(x + begin + c, left), bounds);
+      reached |= (left >= 16 ? lanes : lanes & ((1u << left) - 1)) << c;
+    }
+    for (; reached; reached &= reached - 1) places[count++] = begin + __builtin_ctzll(reached);
+  }
+  return count;
 }
 
 inline void rope(const RopeArgs& given) {

@@ -37,6 +37,10 @@ struct Lanes {
     return {_mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(p.a, q.a, _CMP_LT_OQ)),
             _mm256_blendv_ps(y.b, x.b, _mm256_cmp_ps(p.b, q.b, _CMP_LT_OQ))};
   }
+  static uint32_t at_least(F x, F y) {
+    const __m256 a = _mm256_cmp_ps(x.a, y.a, _CMP_GE_OQ), b = _mm256_cmp_ps(x.b, y.b, _CMP_GE_OQ);
+    return uint32_t(_mm256_movemask_ps(a)) | uint32_t(_mm256_movemask_ps(b)) << 8;
+  }
   static I bits(F v) { return {_mm256_castps_si256(v.a), _mm256_castps_si256(v.b)}; }
   static F from_bits(I v) { return {_mm256_castsi256_ps(v.a), _mm256_castsi256_ps(v.b)}; }
   static F abs(F v) {

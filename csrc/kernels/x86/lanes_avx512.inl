@@ -25,6 +25,7 @@ struct S {
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F select_lt(F a, F b, F x, F y) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x); }
+  static uint32_t at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
   static I bits(F v) { return _mm512_castps_si512(v); }
   static F from_bits(I v) { return _mm512_castsi512_ps(v); }
   static F abs(F v) { return from_bits(_mm512_and_si512(bits(v), iset1(0x7fffffff))); }

@@ -53,6 +53,7 @@ class GrammarConstraint:
         self._last = -1  # the last of them
         self._framed = 0
         self._learns = True
+        self._forced: list[int] = []  # a beginning of the tokens that must follow, where it is known
         self._limit = min(grammar.trie.size, grammar.vocab_size)  # of the ids that are tokens of both
         self._buffer = np.zeros(grammar.trie.words, np.int32)
 
@@ -89,7 +90,9 @@ class GrammarConstraint:
         """As `Constraint.only`."""
         if self._aliased or self.ended:
             return None
-        forced = self._matcher.compute_ff_tokens()
+        if not self._forced:
+            self._forced = self._matcher.compute_ff_tokens()
+        forced = self._forced
         # A single byte that is no token, or an end token, is no choice: the mask says what that means.
         return forced[0] if forced and self._inside(forced[0]) == forced[0] else None
 
@@ -110,6 +113,7 @@ class GrammarConstraint:
             return False
         self._length += 1
         self._is_computed = False
+        self._forced = self._forced[1:] if self._forced[:1] == [inside] else []
         if self._learns:
             self._grammar.followers.learn(self._last, token if is_framed else None)
             self._framed = self._framed + 1 if is_framed else 0
