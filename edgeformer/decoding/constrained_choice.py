@@ -53,9 +53,10 @@ class ConstrainedChoice:
         """Whether each token needs a whole mask."""
         return not (self._asks or self._reach.is_alone)
 
-    def token(self, ids: Array, scores: Array, rng: Random | None) -> int:
+    def token(self, ids: Array, scores: Array, rng: Random | None, best: int | None = None) -> int:
         """The token that follows `ids` and may do so: a draw with `rng`, the likeliest without. The constraint does
-        not advance. `scores` [vocab] hold no NaN.
+        not advance. `scores` [vocab] hold no NaN; `best` is the place of the largest where it is known and no
+        processor changes it.
 
         Raises:
             StateError: the constraint allows no token.
@@ -63,7 +64,7 @@ class ConstrainedChoice:
         """
         scores = changed(self._processors, ids, scores)
         if rng is None:
-            best = int(scores.argmax())
+            best = int(scores.argmax()) if best is None else best
             # Before `only`: a forced text may be written in other tokens than the tokenizer's own.
             if scores[best] > -np.inf and self.constraint.allows([best])[0]:
                 return best

@@ -290,14 +290,16 @@ class Sequence:
     def _next_token(self, scores: Array) -> int:
         """The token that follows `scores` [vocab]; the constraint has accepted it."""
         processors, choice = self.request.processors, self._choice
-        if choice is None and self._rng is None and not processors:
-            return likeliest(scores)
-        largest = None if self.request.config.remove_invalid_values else check(scores)
-        if choice is None:
-            return next_token(processors, self._seen, scores, self._rng, largest)
-        token = choice.token(self._seen, scores, self._rng)
-        choice.constraint.accept(token)
-        return token
+        best = largest = None
+        if self._rng is None and not processors:
+            best = likeliest(scores)
+        elif not self.request.config.remove_invalid_values:
+            largest = check(scores)
+        if choice is not None:
+            token = choice.token(self._seen, scores, self._rng, best)
+            choice.constraint.accept(token)
+            return token
+        return next_token(processors, self._seen, scores, self._rng, largest) if best is None else best
 
     def _add(self, token: int | None, text: str) -> None:
         """A piece for the caller."""

@@ -60,7 +60,13 @@ class GenerationScheduler:
         return self._worker.add(self._generator.jobs(self._task.call(prompt, arguments)))
 
     def cancel(self, answer: Answer) -> None:
-        """Ends an answer before the next step and frees its state; nobody else is disturbed."""
+        """Ends an answer before the next step and frees its state; nobody else is disturbed.
+
+        Raises:
+            InputError: it is no answer that `add` or `stream` gave.
+        """
+        if not isinstance(answer, Answer):
+            raise InputError(f"cancel() takes an answer of this scheduler's add() or stream(), not {answer!r:.40}.")
         answer.cancel()
 
     @property

@@ -152,16 +152,31 @@ MEANT = {
 NAMED = {"json_schema": "(?i)json.schema"}
 
 
+@pytest.fixture(scope="module")
+def scheduler(model):
+    with model.scheduler() as made:
+        yield made
+
+
 @pytest.mark.parametrize(("name", "value"), CASES, ids=[f"{name}={value!r:.20}" for name, value in CASES])
-def test_an_option_out_of_its_range_is_refused_by_name(model, name, value):
+def test_an_option_out_of_its_range_is_refused_by_name(model, scheduler, name, value):
     before = unchanged(model)
-    options = {"max_new_tokens": 2, "do_sample": name in SAMPLED, name: value}
+    options = {"max_new_tokens": 2, "do_sample": name in SAMPLED, "seed": 1, name: value}
     if f"{name}={value!r}" in MEANT:
-        assert model.generate(IDS, **options).ids
+        assert model.generate(IDS, **options).ids == scheduler.add(IDS, **options).result().ids
     else:
-        with pytest.raises(EdgeformerError, match=NAMED.get(name, name)):
-            model.generate(IDS, **options)
+        # A scheduler refuses at once, and not when the answer is asked for.
+        for call in (model.generate, scheduler.add, scheduler.stream):
+            with pytest.raises(EdgeformerError, match=NAMED.get(name, name)):
+                call(IDS, **options)
+        assert (scheduler.running, scheduler.waiting) == (0, 0)
     assert unchanged(model) == before
+
+
+@pytest.mark.parametrize("answer", [None, 5, "x", []], ids=repr)
+def test_only_an_answer_can_be_cancelled(scheduler, answer):
+    with pytest.raises(InputError, match="cancel"):
+        scheduler.cancel(answer)
 
 
 SAMPLED = ("temperature", "top_p", "min_p", "typical_p", "top_k")
@@ -338,10 +353,10 @@ def test_other_methods_refuse_what_they_cannot_take(model, method, arguments):
 
 TRIED = {
     Model: {*OTHERS, "generate", "stream", "generate_each", "scheduler"},
-    GenerationScheduler: {"add"},
+    GenerationScheduler: {"add", "stream", "cancel"},
 }
 # What `session` refuses is in test_session_files.py.
-NO_ARGUMENTS = {Model: {"explain", "session", "pair"}, GenerationScheduler: {"stream", "cancel", "close", "count_in"}}
+NO_ARGUMENTS = {Model: {"explain", "session", "pair"}, GenerationScheduler: {"close", "count_in"}}
 
 
 @pytest.mark.parametrize("owner", TRIED)
