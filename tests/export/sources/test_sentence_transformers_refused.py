@@ -7,11 +7,10 @@ import shutil
 
 import pytest
 
-from edgeformer.errors import ExportError
-
 pytest.importorskip("sentence_transformers", reason="pip install '.[reference]'")
 
 from sentence_transformers.sentence_transformer import modules as library
+from support.refusals import assert_refused
 
 from bench.sources import _sentences as tiny
 
@@ -90,11 +89,7 @@ def with_dense(tmp_path_factory):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_unsupported_settings_are_refused_by_name(name, with_dense, tmp_path):
-    folder = shutil.copytree(with_dense, tmp_path / "folder")
-    edit, message = REFUSED[name]
-    edit(folder)
-    with pytest.raises(ExportError, match=message):
-        tiny.read(folder)
+    assert_refused(tiny.read, with_dense, *REFUSED[name], tmp_path)
 
 
 def test_the_transformer_alone_is_exported_when_its_class_is_named(with_dense):
