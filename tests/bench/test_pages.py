@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import encoders, smollm2
+from bench import encoders, imports, smollm2
 from bench.arm import __main__ as arm
 from bench.coverage import page as coverage_page
 from bench.coverage import sweep
@@ -18,11 +18,12 @@ from bench.decoding import draft_bundle, sampling
 from bench.decoding import plots as decoding_plots
 from bench.peers import __main__ as peers
 from bench.peers import pages, plots, studies
-from bench.report import RESULTS, ROOT, runs
+from bench.report import RESULTS, ROOT, put, runs
 from bench.serving import __main__ as serving
 from bench.serving import plots as serving_plots
+from wheels import record
 
-PAGES = ("README.md", "docs/performance.md", "docs/serving.md", "docs/smollm2.md")
+PAGES = ("README.md", "docs/performance.md", "docs/platforms.md", "docs/serving.md", "docs/smollm2.md")
 
 
 def test_every_page_is_what_its_generators_print(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,6 +35,8 @@ def test_every_page_is_what_its_generators_print(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(module, "ROOT", tmp_path)
     for module in (pages, arm):
         monkeypatch.setattr(module, "PAGE", tmp_path / "docs" / "performance.md")
+    for module in (imports, record):
+        monkeypatch.setattr(module, "PAGE", tmp_path / "docs" / "platforms.md")
     monkeypatch.setattr(pages, "IMAGES", tmp_path)
     for module in (plots, decoding_plots, serving_plots):
         monkeypatch.setattr(module, "_save", lambda _, path: path)
@@ -48,6 +51,8 @@ def test_every_page_is_what_its_generators_print(tmp_path: Path, monkeypatch: py
             written.write(study)
     smollm2.write_pages(runs("smollm2")[0])
     arm.write()
+    imports.write()
+    put(record.PAGE, "wheels", record.page(record.read()))
     for page in PAGES:
         assert (tmp_path / page).read_text() == (ROOT / page).read_text(), f"{page} is not what bench prints"
 
