@@ -42,6 +42,8 @@ def extension_problems(path: Path, target: Target, python: str) -> list[str]:
     """What is wrong with an extension: libraries, exported names, minimum version of the system."""
     import lief
 
+    # It prints "Can't read value at offset" of an empty table of function starts, which zig's linker writes for macOS.
+    lief.logging.disable()
     binary: Any = lief.parse(str(path))
     if binary is None:
         return [f"{path.name} is no ELF, Mach-O or PE file"]
