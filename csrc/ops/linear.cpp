@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t kRowTile = 256;  // most rows of activations that one chunk of a prefill works on
 constexpr int64_t kLeastRowTile = 32;
+constexpr int64_t kFewRows = 64;         // so few rows of activations may go through the packed weights, in passes of 8
 constexpr int64_t kChunksPerThread = 6;  // at least, so that a thread that was interrupted delays the others little
 constexpr int64_t kUnit = 32;            // output columns of the smallest chunk: one activation block
 constexpr int64_t kPrefillUnits = 2;
@@ -34,21 +35,17 @@ class Linear final : public Op {
   }
 
   size_t scratch_bytes(const Run& run) const override {
-    const int64_t m = rows(run);
-    const int64_t tile = m <= kSmallRows ? m * units_per_chunk(run) : row_tile(run) * prefill_units(run);
+    const LinearPlan plan = division(run);
     bool needed = false;
     for (const Part& p : parts_) needed = needed || p.gated || p.y < 0;
-    return needed ? static_cast<size_t>(tile * kUnit * 2) * sizeof(float) : 0;
+    return needed ? static_cast<size_t>(plan.row_tile * plan.units * kUnit * 2) * sizeof(float) : 0;
   }
 
   int64_t begin(Run& run, int) const override {
-    const int64_t m = rows(run);
-    if (m == 0) return 0;
-    const bool small = m <= kSmallRows;
-    const int64_t height = small ? m : row_tile(run), units = small ? units_per_chunk(run) : prefill_units(run);
-    const LinearPlan plan{height, units, (m + height - 1) / height};
+    if (rows(run) == 0) return 0;
+    const LinearPlan plan = division(run);
     run.plans[index_] = plan;
-    return column_tiles(units) * plan.row_tiles;
+    return column_tiles(plan.units) * plan.row_tiles;
   }
 
   void work(Run& run, int, int64_t chunk, int thread) const override {
@@ -102,17 +99,21 @@ class Linear final : public Op {
     }
     return span / kUnit;
   }
-  int64_t prefill_units(const Run& run) const { return round_up(kPrefillUnits, units_multiple(run)); }
 
   // Prefill: as many rows as leave enough chunks, for weights are unpacked once a chunk, and as many tiles for each
   // thread.
-  int64_t row_tile(const Run& run) const {
-    const int64_t m = rows(run), wanted = run.threads == 1 ? 1 : run.threads * kChunksPerThread;
+  LinearPlan division(const Run& run) const {
+    const int64_t m = rows(run), least = units_multiple(run), units = round_up(kPrefillUnits, least);
+    if (m <= kSmallRows) return {m, units_per_chunk(run), 1};
+    const int64_t wanted = run.threads == 1 ? 1 : run.threads * kChunksPerThread;
     int64_t height = kRowTile;
-    while (height > kLeastRowTile && column_tiles(prefill_units(run)) * ((m + height - 1) / height) < wanted)
-      height /= 2;
+    while (height > kLeastRowTile && column_tiles(units) * ((m + height - 1) / height) < wanted) height /= 2;
     const int64_t tiles = round_up((m + height - 1) / height, run.threads), even = round_up((m + tiles - 1) / tiles, 8);
-    return std::min(m, even >= kLeastRowTile ? even : height);
+    // Each thread's part would be so small that it goes through the packed weights, all of them in every thread. All rows
+    // together, a tile of unpacked weights for each, take less.
+    if (m > kFewRows && m <= kRowTile && even <= kFewRows && column_tiles(least) >= wanted) return {m, least, 1};
+    height = std::min(m, even >= kLeastRowTile ? even : height);
+    return {height, units, (m + height - 1) / height};
   }
 
   // Decoding: about kChunksPerThread chunks a thread.

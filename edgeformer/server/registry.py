@@ -28,7 +28,7 @@ from edgeformer.tasks.scheduler import GenerationScheduler
 log = logging.getLogger("edgeformer.server")
 # Seconds; see `Loaded.interval`. A screen shows a picture every 16 ms: the shortest is half of that.
 SHORTEST_INTERVAL, EACH_STREAM, LONGEST_INTERVAL = 0.008, 0.003, 0.03
-STRETCH = 6.0  # of `Model.scheduler`, above its default: here tokens a second and the first token count more than gaps
+STRETCH = 10.0  # of `Model.scheduler`, above its default: here tokens a second and the first token count more than gaps
 
 
 @dataclass

@@ -83,15 +83,15 @@ def test_a_model_that_does_not_fit_is_refused_with_numbers(served):
         assert caught.value.code == "out_of_memory"
 
 
-def test_steps_with_prompts_may_take_six_times_as_long_as_without(served):
-    """The server's own `stretch`: a step of 1 s without prompts has 5 s for them, 48 rows of 0.1 s."""
+def test_steps_with_prompts_may_take_ten_times_as_long_as_without(served):
+    """The server's own `stretch`: a step of 1 s without prompts has 9 s for them, 88 rows of 0.1 s."""
     with running([f"lm={served['lm']}"], {"preload": True}) as one:
         scheduler = one.scheduler("lm")
-        assert scheduler.options.stretch == registry.STRETCH == 6.0
+        assert scheduler.options.stretch == registry.STRETCH == 10.0
         budget = scheduler._worker._scheduler._budget
         budget.observe(4, 0, 1.0)
         budget.observe(4, 10, 2.0)
-        assert budget.prompt_rows(4, 1) == 48  # a multiple of 4; `Model.scheduler` itself would give 8
+        assert budget.prompt_rows(4, 1) == 88  # a multiple of 4; `Model.scheduler` itself would give 8
 
 
 def test_the_only_model_needs_no_name(served):
