@@ -239,7 +239,8 @@ def test_packed_weights_serve_the_next_engine(bundles, name, isa, cache_folder, 
     ("huge", "free", "limit", "copied"),
     [
         (0.1, 100, None, True),
-        (0.9, 100, None, False),  # the map is fast as it is
+        (0.8, 100, None, True),
+        (0.95, 100, None, False),  # the map is fast as it is
         (0.1, 2, None, False),  # too little memory for a copy
         (0.1, 100, 10**9, False),  # a limit asks for little
         (None, 100, None, False),  # a system that does not tell

@@ -235,13 +235,20 @@ struct Fetch {
 template <class Q, int R>
 inline void panel_rows(const LinearArgs& a, const uint8_t* panel, const Fetch& fetch, int64_t row, float* y,
                        int64_t lanes) {
+  constexpr int64_t kLines = (Q::kBytes + 63) / 64;
+  const bool whole = fetch.end - fetch.begin == kLines;
   const int64_t blocks = blocks_of(a.k);
   F acc[R][1];
   each<R>([&](auto r) __attribute__((always_inline)) { acc[r][0] = f16(0.0f); });
   XRows<R> rows(a.xq + row * blocks * kBlock, a.xb + row * blocks, blocks);
   const uint8_t* const end = panel + blocks / Q::kParts * Q::kBytes;
   for (const uint8_t* p = panel; p < end; p += Q::kBytes, rows.advance(Q::kParts)) {
-    for (int64_t line = fetch.begin; line < fetch.end; line++) __builtin_prefetch(p + 64 * line + fetch.distance, 0, 2);
+    if (whole)  // of a few rows, each instruction of a loop counts
+      each<kLines>([&](auto line)
+                       __attribute__((always_inline)) { __builtin_prefetch(p + 64 * line + fetch.distance, 0, 2); });
+    else
+      for (int64_t line = fetch.begin; line < fetch.end; line++)
+        __builtin_prefetch(p + 64 * line + fetch.distance, 0, 2);
     const PackedBlock<Q> block[1] = {{p}};
     add_block<Q, R, 1>(block, rows, acc);
   }

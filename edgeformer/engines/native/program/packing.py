@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from edgeformer import _native
 
 COPY_ROOM = 4  # a copy of the weights is made where so many would fit into the free memory
+MOSTLY = 0.9  # of a map in huge pages: with 0.52 a step of SmolLM2 took 11 % longer than with 0.98
 PACK_ROWS = 8192  # rows packed from one read of the mapped file, so that peak memory stays near the packed size
 
 
@@ -140,11 +141,11 @@ def _beside(work: Callable[[], None], other: Callable[[], object]) -> None:
 
 
 def _is_better_copied(data: np.memmap[Any, Any]) -> bool:
-    """Whether the map is in small pages, memory has huge ones, and there is enough of it."""
+    """Whether much of the map is in small pages, memory has huge ones, and there is enough of it."""
     if not has_huge_pages() or (available_memory() or 0) < COPY_ROOM * data.nbytes:
         return False
     in_huge = mapped_in_huge_pages(data)
-    return in_huge is not None and in_huge < data.nbytes / 2
+    return in_huge is not None and in_huge < MOSTLY * data.nbytes
 
 
 def weight_rows(number: int, e: Executable) -> Iterator[WeightRows]:
