@@ -32,7 +32,7 @@ class Beside(Generic[T]):
     def __init__(self, work: Callable[[], T]) -> None:
         # Locks and a list of known length, because what the thread does around `work` must need no memory.
         self._work = work
-        self._claimed, self._begun, self._done = threading.Lock(), _taken(), _taken()
+        self._claimed, self._begun, self._done = threading.Lock(), _Mark(), _Mark()
         self._outcome: list[Any] = [None, None]  # result, error
         self._is_ours = False  # the callers'
 
@@ -50,11 +50,11 @@ class Beside(Generic[T]):
 
     def begins(self, seconds: float) -> bool:
         """Whether the thread has begun; waits so long for it."""
-        return not self._is_ours and _wait(self._begun, seconds)
+        return not self._is_ours and self._begun.wait(seconds)
 
     def wait(self, seconds: float = -1) -> bool:
         """Whether the thread has ended the work; waits so long for it, and for ever by default."""
-        return not self._is_ours and _wait(self._done, seconds)
+        return not self._is_ours and self._done.wait(seconds)
 
     def settle(self) -> None:
         """Waits until the thread has ended the work, if it has begun."""
@@ -74,14 +74,14 @@ class Beside(Generic[T]):
     def _run(self) -> None:
         if not self._claimed.acquire(blocking=False):
             return
-        self._begun.release()
+        self._begun.set()
         try:
             self._outcome[0] = self._work()
         except BaseException as error:
             self._outcome[1] = error
         finally:
             del self._work  # what it holds (a mapped file) is free when the caller goes on, not when this thread ends
-            self._done.release()
+            self._done.set()
 
 
 def start(thread: threading.Thread, purpose: str) -> None:
@@ -102,15 +102,22 @@ def start(thread: threading.Thread, purpose: str) -> None:
     )
 
 
-def _taken() -> threading.Lock:
-    lock = threading.Lock()
-    lock.acquire()
-    return lock
+class _Mark:
+    """A flag that one thread sets once and others wait for. Setting it needs no memory, unlike `threading.Event`."""
 
+    def __init__(self) -> None:
+        self._lock, self._is_set = threading.Lock(), False
+        self._lock.acquire()
 
-def _wait(lock: threading.Lock, seconds: float) -> bool:
-    """Whether somebody else has released `lock`, which stays free then."""
-    if not lock.acquire(timeout=seconds):
-        return False
-    lock.release()
-    return True
+    def set(self) -> None:
+        self._is_set = True
+        self._lock.release()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it is set; waits so long for it, and for ever if that is negative."""
+        # The flag first: Ctrl-C may come when the lock was taken and not yet given back, which then never happens.
+        if not self._is_set:
+            if not self._lock.acquire(timeout=seconds):
+                return False
+            self._lock.release()
+        return True

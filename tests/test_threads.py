@@ -56,6 +56,18 @@ def test_an_error_of_the_work_is_the_callers():
         beside.result()
 
 
+def test_a_signal_between_taking_a_lock_and_giving_it_back_stops_nobody():
+    """Ctrl-C while a thread's end is noticed: whoever waits for it again does not wait for ever."""
+    work = Beside(lambda: 5)
+    work.start()
+    assert work.wait(10) and work.begins(10)
+    for mark in (work._begun, work._done):
+        assert mark._lock.acquire(blocking=False)  # as the interrupted wait leaves it
+    assert work.begins(0.1) and work.wait(0.1)
+    work.settle()
+    assert work.result() == 5
+
+
 def test_the_caller_does_what_no_thread_has_begun(no_thread):
     beside = Beside(threading.get_ident)
     beside.start()
