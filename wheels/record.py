@@ -105,8 +105,12 @@ def page(saved: dict[str, Any]) -> str:
     when = " to ".join(dates[:1] + dates[1:][-1:])
     note = f"*Times: CPU time, for the wheels of all Pythons; zig {', '.join(compilers)}; {when}.*"
     if whole := saved["whole"]:
-        lasted = f"{whole['seconds'] / 60:.0f} minutes with {whole['jobs']} processes that compile ({whole['date']})"
-        note += f"\n\nThe whole command, from nothing: {lasted}; the target is 20 minutes."
+        total = sum(spent.get(NOTHING, 0) for spent in saved["cpu_seconds"].values()) / 60
+        jobs = f"{whole['jobs']} process{'es' * (whole['jobs'] > 1)} that compile{'s' * (whole['jobs'] == 1)}"
+        note += (
+            f"\n\nThe whole command, from nothing: {whole['seconds'] / 60:.0f} minutes with {jobs}, beside whatever "
+        )
+        note += f"else ran ({whole['date']}), {total:.0f} minutes of CPU time. The target is 20 minutes."
     return f"{table(header, rows)}\n\n{note}"
 
 
