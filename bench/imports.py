@@ -30,7 +30,7 @@ seconds = first - began, time.perf_counter() - began
 new = set(sys.modules) - before
 others = {name.partition(".")[0] for name in new} - set(sys.stdlib_module_names) - {"edgeformer", "cython_runtime"}
 print(json.dumps({"seconds": seconds, "modules": len(new), "packages": sorted(n for n in others if n[0] != "_"),
-                  "python": sys.version.split()[0], "place": edgeformer.__file__}))
+                  "python": sys.version.split()[0]}))
 """
 Run = Callable[[], str]
 

@@ -106,11 +106,9 @@ def page(saved: dict[str, Any]) -> str:
     note = f"*Times: CPU time, for the wheels of all Pythons; zig {', '.join(compilers)}; {when}.*"
     if whole := saved["whole"]:
         total = sum(spent.get(NOTHING, 0) for spent in saved["cpu_seconds"].values()) / 60
-        jobs = f"{whole['jobs']} process{'es' * (whole['jobs'] > 1)} that compile{'s' * (whole['jobs'] == 1)}"
-        note += (
-            f"\n\nThe whole command, from nothing: {whole['seconds'] / 60:.0f} minutes with {jobs}, beside whatever "
-        )
-        note += f"else ran ({whole['date']}), {total:.0f} minutes of CPU time. The target is 20 minutes."
+        lasted = f"{whole['seconds'] / 60:.0f} minutes with --jobs {whole['jobs']}, beside whatever else ran"
+        note += f"\n\nThe whole command, from nothing: {lasted} ({whole['date']}), {total:.0f} minutes of CPU time. "
+        note += "The target is 20 minutes."
     return f"{table(header, rows)}\n\n{note}"
 
 

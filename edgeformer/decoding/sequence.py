@@ -166,12 +166,10 @@ class Sequence:
         session, context = self.session, self._context
         start = len(session.ids) if self.request.limits.cached else 0
         end = min(start + room, len(context)) if self.request.limits.cached else len(context)
-        ids, keep = context[start:end], 1
-        if end == len(context):
-            ids, keep = ids + self._drafts, 1 + len(self._drafts)
-        elif end - end % CHUNK_TOKENS > start:
+        drafts = self._drafts if end == len(context) else []
+        if end < len(context) and end - end % CHUNK_TOKENS > start:
             end -= end % CHUNK_TOKENS  # whole chunks, for the prefix cache
-            ids = context[start:end]
+        ids, keep = context[start:end] + drafts, 1 + len(drafts)
         self._running = end - start
         if self._scores_prompt:
             keep = len(ids)
@@ -289,17 +287,17 @@ class Sequence:
 
     def _next_token(self, scores: Array) -> int:
         """The token that follows `scores` [vocab]; the constraint has accepted it."""
-        processors, choice = self.request.processors, self._choice
-        best = largest = None
-        if self._rng is None and not processors:
-            best = likeliest(scores)
-        elif not self.request.config.remove_invalid_values:
-            largest = check(scores)
-        if choice is not None:
-            token = choice.token(self._seen, scores, self._rng, best)
-            choice.constraint.accept(token)
-            return token
-        return next_token(processors, self._seen, scores, self._rng, largest) if best is None else best
+        processors, choice, rng = self.request.processors, self._choice, self._rng
+        best = likeliest(scores) if rng is None and not processors else None
+        if choice is None and best is not None:
+            return best
+        is_checked = best is not None or self.request.config.remove_invalid_values
+        largest = None if is_checked else check(scores)
+        if choice is None:
+            return next_token(processors, self._seen, scores, rng, largest)
+        token = choice.token(self._seen, scores, rng, best)
+        choice.constraint.accept(token)
+        return token
 
     def _add(self, token: int | None, text: str) -> None:
         """A piece for the caller."""
