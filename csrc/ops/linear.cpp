@@ -100,12 +100,14 @@ class Linear final : public Op {
     return span / kUnit;
   }
 
+  static int64_t wanted_chunks(const Run& run) { return run.threads == 1 ? 1 : run.threads * kChunksPerThread; }
+
   // Prefill: as many rows as leave enough chunks, for weights are unpacked once a chunk, and as many tiles for each
   // thread.
   LinearPlan division(const Run& run) const {
     const int64_t m = rows(run), least = units_multiple(run), units = round_up(kPrefillUnits, least);
     if (m <= kSmallRows) return {m, units_per_chunk(run), 1};
-    const int64_t wanted = run.threads == 1 ? 1 : run.threads * kChunksPerThread;
+    const int64_t wanted = wanted_chunks(run);
     int64_t height = kRowTile;
     while (height > kLeastRowTile && column_tiles(units) * ((m + height - 1) / height) < wanted) height /= 2;
     const int64_t tiles = round_up((m + height - 1) / height, run.threads), even = round_up((m + tiles - 1) / tiles, 8);
@@ -120,7 +122,7 @@ class Linear final : public Op {
   int64_t units_per_chunk(const Run& run) const {
     int64_t units = 0;
     for (const Part& p : parts_) units += units_of(p) * (p.gated ? 2 : 1);
-    const int64_t chunks = run.threads == 1 ? 1 : run.threads * kChunksPerThread;
+    const int64_t chunks = wanted_chunks(run);
     return round_up(std::max<int64_t>(1, std::min<int64_t>((units + chunks - 1) / chunks, 64)), units_multiple(run));
   }
 
