@@ -226,6 +226,10 @@ inline __attribute__((always_inline)) void add_block(const Block (&block)[P], co
   }
 }
 
+// Cache lines of a packed block.
+template <class Q>
+constexpr int64_t kLines = (Q::kBytes + 63) / 64;
+
 // What a pass over a panel prefetches at each block: the lines [begin, end) of the one `distance` bytes further on.
 struct Fetch {
   int64_t distance, begin, end;
@@ -235,8 +239,7 @@ struct Fetch {
 template <class Q, int R>
 inline void panel_rows(const LinearArgs& a, const uint8_t* panel, const Fetch& fetch, int64_t row, float* y,
                        int64_t lanes) {
-  constexpr int64_t kLines = (Q::kBytes + 63) / 64;
-  const bool whole = fetch.end - fetch.begin == kLines;
+  const bool whole = fetch.end - fetch.begin == kLines<Q>;
   const int64_t blocks = blocks_of(a.k);
   F acc[R][1];
   each<R>([&](auto r) __attribute__((always_inline)) { acc[r][0] = f16(0.0f); });
@@ -244,8 +247,8 @@ inline void panel_rows(const LinearArgs& a, const uint8_t* panel, const Fetch& f
   const uint8_t* const end = panel + blocks / Q::kParts * Q::kBytes;
   for (const uint8_t* p = panel; p < end; p += Q::kBytes, rows.advance(Q::kParts)) {
     if (whole)  // of a few rows, each instruction of a loop counts
-      each<kLines>([&](auto line)
-                       __attribute__((always_inline)) { __builtin_prefetch(p + 64 * line + fetch.distance, 0, 2); });
+      each<kLines<Q>>([&](auto line)
+                          __attribute__((always_inline)) { __builtin_prefetch(p + 64 * line + fetch.distance, 0, 2); });
     else
       for (int64_t line = fetch.begin; line < fetch.end; line++)
         __builtin_prefetch(p + 64 * line + fetch.distance, 0, 2);
@@ -258,7 +261,7 @@ inline void panel_rows(const LinearArgs& a, const uint8_t* panel, const Fetch& f
 template <class Q>
 inline void small_linear(const LinearArgs& a, int64_t panel_begin, int64_t panel_end) {
   const int64_t bytes = blocks_of(a.k) / Q::kParts * Q::kBytes;
-  const int64_t passes = (a.m + S::kGemvRows - 1) / S::kGemvRows, lines = a.prefetch ? (Q::kBytes + 63) / 64 : 0;
+  const int64_t passes = (a.m + S::kGemvRows - 1) / S::kGemvRows, lines = a.prefetch ? kLines<Q> : 0;
   for (int64_t panel = panel_begin; panel < panel_end; panel++) {
     const uint8_t* w = static_cast<const uint8_t*>(a.w) + panel * bytes;
     for (int64_t pass = 0; pass < passes; pass++) {
