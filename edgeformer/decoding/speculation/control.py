@@ -55,6 +55,7 @@ class DraftControl:
         self._counts: dict[int, int] = {}
         self._unit = 0.0  # seconds of a step of cost 1, lately; 0 before the first step
         self._costs: list[float] = _costs(self._corrections)
+        self._least: dict[int, float] = {}  # rows of others -> `least_chance`, by these costs
 
     @property
     def unit(self) -> float:
@@ -81,7 +82,20 @@ class DraftControl:
         known = self._corrections.get(rows, self._costs[rows] / PRIOR[rows])
         self._corrections[rows] = known * (1 + max(0.05, 0.5 / seen) * (excess - 1))
         if seen <= 8 or seen % 8 == 0:
-            self._costs = _costs(self._corrections)
+            self._costs, self._least = _costs(self._corrections), {}
+
+    def least_chance(self, others: int) -> float:
+        """What the chance of each draft must be at least, for any number of them to pay beside `others` rows of other
+        sequences; 1 and more: none pays.
+        """
+        found = self._least.get(others)
+        if found is None:
+            rows = others + 1
+            found = min(
+                rows * (self.cost(rows + count) / self.cost(rows) - 1) / count for count in range(1, MOST_DRAFTS + 1)
+            )
+            self._least[others] = found
+        return found
 
     def count(self, record: DraftRecord, others: int, match: int, limit: int = MOST_DRAFTS) -> int:
         """How many drafts to verify of at most `limit`, the first of which rests on `match` tokens."""

@@ -18,6 +18,7 @@ PROBE = 2  # drafts after a rest, to see whether it pays now
 FORCED_CHANCES = (0.95,) * 6
 # That the first token of a value is what lookup finds: its match is the key and punctuation, which say little.
 VALUE_CHANCES = (0.05, 0.05, 0.1, 0.2, 0.4, 0.6)
+MOST_CHANCE = 0.97  # that guesses are right for long
 LEAST_REACHED = 0.02  # guesses that are reached more rarely are not looked for
 
 
@@ -58,6 +59,8 @@ class SequenceDrafts:
         `others` are the rows of the other sequences in the step, `room` is the most drafts. If it is not 0, call
         `take` with what `model` made.
         """
+        if not self._guesses and self._control.least_chance(others) > MOST_CHANCE:
+            return 0  # whatever is found would not pay: many sequences share the step. `_settle` catches up later
         self._settle(ids, shape)
         room = min(room, MOST_DRAFTS)
         if room <= 0:

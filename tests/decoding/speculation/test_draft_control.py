@@ -58,6 +58,8 @@ def test_the_number_of_drafts_is_the_best_of_all(cost, chances, match, others, l
     # The search ends where a draft would be reached too rarely: what it loses is less than LEAST_CHANCE a draft.
     assert rates[found] >= max(rates) * (1 - LEAST_CHANCE * MOST_DRAFTS)
     assert rates[found] >= rates[0]
+    if max(chances) <= control.least_chance(others):
+        assert found == 0
 
 
 @pytest.mark.parametrize("cost", COSTS)

@@ -153,12 +153,26 @@ def test_an_answer_that_ends_in_its_drafts_says_nothing_about_the_rest(drafts):
 
 def test_a_guess_that_was_no_draft_is_compared_too(drafts):
     ids = [*TEXT, 10]
-    drafts._control._costs = [100.0**rows for rows in range(65)]  # nothing pays
+    drafts._control._costs = [1.0 + 0.9 * rows for rows in range(65)]  # a chance of 0.47 is needed, these have 0.25
     drafts.plan(ids, 0, 15)
     assert drafts.drafts == []
     before = drafts._lookup_record.chance(1)
     drafts.plan([*ids, 11], 0, 15)
     assert drafts._lookup_record.chance(1) > before
+
+
+def test_nothing_is_looked_up_while_nothing_can_pay(drafts):
+    """Many sequences share the step; when fewer do, all tokens since then are known."""
+    costs = drafts._control._costs
+    drafts._control._costs = [2.0 * rows for rows in range(65)]  # a row costs what each costs
+    ids = [*TEXT, 10]
+    for token in (11, 12, 13):
+        drafts.plan(ids, 15, 15)
+        assert drafts.drafts == [] and drafts._seen == 0
+        ids.append(token)
+    drafts._control._costs, drafts._control._least = costs, {}
+    drafts.plan(ids, 0, 15)
+    assert drafts.drafts[:3] == [14, 15, 16]
 
 
 class Rests:
