@@ -57,7 +57,8 @@ class Detokenizer:
 
     A character may be split over several tokens (byte-level BPE, byte fallback), and a token may decode differently at
     the beginning of a text (leading spaces). So a short window of the latest ids is decoded as a whole, and its new
-    text is returned once it ends with a whole character.
+    text is returned once it ends with a whole character. Where each token is bytes whatever stands before it
+    (`is_bytes`), no window is needed, and most tokens are looked up.
 
     With byte fallback, one invalid byte turns all adjacent bytes into U+FFFD, also those of valid characters. So the
     bytes of a run are decoded together, at the end of the run. `is_byte` says which ids are bytes.
@@ -72,8 +73,10 @@ class Detokenizer:
         decode: Callable[[list[int]], str],
         is_byte: Callable[[int], bool] = lambda _: False,
         clean: bool = False,
+        is_bytes: bool = False,
     ) -> None:
         self._decode = decode
+        self._is_bytes = is_bytes
         self._is_byte = is_byte
         self._clean = CleanUp() if clean else None
         self._settled: list[int] = []  # the latest ids whose text was returned: context for the next
@@ -121,6 +124,9 @@ class Detokenizer:
         A decoder may strip the space before the first token: the window must contain text before the next token, or
         that token would lose its space.
         """
+        if self._is_bytes:
+            self._pending, self._sent = [], 0
+            return
         text = self._decode(self._pending)
         if text:
             self._settled, self._sent = self._pending, len(text)

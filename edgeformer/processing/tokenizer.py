@@ -56,6 +56,8 @@ class Tokenizer:
             or bool(settings.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"))
         )
         self._falls_back = '"ByteFallback"' in _decoder(backend)
+        self._is_bytes = _decoder(backend).startswith('{"type":"ByteLevel"')
+        self._texts: dict[int, str] = {}  # of single tokens that a stream has decoded
         self.special_tokens = _special_tokens(settings)
         pad = self.special_tokens.get("pad_token")
         self.pad_id: int | None = None if pad is None else backend.token_to_id(pad)
@@ -254,7 +256,16 @@ class Tokenizer:
 
     def detokenizer(self) -> Detokenizer:
         """A decoder for one stream of ids."""
-        return Detokenizer(self._decode, self._is_byte, self._cleans)
+        return Detokenizer(self._decode_window, self._is_byte, self._cleans, self._is_bytes)
+
+    def _decode_window(self, ids: list[int]) -> str:
+        """As `_decode`. A stream asks for the text of each token alone; these are kept."""
+        if len(ids) != 1:
+            return self._decode(ids)
+        text = self._texts.get(ids[0])
+        if text is None:
+            text = self._texts[ids[0]] = self._decode(ids)
+        return text
 
     def _decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         ids = [int(i) for i in ids]
