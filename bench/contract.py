@@ -6,7 +6,7 @@
     python -m bench.contract --write-only       the page again, from the saved numbers
 
 Ctrl-C: a timer sends SIGINT to this process at a random moment of the work; the latency ends where KeyboardInterrupt
-is caught. In the export the moments are in the middle of each stage, see bench.export_interrupts. Pace: turns of a loop
+is caught. In the export the moments are those of the longest wait, see bench.export_interrupts. Pace: turns of a loop
 of plain Python in another thread, beside the model in this process, and beside the same work in another process, which
 shares the caches and the cores but not the GIL. Run it with a high priority (`nice -n -10`): on a busy machine both
 numbers measure the neighbours. GIL held: the CPU time of the calling thread outside of the C++ module's `forward`,

@@ -1,21 +1,24 @@
-"""Ctrl-C in an export of a real model: how soon it comes in each stage, and that nothing is left.
+"""Ctrl-C in an export of a real model: how soon it comes at any moment, and that nothing is left.
 
     python -m bench.contract --only export
 
 The export of SmolLM2-135M's GGUF file to 4 bits with a second quantization, in one process, so that imports are done. A
-first run gives the stages and their seconds. Then one run for each stage, and two more for long ones: a timer sends
-SIGINT inside it; the latency ends where `export` raises KeyboardInterrupt. Afterwards the folder of the target and that
-of temporary files must be empty.
+first run has a timer of the system that sends a signal every 50 ms. Python runs its handler where it would raise
+KeyboardInterrupt: the time from the signal to the handler is the wait of a Ctrl-C at that moment. Then one run for each
+stage: SIGINT at the moment of its longest wait. That latency ends where `export` raises KeyboardInterrupt, its clean-up
+included. Afterwards the folder of the target and that of temporary files must be empty.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,8 +26,8 @@ from bench.report import table
 from bench.smollm2 import gguf_path
 
 T = TypeVar("T")
-LONG = 3.0  # seconds of a stage that is interrupted three times
-SHORT = 0.1  # a shorter one is left out: it may have ended when the signal comes
+EVERY = 0.05  # seconds between the timer's signals
+SHORT = 0.1  # a shorter stage is not interrupted: it may have ended when the signal comes
 TOKENS = 256  # that accuracy is measured on
 
 
@@ -50,6 +53,30 @@ class Stages:
     def _send(self) -> None:
         self.sent.append(time.perf_counter())
         os.kill(os.getpid(), signal.SIGINT)
+
+
+@contextmanager
+def waits() -> Iterator[list[tuple[float, float]]]:
+    """(when the system's timer sent a signal, seconds until its handler ran) while the block runs."""
+    found: list[tuple[float, float]] = []
+    began = time.perf_counter()
+    handled = 0  # signals: those that came while one waited are one for Python
+
+    def handler(*_: object) -> None:
+        nonlocal handled
+        now = time.perf_counter()
+        sent = began + (handled + 1) * EVERY
+        if now >= sent:
+            found.append((sent, now - sent))
+            handled = int((now - began) / EVERY)
+
+    old = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, EVERY, EVERY)
+    try:
+        yield found
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
 
 
 def run(place: Path, progress: Stages) -> float | None:
@@ -79,7 +106,7 @@ def run(place: Path, progress: Stages) -> float | None:
 
 
 def measure() -> list[dict[str, Any]]:
-    """For each stage: {stage, seconds, latencies}."""
+    """For each stage: {stage, seconds, waits (how many, median, longest), latency}."""
     old = tempfile.tempdir
     with tempfile.TemporaryDirectory(prefix="export-") as name:
         place, scratch = Path(name) / "out", Path(name) / "scratch"
@@ -95,19 +122,28 @@ def measure() -> list[dict[str, Any]]:
 
 def _measure(place: Path) -> list[dict[str, Any]]:
     whole = Stages()
-    run(place, whole)
+    with waits() as seen:
+        run(place, whole)
     ends = [at for _, at in whole.began[1:]] + [time.perf_counter()]
     found = []
     for number, ((stage, began), end) in enumerate(zip(whole.began, ends, strict=True)):
-        seconds = end - began
-        if seconds < SHORT:
+        here = [(at - began, seconds) for at, seconds in seen if began <= at < end]
+        if end - began < SHORT or not here:
             continue
-        parts = (0.2, 0.5, 0.8) if seconds > LONG else (0.5,)
-        latencies = [run(place, Stages(number, part * seconds)) for part in parts]
-        caught = [float(f"{latency:.4g}") for latency in latencies if latency is not None]
-        stage = stage.replace(str(gguf_path()), gguf_path().name)
-        found.append({"stage": stage, "seconds": float(f"{seconds:.3g}"), "latencies": caught})
-        print(found[-1], flush=True)
+        worst, longest = max(here, key=lambda each: each[1])
+        row = {
+            "stage": stage.replace(str(gguf_path()), gguf_path().name),
+            "seconds": float(f"{end - began:.3g}"),
+            "waits": {
+                "count": len(here),
+                "median": float(f"{statistics.median(seconds for _, seconds in here):.3g}"),
+                "longest": float(f"{longest:.3g}"),
+            },
+        }
+        print(row, flush=True)
+        latency = run(place, Stages(number, worst))
+        found.append(row | {"latency": None if latency is None else float(f"{latency:.3g}")})
+        print("  interrupted after", found[-1]["latency"], flush=True)
     return found
 
 
@@ -117,11 +153,15 @@ def page(rows: list[dict[str, Any]]) -> str:
         [
             row["stage"],
             f"{row['seconds']:.1f} s",
-            ", ".join(f"{latency * 1e3:.0f} ms" for latency in row["latencies"]) or "ended before",
+            f"{row['waits']['count']:,}",
+            *(f"{row['waits'][kind] * 1e3:.0f} ms" for kind in ("median", "longest")),
+            "ended before" if row["latency"] is None else f"{row['latency'] * 1e3:.0f} ms",
         ]
         for row in rows
     ]
+    heads = ["stage", "takes", "signals", "median", "longest", "interrupted after"]
     return (
-        "Seconds from SIGINT to `KeyboardInterrupt` in an export of SmolLM2-135M's GGUF file; nothing was left:\n\n"
-        + table(["stage", "takes", "interrupted after"], lines)
+        "An export of SmolLM2-135M's GGUF file: milliseconds from a signal, every 50 ms, to the handler in Python, and "
+        "from SIGINT at the longest of these moments to `KeyboardInterrupt` of `export`, after which nothing was left:"
+        "\n\n" + table(heads, lines)
     )

@@ -1,14 +1,55 @@
-"""Files that are replaced whole: a kill or a power failure leaves the old one or the new one."""
+"""Files that are replaced whole: a kill or a power failure leaves the old one or the new one. Temporary folders."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import stat
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edgeformer.machine import WINDOWS, FolderLock, fsync, lock_folder, move
+
+
+@contextmanager
+def temporary_folder(parent: Path | None = None, prefix: str = "edgeformer-") -> Iterator[Path]:
+    """A new folder in `parent`, by default the system's for temporary files; removed at the end.
+
+    Also where Ctrl-C comes while the system makes it, when `tempfile` does not know its name yet, or removes it.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    path = (Path(tempfile.gettempdir()) if parent is None else parent) / f"{prefix}{secrets.token_hex(8)}"
+    try:
+        os.mkdir(path, 0o700)
+        yield path
+    finally:
+        try:
+            remove_folder(path)
+        except BaseException:  # Ctrl-C
+            remove_folder(path)
+            raise
+
+
+def remove_folder(path: str | os.PathLike[str]) -> None:
+    """Deletes a folder and all in it, as far as the system allows; links are not followed.
+
+    `shutil.rmtree` raises an OSError of its own where Ctrl-C comes: it closes a file twice.
+    """
+    entries: list[os.DirEntry[str]] = []
+    with suppress(OSError):
+        entries = list(os.scandir(path))
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            remove_folder(entry.path)
+        else:
+            with suppress(OSError):
+                os.unlink(entry.path)
+    with suppress(OSError):
+        os.rmdir(path)
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -17,7 +17,7 @@ from edgeformer.bundle.hashes import bundle_error, sha256
 from edgeformer.bundle.manifest import FORMAT, FORMAT_VERSION, MANIFEST, Json, manifest_problems, read_json
 from edgeformer.bundle.names import windows_name_problem
 from edgeformer.errors import BundleError
-from edgeformer.files import replace_file
+from edgeformer.files import remove_folder, replace_file
 from edgeformer.machine import WINDOWS, fsync, lock_folder, move
 
 OLD = "-old"  # suffix of the temporary name of a replaced folder
@@ -44,9 +44,10 @@ def write_bundle(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
     _remove_leftovers(final)
     check_target(final, overwrite)
     temporary = final.parent / f".{final.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
-    os.mkdir(temporary)
-    lock = lock_folder(temporary)
+    lock = None
     try:
+        os.mkdir(temporary)
+        lock = lock_folder(temporary)
         yield temporary
         _fsync_tree(temporary)
         Bundle.open(temporary, check="hashes")
@@ -55,9 +56,14 @@ def write_bundle(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
         fsync(final.parent)
     finally:
         # The temporary name is now that of the incomplete bundle or, after an exchange, of the old bundle.
-        shutil.rmtree(temporary, ignore_errors=True)
-        if lock is not None:
-            lock.close()
+        try:
+            remove_folder(temporary)
+        except BaseException:  # Ctrl-C
+            remove_folder(temporary)
+            raise
+        finally:
+            if lock is not None:
+                lock.close()
 
 
 def seal(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> Json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +27,12 @@ from edgeformer.export.quantize.calibrate import Calibration, calibrates, calibr
 from edgeformer.export.quantize.dequantized import dequantized_weights
 from edgeformer.export.quantize.plan import Plan, Quantization, quantize_graph
 from edgeformer.export.quantize.weights import QuantizedWeight
+from edgeformer.export.short_collections import short_collections
 from edgeformer.export.source import AnySource, Source
 from edgeformer.export.sources.generation import generation_notes
 from edgeformer.export.sources.load import load_source
 from edgeformer.export.write import manifest, save_models, write_reference, write_texts
+from edgeformer.files import temporary_folder
 
 _NO_CACHE = (
     "No causal attention was recognized, so the graph has no KV cache: every step reads the whole text again. "
@@ -58,7 +59,12 @@ def export(
         raise ExportError(f"options is {options!r:.200}, expected ExportOptions(source, output).")
     if traced is not None and not isinstance(traced, AnySource | TracedModel):
         raise ExportError(f"traced is {traced!r:.200}, expected what module_source or language_model return.")
-    progress = progress or Silent()
+    with short_collections():
+        return _run(options, progress or Silent(), traced)
+
+
+def _run(options: ExportOptions, progress: Progress, traced: AnySource | TracedModel | None) -> dict[str, Any]:
+    """See `export`."""
     check_target(options.output, options.overwrite)
     if traced is None:
         progress.stage(f"load {options.source}" + (f" and merge {options.adapter}" if options.adapter else ""))
@@ -71,11 +77,11 @@ def export(
     source = traced.source if isinstance(traced, TracedModel) else traced
     scheme, notes = _scheme(options, source), generation_notes(source)
     calibrates(options, scheme, source)  # refuses before the trace, which takes long
-    with write_bundle(options.output, overwrite=options.overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
+    with write_bundle(options.output, overwrite=options.overwrite) as folder, temporary_folder() as scratch:
         if not isinstance(traced, TracedModel):
             progress.stage("trace")
             traced = trace_model(traced)
-        return _export(_Job(options, scheme, notes, progress, folder, Path(scratch)), traced)
+        return _export(_Job(options, scheme, notes, progress, folder, scratch), traced)
 
 
 def _scheme(options: ExportOptions, source: AnySource) -> str:

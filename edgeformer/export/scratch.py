@@ -7,11 +7,15 @@ temporary folder (`TMPDIR`) they take 12 bytes of disk for each parameter, and n
 from __future__ import annotations
 
 import itertools
+import os
+import secrets
 import tempfile
 
 import torch
 
 from edgeformer.errors import ExportError
+
+PIECE = 8 << 20  # bytes that are written at once: Ctrl-C waits for one
 
 
 def on_disk(values: torch.Tensor) -> torch.Tensor:
@@ -24,17 +28,29 @@ def on_disk(values: torch.Tensor) -> torch.Tensor:
     """
     if not values.numel():
         return values
-    with tempfile.NamedTemporaryFile() as file:
-        try:
-            values.detach().reshape(-1).view(torch.uint8).numpy().tofile(file)  # bytes: numpy knows no bfloat16
-            file.flush()
-        except OSError as error:
-            raise ExportError(
-                f"{values.nbytes:,} bytes of weights cannot be written to {tempfile.gettempdir()}: {error}. An export "
-                "needs 12 bytes a parameter there; name a folder with more room by TMPDIR."
-            ) from error
-        mapped = torch.from_file(file.name, shared=False, size=values.numel(), dtype=values.dtype)
+    # The name is known before the file is there: where Ctrl-C comes while the system makes it, it is deleted too.
+    path = os.path.join(tempfile.gettempdir(), f"edgeformer-{secrets.token_hex(8)}")
+    try:
+        with open(path, "xb", opener=_private) as file:
+            data = values.detach().reshape(-1).view(torch.uint8).numpy()  # bytes: numpy knows no bfloat16
+            for at in range(0, len(data), PIECE):
+                data[at : at + PIECE].tofile(file)
+        mapped = torch.from_file(path, shared=False, size=values.numel(), dtype=values.dtype)
+    except OSError as error:
+        raise ExportError(
+            f"{values.nbytes:,} bytes of weights cannot be written to {tempfile.gettempdir()}: {error}. An export "
+            "needs 12 bytes a parameter there; name a folder with more room by TMPDIR."
+        ) from error
+    finally:
+        try:  # noqa: SIM105  a function of Python before the call is where Ctrl-C would come
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
     return mapped.view(values.shape)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def to_disk(module: torch.nn.Module) -> None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -19,6 +19,7 @@ from edgeformer.export.check.graph_run import FILES, open_graphs
 from edgeformer.export.options import ExportOptions
 from edgeformer.export.quantize.dequantized import dequantized_weights
 from edgeformer.export.quantize.plan import Quantization
+from edgeformer.export.scratch import PIECE
 from edgeformer.export.source import AnySource, Source
 
 
@@ -32,9 +33,27 @@ def save_graph(model: ir.Model, path: Path) -> None:
     """Writes the graph to `path`, and its weights to `<path>.data`, each at an aligned offset."""
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.Tensor | ir.LazyTensor) and tensor.nbytes > PIECE and tensor.dtype.itemsize >= 1:
+            value.const_value = _InPieces(tensor)
     ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
     _name_batch(path)
     onnx.checker.check_model(str(path), full_check=False)
+
+
+class _InPieces(ir.LazyTensor):
+    """A tensor that is written piece by piece: Ctrl-C waits for one of them."""
+
+    def __init__(self, tensor: ir.Tensor[Any] | ir.LazyTensor) -> None:
+        super().__init__(lambda: tensor, tensor.dtype, tensor.shape, name=tensor.name)
+
+    def tofile(self, file: BinaryIO) -> None:
+        """Writes its bytes."""
+        values = np.ascontiguousarray(self.numpy())
+        data = values.astype(values.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8)
+        for at in range(0, len(data), PIECE):
+            file.write(data[at : at + PIECE].data)
 
 
 def _name_batch(path: Path) -> None:

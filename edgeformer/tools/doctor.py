@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -28,6 +27,7 @@ from edgeformer.engines.ort_install import (
 )
 from edgeformer.engines.ort_providers import TENSORRT
 from edgeformer.errors import EdgeformerError, EngineUnavailable, pip_install
+from edgeformer.files import temporary_folder
 from edgeformer.machine import (
     available_memory,
     cpu_name,
@@ -99,8 +99,8 @@ def fused_weights(bundle: Bundle) -> tuple[int, int]:
     From the profile of one step; there is no cheaper way to find out. An unfused weight is dequantized at every step,
     which is 15 to 50 times slower.
     """
-    with tempfile.TemporaryDirectory(prefix="edgeformer-") as folder:
-        engine = OrtEngine(bundle, "cpu", 1, profile=Path(folder))
+    with temporary_folder() as folder:
+        engine = OrtEngine(bundle, "cpu", 1, profile=folder)
         inputs = {
             name: np.zeros([1 if isinstance(size, str) else size for size in port.shape], port.dtype)
             for name, port in engine.signature.inputs.items()

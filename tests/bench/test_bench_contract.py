@@ -66,11 +66,12 @@ def test_the_page_has_a_row_a_measurement():
     assert "| native | decode | 85%, least 80% | 85%, least 80% |" in text
     assert "export" not in text
     run["paces"].append(run["paces"][0] | {"work": "prompt", "held": 0.012})
-    run["export"] = [{"stage": "trace", "seconds": 12.34, "latencies": [0.021, 0.19]}]
+    waits = {"count": 1240, "median": 0.0011, "longest": 0.19}
+    run["export"] = [{"stage": "trace", "seconds": 12.34, "waits": waits, "latency": 0.205}]
     text = contract.page(run | {"disturbed": ["gil"], "dates": {"interrupts": "2026-11-29", "gil": "2026-11-30"}})
     assert "| native | decode | 85%, least 80% | 85%, least 80% | not measured |" in text
     assert "| native | prompt | 85%, least 80% | 85%, least 80% | 1.2% |" in text
-    assert "| trace | 12.3 s | 21 ms, 190 ms |" in text
+    assert "| trace | 12.3 s | 1,240 | 1 ms | 190 ms | 205 ms |" in text
     assert "Measured: interrupts 2026-11-29, gil 2026-11-30 (beside other work)." in text
 
 
@@ -113,9 +114,9 @@ def exporting(monkeypatch, handler, tmp_path):
                 progress.stage(f"stage {number}")
                 try:
                     if number == 1:
-                        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGALRM})
                     time.sleep(0.6)
-                    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGALRM})
                 except KeyboardInterrupt:
                     if leaves:
                         (options.output.parent / "half").mkdir()
@@ -128,9 +129,11 @@ def exporting(monkeypatch, handler, tmp_path):
 
 def test_a_stage_that_lets_no_interrupt_through_is_seen(exporting, monkeypatch):
     exporting(leaves=False)
-    found = {row["stage"]: row["latencies"] for row in export_interrupts.measure()}
+    found = {row["stage"]: row for row in export_interrupts.measure()}
     assert found.keys() == {"stage 0", "stage 1", "stage 2"}
-    assert min(found["stage 1"]) > 0.1  # it would be 0.3 s, and 0 without the block
+    blocked, others = found.pop("stage 1"), found.values()
+    assert blocked["waits"]["longest"] > 0.3 and blocked["latency"] > 0.3  # they would be 0.55 s
+    assert all(row["waits"]["count"] > 3 for row in others)
 
 
 def test_an_export_that_leaves_something_is_seen(exporting):

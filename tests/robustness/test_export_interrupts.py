@@ -1,6 +1,9 @@
-"""Ctrl-C at any moment of an export: it comes soon, nothing is half written, and the next export works."""
+"""Ctrl-C at any moment of an export: it comes soon, nothing is half written or left, and the next export works."""
 
 from __future__ import annotations
+
+import json
+import statistics
 
 import pytest
 from support.own_process import run
@@ -61,9 +64,56 @@ print(json.dumps([whole, latencies]))
 
 def test_ctrl_c_at_any_moment_of_an_export_leaves_nothing(tmp_path):
     """The bound is a part of the export's own time, because the machine may be busy."""
-    import json
-    import statistics
-
     whole, latencies = json.loads(run("import json\n" + SCRIPT, tmp_path, "cpu"))
     assert statistics.median(latencies) < max(0.2, whole / 10), (latencies, whole)
     assert max(latencies) < max(1.0, whole / 3), (latencies, whole)
+
+
+TEMPORARY = """
+import pathlib, shutil, tempfile, torch
+from edgeformer.export.scratch import on_disk
+from edgeformer.files import temporary_folder
+scratch = pathlib.Path(PATH) / "tmp"
+scratch.mkdir()
+tempfile.tempdir = str(scratch)
+values = torch.zeros(1 << 18)
+
+def weights():
+    return [on_disk(values) for _ in range(4)]
+def folders():
+    for _ in range(40):
+        with temporary_folder() as folder:
+            (folder / "file").write_bytes(b"x")
+def unsafe():
+    for _ in range(40):
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(b"x")
+
+left = {}
+for work in (weights, folders, unsafe):
+    left[work.__name__] = 0
+    began = time.perf_counter()
+    work()
+    whole = time.perf_counter() - began
+    for number in range(200):
+        timer = threading.Timer(whole * number / 200, os.kill, (os.getpid(), signal.SIGINT))
+        try:
+            timer.start()
+            work()
+            timer.join()
+            time.sleep(1)
+        except KeyboardInterrupt:
+            timer.join()
+        for name in os.listdir(scratch):
+            left[work.__name__] += 1
+            path = scratch / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+print(json.dumps(left))
+"""
+
+
+def test_ctrl_c_while_a_temporary_file_is_made_leaves_none(tmp_path):
+    """The system takes most of the time, where `tempfile` does not know yet what it makes: it is the planted defect."""
+    left = json.loads(run("import json\n" + TEMPORARY, tmp_path, "cpu"))
+    assert left.pop("unsafe") > 0
+    assert left == {"weights": 0, "folders": 0}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from edgeformer.errors import ExportError, ParityError, first_line
 from edgeformer.export.quiet import quiet
 from edgeformer.export.source import TOKENIZER_FILES, EncoderDecoderSource, Source
 from edgeformer.export.sources.model_files import ReadFile, file_reader
+from edgeformer.files import temporary_folder
 from edgeformer.processing.tokenizer import Tokenizer
 
 # A model with any of these files has a tokenizer. Without one, transformers still makes an empty tokenizer for many
@@ -142,9 +142,9 @@ def _saved(tokenizer: Any, read: ReadFile) -> dict[str, bytes]:
     legacy = read("chat_template.json")  # written by processors only
     if tokenizer.chat_template is None and legacy is not None:
         tokenizer.chat_template = json.loads(legacy)["chat_template"]
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         tokenizer.save_pretrained(folder, save_jinja_files=not isinstance(tokenizer.chat_template, dict))
-        present = [Path(folder) / file for file in TOKENIZER_FILES if (Path(folder) / file).exists()]
+        present = [folder / file for file in TOKENIZER_FILES if (folder / file).exists()]
         files = {file.name: file.read_bytes() for file in present}
     # The inputs that the tokenizer's class makes, such as token types; its file need not have them.
     settings = json.loads(files["tokenizer_config.json"]) | {"model_input_names": tokenizer.model_input_names}
@@ -173,10 +173,10 @@ def check_tokenizer(tokenizer: Any, files: Mapping[str, bytes], what: str, texts
     Raises:
         ParityError: they differ; the message has the text and both results.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         for name, data in files.items():
-            (Path(folder) / name).write_bytes(data)
-        paths = [Path(folder) / name if name in files else None for name in TOKENIZER_FILES]
+            (folder / name).write_bytes(data)
+        paths = [folder / name if name in files else None for name in TOKENIZER_FILES]
         assert paths[0] is not None
         runtime = Tokenizer.read(paths[0], *paths[1:])
     for case, theirs, ours in (*_texts(tokenizer, runtime, texts), *_chats(tokenizer, runtime)):

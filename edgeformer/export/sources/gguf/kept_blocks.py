@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from edgeformer.bundle.signature import F32
 from edgeformer.errors import ExportError
 from edgeformer.export.blocks import Blocks
+from edgeformer.export.sources.gguf.tensors import dequantized
 
 Raw = NDArray[Any]  # of uint8
 
@@ -54,7 +55,7 @@ def _matrix(path: Path, tensor: Any) -> KeptMatrix | None:
     blocks = _READERS[kind](raw.reshape(-1, raw.shape[-1]), columns)
     if blocks.scheme == "q8" and blocks.minimum is None and (blocks.q == -128).any():
         return None  # kernels negate weights, and 128 does not fit; no quantizer writes -128
-    values = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(-1, columns)
+    values = dequantized(tensor).reshape(-1, columns)
     if not np.array_equal(blocks.dequantize(), values):
         raise ExportError(
             f"{path.name}: the blocks of {tensor.name} ({kind}) give other values than the gguf package; expected "

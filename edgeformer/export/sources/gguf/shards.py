@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 import re
 import struct
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 from edgeformer.errors import ExportError
 from edgeformer.export.sources.gguf.header import MAGIC, Header, TensorInfo, read_header
+from edgeformer.files import temporary_folder
 
 _NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 NUMBER, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"
@@ -63,12 +64,8 @@ class GgufFile:
             return
         # Beside the shards: that disk more often has space for a copy than the system's temporary folder.
         folder = self.shards[0].path.parent
-        try:
-            place = tempfile.TemporaryDirectory(dir=folder, prefix=".joined-")
-        except OSError:
-            place = tempfile.TemporaryDirectory()
-        with place as joined:
-            path = Path(joined) / _stem(self.shards[0].path)
+        with temporary_folder(folder if os.access(folder, os.W_OK) else None, ".joined-") as joined:
+            path = joined / _stem(self.shards[0].path)
             join(self.shards, path)
             yield path
 

@@ -22,6 +22,7 @@ from edgeformer.export.sources.gguf.rope import TENSORS as ROTARY
 from edgeformer.export.sources.gguf.shards import GgufFile
 
 FLOATS = ("F32", "F16", "BF16")
+_AT_ONCE = 4 << 20  # bytes of blocks that are dequantized at once
 _LAYER = re.compile(r"blk\.(\d+)\.")
 
 
@@ -127,13 +128,23 @@ def tensor_values(model: GgufFile) -> Iterator[tuple[TensorInfo, NDArray[np.floa
     for shard in model.shards:
         places = {tensor.name: tensor for tensor in shard.tensors}
         for tensor in gguf.GGUFReader(shard.path).tensors:
-            found = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
+            found = dequantized(tensor)
             if not np.isfinite(found).all():
                 raise ExportError(
                     f"{shard.path.name}: tensor {tensor.name} ({tensor.tensor_type.name}) has NaN or infinity; the "
                     "file is damaged. Copy or download it again."
                 )
             yield places[tensor.name], found.reshape(places[tensor.name].shape)
+
+
+def dequantized(tensor: Any) -> NDArray[np.float32]:
+    """The values [rows, columns] of a tensor of gguf's reader; some rows at a time, so that Ctrl-C does not wait."""
+    rows = tensor.data.reshape(-1, tensor.data.shape[-1])
+    values = np.empty((len(rows), int(tensor.n_elements) // len(rows)), np.float32)
+    count = max(1, _AT_ONCE // rows.shape[-1])
+    for at in range(0, len(rows), count):
+        values[at : at + count] = gguf.dequantize(rows[at : at + count], tensor.tensor_type)
+    return values
 
 
 def load_gguf_weights(meta: Any, settings: ConfigBuilder) -> Any:
@@ -153,7 +164,7 @@ def load_gguf_weights(meta: Any, settings: ConfigBuilder) -> Any:
             weights=found, name=tensor.name, tensor_key_mapping=mapping, parsed_parameters=parsed
         )
         if result.name is not None:
-            parsed["tensors"][mapping[result.name]] = torch.from_numpy(np.array(result.weights, np.float32))
+            parsed["tensors"][mapping[result.name]] = torch.from_numpy(np.ascontiguousarray(result.weights, np.float32))
     loaded, report = type(meta).from_pretrained(
         None,
         config=meta.config,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from edgeformer.bundle.signature import Array
 from edgeformer.errors import ExportError, InputError, first_line
 from edgeformer.export.quiet import quiet
 from edgeformer.export.sources.model_files import ReadFile
+from edgeformer.files import temporary_folder
 from edgeformer.processing.audio import LogMel
 from edgeformer.processing.image import FILE, SWITCHES, ImageSteps
 from edgeformer.processing.image_file import read as read_image
@@ -92,11 +92,11 @@ def _folder(read: ReadFile, part: str) -> Iterator[Path | None]:
     if plain is None and (nested is None or part not in json.loads(nested)):
         yield None
         return
-    with tempfile.TemporaryDirectory() as place:
+    with temporary_folder() as place:
         for name, content in ((FILE, plain), (NESTED, nested), ("config.json", read("config.json"))):
             if content is not None:
-                (Path(place) / name).write_bytes(content)
-        yield Path(place)
+                (place / name).write_bytes(content)
+        yield place
 
 
 def _loaded(loader: str, folder: Path, **more: Any) -> Any:
