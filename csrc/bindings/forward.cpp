@@ -56,6 +56,10 @@ class Symbols {
   std::vector<Source> sources_;
 };
 
+bool ends_with(const std::string& name, const std::string& end) {
+  return name.size() >= end.size() && name.compare(name.size() - end.size(), end.size(), end) == 0;
+}
+
 // The data of input `i`, with its shape's symbols bound.
 const void* read_input(const ProgramSpec& spec, size_t i, const py::array& a, std::vector<int64_t>* shape,
                        Symbols* symbols) {
@@ -76,6 +80,12 @@ const void* read_input(const ProgramSpec& spec, size_t i, const py::array& a, st
     const int64_t size = (*shape)[d];
     if (size == 0) raise("InputError", text(slot.name, " has shape ", shape_text(*shape), ": nothing to compute"));
     symbols->bind(spec.sizes[slot.shape[d]], size, {static_cast<int>(i), static_cast<int>(d)});
+  }
+  if (slot.dtype == DType::i64 && ends_with(slot.name, "input_ids")) {
+    // ONNX's Gather takes -1 as the last row. Ids above the table are refused where it is read.
+    const auto* ids = static_cast<const int64_t*>(a.data());
+    const int64_t least = a.size() ? *std::min_element(ids, ids + a.size()) : 0;
+    if (least < 0) raise("InputError", text(slot.name, " holds the token id ", least, ", expected at least 0"));
   }
   return a.data();
 }
@@ -124,6 +134,26 @@ Call read_call(const Engine& engine, PyState& state, const py::list& arrays) {
   return c;
 }
 
+// Appends an array of shape shapes[i] to each results[i]; they lie one behind another, from the returned address on.
+void* add_arrays(DType type, const std::vector<std::vector<int64_t>>& shapes, const py::list& results) {
+  const py::dtype dtype(type == DType::f32 ? "float32" : type == DType::i64 ? "int64" : "bool");
+  py::ssize_t total = 0;
+  for (const auto& shape : shapes) {
+    py::ssize_t count = 1;
+    for (int64_t d : shape) count *= d;
+    total += count;
+  }
+  py::array base(dtype, std::vector<py::ssize_t>{total});
+  auto* const first = static_cast<uint8_t*>(base.mutable_data());
+  uint8_t* at = first;
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    py::array view(dtype, std::vector<py::ssize_t>(shapes[i].begin(), shapes[i].end()), at, base);
+    results[i].cast<py::list>().append(view);
+    at += view.nbytes();
+  }
+  return first;
+}
+
 // Whether this is the thread in which Python runs signal handlers.
 bool is_main_thread() {
   static int64_t process = -1;  // both under the GIL
@@ -158,25 +188,18 @@ py::list forward(const std::shared_ptr<PyEngine>& self, const std::vector<PyStat
 
   std::vector<void*> memory;
   for (size_t o = 0; o < spec.outputs.size(); ++o) {
-    const DType type = spec.slots[spec.outputs[o]].dtype;
-    const py::dtype dtype(type == DType::f32 ? "float32" : type == DType::i64 ? "int64" : "bool");
     std::vector<std::vector<int64_t>> shapes;
-    py::ssize_t total = 0;
+    for (const Call& c : calls) shapes.push_back(engine.output_shape(c, o));
+    memory.push_back(add_arrays(spec.slots[spec.outputs[o]].dtype, shapes, results));
+  }
+  void* likeliest = nullptr;
+  if (engine.logits_output() >= 0) {
+    std::vector<std::vector<int64_t>> shapes;
     for (const Call& c : calls) {
-      shapes.push_back(engine.output_shape(c, o));
-      py::ssize_t count = 1;
-      for (int64_t d : shapes.back()) count *= d;
-      total += count;
+      shapes.push_back(engine.output_shape(c, engine.logits_output()));
+      shapes.back().pop_back();
     }
-    py::array base(dtype, std::vector<py::ssize_t>{total});
-    auto* at = static_cast<uint8_t*>(base.mutable_data());
-    memory.push_back(at);
-    for (size_t i = 0; i < calls.size(); ++i) {
-      const std::vector<py::ssize_t> shape(shapes[i].begin(), shapes[i].end());
-      py::array view(dtype, shape, at, base);
-      results[i].cast<py::list>().append(view);
-      at += view.nbytes();
-    }
+    likeliest = add_arrays(DType::i64, shapes, results);
   }
   // Python's handlers of signals, Ctrl-C's among them, run between operations; what one raises stays set in this thread.
   auto signals = [] {
@@ -187,7 +210,7 @@ py::list forward(const std::shared_ptr<PyEngine>& self, const std::vector<PyStat
   const bool polls = is_main_thread();
   try {
     py::gil_scoped_release release;
-    engine.forward(calls, memory, polls ? &ask : nullptr);
+    engine.forward(calls, memory, static_cast<int64_t*>(likeliest), polls ? &ask : nullptr);
   } catch (const Interrupted&) {
     throw py::error_already_set();
   } catch (const Reentered&) {

@@ -228,6 +228,10 @@ class Table {
     std::vector<int64_t> places(size_t(x.size()));
     return py::array_t<int64_t>(k_.places_reaching(x.data(), x.size(), bound, places.data()), places.data());
   }
+  int64_t place_of_largest(const Floats& x) {
+    if (x.size() < 1) throw std::invalid_argument("place_of_largest: no numbers");
+    return k_.place_of_largest(x.data(), x.size());
+  }
   void rope(const Floats& x, const Rope& rope, const Floats& cos, const Floats& sin, Floats& y) {
     const int64_t m = x.shape(0), columns = rope.heads * rope.head_dim;
     if (x.shape(1) < columns || y.shape(0) < m || y.shape(1) < columns || rope.rotary > rope.head_dim)
@@ -361,6 +365,7 @@ void bind_testing(py::module_& parent) {
       .def("softmax", &Table::softmax)
       .def("exponential_sums", &Table::exponential_sums)
       .def("places_reaching", &Table::places_reaching)
+      .def("place_of_largest", &Table::place_of_largest)
       .def("rope", &Table::rope)
       .def("kv_append", &Table::kv_append)
       .def("attention", &Table::attention, py::arg("cache"), py::arg("layer"), py::arg("queries"),

@@ -42,6 +42,9 @@ Engine::Engine(ProgramSpec spec, const Kernels& kernels, int threads, int64_t co
     const int r = root(spec_.outputs[o]);
     last_use_[r] = end;
     if (written[r] && direct_output_[r] < 0) direct_output_[r] = static_cast<int>(o);
+    const SlotSpec& slot = spec_.slots[spec_.outputs[o]];
+    if (slot.name == "logits" && slot.dtype == DType::f32 && !slot.shape.empty() && !spec_.caches.empty())
+      logits_output_ = static_cast<int>(o);
   }
   for (const KvLayout& l : spec_.caches) ++chunk_sizes_[size_t(l.chunk_bytes())];
   run_.k = &kernels_;
@@ -131,6 +134,11 @@ void Engine::execute(std::vector<Output>& outputs) {
     if (spec_.slots[s].view_of >= 0) run_.tensors[s].data = run_.tensors[root(static_cast<int>(s))].data;
   }
   run_phases();
+  if (logits_output_ >= 0) {
+    const Tensor& logits = run_.tensors[spec_.outputs[logits_output_]];
+    find_likeliest(logits, likeliest_);
+    likeliest_ += logits.rows();
+  }
   for (size_t o = 0; o < outputs.size(); ++o) {
     const Tensor& t = run_.tensors[spec_.outputs[o]];
     const size_t bytes = t.bytes();
@@ -138,6 +146,30 @@ void Engine::execute(std::vector<Output>& outputs) {
       std::memcpy(outputs[o].data + outputs[o].at, t.data, bytes);
     }
     outputs[o].at += bytes;
+  }
+}
+
+// Each thread looks at the part of the columns that it has most likely just written: it is still in its cache.
+void Engine::find_likeliest(const Tensor& logits, int64_t* places) {
+  const int64_t rows = logits.rows(), columns = logits.columns(), parts = std::min<int64_t>(run_.threads, columns);
+  const auto first = [&](int64_t part) { return columns * part / parts; };
+  found_.resize(static_cast<size_t>(rows * parts));
+  auto begin = [&](int) { return ranges_.divide(rows * parts); };
+  auto work = [&](int, int64_t, int thread) {
+    for (int64_t i; (i = ranges_.take(thread)) >= 0;) {
+      const int64_t part = i / rows, at = first(part);
+      found_[i] = at + kernels_.place_of_largest(logits.f32() + i % rows * columns + at, first(part + 1) - at);
+    }
+  };
+  pool_.run(1, begin, work);
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* x = logits.f32() + row * columns;
+    int64_t best = found_[row];
+    for (int64_t part = 1; part < parts && x[best] == x[best]; ++part) {
+      const int64_t other = found_[part * rows + row];
+      if (!(x[other] <= x[best])) best = other;  // larger, or NaN
+    }
+    places[row] = best;
   }
 }
 
@@ -312,11 +344,13 @@ std::unique_lock<std::timed_mutex> Engine::lock(FunctionRef<bool()>* ask) {
   return held;
 }
 
-void Engine::forward(std::vector<Call>& calls, const std::vector<void*>& memory, FunctionRef<bool()>* ask) {
+void Engine::forward(std::vector<Call>& calls, const std::vector<void*>& memory, int64_t* likeliest,
+                     FunctionRef<bool()>* ask) {
   after_fork();
   const std::unique_lock<std::timed_mutex> held = lock(ask);
   Poll poll(ask);
   const RunBy run_by(this, ask && !is_short(calls) ? &poll : nullptr);
+  likeliest_ = likeliest;
   std::vector<Output> outputs;
   for (void* p : memory) outputs.push_back({static_cast<uint8_t*>(p), 0});
   std::vector<int64_t> lengths;

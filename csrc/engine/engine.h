@@ -116,10 +116,10 @@ class Engine {
   size_t packed_size() const;
   // Uses packed_size() bytes at a multiple of 64, packed by an engine of the same program. The caller keeps them alive.
   void use_packed(const uint8_t* at);
-  // work(0) ... work(count - 1) by all threads, claimed in this order.
   // Copies the `packed_size` bytes that `packed` of another engine of the same program gave into memory of its own.
   // `mapped`: they are those of a file, and their pages are released.
   void copy_packed(const uint8_t* from, bool mapped);
+  // work(0) ... work(count - 1) by all threads, claimed in this order.
   void in_parallel(int64_t count, FunctionRef<void(int64_t)> work);
 
   struct Profile {
@@ -136,9 +136,13 @@ class Engine {
   // The shape of output `output` of a call.
   std::vector<int64_t> output_shape(const Call& call, size_t output) const;
   // Runs the calls in order; each state grows by its rows. outputs[o]: room for output o of all calls, one after
-  // another. `ask`, if there is one, is called by this thread every 50 ms of a long run, and while it waits for another
-  // thread's run; where it returns true, Interrupted is thrown.
-  void forward(std::vector<Call>& calls, const std::vector<void*>& outputs, FunctionRef<bool()>* ask = nullptr);
+  // another. likeliest: room for the place of the largest of each row of logits, where `logits_output` is not -1.
+  // `ask`, if there is one, is called by this thread every 50 ms of a long run, and while it waits for another thread's
+  // run; where it returns true, Interrupted is thrown.
+  void forward(std::vector<Call>& calls, const std::vector<void*>& outputs, int64_t* likeliest,
+               FunctionRef<bool()>* ask);
+  // The output that is the scores of a vocabulary, float32; -1 if the program decodes no tokens.
+  int logits_output() const { return logits_output_; }
 
  private:
   struct Output {
@@ -157,6 +161,7 @@ class Engine {
   void run_together(const std::vector<Call>& calls, const std::vector<CallRows>& parts, std::vector<Output>& outputs);
   void execute(std::vector<Output>& outputs);
   void run_phases();
+  void find_likeliest(const Tensor& logits, int64_t* places);
   // For the time of a forward: who runs it, and its poll.
   struct RunBy {
     Engine* engine;
@@ -193,10 +198,13 @@ class Engine {
   std::vector<std::pair<int, int>> phases_;  // (operation, its phase)
   std::vector<int> last_use_;                // by root slot: the last operation that touches it
   std::vector<int> direct_output_;           // by slot: the output whose memory the operation writes directly, -1
+  int logits_output_ = -1;
 
   std::atomic<std::thread::id> runner_{};  // the thread in forward()
   std::timed_mutex mutex_;                 // guards everything below
   Poll* poll_ = nullptr;                   // of the run, if it is long
+  int64_t* likeliest_ = nullptr;           // where the run writes the places of the next rows of logits
+  std::vector<int64_t> found_;             // by part of the vocabulary, and row of logits: the place of the largest
   int64_t process_;
   ThreadPool pool_;
   WorkRanges ranges_;  // of the phase that runs

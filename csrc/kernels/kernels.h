@@ -313,6 +313,8 @@ struct Kernels {
   double (*exponential_sums)(const float* x, int64_t n, float top, double* sums);
   // The i with x[i] >= bound, ascending, into places[n]; returns how many.
   int64_t (*places_reaching)(const float* x, int64_t n, float bound, int64_t* places);
+  // The place of the largest of x[n], n >= 1: the first of equal ones, and the first NaN where there is one.
+  int64_t (*place_of_largest)(const float* x, int64_t n);
 
   void (*kv_append)(const KvAppendArgs&);
   // Attention of the query tokens [token_begin, token_end) and the query heads of one KV head.
@@ -341,6 +343,7 @@ struct Kernels {
   X(rope)              \
   X(exponential_sums)  \
   X(places_reaching)   \
+  X(place_of_largest)  \
   X(kv_append)         \
   X(attention)         \
   X(attention_partial) \

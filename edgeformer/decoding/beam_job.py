@@ -96,7 +96,7 @@ class BeamSearch:
     def prepare(self) -> None:
         """As `Job.prepare`: there is nothing to do."""
 
-    def accept(self, logits: Array) -> None:
+    def accept(self, logits: Array, likeliest: Array | None = None) -> None:  # noqa: ARG002  the search sorts them
         """Takes the logits [rows, 1, vocab] of what ran.
 
         Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from edgeformer.bundle.signature import Array
@@ -12,8 +11,7 @@ from edgeformer.decoding.result import Piece, Result
 from edgeformer.engines.base import State
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(NamedTuple):
     """Token ids [batch, length] to run through `state`; the logits of the last `keep` positions are wanted."""
 
     ids: Array
@@ -70,8 +68,10 @@ class Job(Protocol):
         """The engine runs what `pending` gave: another CPU may do meanwhile what `accept` will need."""
         ...
 
-    def accept(self, logits: Array) -> None:
+    def accept(self, logits: Array, likeliest: Array | None = None) -> None:
         """Takes the logits [batch, keep, vocab] of what `pending` gave last, which has run.
+
+        `likeliest` [batch, keep]: the places of their largest, where the engine knows them; see `Outputs`.
 
         Raises:
             EdgeformerError: the logits hold NaN, or nothing may follow; the job has ended.

@@ -76,28 +76,15 @@ def check_some_left(largest: Any) -> None:
 
 
 def likeliest(logits: Scores) -> int:
-    """The place of the largest of `logits` [n], checked as by `check`, in one pass.
+    """The place of the largest of `logits` [n]: of the first NaN, where they have one."""
+    return int(logits.argmax())
 
-    Raises:
-        EdgeformerError: as `check`.
+
+def check(largest: float) -> None:
     """
-    best = int(logits.argmax())  # the first NaN counts as the largest
-    _check_largest(logits[best])
-    return best
-
-
-def check(logits: Scores) -> Any:
-    """The largest of `logits` [n].
-
     Raises:
-        EdgeformerError: they hold NaN or +inf, or nothing but -inf: the model or its weights are damaged.
+        EdgeformerError: the largest logit is NaN, +inf or -inf: the model or its weights are damaged.
     """
-    largest = logits.max()  # a NaN anywhere makes it NaN
-    _check_largest(largest)
-    return largest
-
-
-def _check_largest(largest: float) -> None:
     if not math.isfinite(largest):
         raise EdgeformerError("The logits hold NaN or infinity; the weights are damaged or the graph overflows.")
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from edgeformer.bundle.signature import IDS, KEEP, Array
+from edgeformer.bundle.signature import IDS, KEEP, LOGITS
 from edgeformer.decoding.counters import Counters
 from edgeformer.decoding.job import Job, Rows
 from edgeformer.decoding.row_budget import SMALLEST, STRETCH, RowBudget
 from edgeformer.decoding.sequence import Sequence
 from edgeformer.decoding.speculation.speculation import Speculation
-from edgeformer.engines.base import Engine, State
+from edgeformer.engines.base import Engine, Outputs, State
 from edgeformer.errors import EdgeformerError, InputError
 from edgeformer.machine import usable_cpus
 
@@ -61,6 +61,9 @@ class SchedulerOptions:
                 f"token_budget is {self.token_budget} rows a step, and max_sequences is {self.max_sequences}: each "
                 "sequence that decodes needs a row of its own; allow more rows or fewer sequences."
             )
+
+
+Plan = list[tuple[Job, Rows]]  # which rows of which jobs run in a step
 
 
 class Scheduler:
@@ -169,40 +172,37 @@ class Scheduler:
         run one by one.
         """
         self.admit()
-        plan, decode_rows, prompt_rows = self._plan()
+        decoding, prompts = self._plan()
+        plan = decoding + prompts
         if not plan:
             self._drop_ended()
             return
-        has_drafts = decode_rows > sum(job.slots for job, _ in plan if job.decodes)
+        decode_rows, prompt_rows = (sum(rows.ids.size for _, rows in part) for part in (decoding, prompts))
+        has_drafts = decode_rows > sum(job.slots for job, _ in decoding)
         if self._has_spare_cpu:
             for job, _ in plan:
                 job.prepare()
         began = time.perf_counter()
         try:
-            logits: list[Array | None] = [*self._forward([rows for _, rows in plan])]
+            found: list[Outputs | None] = [*self._forward([rows for _, rows in plan])]
         except (EdgeformerError, MemoryError):
-            logits = [self._forward_alone(job, rows) for job, rows in plan]
+            found = [self._forward_alone(job, rows) for job, rows in plan]
         seconds = time.perf_counter() - began
         if not has_drafts:
             self._budget.observe(decode_rows, prompt_rows, seconds)
         if self._speculation is not None and not prompt_rows:
             self._speculation.observe(decode_rows, seconds)
-        ran = prompt_ran = 0
-        for (job, rows), scores in zip(plan, logits, strict=True):
-            if scores is not None:
-                ran += job.slots
-                prompt_ran += 0 if job.decodes else rows.ids.size
-            if scores is None or job.reason is not None:
-                continue
-            try:
-                job.accept(scores)
-            except (EdgeformerError, MemoryError) as error:
-                job.fail(error)
+        for (job, rows), outputs in zip(plan, found, strict=True):
+            if outputs is not None and job.reason is None:
+                _accept(job, outputs, rows.keep)
+        ran = sum(job.slots for (job, _), outputs in zip(plan, found, strict=True) if outputs is not None)
+        of_prompts = zip(prompts, found[len(decoding) :], strict=True)
+        prompt_ran = sum(rows.ids.size for (_, rows), outputs in of_prompts if outputs is not None)
         self.counters.step(self.running, ran, prompt_ran)
         self._drop_ended()
 
-    def _plan(self) -> tuple[list[tuple[Job, Rows]], int, int]:
-        """(what runs in this step, rows of jobs that decode, rows of prompts)."""
+    def _plan(self) -> tuple[Plan, Plan]:
+        """What runs in this step: (of jobs that decode, of prompts)."""
         decoding = [job for job in self.running if job.decodes]
         prompts = len(self.running) - len(decoding)
         if self._speculation is not None:
@@ -212,41 +212,48 @@ class Scheduler:
             if prompts and self.options.stretch is not None:
                 room = 0  # a prompt waits for the time that drafts would take, and others for the end of the step
             self._speculation.propose([job for job in decoding if isinstance(job, Sequence)], room)
-        plan: list[tuple[Job, Rows]] = []
-        decode_rows = prompt_rows = 0
+        plan: Plan = []
         for job in decoding:
             rows = None if job.error is not None else _pending(job, 1)
             if rows is not None:
                 plan.append((job, rows))
-                decode_rows += rows.ids.size
-        room = self._budget.prompt_rows(decode_rows, prompts)
+        chunks: Plan = []
+        if not prompts:
+            return plan, chunks
+        room = self._budget.prompt_rows(sum(rows.ids.size for _, rows in plan), prompts)
         for job in self.running:
             if room <= 0:
                 break
             if not job.decodes and (rows := _pending(job, room)) is not None:
-                plan.append((job, rows))
-                prompt_rows += rows.ids.size
+                chunks.append((job, rows))
                 room -= rows.ids.size
-        return plan, decode_rows, prompt_rows
+        return plan, chunks
 
-    def _forward(self, batch: list[Rows]) -> list[Array]:
-        """The logits [batch, keep, vocab] of each."""
+    def _forward(self, batch: list[Rows]) -> list[Outputs]:
         calls: list[tuple[dict[str, Any], State]] = []
         for rows in batch:
             inputs = {IDS: rows.ids}
             if self._keeps_logits:
                 inputs[KEEP] = np.array(rows.keep, np.int64)
             calls.append((inputs, rows.state))
-        outputs = self._engine.forward(calls)
-        return [found["logits"][:, -rows.keep :] for found, rows in zip(outputs, batch, strict=True)]
+        return self._engine.forward(calls)
 
-    def _forward_alone(self, job: Job, rows: Rows) -> Array | None:
-        """Its logits; None if it failed, which ends it."""
+    def _forward_alone(self, job: Job, rows: Rows) -> Outputs | None:
+        """None if it failed, which ends it."""
         try:
             return self._forward([rows])[0]
         except (EdgeformerError, MemoryError) as error:
             job.fail(error)
             return None
+
+
+def _accept(job: Job, outputs: Outputs, keep: int) -> None:
+    """Hands it the logits of its last `keep` rows; an error ends it."""
+    likeliest = outputs.likeliest
+    try:
+        job.accept(outputs[LOGITS][:, -keep:], None if likeliest is None else likeliest[:, -keep:])
+    except (EdgeformerError, MemoryError) as error:
+        job.fail(error)
 
 
 def _pending(job: Job, room: int) -> Rows | None:

@@ -181,7 +181,7 @@ class Sequence:
         if self._choice is not None and self._choice.needs_mask and (is_last or not self.request.limits.cached):
             self._choice.constraint.prepare()
 
-    def accept(self, logits: Array) -> None:
+    def accept(self, logits: Array, likeliest: Array | None = None) -> None:
         """Takes the logits [1, rows, vocab] that `pending` asked for: the tokens that follow, up to a wrong draft.
 
         Raises:
@@ -203,8 +203,9 @@ class Sequence:
             self._end_prompt(logits[0, -1])
         known, drafts = len(self._context), self._drafts
         self._drafts = []
-        for row, scores in enumerate(logits[0, -1 - len(drafts) :]):
-            self._choose(scores)
+        first = logits.shape[1] - len(drafts) - 1
+        for row in range(len(drafts) + 1):
+            self._choose(logits[0, first + row], None if likeliest is None else int(likeliest[0, first + row]))
             if self.reason is not None or row == len(drafts) or self.ids[-1] != drafts[row]:
                 break
         if drafts:
@@ -257,12 +258,15 @@ class Sequence:
 
     # ---------------------------------------------------------------------------------------------------- a new token
 
-    def _choose(self, logits: Array) -> None:
-        """Chooses the token after `logits` [vocab], adds it and its text, and finds out whether it ends the answer."""
+    def _choose(self, logits: Array, best: int | None = None) -> None:
+        """Chooses the token after `logits` [vocab], adds it and its text, and finds out whether it ends the answer.
+
+        `best` is the place of the largest, where it is known.
+        """
         request = self.request
         try:
             scores = np.asarray(logits, np.float32)
-            token = self._next_token(scores)
+            token = self._next_token(scores, best)
         except EdgeformerError as error:
             kind = GrammarError if isinstance(error, GrammarError) else EdgeformerError
             raise kind(f"Step {self.count} of the generation, after {len(self.ids)} tokens: {error}") from error
@@ -285,17 +289,20 @@ class Sequence:
                 self.reason = "stop"
         self._add(token, piece)
 
-    def _next_token(self, scores: Array) -> int:
+    def _next_token(self, scores: Array, best: int | None) -> int:
         """The token that follows `scores` [vocab]; the constraint has accepted it."""
         processors, choice, rng = self.request.processors, self._choice, self._rng
-        best = likeliest(scores) if rng is None and not processors else None
-        if choice is None and best is not None:
-            return best
-        is_checked = best is not None or self.request.config.remove_invalid_values
-        largest = None if is_checked else check(scores)
+        largest = None
+        if not self.request.config.remove_invalid_values:
+            best = likeliest(scores) if best is None else best
+            largest = scores[best]
+            check(largest)
         if choice is None:
+            if rng is None and not processors:
+                assert best is not None
+                return best
             return next_token(processors, self._seen, scores, rng, largest)
-        token = choice.token(self._seen, scores, rng, best)
+        token = choice.token(self._seen, scores, rng, None if processors else best)
         choice.constraint.accept(token)
         return token
 

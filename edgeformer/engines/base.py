@@ -21,6 +21,14 @@ class KvChunk(Protocol):
         ...
 
 
+class Outputs(dict[str, np.ndarray]):
+    """What `Engine.forward` gives for one sequence: the graph's outputs by name, without `present.*`."""
+
+    # int64 [batch, kept]: the place of the largest of each row of `logits`, of the first NaN where it has one. None
+    # where the engine does not look for it.
+    likeliest: np.ndarray | None = None
+
+
 class State(Protocol):
     """The KV cache of one sequence, or of one batch of equal length. `Engine.forward` appends to it."""
 
@@ -122,7 +130,7 @@ class Engine(Protocol):
         """
         ...
 
-    def forward(self, batch: Sequence[tuple[Arrays, State]]) -> list[dict[str, np.ndarray]]:
+    def forward(self, batch: Sequence[tuple[Arrays, State]]) -> list[Outputs]:
         """The outputs of the graph for each (inputs, state), in order. The tokens are appended to each state.
 
         Prefill (many tokens), decode (one token) and batches (several pairs) all use this call. The state of a graph

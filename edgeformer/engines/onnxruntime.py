@@ -17,7 +17,7 @@ import numpy as np
 
 from edgeformer.bundle.bundle import Bundle
 from edgeformer.bundle.signature import IDS, KEEP, PAST, Array, Signature
-from edgeformer.engines.base import Arrays, State
+from edgeformer.engines.base import Arrays, Outputs, State
 from edgeformer.engines.in_flight import in_flight
 from edgeformer.engines.interruptible import interruptible
 from edgeformer.engines.ort_install import both_wheels, check_cuda, check_version, import_onnxruntime
@@ -137,7 +137,7 @@ class OrtEngine:
         batch = next(iter(arrays.values())).shape[0]
         return OrtState(self, {name: self.to_device(array) for name, array in arrays.items()}, batch)
 
-    def forward(self, batch: Sequence[tuple[Arrays, State]]) -> list[dict[str, np.ndarray]]:
+    def forward(self, batch: Sequence[tuple[Arrays, State]]) -> list[Outputs]:
         """See `Engine.forward`."""
         if os.getpid() != self._pid:
             raise StateError(
@@ -153,7 +153,7 @@ class OrtEngine:
                 (self.signature.check(inputs, state.length, state.batch, state.static_inputs), state)
                 for (inputs, _), state in zip(batch, states, strict=True)
             ]
-            return self._run(calls)
+            return [Outputs(found) for found in self._run(calls)]
 
     def prepare_batches(self) -> str | None:
         """Why several states of one `forward` run one after another here; None if short calls run as a padded batch.

@@ -285,6 +285,24 @@ def test_places_reaching(n: int, bound: float) -> None:
     assert np.array_equal(on_all(lambda table: table.places_reaching(x, bound)), np.flatnonzero(x >= bound))
 
 
+@pytest.mark.parametrize("n", [*SIZES, 63, 65, 129, 5000])
+@pytest.mark.parametrize("special", [[], [np.inf], [-np.inf], [np.inf, -np.inf], [np.nan], [np.nan, np.inf], [-np.nan]])
+def test_place_of_largest(n: int, special: list[float]) -> None:
+    """numpy's: the first of equal numbers, and the first NaN. The largest stands at each place in turn."""
+    rng = np.random.default_rng(n)
+    for place in range(0, n, max(1, n // 37)):
+        x = np.round(rows(1, n, 3)[0, :n])  # many are equal
+        x[place] = x.max() + rng.integers(0, 2)  # equal to another, or larger
+        for value in special:
+            x[rng.integers(0, n, 1 + n // 100)] = value
+        assert on_all(lambda table: np.array([table.place_of_largest(x)]))[0] == x.argmax()  # noqa: B023
+
+
+def test_place_of_largest_of_infinities_alone() -> None:
+    x = np.full(100, -np.inf, np.float32)
+    assert on_all(lambda table: np.array([table.place_of_largest(x)]))[0] == 0
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("head_dim", "rotary"), [(2, 2), (8, 4), (32, 32), (64, 64), (80, 32), (96, 38), (5, 4)])
 def test_rope(interleaved: bool, head_dim: int, rotary: int) -> None:

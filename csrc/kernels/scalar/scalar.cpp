@@ -262,6 +262,15 @@ int64_t places_reaching(const float* x, int64_t n, float bound, int64_t* places)
   return count;
 }
 
+int64_t place_of_largest(const float* x, int64_t n) {
+  int64_t best = 0;
+  for (int64_t i = 0; i < n; i++) {
+    if (x[i] != x[i]) return i;
+    if (x[i] > x[best]) best = i;
+  }
+  return best;
+}
+
 void rope(const RopeArgs& args) {
   const int64_t half = args.rotary / 2;
   for (int64_t i = 0; i < args.m; i++) {

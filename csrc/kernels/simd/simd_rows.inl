@@ -157,6 +157,45 @@ inline int64_t places_reaching(const float* x, int64_t n, float bound, int64_t* 
   return count;
 }
 
+inline int64_t place_of_largest(const float* x, int64_t n) {
+  constexpr int kSums = 4;  // independent ones, to hide the latency of an addition
+  F tops[kSums], sums[kSums];
+  each<kSums>([&](auto i) {
+    tops[i] = f16(-__builtin_inff());
+    sums[i] = f16(0.0f);
+  });
+  int64_t c = 0;
+  for (; c + 16 * kSums <= n; c += 16 * kSums) {
+    each<kSums>([&](auto i) __attribute__((always_inline)) {
+      const F v = S::load(x + c + 16 * i);
+      tops[i] = S::max(tops[i], v);
+      sums[i] = S::add(sums[i], v);
+    });
+  }
+  float top = S::maximum(S::max(S::max(tops[0], tops[1]), S::max(tops[2], tops[3])));
+  float sum = S::sum(S::add(S::add(sums[0], sums[1]), S::add(sums[2], sums[3])));
+  for (; c < n; c++) {
+    top = max1(top, x[c]);
+    sum = sum + x[c];
+  }
+  if (sum != sum) {  // there is a NaN, or both infinities; the maximum of a NaN may be either
+    int64_t best = 0;
+    for (int64_t i = 0; i < n; i++) {
+      if (x[i] != x[i]) return i;
+      if (x[i] > x[best]) best = i;
+    }
+    return best;
+  }
+  const F bound = f16(top);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const uint32_t lanes = S::at_least(S::load(x + i), bound);
+    if (lanes) return i + __builtin_ctz(lanes);
+  }
+  while (x[i] < top) i++;
+  return i;
+}
+
 inline void rope(const RopeArgs& given) {
   const RopeArgs args = given;  // a copy: what is stored cannot change it, so it stays in registers
   const int64_t half = args.rotary / 2;

@@ -16,10 +16,11 @@ import numpy as np
 import edgeformer
 from edgeformer.bundle.context import context_length
 from edgeformer.bundle.manifest import MANIFEST
-from edgeformer.bundle.signature import Array
+from edgeformer.bundle.signature import LOGITS, Array
+from edgeformer.engines.base import Outputs
 from edgeformer.engines.in_flight import in_flight
 from edgeformer.engines.native.cache_type import cache_type
-from edgeformer.engines.native.inputs import fitting, whole
+from edgeformer.engines.native.inputs import fits, fitting, whole
 from edgeformer.engines.native.options import NativeOptions
 from edgeformer.engines.native.program.executable import Executable, load_executable
 from edgeformer.engines.native.program.packing import give_weights
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from edgeformer.engines.native.profile import Profile
     from edgeformer.engines.native.program.program import Program
 
-NUMPY = {"f32": np.float32, "i64": np.int64, "bool": np.bool_}
+NUMPY: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "i64": np.dtype(np.int64), "bool": np.dtype(np.bool_)}
 PREFILL_ROWS = 512  # rows of one pass: bounds the working memory of long prompts and of large batches
 DEFAULT_CONTEXT = 4096
 
@@ -245,7 +246,7 @@ class NativeEngine:
         """The chunk that `_native.KvChunk.save` wrote, on any ISA; StateError if it does not fit this engine."""
         return self._native.load_chunk(data)
 
-    def forward(self, batch: Sequence[tuple[Mapping[str, Array], Any]]) -> list[dict[str, Array]]:
+    def forward(self, batch: Sequence[tuple[Mapping[str, Array], Any]]) -> list[Outputs]:
         """See `edgeformer.engines.base.Engine.forward`."""
         states, inputs = [], []
         for arrays, state in batch:
@@ -254,14 +255,16 @@ class NativeEngine:
             states.append(state._state)
             inputs.append(self._inputs_of(arrays, state))
         with in_flight, typed_errors("the native engine ran"):
-            if len(inputs) == 1 and (slices := self._batch_slices(inputs[0])):
+            if len(inputs) == 1 and self._batch_local and (slices := self._batch_slices(inputs[0])):
                 parts = [self._native.forward(states, [part])[0] for part in slices]
                 results = [[np.concatenate(arrays) for arrays in zip(*parts, strict=True)]]
             else:
                 results = self._native.forward(states, inputs)
         out = []
         for row in results:
-            named = dict(zip(self._outputs, row, strict=True))
+            named = Outputs(zip(self._outputs, row, strict=False))
+            if len(row) > len(self._outputs) and LOGITS not in self._converted:
+                named.likeliest = row[-1]
             for name in self._converted:
                 if named[name].dtype == np.float32:
                     named[name] = named[name].astype(self._dtypes[name])
@@ -278,19 +281,17 @@ class NativeEngine:
                 given = state._static_inputs.get(name)
             if given is None:
                 given = self._default(name, arrays, state)
-            elif name == KEEP_INPUT:
+            elif name == KEEP_INPUT and not fits(given, dtype, 0):
                 if np.size(given) != 1:
                     raise InputError(f"{name} has {np.size(given)} values, expected one whole number")
                 given = np.asarray(int(np.asarray(given).reshape(())), np.int64)
-            row.append(fitting(name, given, dtype, shape))
+            row.append(given if fits(given, dtype, len(shape)) else fitting(name, given, dtype, shape))
         return row
 
     def _batch_slices(self, row: Sequence[Array]) -> list[list[Array]]:
         """A large batch as batches of about PREFILL_ROWS rows, whose values stay in the CPU's caches from one operation
         to the next; [] if the batch is small, or if its items may depend on each other.
         """
-        if not self._batch_local:
-            return []
         batch, sequence = self._rows
         axes = [
             (str(size), n)

@@ -7,28 +7,29 @@ from typing import Any
 
 import numpy as np
 
-from edgeformer.bundle.signature import IDS, Array
+from edgeformer.bundle.signature import Array
 from edgeformer.errors import InputError
 
 
-def fitting(name: str, given: Any, dtype: Any, shape: Sequence[Any]) -> Array:
+def fits(given: Any, dtype: np.dtype[Any], rank: int) -> bool:
+    """Whether it is already what `fitting` makes of it."""
+    return type(given) is np.ndarray and given.dtype == dtype and given.ndim == rank and given.flags.c_contiguous
+
+
+def fitting(name: str, given: Any, dtype: np.dtype[Any], shape: Sequence[Any]) -> Array:
     """The array, contiguous and of the program's type.
 
     Raises:
-        InputError: it is of another kind or rank, or a token id is negative.
+        InputError: it is of another kind or rank.
     """
     try:
         array = np.asarray(given)
     except ValueError:
         raise InputError(f"{name} is ragged, expected one array [{', '.join(map(str, shape))}]") from None
-    kinds = "iu" if dtype is np.int64 else "b" if dtype is np.bool_ else "f"
-    if array.dtype.kind not in kinds:
-        raise InputError(f"{name} has dtype {array.dtype}, expected {np.dtype(dtype)}")
+    if array.dtype.kind not in ("iu" if dtype.kind == "i" else dtype.kind):
+        raise InputError(f"{name} has dtype {array.dtype}, expected {dtype}")
     if array.ndim != len(shape):
         raise InputError(f"{name} has shape {list(array.shape)}, expected [{', '.join(map(str, shape))}]")
-    # ONNX's Gather takes -1 as the last row. The engine refuses ids above the table itself.
-    if name.endswith(IDS) and array.size and int(array.min()) < 0:
-        raise InputError(f"{name} holds the token id {int(array.min())}, expected at least 0")
     return np.ascontiguousarray(array, dtype) if array.ndim else np.asarray(array, dtype)
 
 

@@ -72,8 +72,9 @@ def test_the_comparison_refuses_a_wrong_layer(q8, engine):
 
 def test_float16_bundles_give_float16(bundles):
     engine = NativeEngine.from_bundle(bundles / "float16", threads=1, kv="float32")
-    got = logits(engine, IDS)
-    assert got.dtype == np.float16
+    outputs = engine.forward([({"input_ids": IDS}, engine.new_state())])[0]
+    got = outputs["logits"]
+    assert got.dtype == np.float16 and outputs.likeliest is None  # equal logits may have been rounded from others
     close(got.astype(np.float32), reference(bundles / "float16", IDS).astype(np.float32), 2e-2)
 
 
@@ -84,7 +85,9 @@ def test_an_encoder_agrees_with_onnx(bundles):
     value = model.graph.input[0]
     dims = [d.dim_value or {"batch": 3}.get(d.dim_param, 7) for d in value.type.tensor_type.shape.dim]
     x = np.random.default_rng(0).standard_normal(dims).astype(np.float32)
-    (got,) = engine.forward([({value.name: x}, engine.new_state())])[0].values()
+    outputs = engine.forward([({value.name: x}, engine.new_state())])[0]
+    assert outputs.likeliest is None  # it has no logits of tokens
+    (got,) = outputs.values()
     close(got, ReferenceEvaluator(model).run(None, {value.name: x})[0], 1e-5)
 
 
@@ -154,6 +157,17 @@ def test_only_the_kept_logits_come_back(engine):
     whole = logits(engine, IDS)
     for keep in (1, 2, 11, 99):
         np.testing.assert_array_equal(logits(engine, IDS, logits_to_keep=keep), whole[:, -keep:])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_engine_says_which_logit_is_the_largest(threads, q8):
+    engine = NativeEngine.from_bundle(q8, threads=threads)
+    both = np.concatenate([IDS, IDS[:, ::-1]])
+    for calls in ([(IDS, 0)], [(IDS, 1)], [(both, 3)], [(IDS[:, :5], 2), (IDS[:, 3:4], 1), (both, 0)]):
+        given = [({"input_ids": ids, "logits_to_keep": keep}, engine.new_state()) for ids, keep in calls]
+        for outputs in engine.forward(given):
+            assert list(outputs) == ["logits"]
+            np.testing.assert_array_equal(outputs.likeliest, outputs["logits"].argmax(-1))
 
 
 def test_positions_continue_and_may_be_given(engine):
