@@ -30,10 +30,12 @@ static constexpr float kLog2E = 1.44269504f;
 static constexpr int64_t kSumBlock = 256;  // scores of a vocabulary whose exponentials make one sum
 static constexpr float kLowest = -1e4f;    // a score so far below the largest counts as so far: exp gives 0
 
-// Asks for the cache lines of a range; for_write: 1 where they will be written.
+// Asks for the cache lines of a range; for_write: 1 where they will be written. What is read comes into L2 alone: L1 has
+// few lines under way at once, and a core that asks for more of them waits.
 template <int for_write>
 static inline void prefetch_bytes(const void* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const uint8_t*>(from) + i, for_write);
+  constexpr int level = for_write ? 3 : 2;
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const uint8_t*>(from) + i, for_write, level);
 }
 static constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 static constexpr int64_t panels_of(int64_t n) { return (n + kLanes - 1) / kLanes; }
@@ -253,6 +255,7 @@ struct AttentionArgs {
   int64_t mask_token, mask_head;  // element (i, h, key) is mask[i * mask_token + h * mask_head + key]
   float* out;  // [tokens, ldo], query head h at column h * value_dim; attention_partial does not write it
   int64_t ldo;
+  const uint8_t* ahead;  // what this thread most likely reads next: a chunk of keys. Asked for with few rows; or null
 };
 // The formula, for a query row (token, head) and chunk c, which has the keys [128 c, 128 c + 128). Scores are powers of
 // two (L = log2(e)): the softmax is the same in any base.

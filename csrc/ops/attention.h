@@ -104,6 +104,7 @@ class Attention final : public Op {
 
   // -- attention_attend.cpp
   AttentionArgs attention_args(const Run& run, const Sequence& s, const float* q) const;
+  const uint8_t* first_keys(const Run& run, const Sequence& s, int64_t kv_head) const;
   void attend_tile(Run& run, int64_t task, int64_t tile) const;
   void decode(Run& run, int64_t chunk, int thread) const;
   void merge(Run& run, int64_t task) const;

@@ -30,6 +30,14 @@ AttentionArgs Attention::attention_args(const Run& run, const Sequence& s, const
   return a;
 }
 
+// The first chunk of keys that the sequence's first row sees; null if there is none.
+const uint8_t* Attention::first_keys(const Run& run, const Sequence& s, int64_t kv_head) const {
+  if (s.rows == 0 || s.keys == 0) return nullptr;
+  const auto* begin = reinterpret_cast<const int32_t*>(temp(run) + layout(run).begin);
+  const uint8_t* chunk = s.chunks[std::min<int64_t>(begin[s.row], s.keys - 1) / kChunkTokens];
+  return chunk ? chunk + kv_head * kv_layout(run).head_bytes() : nullptr;
+}
+
 // Rows [first, first + rows) of the sequence, if the columns of one KV head's group are whole blocks.
 void Attention::quantize_head(const Run& run, const Sequence& s, int64_t kv_head, int64_t first, int64_t rows) const {
   if (!has_out(1) || !quantizes_by_head(run)) return;
@@ -79,13 +87,17 @@ void Attention::decode(Run& run, int64_t chunk, int thread) const {
     }
     append(run, s, {first, last - first, kv_head, kv_head + 1, k});
   }
-  const AttentionArgs a = attention_args(run, s, q);
+  AttentionArgs a = attention_args(run, s, q);
   if (!p.split) {
+    const bool is_last = kv_head + 1 == kv_heads_;
+    const Sequence& next = is_last ? sequence(run, (task / kv_heads_ + 1 + p.first) % sequences(run)) : s;
+    a.ahead = first_keys(run, next, is_last ? 0 : kv_head + 1);
     run.k->attention(a, kv_head, 0, s.rows);
     quantize_head(run, s, kv_head, 0, s.rows);
     return;
   }
   for (int64_t c = c_begin; c < c_end; ++c) {
+    a.ahead = c + 1 < chunks ? s.chunks[c + 1] + kv_head * a.layout.head_bytes() : nullptr;
     run.k->attention_partial(a, kv_head, 0, s.rows, c, partial(run, s, kv_head, c));
   }
 }

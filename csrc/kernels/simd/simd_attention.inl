@@ -2,6 +2,8 @@
 
 constexpr int kAttentionRows = 16;
 
+#include "kernels/simd/simd_partials.inl"
+
 // The query rows of one call: row r is query token token[r], query head head[r].
 struct Rows {
   int count;
@@ -160,6 +162,7 @@ struct Values {
   const uint8_t* data;
   int64_t stride;  // columns of a token
   int64_t begin, end;
+  const uint8_t* ahead;  // 64 bytes a token are asked for meanwhile; or null
 };
 
 // out[r][16 C] = float(sum over t of w[r][t] * v[t][16 C]) * scale[r], by pairs of tokens; outside [begin, end) w is 0.
@@ -172,6 +175,7 @@ inline void add_pairs(const int16_t (*w)[kChunkTokens], const float* scale, cons
     typename S::Pairs v[C];
     each<C>([&](auto c)
                 __attribute__((always_inline)) { v[c] = S::load_pairs(values.data + t * values.stride + 32 * c); });
+    if (values.ahead) prefetch_bytes<0>(values.ahead + t * 64, 128);
     each<R>([&](auto r) __attribute__((always_inline)) {
       int32_t both;
       __builtin_memcpy(&both, w[r] + t, 4);
@@ -200,17 +204,9 @@ inline void add_values(const float (*p)[kChunkTokens], const Values& values, flo
     for (int c = 0; c < C; c++) S::store(out + r * ldo + 16 * c, acc[r][c]);
 }
 
-// max, sum and out of the rows, of one chunk or merged: see the formula in kernels.h.
-struct Partials {
-  alignas(64) float top[kAttentionRows], sum[kAttentionRows];
-  float* out;  // [rows, ldo]
-  int64_t ldo;
-};
-
-inline bool is_empty(float top, float sum) { return top == -__builtin_inff() && sum == 0.0f; }
-
-// Partials of all rows for one chunk.
-inline void attend_chunk(const AttentionArgs& a, int64_t kv_head, int64_t index, const Rows& rows, Partials& part) {
+// Partials of all rows for one chunk. ahead: as AttentionArgs::ahead.
+inline void attend_chunk(const AttentionArgs& a, int64_t kv_head, int64_t index, const Rows& rows, const uint8_t* ahead,
+                         Partials& part) {
   const KvLayout& l = a.layout;
   const bool is_int8 = l.type == KvType::int8;
   const int64_t d4 = round_up(l.head_dim, 4), stride = l.value_stride();
@@ -282,7 +278,9 @@ inline void attend_chunk(const AttentionArgs& a, int64_t kv_head, int64_t index,
       constexpr int wide = n * S::kValueColumns > S::kValueSums ? S::kValueColumns / 2 : S::kValueColumns;
       float* out = part.out + r * part.ldo;
       // the values from column d on: 2 bytes a pair of tokens, or 4 a token
-      const auto from = [&](int64_t d) { return Values{chunk.values + (is_int8 ? 2 : 4) * d, stride, begin, end}; };
+      const auto from = [&](int64_t d) {
+        return Values{chunk.values + (is_int8 ? 2 : 4) * d, stride, begin, end, few && !(r + d) ? ahead : nullptr};
+      };
       int64_t d = 0;
       for (; d + 16 * wide <= stride; d += 16 * wide) {
         if (is_int8)
@@ -300,32 +298,6 @@ inline void attend_chunk(const AttentionArgs& a, int64_t kv_head, int64_t index,
   }
 }
 
-// acc[d] = fma(part[d], b, acc[d] * a)
-inline void add_scaled(float* acc, float a, const float* part, float b, int64_t n) {
-  for (int64_t d = 0; d < n; d += 16)
-    S::store(acc + d, S::fma(S::load(part + d), f16(b), S::mul(S::load(acc + d), f16(a))));
-}
-
-// Merges a chunk's partials into acc, row by row; the rows' factors are computed in one vector.
-inline void merge_rows(int count, Partials& acc, const Partials& part, int64_t n) {
-  alignas(64) float top[kAttentionRows], a[kAttentionRows], b[kAttentionRows];
-  const F acc_top = S::load(acc.top), part_top = S::load(part.top), most = S::max(acc_top, part_top);
-  S::store(top, most);
-  S::store(a, exp2_of_negative16(S::sub(acc_top, most)));
-  S::store(b, exp2_of_negative16(S::sub(part_top, most)));
-  for (int r = 0; r < count; r++) {
-    if (is_empty(part.top[r], part.sum[r])) continue;
-    acc.top[r] = top[r];
-    acc.sum[r] = fma1(part.sum[r], b[r], acc.sum[r] * a[r]);
-    add_scaled(acc.out + r * acc.ldo, a[r], part.out + r * part.ldo, b[r], n);
-  }
-}
-
-inline void finish(float sum, const float* acc, int64_t value_dim, float* out) {
-  const F inverse = f16(sum == 0.0f ? 0.0f : 1.0f / sum);
-  for (int64_t d = 0; d < value_dim; d += 16) store_tail(out + d, S::mul(S::load(acc + d), inverse), value_dim - d);
-}
-
 inline void attention_partial(const AttentionArgs& a, int64_t kv_head, int64_t token_begin, int64_t token_end,
                               int64_t chunk, float* partial) {
   const int64_t total = (token_end - token_begin) * a.group, floats = partial_floats(a.layout);
@@ -336,7 +308,7 @@ inline void attention_partial(const AttentionArgs& a, int64_t kv_head, int64_t t
     set_rows(a, kv_head, token_begin, first, int(total - first < kAttentionRows ? total - first : kAttentionRows),
              rows);
     part.out = partial + kPartialHead;
-    attend_chunk(a, kv_head, chunk, rows, part);
+    attend_chunk(a, kv_head, chunk, rows, a.ahead, part);
     for (int r = 0; r < rows.count; r++) {
       partial[r * floats] = part.top[r];
       partial[r * floats + 1] = part.sum[r];
@@ -390,7 +362,8 @@ inline void attention(const AttentionArgs& a, int64_t kv_head, int64_t token_beg
       acc.sum[r] = part.sum[r] = 0.0f;
     }
     for (int64_t c = begin / kChunkTokens; c * kChunkTokens < end; c++) {
-      attend_chunk(a, kv_head, c, rows, part);
+      const bool is_last = (c + 1) * kChunkTokens >= end;
+      attend_chunk(a, kv_head, c, rows, is_last ? a.ahead : a.chunks[c + 1] + kv_head * a.layout.head_bytes(), part);
       merge_rows(rows.count, acc, part, n);
     }
     for (int r = 0; r < rows.count; r++)

@@ -4,6 +4,7 @@
 //
 // The file is a stream of little-endian int64, doubles, and bytes behind their count, in the order of `read` below: the
 // program as the bindings get it, what was packed into each weight, then the calls, all of one state.
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -154,7 +155,14 @@ void call(Reader& in, Engine& engine, State& state) {
   }
   for (auto& o : outputs) memory.push_back(o.data());
   std::vector<Call> calls = {c};
-  engine.forward(calls, memory);
+  const int64_t vocab = engine.output_shape(c, engine.logits_output()).back();
+  const auto& logits = outputs.at(engine.logits_output());
+  std::vector<int64_t> likeliest(logits.size() / 4 / vocab);
+  engine.forward(calls, memory, likeliest.data(), nullptr);
+  for (size_t row = 0; row < likeliest.size(); row++) {
+    const float* x = reinterpret_cast<const float*>(logits.data()) + row * vocab;
+    if (std::max_element(x, x + vocab) - x != likeliest[row]) throw std::runtime_error("another logit is the largest");
+  }
   uint64_t hash = 14695981039346656037ull;  // FNV-1a
   for (const auto& o : outputs) {
     for (const uint8_t byte : o) hash = (hash ^ byte) * 1099511628211ull;
