@@ -34,7 +34,7 @@ class Studies:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """The arguments that the commands share."""
-        parser.add_argument("studies", nargs="*", default=["all"], choices=["all", *self.studies])
+        parser.add_argument("studies", nargs="*", default="all", choices=["all", *self.studies])
         parser.add_argument("--bundle", type=Path, help="SmolLM2's bundle; exported to out/ where none is given")
         parser.add_argument("--peers", nargs="*", help="only those whose project and name contain one of these words")
         parser.add_argument("--quick", action="store_true", help="one round of fewer cases")

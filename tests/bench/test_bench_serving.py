@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 
 import pytest
@@ -146,6 +147,16 @@ def test_the_share_is_judged_by_streams(tmp_path):
 def test_the_page_has_the_block_of_each_study(name):
     content = STUDIES.page.read_text(encoding="utf-8")
     assert content.index(f"<!-- serving-{name}:begin -->") < content.index(f"<!-- serving-{name}:end -->")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [([], list(STUDIES.studies)), (["all"], list(STUDIES.studies)), (["soak", "load"], ["soak", "load"])],
+)
+def test_without_a_name_all_studies_are_taken(arguments, expected):
+    parser = argparse.ArgumentParser()
+    STUDIES.add_arguments(parser)
+    assert STUDIES.chosen(parser.parse_args(arguments)) == expected
 
 
 # ------------------------------------------------------------------------------------------------- on a tiny bundle
