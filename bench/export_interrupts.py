@@ -132,7 +132,7 @@ def _measure(place: Path) -> list[dict[str, Any]]:
             continue
         worst, longest = max(here, key=lambda each: each[1])
         row = {
-            "stage": stage.replace(str(gguf_path()), gguf_path().name),
+            "stage": stage.replace(str(gguf_path()), gguf_path().name).partition(":")[0],  # no path of this machine
             "seconds": float(f"{end - began:.3g}"),
             "waits": {
                 "count": len(here),
@@ -161,7 +161,7 @@ def page(rows: list[dict[str, Any]]) -> str:
     ]
     heads = ["stage", "takes", "signals", "median", "longest", "interrupted after"]
     return (
-        "An export of SmolLM2-135M's GGUF file: milliseconds from a signal, every 50 ms, to the handler in Python, and "
-        "from SIGINT at the longest of these moments to `KeyboardInterrupt` of `export`, after which nothing was left:"
-        "\n\n" + table(heads, lines)
+        "An export of SmolLM2-135M's GGUF file: from a signal, one every 50 ms, to its handler in Python; and from "
+        "SIGINT at the longest of these moments to the `KeyboardInterrupt` that `export` raises once all its files are "
+        "removed:\n\n" + table(heads, lines)
     )

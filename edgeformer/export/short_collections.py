@@ -23,10 +23,11 @@ def short_collections() -> Iterator[None]:
         if phase == "stop" and info["generation"] == 2:
             gc.freeze()
 
-    gc.freeze()
-    gc.callbacks.append(freeze)
     try:
+        gc.freeze()
+        gc.callbacks.append(freeze)
         yield
     finally:
-        gc.callbacks.remove(freeze)
+        if freeze in gc.callbacks:
+            gc.callbacks.remove(freeze)
         gc.unfreeze()
