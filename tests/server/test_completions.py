@@ -86,11 +86,11 @@ def test_a_prompt_that_fails_ends_the_others(server, client, slow, monkeypatch):
 
     accept, others = Sequence.accept, set()
 
-    def fail(self, logits):
+    def fail(self, logits, likeliest):
         if len(self.request.prompt) == 1:
             raise EdgeformerError("planted")
         others.add(self)
-        accept(self, logits)
+        accept(self, logits, likeliest)
 
     monkeypatch.setattr(Sequence, "accept", fail)
     with pytest.raises(openai.InternalServerError, match="planted"):

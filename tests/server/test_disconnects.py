@@ -180,10 +180,10 @@ def test_a_failing_answer_is_an_event_of_its_stream(narrow, slow, monkeypatch):
 
     accept = Sequence.accept
 
-    def fail_at_5(self, logits):
+    def fail_at_5(self, logits, likeliest):
         if self.count == 5:
             raise EdgeformerError("planted")
-        accept(self, logits)
+        accept(self, logits, likeliest)
 
     monkeypatch.setattr(Sequence, "accept", fail_at_5)
     with narrow.client() as client:

@@ -232,10 +232,10 @@ def test_tokens_of_a_failed_answer_are_counted(growth, client, monkeypatch):
 
     accept = Sequence.accept
 
-    def fail_at_5(self, logits):
+    def fail_at_5(self, logits, likeliest):
         if self.count == 5:
             raise EdgeformerError("planted")
-        accept(self, logits)
+        accept(self, logits, likeliest)
 
     monkeypatch.setattr(Sequence, "accept", fail_at_5)
     with growth as grown, pytest.raises(openai.InternalServerError):

@@ -110,7 +110,7 @@ def test_a_failure_is_an_error(traced, collected, monkeypatch):
     from edgeformer.decoding.sequence import Sequence
     from edgeformer.errors import EdgeformerError
 
-    def fail(self, logits):
+    def fail(self, logits, likeliest):
         raise EdgeformerError("planted")
 
     monkeypatch.setattr(Sequence, "accept", fail)
