@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -152,7 +151,7 @@ def _put_in_place(temporary: Path, final: Path) -> None:
         except BaseException:
             move(old, final)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        remove_folder(old)
     finally:
         if lock is not None:
             lock.close()
@@ -183,7 +182,7 @@ def _remove_leftovers(final: Path) -> None:
         if entry.name.endswith(OLD) and not os.path.lexists(final):
             move(Path(entry.path), final)  # the writer was killed between its two renames: restore the bundle
         else:
-            shutil.rmtree(entry.path, ignore_errors=True)
+            remove_folder(entry.path)
         lock.close()
     for file in final.parent.glob(f"{prefix}*.lock"):  # Windows: of writers killed after they had renamed the folder
         if not file.with_suffix("").exists():

@@ -10,7 +10,9 @@ import itertools
 import os
 import secrets
 import tempfile
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 
 from edgeformer.errors import ExportError
@@ -33,8 +35,7 @@ def on_disk(values: torch.Tensor) -> torch.Tensor:
     try:
         with open(path, "xb", opener=_private) as file:
             data = values.detach().reshape(-1).view(torch.uint8).numpy()  # bytes: numpy knows no bfloat16
-            for at in range(0, len(data), PIECE):
-                data[at : at + PIECE].tofile(file)
+            write_pieces(file, data)
         mapped = torch.from_file(path, shared=False, size=values.numel(), dtype=values.dtype)
     except OSError as error:
         raise ExportError(
@@ -47,6 +48,12 @@ def on_disk(values: torch.Tensor) -> torch.Tensor:
         except FileNotFoundError:
             pass
     return mapped.view(values.shape)
+
+
+def write_pieces(file: BinaryIO, data: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    """Writes bytes [n] to the file, PIECE at a time."""
+    for at in range(0, len(data), PIECE):
+        file.write(data[at : at + PIECE].data)
 
 
 def _private(path: str, flags: int) -> int:

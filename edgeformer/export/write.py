@@ -19,7 +19,7 @@ from edgeformer.export.check.graph_run import FILES, open_graphs
 from edgeformer.export.options import ExportOptions
 from edgeformer.export.quantize.dequantized import dequantized_weights
 from edgeformer.export.quantize.plan import Quantization
-from edgeformer.export.scratch import PIECE
+from edgeformer.export.scratch import PIECE, write_pieces
 from edgeformer.export.source import AnySource, Source
 
 
@@ -51,9 +51,7 @@ class _InPieces(ir.LazyTensor):
     def tofile(self, file: BinaryIO) -> None:
         """Writes its bytes."""
         values = np.ascontiguousarray(self.numpy())
-        data = values.astype(values.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8)
-        for at in range(0, len(data), PIECE):
-            file.write(data[at : at + PIECE].data)
+        write_pieces(file, values.astype(values.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8))
 
 
 def _name_batch(path: Path) -> None:

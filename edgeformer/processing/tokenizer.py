@@ -55,8 +55,8 @@ class Tokenizer:
             type(backend.model).__name__ != "BPE"  # as transformers: in BPE, spaces are part of the text
             or bool(settings.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"))
         )
-        self._falls_back = '"ByteFallback"' in _decoder(backend)
-        self._is_bytes = _decoder(backend).startswith('{"type":"ByteLevel"')
+        decoder = _decoder(backend)
+        self._falls_back, self._is_bytes = '"ByteFallback"' in decoder, decoder.startswith('{"type":"ByteLevel"')
         self._texts: dict[int, str] = {}  # of single tokens that a stream has decoded
         self.special_tokens = _special_tokens(settings)
         pad = self.special_tokens.get("pad_token")
@@ -262,10 +262,9 @@ class Tokenizer:
         """As `_decode`. A stream asks for the text of each token alone; these are kept."""
         if len(ids) != 1:
             return self._decode(ids)
-        text = self._texts.get(ids[0])
-        if text is None:
-            text = self._texts[ids[0]] = self._decode(ids)
-        return text
+        if ids[0] not in self._texts:
+            self._texts[ids[0]] = self._decode(ids)
+        return self._texts[ids[0]]
 
     def _decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         ids = [int(i) for i in ids]
