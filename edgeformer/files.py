@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import secrets
 import stat
@@ -11,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edgeformer.machine import WINDOWS, FolderLock, fsync, lock_folder, move
+
+_LARGE = 32 << 20  # bytes: the system takes 0.02 s and more to free the blocks of such a file
 
 
 @contextmanager
@@ -37,19 +40,46 @@ def temporary_folder(parent: Path | None = None, prefix: str = "edgeformer-") ->
 def remove_folder(path: str | os.PathLike[str]) -> None:
     """Deletes a folder and all in it, as far as the system allows; links are not followed.
 
-    `shutil.rmtree` raises an OSError of its own where Ctrl-C comes: it closes a file twice.
+    Large files lose their names here, and their blocks (0.2 s for the float weights of 135M parameters) while the
+    caller goes on: a thread closes them. `shutil.rmtree` raises an OSError of its own where Ctrl-C comes: it closes a
+    file twice.
     """
+    opened: list[int] = []
+    try:
+        _remove_folder(path, opened)
+    finally:
+        if opened:
+            try:
+                _thread.start_new_thread(_close, (opened,))
+            except (RuntimeError, MemoryError):  # the system gives no thread
+                _close(opened)
+
+
+def _remove_folder(path: str | os.PathLike[str], opened: list[int]) -> None:
     entries: list[os.DirEntry[str]] = []
     with suppress(OSError):
         entries = list(os.scandir(path))
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):
-            remove_folder(entry.path)
-        else:
-            with suppress(OSError):
-                os.unlink(entry.path)
-    with suppress(OSError):
+            _remove_folder(entry.path, opened)
+            continue
+        with suppress(OSError):
+            if not WINDOWS and entry.is_file(follow_symlinks=False) and entry.stat().st_size >= _LARGE:
+                opened.append(os.open(entry.path, os.O_RDONLY))
+        with suppress(OSError):
+            os.unlink(entry.path)
+    try:
         os.rmdir(path)
+    except OSError:
+        if opened:  # NFS gives a file that is open another name, and deletes it when it is closed
+            _close(opened)
+            with suppress(OSError):
+                os.rmdir(path)
+
+
+def _close(files: list[int]) -> None:
+    while files:
+        os.close(files.pop())
 
 
 def replace_file(path: Path, data: bytes) -> None:
