@@ -17,12 +17,12 @@ def color(project: str) -> str:
 
 
 def load(saved: dict[str, Any], path: Path) -> Path:
-    """Three panes against the number of clients: tokens a second, first token p95, gap p99."""
+    """Three panes against the number of clients: tokens a second, first token p95, longest gap p99."""
     figure, panes = _figure(12, 4.2, 3)
     shown = (
         ("rate", "tokens a second", 1.0),
         ("first_p95", "time to the first token, p95, s", 1.0),
-        ("gap_p99", "gap between tokens, p99, ms", 1e3),
+        ("gap_longest_p99", "longest gap of an answer, p99, ms", 1e3),
     )
     for pane, (name, label, scale) in zip(panes, shown, strict=True):
         for key, found in saved["measured"].items():

@@ -86,7 +86,7 @@ def gaps(outcome: dict[str, Any]) -> list[float]:
 
 def amounts(played: dict[str, Any], new: int | None) -> dict[str, float]:
     """What a run amounts to: new tokens a second from the first request to the last token, seconds to the first token,
-    seconds between reads with text, errors and cores. `new`: the tokens that each answer must have. Answers that come
+    seconds between reads with text (of all gaps, and of the longest of each answer), errors and cores. `new`: the tokens that each answer must have. Answers that come
     in a few reads are no streams, and have no gaps.
 
     Raises:
@@ -102,7 +102,9 @@ def amounts(played: dict[str, Any], new: int | None) -> dict[str, float]:
     is_stream = sum(len(one["arrivals"]) for one in good) >= STREAM * sum(one["tokens"] for one in good)
     waits: dict[str, float] = {}
     if is_stream and between:
-        waits = {"gap_p50": percentile(between, 0.5), "gap_p99": percentile(between, 0.99), "gap_max": max(between)}
+        longest = [max(each) for one in good if (each := gaps(one))]
+        waits = {"gap_p50": percentile(between, 0.5), "gap_p99": percentile(between, 0.99)}
+        waits |= {"gap_longest_p99": percentile(longest, 0.99), "gap_max": max(between)}
     begin, end = min(one["due"] for one in outcomes), max(one["due"] + one["ended"] for one in outcomes)
     return {
         "rate": sum(one["tokens"] for one in good) / (end - begin),

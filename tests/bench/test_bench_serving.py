@@ -74,8 +74,15 @@ def test_arrivals_come_at_the_asked_rate_and_wait_for_nobody():
 
 
 def numbers(rate, first, gap):
-    found = {"rate": rate, "first_p50": first / 2, "first_p95": first, "gap_p50": gap / 4, "gap_p99": gap}
-    found |= {"gap_max": gap * 2, "errors": 0.0, "client_cores": 0.02, "server_cores": 1.9, "late": 0.0}
+    found = {"rate": rate, "first_p50": first / 2, "first_p95": first, "gap_p50": gap / 4, "gap_p99": gap / 2}
+    found |= {
+        "gap_longest_p99": gap,
+        "gap_max": gap * 2,
+        "errors": 0.0,
+        "client_cores": 0.02,
+        "server_cores": 1.9,
+        "late": 0.0,
+    }
     return {name: {"median": value, "min": value, "max": value, "n": 1} for name, value in found.items()}
 
 
@@ -101,12 +108,16 @@ def test_targets_are_judged_against_the_best_peer_of_each_number():
     found = verdicts(saved())
     assert found["8 clients, tokens/s"] == ("x 3.00", "reached")
     assert found["8 clients, first token p95"] == ("x 0.50", "reached")
-    assert found["16 clients, gap p99"] == ("x 0.60", "missed")
+    assert found["16 clients, longest gap p99"] == ("x 0.60", "missed")
 
 
 @pytest.mark.parametrize(
     ("ours", "missed"),
-    [((1499.0, 0.5, 0.025), "tokens/s"), ((1500.0, 0.51, 0.025), "first token p95"), ((1500.0, 0.5, 0.026), "gap p99")],
+    [
+        ((1499.0, 0.5, 0.025), "tokens/s"),
+        ((1500.0, 0.51, 0.025), "first token p95"),
+        ((1500.0, 0.5, 0.026), "longest gap p99"),
+    ],
 )
 def test_what_misses_a_target_is_said(ours, missed):
     found = verdicts(saved(ours))
@@ -122,7 +133,7 @@ def test_gaps_of_answers_that_come_when_they_have_ended_are_not_compared(tmp_pat
     assert verdicts(found) == verdicts(saved())  # half of 3.8 s before the first of 128 tokens, at 64 a second
     assert "buffer sends an answer after it has ended" in load.text(found, tmp_path)
     found["measured"]["buffer"]["1 clients"] = numbers(64.0, 1.8, 0.001)
-    assert verdicts(found)["8 clients, gap p99"] == ("x 30.00", "missed")
+    assert verdicts(found)["8 clients, longest gap p99"] == ("x 30.00", "missed")
 
 
 def test_the_page_has_a_table_a_plot_and_who_is_absent(tmp_path):

@@ -294,6 +294,14 @@ def test_amounts_of_known_times():
     assert found["errors"] == 0
 
 
+def test_the_longest_gap_is_of_each_answer():
+    """98 answers with gaps of 0.1 s, two with one of 3 s: one gap of 1,000, but one answer of 50."""
+    often = [outcome([0.1 * n for n in range(1, 22)], tokens=21)] * 98
+    found = amounts(played(*often, *[outcome([0.1, 0.2, 3.2, 3.3])] * 2), None)
+    assert found["gap_p99"] == pytest.approx(0.1)
+    assert found["gap_longest_p99"] == found["gap_max"] == pytest.approx(3.0)
+
+
 @pytest.mark.parametrize("wrong", [{"error": "cut"}, {"tokens": 3}, {"arrivals": []}])
 def test_answers_that_are_not_whole_are_errors_and_their_tokens_do_not_count(wrong):
     found = amounts(played(outcome([1.0, 2.0]), outcome([1.0, 2.0]) | wrong), 4)
