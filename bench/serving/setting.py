@@ -86,8 +86,8 @@ def gaps(outcome: dict[str, Any]) -> list[float]:
 
 def amounts(played: dict[str, Any], new: int | None) -> dict[str, float]:
     """What a run amounts to: new tokens a second from the first request to the last token, seconds to the first token,
-    seconds between reads with text (of all gaps, and of the longest of each answer), errors and cores. `new`: the tokens that each answer must have. Answers that come
-    in a few reads are no streams, and have no gaps.
+    seconds between reads with text (of all gaps, and of the longest of each answer), errors and cores. `new`: the
+    tokens that each answer must have. Answers that come in a few reads are no streams, and have no gaps.
 
     Raises:
         RuntimeError: no request was answered.
