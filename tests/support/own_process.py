@@ -39,5 +39,5 @@ def run(script, path, engine, timeout=600):
         [sys.executable, "-c", code, str(path), engine], capture_output=True, text=True, timeout=timeout, env=env
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]  # also of an exception that Python ignored
     return done.stdout
