@@ -28,6 +28,17 @@ SLOWEST = tuple((count, 0.0) for count in (1, *COMPARED))  # the cases that the 
 TARGETS = {"rate": 3.0, "first_p95": 0.5, "gap_longest_p99": 0.5}  # times the best peer's
 BUFFERED = 0.5  # the share of an answer's time before its first token, with one client, from which it is no stream
 NAMES = {"rate": "tokens/s", "first_p95": "first token p95", "gap_longest_p99": "longest gap p99"}
+COLUMNS = {  # of the table: head, factor, digits
+    "rate": ("tokens/s", 1, 0),
+    "first_p50": ("first token p50, ms", 1e3, 0),
+    "first_p95": ("p95", 1e3, 0),
+    "gap_p50": ("gap p50, ms", 1e3, 1),
+    "gap_p99": ("p99", 1e3, 0),
+    "gap_longest_p99": ("longest, p99", 1e3, 0),
+    "gap_max": ("longest", 1e3, 0),
+    "errors": ("errors", 1, 0),
+    "client_cores": ("client's cores", 1, 3),
+}
 
 
 def plan(options: Options) -> list[tuple[str, int, float]]:
@@ -182,25 +193,14 @@ def cells(saved: dict[str, Any], key: str, case: str) -> list[str]:
     found = {name: one["median"] for name, one in saved["measured"].get(key, {}).get(case, {}).items()}
     if not found:
         return []
-    shown = {"rate": (1, 0), "first_p50": (1e3, 0), "first_p95": (1e3, 0), "gap_p50": (1e3, 1), "gap_p99": (1e3, 0)}
-    shown |= {"gap_longest_p99": (1e3, 0), "gap_max": (1e3, 0), "errors": (1, 0), "client_cores": (1, 3)}
-    return [f"{found[name] * scale:,.{digits}f}" if name in found else "" for name, (scale, digits) in shown.items()]
+    return [
+        f"{found[name] * scale:,.{digits}f}" if name in found else "" for name, (_, scale, digits) in COLUMNS.items()
+    ]
 
 
 def text(saved: dict[str, Any], images: Path) -> str:
     """The tables and the plots."""
-    heads = [
-        "",
-        "tokens/s",
-        "first token p50, ms",
-        "p95",
-        "gap p50, ms",
-        "p99",
-        "longest, p99",
-        "longest",
-        "errors",
-        "client's cores",
-    ]
+    heads = ["", *(head for head, _, _ in COLUMNS.values())]
     rows = []
     for case in saved["cases"]:
         rows.append([f"**{case}**", *[""] * (len(heads) - 1)])

@@ -98,13 +98,13 @@ def amounts(played: dict[str, Any], new: int | None) -> dict[str, float]:
     if not good:
         raise RuntimeError(f"no request was answered: {wrong[0]['error'] or wrong[0]['tokens']}")
     first = [one["arrivals"][0] for one in good]
-    between = [gap for one in good for gap in gaps(one)]
+    by_answer = [found for one in good if (found := gaps(one))]
+    between = [gap for found in by_answer for gap in found]
     is_stream = sum(len(one["arrivals"]) for one in good) >= STREAM * sum(one["tokens"] for one in good)
     waits: dict[str, float] = {}
     if is_stream and between:
-        longest = [max(each) for one in good if (each := gaps(one))]
         waits = {"gap_p50": percentile(between, 0.5), "gap_p99": percentile(between, 0.99)}
-        waits |= {"gap_longest_p99": percentile(longest, 0.99), "gap_max": max(between)}
+        waits |= {"gap_longest_p99": percentile([max(found) for found in by_answer], 0.99), "gap_max": max(between)}
     begin, end = min(one["due"] for one in outcomes), max(one["due"] + one["ended"] for one in outcomes)
     return {
         "rate": sum(one["tokens"] for one in good) / (end - begin),

@@ -30,16 +30,23 @@ def open_files() -> int:
 
 
 def test_large_files_lose_their_names_before_a_thread_frees_them(folder, monkeypatch):
-    may_close, closed = threading.Event(), []
-    close = os.close
-    monkeypatch.setattr(files.os, "close", lambda file: (may_close.wait(10), closed.append(file), close(file)))
+    may_close, closed, close = threading.Event(), [], files._close
+
+    def close_late(opened):
+        may_close.wait(10)
+        closed.append(len(opened))
+        close(opened)
+
+    monkeypatch.setattr(files, "_close", close_late)
+    before = open_files()
     files.remove_folder(folder)
-    assert not folder.exists() and not closed
+    assert not folder.exists() and not closed and open_files() == before + 2
     may_close.set()
     end = time.monotonic() + 10
-    while len(closed) < 2:
+    while open_files() > before:
         assert time.monotonic() < end
         time.sleep(0.001)
+    assert closed == [2]
 
 
 def test_where_no_thread_can_be_started_the_caller_closes_them(folder, monkeypatch):
