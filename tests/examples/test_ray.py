@@ -52,9 +52,12 @@ def cluster(tmp_path_factory):
         one.shutdown()
 
 
-def replace_a_worker(cluster):
-    """Kills the processes of a worker, then starts another."""
+def kill_a_worker(cluster):
     cluster.remove_node(cluster.workers.pop(0), allow_graceful=False)
+
+
+def start_a_worker(cluster):
+    """Takes a second or two, in which the other worker goes on."""
     cluster.workers.append(cluster.add_node(num_cpus=1))
 
 
@@ -107,8 +110,9 @@ def test_a_batch_survives_its_driver_and_a_worker(cluster, bundle, tmp_path):
 
     second = Script("ray_batch.py", cluster, *arguments)
     wait_for(lambda: len(rows(answers)) > done or second.process.poll() is not None, 120)
-    replace_a_worker(cluster)
+    kill_a_worker(cluster)
     assert len(rows(answers)) < ROWS  # it did not end before
+    start_a_worker(cluster)
     second.end()
     assert f"{done} answered before, {ROWS - done} to do\n" in second.lines
 
@@ -173,7 +177,8 @@ def test_replicas_serve_and_a_killed_one_is_replaced(cluster, bundle):
             stream = client.completions.create(**ask, stream=True)
             assert "".join(one.choices[0].text for one in stream) == expected
             before = replicas(cluster, url)
-            replace_a_worker(cluster)
+            kill_a_worker(cluster)
+            start_a_worker(cluster)
             for _ in range(10):  # meanwhile the other one answers
                 assert client.completions.create(**ask).choices[0].text == expected
             wait_for(lambda: len(replicas(cluster, url) - before) == 1, 120)
