@@ -20,7 +20,7 @@ namespace {
 #include "kernels/arm/lanes_neon.inl"
 
 struct S : Lanes {
-  static constexpr int kGemvRows = 4, kF32Rows = 4, kDirectRows = 4, kTileRows = 3;
+  static constexpr int kKeyRows = 4, kF32Rows = 4, kDirectRows = 4, kTileRows = 3;
   static constexpr int kKeyTiles = 1, kValueRows = 4, kValueColumns = 1, kValueSums = 4;
   static constexpr int64_t kPrefetch = 1024;
 };

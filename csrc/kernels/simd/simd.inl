@@ -57,9 +57,9 @@
 //           put_every_second(p, q, first)         p[2 * l + first] = q[l], first in 0 .. 1; the other bytes stay
 //
 // Register budgets, in vectors of F or I:
-//           kGemvRows       rows of activations (or of queries) in one pass over packed bytes (or keys)
 //           kF32Rows        rows of activations in one pass over f32 weights
-//           kKeyTiles       tiles of 16 keys that kGemvRows query rows meet at once
+//           kKeyRows        query rows in one pass over keys
+//           kKeyTiles       tiles of 16 keys that they meet at once
 //           kValueRows, kValueColumns, kValueSums
 //                           query rows, 16-column parts of the values, and the most sums of both, in one pass
 

@@ -232,15 +232,15 @@ inline void attend_chunk(const AttentionArgs& a, int64_t kv_head, int64_t index,
                        begin / 16, (end + 15) / 16};
 
   // With few rows memory is the limit: scales are asked for before the keys, values beside the same tokens' keys.
-  const bool few = is_int8 && rows.count <= S::kGemvRows;
+  const bool few = is_int8 && rows.count <= S::kKeyRows;
   if (few) {
     prefetch_bytes<0>(chunk.key_scales + chunk.tile_begin * 16, (chunk.tile_end - chunk.tile_begin) * 64);
     prefetch_bytes<0>(chunk.value_scales + chunk.tile_begin * 16, (chunk.tile_end - chunk.tile_begin) * 64);
   }
   alignas(64) float s[kAttentionRows][kChunkTokens];
-  for (int r = 0; r < rows.count; r += S::kGemvRows) {
-    const int count = rows.count - r < S::kGemvRows ? rows.count - r : S::kGemvRows;
-    with_count<S::kGemvRows>(count, [&](auto R) __attribute__((always_inline)) {
+  for (int r = 0; r < rows.count; r += S::kKeyRows) {
+    const int count = rows.count - r < S::kKeyRows ? rows.count - r : S::kKeyRows;
+    with_count<S::kKeyRows>(count, [&](auto R) __attribute__((always_inline)) {
       constexpr int n = decltype(R)::value, tiles = S::kKeyTiles;
       int64_t t = chunk.tile_begin;
       if (is_int8) {

@@ -7,9 +7,8 @@
 //   nsum(s, c) -> I                   the sum; c is added once, by nzero or by nsum
 //
 //   kLongNibbleSums                   NibbleSum takes more than 8 steps
-//   kBytesAsTheyAre                   byte_weight is a plain load
-//   kFewRows                          up to so many rows, passes of kGemvRows over the packed bytes beat tiles
-//   kTileRows, kTilePanels            rows of activations and panels of weights that one pass over a tile meets
+//   kPackedRows, kPackedPanels        rows of activations and panels of weights that one pass over packed bytes meets
+//   kTileRows, kTilePanels            the same of one pass over a tile
 
 // A packed block: fp16 scales; nibbles are unpacked as they are read. part(i): the weights of its i-th 32 columns.
 template <class Q>
@@ -230,63 +229,79 @@ inline __attribute__((always_inline)) void add_block(const Block (&block)[P], co
 template <class Q>
 constexpr int64_t kLines = (Q::kBytes + 63) / 64;
 
-// What a pass over a panel prefetches at each block: the lines [begin, end) of the one `distance` bytes further on.
+// What a pass over panels prefetches at each block of one: the lines [begin, end) of the one `distance` bytes further on.
 struct Fetch {
   int64_t distance, begin, end;
 };
 
-// y[row .. row + R) of one panel, straight from the packed bytes: for decoding, which the memory bounds.
-template <class Q, int R>
-inline void panel_rows(const LinearArgs& a, const uint8_t* panel, const Fetch& fetch, int64_t row, float* y,
+// y[row .. row + R) of P panels, straight from the packed bytes.
+template <class Q, int R, int P>
+inline void panel_rows(const LinearArgs& a, const uint8_t* panels, const Fetch& fetch, int64_t row, float* y,
                        int64_t lanes) {
   const bool whole = fetch.end - fetch.begin == kLines<Q>;
-  const int64_t blocks = blocks_of(a.k);
-  F acc[R][1];
-  each<R>([&](auto r) __attribute__((always_inline)) { acc[r][0] = f16(0.0f); });
+  const int64_t blocks = blocks_of(a.k), bytes = blocks / Q::kParts * Q::kBytes;
+  F acc[R][P];
+  each<R>([&](auto r) __attribute__((always_inline)) {
+    each<P>([&](auto p) __attribute__((always_inline)) { acc[r][p] = f16(0.0f); });
+  });
   XRows<R> rows(a.xq + row * blocks * kBlock, a.xb + row * blocks, blocks);
-  const uint8_t* const end = panel + blocks / Q::kParts * Q::kBytes;
-  for (const uint8_t* p = panel; p < end; p += Q::kBytes, rows.advance(Q::kParts)) {
-    if (whole)  // of a few rows, each instruction of a loop counts
-      each<kLines<Q>>([&](auto line)
-                          __attribute__((always_inline)) { __builtin_prefetch(p + 64 * line + fetch.distance, 0, 2); });
-    else
-      for (int64_t line = fetch.begin; line < fetch.end; line++)
-        __builtin_prefetch(p + 64 * line + fetch.distance, 0, 2);
-    const PackedBlock<Q> block[1] = {{p}};
-    add_block<Q, R, 1>(block, rows, acc);
+  for (int64_t g = 0; g < bytes; g += Q::kBytes, rows.advance(Q::kParts)) {
+    PackedBlock<Q> block[P];
+    each<P>([&](auto p) __attribute__((always_inline)) {
+      block[p].p = panels + p * bytes + g;
+      const uint8_t* const ahead = block[p].p + fetch.distance;
+      if (whole)  // of a few rows, each instruction of a loop counts
+        each<kLines<Q>>([&](auto line) __attribute__((always_inline)) { __builtin_prefetch(ahead + 64 * line, 0, 2); });
+      else
+        for (int64_t line = fetch.begin; line < fetch.end; line++) __builtin_prefetch(ahead + 64 * line, 0, 2);
+    });
+    add_block<Q, R, P>(block, rows, acc);
   }
-  each<R>([&](auto r) __attribute__((always_inline)) { store_tail(y + (row + r) * a.ldy, acc[r][0], lanes); });
+  each<R>([&](auto r) __attribute__((always_inline)) {
+    each<P>([&](auto p) __attribute__((always_inline)) {
+      store_tail(y + (row + r) * a.ldy + 16 * p, acc[r][p], lanes - 16 * p);
+    });
+  });
 }
 
-template <class Q>
-inline void small_linear(const LinearArgs& a, int64_t panel_begin, int64_t panel_end) {
+// All rows of P panels, in passes of kPackedRows.
+template <class Q, int P>
+inline void packed_panels(const LinearArgs& a, int64_t panel, float* y) {
   const int64_t bytes = blocks_of(a.k) / Q::kParts * Q::kBytes;
-  const int64_t passes = (a.m + S::kGemvRows - 1) / S::kGemvRows, lines = a.prefetch ? kLines<Q> : 0;
-  for (int64_t panel = panel_begin; panel < panel_end; panel++) {
-    const uint8_t* w = static_cast<const uint8_t*>(a.w) + panel * bytes;
-    for (int64_t pass = 0; pass < passes; pass++) {
-      const int64_t row = a.m * pass / passes, rows = a.m * (pass + 1) / passes - row;
-      // Several passes share the lines of the next panel, so that memory is read all the time.
-      const Fetch fetch = {passes > 1 ? bytes : a.prefetch, lines * pass / passes, lines * (pass + 1) / passes};
-      with_count<S::kGemvRows>(rows, [&](auto R) __attribute__((always_inline)) {
-        panel_rows<Q, decltype(R)::value>(a, w, fetch, row, a.y + (panel - panel_begin) * kLanes, a.n - panel * kLanes);
-      });
-    }
+  const uint8_t* const w = static_cast<const uint8_t*>(a.w) + panel * bytes;
+  const int64_t passes = (a.m + S::kPackedRows - 1) / S::kPackedRows, lines = a.prefetch ? kLines<Q> : 0;
+  for (int64_t pass = 0; pass < passes; pass++) {
+    const int64_t row = a.m * pass / passes, rows = a.m * (pass + 1) / passes - row;
+    // Several passes share the lines of the next panels, so that memory is read all the time.
+    const Fetch fetch = {passes * P > 1 ? P * bytes : a.prefetch, lines * pass / passes, lines * (pass + 1) / passes};
+    with_count<S::kPackedRows>(rows, [&](auto R) __attribute__((always_inline)) {
+      panel_rows<Q, decltype(R)::value, P>(a, w, fetch, row, y, a.n - panel * kLanes);
+    });
   }
 }
 
-// Prefill: kTilePanels panels x kTileBlocks blocks are unpacked into L1 once, for all rows. From one part of K to the
-// next the accumulators are stored in y and loaded again, which does not change their bits.
+// Calls body with (P, the first panel) of each group of P panels: P is `most`, and 1 for the panels that are left.
+template <int most, class Body>
+inline void in_groups(int64_t panel, int64_t end, Body body) {
+  for (; panel + most <= end; panel += most) body(Count<most>{}, panel);
+  for (; panel < end; panel++) body(Count<1>{}, panel);
+}
+
+// Up to so many rows, passes over packed nibbles beat tiles.
+constexpr int kFewRows = 64;
+
+// More rows of nibbles: kTilePanels panels x kTileBlocks blocks are unpacked into L1 once, for all rows. From one part of K
+// to the next the accumulators are stored in y and loaded again, which does not change their bits.
 constexpr int64_t kTileBlocks = 24;
 
-// The blocks [first, first + count) of kBlock columns of some panels: panel p's start at data + p * panel_bytes.
+// The blocks [first, first + count) of kBlock columns of some panels, unpacked, one panel after another.
 struct Tile {
   const uint8_t* data;
-  int64_t panel_bytes, first, count;
+  int64_t first, count;
 };
 
 // y[row .. row + R) += a tile of P panels. The sums start from y, or from 0 if the tile's first block is 0.
-template <class Q, class Block, int R, int P>
+template <class Q, int R, int P>
 inline void tile_rows(const LinearArgs& a, const Tile& tile, int64_t row, float* y, int64_t lanes) {
   const int64_t blocks = blocks_of(a.k);
   F acc[R][P];
@@ -297,9 +312,9 @@ inline void tile_rows(const LinearArgs& a, const Tile& tile, int64_t row, float*
   });
   XRows<R> rows(a.xq + (row * blocks + tile.first) * kBlock, a.xb + row * blocks + tile.first, blocks);
   for (int64_t g = 0; g < tile.count; g += Q::kParts, rows.advance(Q::kParts)) {
-    Block block[P];
+    TileBlock<Q> block[P];
     each<P>([&](auto p) __attribute__((always_inline)) {
-      block[p].p = tile.data + p * tile.panel_bytes + g / Q::kParts * Block::kBytes;
+      block[p].p = tile.data + (p * kTileBlocks + g) / Q::kParts * TileBlock<Q>::kBytes;
     });
     add_block<Q, R, P>(block, rows, acc);
   }
@@ -321,45 +336,28 @@ inline void unpack_block(const uint8_t* packed, uint8_t* tile) {
   }
   float* const scales = reinterpret_cast<float*>(tile + TileBlock<Q>::kScales);
   S::store(scales, block.scale());
-  if constexpr (Q::kMinimum || Q::kHalves) S::store(scales + 16, block.second());
+  if constexpr (Q::kMinimum) S::store(scales + 16, block.second());
 }
-
-// std::conditional: no std:: in a kernel's file.
-template <bool first, class A, class B>
-struct Either {
-  using type = A;
-};
-template <class A, class B>
-struct Either<false, A, B> {
-  using type = B;
-};
 
 template <class Q, int P>
 inline void tiled_panels(const LinearArgs& a, int64_t panel, float* y) {
-  // Plain bytes in whole cache lines need no tile: the packed blocks stay in L1 as they are.
-  constexpr bool as_packed = S::kBytesAsTheyAre && !Q::kNibbles && Q::kBytes % 64 == 0 && !Q::kHalves;
   constexpr int64_t tile_bytes = kTileBlocks / Q::kParts * TileBlock<Q>::kBytes;
-  alignas(64) uint8_t unpacked[as_packed ? 64 : P * tile_bytes];
+  alignas(64) uint8_t unpacked[P * tile_bytes];
   const int64_t blocks = blocks_of(a.k), parts = (blocks + kTileBlocks - 1) / kTileBlocks, wides = blocks / Q::kParts;
   const int64_t panel_bytes = wides * Q::kBytes;
-  constexpr int fewest = fewest_rows(S::kFewRows, S::kTileRows);
+  constexpr int fewest = fewest_rows(kFewRows, S::kTileRows);
   const int64_t passes = (a.m + S::kTileRows - 1) / S::kTileRows;
   for (int64_t part = 0; part < parts; part++) {
     const int64_t first = wides * part / parts, count = wides * (part + 1) / parts - first;
     const uint8_t* const packed = static_cast<const uint8_t*>(a.w) + panel * panel_bytes + first * Q::kBytes;
-    if constexpr (!as_packed) {
-      for (int p = 0; p < P; p++)
-        for (int64_t g = 0; g < count; g++)
-          unpack_block<Q>(packed + p * panel_bytes + g * Q::kBytes,
-                          unpacked + p * tile_bytes + g * TileBlock<Q>::kBytes);
-    }
-    const Tile tile = {as_packed ? packed : unpacked, as_packed ? panel_bytes : tile_bytes, first * Q::kParts,
-                       count * Q::kParts};
+    for (int p = 0; p < P; p++)
+      for (int64_t g = 0; g < count; g++)
+        unpack_block<Q>(packed + p * panel_bytes + g * Q::kBytes, unpacked + p * tile_bytes + g * TileBlock<Q>::kBytes);
+    const Tile tile = {unpacked, first * Q::kParts, count * Q::kParts};
     for (int64_t pass = 0; pass < passes; pass++) {
       const int64_t row = a.m * pass / passes, rows = a.m * (pass + 1) / passes - row;
       with_count<S::kTileRows, fewest>(rows, [&](auto R) __attribute__((always_inline)) {
-        using Block = typename Either<as_packed, PackedBlock<Q>, TileBlock<Q>>::type;
-        tile_rows<Q, Block, decltype(R)::value, P>(a, tile, row, y, a.n - panel * kLanes);
+        tile_rows<Q, decltype(R)::value, P>(a, tile, row, y, a.n - panel * kLanes);
       });
     }
   }
@@ -367,9 +365,14 @@ inline void tiled_panels(const LinearArgs& a, int64_t panel, float* y) {
 
 template <class Q>
 inline void linear(const LinearArgs& a, int64_t panel_begin, int64_t panel_end) {
-  if (a.m <= S::kFewRows) return small_linear<Q>(a, panel_begin, panel_end);
-  int64_t panel = panel_begin;
-  for (; panel + S::kTilePanels <= panel_end; panel += S::kTilePanels)
-    tiled_panels<Q, S::kTilePanels>(a, panel, a.y + (panel - panel_begin) * kLanes);
-  for (; panel < panel_end; panel++) tiled_panels<Q, 1>(a, panel, a.y + (panel - panel_begin) * kLanes);
+  // Bytes have nothing to unpack: with any number of rows they are read as packed.
+  if constexpr (Q::kNibbles) {
+    if (a.m > kFewRows)
+      return in_groups<S::kTilePanels>(panel_begin, panel_end, [&](auto P, int64_t panel) {
+        tiled_panels<Q, decltype(P)::value>(a, panel, a.y + (panel - panel_begin) * kLanes);
+      });
+  }
+  in_groups<S::kPackedPanels>(panel_begin, panel_end, [&](auto P, int64_t panel) {
+    packed_panels<Q, decltype(P)::value>(a, panel, a.y + (panel - panel_begin) * kLanes);
+  });
 }

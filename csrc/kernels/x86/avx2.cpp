@@ -19,9 +19,9 @@ namespace {
 #include "kernels/x86/lanes_avx2.inl"
 
 struct S : Lanes {
-  static constexpr bool kBytesAsTheyAre = false, kLongNibbleSums = false;
-  static constexpr int kGemvRows = 4, kFewRows = 8, kTileRows = 4, kTilePanels = 1, kF32Rows = 4;
-  static constexpr int kKeyTiles = 1, kValueRows = 2, kValueColumns = 2, kValueSums = 4;
+  static constexpr bool kLongNibbleSums = false;
+  static constexpr int kPackedRows = 5, kPackedPanels = 1, kTileRows = 4, kTilePanels = 1, kF32Rows = 4;
+  static constexpr int kKeyRows = 4, kKeyTiles = 1, kValueRows = 2, kValueColumns = 2, kValueSums = 4;
 
   // A step of nibbles adds at most 2 * 15 * 127 to an int16: 8 steps (30480) fit before the sums are widened.
   using NibbleSum = I;

@@ -19,9 +19,9 @@ namespace {
 #include "kernels/x86/lanes_avx2.inl"
 
 struct S : Lanes {
-  static constexpr bool kBytesAsTheyAre = true, kLongNibbleSums = true;
-  static constexpr int kGemvRows = 4, kFewRows = 8, kTileRows = 5, kTilePanels = 1, kF32Rows = 4;
-  static constexpr int kKeyTiles = 1, kValueRows = 2, kValueColumns = 2, kValueSums = 4;
+  static constexpr bool kLongNibbleSums = true;
+  static constexpr int kPackedRows = 6, kPackedPanels = 1, kTileRows = 5, kTilePanels = 1, kF32Rows = 4;
+  static constexpr int kKeyRows = 4, kKeyTiles = 1, kValueRows = 2, kValueColumns = 2, kValueSums = 4;
 
   template <int index>
   static I dot(I s, W w, X x) {

@@ -7,9 +7,9 @@ struct S {
   using X = const int8_t*;
   using NibbleSum = __m512i;
   using ByteSum = __m512i;
-  static constexpr bool kBytesAsTheyAre = true, kLongNibbleSums = true;
-  static constexpr int kGemvRows = 8, kFewRows = 64, kTileRows = 8, kTilePanels = 2, kF32Rows = 8;
-  static constexpr int kKeyTiles = 2, kValueRows = 8, kValueColumns = 4, kValueSums = 24;
+  static constexpr bool kLongNibbleSums = true;
+  static constexpr int kPackedRows = 8, kPackedPanels = 2, kTileRows = 8, kTilePanels = 2, kF32Rows = 8;
+  static constexpr int kKeyRows = 8, kKeyTiles = 2, kValueRows = 8, kValueColumns = 4, kValueSums = 24;
 
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
