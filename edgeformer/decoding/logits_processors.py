@@ -76,7 +76,10 @@ def logits_processors(
     if config.do_sample:
         # One token that ends nothing must stay for a beam to go on with.
         least = max(2, len(config.eos_token_id) + 1) if config.num_beams > 1 else 1
-        made += [Step(each) for each in (_some_left, *filters(config, least))]
+        steps = filters(config, least)
+        is_first = config.top_k > 0 and config.top_h is None  # top-k takes all scores as they are, and leaves few
+        steps.insert(1 if is_first else 0, _some_left)
+        made += [Step(each) for each in steps]
     if config.renormalize_logits:
         made.append(Step(_renormalized))
     return tuple(made)
@@ -183,7 +186,7 @@ def _some_left(candidates: Candidates, _: Random | None) -> Candidates:
     Raises:
         EdgeformerError: there is nothing to draw from.
     """
-    largest = candidates.scores.max() if candidates.largest is None else candidates.largest
+    largest = candidates.scores.max(initial=-np.inf) if candidates.largest is None else candidates.largest
     sampling.check_some_left(largest)
     return Candidates(candidates.scores, candidates.tokens, largest)
 
