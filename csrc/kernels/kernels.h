@@ -23,6 +23,7 @@ namespace edgeformer {
 static constexpr int64_t kLanes = 16;         // rows of a weight panel, tokens of a key tile
 static constexpr int64_t kBlock = 32;         // columns that share one activation scale
 static constexpr int64_t kSmallRows = 8;      // so few rows of activations cost a linear nearly what one row costs
+static constexpr int64_t kFewRows = 64;       // so few rows read nibbles as packed (x86): a tile would cost more
 static constexpr int64_t kChunkTokens = 128;  // tokens of a KV chunk: the unit of growth and of a sequence's split
 static constexpr int64_t kMaxHeadDim = 512;   // the largest head_dim and value_dim of attention
 static constexpr int64_t kPartialHead = 16;   // floats before the output in a row of attention partials
@@ -105,7 +106,9 @@ struct LinearArgs {
   int64_t m;  // >= 1
   float* y;   // [m, ldy], from column 16 * panel_begin on: a whole matrix or a tile in L1
   int64_t ldy;
-  int64_t prefetch;  // prefetch distance in bytes, for few rows (x86); 0 leaves it to the CPU's own prefetcher
+  // x86: how far ahead one pass over one panel prefetches, in bytes. Several passes, and those over several panels,
+  // prefetch the next panels. 0 leaves it to the CPU's own prefetcher.
+  int64_t prefetch;
 };
 // y[i, r] = acc, for W's rows r in [16 * panel_begin, min(n, 16 * panel_end)); writes no others. acc = 0, then
 //

@@ -8,7 +8,6 @@ namespace {
 
 constexpr int64_t kRowTile = 256;  // most rows of activations that one chunk of a prefill works on
 constexpr int64_t kLeastRowTile = 32;
-constexpr int64_t kFewRows = 64;         // so few rows of activations may go through the packed weights, in passes of 8
 constexpr int64_t kChunksPerThread = 6;  // at least, so that a thread that was interrupted delays the others little
 constexpr int64_t kUnit = 32;            // output columns of the smallest chunk: one activation block
 constexpr int64_t kPrefillUnits = 2;

@@ -287,11 +287,8 @@ inline void in_groups(int64_t panel, int64_t end, Body body) {
   for (; panel < end; panel++) body(Count<1>{}, panel);
 }
 
-// Up to so many rows, passes over packed nibbles beat tiles.
-constexpr int kFewRows = 64;
-
-// More rows of nibbles: kTilePanels panels x kTileBlocks blocks are unpacked into L1 once, for all rows. From one part of K
-// to the next the accumulators are stored in y and loaded again, which does not change their bits.
+// More than kFewRows rows of nibbles: kTilePanels panels x kTileBlocks blocks are unpacked into L1 once, for all rows. From
+// one part of K to the next the accumulators are stored in y and loaded again, which does not change their bits.
 constexpr int64_t kTileBlocks = 24;
 
 // The blocks [first, first + count) of kBlock columns of some panels, unpacked, one panel after another.
