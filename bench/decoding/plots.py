@@ -55,7 +55,7 @@ def gap(saved: dict[str, Any], path: Path) -> Path:
         pane.axhline(usual, color="black", linewidth=1)
         pane.axhline(3 * usual, color="black", linewidth=1, linestyle=":")
         after = [high for at, high in points if at > 0]
-        pane.set_ylim(0, 1.05 * max(*after, 3 * usual))  # the prompts of the seven came together, long before
+        pane.set_ylim(0, 1.05 * max([3 * usual, *after]))  # the prompts of the seven came together, long before
         pane.set_ylabel("gap, ms")
         pane.set_title(f"{threads_text(int(threads))}, {'with' if way == 'auto' else 'no'} drafts", fontsize=9)
     pane.set_xlabel("seconds after the prompt came; grey: until its first token; lines: median before, 3 times that")
