@@ -75,8 +75,9 @@ py::list forward(const std::shared_ptr<PyEngine>& self, const std::vector<PyStat
 std::unique_ptr<PyChunk> load_chunk(std::shared_ptr<PyEngine> self, const py::buffer& bytes);
 void bind_state(py::module_& m);
 
-void bind_sampling(py::module_& m);      // sampling.cpp
-void bind_testing(py::module_& parent);  // testing.cpp
-void bind_pool(py::module_& testing);    // pool.cpp
+void bind_sampling(py::module_& m);        // sampling.cpp
+void bind_testing(py::module_& parent);    // testing.cpp
+void bind_pool(py::module_& testing);      // pool.cpp
+void bind_kv_cache(py::module_& testing);  // kv_cache.cpp
 
 }  // namespace edgeformer

@@ -1,4 +1,4 @@
-// edgeformer._native.testing: every kernel, the packing and the KV cache, callable from Python for tests.
+// edgeformer._native.testing: every kernel and the packing, callable from Python for tests.
 //
 // Buffers are numpy arrays whose sizes are checked here. Nothing of this is used by the engine.
 #include <algorithm>
@@ -93,12 +93,6 @@ struct Quantized {
   Bytes blocks;  // XBlock records
   XBlock* xb() { return reinterpret_cast<XBlock*>(blocks.mutable_data()); }
 };
-
-KvLayout layout_of(const std::string& type, int64_t heads, int64_t head_dim, int64_t value_dim) {
-  if (type != "int8" && type != "float32") throw std::invalid_argument("kv type is int8 or float32");
-  if (head_dim > kMaxHeadDim || value_dim > kMaxHeadDim) throw std::invalid_argument("head_dim too large");
-  return {type == "int8" ? KvType::int8 : KvType::float32, heads, head_dim, value_dim};
-}
 
 // The rotation of Table::rope.
 struct Rope {
@@ -370,32 +364,7 @@ void bind_testing(py::module_& parent) {
       .def("kv_append", &Table::kv_append)
       .def("attention", &Table::attention, py::arg("cache"), py::arg("layer"), py::arg("queries"),
            py::arg("mode") = "rows", py::arg("step") = 1 << 20);
-  py::class_<KvCache>(m, "KvCache")
-      .def(py::init([](const std::string& type, int64_t layers, int64_t heads, int64_t head_dim, int64_t value_dim,
-                       int64_t limit, int64_t window) {
-             return KvCache(std::vector<KvLayout>(size_t(layers), layout_of(type, heads, head_dim, value_dim)), limit,
-                            std::vector<int64_t>(size_t(layers), window));
-           }),
-           py::arg("type"), py::arg("layers"), py::arg("heads"), py::arg("head_dim"), py::arg("value_dim"),
-           py::arg("limit"), py::arg("window") = 0)
-      .def_property_readonly("length", &KvCache::length)
-      .def_property_readonly("bytes_alone", &KvCache::bytes_alone)
-      .def_property_readonly("bytes_shared", &KvCache::bytes_shared)
-      .def_property_readonly("bytes_of_slabs", &KvCache::bytes_of_slabs)
-      .def_property_readonly("shortest", &KvCache::shortest)
-      .def("reserve", &KvCache::reserve)
-      .def("advance", &KvCache::advance)
-      .def("truncate", &KvCache::truncate)
-      .def("release_unseen", &KvCache::release_unseen)
-      .def("fork", &KvCache::fork)
-      .def("save",
-           [](const KvCache& c) {
-             const auto bytes = c.save();
-             return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
-           })
-      .def("load", [](KvCache& c, const std::string& bytes) {
-        c.load(reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size());
-      });
+  bind_kv_cache(m);
   bind_pool(m);
 }
 

@@ -29,7 +29,8 @@ struct S : Lanes {
   template <int index>
   static NibbleSum ndot(NibbleSum s, W w, X x) {
     const __m256i v = step(x, index);
-    return {_mm256_add_epi16(s.a, _mm256_maddubs_epi16(w.a, v)), _mm256_add_epi16(s.b, _mm256_maddubs_epi16(w.b, v))};
+    const __m256i a = _mm256_maddubs_epi16(w.a, v), b = _mm256_maddubs_epi16(w.b, v);
+    return in_registers({_mm256_add_epi16(s.a, a), _mm256_add_epi16(s.b, b)});
   }
   static I nsum(NibbleSum s, int32_t c) {
     const __m256i one = _mm256_set1_epi16(1);
@@ -49,7 +50,8 @@ struct S : Lanes {
     const __m256i v = step(x, index), one = _mm256_set1_epi16(1);
     const __m256i a = _mm256_maddubs_epi16(_mm256_abs_epi8(w.a), _mm256_sign_epi8(v, w.a));
     const __m256i b = _mm256_maddubs_epi16(_mm256_abs_epi8(w.b), _mm256_sign_epi8(v, w.b));
-    return {_mm256_add_epi32(s.a, _mm256_madd_epi16(a, one)), _mm256_add_epi32(s.b, _mm256_madd_epi16(b, one))};
+    return in_registers(
+        {_mm256_add_epi32(s.a, _mm256_madd_epi16(a, one)), _mm256_add_epi32(s.b, _mm256_madd_epi16(b, one))});
   }
   static I bsum(ByteSum s) { return s; }
 };

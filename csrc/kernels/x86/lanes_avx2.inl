@@ -83,6 +83,11 @@ struct Lanes {
         first ? _mm256_blendv_epi8(old, _mm256_slli_epi16(wide, 8), odd) : _mm256_blendv_epi8(wide, old, odd);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), mixed);
   }
+  // A sum under way. GCC 12 else moves all products before all additions, and the products go through memory.
+  static I in_registers(I s) {
+    asm("" : "+x"(s.a), "+x"(s.b));
+    return s;
+  }
   using Pairs = I;
   static Pairs load_pairs(const uint8_t* p) {
     return {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
@@ -90,7 +95,8 @@ struct Lanes {
   }
   static I pdot(I s, Pairs v, int32_t both) {
     const __m256i x = _mm256_set1_epi32(both);
-    return {_mm256_add_epi32(s.a, _mm256_madd_epi16(v.a, x)), _mm256_add_epi32(s.b, _mm256_madd_epi16(v.b, x))};
+    return in_registers(
+        {_mm256_add_epi32(s.a, _mm256_madd_epi16(v.a, x)), _mm256_add_epi32(s.b, _mm256_madd_epi16(v.b, x))});
   }
   static float sum(F v) {
     const __m256 s8 = _mm256_add_ps(v.a, v.b);
