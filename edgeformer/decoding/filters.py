@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from edgeformer.decoding.generation_config import GenerationConfig
-from edgeformer.decoding.sampling import Candidates, Places, Random, Scores, weights
+from edgeformer.decoding.sampling import Candidates, Places, Random, Scores, check_some_left, weights
 from edgeformer.decoding.selection import at_least_kth, covering, kth_largest, largest
 from edgeformer.decoding.vocabulary import places_reaching
 
@@ -53,6 +53,13 @@ def filters(config: GenerationConfig, least: int = 1) -> list[Filter]:
     return made
 
 
+def checked_filters(config: GenerationConfig, least: int = 1) -> list[Filter]:
+    """The filters, and the check that a token is left: after a first top-k, which takes the scores as they are."""
+    made = filters(config, least)
+    made.insert(1 if config.top_k and config.top_h is None else 0, _some_left)
+    return made
+
+
 @dataclass(frozen=True)
 class Reach:
     """Which tokens, of those in the order of their scores, decide what the filters of a config leave.
@@ -76,6 +83,16 @@ def reach(config: GenerationConfig) -> Reach:
     if config.min_p and config.top_p >= 1:
         return Reach(distance=-math.log(config.min_p) * config.temperature)
     return Reach(is_alone=is_alone)
+
+
+def _some_left(candidates: Candidates, _: Random | None) -> Candidates:
+    """
+    Raises:
+        EdgeformerError: there is nothing to draw from.
+    """
+    largest = candidates.scores.max(initial=-np.inf) if candidates.largest is None else candidates.largest
+    check_some_left(largest)
+    return Candidates(candidates.scores, candidates.tokens, largest)
 
 
 def _selecting(select: Callable[..., Places | None], *arguments: float) -> Filter:

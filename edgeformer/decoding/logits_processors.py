@@ -43,7 +43,7 @@ import numpy as np
 from edgeformer.bundle.signature import Array
 from edgeformer.decoding import penalties, sampling
 from edgeformer.decoding.dry import Dry, by_first_token
-from edgeformer.decoding.filters import Filter, filters
+from edgeformer.decoding.filters import Filter, checked_filters
 from edgeformer.decoding.generation_config import GenerationConfig
 from edgeformer.decoding.sampling import Candidates, Random
 
@@ -76,10 +76,7 @@ def logits_processors(
     if config.do_sample:
         # One token that ends nothing must stay for a beam to go on with.
         least = max(2, len(config.eos_token_id) + 1) if config.num_beams > 1 else 1
-        steps = filters(config, least)
-        is_first = config.top_k > 0 and config.top_h is None  # top-k takes all scores as they are, and leaves few
-        steps.insert(1 if is_first else 0, _some_left)
-        made += [Step(each) for each in steps]
+        made += [Step(each) for each in checked_filters(config, least)]
     if config.renormalize_logits:
         made.append(Step(_renormalized))
     return tuple(made)
@@ -179,16 +176,6 @@ def filtered(processors: Sequence[Processor], candidates: Candidates, rng: Rando
         if isinstance(processor, Step):
             candidates = processor.apply(candidates, rng)
     return candidates
-
-
-def _some_left(candidates: Candidates, _: Random | None) -> Candidates:
-    """
-    Raises:
-        EdgeformerError: there is nothing to draw from.
-    """
-    largest = candidates.scores.max(initial=-np.inf) if candidates.largest is None else candidates.largest
-    sampling.check_some_left(largest)
-    return Candidates(candidates.scores, candidates.tokens, largest)
 
 
 def _renormalized(candidates: Candidates, _: Random | None) -> Candidates:
