@@ -17,10 +17,11 @@ from bench.report import put, runs, save
 @dataclass(frozen=True)
 class Study:
     """`measure` takes the options and gives what is saved; `text` makes the block of the page, with its plots in the
-    folder given."""
+    folder given. `brief` says what the page has of the other machines: the bars alone."""
 
     measure: Callable[[Any], dict[str, Any]]
     text: Callable[[dict[str, Any], Path], str]
+    brief: Callable[[dict[str, Any]], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,14 @@ class Studies:
 
     def write(self, name: str) -> None:
         """The block of a study, from its saved results, if there are any."""
-        measured = runs(f"{self.name}-{name}")
-        if measured:
-            put(self.page, f"{self.name}-{name}", self.studies[name].text(measured[0], self.images))
+        measured, study = runs(f"{self.name}-{name}"), self.studies[name]
+        if not measured:
+            return
+        parts = [study.text(measured[0], self.images)]
+        if study.brief is not None:
+            for other in measured[1:]:
+                parts += [f"#### On another machine: {other['machine']['cpu']}", study.brief(other)]
+        put(self.page, f"{self.name}-{name}", "\n\n".join(parts))
 
     def take(self, names: Sequence[str], options: Any, facts: Mapping[str, Any], *, tiny: bool) -> None:
         """Measures, saves and writes the studies; one that fails does not stop the others. `facts` are saved too. With

@@ -24,11 +24,11 @@ STUDIES = Studies(
     pages.IMAGES,
     {
         "throughput": Study(throughput.measure, throughput.text),
-        "gap": Study(gap.measure, gap.text),
+        "gap": Study(gap.measure, gap.text, gap.brief),
         "constraints": Study(constraints.measure, constraints.text),
         "prefix": Study(prefix.measure, prefix.text),
-        "speculation": Study(tasks.measure, tasks.text),
-        "peers": Study(peers.measure, peers.text),
+        "speculation": Study(tasks.measure, tasks.text, tasks.brief),
+        "peers": Study(peers.measure, peers.text, peers.brief),
     },
 )
 

@@ -136,6 +136,25 @@ def text(saved: dict[str, Any], images: Path) -> str:
     """The table and the plot."""
     from bench.decoding import plots
 
+    path = plots.gap(saved, images / "decoding-gap.png")
+    return "\n\n".join(
+        [
+            f"{SEQUENCES} sequences decode, then a prompt of {saved['long']:,} tokens arrives. The longest gap between "
+            f"tokens of the {SEQUENCES} shall be at most {TARGET:.0f} times the median gap before:",
+            waits(saved),
+            f"![Gaps between tokens](images/{path.name})",
+            note(saved),
+        ]
+    )
+
+
+def brief(saved: dict[str, Any]) -> str:
+    """The table, and where and when."""
+    return f"{waits(saved)}\n\n{note(saved)}"
+
+
+def waits(saved: dict[str, Any]) -> str:
+    """The gaps before the prompt and while it runs, and its own first token."""
     rows = []
     for threads in by_threads(saved):
         for way, found in saved["measured"][str(threads)].items():
@@ -155,13 +174,4 @@ def text(saved: dict[str, Any], images: Path) -> str:
             )
     heads = ["", "median gap before, ms", "longest before", "median while it runs", "longest while it runs"]
     heads += ["longest over median before", "its first token, s", "alone, s"]
-    path = plots.gap(saved, images / "decoding-gap.png")
-    return "\n\n".join(
-        [
-            f"{SEQUENCES} sequences decode, then a prompt of {saved['long']:,} tokens arrives. The longest gap between "
-            f"tokens of the {SEQUENCES} shall be at most {TARGET:.0f} times the median gap before:",
-            table(heads, rows),
-            f"![Gaps between tokens](images/{path.name})",
-            note(saved),
-        ]
-    )
+    return table(heads, rows)

@@ -121,15 +121,20 @@ def text(saved: dict[str, Any], images: Path) -> str:
         f"Tokens a second of all requests together, prompts of 16 to 512 tokens included; {order_text(saved)}.",
         table(heads, rows),
         f"Over the fastest peer of the class, target {TARGET} (a file that loses more than 1 %: of all):",
-        table(["file", "requests", *map(threads_text, order)], ratios(saved)),
+        ratios(saved),
         f"![Requests of mixed lengths](images/{path.name})",
         pages.settings(saved),
     ]
     return "\n\n".join(part for part in parts if part)
 
 
-def ratios(saved: dict[str, Any]) -> list[list[str]]:
-    """A row for each of our files and number of requests."""
+def brief(saved: dict[str, Any]) -> str:
+    """The ratios, and where and when."""
+    return f"{pages.conditions(saved)}\n\n{ratios(saved)}"
+
+
+def ratios(saved: dict[str, Any]) -> str:
+    """How many times as fast as the fastest peer: a row for each of our files and number of requests."""
     rows = []
     for key, field in results.compared(saved):
         for count in saved["counts"]:
@@ -143,4 +148,4 @@ def ratios(saved: dict[str, Any]) -> list[list[str]]:
                 less = "" if times >= TARGET else " (less)"
                 cells.append(f"**x {times:.2f}**{less} ({own:,.0f} : {best:,.0f}, {whose})")
             rows.append([key, str(count), *cells])
-    return rows
+    return table(["file", "requests", *map(threads_text, by_threads(saved))], rows)

@@ -30,6 +30,24 @@ def text(saved: dict[str, Any], images: Path) -> str:
     """The table and the plot."""
     from bench.decoding import plots
 
+    path = plots.tasks(saved, images / "decoding-speculation.png", FREE, WIN)
+    return "\n\n".join(
+        [
+            "One sequence, greedy, prompt lookup against none, in pairs; the tokens are equal.",
+            times(saved),
+            f"![Speculation by task](images/{path.name})",
+            note(saved),
+        ]
+    )
+
+
+def brief(saved: dict[str, Any]) -> str:
+    """The table, and where and when."""
+    return f"{times(saved)}\n\n{note(saved)}"
+
+
+def times(saved: dict[str, Any]) -> str:
+    """How many times as fast answers are with drafts, by task."""
     rows = []
     for threads in by_threads(saved):
         for kind, value in saved["measured"][str(threads)].items():
@@ -45,12 +63,4 @@ def text(saved: dict[str, Any], images: Path) -> str:
                 ]
             )
     heads = ["", "tokens/s without drafts", "with drafts", "times (at least)", "slowest answer", "drafts accepted"]
-    path = plots.tasks(saved, images / "decoding-speculation.png", FREE, WIN)
-    return "\n\n".join(
-        [
-            "One sequence, greedy, prompt lookup against none, in pairs; the tokens are equal.",
-            table(heads, rows),
-            f"![Speculation by task](images/{path.name})",
-            note(saved),
-        ]
-    )
+    return table(heads, rows)

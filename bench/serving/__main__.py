@@ -23,7 +23,7 @@ STUDIES = Studies(
     ROOT / "docs" / "serving.md",
     ROOT / "docs" / "images",
     {
-        "load": Study(load.measure, load.text),
+        "load": Study(load.measure, load.text, load.brief),
         "share": Study(share.measure, share.text),
         "soak": Study(soak.measure, soak.text),
     },

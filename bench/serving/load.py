@@ -207,11 +207,10 @@ def text(saved: dict[str, Any], images: Path) -> str:
         for key in sorted(saved["measured"], key=lambda one: saved["projects"][one] != servers.OURS):
             if found := cells(saved, key, case):
                 rows.append([f"**{key}**" if saved["projects"][key] == servers.OURS else key, *found])
-    goals = targets(saved)
     path = plots.load(saved, images / "serving-load.png")
     parts = [
         note(saved),
-        table(["", "", "ours", "best peer", "ratio", "target"], goals) if goals else "",
+        goals(saved),
         f"![Load](images/{path.name})",
         table(heads, rows),
         "\n".join(f"- {key}: {settings}." for key, settings in saved["settings"].items()),
@@ -223,6 +222,17 @@ def text(saved: dict[str, Any], images: Path) -> str:
         "\n".join(f"- {key} is absent: {reason}" for key, reason in saved["absent"].items()),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def brief(saved: dict[str, Any]) -> str:
+    """The targets, and where and when."""
+    return f"{note(saved)}\n\n{goals(saved)}"
+
+
+def goals(saved: dict[str, Any]) -> str:
+    """The table of the targets; empty without a peer."""
+    rows = targets(saved)
+    return table(["", "", "ours", "best peer", "ratio", "target"], rows) if rows else ""
 
 
 def note(saved: dict[str, Any]) -> str:

@@ -312,6 +312,22 @@ def test_a_study_is_written_between_its_marks(tmp_path: Path, monkeypatch: pytes
     assert text.startswith("above\n") and text.endswith("below\n") and "stale" not in text and "25.0%, missed" in text
 
 
+@pytest.mark.parametrize("name", [name for name, study in STUDIES.studies.items() if study.brief is not None])
+def test_a_page_has_the_bars_on_other_machines(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    made, _ = CASES[name]
+    other = made()
+    other["machine"] = other["machine"] | {"cpu": "an older CPU", "date": "2025-12-31"}
+    page = tmp_path / "performance.md"
+    page.write_text(f"<!-- decoding-{name}:begin -->\n<!-- decoding-{name}:end -->\n")
+    monkeypatch.setattr("bench.studies.runs", lambda _: [made(), other])
+    dataclasses.replace(STUDIES, page=page, images=tmp_path).write(name)
+    first, second = page.read_text().split("#### On another machine: an older CPU")
+    assert "2026-01-01" in first and "2025-12-31" not in first and "2025-12-31" in second
+    rows = [line for line in second.splitlines() if line.startswith("| ") and "x " in line]
+    assert rows and all(row in first for row in rows) and "![" not in second
+
+
 def test_bars_are_those_of_the_page() -> None:
     assert (gap.TARGET, constraints.TARGET, prefix.SAME, prefix.OTHER) == (3.0, 0.03, 0.10, 0.20)
     assert (tasks.WIN, tasks.LOSS, peers.TARGET) == (2.0, 0.98, 2.5)
