@@ -10,6 +10,7 @@ import datetime
 import json
 import platform
 import statistics
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,15 +49,17 @@ def summary(numbers: list[float]) -> dict[str, float]:
     return {name: float(f"{value:.7g}") for name, value in found.items()} | {"n": len(numbers)}
 
 
-def save(study: str, results: dict[str, Any], *, counts: bool = False) -> Path:
+def save(study: str, results: dict[str, Any], *, counts: bool = False, plotted: Sequence[str] = ()) -> Path:
     """Writes results/STUDY.json: this machine's results first, then those of other machines, one entry a machine.
 
     counts: the results are the same on every machine, so those of others are dropped.
+    plotted: names of results that are for plots alone; of other machines they are dropped.
     """
     RESULTS.mkdir(exist_ok=True)
     facts = machine()
     others = [run for run in runs(study) if run["machine"]["cpu"] != facts["cpu"] and not counts]
     path = RESULTS / f"{study}.json"
+    others = [{name: found for name, found in run.items() if name not in plotted} for run in others]
     path.write_text(compact([{"machine": facts, **results}, *others]) + "\n", encoding="utf-8")
     return path
 

@@ -17,11 +17,12 @@ from bench.report import put, runs, save
 @dataclass(frozen=True)
 class Study:
     """`measure` takes the options and gives what is saved; `text` makes the block of the page, with its plots in the
-    folder given. `brief` says what the page has of the other machines: the bars alone."""
+    folder given. `brief` says what the page has of the other machines: the bars alone. `plotted`: as for `save`."""
 
     measure: Callable[[Any], dict[str, Any]]
     text: Callable[[dict[str, Any], Path], str]
     brief: Callable[[dict[str, Any]], str] | None = None
+    plotted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Studies:
                 saved = {"machine": machine, **result}
                 print(self.studies[name].text(saved, models.OUT / "tiny-images"), flush=True)
             else:
-                save(f"{self.name}-{name}", result)
+                save(f"{self.name}-{name}", result, plotted=self.studies[name].plotted)
                 self.write(name)
         if failed:
             raise SystemExit(f"failed: {', '.join(failed)}")

@@ -24,7 +24,7 @@ STUDIES = Studies(
     pages.IMAGES,
     {
         "throughput": Study(throughput.measure, throughput.text),
-        "gap": Study(gap.measure, gap.text, gap.brief),
+        "gap": Study(gap.measure, gap.text, gap.brief, plotted=("timelines",)),
         "constraints": Study(constraints.measure, constraints.text),
         "prefix": Study(prefix.measure, prefix.text),
         "speculation": Study(tasks.measure, tasks.text, tasks.brief),

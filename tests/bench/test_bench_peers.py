@@ -363,6 +363,17 @@ def test_what_another_machine_measured_is_kept_beside(tmp_path: Path, monkeypatc
     assert report.runs("encoders") == []
 
 
+def test_only_the_machine_measured_last_keeps_what_its_plot_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    for cpu in ("A", "B"):
+        monkeypatch.setattr(report, "machine", lambda cpu=cpu: {"cpu": cpu})
+        report.save("gap", {"measured": cpu, "timelines": [1.0]}, plotted=("timelines",))
+    newest, other = report.runs("gap")
+    assert newest["timelines"] == [1.0] and other == {"machine": {"cpu": "A"}, "measured": "A"}
+
+
 def test_a_summary_holds_no_rounds_and_json_holds_a_summary_a_line() -> None:
     found = {"decode": report.summary([90.949579, 80.0, 100.0])}
     assert found == {"decode": {"median": 90.94958, "min": 80.0, "max": 100.0, "n": 3}}
