@@ -25,7 +25,7 @@ from bench.peers import models, pages, results
 from bench.peers.contestants import HERE, OPENVINO, OPENVINO_CONVERT, Contestant
 from bench.peers.environments import Environment, run
 from bench.peers.field import Plan, set_up, take_rounds
-from bench.report import ROOT, put, runs, save, table
+from bench.report import ROOT, elsewhere, put, runs, save, table
 
 OUT = models.OUT / "minilm"
 BATCHES, LENGTHS = (1, 32), (16, 256)
@@ -323,10 +323,7 @@ def _range(times: dict[str, dict[int, float]]) -> tuple[float, float]:
 
 def write() -> None:
     saved, *others = runs("encoders")
-    parts = [text(saved)]
-    for other in others:
-        parts += [f"### On another machine: {other['machine']['cpu']}", text(other)]
-    put(pages.PAGE, "encoders", "\n\n".join(parts))
+    put(pages.PAGE, "encoders", "\n\n".join([text(saved), *elsewhere(others, text)]))
     put(ROOT / "README.md", "encoders", readme_line(saved))
 
 

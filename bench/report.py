@@ -10,7 +10,7 @@ import datetime
 import json
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,11 @@ def footnote(facts: dict[str, Any]) -> str:
     """One line under a table: where and when it was measured."""
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     return f"*{facts['cpu']}; {facts['system']}; {versions}; {facts['date']}.*"
+
+
+def elsewhere(others: Sequence[dict[str, Any]], text: Callable[[dict[str, Any]], str], level: int = 3) -> list[str]:
+    """What a page has of a study's other machines: for each a heading of `level`, and `text` of its run."""
+    return [f"{'#' * level} On another machine: {run['machine']['cpu']}\n\n{text(run)}" for run in others]
 
 
 def put(page: Path, block: str, text: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.peers import models
-from bench.report import put, runs, save
+from bench.report import elsewhere, put, runs, save
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ class Studies:
             return
         parts = [study.text(measured[0], self.images)]
         if study.brief is not None:
-            for other in measured[1:]:
-                parts += [f"#### On another machine: {other['machine']['cpu']}", study.brief(other)]
+            parts += elsewhere(measured[1:], study.brief, 4)
         put(self.page, f"{self.name}-{name}", "\n\n".join(parts))
 
     def take(self, names: Sequence[str], options: Any, facts: Mapping[str, Any], *, tiny: bool) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 
 from bench.peers import models, pages, sizes
 from bench.peers.random_models import LIKE_LLAMA, Shape
-from bench.report import footnote, put, runs, save, summary, table
+from bench.report import elsewhere, footnote, put, runs, save, summary, table
 from edgeformer.decoding.generation_config import GenerationConfig
 from edgeformer.decoding.logits_processors import logits_processors, next_token
 from edgeformer.decoding.logprobs import row_logprobs
@@ -174,10 +174,7 @@ def write() -> None:
     if not runs("sampling"):
         return
     saved, *others = runs("sampling")
-    parts = [text(saved)]
-    for other in others:
-        parts += [f"### On another machine: {other['machine']['cpu']}", text(other)]
-    put(pages.PAGE, "sampling", "\n\n".join(parts))
+    put(pages.PAGE, "sampling", "\n\n".join([text(saved), *elsewhere(others, text)]))
 
 
 def main() -> None:

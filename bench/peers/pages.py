@@ -19,7 +19,7 @@ from bench.peers.results import (
     times_best,
 )
 from bench.peers.studies import Study
-from bench.report import ROOT, put, runs, table
+from bench.report import ROOT, elsewhere, put, runs, table
 
 PAGE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "images"
@@ -228,8 +228,7 @@ def write(saved: dict[str, Any]) -> None:
         "### Settings",
         settings(saved),
     ]
-    for other in runs("peers")[1:]:
-        text += [f"### On another machine: {other['machine']['cpu']}", conditions(other), ratio_table(other)]
+    text += elsewhere(runs("peers")[1:], lambda other: f"{conditions(other)}\n\n{ratio_table(other)}")
     put(PAGE, "peers", "\n\n".join(part for part in text if part))
     lines = [
         "SmolLM2-135M-Instruct, tokens/s with 2 threads (1 thread); each project's fastest file of a class, perplexity "
