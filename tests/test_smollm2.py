@@ -84,6 +84,17 @@ def test_scheme_keep_loses_no_accuracy_and_quantizing_again_to_q4_does(smollm2):
     assert abs(np.log(q8["perplexity"] / q8["perplexity_float"])) < q8["mean_kl"] + noise
 
 
+@pytest.mark.parametrize("scheme", ["keep", "q8", "q4"])
+def test_every_engine_is_bounded_by_what_rounding_does_to_most_rows(smollm2, scheme):
+    """The worst value alone would allow up to the whole range: it is that of one unstable row."""
+    engines = json.loads((smollm2(scheme) / "edgeformer.json").read_text())["parity"]["engines"]
+    for name in ("native", "cpu"):
+        assert engines[name]["passed"] is True, engines[name].get("problem")
+        assert [one["quantile"] for one in engines[name]["rows"]] == [0.5, 0.9, 0.98]
+        for one in engines[name]["rows"]:
+            assert one["worst"] <= one["tolerance"] < 0.08
+
+
 def test_a_chat_answer_has_text_and_no_template_tokens(smollm2):
     model = edgeformer.load(smollm2("keep"), engine="cpu")
     result = model.generate([{"role": "user", "content": "What is the capital of France?"}], max_new_tokens=32)

@@ -110,17 +110,25 @@ def _cache(manifest: Mapping[str, Any]) -> dict[str, str]:
     return facts
 
 
+def difference(found: Mapping[str, Any]) -> str:
+    """One result of the manifest's `parity`: how far from PyTorch, as fractions of the outputs' range."""
+    worst = f"worst {found['worst']:.2g} of the range, allowed {found.get('tolerance', 0):.2g}"
+    if not found.get("rows"):
+        return worst
+    rows = found["rows"][-1]
+    return f"{rows['quantile']:.0%} of rows within {rows['worst']:.2g}, allowed {rows['tolerance']:.2g}; {worst}"
+
+
 def _parity(parity: Mapping[str, Any] | None) -> dict[str, str]:
     if not parity:
         return {"": "not checked"}
     facts = {}
     for name, found in parity.items():
         if isinstance(found, dict) and "worst" in found:
-            where = f", {found['where']}" if found.get("where") else ""
-            facts[name] = f"worst {found['worst']:.2g} of the range, allowed {found.get('tolerance', 0):.2g}{where}"
+            facts[name] = difference(found) + (f", {found['where']}" if found.get("where") else "")
     for name, found in (parity.get("engines") or {}).items():
         if found.get("passed"):
-            facts[f"engine {name}"] = f"worst {found['worst']:.2g} of the range, allowed {found['tolerance']:.2g}"
+            facts[f"engine {name}"] = difference(found)
         elif found.get("problem"):
             facts[f"engine {name}"] = f"FAILED: {found['problem']}"
         else:

@@ -117,6 +117,7 @@ def _run(options: ExportOptions) -> None:
 def _summary(path: Path, manifest: dict[str, Any]) -> None:
     from edgeformer.bundle.bundle import Bundle
     from edgeformer.bundle.cache_cost import CacheCost
+    from edgeformer.cli.inspect import difference
     from edgeformer.cli.purpose import command_for
     from edgeformer.export.cache_choice import warning
 
@@ -137,10 +138,10 @@ def _summary(path: Path, manifest: dict[str, Any]) -> None:
         )
     for name, found in parity.items():
         if found and name != "engines":
-            table.add_row(f"parity, {name}", _difference(found))
+            table.add_row(f"parity, {name}", difference(found))
     for name, found in parity["engines"].items():
         if found["passed"]:
-            table.add_row(f"engine {name}", _difference(found))
+            table.add_row(f"engine {name}", difference(found))
     if accuracy:
         table.add_row(
             "accuracy",
@@ -164,10 +165,6 @@ def _summary(path: Path, manifest: dict[str, Any]) -> None:
         console.print(f"[yellow]note:[/] {note}", highlight=False)
     run = command_for(Bundle.open(path), str(path))
     console.print(f"Next: [bold]edgeformer inspect {path}[/]  or  [bold]edgeformer {escape(run)}[/]")
-
-
-def _difference(found: dict[str, Any]) -> str:
-    return f"{found['worst']:.1e} of the outputs' range (allowed {found['tolerance']:.0e})"
 
 
 if __name__ == "__main__":

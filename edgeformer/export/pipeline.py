@@ -132,7 +132,7 @@ def _export(job: _Job, traced: TracedModel) -> dict[str, Any]:
     expected = checks.expected()
     report: dict[str, Any] = {"dequantized": None}
     report["float"] = _float_parity(checks, expected, open_graphs(float_folder, models, mapped=True))
-    tolerance = parity.TOLERANCE
+    tolerance = parity.FLOAT32
 
     quantization = Quantization(job.scheme)
     if job.quantized:
@@ -208,7 +208,7 @@ def _check_quantized(
 
 
 def _convert_to_float16(
-    job: _Job, models: Mapping[str, ir.Model], expected: parity.Expected, tolerance: float
+    job: _Job, models: Mapping[str, ir.Model], expected: parity.Expected, tolerance: parity.Tolerance
 ) -> dict[str, Any]:
     """Converts the graphs in place and returns their parity report."""
     for model in models.values():

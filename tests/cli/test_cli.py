@@ -179,10 +179,21 @@ def test_inspect_shows_the_reports(edgeformer, lm, copy_of, edit_manifest):
         manifest["parity"] = {
             "float": {"worst": 3.6e-6, "tolerance": 1e-4, "where": "logits[0, 1]"},
             "dequantized": None,
+            "engines": {
+                "native": {
+                    "passed": True,
+                    "worst": 0.072,
+                    "tolerance": 1.33,
+                    "rows": [{"quantile": 0.98, "worst": 0.034, "tolerance": 0.059}],
+                },
+                "cpu": {"passed": True, "worst": 2e-6, "tolerance": 1e-4},
+            },
         }
 
     edit_manifest(bundle, report)
-    out = edgeformer("inspect", bundle)[1]
+    out = " ".join(edgeformer("inspect", bundle)[1].split())
+    assert "98% of rows within 0.034, allowed 0.059; worst 0.072 of the range, allowed 1.3" in out
+    assert "worst 2e-06 of the range, allowed 0.0001" in out
     assert "12.61" in out
     assert "worst 3.6e-06 of the range, allowed 0.0001, logits[0, 1]" in out
 

@@ -11,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeformer.errors import ExportError
-from edgeformer.export.check.parity import Runs
+from edgeformer.export.check.parity import F64, Runs
 from edgeformer.export.progress import Progress
 from edgeformer.export.source import Source
 
-F64 = NDArray[np.float64]
 _WINDOW = 512  # tokens of context, the default of llama.cpp's perplexity tool
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,10 @@ class EncoderDecoderExpected:
     def one_sample(self) -> EncoderDecoderExpected:
         """The second sample alone: of two sequences, with padding."""
         return EncoderDecoderExpected(self.samples[1:2])
+
+    def in_one_piece(self) -> EncoderDecoderExpected:
+        """All samples, each answer in one run of the decoder."""
+        return EncoderDecoderExpected([replace(one, pieces=(one.ids.shape[1],)) for one in self.samples])
 
 
 @dataclass(frozen=True)

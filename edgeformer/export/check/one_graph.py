@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -97,6 +97,13 @@ class OneGraphExpected:
     def one_sample(self) -> OneGraphExpected:
         """The first sample alone."""
         return OneGraphExpected(self.samples[:1], ())
+
+    def in_one_piece(self) -> OneGraphExpected:
+        """All samples, and each text once, without the cache."""
+        texts: dict[bytes, Text] = {}
+        for text in self.texts:  # of a long text, all logits come first
+            texts.setdefault(text.ids.tobytes(), replace(text, pieces=(text.ids.shape[1],)))
+        return OneGraphExpected(self.samples, tuple(texts.values()))
 
 
 @dataclass(frozen=True)
