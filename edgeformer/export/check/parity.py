@@ -28,9 +28,9 @@ TOLERANCE = 1e-4
 FLOAT16_TOLERANCE = 2e-2
 SHORT_PIECES = (5, 1, 1, 1, 2)  # tokens fed to a graph with a KV cache: a prefill, single tokens, and two at once
 SHORTER = (267, 139, 67, 37)  # lengths of a long text; the first that the model's context allows is used
-_BLOCK = 1 << 20  # elements compared at once: 8 MB in float64
 QUANTILES = (0.5, 0.9, 0.98)  # of the rows' largest differences; see `Tolerance`
 LEAST_ROWS = 100  # below, quantiles depend on single rows
+_BLOCK = 1 << 20  # elements compared at once: 8 MB in float64
 _BORDERS = (129, 257, 513)  # the native KV cache grows in chunks of 128 tokens, one pass has at most 512 rows
 
 
