@@ -26,10 +26,9 @@ from edgeformer.export.write import save_models
 # single values lie, and later layers amplify that: the errors of two engines are two draws of the same distribution.
 # Its quantiles over many rows agree: on SmolLM2 in q8, q4a and its GGUF's blocks those of onnxruntime and the native
 # engine are 0.9 to 1.25 times those of the rounded graph. Twice is allowed (ROWS). Its largest value is that of the
-# least stable row, 0.3 to 2.9 times: five times is allowed (WORST) where the rows are bounded, else SPREAD: on tiny
-# models the largest of thousands of errors agrees to 5 %.
-ROWS, WORST = 2.0, 5.0
-SPREAD = 3.0
+# least stable row, 0.3 to 2.9 times: five times is allowed (WORST). With few rows it is the only bound (WORST_OF_FEW);
+# on tiny models the largest of thousands of errors agrees to 5 %.
+ROWS, WORST, WORST_OF_FEW = 2.0, 5.0, 3.0
 
 
 class EngineRun:
@@ -95,10 +94,10 @@ def engine_tolerance(
 ) -> parity.Tolerance:
     """How much an engine with int8 activations may differ from PyTorch with the dequantized weights.
 
-    It is ROWS, WORST or SPREAD times the change that rounding the activations alone makes to the outputs, and
+    It is ROWS, WORST or WORST_OF_FEW times the change that rounding the activations alone makes to the outputs, and
     parity.TOLERANCE for float sums in another order. The change is that of the quantized graph with
     `round_activations`, on onnxruntime. Rows are rounded one by one, so a text that is fed in pieces changes as the
-    same text in one piece: a tenth of the runs.
+    same text in one piece, which takes a fifth of the runs.
     """
     # Whether sums over a block are rounded too differs between engines. Only weights with minima need them: try both.
     minima = any(weight.blocks is not None and weight.blocks.minimum is not None for weight in weights)
@@ -109,7 +108,7 @@ def engine_tolerance(
     worst = max(found.worst for each in changes for found in each)
     rows = [parity.quantiles(each) for each in changes]
     bounds = {q: ROWS * _finite(max(each[q] for each in rows)) for q in rows[0]}
-    return parity.Tolerance((WORST if bounds else SPREAD) * _finite(worst), bounds) + parity.TOLERANCE
+    return parity.Tolerance((WORST if bounds else WORST_OF_FEW) * _finite(worst), bounds) + parity.TOLERANCE
 
 
 def _finite(change: float) -> float:
