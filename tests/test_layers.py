@@ -46,7 +46,7 @@ ALLOWED = {
 
 # The floors of the toolchain's main package, the lowest first; modules of one floor may import each other.
 EXPORT_FLOORS = (
-    "options progress quiet scratch short_collections sizes inputs blocks source positions",
+    "options progress quiet scratch short_collections interrupts sizes inputs blocks source positions",
     "trace",
     "passes",
     "check",

@@ -19,6 +19,7 @@ from edgeformer.export.check.graph_run import FILES, OrtGraph, open_graphs
 from edgeformer.export.engine_gate import engine_gate, engine_tolerance
 from edgeformer.export.graphs import TracedModel, trace_model
 from edgeformer.export.graphs.traced_model import CAUSAL_ADVICE
+from edgeformer.export.interrupts import no_interrupt_lost
 from edgeformer.export.options import ExportOptions
 from edgeformer.export.passes.finish import finish
 from edgeformer.export.passes.float16 import to_float16
@@ -68,7 +69,8 @@ def _run(options: ExportOptions, progress: Progress, traced: AnySource | TracedM
     check_target(options.output, options.overwrite)
     if traced is None:
         progress.stage(f"load {options.source}" + (f" and merge {options.adapter}" if options.adapter else ""))
-        traced = load_source(options, progress)
+        with no_interrupt_lost(progress) as watched:
+            traced = load_source(options, watched)
     elif options.adapter is not None:
         raise ExportError(
             f"adapter is {options.adapter}, and the export merges it into a model that it loads; merge it into yours: "
@@ -77,11 +79,15 @@ def _run(options: ExportOptions, progress: Progress, traced: AnySource | TracedM
     source = traced.source if isinstance(traced, TracedModel) else traced
     scheme, notes = _scheme(options, source), generation_notes(source)
     calibrates(options, scheme, source)  # refuses before the trace, which takes long
-    with write_bundle(options.output, overwrite=options.overwrite) as folder, temporary_folder() as scratch:
+    with (
+        write_bundle(options.output, overwrite=options.overwrite) as folder,
+        temporary_folder() as scratch,
+        no_interrupt_lost(progress) as watched,
+    ):
         if not isinstance(traced, TracedModel):
-            progress.stage("trace")
+            watched.stage("trace")
             traced = trace_model(traced)
-        return _export(_Job(options, scheme, notes, progress, folder, scratch), traced)
+        return _export(_Job(options, scheme, notes, watched, folder, scratch), traced)
 
 
 def _scheme(options: ExportOptions, source: AnySource) -> str:

@@ -117,3 +117,56 @@ def test_ctrl_c_while_a_temporary_file_is_made_leaves_none(tmp_path):
     left = json.loads(run("import json\n" + TEMPORARY, tmp_path, "cpu"))
     assert left.pop("unsafe") > 0
     assert left == {"weights": 0, "folders": 0}
+
+
+LOST = """
+import pathlib, torch
+import edgeformer.export.pipeline as pipeline
+from edgeformer.errors import ExportError
+from edgeformer.export import ExportOptions, export, module_source
+from edgeformer.export.progress import Silent
+
+class Loses(torch.nn.Module):
+    def __init__(self, result):
+        super().__init__()
+        self.linear, self.result, self.input_spec = torch.nn.Linear(8, 4), result, {"x": "float32[batch,sequence,8]"}
+    def forward(self, x):
+        if torch.compiler.is_compiling():  # while it is traced
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                if self.result == "error":
+                    raise RuntimeError("List[int] expected, found list")
+        return self.linear(x)
+
+class Stages(Silent):
+    def stage(self, text):
+        stages.append(text)
+
+ends = {}
+for kept in (True, False):
+    if not kept:  # the planted defect
+        @contextlib.contextmanager
+        def passed(progress):
+            yield progress
+        pipeline.no_interrupt_lost = passed
+    for result in ("error", "none"):
+        stages, out = [], pathlib.Path(PATH) / f"{kept} {result}"
+        try:
+            options = ExportOptions("a module", out / "b", quantize="none")
+            export(options, Stages(), module_source(Loses(result), options, "a module"))
+            end = "bundle"
+        except (KeyboardInterrupt, ExportError) as error:
+            end = type(error).__name__
+        ends[f"{kept} {result}"] = [end, stages, os.listdir(out)]
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+print(json.dumps(ends))
+"""
+
+
+def test_ctrl_c_that_a_library_loses_ends_the_export(tmp_path):
+    ends = json.loads(run("import contextlib, json\n" + LOST, tmp_path, "cpu"))
+    for result in ("error", "none"):
+        assert ends.pop(f"True {result}") == ["KeyboardInterrupt", ["trace"], []]
+    assert ends.pop("False error") == ["ExportError", ["trace"], []]
+    assert ends.pop("False none")[0] == "bundle"
