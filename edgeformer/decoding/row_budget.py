@@ -6,6 +6,7 @@ from collections import deque
 
 # In the mean: the longest of a few hundred steps took 2.4 to 2.9 times as long as one without (docs/performance.md).
 STRETCH = 1.8
+BEHIND = 16.0  # steps' worth of time for each prompt that waits behind the first one, over the sequences that decode
 SMALLEST = 4  # rows of a prompt in a step, and multiples of it: behind 2,000 cached tokens 4 rows double a step
 SMOOTHING = 0.25  # weight of the newest measurement
 LATEST = 3  # steps without prompts that are remembered; the shortest counts, for an interruption makes one long
@@ -16,8 +17,9 @@ class RowBudget:
     """The rows of one step: at most `limit`, and where sequences decode only so many rows of prompts that the step
     takes about `stretch` times a step without them. `stretch=None`: no such limit, for jobs nobody watches.
 
-    Where prompts are more than half as many as sequences that decode, the time for prompts grows with the square of
-    that ratio: more gain from it than lose.
+    Where more prompts wait, they have more time: of 16 requests that come at once the last would begin when the first
+    have half of their answers, and end in steps of few rows, which cost nearly as much as those of 16. So has one
+    prompt beside one or two answers.
     """
 
     def __init__(self, limit: int, stretch: float | None = STRETCH) -> None:
@@ -39,7 +41,7 @@ class RowBudget:
             return 0
         if self._row_seconds is None:
             return min(room, SMALLEST)
-        share = max(self._stretch - 1, (2 * prompts / decode_rows) ** 2)
+        share = max(self._stretch - 1, BEHIND * (prompts - 1) / decode_rows, (2 * prompts / decode_rows) ** 2)
         rows = int(share * min(self._plain[decode_rows]) / self._row_seconds)
         return min(room, max(SMALLEST, rows // SMALLEST * SMALLEST))
 

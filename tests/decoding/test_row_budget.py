@@ -25,7 +25,10 @@ def test_prompts_have_more_time_the_more_of_them_wait():
     budget.observe(2, 0, 0.004)
     budget.observe(0, 500, 0.05)  # 0.1 ms a row
     rows = [budget.prompt_rows(2, prompts) for prompts in (1, 2, 4, 8, 40)]
-    assert rows == [40, 160, 510, 510, 510]
+    assert rows == [40, 320, 510, 510, 510]
+    budget.observe(14, 0, 0.004)
+    rows = [budget.prompt_rows(14, prompts) for prompts in (1, 2, 3, 4)]
+    assert rows == [40, 44, 88, 136]  # of 1, 8/7, 16/7 and 24/7 steps without prompts
 
 
 def test_the_step_without_prompts_is_measured_again_and_interruptions_do_not_count():
