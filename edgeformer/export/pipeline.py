@@ -16,7 +16,7 @@ from edgeformer.export.check import parity
 from edgeformer.export.check.accuracy import Text, accuracy_report
 from edgeformer.export.check.checks import ModelChecks, checks_of
 from edgeformer.export.check.graph_run import FILES, OrtGraph, open_graphs
-from edgeformer.export.engine_gate import engine_gate, engine_tolerance
+from edgeformer.export.engine_gate import engine_gate, engine_tolerance, float16_tolerance
 from edgeformer.export.graphs import TracedModel, trace_model
 from edgeformer.export.graphs.traced_model import CAUSAL_ADVICE
 from edgeformer.export.interrupts import no_interrupt_lost
@@ -149,7 +149,8 @@ def _export(job: _Job, traced: TracedModel) -> dict[str, Any]:
         tolerance = engine_tolerance(models, quantization.weights, job.options.block, expected, job.scratch)
 
     if job.half:
-        tolerance += parity.FLOAT16_TOLERANCE
+        stage("measure the error of half precision")
+        tolerance += float16_tolerance(models, expected, job.scratch)
         report["float16"] = _convert_to_float16(job, models, expected, tolerance)
 
     measured = _accuracy(job, source, float_folder, models, traced.layers)

@@ -113,6 +113,25 @@ def test_a_fault_below_the_worst_values_bound_shows_in_the_rows(long_decoder, sc
     assert found["cpu"]["passed"] is True
 
 
+def test_the_bound_of_float16_is_what_rounding_to_it_moves(long_decoder, tmp_path, monkeypatch):
+    """An engine that is off by a tenth of the least that 11 bits could excuse passes; by one percent it does not."""
+
+    def engines(name, fault):
+        with monkeypatch.context() as patch:
+            patch.setattr("edgeformer.engines.choose.NativeEngine", late(fault))
+            manifest = export(ExportOptions("x", tmp_path / name, dtype="float16", **FLOAT), traced=long_decoder)
+        return manifest["parity"]
+
+    right = engines("right", 2**-11 / 10)
+    for one in (right["float16"], right["engines"]["cpu"], right["engines"]["native"]):
+        assert parity.TOLERANCE < one["worst"] < one["tolerance"] < 6e-3
+    for one in (right["engines"]["cpu"], right["engines"]["native"]):
+        assert all(row["worst"] < row["tolerance"] < 4e-3 for row in one["rows"])
+    wrong = engines("wrong", 1e-2)["engines"]
+    assert wrong["native"]["passed"] is False
+    assert wrong["cpu"]["passed"] is True
+
+
 def test_rounding_moves_a_text_in_one_piece_as_it_does_in_pieces(long_decoder, tmp_path, monkeypatch):
     """But for the unit: the logits of one token have a smaller range than those of a text, here by up to a tenth."""
 

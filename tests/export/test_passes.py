@@ -8,13 +8,15 @@ import pytest
 pytest.importorskip("torch", reason="the toolchain needs torch")
 pytest.importorskip("onnx_ir", reason="the toolchain needs onnx-ir")
 
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
 from support.graphs import ops, parse, run
 
 from edgeformer.errors import ExportError
 from edgeformer.export.blocks import quantize
 from edgeformer.export.passes.attention_node import standard_attention, window_masks
 from edgeformer.export.passes.finish import finish
-from edgeformer.export.passes.float16 import to_float16
+from edgeformer.export.passes.float16 import round_to_float16, to_float16
 from edgeformer.export.passes.kv_cache import insert_cache
 from edgeformer.export.passes.linear_layers import canonical_linear_layers
 from edgeformer.export.passes.logits import keep_logits
@@ -259,25 +261,42 @@ def test_names_lose_the_wrapper_and_only_that():
     assert set(model.graph.initializers) == {"layer.weight", "module.other"}
 
 
+ROTATED = """(int64[b,s] position_ids, float[b,s,4] x) => (float[b,s,4] y) {
+    axis = Constant<value_ints=[2]>()
+    p = Cast<to=1>(position_ids)
+    u = Unsqueeze(p, axis)
+    angle = Mul(u, f)
+    c = Cos(angle)
+    z = Add(x, d)
+    y = Mul(z, c)
+}"""
+FREQUENCIES, POSITIONS = np.array([1.0, 0.1, 0.01, 1e-3], np.float32), np.array([[4000, 7001]])
+
+
 def test_float16_keeps_angles_in_float32():
-    model = parse(
-        """(int64[b,s] position_ids, float[b,s,4] x) => (float[b,s,4] y) {
-            axis = Constant<value_ints=[2]>()
-            p = Cast<to=1>(position_ids)
-            u = Unsqueeze(p, axis)
-            angle = Mul(u, f)
-            c = Cos(angle)
-            y = Mul(x, c)
-        }""",
-        f=np.array([1.0, 0.1, 0.01, 1e-3], np.float32),
-    )
-    positions, x = np.array([[4000, 7001]]), floats(1, 2, 4)
-    before = run(model, position_ids=positions, x=x)[0]
+    model = parse(ROTATED, f=FREQUENCIES, d=floats(4))
+    x = floats(1, 2, 4)
+    before = run(model, position_ids=POSITIONS, x=x)[0]
     to_float16(model)
-    found = run(model, position_ids=positions, x=x.astype(np.float16))[0]
+    found = run(model, position_ids=POSITIONS, x=x.astype(np.float16))[0]
     assert found.dtype == np.float16
-    # Three roundings at 2**-11 of values below 4; a float16 angle of 7001 would be off by whole radians.
-    np.testing.assert_allclose(found, before, atol=3 * 4 * 2**-11)
+    # Five roundings at 2**-11 of values below 8; a float16 angle of 7001 would be off by whole radians.
+    np.testing.assert_allclose(found, before, atol=5 * 8 * 2**-11)
+
+
+def test_rounding_to_float16_gives_the_bits_of_float16():
+    """Onnx's own evaluator rounds after each operator of a float16 graph; onnxruntime leaves out some of it."""
+    x, d = floats(1, 2, 4), floats(4)
+    half, rounded = (parse(ROTATED, f=FREQUENCIES, d=d) for _ in range(2))
+    exact = run(half, position_ids=POSITIONS, x=x)[0]
+    to_float16(half)
+    round_to_float16(rounded)
+    feeds = {"position_ids": POSITIONS, "x": x.astype(np.float16)}
+    expected = ReferenceEvaluator(ir.to_proto(half)).run(None, feeds)[0]
+    found = run(rounded, position_ids=POSITIONS, x=x)[0]
+    assert (expected.dtype, found.dtype) == (np.float16, np.float32)
+    np.testing.assert_array_equal(found, expected.astype(np.float32))
+    assert (found != exact).all()
 
 
 def test_operators_outside_the_standard_are_refused():

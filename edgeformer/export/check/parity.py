@@ -23,9 +23,6 @@ F64 = NDArray[np.float64]
 # Fractions of the range (maximum - minimum) of PyTorch's output. Two float32 programs that order their sums differently
 # differ by about 1e-6 of it after a few dozen layers; a wrong mask, position or weight changes it by 1e-2 and more.
 TOLERANCE = 1e-4
-# Half precision rounds at 2**-11 = 5e-4 of a value. A few hundred such roundings on the way to a logit add up as their
-# square root, to about 1e-2 of the range; a wrong graph was already refused in float32.
-FLOAT16_TOLERANCE = 2e-2
 SHORT_PIECES = (5, 1, 1, 1, 2)  # tokens fed to a graph with a KV cache: a prefill, single tokens, and two at once
 SHORTER = (267, 139, 67, 37)  # lengths of a long text; the first that the model's context allows is used
 QUANTILES = (0.5, 0.9, 0.98)  # of the rows' largest differences; see `Tolerance`
@@ -65,8 +62,10 @@ class Tolerance:
     worst: float  # of any value
     rows: Mapping[float, float] = field(default_factory=dict)  # `quantiles` of the comparisons; empty: not bounded
 
-    def __add__(self, more: float) -> Tolerance:
-        return Tolerance(self.worst + more, {q: bound + more for q, bound in self.rows.items()})
+    def __add__(self, more: Tolerance) -> Tolerance:
+        """Both errors at once. A row without a bound of its own has that of the worst value."""
+        rows = {q: self.rows.get(q, self.worst) + more.rows.get(q, more.worst) for q in {*self.rows, *more.rows}}
+        return Tolerance(self.worst + more.worst, dict(sorted(rows.items())))
 
 
 FLOAT32 = Tolerance(TOLERANCE)
