@@ -284,6 +284,47 @@ def test_float16_keeps_angles_in_float32():
     np.testing.assert_allclose(found, before, atol=5 * 8 * 2**-11)
 
 
+BUCKETS = """(int64[n] distance, float[n,2] x) => (float[n,2] y) {
+    d = Cast<to=1>(distance)
+    q = Div(d, near)
+    l = Log(q)
+    r = Div(l, range)
+    b = Mul(r, near)
+    index = Cast<to=7>(b)
+    row = Gather(table, index)
+    y = Add(row, x)
+}"""
+
+
+@pytest.mark.parametrize("convert", [to_float16, round_to_float16])
+def test_float16_keeps_what_indices_are_computed_from(convert):
+    """T5's buckets of the distances from 8 to 127: some are others already where log(16) alone is rounded."""
+    distance, near, wide = np.arange(8, 128), np.float32(8), np.log(np.float32(16))
+    table = np.stack([np.arange(8), np.arange(8)], 1).astype(np.float32)
+    model = parse(BUCKETS, near=near, range=wide, table=table)
+    x = np.zeros((len(distance), 2), np.float32)
+    exact = run(model, distance=distance, x=x)[0]
+    rounded = np.log(distance / near) / np.float32(np.float16(wide)) * near
+    assert (rounded.astype(np.int64) != exact[:, 0]).any()
+    convert(model)
+    found = run(model, distance=distance, x=x.astype(np.float16 if convert is to_float16 else np.float32))[0]
+    np.testing.assert_array_equal(found, exact)
+
+
+def test_float16_makes_integers_of_activations_from_float16():
+    """They may depend on every weight, which would all stay float32."""
+    model = parse(
+        """(float[b,4] x) => (int64[b,4] y) {
+            z = MatMul(x, w)
+            y = Cast<to=7>(z)
+        }""",
+        w=floats(4, 4),
+    )
+    to_float16(model)
+    assert model.graph.initializers["w"].dtype == ir.DataType.FLOAT16
+    assert run(model, x=floats(2, 4).astype(np.float16))[0].dtype == np.int64
+
+
 def test_rounding_to_float16_gives_the_bits_of_float16():
     """Onnx's own evaluator rounds after each operator of a float16 graph; onnxruntime leaves out some of it."""
     x, d = floats(1, 2, 4), floats(4)

@@ -1,4 +1,4 @@
-"""float32 -> float16, for GPUs: weights, activations and KV cache; rotary angles stay float32 up to Cos and Sin.
+"""float32 -> float16, for GPUs: weights, activations and KV cache; angles and indices stay float32.
 
 `round_to_float16` simulates it in a float32 graph, to bound the error that an engine may have.
 """
@@ -10,33 +10,30 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.tape import Tape
 
-from edgeformer.export.passes.edit import ancestors, nodes
+from edgeformer.export.passes.edit import nodes
 
 _F32, _F16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
+_LAYERS = frozenset(["MatMul", "Gemm", "Conv", "Attention", "Einsum"])  # what depends on one is an activation
 _MOVES = ("Reshape", "Transpose", "Slice", "Concat", "Split", "Squeeze", "Unsqueeze", "Expand", "Gather", "Identity")
 
 
 def to_float16(model: ir.Model) -> None:
-    """Every float32 value -> float16, except those that only Cos and Sin depend on.
+    """Every float32 value -> float16, except what Cos, Sin and indices are computed from.
 
-    Those stay float32: in half precision an angle above 1024 is rounded to whole numbers.
+    In half precision an angle above 1024 is rounded to whole numbers, and the bucket of a relative position (T5:
+    log(distance / 16) * c, cast to an integer) becomes its neighbour.
     """
-    angles, precise = _precise(model)
-    for node in nodes(model, "Cos", "Sin"):
-        tape = Tape()
-        half = tape.op("Cast", [node.outputs[0]], {"to": int(_F16)})
-        half.shape = node.outputs[0].shape
-        for use in tuple(node.outputs[0].uses()):
-            if use.node is not half.producer() and use.node not in angles:
-                use.node.replace_input_with(use.idx, half)
-        model.graph.insert_after(node, tape.nodes)
+    exact = _exact_nodes(model)
+    kept = _exact_values(model, exact)
+    for value in kept:
+        half = ir.Value(type=ir.TensorType(_F16), shape=value.shape)
+        _read_through(model, value, [ir.node("Cast", [value], {"to": int(_F16)}, outputs=[half])], exact)
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
-        if value.dtype == _F32 and value not in precise:
+        if value.dtype == _F32 and value not in kept:
             _halve(value)
     for node in model.graph:
-        if node in angles:
+        if node in exact:
             continue
         if node.op_type == "Cast" and node.attributes["to"].value == int(_F32):
             node.attributes["to"] = ir.AttrInt64("to", int(_F16))
@@ -50,46 +47,69 @@ def round_to_float16(model: ir.Model) -> None:
 
     Engines may round less, where they compute several operators at once, and add in another order.
     """
-    angles, precise = _precise(model)
+    exact = _exact_nodes(model)
+    kept = _exact_values(model, exact)
     for value in model.graph.initializers.values():
-        if value.dtype == _F32 and value not in precise and value.const_value is not None:
+        if value.dtype == _F32 and value not in kept and value.const_value is not None:
             wide = value.const_value
             value.const_value = ir.LazyTensor(_rounded(wide), _F32, ir.Shape(wide.shape.numpy()), name=value.name)
-    computed = [
-        value
-        for node in model.graph
-        if node.op_type in ("Cos", "Sin") or (node not in angles and node.op_type not in _MOVES)
-        for value in node.outputs
-    ]
-    for value in (*model.graph.inputs, *computed):
-        if value.dtype == _F32 and value not in precise - set(computed):
-            _round_uses(model, value, angles)
+    computed = [value for node in model.graph if node.op_type not in _MOVES for value in node.outputs]
+    for value in dict.fromkeys((*model.graph.inputs, *kept, *computed)):
+        if value.dtype == _F32:
+            half = ir.Value(type=ir.TensorType(_F16), shape=value.shape)
+            y = ir.Value(type=ir.TensorType(_F32), shape=value.shape)
+            pair = [
+                ir.node("Cast", [value], {"to": int(_F16)}, outputs=[half]),
+                ir.node("Cast", [half], {"to": int(_F32)}, outputs=[y]),
+            ]
+            _read_through(model, value, pair, exact)
 
 
-def _precise(model: ir.Model) -> tuple[set[ir.Node], set[ir.Value]]:
-    """(the nodes that stay float32: Cos, Sin and what they depend on; their inputs and outputs)."""
-    angles = ancestors([node for node in model.graph if node.op_type in ("Cos", "Sin")])
-    return angles, {value for node in angles for value in (*node.inputs, *node.outputs) if value is not None}
+def _exact_nodes(model: ir.Model) -> set[ir.Node]:
+    """Cos, Sin and casts to integers, with all that their values depend on; not integers of computed activations."""
+    exact: set[ir.Node] = set()
+    for node in nodes(model, "Cos", "Sin", "Cast"):
+        needed = _ancestors(node)
+        is_index = node.op_type == "Cast" and ir.DataType(node.attributes["to"].value).is_integer()
+        if node.op_type != "Cast" or (is_index and not any(one.op_type in _LAYERS for one in needed)):
+            exact |= needed
+    return exact
 
 
-def _round_uses(model: ir.Model, value: ir.Value, angles: set[ir.Node]) -> None:
-    """What reads `value` reads it rounded to float16."""
-    tape = Tape()
-    half = tape.op("Cast", [value], {"to": int(_F16)})
-    y = tape.op("Cast", [half], {"to": int(_F32)})
-    half.shape, half.type = value.shape, ir.TensorType(_F16)
-    y.shape, y.type = value.shape, value.type
-    maker = value.producer()
+def _ancestors(end: ir.Node) -> set[ir.Node]:
+    """`end` and the nodes whose values it depends on: of what a Shape reads, only the size matters."""
+    found: set[ir.Node] = set()
+    queue = [end]
+    while queue:
+        node = queue.pop()
+        if node not in found and node.op_type not in ("Shape", "Size"):
+            found.add(node)
+            queue.extend(node.predecessors())
+    return found
+
+
+def _exact_values(model: ir.Model, exact: set[ir.Node]) -> dict[ir.Value, None]:
+    """The float32 values that these nodes read or compute, in the graph's order."""
+    found = [value for node in model.graph if node in exact for value in (*node.inputs, *node.outputs)]
+    return dict.fromkeys(value for value in found if value is not None and value.dtype == _F32)
+
+
+def _read_through(model: ir.Model, value: ir.Value, new: list[ir.Node], exact: set[ir.Node]) -> None:
+    """What is not exact reads the output of the last of the `new` nodes, which read `value`; if anything does."""
+    uses = [use for use in value.uses() if use.node not in exact and use.node is not new[0]]
+    is_output = value.is_graph_output() and value.producer() not in exact
+    if not uses and not is_output:
+        new[0].replace_input_with(0, None)
+        return
+    maker, y = value.producer(), new[-1].outputs[0]
     if maker is None:
-        model.graph.insert_before(model.graph[0], tape.nodes)
+        model.graph.insert_before(model.graph[0], new)
     else:
-        model.graph.insert_after(maker, tape.nodes)
-    for use in tuple(value.uses()):
-        if use.node is not half.producer() and use.node not in angles:
-            use.node.replace_input_with(use.idx, y)
-    if value.is_graph_output():
-        name, value.name = value.name, f"{value.name}.exact"
-        y.name = name
+        model.graph.insert_after(maker, new)
+    for use in uses:
+        use.node.replace_input_with(use.idx, y)
+    if is_output:
+        y.name, value.name = value.name, f"{value.name}.exact"
         model.graph.outputs[model.graph.outputs.index(value)] = y
 
 
