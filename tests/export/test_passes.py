@@ -325,6 +325,34 @@ def test_float16_makes_integers_of_activations_from_float16():
     assert run(model, x=floats(2, 4).astype(np.float16))[0].dtype == np.int64
 
 
+MADE = """(float[n] x) => (float[n] y) {
+    n = Shape(x)
+    a = ConstantOfShape<value=float[1]{0.1}>(n)
+    b = ConstantOfShape(n)
+    c = Constant<value_float=0.3>()
+    d = Constant<value=float[1]{-3e38}>()
+    square = Expand(c, nn)
+    e = EyeLike<dtype=1>(square)
+    s = ReduceSum(e)
+    m = Max(d, x)
+    t = Add(m, a)
+    u = Add(t, b)
+    v = Add(u, c)
+    y = Add(v, s)
+}"""
+
+
+def test_float16_makes_new_values_in_float16():
+    """Mixtures of experts begin with zeros: their graphs did not load."""
+    model = parse(MADE, nn=np.array([3, 3]))
+    x = floats(5)
+    exact = run(model, x=x)[0]
+    to_float16(model)
+    found = run(model, x=x.astype(np.float16))[0]
+    assert found.dtype == np.float16
+    np.testing.assert_allclose(found, exact, atol=6 * 8 * 2**-11)  # six roundings of values below 8
+
+
 def test_rounding_to_float16_gives_the_bits_of_float16():
     """Onnx's own evaluator rounds after each operator of a float16 graph; onnxruntime leaves out some of it."""
     x, d = floats(1, 2, 4), floats(4)

@@ -10,7 +10,7 @@ import onnxruntime as ort
 
 from edgeformer.bundle.signature import Array
 from edgeformer.engines.interruptible import interruptible
-from edgeformer.errors import ExportError
+from edgeformer.errors import ExportError, first_line
 from edgeformer.machine import default_threads
 
 # name of the graph -> its file; an encoder-decoder's are named as in Hugging Face's ONNX folders
@@ -80,11 +80,23 @@ class OrtGraph:
         return dict(zip(self.outputs, values, strict=True))
 
     def _run(self, feeds: Mapping[str, Array]) -> list[Array]:
-        """All outputs; Ctrl-C comes between two nodes of the graph."""
+        """All outputs; Ctrl-C comes between two nodes of the graph.
+
+        Raises:
+            ExportError: onnxruntime has no kernel for a node, or one fails.
+        """
         options = ort.RunOptions()
-        values: list[Array] = interruptible(
-            lambda: self.session.run(None, feeds, options), lambda: setattr(options, "terminate", True)
-        )
+        try:
+            values: list[Array] = interruptible(
+                lambda: self.session.run(None, feeds, options), lambda: setattr(options, "terminate", True)
+            )
+        except MemoryError:
+            raise
+        except Exception as error:  # onnxruntime's own classes share no base but this one
+            raise ExportError(
+                f"onnxruntime {ort.__version__} cannot run the exported graph: {first_line(error)[:500]} "
+                "Use another operation for it in the forward, or another --dtype."
+            ) from error
         return values
 
     def empty_past(self, batch: int) -> dict[str, Array]:

@@ -35,8 +35,7 @@ def to_float16(model: ir.Model) -> None:
     for node in model.graph:
         if node in exact:
             continue
-        if node.op_type == "Cast" and node.attributes["to"].value == int(_F32):
-            node.attributes["to"] = ir.AttrInt64("to", int(_F16))
+        _halve_attributes(node)
         for output in node.outputs:
             if output.dtype == _F32:
                 output.type = ir.TensorType(_F16)  # a new object: clones of the graph share the type
@@ -53,6 +52,9 @@ def round_to_float16(model: ir.Model) -> None:
         if value.dtype == _F32 and value not in kept and value.const_value is not None:
             wide = value.const_value
             value.const_value = ir.LazyTensor(_rounded(wide), _F32, ir.Shape(wide.shape.numpy()), name=value.name)
+    for node in model.graph:
+        for name, tensor in _tensors(node) if node not in exact else ():
+            node.attributes[name] = ir.AttrTensor(name, _rounded(tensor)())
     computed = [value for node in model.graph if node.op_type not in _MOVES for value in node.outputs]
     for value in dict.fromkeys((*model.graph.inputs, *kept, *computed)):
         if value.dtype == _F32:
@@ -122,6 +124,27 @@ def _half(wide: ir.TensorProtocol) -> np.ndarray[Any, np.dtype[np.float16]]:
     limit = np.float32(65504)
     values: np.ndarray[Any, np.dtype[np.float16]] = np.clip(wide.numpy(), -limit, limit).astype(np.float16)
     return values
+
+
+def _halve_attributes(node: ir.Node) -> None:
+    """The type that a Cast, an EyeLike or the like makes, and the value of a Constant or ConstantOfShape."""
+    for name in ("to", "dtype"):
+        if name in node.attributes and node.attributes[name].value == int(_F32):
+            node.attributes[name] = ir.AttrInt64(name, int(_F16))
+    for name, tensor in _tensors(node):
+        node.attributes[name] = ir.AttrTensor(name, ir.Tensor(_half(tensor)))
+    if node.op_type == "ConstantOfShape" and "value" not in node.attributes:  # zeros of float32
+        node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(np.zeros(1, np.float16)))
+    for name in ("value_float", "value_floats"):
+        if name in node.attributes:
+            wide = ir.Tensor(np.array(node.attributes.pop(name).value, np.float32))
+            node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(_half(wide)))
+
+
+def _tensors(node: ir.Node) -> list[tuple[str, ir.TensorProtocol]]:
+    """(name, value) of the attributes that are float32 tensors."""
+    tensors = [(name, a.value) for name, a in node.attributes.items() if a.type == ir.AttributeType.TENSOR]
+    return [(name, value) for name, value in tensors if value.dtype == _F32]
 
 
 def _halve(value: ir.Value) -> None:
