@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -78,13 +78,13 @@ def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
     return node if node is not None and node.domain == "" and node.op_type in op_types else None
 
 
-def ancestors(ends: Iterable[ir.Node]) -> set[ir.Node]:
-    """The nodes `ends` and all nodes that they depend on."""
+def ancestors(ends: Iterable[ir.Node], without: Collection[str] = ()) -> set[ir.Node]:
+    """The nodes `ends` and all that they depend on; nodes of the types `without` are left out and not followed."""
     found: set[ir.Node] = set()
     queue = list(ends)
     while queue:
         node = queue.pop()
-        if node not in found:
+        if node not in found and node.op_type not in without:
             found.add(node)
             queue.extend(node.predecessors())
     return found

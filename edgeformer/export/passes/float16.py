@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from edgeformer.export.passes.edit import nodes
+from edgeformer.export.passes.edit import ancestors, nodes
 
 _F32, _F16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
 _LAYERS = frozenset(["MatMul", "Gemm", "Conv", "Attention", "Einsum"])  # what depends on one is an activation
@@ -27,8 +27,7 @@ def to_float16(model: ir.Model) -> None:
     exact = _exact_nodes(model)
     kept = _exact_values(model, exact)
     for value in kept:
-        half = ir.Value(type=ir.TensorType(_F16), shape=value.shape)
-        _read_through(model, value, [ir.node("Cast", [value], {"to": int(_F16)}, outputs=[half])], exact)
+        _read_as(model, value, exact, _F16)
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         if value.dtype == _F32 and value not in kept:
             _halve(value)
@@ -58,36 +57,22 @@ def round_to_float16(model: ir.Model) -> None:
     computed = [value for node in model.graph if node.op_type not in _MOVES for value in node.outputs]
     for value in dict.fromkeys((*model.graph.inputs, *kept, *computed)):
         if value.dtype == _F32:
-            half = ir.Value(type=ir.TensorType(_F16), shape=value.shape)
-            y = ir.Value(type=ir.TensorType(_F32), shape=value.shape)
-            pair = [
-                ir.node("Cast", [value], {"to": int(_F16)}, outputs=[half]),
-                ir.node("Cast", [half], {"to": int(_F32)}, outputs=[y]),
-            ]
-            _read_through(model, value, pair, exact)
+            _read_as(model, value, exact, _F16, _F32)
 
 
 def _exact_nodes(model: ir.Model) -> set[ir.Node]:
-    """Cos, Sin and casts to integers, with all that their values depend on; not integers of computed activations."""
+    """Cos, Sin and casts to integers, with all that their values depend on; not integers of computed activations.
+
+    Of what a Shape reads, only the size matters.
+    """
     exact: set[ir.Node] = set()
     for node in nodes(model, "Cos", "Sin", "Cast"):
-        needed = _ancestors(node)
-        is_index = node.op_type == "Cast" and ir.DataType(node.attributes["to"].value).is_integer()
-        if node.op_type != "Cast" or (is_index and not any(one.op_type in _LAYERS for one in needed)):
-            exact |= needed
+        is_angle = node.op_type != "Cast"
+        if is_angle or ir.DataType(node.attributes["to"].value).is_integer():
+            needed = ancestors([node], without=("Shape", "Size"))
+            if is_angle or not any(one.op_type in _LAYERS for one in needed):
+                exact |= needed
     return exact
-
-
-def _ancestors(end: ir.Node) -> set[ir.Node]:
-    """`end` and the nodes whose values it depends on: of what a Shape reads, only the size matters."""
-    found: set[ir.Node] = set()
-    queue = [end]
-    while queue:
-        node = queue.pop()
-        if node not in found and node.op_type not in ("Shape", "Size"):
-            found.add(node)
-            queue.extend(node.predecessors())
-    return found
 
 
 def _exact_values(model: ir.Model, exact: set[ir.Node]) -> dict[ir.Value, None]:
@@ -96,18 +81,22 @@ def _exact_values(model: ir.Model, exact: set[ir.Node]) -> dict[ir.Value, None]:
     return dict.fromkeys(value for value in found if value is not None and value.dtype == _F32)
 
 
-def _read_through(model: ir.Model, value: ir.Value, new: list[ir.Node], exact: set[ir.Node]) -> None:
-    """What is not exact reads the output of the last of the `new` nodes, which read `value`; if anything does."""
-    uses = [use for use in value.uses() if use.node not in exact and use.node is not new[0]]
-    is_output = value.is_graph_output() and value.producer() not in exact
+def _read_as(model: ir.Model, value: ir.Value, exact: set[ir.Node], *types: ir.DataType) -> None:
+    """What is not exact reads `value` through casts to these types, one after the other; if anything does."""
+    maker = value.producer()
+    uses = [use for use in value.uses() if use.node not in exact]
+    is_output = value.is_graph_output() and maker not in exact
     if not uses and not is_output:
-        new[0].replace_input_with(0, None)
         return
-    maker, y = value.producer(), new[-1].outputs[0]
+    y, casts = value, []
+    for kind in types:
+        cast = ir.Value(type=ir.TensorType(kind), shape=value.shape)
+        casts.append(ir.node("Cast", [y], {"to": int(kind)}, outputs=[cast]))
+        y = cast
     if maker is None:
-        model.graph.insert_before(model.graph[0], new)
+        model.graph.insert_before(model.graph[0], casts)
     else:
-        model.graph.insert_after(maker, new)
+        model.graph.insert_after(maker, casts)
     for use in uses:
         use.node.replace_input_with(use.idx, y)
     if is_output:
